@@ -1,0 +1,222 @@
+"""The messages between the processes, and nothing else.
+
+HTTP process (TokenizerManager) -> scheduler -> detokenizer -> HTTP process, over ZeroMQ, encoded
+with msgspec's msgpack. Token ids and logprobs travel as raw little-endian buffers (int32,
+float32), never as lists. No message carries an object of any room.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Union
+
+import msgspec
+
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+Buffer = Union[bytes, memoryview]
+
+
+class IpcNames(msgspec.Struct, frozen=True):
+    """ZeroMQ endpoints; each process binds the PULL socket of its own name."""
+
+    tokenizer: str
+    scheduler: str
+    detokenizer: str
+
+
+class FinishReason(msgspec.Struct, frozen=True, array_like=True):
+    """Why a request ended; becomes SGLang's `finish_reason` object.
+
+    `type` is "stop" (`matched`: token id or stop string, None when neither applies), "length"
+    (`length`: tokens generated) or "abort" (`message`, `status_code`, `err_type`).
+    """
+
+    type: str
+    matched: int | str | None = None
+    length: int = 0
+    message: str = ""
+    status_code: int = 0
+    err_type: str = ""
+
+
+class DetokOptions(msgspec.Struct, frozen=True, array_like=True):
+    """What the detokenizer has to know of a request; rides on its first output.
+
+    `prefix_ids` holds the last few prompt ids (int32), so that the first generated piece is
+    decoded in context; their text is never shown.
+    """
+
+    stop_strings: tuple[str, ...] = ()
+    min_new_tokens: int = 0
+    no_stop_trim: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    prefix_ids: bytes = b""
+
+
+class LogprobArrays(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities of `num_rows` consecutive tokens.
+
+    token_ids int32 [N], logprobs float32 [N] (NaN: none, as for the very first prompt token),
+    top_ids int32 [N, top_num] and top_logprobs float32 [N, top_num] in descending order,
+    picked_ids int32 [M] and picked_logprobs float32 [N, M] for `token_ids_logprob`.
+    """
+
+    num_rows: int
+    token_ids: bytes
+    logprobs: bytes
+    top_num: int = 0
+    top_ids: bytes = b""
+    top_logprobs: bytes = b""
+    picked_ids: bytes = b""
+    picked_logprobs: bytes = b""
+
+
+# ---- to the scheduler -------------------------------------------------------------------------
+
+
+class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
+    """One request as the scheduler takes it, validated against everything the text side knows.
+
+    `input_ids` int32 [n]. `sampling_params.stop_token_ids` already holds the model's and the
+    tokenizer's end-of-text ids unless `ignore_eos`. `logprob_start_len` is an absolute prompt
+    position: log probabilities are wanted for prompt tokens at and after it; it equals n when
+    none of the prompt is wanted. `priority` and `extra_key` as in SGLang (`extra_key` also
+    carries `cache_salt`): requests with different keys never share a prefix.
+    """
+
+    rid: str
+    input_ids: memoryview
+    sampling_params: SamplingParams
+    stream: bool = False
+    return_logprob: bool = False
+    logprob_start_len: int = 0
+    top_logprobs_num: int = 0
+    token_ids_logprob: bytes = b""
+    extra_key: str | None = None
+    priority: int = 0
+    detok: DetokOptions = DetokOptions()
+
+
+class AbortReq(msgspec.Struct, tag="abort"):
+    """End `rid`, or every request when `abort_all`, in whatever state it is."""
+
+    rid: str = ""
+    abort_all: bool = False
+    message: str = "Request aborted by the client"
+
+
+class StopStringHit(msgspec.Struct, tag="stop_hit"):
+    """The detokenizer found a stop string and has already sent the final output of `rid`."""
+
+    rid: str
+
+
+class ControlReq(msgspec.Struct, tag="control"):
+    """A question to the scheduler; answered by a `ControlReply` with the same `seq`.
+
+    `op`: "flush_cache", "internal_state" (everything /server_info shows), "audit".
+    """
+
+    seq: int
+    op: str
+    args: dict[str, Any] = {}
+
+
+ToScheduler = Union[TokenizedGenerateReqInput, AbortReq, StopStringHit, ControlReq]
+
+
+# ---- from the scheduler -----------------------------------------------------------------------
+
+
+class TokenOut(msgspec.Struct, array_like=True):
+    """News of one request: tokens since its last news, and its end when `finish_reason` is set.
+
+    `output_ids` int32, only the new ones. `completion_tokens` counts all so far. `detok` is set
+    on a request's first news only, `input_logprobs` on the first news after the prompt was
+    computed, `output_logprobs` covers exactly `output_ids`.
+    """
+
+    rid: str
+    output_ids: bytes
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    num_retractions: int = 0
+    finish_reason: FinishReason | None = None
+    input_logprobs: LogprobArrays | None = None
+    output_logprobs: LogprobArrays | None = None
+    detok: DetokOptions | None = None
+
+
+class BatchTokenIDOut(msgspec.Struct, tag="token_out"):
+    """All news of one step, scheduler -> detokenizer."""
+
+    outs: list[TokenOut]
+
+
+class TextOut(msgspec.Struct, array_like=True):
+    """`TokenOut` with the text that those tokens add; `text` is a delta and may be empty."""
+
+    rid: str
+    text: str
+    output_ids: bytes
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    num_retractions: int = 0
+    finish_reason: FinishReason | None = None
+    input_logprobs: LogprobArrays | None = None
+    output_logprobs: LogprobArrays | None = None
+
+
+class BatchStrOut(msgspec.Struct, tag="str_out"):
+    """All news of one step, detokenizer -> TokenizerManager."""
+
+    outs: list[TextOut]
+
+
+class ControlReply(msgspec.Struct, tag="control_reply"):
+    """The answer to a `ControlReq`."""
+
+    seq: int
+    success: bool
+    message: str = ""
+    data: dict[str, Any] = {}
+
+
+class Heartbeat(msgspec.Struct, tag="heartbeat"):
+    """Sent several times a second by a thread of the scheduler, inside long steps too.
+
+    `progress` advances with every layer computed; `busy` is False when nothing is queued or
+    running. `context_length` is the effective one at this moment.
+    """
+
+    progress: int
+    busy: bool
+    num_running: int
+    num_waiting: int
+    context_length: int
+
+
+class SchedulerReady(msgspec.Struct, tag="ready"):
+    """Sent once when the model is loaded and the pool stands in its idle state."""
+
+    context_length: int
+    context_length_requested: int
+    capacity_tokens: int
+    max_running_requests: int
+    max_req_input_len: int
+    page_size: int
+    details: dict[str, Any] = {}
+
+
+ToDetokenizer = Union[BatchTokenIDOut]
+ToTokenizer = Union[BatchStrOut, ControlReply, Heartbeat]
+
+
+def int32_buffer(ids: Any) -> bytes:
+    """Pack a sequence or array of token ids as little-endian int32 bytes."""
+    import numpy as np
+
+    return np.ascontiguousarray(ids, dtype="<i4").tobytes()

@@ -1,0 +1,241 @@
+"""Pure arithmetic of slots, pages and segments: no torch, no state, no effects.
+
+Every room that turns one into another calls this module. `KVCacheSpec` says what a token costs,
+`SegmentLayout` how a group's slot space is cut; see docs/kv_segments.md, Note [Slots, pages,
+segments].
+
+    slot = page * page_size + offset          page = segment * pages_per_segment + index
+
+Segment 0 of every group is never allocated: it holds page 0, the dump page of padding rows, and
+only its first granule of each plane is ever backed (`fixed_bytes`).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+from typing import NewType
+
+GroupId = NewType("GroupId", int)
+SegmentId = NewType("SegmentId", int)
+PageId = NewType("PageId", int)
+SlotId = NewType("SlotId", int)
+ReqPoolIdx = NewType("ReqPoolIdx", int)
+
+MAX_SLOTS = 1 << 31  # slot ids are int32
+
+DTYPE_BYTES = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "fp8_e4m3": 1,
+    "fp8_e5m2": 1,
+}
+
+
+class GroupKind(enum.Enum):
+    """Which tokens the layers of a group keep: all, the last `window`, or their chunk's."""
+
+    FULL = "full"
+    SLIDING = "sliding"
+    CHUNKED = "chunked"
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroupSpec:
+    """Layers that keep the same tokens. `window` is None for FULL, else tokens."""
+
+    layers: tuple[int, ...]
+    kind: GroupKind = GroupKind.FULL
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("a KV group needs at least one layer")
+        if (self.window is None) != (self.kind is GroupKind.FULL):
+            raise ValueError("exactly the window groups have a window")
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheSpec:
+    """What the KV cache of one rank holds: its groups, heads and widths.
+
+    `kv_heads` are this rank's. `dtype` is a key of `DTYPE_BYTES`. Raises ValueError when the
+    groups do not cover layers 0..n-1 exactly once.
+    """
+
+    groups: tuple[KVGroupSpec, ...]
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str
+    page_size: int
+
+    def __post_init__(self) -> None:
+        layers = sorted(layer for group in self.groups for layer in group.layers)
+        if layers != list(range(len(layers))):
+            raise ValueError("KV groups must cover every layer exactly once")
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"unknown KV dtype {self.dtype}")
+        if min(self.kv_heads, self.head_dim, self.v_head_dim, self.page_size) < 1:
+            raise ValueError("heads, widths and page size must be positive")
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.groups)
+
+    @property
+    def num_layers(self) -> int:
+        return sum(len(group.layers) for group in self.groups)
+
+    @property
+    def k_bytes_per_slot_layer(self) -> int:
+        """Bytes of one token's K in one layer (one plane)."""
+        return self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def v_bytes_per_slot_layer(self) -> int:
+        """Bytes of one token's V in one layer (one plane)."""
+        return self.kv_heads * self.v_head_dim * DTYPE_BYTES[self.dtype]
+
+    def bytes_per_slot(self, group: GroupId) -> int:
+        """Bytes of one token over all layers of `group`, K and V."""
+        per_layer = self.k_bytes_per_slot_layer + self.v_bytes_per_slot_layer
+        return len(self.groups[group].layers) * per_layer
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token that every group keeps."""
+        return sum(self.bytes_per_slot(GroupId(g)) for g in range(self.num_groups))
+
+    def group_of_layer(self) -> tuple[GroupId, ...]:
+        """Layer id -> group id, as a table built once."""
+        table = [GroupId(0)] * self.num_layers
+        for g, group in enumerate(self.groups):
+            for layer in group.layers:
+                table[layer] = GroupId(g)
+        return tuple(table)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentLayout:
+    """How one group's slot space is cut into segments.
+
+    `max_segments` counts segment 0 (the dump segment) too; usable ids are 1..max_segments-1.
+    """
+
+    group: GroupId
+    page_size: int
+    pages_per_segment: int
+    max_segments: int
+    num_layers: int
+    k_bytes_per_slot: int  # one layer
+    v_bytes_per_slot: int  # one layer
+    granule_bytes: int
+
+    @property
+    def slots_per_segment(self) -> int:
+        return self.pages_per_segment * self.page_size
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the whole logical space, the dump segment included."""
+        return self.max_segments * self.slots_per_segment
+
+    @property
+    def segment_bytes(self) -> int:
+        """Bytes of one segment over all planes."""
+        per_slot = self.num_layers * (self.k_bytes_per_slot + self.v_bytes_per_slot)
+        return self.slots_per_segment * per_slot
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Address space of all planes; costs nothing until mapped."""
+        return self.max_segments * self.segment_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What permanently backs page 0: as many granules per plane as one page needs."""
+        total = 0
+        for per_slot in (self.k_bytes_per_slot, self.v_bytes_per_slot):
+            page_bytes = self.page_size * per_slot
+            total += math.ceil(page_bytes / self.granule_bytes) * self.granule_bytes
+        return total * self.num_layers
+
+    def page_of(self, slot: int) -> PageId:
+        return PageId(slot // self.page_size)
+
+    def segment_of(self, page: int) -> SegmentId:
+        return SegmentId(page // self.pages_per_segment)
+
+    def first_page(self, segment: int) -> PageId:
+        return PageId(segment * self.pages_per_segment)
+
+
+def num_pages_for(num_tokens: int, page_size: int) -> int:
+    """Pages that hold `num_tokens` tokens."""
+    return -(-num_tokens // page_size)
+
+
+def round_slots_per_segment(spec: KVCacheSpec, requested_slots: int, granule_bytes: int) -> int:
+    """Smallest multiple of the page size >= `requested_slots` at which every plane is whole granules.
+
+    `requested_slots` in tokens, at least 1. With a granule of 1 byte only the page size rounds.
+    """
+    step = spec.page_size
+    for per_slot in (spec.k_bytes_per_slot_layer, spec.v_bytes_per_slot_layer):
+        step = math.lcm(step, granule_bytes // math.gcd(granule_bytes, per_slot))
+    return max(1, -(-requested_slots // step)) * step
+
+
+def make_segment_layouts(
+    spec: KVCacheSpec,
+    *,
+    slots_per_segment: int | None,
+    auto_segment_bytes: int,
+    auto_min_slots: int,
+    granule_bytes: int,
+    machine_bytes: int,
+    budget_bytes: int,
+) -> tuple[SegmentLayout, ...]:
+    """Cut every group's slot space, generously: address space is free, slots are permanent.
+
+    `slots_per_segment` None is `auto`: the power of two nearest to `auto_segment_bytes` over all
+    planes, at least `auto_min_slots`. The space holds what `machine_bytes` (all memory and lower
+    tiers) could ever hold and at least twice `budget_bytes`. Raises ValueError when even one
+    segment passes 2^31 slots.
+    """
+    layouts = []
+    for g in range(spec.num_groups):
+        group = GroupId(g)
+        per_slot = spec.bytes_per_slot(group)
+        if slots_per_segment is None:
+            wanted = max(auto_min_slots, nearest_power_of_two(auto_segment_bytes / per_slot))
+        else:
+            wanted = slots_per_segment
+        slots = round_slots_per_segment(spec, wanted, granule_bytes)
+        limit = MAX_SLOTS // slots
+        if limit < 2:
+            raise ValueError(f"segments of {slots} tokens leave no room below 2^31 slots")
+        held = max(machine_bytes, 2 * budget_bytes) // per_slot
+        max_segments = min(limit, 1 + max(1, -(-held // slots)))
+        layouts.append(
+            SegmentLayout(
+                group=group,
+                page_size=spec.page_size,
+                pages_per_segment=slots // spec.page_size,
+                max_segments=max_segments,
+                num_layers=len(spec.groups[g].layers),
+                k_bytes_per_slot=spec.k_bytes_per_slot_layer,
+                v_bytes_per_slot=spec.v_bytes_per_slot_layer,
+                granule_bytes=granule_bytes,
+            )
+        )
+    return tuple(layouts)
+
+
+def nearest_power_of_two(value: float) -> int:
+    """Power of two nearest to `value` by difference; at least 1."""
+    low = 1 << max(0, math.floor(math.log2(max(value, 1.0))))
+    return low if value - low <= 2 * low - value else 2 * low
