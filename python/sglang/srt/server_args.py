@@ -1,0 +1,465 @@
+"""Everything a user may set at start: one frozen value, one field per flag.
+
+The doors build it (`prepare_server_args` from a command line, `ServerArgs.from_kwargs` from
+Python) and pass it down; an instance that exists is resolved and valid. Each field's definition
+is also the flag's definition: the parser, --help and docs/server_arguments.md come from it. Names
+and meanings are SGLang's where SGLang has the flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.configs import flag_parser
+from sglang.srt.configs.flag_spec import FlagSpec, flag, specs_of
+from sglang.srt.configs.flag_tables import OTHER_FLAGS
+from sglang.srt.utils.sizes import parse_bytes, parse_count
+
+MODEL = "Model and tokenizer"
+HTTP = "HTTP server"
+DEVICE = "Device and numerics"
+SCHEDULE = "Memory and scheduling"
+SEGMENTS = "Segmented KV memory (not in SGLang)"
+API = "API"
+LOGGING = "Logging and health"
+
+MIN_REQUEST_LIMIT = 32 << 20
+
+_DTYPE_NAMES = {"half": "float16", "float": "float32", "bf16": "bfloat16"}
+
+
+def parse_segment_size(text: str) -> int | None:
+    """Read `--kv-segment-size`: a count of tokens, or `auto` (None)."""
+    return None if text.strip().lower() == "auto" else parse_count(text)
+
+
+@dataclass(frozen=True)
+class ServerArgs:
+    """All settings of a server or an engine, resolved and validated.
+
+    Building one raises ValueError with one line when a value or a combination cannot be served.
+    None in `context_length`, `page_size`, `max_total_tokens`, `max_running_requests`,
+    `kv_segment_size`, `kv_memory_budget`, `max_cached_tokens`, `max_request_bytes`,
+    `max_queued_requests`: derived later or no limit, as the flag's help says.
+    """
+
+    # ---- model and tokenizer
+    model_path: str = flag(
+        dataclasses.MISSING,
+        "A Hugging Face model directory or a .gguf file.",
+        group=MODEL,
+        aliases=("--model",),
+        metavar="PATH",
+    )
+    tokenizer_path: str = flag(
+        None, "Where the tokenizer is.", group=MODEL, default_text="the model path", metavar="PATH"
+    )
+    load_format: str = flag(
+        "auto",
+        "Format of the weights; dummy gives random weights.",
+        group=MODEL,
+        choices=("auto", "safetensors", "pt", "gguf", "dummy"),
+    )
+    trust_remote_code: bool = flag(
+        False, "Allow Python code that comes with the model's tokenizer.", group=MODEL
+    )
+    context_length: int | None = flag(
+        None,
+        "Longest prompt plus output in tokens (human-readable: 128k, 1M). Clamped, with a "
+        "warning, to what the KV memory can hold; above the model's trained length the start is "
+        "refused unless SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1.",
+        group=MODEL,
+        parse=parse_count,
+        default_text="the model's",
+        metavar="TOKENS",
+        minimum=1,
+    )
+    json_model_override_args: str = flag(
+        "{}", "A JSON object that replaces fields of the model's config.", group=MODEL
+    )
+    skip_tokenizer_init: bool = flag(
+        False, "Load no tokenizer: requests bring input_ids and get output_ids.", group=MODEL
+    )
+
+    # ---- HTTP server
+    host: str = flag("127.0.0.1", "Address to listen on.", group=HTTP)
+    port: int = flag(30000, "Port to listen on.", group=HTTP, parse=int, minimum=1, maximum=65535)
+    api_key: str | None = flag(
+        None, "Bearer key that every endpoint except health asks for.", group=HTTP, metavar="KEY"
+    )
+    max_request_bytes: int | None = flag(
+        None,
+        "Largest request body (bytes with units), enforced while reading. Not in SGLang.",
+        group=HTTP,
+        parse=parse_bytes,
+        default_text="16 bytes x effective context + 1 MiB, at least 32 MiB",
+        metavar="BYTES",
+        minimum=1,
+    )
+    skip_server_warmup: bool = flag(
+        False, "Say ready without generating a first token.", group=HTTP
+    )
+
+    # ---- API
+    served_model_name: str = flag(
+        None,
+        "The model name that /v1/models and /model_info show.",
+        group=API,
+        default_text="the model path",
+        metavar="NAME",
+    )
+    chat_template: str | None = flag(
+        None, "A Jinja chat template: a file, or the template itself.", group=API
+    )
+    sampling_defaults: str = flag(
+        "model",
+        "Where sampling defaults come from: the model's generation_config, or OpenAI's.",
+        group=API,
+        choices=("model", "openai"),
+    )
+    enable_cache_report: bool = flag(
+        False, "Report cached prompt tokens in the usage of OpenAI replies.", group=API
+    )
+    stream_interval: int = flag(
+        1,
+        "Tokens between two events of a stream.",
+        group=API,
+        parse=int,
+        metavar="TOKENS",
+        minimum=1,
+    )
+    incremental_streaming_output: bool = flag(
+        False, "Streams of /generate carry only the new text and ids of each event.", group=API
+    )
+    max_prompt_logprob_tokens: int = flag(
+        32768,
+        "Most prompt tokens whose log probabilities one request may ask for. Not in SGLang.",
+        group=API,
+        parse=parse_count,
+        metavar="TOKENS",
+        minimum=0,
+    )
+
+    # ---- device and numerics
+    device: str = flag(
+        None, "Where the model runs.", group=DEVICE, choices=("cpu",), default_text="cpu"
+    )
+    dtype: str = flag(
+        "auto",
+        "Type of weights and activations.",
+        group=DEVICE,
+        choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
+    )
+    kv_cache_dtype: str = flag(
+        "auto",
+        "Type of the KV cache; auto is the type of the activations.",
+        group=DEVICE,
+        choices=("auto", "bf16", "bfloat16", "float16", "float32"),
+    )
+    attention_backend: str = flag(
+        None,
+        "Which code computes attention.",
+        group=DEVICE,
+        choices=("torch_native",),
+        default_text="torch_native",
+    )
+    tp_size: int = flag(
+        1,
+        "Tensor-parallel ranks; only 1 is served so far.",
+        group=DEVICE,
+        aliases=("--tensor-parallel-size", "--tp"),
+        parse=int,
+        metavar="N",
+        minimum=1,
+    )
+    random_seed: int = flag(
+        None,
+        "Seed for requests that bring none.",
+        group=DEVICE,
+        parse=int,
+        default_text="drawn at start",
+        metavar="SEED",
+        minimum=0,
+    )
+
+    # ---- memory and scheduling
+    mem_fraction_static: float = flag(
+        0.7,
+        "Share of the free memory, after the weights are loaded, that the KV pool may use. "
+        "(0.7 is the default on a CPU.)",
+        group=SCHEDULE,
+        parse=float,
+        metavar="FRACTION",
+    )
+    max_total_tokens: int | None = flag(
+        None,
+        "Cap on the tokens of the KV pool (human-readable: 1M).",
+        group=SCHEDULE,
+        parse=parse_count,
+        default_text="what the budget holds",
+        metavar="TOKENS",
+        minimum=1,
+    )
+    max_running_requests: int | None = flag(
+        None,
+        "Cap on the requests that run at once.",
+        group=SCHEDULE,
+        parse=int,
+        default_text="from the capacity, as SGLang derives it",
+        metavar="N",
+        minimum=1,
+    )
+    max_queued_requests: int | None = flag(
+        None,
+        "Requests that may wait; above it a request is answered 503.",
+        group=SCHEDULE,
+        parse=int,
+        default_text="no limit",
+        metavar="N",
+        minimum=1,
+    )
+    chunked_prefill_size: int = flag(
+        2048,
+        "Most prompt tokens that one step computes; -1: prompts are not cut. (2048 is what "
+        "SGLang takes on small devices.)",
+        group=SCHEDULE,
+        parse=int,
+        metavar="TOKENS",
+    )
+    max_prefill_tokens: int = flag(
+        16384,
+        "Most prompt tokens of one step when prompts are not cut (human-readable: 16k).",
+        group=SCHEDULE,
+        parse=parse_count,
+        metavar="TOKENS",
+        minimum=1,
+    )
+    page_size: int | None = flag(
+        None,
+        "Tokens in a page.",
+        group=SCHEDULE,
+        parse=int,
+        default_text="what the attention backend prefers (64)",
+        metavar="TOKENS",
+        minimum=1,
+    )
+    schedule_policy: str = flag(
+        "fcfs",
+        "Order of the waiting requests: first come, or longest cached prefix.",
+        group=SCHEDULE,
+        choices=("fcfs", "lpm"),
+    )
+    disable_radix_cache: bool = flag(False, "Share no prefixes between requests.", group=SCHEDULE)
+    radix_eviction_policy: str = flag(
+        "lru",
+        "Which cached prefix goes first: least recently or least frequently used.",
+        group=SCHEDULE,
+        choices=("lru", "lfu"),
+    )
+    disable_overlap_schedule: bool = flag(
+        False, "Process each step's result before the next step starts.", group=SCHEDULE
+    )
+
+    # ---- segmented KV memory
+    kv_backing: str = flag(
+        "auto",
+        "What puts memory under the KV pool: mmap grows and shrinks it, static takes all at start.",
+        group=SEGMENTS,
+        choices=("auto", "mmap", "static"),
+    )
+    kv_segment_size: int | None = flag(
+        None,
+        "Tokens in a segment, the unit in which memory comes and goes; rounded up to pages and "
+        "to the backing's granule.",
+        group=SEGMENTS,
+        parse=parse_segment_size,
+        default_text="auto: about 32 MiB on a CPU",
+        metavar="TOKENS|auto",
+        minimum=1,
+    )
+    kv_memory_budget: int | None = flag(
+        None,
+        "Bytes (with units: 4GiB) that the KV pool may use; wins over --mem-fraction-static.",
+        group=SEGMENTS,
+        parse=parse_bytes,
+        default_text="from --mem-fraction-static",
+        metavar="BYTES",
+        minimum=1,
+    )
+    kv_segment_reserve: int = flag(
+        None,
+        "Empty segments that stay mapped when idle.",
+        group=SEGMENTS,
+        parse=int,
+        default_text="0 on a CPU",
+        metavar="N",
+        minimum=0,
+    )
+    kv_idle_release_seconds: float = flag(
+        30.0,
+        "Empty segments above the reserve are given back after so long.",
+        group=SEGMENTS,
+        parse=float,
+        metavar="SECONDS",
+        minimum=0,
+    )
+    prefix_cache_idle_seconds: float = flag(
+        300.0,
+        "Cached prefixes that nobody used for so long are dropped; -1: never.",
+        group=SEGMENTS,
+        parse=float,
+        metavar="SECONDS",
+    )
+    max_cached_tokens: int | None = flag(
+        None,
+        "Most tokens of unused prefixes that stay cached (human-readable: 1M).",
+        group=SEGMENTS,
+        parse=parse_count,
+        default_text="no limit",
+        metavar="TOKENS",
+        minimum=0,
+    )
+
+    # ---- logging and health
+    log_level: str = flag(
+        "info",
+        "Least severe messages that are logged.",
+        group=LOGGING,
+        choices=("debug", "info", "warning", "error", "critical"),
+    )
+    log_level_http: str = flag(
+        None,
+        "The same for the HTTP server's own log.",
+        group=LOGGING,
+        choices=("debug", "info", "warning", "error", "critical"),
+        default_text="--log-level",
+    )
+    decode_log_interval: int = flag(
+        40,
+        "Decode steps between two log lines.",
+        group=LOGGING,
+        parse=int,
+        metavar="STEPS",
+        minimum=1,
+    )
+    enable_metrics: bool = flag(False, "Serve Prometheus metrics on /metrics.", group=LOGGING)
+    watchdog_timeout: float = flag(
+        300.0,
+        "The server ends itself when the scheduler makes no progress for so long.",
+        group=LOGGING,
+        parse=float,
+        metavar="SECONDS",
+    )
+
+    def __post_init__(self) -> None:
+        self._resolve()
+        for spec in specs_of(ServerArgs):
+            spec.check(getattr(self, spec.dest))
+        _check_open_ranges(self)
+        _check_combinations(self)
+
+    def _resolve(self) -> None:
+        """Fill in what other fields decide; the class is frozen to everyone else."""
+        derived = {
+            "tokenizer_path": self.model_path,
+            "served_model_name": self.model_path,
+            "device": "cpu",
+            "attention_backend": "torch_native",
+            "kv_segment_reserve": 0,
+            "log_level_http": self.log_level,
+            "random_seed": secrets.randbelow(1 << 30),
+        }
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name in ("dtype", "kv_cache_dtype"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, _DTYPE_NAMES.get(value, value))
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> ServerArgs:
+        """Build from Python keywords: SGLang's field names, text as a flag would take it.
+
+        Raises ValueError for a bad value or a refused flag, TypeError for an unknown name. Logs
+        a warning for each flag that is accepted without effect.
+        """
+        return cls(**flag_parser.values_from_kwargs(specs_of(cls), OTHER_FLAGS, kwargs))
+
+    def request_byte_limit(self, context_length: int) -> int:
+        """Largest request body in bytes, given the effective context in tokens."""
+        if self.max_request_bytes is not None:
+            return self.max_request_bytes
+        return max(MIN_REQUEST_LIMIT, 16 * context_length + (1 << 20))
+
+    def model_overrides(self) -> dict[str, Any]:
+        """`json_model_override_args` as an object."""
+        overrides: dict[str, Any] = json.loads(self.json_model_override_args)
+        return overrides
+
+    def public_dict(self) -> dict[str, Any]:
+        """All settings by field name, without secrets: what /server_info may show."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "api_key"}
+
+
+def all_flags() -> tuple[FlagSpec, ...]:
+    """Every flag that the command line knows, of all three kinds."""
+    return (*specs_of(ServerArgs), *OTHER_FLAGS)
+
+
+def prepare_server_args(argv: Sequence[str]) -> ServerArgs:
+    """Read a command line (without the program's name).
+
+    Logs a warning for each flag that is accepted without effect. A refused or unknown flag, a
+    bad value or a bad combination prints one line and exits with status 2, --help with 0.
+    """
+    parser = flag_parser.build_parser(specs_of(ServerArgs), OTHER_FLAGS)
+    values = flag_parser.parse_values(parser, OTHER_FLAGS, argv)
+    try:
+        return ServerArgs(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _check_open_ranges(args: ServerArgs) -> None:
+    """The bounds that are not simply a least and a largest value."""
+    if not 0 < args.mem_fraction_static < 1:
+        raise ValueError(f"--mem-fraction-static must be in (0, 1), got {args.mem_fraction_static}")
+    if not args.watchdog_timeout > 0:
+        raise ValueError(f"--watchdog-timeout must be above 0, got {args.watchdog_timeout:g}")
+    chunk = args.chunked_prefill_size
+    if chunk != -1 and chunk < 1:
+        raise ValueError(f"--chunked-prefill-size must be -1 (off) or at least 1, got {chunk}")
+    idle = args.prefix_cache_idle_seconds
+    if idle != -1 and not idle >= 0:
+        raise ValueError(
+            f"--prefix-cache-idle-seconds must be -1 (never) or at least 0, got {idle:g}"
+        )
+
+
+def _check_combinations(args: ServerArgs) -> None:
+    if args.tp_size != 1:
+        raise ValueError(f"--tp-size {args.tp_size}: tensor parallelism is not served yet; use 1")
+    try:
+        overrides = json.loads(args.json_model_override_args)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--json-model-override-args is not JSON: {error}") from error
+    if not isinstance(overrides, dict):
+        raise ValueError("--json-model-override-args must be a JSON object")
+    if args.skip_tokenizer_init and args.chat_template is not None:
+        raise ValueError("--chat-template needs a tokenizer; drop --skip-tokenizer-init")
+    if args.kv_backing == "static" and args.kv_segment_reserve > 0:
+        raise ValueError(
+            "--kv-segment-reserve means nothing with --kv-backing static, which maps every "
+            "segment at start"
+        )
+    if args.disable_radix_cache and args.max_cached_tokens is not None:
+        raise ValueError("--max-cached-tokens bounds the radix cache; drop --disable-radix-cache")
+    if args.disable_radix_cache and args.schedule_policy == "lpm":
+        raise ValueError(
+            "--schedule-policy lpm orders by cached prefix; drop --disable-radix-cache"
+        )
