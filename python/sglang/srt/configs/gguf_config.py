@@ -1,0 +1,192 @@
+"""GGUF metadata told in the shape of a Hugging Face config.json.
+
+`ModelConfig.from_path` calls this, so that everything behind it knows one shape. It speaks of
+hyperparameters only: weights are model_loader's, tokenizer tables the tokenizer's.
+
+Source: the public GGUF specification (key names) and the gguf package (`gguf.Keys`).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from sglang.srt.configs.gguf_file import GGUFHeader, read_gguf_header, read_gguf_tensor
+
+_ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", "llama"),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+}
+# Features that other families store under the same architecture name and that change the answer.
+_REFUSED_UNLESS_ZERO = (
+    "expert_count",
+    "attention.clamp_kqv",
+    "attention.scale",
+    "attention.max_alibi_bias",
+    "attention.temperature_length",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "logit_scale",
+    "embedding_scale",
+    "residual_scale",
+)
+
+
+def gguf_to_hf_config(path: str | Path) -> tuple[dict[str, Any], tuple[float, ...] | None]:
+    """Read `path` into (config in Hugging Face's shape, rope frequency divisors or None).
+
+    A `llama` file with a sliding window is a Mistral. Raises ValueError for a damaged file, an
+    architecture that is not supported, or a feature that would change the answer.
+    """
+    header = read_gguf_header(path)
+    values = header.metadata
+    name = values.get("general.architecture")
+    if name not in _ARCHITECTURES:
+        raise ValueError(
+            f"unsupported architecture {name!r} in a GGUF file; "
+            f"supported: {', '.join(_ARCHITECTURES)} (llama includes Mistral)"
+        )
+    if int(values.get("split.count", 0)) > 1:
+        raise ValueError("split GGUF files are not supported; merge them into one file")
+    reader = _Reader(header, str(name))
+    reader.refuse_other_features()
+    raw = reader.shape_fields()
+    raw |= reader.rope_fields(raw["head_dim"])
+    raw |= reader.token_ids()
+    raw["torch_dtype"] = _widest_dtype(header)
+    return raw, _freq_factors(header, raw["head_dim"])
+
+
+class _Reader:
+    """Looks up `{architecture}.{key}` with checks; never keeps anything."""
+
+    def __init__(self, header: GGUFHeader, name: str) -> None:
+        self.header = header
+        self.name = name
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A scalar; an array per layer counts where all its entries are equal."""
+        value = self.header.metadata.get(f"{self.name}.{key}", default)
+        if isinstance(value, np.ndarray):
+            if value.size == 0 or (value != value[0]).any():
+                raise ValueError(f"{self.name}.{key} differs between layers, which is unsupported")
+            value = value[0].item()
+        return value
+
+    def need(self, key: str) -> int:
+        value = self.get(key)
+        if value is None:
+            raise ValueError(f"the GGUF file lacks {self.name}.{key}")
+        return int(value)
+
+    def refuse_other_features(self) -> None:
+        for key in _REFUSED_UNLESS_ZERO:
+            if self.get(key, 0):
+                raise ValueError(f"{self.name}.{key} is not supported")
+        for tensor in self.header.tensors:
+            if tensor.startswith("rope_factors_"):
+                raise ValueError(f"tensor {tensor} (longrope) is not supported")
+
+    def shape_fields(self) -> dict[str, Any]:
+        tensors = self.header.tensors
+        architecture, model_type = _ARCHITECTURES[self.name]
+        embedding = tensors.get("token_embd.weight")
+        if embedding is None:
+            raise ValueError("the GGUF file lacks tensor token_embd.weight")
+        hidden, heads = self.need("embedding_length"), self.need("attention.head_count")
+        head_dim = self.get("attention.key_length")
+        if head_dim is None:
+            if heads < 1 or hidden % heads:
+                raise ValueError(f"embedding_length {hidden} is not a multiple of {heads} heads")
+            head_dim = hidden // heads
+        if int(self.get("attention.value_length", head_dim)) != head_dim:
+            raise ValueError("keys and values of different width are not supported")
+        raw: dict[str, Any] = {
+            "architectures": [architecture],
+            "model_type": model_type,
+            "vocab_size": embedding.shape[0],
+            "hidden_size": hidden,
+            "intermediate_size": self.need("feed_forward_length"),
+            "num_hidden_layers": self.need("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": int(self.get("attention.head_count_kv", heads)),
+            "head_dim": int(head_dim),
+            "rms_norm_eps": float(self.get("attention.layer_norm_rms_epsilon", 1e-6)),
+            "max_position_embeddings": self.need("context_length"),
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "attention_bias": "blk.0.attn_q.bias" in tensors,
+            "attention_output_bias": "blk.0.attn_output.bias" in tensors,
+            "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        }
+        window = self.get("attention.sliding_window", 0)
+        if window and self.name == "llama":
+            raw |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+            raw["sliding_window"] = int(window)
+        elif window:
+            raise ValueError(f"{self.name}.attention.sliding_window is not supported")
+        return raw
+
+    def rope_fields(self, head_dim: int) -> dict[str, Any]:
+        rotated = int(self.get("rope.dimension_count", head_dim))
+        if rotated != head_dim:
+            raise ValueError(f"rope.dimension_count {rotated} other than head_dim {head_dim}")
+        rope: dict[str, Any] = {"rope_theta": float(self.get("rope.freq_base", 10000.0))}
+        kind = self.get("rope.scaling.type", "none")
+        factor = float(self.get("rope.scaling.factor", self.get("rope.scale_linear", 0.0)))
+        if kind == "none" and self.get("rope.scale_linear"):
+            kind = "linear"
+        if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
+            return {"rope_parameters": rope | {"rope_type": "default"}}
+        if kind not in ("linear", "yarn"):
+            raise ValueError(f"rope.scaling.type {kind!r} is not supported")
+        rope |= {"rope_type": kind, "factor": factor}
+        original = self.get("rope.scaling.original_context_length")
+        if original:
+            rope["original_max_position_embeddings"] = int(original)
+        if kind == "yarn":
+            rope |= self._yarn_fields(factor)
+        return {"rope_parameters": rope}
+
+    def _yarn_fields(self, factor: float) -> dict[str, Any]:
+        if self.get("rope.scaling.yarn_ext_factor", 1.0) not in (1.0, -1.0):
+            raise ValueError("rope.scaling.yarn_ext_factor is not supported")
+        fields: dict[str, Any] = {
+            "beta_fast": float(self.get("rope.scaling.yarn_beta_fast", 32.0)),
+            "beta_slow": float(self.get("rope.scaling.yarn_beta_slow", 1.0)),
+        }
+        extra = self.get("rope.scaling.yarn_attn_factor", self.get("rope.scaling.attn_factor"))
+        if extra is not None and factor > 1.0:  # multiplies yarn's own magnitude
+            fields["attention_factor"] = float(extra) * (0.1 * math.log(factor) + 1.0)
+        return fields
+
+    def token_ids(self) -> dict[str, Any]:
+        """Beginning of text, and every token that ends a turn or a text."""
+        values = self.header.metadata
+        ends = ("eos", "eot", "eom")
+        ids = [values.get(f"tokenizer.ggml.{end}_token_id") for end in ends]
+        bos = values.get("tokenizer.ggml.bos_token_id")
+        return {"bos_token_id": bos, "eos_token_id": [i for i in ids if i is not None] or None}
+
+
+def _widest_dtype(header: GGUFHeader) -> str:
+    """The type that holds every matrix without loss of note: quantised ones count as float16."""
+    types = gguf.GGMLQuantizationType
+    kinds = {t.quant_type for t in header.tensors.values() if len(t.shape) > 1}
+    if types.F32 in kinds:
+        return "float32"
+    return "bfloat16" if types.BF16 in kinds else "float16"
+
+
+def _freq_factors(header: GGUFHeader, head_dim: int) -> tuple[float, ...] | None:
+    info = header.tensors.get("rope_freqs.weight")
+    if info is None:
+        return None
+    values = read_gguf_tensor(header.path, info)
+    if values.shape != (head_dim // 2,) or not (np.isfinite(values) & (values > 0)).all():
+        raise ValueError(f"rope_freqs.weight must be {head_dim // 2} positive numbers")
+    return tuple(float(v) for v in values)

@@ -1,0 +1,400 @@
+"""`ModelConfig`: what a checkpoint says about its model, in one frozen value.
+
+Read once at start from a Hugging Face directory or a GGUF file, by both towers; everything later
+(memory, layers, loader, sampling defaults, context limit) takes its numbers from here. Never
+imports torch or transformers, never runs code that a checkpoint ships, never downloads.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.configs.gguf_config import gguf_to_hf_config
+from sglang.srt.configs.rope_config import RopeConfig, rope_config_from_hf
+from sglang.srt.environ import Environ
+
+logger = logging.getLogger(__name__)
+
+ARCHITECTURES: dict[str, str] = {  # architecture -> model_type
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+# What a field means when config.json leaves it out: the defaults of the published config classes.
+_COMMON_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "mistral": {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "qwen2": {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "qwen3": {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+}
+
+# Fields where null says "none" rather than "the default".
+_NULL_MEANS_NONE = frozenset({"sliding_window", "bos_token_id", "eos_token_id"})
+_GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model, whatever file it came from.
+
+    `num_heads`, `num_kv_heads` and `vocab_size` are the whole model's, not one rank's.
+    `layer_windows[l]` is the sliding window of layer l in tokens (a query sees itself and the
+    window - 1 tokens before it) or None for global attention; `sliding_window` is the one window
+    of the model or None. `max_position_embeddings` is the trained context length in tokens, rope
+    scaling included. `torch_dtype` is the checkpoint's own type ("float32", "float16" or
+    "bfloat16"). `bos_token_id` is None and `eos_token_ids` empty when the checkpoint names none.
+    `generation_defaults` holds those of temperature, top_p, top_k, min_p and repetition_penalty
+    that generation_config.json sets. `path` is the directory or the .gguf file itself; `raw` the
+    config in Hugging Face's shape, overrides applied.
+    """
+
+    architecture: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    hidden_act: str
+    qkv_bias: bool
+    attention_output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_window: int | None
+    layer_windows: tuple[int | None, ...]
+    rope: RopeConfig
+    max_position_embeddings: int
+    torch_dtype: str
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    generation_defaults: dict[str, float | int]
+    is_gguf: bool
+    path: str
+    raw: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def from_path(
+        cls,
+        model_path: str,
+        *,
+        overrides: Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
+    ) -> ModelConfig:
+        """Read a Hugging Face directory, a .gguf file, or a directory that holds just one .gguf.
+
+        `overrides` (--json-model-override-args) replace top-level fields of config.json. Code
+        beside a checkpoint is never run, with `trust_remote_code` or without. Raises ValueError
+        with one line that says what is wrong and where.
+        """
+        path = find_model_file(model_path)
+        is_gguf = path.suffix == ".gguf"
+        extras: dict[str, Any] = {}
+        freq_factors: tuple[float, ...] | None = None
+        try:
+            if is_gguf:
+                raw, freq_factors = gguf_to_hf_config(path)
+                home = path
+            else:
+                raw = _read_json(path)
+                home = path.parent
+                generation = home / "generation_config.json"
+                extras = _read_json(generation) if generation.is_file() else {}
+            raw = _apply_overrides(raw, overrides or {})
+            if trust_remote_code and raw.get("auto_map"):
+                logger.warning("%s: code shipped with a checkpoint is never run.", path)
+            config = _build(raw, extras, is_gguf=is_gguf, path=str(home))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if freq_factors is not None:
+            config = replace(config, rope=replace(config.rope, freq_factors=freq_factors))
+        return config
+
+    @property
+    def q_size(self) -> int:
+        """Width of the queries of one token over all heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the keys of one token over all kv heads."""
+        return self.num_kv_heads * self.head_dim
+
+
+def find_model_file(model_path: str) -> Path:
+    """The config.json or .gguf file that `model_path` means; ValueError when there is none."""
+    path = Path(model_path).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{path}: a model file must be a .gguf; else give its directory")
+        return path
+    if not path.is_dir():
+        raise ValueError(
+            f"model path {model_path!r} does not exist; it must be a local directory or .gguf "
+            "file (models are not downloaded)"
+        )
+    if (path / "config.json").is_file():
+        return path / "config.json"
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return ggufs[0]
+    if ggufs:
+        names = ", ".join(p.name for p in ggufs)
+        raise ValueError(f"{path}: several GGUF files ({names}); give the one to load")
+    raise ValueError(f"{path}: neither a config.json nor a .gguf file in this directory")
+
+
+def resolve_context_length(config: ModelConfig, requested: int | None, environ: Environ) -> int:
+    """Context length in tokens before memory has its say: the requested one, else the model's.
+
+    Raises ValueError when `requested` (--context-length; None: not given) is above the model's
+    trained length, unless the environment allows it, in which case it is a warning.
+    """
+    derived = config.max_position_embeddings
+    if requested is None:
+        return derived
+    if requested < 1:
+        raise ValueError(f"--context-length must be positive, not {requested}")
+    if requested <= derived:
+        return requested
+    text = (
+        f"User-specified context_length ({requested}) is greater than the derived "
+        f"context_length ({derived}), the length the model was trained for; "
+        "its answers beyond that may be wrong"
+    )
+    if not environ.allow_overwrite_longer_context_len:
+        raise ValueError(
+            f"{text}. To allow it, set the environment variable "
+            "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1"
+        )
+    logger.warning("%s.", text)
+    return requested
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read {path.name}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} must hold a JSON object")
+    return value
+
+
+def _apply_overrides(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace top-level fields; the two rope spellings override each other, keeping theta."""
+    merged = {**raw, **overrides}
+    old = raw.get("rope_parameters")
+    if not isinstance(old, Mapping) or "rope_parameters" in overrides:
+        return merged
+    if "rope_scaling" in overrides:
+        del merged["rope_parameters"]
+        merged.setdefault("rope_theta", old.get("rope_theta"))
+    elif "rope_theta" in overrides:
+        merged["rope_parameters"] = {**old, "rope_theta": overrides["rope_theta"]}
+    return merged
+
+
+def _build(
+    raw: dict[str, Any], generation: Mapping[str, Any], *, is_gguf: bool, path: str
+) -> ModelConfig:
+    architecture = _pick_architecture(raw)
+    model_type = ARCHITECTURES[architecture]
+    if raw.get("quantization_config"):
+        raise ValueError("quantized Hugging Face checkpoints are not supported (GGUF files are)")
+    fields = {**_COMMON_DEFAULTS, **_DEFAULTS[model_type]}
+    fields.update({k: v for k, v in raw.items() if v is not None or k in _NULL_MEANS_NONE})
+    hidden, heads = _positive(fields, "hidden_size"), _positive(fields, "num_attention_heads")
+    fields.setdefault("num_key_value_heads", heads)
+    if fields.get("head_dim") is None and hidden % heads:
+        raise ValueError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    fields.setdefault("head_dim", hidden // heads)
+    head_dim, kv_heads = _positive(fields, "head_dim"), _positive(fields, "num_key_value_heads")
+    if heads % kv_heads:
+        raise ValueError(
+            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
+    if head_dim % 2:
+        raise ValueError(f"head_dim {head_dim} must be even for rotary embeddings")
+    if fields["hidden_act"] != "silu":
+        raise ValueError(f"hidden_act {fields['hidden_act']!r} is not supported; only 'silu' is")
+    num_layers = _positive(fields, "num_hidden_layers")
+    max_position = _positive(fields, "max_position_embeddings")
+    rope = rope_config_from_hf(fields, max_position_embeddings=max_position)
+    windows = _layer_windows(model_type, fields, num_layers)
+    bias = bool(fields.get("attention_bias", False))
+    return ModelConfig(
+        architecture=architecture,
+        model_type=model_type,
+        vocab_size=_positive(fields, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=_positive(fields, "intermediate_size"),
+        num_layers=num_layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        v_head_dim=head_dim,
+        rms_norm_eps=float(fields["rms_norm_eps"]),
+        tie_word_embeddings=bool(fields["tie_word_embeddings"]),
+        hidden_act="silu",
+        qkv_bias=model_type == "qwen2" or (model_type != "mistral" and bias),
+        attention_output_bias=model_type in ("llama", "qwen3")
+        and bool(fields.get("attention_output_bias", bias)),
+        mlp_bias=model_type == "llama" and bool(fields.get("mlp_bias", False)),
+        qk_norm=model_type == "qwen3",
+        sliding_window=next((w for w in windows if w is not None), None),
+        layer_windows=windows,
+        rope=rope,
+        max_position_embeddings=_derived_context_length(fields, rope, max_position),
+        torch_dtype=_dtype_name(raw),
+        bos_token_id=_first_id(fields.get("bos_token_id")),
+        eos_token_ids=_all_ids(generation.get("eos_token_id"), fields.get("eos_token_id")),
+        generation_defaults=_generation_defaults(generation),
+        is_gguf=is_gguf,
+        path=path,
+        raw=raw,
+    )
+
+
+def _pick_architecture(raw: Mapping[str, Any]) -> str:
+    names = raw.get("architectures")
+    if names is None:  # older files name only the type
+        by_type = {model_type: name for name, model_type in ARCHITECTURES.items()}
+        names = [by_type.get(str(raw.get("model_type")), str(raw.get("model_type")))]
+    if not isinstance(names, list):
+        raise ValueError(f"architectures must be a list of names, not {names!r}")
+    for name in names:
+        if name in ARCHITECTURES:
+            return str(name)
+    raise ValueError(
+        f"unsupported architecture {', '.join(map(str, names))!r}; "
+        f"supported: {', '.join(ARCHITECTURES)}"
+    )
+
+
+def _positive(fields: Mapping[str, Any], key: str) -> int:
+    value = fields.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key} must be a positive whole number, not {value!r}")
+    return value
+
+
+def _layer_windows(
+    model_type: str, fields: Mapping[str, Any], num_layers: int
+) -> tuple[int | None, ...]:
+    """Window of every layer: `layer_types` where given, else the family's own rule."""
+    slides = model_type == "mistral" or (
+        model_type in ("qwen2", "qwen3") and bool(fields.get("use_sliding_window"))
+    )
+    if not slides or fields.get("sliding_window") is None:
+        return (None,) * num_layers
+    window = _positive(fields, "sliding_window")
+    types = fields.get("layer_types")
+    if types is not None:
+        known = {"full_attention", "sliding_attention"}
+        if not isinstance(types, list) or len(types) != num_layers or set(types) - known:
+            raise ValueError(
+                f"layer_types must list {num_layers} of 'full_attention' or 'sliding_attention'"
+            )
+        return tuple(window if kind == "sliding_attention" else None for kind in types)
+    first = 0 if model_type == "mistral" else int(fields["max_window_layers"])
+    return tuple(window if layer >= first else None for layer in range(num_layers))
+
+
+def _derived_context_length(fields: Mapping[str, Any], rope: RopeConfig, max_position: int) -> int:
+    """Trained length, as SGLang derives it from the rope fields.
+
+    A scaling factor stretches max_position_embeddings, except where the checkpoint names its
+    length before scaling (then max_position_embeddings is already what the author grants) and
+    for llama3, whose max_position_embeddings is the stretched length.
+    """
+    scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if rope.rope_type == "llama3" or scaling.get("original_max_position_embeddings"):
+        return max_position
+    return int(max_position * rope.factor)
+
+
+def _dtype_name(raw: Mapping[str, Any]) -> str:
+    value = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    name = str(value).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"unsupported checkpoint dtype {value!r}; supported: {', '.join(_DTYPES)}")
+    return name
+
+
+def _first_id(value: Any) -> int | None:
+    ids = _all_ids(value)
+    return ids[0] if ids else None
+
+
+def _all_ids(*values: Any) -> tuple[int, ...]:
+    """Token ids out of ints, lists of ints and None, in order, without repeats."""
+    seen: dict[int, None] = {}
+    for value in values:
+        for token in value if isinstance(value, list) else [value]:
+            if token is None:
+                continue
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise ValueError(f"a token id must be a whole number >= 0, not {token!r}")
+            seen[token] = None
+    return tuple(seen)
+
+
+def _generation_defaults(generation: Mapping[str, Any]) -> dict[str, float | int]:
+    defaults: dict[str, float | int] = {}
+    for key in _GENERATION_KEYS:
+        value = generation.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"generation_config.json: {key} must be a number, not {value!r}")
+        defaults[key] = value
+    return defaults
