@@ -23,6 +23,11 @@ class IpcNames(msgspec.Struct, frozen=True):
     scheduler: str
     detokenizer: str
 
+    @classmethod
+    def in_directory(cls, path: str) -> IpcNames:
+        """Endpoints that are Unix sockets in the directory `path`."""
+        return cls(*(f"ipc://{path}/{name}" for name in cls.__struct_fields__))
+
 
 class FinishReason(msgspec.Struct, frozen=True, array_like=True):
     """Why a request ended; becomes SGLang's `finish_reason` object.

@@ -1,0 +1,100 @@
+"""What the doors ask of the TokenizerManager and what they get back.
+
+The HTTP doors and the Engine build one `GenerateRequest` per sequence and read a stream of
+`GenerateDelta`. Nothing here knows ZeroMQ, HTTP or a tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang.srt.managers.io_struct import FinishReason, LogprobArrays
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+IdArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One sequence to generate; exactly one of `text` and `input_ids` (int32 [n]) is set.
+
+    `logprob_start_len` is the first prompt position whose log probability is wanted, -1 for none
+    of the prompt. `extra_key` keeps requests with different keys from sharing a prefix.
+    `add_special_tokens` says whether `text` gets the tokenizer's BOS and EOS (False for text
+    that a chat template rendered). `sampling_params.n` must be 1: the doors expand n.
+    """
+
+    rid: str
+    text: str | None
+    input_ids: IdArray | None
+    sampling_params: SamplingParams
+    stream: bool
+    return_logprob: bool = False
+    logprob_start_len: int = -1
+    top_logprobs_num: int = 0
+    token_ids_logprob: tuple[int, ...] = ()
+    extra_key: str | None = None
+    priority: int = 0
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True)
+class GenerateDelta:
+    """News of one request since the delta before; `finish_reason` is set on the last one only.
+
+    `text` and `output_ids` (int32) are deltas and may be empty, `prompt_tokens`,
+    `completion_tokens`, `cached_tokens` and `num_retractions` are totals so far.
+    `input_logprobs` comes at most once, `output_logprobs` covers exactly `output_ids`.
+    """
+
+    text: str
+    output_ids: IdArray
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    num_retractions: int
+    finish_reason: FinishReason | None
+    input_logprobs: LogprobArrays | None = None
+    output_logprobs: LogprobArrays | None = None
+
+
+def concat_logprobs(parts: Sequence[LogprobArrays]) -> LogprobArrays | None:
+    """Join the rows of `parts` in order; None when there are none.
+
+    All parts belong to one request, so `top_num` and `picked_ids` agree.
+    """
+    if not parts:
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    return LogprobArrays(
+        num_rows=sum(part.num_rows for part in parts),
+        token_ids=b"".join(part.token_ids for part in parts),
+        logprobs=b"".join(part.logprobs for part in parts),
+        top_num=parts[0].top_num,
+        top_ids=b"".join(part.top_ids for part in parts),
+        top_logprobs=b"".join(part.top_logprobs for part in parts),
+        picked_ids=parts[0].picked_ids,
+        picked_logprobs=b"".join(part.picked_logprobs for part in parts),
+    )
+
+
+def first_rows(arrays: LogprobArrays | None, num_rows: int) -> LogprobArrays | None:
+    """Keep the first `num_rows` rows of `arrays` (None stays None)."""
+    if arrays is None or num_rows >= arrays.num_rows:
+        return arrays
+    num_picked = len(arrays.picked_ids) // 4
+    return LogprobArrays(
+        num_rows=num_rows,
+        token_ids=arrays.token_ids[: 4 * num_rows],
+        logprobs=arrays.logprobs[: 4 * num_rows],
+        top_num=arrays.top_num,
+        top_ids=arrays.top_ids[: 4 * num_rows * arrays.top_num],
+        top_logprobs=arrays.top_logprobs[: 4 * num_rows * arrays.top_num],
+        picked_ids=arrays.picked_ids,
+        picked_logprobs=arrays.picked_logprobs[: 4 * num_rows * num_picked],
+    )

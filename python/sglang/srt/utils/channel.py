@@ -1,0 +1,134 @@
+"""Typed ZeroMQ pipes between the processes: PUSH on one side, PULL on the other.
+
+Every process binds the PULL end of its own name and connects PUSH ends to the others. Messages
+are msgspec structs in msgpack with tagged unions. The high-water mark is unlimited: a sender
+never blocks and never drops, because what is in flight is bounded by the requests that were
+admitted. Sockets belong to one thread each; nothing here knows what a message means.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+T = TypeVar("T")
+
+_MAX_DIRECTORY_BYTES = 80
+"""A Unix socket's path must fit in 104 bytes on some systems; the rest is for its name."""
+
+
+class IpcDirectory:
+    """A private (0700) directory for the sockets of one server.
+
+    `IpcNames.in_directory(directory.path)` gives the endpoints. Removed by `remove` or on leaving
+    the `with` block. Raises ValueError when the temporary directory's path is too long.
+    """
+
+    def __init__(self, parent: str | None = None) -> None:
+        self.path = tempfile.mkdtemp(prefix="sglang-", dir=parent)
+        if len(os.fsencode(self.path)) > _MAX_DIRECTORY_BYTES:
+            self.remove()
+            raise ValueError(
+                f"{self.path} is too long for the path of a socket "
+                f"({_MAX_DIRECTORY_BYTES} bytes at most); set TMPDIR to a shorter directory."
+            )
+
+    def remove(self) -> None:
+        """Delete the directory and what is in it; a second call does nothing."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def __enter__(self) -> IpcDirectory:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+class Sender(Generic[T]):
+    """The PUSH end; `send` never blocks. Use it from one thread."""
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
+        self._socket: zmq.Socket[bytes] = context.socket(zmq.PUSH)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.connect(endpoint)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def send(self, message: T) -> None:
+        """Queue `message` for the other side; it need not be there yet."""
+        self._socket.send(self._encoder.encode(message), copy=False)
+
+    def close(self) -> None:
+        """Close the socket and drop what was not delivered; a second call does nothing."""
+        self._socket.close(linger=0)
+
+
+class Receiver(Generic[T]):
+    """The PULL end for a thread that waits or polls. Use it from one thread.
+
+    `kind` is the message type or union to decode; `memoryview` fields point into the received
+    buffer, which they keep alive. Raises `msgspec.DecodeError` for anything else.
+    """
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str, kind: Any) -> None:
+        self._socket: zmq.Socket[bytes] = _bound_pull(context, endpoint)
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
+
+    def receive(self, timeout_ms: int | None = None) -> T | None:
+        """The next message, waiting at most `timeout_ms` (None: for ever, 0: not at all).
+
+        None when nothing came in time.
+        """
+        if not self._socket.poll(timeout_ms):
+            return None
+        return self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+
+    def drain(self) -> list[T]:
+        """All messages that are already here, without waiting."""
+        messages: list[T] = []
+        while True:
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return messages
+            messages.append(self._decoder.decode(data))
+
+    def close(self) -> None:
+        """Close the socket; a second call does nothing."""
+        self._socket.close(linger=0)
+
+
+class AsyncReceiver(Generic[T]):
+    """The PULL end for an asyncio loop; make it on that loop. Decodes as `Receiver` does."""
+
+    def __init__(self, context: zmq.asyncio.Context, endpoint: str, kind: Any) -> None:
+        self._socket: zmq.asyncio.Socket = _bound_pull(context, endpoint)
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
+
+    async def receive(self) -> T:
+        """Wait for the next message."""
+        return self._decoder.decode(await self._socket.recv())
+
+    def close(self) -> None:
+        """Close the socket; a second call does nothing."""
+        self._socket.close(linger=0)
+
+
+def _bound_pull(context: Any, endpoint: str) -> Any:
+    socket = context.socket(zmq.PULL)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.bind(endpoint)
+    return socket
