@@ -1,0 +1,64 @@
+"""The interface that every attention backend implements, and what a layer tells it.
+
+A backend is made once per rank. It plans once a step from the batch's lengths and tables, then
+attends once a layer. It never stores k or v and never changes a table.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from sglang.srt.mem_cache.kv_layout import KVCacheSpec
+from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
+
+
+class AttentionLayer(Protocol):
+    """The shape of the calling layer; see `RadixAttention` for the meaning of each."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    scaling: float
+    layer_id: int
+    sliding_window: int | None
+    logit_cap: float
+
+
+class AttentionBackend(ABC):
+    """Attends over the slots of block tables.
+
+    `name` is its word for --attention-backend, `preferred_page_size` the page size in tokens
+    where the user sets none. `group_of_layer[layer]` names the KV group whose tables count.
+    """
+
+    name: ClassVar[str]
+    preferred_page_size: ClassVar[int] = 64
+
+    def __init__(self, spec: KVCacheSpec) -> None:
+        self.spec = spec
+        self.group_of_layer = spec.group_of_layer()
+
+    @abstractmethod
+    def plan(self, geometry: BatchGeometry) -> Any:
+        """Prepare a step; pure. The result travels as `ForwardBatch.attn_plan`."""
+
+    @abstractmethod
+    def forward(
+        self,
+        q: torch.Tensor,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
+        *,
+        rows_pruned: bool,
+    ) -> torch.Tensor:
+        """Attend with q [R, H, D] and return [R, H * Dv] in q's dtype.
+
+        Row r of q is packed row r, or packed row `logits_rows[r]` when `rows_pruned`. The query at
+        position p sees positions [0, p], cut to the layer's window, and nothing of another
+        request. K and V of all those positions already lie in the pool. Ticks
+        `forward_batch.progress` in long computations.
+        """

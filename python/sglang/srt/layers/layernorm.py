@@ -1,0 +1,52 @@
+"""Root-mean-square normalisation (arXiv 1910.07467), with the residual addition fused in.
+
+Used before attention, before the MLP, at the end, and on heads (QK norm). Statistics in float32.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sglang.srt.layers.linear import copy_checked, frozen_parameter
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+
+    def __init__(self, hidden_size: int, eps: float, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = frozen_parameter(hidden_size, dtype=dtype)
+        self.eps = eps
+
+    @overload
+    def forward(self, x: torch.Tensor, residual: None = None) -> torch.Tensor: ...
+
+    @overload
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Normalise x [*, hidden_size]; with `residual` return (norm(x + residual), x + residual).
+
+        Neither input is modified.
+        """
+        if residual is None:
+            return self._norm(x)
+        total = x + residual
+        return self._norm(total), total
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+    def weight_loader(self, param_name: str, loaded: torch.Tensor) -> None:
+        """Copy "weight"; ValueError for a wrong name or shape."""
+        if param_name != "weight":
+            raise ValueError(f"RMSNorm has no parameter {param_name!r}")
+        copy_checked(self.weight.data, loaded, param_name)

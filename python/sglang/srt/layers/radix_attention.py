@@ -1,0 +1,75 @@
+"""`RadixAttention`: one layer's attention over the paged KV cache, whatever the backend.
+
+Models call it with the new tokens' q, k and v. It stores k and v at the slots that memory
+granted, then lets the batch's backend attend over every token that the request's table holds. It
+owns no state but its shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+class RadixAttention(nn.Module):
+    """Attention of layer `layer_id` with this rank's heads.
+
+    `scaling` multiplies q k^T. `sliding_window` in tokens: a query at position p sees positions
+    > p - window (None: all). `logit_cap` c > 0 turns a score s into c * tanh(s / c). Query head h
+    reads kv head h // (num_heads / num_kv_heads). Raises ValueError for impossible shapes.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        scaling: float,
+        num_kv_heads: int,
+        layer_id: int,
+        *,
+        sliding_window: int | None = None,
+        v_head_dim: int | None = None,
+        logit_cap: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if num_heads % num_kv_heads:
+            raise ValueError(f"{num_heads} query heads over {num_kv_heads} kv heads")
+        if sliding_window is not None and sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, not {sliding_window}")
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        self.scaling = scaling
+        self.layer_id = layer_id
+        self.sliding_window = sliding_window
+        self.logit_cap = logit_cap
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        forward_batch: ForwardBatch,
+        *,
+        rows_pruned: bool = False,
+    ) -> torch.Tensor:
+        """Store k [T, G*D] and v [T, G*Dv]; attention of q [R, H*D] as [R, H*Dv] in q's dtype.
+
+        R is T, or the rows of `forward_batch.logits_rows` when `rows_pruned` (the last layer,
+        where only they go on). Side effect: the slots `out_cache_loc` of this layer's group hold
+        k and v.
+        """
+        backend: AttentionBackend = forward_batch.attn_backend
+        loc = forward_batch.out_cache_loc[backend.group_of_layer[self.layer_id]]
+        forward_batch.token_to_kv_pool.set_kv_buffer(
+            self.layer_id,
+            loc,
+            k.view(-1, self.num_kv_heads, self.head_dim),
+            v.view(-1, self.num_kv_heads, self.v_head_dim),
+        )
+        heads = q.view(-1, self.num_heads, self.head_dim)
+        return backend.forward(heads, self, forward_batch, rows_pruned=rows_pruned)

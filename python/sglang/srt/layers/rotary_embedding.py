@@ -1,0 +1,164 @@
+"""Rotary position embedding, its scaling types, and angles that stay exact at 10M tokens.
+
+Models make one module with `get_rope` and call it in every layer. Angles are computed in float64
+for the positions of the batch: in float32 the cosine is wrong by 0.4 at position 10M, and a
+table of that length would take 5 GiB. Only the last batch's cosines are kept.
+
+Sources: rotary embedding, arXiv 2104.09864; linear interpolation, arXiv 2306.15595; dynamic NTK
+and yarn, arXiv 2309.00071; llama3, the Llama 3.1 model card. Rotation in halves ("neox"): dimension
+i turns with dimension i + D/2.
+
+Legend: T tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from sglang.srt.configs.rope_config import RopeConfig
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates q and k by their positions.
+
+    `dynamic` scaling makes a token's base depend on the length of its sequence. Here that length
+    is the token's own position + 1: what was cached for a prefix is then right for whoever reuses
+    it, and neither chunking, batch mates nor retraction change a result. It equals transformers
+    for prompts within the trained length and for each token generated beyond; transformers turns
+    the tokens of a longer prompt by the base of the whole prompt instead.
+    """
+
+    def __init__(
+        self, head_dim: int, rope: RopeConfig, max_position: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"rotary embedding needs an even head_dim, not {head_dim}")
+        self.head_dim = head_dim
+        self.rope = rope
+        self.max_position = max_position
+        self._dtype = dtype
+        self._inv_freq = inverse_frequencies(head_dim, rope)
+        self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def forward(
+        self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated copies of q [T, H*D] and k [T, G*D]; positions int64 [T]."""
+        cos, sin = self.cos_sin(positions)
+        return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+
+    def cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and signed sine [T, 1, D] float32 of the positions [T].
+
+        The sine's first half is negated. The last answer is kept and given again while the very
+        same tensor is asked for, as every layer of a step does; it must not be modified between.
+        """
+        if self._last is not None and self._last[0] is positions:
+            return self._last[1], self._last[2]
+        angles = self.angles(positions)
+        scaling = self.rope.attention_scaling
+        half_cos = (angles.cos() * scaling).float()
+        half_sin = (angles.sin() * scaling).float()
+        cos = torch.cat((half_cos, half_cos), -1).unsqueeze(1)
+        sin = torch.cat((-half_sin, half_sin), -1).unsqueeze(1)
+        self._last = (positions, cos, sin)
+        return cos, sin
+
+    def angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """Angles in radians, float64 [T, D/2], not reduced."""
+        points = positions.to(torch.float64).unsqueeze(-1)
+        if self.rope.rope_type != "dynamic":
+            return points * self._inv_freq.to(positions.device)
+        return points * _dynamic_frequencies(points + 1, self.head_dim, self.rope)
+
+    def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        heads = x.view(x.shape[0], -1, self.head_dim)
+        swapped = heads.roll(self.head_dim // 2, -1)
+        # The products are float32 whatever x is: one rounding instead of three.
+        return torch.addcmul(heads * cos, swapped, sin).to(self._dtype).view(x.shape)
+
+
+def get_rope(
+    head_dim: int, rope: RopeConfig, max_position: int, dtype: torch.dtype
+) -> RotaryEmbedding:
+    """The module for a model: q and k come out in `dtype`.
+
+    `max_position` is the model's trained length in tokens; it bounds nothing here. Raises
+    ValueError for an unknown `rope_type` or an odd `head_dim`.
+    """
+    return RotaryEmbedding(head_dim, rope, max_position, dtype)
+
+
+def inverse_frequencies(head_dim: int, rope: RopeConfig) -> torch.Tensor:
+    """Radians per token of each dimension pair, float64 [D/2]; for `dynamic` the unscaled ones."""
+    base = _powers(rope.theta, head_dim)
+    match rope.rope_type:
+        case "default" | "dynamic":
+            scaled = base
+        case "linear":
+            scaled = base / rope.factor
+        case "llama3":
+            scaled = _llama3_frequencies(base, rope)
+        case "yarn":
+            scaled = _yarn_frequencies(base, head_dim, rope)
+        case _:
+            raise ValueError(f"unknown rope type {rope.rope_type!r}")
+    return _divide_by_factors(scaled, rope)
+
+
+def _powers(theta: float, head_dim: int) -> torch.Tensor:
+    # On the CPU by name: models may be built under the meta device, and these are not weights.
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
+    return torch.pow(torch.full_like(pairs, theta), -pairs / head_dim)
+
+
+def _divide_by_factors(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+    if rope.freq_factors is None:
+        return frequencies
+    factors = torch.tensor(rope.freq_factors, dtype=torch.float64, device=frequencies.device)
+    if factors.shape[0] != frequencies.shape[-1]:
+        raise ValueError(
+            f"freq_factors has {factors.shape[0]} values for {frequencies.shape[-1]} pairs"
+        )
+    return frequencies / factors
+
+
+def _dynamic_frequencies(lengths: torch.Tensor, head_dim: int, rope: RopeConfig) -> torch.Tensor:
+    """Frequencies float64 [T, D/2] of tokens whose sequences have `lengths` float64 [T, 1]."""
+    stretch = rope.factor * lengths / rope.original_max_position - (rope.factor - 1)
+    # Up to the trained length the stretch is at most 1: the base stays.
+    growth = stretch.clamp(min=1.0).pow(head_dim / (head_dim - 2))
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=lengths.device) / head_dim
+    return _divide_by_factors((rope.theta * growth).pow(-exponents), rope)
+
+
+def _llama3_frequencies(base: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+    """Keep short wavelengths, divide long ones by the factor, blend between."""
+    turns = rope.original_max_position * base / (2 * math.pi)  # within the trained length
+    span = rope.high_freq_factor - rope.low_freq_factor
+    keep = ((turns - rope.low_freq_factor) / span).clamp(0.0, 1.0)
+    return base * keep + base / rope.factor * (1 - keep)
+
+
+def _yarn_frequencies(base: torch.Tensor, head_dim: int, rope: RopeConfig) -> torch.Tensor:
+    """Keep pairs that turn more than beta_fast times, interpolate below beta_slow, ramp between.
+
+    The ramp runs over pair indices (arXiv 2309.00071, section 3.2), whole ones when `truncate`.
+    """
+
+    def pair_of_turns(turns: float) -> float:
+        ratio = rope.original_max_position / (turns * 2 * math.pi)
+        return head_dim * math.log(ratio) / (2 * math.log(rope.theta))
+
+    low, high = pair_of_turns(rope.beta_fast), pair_of_turns(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low if high != low else 0.001
+    pairs = torch.arange(head_dim // 2, dtype=torch.float64, device="cpu")
+    interpolate = ((pairs - low) / width).clamp(0.0, 1.0)
+    return base * (1 - interpolate) + base / rope.factor * interpolate
