@@ -1,0 +1,93 @@
+"""What a backing must do: put bytes under segments, and take them away again.
+
+A backing owns addresses and physical memory, nothing else: it keeps no states, no counts and no
+budget. Only the segment manager maps and unmaps; memory_pool takes the views once. See
+docs/kv_segments.md, Note [mmap backing].
+
+Shape letters: S slots of a group's whole logical space, G kv heads of this rank, D head dim.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Final, Protocol
+
+import torch
+
+from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
+
+
+class Plane(enum.Enum):
+    """The two planes of a layer; each is one contiguous range of all slots."""
+
+    KEY = "key"
+    VALUE = "value"
+
+
+KV_TORCH_DTYPES: Final = MappingProxyType(
+    {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "fp8_e4m3": torch.float8_e4m3fn,
+        "fp8_e5m2": torch.float8_e5m2,
+    }
+)
+
+
+class SegmentBacking(Protocol):
+    """Memory for segments. Not thread safe: one thread maps and unmaps, views are taken before.
+
+    `elastic` is False when memory never comes or goes after `reserve` (the manager then maps every
+    segment at start and plans neither growth nor shrinking). `granule_bytes` is the size that every
+    plane's part of a segment must be a multiple of.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def granule_bytes(self) -> int: ...
+
+    @property
+    def elastic(self) -> bool: ...
+
+    def reserve(self, spec: KVCacheSpec, layouts: tuple[SegmentLayout, ...]) -> None:
+        """Take address space for every plane and back page 0 (the dump page) of each for good.
+
+        Called once, before anything else. Raises BackingError when the machine refuses; nothing is
+        then held.
+        """
+
+    def map(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """Attach memory to `segments` of `group`: all of them, or none and BackingError.
+
+        The ids are distinct, unmapped and not 0. What a fresh segment reads is zero or stale,
+        never relied on: a slot is written before it is read. Releases the interpreter lock while
+        it works. The second line of defence after a check of the machine's headroom.
+        """
+
+    def unmap(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """Give the memory of mapped `segments` back to the machine; their contents are lost.
+
+        Never called for a backing that is not elastic (InvariantError). Raises BackingError when
+        the machine refuses: the segments then still count as mapped.
+        """
+
+    def view(self, layer: int, plane: Plane) -> torch.Tensor:
+        """All slots of one plane, zero-copy: [S, G, D] in the KV dtype (D of V for VALUE).
+
+        Only slots of mapped segments and of page 0 may be touched. The tensor must not be used
+        after `close`.
+        """
+
+    def resident_bytes(self) -> int | None:
+        """Bytes that the system itself says lie under the reserved ranges; None when unknown.
+
+        Costs milliseconds: for audits and status pages, not for every step.
+        """
+
+    def close(self) -> None:
+        """Give everything back; views dangle from here on. A second call does nothing."""
