@@ -43,9 +43,7 @@ class ServerArgs:
     """All settings of a server or an engine, resolved and validated.
 
     Building one raises ValueError with one line when a value or a combination cannot be served.
-    None in `context_length`, `page_size`, `max_total_tokens`, `max_running_requests`,
-    `kv_segment_size`, `kv_memory_budget`, `max_cached_tokens`, `max_request_bytes`,
-    `max_queued_requests`: derived later or no limit, as the flag's help says.
+    A field that is still None is derived later or means no limit, as the flag's help says.
     """
 
     # ---- model and tokenizer
@@ -195,6 +193,8 @@ class ServerArgs:
         group=SCHEDULE,
         parse=float,
         metavar="FRACTION",
+        above=0,
+        below=1,
     )
     max_total_tokens: int | None = flag(
         None,
@@ -230,6 +230,8 @@ class ServerArgs:
         group=SCHEDULE,
         parse=int,
         metavar="TOKENS",
+        minimum=1,
+        also=(-1,),
     )
     max_prefill_tokens: int = flag(
         16384,
@@ -314,6 +316,8 @@ class ServerArgs:
         group=SEGMENTS,
         parse=float,
         metavar="SECONDS",
+        minimum=0,
+        also=(-1,),
     )
     max_cached_tokens: int | None = flag(
         None,
@@ -354,13 +358,13 @@ class ServerArgs:
         group=LOGGING,
         parse=float,
         metavar="SECONDS",
+        above=0,
     )
 
     def __post_init__(self) -> None:
         self._resolve()
         for spec in specs_of(ServerArgs):
             spec.check(getattr(self, spec.dest))
-        _check_open_ranges(self)
         _check_combinations(self)
 
     def _resolve(self) -> None:
@@ -423,22 +427,6 @@ def prepare_server_args(argv: Sequence[str]) -> ServerArgs:
         return ServerArgs(**values)
     except ValueError as error:
         parser.error(str(error))
-
-
-def _check_open_ranges(args: ServerArgs) -> None:
-    """The bounds that are not simply a least and a largest value."""
-    if not 0 < args.mem_fraction_static < 1:
-        raise ValueError(f"--mem-fraction-static must be in (0, 1), got {args.mem_fraction_static}")
-    if not args.watchdog_timeout > 0:
-        raise ValueError(f"--watchdog-timeout must be above 0, got {args.watchdog_timeout:g}")
-    chunk = args.chunked_prefill_size
-    if chunk != -1 and chunk < 1:
-        raise ValueError(f"--chunked-prefill-size must be -1 (off) or at least 1, got {chunk}")
-    idle = args.prefix_cache_idle_seconds
-    if idle != -1 and not idle >= 0:
-        raise ValueError(
-            f"--prefix-cache-idle-seconds must be -1 (never) or at least 0, got {idle:g}"
-        )
 
 
 def _check_combinations(args: ServerArgs) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +39,9 @@ class FlagSpec:
 
     `help` is one sentence: what it does, or why it is accepted or refused. `parse` turns the
     text into a value and raises ValueError. `choices` () means any value. `default_text` is
-    shown instead of `default`. `minimum` and `maximum` bound a number (None: no bound).
-    `noops` are values of a refused flag that ask for nothing but what is the case anyway, so
-    they pass.
+    shown instead of `default`. `minimum` and `maximum` bound a number, `above` and `below` do
+    so strictly (None: no bound), and `also` are values allowed outside the bounds. `noops` are
+    values of a refused flag that ask for nothing but what is the case anyway, so they pass.
     """
 
     name: str
@@ -56,6 +57,9 @@ class FlagSpec:
     metavar: str | None = None
     minimum: float | None = None
     maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+    also: tuple[float, ...] = ()
     noops: tuple[str, ...] = ()
 
     @property
@@ -75,11 +79,15 @@ class FlagSpec:
         if self.choices and value not in self.choices:
             allowed = ", ".join(self.choices)
             raise ValueError(f"{self.name} must be one of {allowed}; got {value!r}")
-        low, high = self.minimum, self.maximum
-        if low is not None and not value >= low:
-            raise ValueError(f"{self.name} must be at least {low:g}, got {value}")
-        if high is not None and not value <= high:
-            raise ValueError(f"{self.name} must be at most {high:g}, got {value}")
+        for bound, words, holds in (
+            (self.minimum, "at least", operator.ge),
+            (self.maximum, "at most", operator.le),
+            (self.above, "above", operator.gt),
+            (self.below, "below", operator.lt),
+        ):
+            if bound is not None and not holds(value, bound) and value not in self.also:
+                exceptions = "".join(f" (or {allowed:g})" for allowed in self.also)
+                raise ValueError(f"{self.name} must be {words} {bound:g}{exceptions}, got {value}")
 
     @property
     def shown_default(self) -> str:
@@ -103,6 +111,9 @@ def flag(
     metavar: str | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    also: tuple[float, ...] = (),
 ) -> Any:
     """Declare a dataclass field that is also a command-line flag of the same name.
 
@@ -121,6 +132,9 @@ def flag(
         metavar=metavar,
         minimum=minimum,
         maximum=maximum,
+        above=above,
+        below=below,
+        also=also,
     )
     return dataclasses.field(default=default, metadata={_METADATA_KEY: spec})
 
