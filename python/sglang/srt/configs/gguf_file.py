@@ -197,7 +197,7 @@ class _Parser:
         block, block_bytes = gguf.GGML_QUANT_SIZES[quant_type]
         if dims[0] % block:
             raise ValueError(
-                f"{self.path.name}: tensor {name} has rows of {dims[0]}, not whole blocks of {block}"
+                f"{self.path.name}: tensor {name}: rows of {dims[0]} are not blocks of {block}"
             )
         num_values = 1
         for dim in dims:

@@ -84,9 +84,10 @@ class ModelConfig:
     `num_heads`, `num_kv_heads` and `vocab_size` are the whole model's, not one rank's.
     `layer_windows[l]` is the sliding window of layer l in tokens (a query sees itself and the
     window - 1 tokens before it) or None for global attention; `sliding_window` is the one window
-    of the model or None. `max_position_embeddings` is the trained context length in tokens, rope
-    scaling included. `torch_dtype` is the checkpoint's own type ("float32", "float16" or
-    "bfloat16"). `bos_token_id` is None and `eos_token_ids` empty when the checkpoint names none.
+    of the model or None. `attention_bias` is that of q, k and v. `max_position_embeddings` is the
+    trained context length in tokens, rope scaling included. `torch_dtype` is the checkpoint's own
+    type ("float32", "float16" or "bfloat16"; quantised GGUF counts as float16). `bos_token_id` is
+    None and `eos_token_ids` empty when the checkpoint names none.
     `generation_defaults` holds those of temperature, top_p, top_k, min_p and repetition_penalty
     that generation_config.json sets. `path` is the directory or the .gguf file itself; `raw` the
     config in Hugging Face's shape, overrides applied.
@@ -105,7 +106,7 @@ class ModelConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     hidden_act: str
-    qkv_bias: bool
+    attention_bias: bool
     attention_output_bias: bool
     mlp_bias: bool
     qk_norm: bool
@@ -270,7 +271,8 @@ def _build(
     max_position = _positive(fields, "max_position_embeddings")
     rope = rope_config_from_hf(fields, max_position_embeddings=max_position)
     windows = _layer_windows(model_type, fields, num_layers)
-    bias = bool(fields.get("attention_bias", False))
+    # Two families have the switch; Qwen2 always has a bias, on q, k and v only.
+    bias = model_type in ("llama", "qwen3") and bool(fields.get("attention_bias", False))
     return ModelConfig(
         architecture=architecture,
         model_type=model_type,
@@ -285,9 +287,8 @@ def _build(
         rms_norm_eps=float(fields["rms_norm_eps"]),
         tie_word_embeddings=bool(fields["tie_word_embeddings"]),
         hidden_act="silu",
-        qkv_bias=model_type == "qwen2" or (model_type != "mistral" and bias),
-        attention_output_bias=model_type in ("llama", "qwen3")
-        and bool(fields.get("attention_output_bias", bias)),
+        attention_bias=model_type == "qwen2" or bias,
+        attention_output_bias=bool(fields.get("attention_output_bias", bias)),
         mlp_bias=model_type == "llama" and bool(fields.get("mlp_bias", False)),
         qk_norm=model_type == "qwen3",
         sliding_window=next((w for w in windows if w is not None), None),

@@ -1,0 +1,111 @@
+"""What every model offers to the runner and the loader: `CausalLM`, and how weights find a place.
+
+One table per model maps checkpoint names to parameters, so that a missing or unexpected tensor is
+an error that names it. Reading files is model_loader's work, cutting shards the layers'.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+MergedProjections = Mapping[str, tuple[tuple[str, Any], ...]]
+
+_NAMES_SHOWN = 8
+
+
+class CausalLM(nn.Module, ABC):
+    """A decoder: tokens in, hidden states of the wanted rows out.
+
+    `lm_head` turns hidden rows into logits. `merged_projections` says which checkpoint tensors
+    share a parameter: merged name -> ((checkpoint name, shard id), ...).
+    """
+
+    config: ModelConfig
+    lm_head: ParallelLMHead
+    merged_projections: ClassVar[MergedProjections]
+
+    @abstractmethod
+    def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states [R, hidden_size] of `logits_rows`, after the final norm.
+
+        Side effect: K and V of all T tokens are in the pool; `progress` was ticked per layer.
+        """
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy every (checkpoint name, whole tensor) into this rank's parameters.
+
+        A tensor is let go before the next is asked for. Raises ValueError that names missing,
+        unexpected, repeated and wrongly shaped tensors; rotary frequency buffers and the copy of
+        a tied head are passed over.
+        """
+        places = self._places()
+        done: set[str] = set()
+        unexpected = []
+        for name, tensor in weights:
+            place = places.get(name)
+            if place is None:
+                if not self._may_be_ignored(name):
+                    unexpected.append(name)
+                continue
+            if name in done:
+                raise ValueError(f"weight {name} is in the checkpoint twice")
+            try:
+                place.load(tensor)
+            except ValueError as error:
+                raise ValueError(f"weight {name}: {error}") from error
+            done.add(name)
+        missing = [name for name in places if name not in done]
+        problems = [
+            f"{len(names)} {what} weight(s): {_listed(names)}"
+            for what, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        ]
+        if problems:
+            raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
+
+    def _places(self) -> dict[str, _Place]:
+        places = {}
+        for full_name, _ in self.named_parameters():
+            owner, _, param_name = full_name.rpartition(".")
+            module = self.get_submodule(owner)
+            parent, _, leaf = owner.rpartition(".")
+            for source, shard in self.merged_projections.get(leaf, ((leaf, None),)):
+                prefix = f"{parent}.{source}" if parent else source
+                places[f"{prefix}.{param_name}"] = _Place(module, param_name, shard)
+        return places
+
+    def _may_be_ignored(self, name: str) -> bool:
+        if name.endswith("rotary_emb.inv_freq"):
+            return True
+        return self.config.tie_word_embeddings and name == "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """The parameter of a layer, or the shard of it, where one checkpoint tensor goes."""
+
+    module: Any  # a layer with weight_loader
+    param_name: str
+    shard_id: Any
+
+    def load(self, tensor: torch.Tensor) -> None:
+        if self.shard_id is None:
+            self.module.weight_loader(self.param_name, tensor)
+        else:
+            self.module.weight_loader(self.param_name, tensor, self.shard_id)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(sorted(names)[:_NAMES_SHOWN])
+    rest = len(names) - _NAMES_SHOWN
+    return f"{shown} and {rest} more" if rest > 0 else shown

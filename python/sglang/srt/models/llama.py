@@ -1,0 +1,280 @@
+"""Llama, and the pre-norm decoder that its relatives share.
+
+`LlamaForCausalLM` builds the decoder from `DecoderOptions`; the other families are the same class
+with other options. In the last layer only the rows whose logits are wanted go through queries,
+attention and MLP; the rest of a prefill chunk needs only its K and V there.
+
+Shape letters: T packed new tokens, R rows whose logits are wanted, H query heads, G kv heads,
+D head dim. Source: arXiv 2302.13971, 2407.21783.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.rotary_embedding import RotaryEmbedding, get_rope
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.models.causal_lm import CausalLM, MergedProjections
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderOptions:
+    """Where the families differ.
+
+    `windows[l]` is layer l's sliding window in tokens or None for all; the empty tuple means that
+    no layer has one.
+    """
+
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
+
+    def window(self, layer_id: int) -> int | None:
+        return self.windows[layer_id] if self.windows else None
+
+
+class LlamaMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(
+        self, config: ModelConfig, bias: bool, parallel: ParallelState, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        width = config.intermediate_size
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size, (width, width), bias=bias, parallel=parallel, dtype=dtype
+        )
+        self.down_proj = RowParallelLinear(
+            width, config.hidden_size, bias=bias, parallel=parallel, dtype=dtype
+        )
+        self.act_fn = SiluAndMul()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gated: torch.Tensor = self.act_fn(self.gate_up_proj(x))
+        output: torch.Tensor = self.down_proj(gated)
+        return output
+
+
+class LlamaAttention(nn.Module):
+    """Self-attention with rotary positions and grouped kv heads."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: DecoderOptions,
+        layer_id: int,
+        rotary_emb: RotaryEmbedding,
+        parallel: ParallelState,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            config.head_dim,
+            config.num_heads,
+            config.num_kv_heads,
+            v_head_dim=config.v_head_dim,
+            bias=options.qkv_bias,
+            parallel=parallel,
+            dtype=dtype,
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_heads * config.v_head_dim,
+            config.hidden_size,
+            bias=options.output_bias,
+            parallel=parallel,
+            dtype=dtype,
+        )
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if options.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
+        self.rotary_emb = rotary_emb
+        self.attn = RadixAttention(
+            self.qkv_proj.num_heads,
+            config.head_dim,
+            config.head_dim**-0.5,
+            self.qkv_proj.num_kv_heads,
+            layer_id,
+            sliding_window=options.window(layer_id),
+            v_head_dim=config.v_head_dim,
+        )
+
+    def forward(
+        self, x: torch.Tensor, forward_batch: ForwardBatch, *, rows_pruned: bool
+    ) -> torch.Tensor:
+        """Attend from x [T, hidden]: [T, hidden], or [R, hidden] when `rows_pruned`."""
+        positions = forward_batch.positions
+        if not rows_pruned:
+            q, k, v = self.qkv_proj.split(self.qkv_proj(x))
+            q, k = self._norm_heads(q, self.q_norm), self._norm_heads(k, self.k_norm)
+            q, k = self.rotary_emb(positions, q, k)
+        else:
+            rows = forward_batch.logits_rows
+            q, k, v = self._project_pruned(x, rows)
+            q = self._rotate(positions[rows], self._norm_heads(q, self.q_norm))
+            k = self._rotate(positions, self._norm_heads(k, self.k_norm))
+        attended = self.attn(q, k, v, forward_batch, rows_pruned=rows_pruned)
+        output: torch.Tensor = self.o_proj(attended)
+        return output
+
+    def _project_pruned(
+        self, x: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [R, H*D] of `rows` only, k and v of all rows: the parts of one product."""
+        proj = self.qkv_proj
+        weight, bias, cut = proj.weight, proj.bias, proj.q_size
+        q = F.linear(x[rows], weight[:cut], None if bias is None else bias[:cut])
+        kv = F.linear(x, weight[cut:], None if bias is None else bias[cut:])
+        return q, kv[:, : proj.k_size], kv[:, proj.k_size :]
+
+    def _norm_heads(self, x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
+        """Normalise each head of x [*, heads * D]; as it is when the family has no such norm."""
+        if norm is None:
+            return x
+        normed: torch.Tensor = norm(x.reshape(x.shape[0], -1, self.head_dim))
+        return normed.flatten(1)
+
+    def _rotate(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        # q and k stand at different positions here, but the module turns two tensors at the
+        # same: its second gets one head, and that result is dropped.
+        rotated: torch.Tensor = self.rotary_emb(positions, x, x[:, : self.head_dim])[0]
+        return rotated
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm, each added to the residual stream."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: DecoderOptions,
+        layer_id: int,
+        rotary_emb: RotaryEmbedding,
+        parallel: ParallelState,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = LlamaAttention(config, options, layer_id, rotary_emb, parallel, dtype)
+        self.mlp = LlamaMLP(config, options.mlp_bias, parallel, dtype)
+        self.input_layernorm = RMSNorm(hidden, eps, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(hidden, eps, dtype=dtype)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        forward_batch: ForwardBatch,
+        *,
+        rows_pruned: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output, residual), both to be added up by the next norm; [R, hidden] when pruned."""
+        if residual is None:
+            residual = x
+            x = self.input_layernorm(x)
+        else:
+            x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, forward_batch, rows_pruned=rows_pruned)
+        if rows_pruned:
+            residual = residual[forward_batch.logits_rows]
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class LlamaModel(nn.Module):
+    """Embedding, decoder layers and the final norm."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: DecoderOptions,
+        parallel: ParallelState,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, parallel=parallel, dtype=dtype
+        )
+        # One module for all layers: it computes the angles of a batch once.
+        rotary_emb = get_rope(config.head_dim, config.rope, config.max_position_embeddings, dtype)
+        self.layers = nn.ModuleList(
+            LlamaDecoderLayer(config, options, layer_id, rotary_emb, parallel, dtype)
+            for layer_id in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+
+    def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states [R, hidden] of the wanted rows."""
+        x: torch.Tensor = self.embed_tokens(forward_batch.input_ids)
+        residual: torch.Tensor | None = None
+        # Ascending rows without repeats: as many as tokens means every token, in order.
+        prune = len(forward_batch.logits_rows) < forward_batch.num_tokens
+        last = len(self.layers) - 1
+        for layer_id, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, forward_batch, rows_pruned=prune and layer_id == last)
+            forward_batch.progress.tick()
+        normed: torch.Tensor = self.norm(x, residual)[0]
+        return normed
+
+
+class LlamaForCausalLM(CausalLM):
+    """The whole model. `options` None: what `config` says of a Llama.
+
+    Parameters are uninitialised until `load_weights`. Raises ValueError when the heads can't be
+    divided over the ranks.
+    """
+
+    merged_projections: ClassVar[MergedProjections] = {
+        "qkv_proj": (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v")),
+        "gate_up_proj": (("gate_proj", 0), ("up_proj", 1)),
+    }
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: ParallelState,
+        dtype: torch.dtype,
+        options: DecoderOptions | None = None,
+    ) -> None:
+        super().__init__()
+        if options is None:
+            options = DecoderOptions(
+                qkv_bias=config.attention_bias,
+                output_bias=config.attention_output_bias,
+                mlp_bias=config.mlp_bias,
+            )
+        self.config = config
+        self.model = LlamaModel(config, options, parallel, dtype)
+        self.lm_head = ParallelLMHead(
+            config.vocab_size,
+            config.hidden_size,
+            parallel=parallel,
+            dtype=dtype,
+            tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
+        )
+
+    def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
+        """See `CausalLM.forward`."""
+        hidden: torch.Tensor = self.model(forward_batch)
+        return hidden

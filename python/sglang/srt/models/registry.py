@@ -1,0 +1,26 @@
+"""Which class computes which architecture: one explicit table, imported on demand."""
+
+from __future__ import annotations
+
+import importlib
+
+from sglang.srt.models.causal_lm import CausalLM
+
+MODEL_CLASSES = {
+    "LlamaForCausalLM": "sglang.srt.models.llama:LlamaForCausalLM",
+    "MistralForCausalLM": "sglang.srt.models.mistral:MistralForCausalLM",
+    "Qwen2ForCausalLM": "sglang.srt.models.qwen2:Qwen2ForCausalLM",
+    "Qwen3ForCausalLM": "sglang.srt.models.qwen3:Qwen3ForCausalLM",
+}
+
+
+def resolve_model_class(architecture: str) -> type[CausalLM]:
+    """The class of `architecture`; ValueError, naming the known ones, when there is none."""
+    place = MODEL_CLASSES.get(architecture)
+    if place is None:
+        raise ValueError(
+            f"unsupported architecture {architecture!r}; supported: {', '.join(MODEL_CLASSES)}"
+        )
+    module_name, _, class_name = place.partition(":")
+    model_class: type[CausalLM] = getattr(importlib.import_module(module_name), class_name)
+    return model_class
