@@ -25,7 +25,7 @@ class GenerateRequest:
     `logprob_start_len` is the first prompt position whose log probability is wanted, -1 for none
     of the prompt. `extra_key` keeps requests with different keys from sharing a prefix.
     `add_special_tokens` says whether `text` gets the tokenizer's BOS and EOS (False for text
-    that a chat template rendered). `sampling_params.n` must be 1: the doors expand n.
+    that a chat template rendered). `sampling_params.n` is not looked at: the doors expand n.
     """
 
     rid: str

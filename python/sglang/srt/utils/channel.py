@@ -113,8 +113,9 @@ class Receiver(Generic[T]):
 class AsyncReceiver(Generic[T]):
     """The PULL end for an asyncio loop; make it on that loop. Decodes as `Receiver` does."""
 
-    def __init__(self, context: zmq.asyncio.Context, endpoint: str, kind: Any) -> None:
-        self._socket: zmq.asyncio.Socket = _bound_pull(context, endpoint)
+    def __init__(self, context: zmq.Context[Any], endpoint: str, kind: Any) -> None:
+        shadow = zmq.asyncio.Context.shadow(context)
+        self._socket: zmq.asyncio.Socket = _bound_pull(shadow, endpoint)
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
 
     async def receive(self) -> T:

@@ -1,7 +1,8 @@
 """Processes that belong together: children die with their parent, and a death is noticed.
 
 The launcher starts children with a `ChildStarter`, watches them with `ProcessWatch` and ends
-them with `stop_children`; a child calls `set_up_child` first of all. Nothing here knows what the processes do.
+them with `stop_children`; a child calls `set_up_child` first of all. Nothing here knows what the
+processes do.
 """
 
 from __future__ import annotations

@@ -1,0 +1,127 @@
+"""Whether a request can be served, decided on values alone, before any work is done for it.
+
+Called by the TokenizerManager. Each check raises `RequestError` (400) with a sentence for the
+client; none has side effects.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from sglang.srt.errors import RequestError
+from sglang.srt.managers.generate_request import GenerateRequest, IdArray
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+MAX_TOP_LOGPROBS = 1024
+MAX_PICKED_LOGPROBS = 4096
+
+
+def check_fields(request: GenerateRequest, *, vocab_size: int, has_tokenizer: bool) -> None:
+    """Check everything that needs no token ids."""
+    if (request.text is None) == (request.input_ids is None):
+        raise RequestError("Exactly one of text and input_ids must be given.")
+    if not has_tokenizer:
+        if request.text is not None:
+            raise RequestError(
+                "The server has no tokenizer (--skip-tokenizer-init): send input_ids, not text."
+            )
+        if request.sampling_params.stop:
+            raise RequestError(
+                "stop needs a tokenizer, but the server has none (--skip-tokenizer-init): "
+                "use stop_token_ids."
+            )
+    request.sampling_params.verify(vocab_size)
+    if request.return_logprob:
+        _check_logprob_fields(request, vocab_size)
+
+
+def _check_logprob_fields(request: GenerateRequest, vocab_size: int) -> None:
+    most = min(MAX_TOP_LOGPROBS, vocab_size)
+    if not 0 <= request.top_logprobs_num <= most:
+        raise RequestError(
+            f"top_logprobs_num must be in [0, {most}], got {request.top_logprobs_num}."
+        )
+    if len(request.token_ids_logprob) > MAX_PICKED_LOGPROBS:
+        raise RequestError(
+            f"token_ids_logprob may name at most {MAX_PICKED_LOGPROBS} ids, "
+            f"got {len(request.token_ids_logprob)}."
+        )
+    for token_id in request.token_ids_logprob:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"token_ids_logprob has token id {token_id}, but the vocabulary has "
+                f"{vocab_size} ids."
+            )
+    if request.logprob_start_len < -1:
+        raise RequestError(
+            f"logprob_start_len must be -1 (none of the prompt) or a position in it, "
+            f"got {request.logprob_start_len}."
+        )
+
+
+def check_ids(input_ids: IdArray, vocab_size: int) -> None:
+    """Check that a prompt has tokens and that the model has an embedding for each."""
+    if input_ids.ndim != 1 or len(input_ids) == 0:
+        raise RequestError("The prompt is empty: it must have at least one token.")
+    bad = np.flatnonzero((input_ids < 0) | (input_ids >= vocab_size))
+    if len(bad):
+        at = int(bad[0])
+        raise RequestError(
+            f"input_ids[{at}] is {int(input_ids[at])}, but the vocabulary has {vocab_size} ids."
+        )
+
+
+def fit_to_context(num_tokens: int, params: SamplingParams, context_length: int) -> SamplingParams:
+    """`params` with a definite max_new_tokens for a prompt of `num_tokens`.
+
+    None becomes what the effective context leaves. The two refusals read as SGLang's do.
+    """
+    if num_tokens >= context_length:
+        raise RequestError(
+            f"The input ({num_tokens} tokens) is longer than the model's context length "
+            f"({context_length} tokens)."
+        )
+    if params.max_new_tokens is None:
+        room = context_length - num_tokens
+        if params.min_new_tokens > room:
+            raise RequestError(
+                f"min_new_tokens is {params.min_new_tokens}, but after the prompt's {num_tokens} "
+                f"tokens the context length of {context_length} tokens has room for {room}."
+            )
+        return msgspec.structs.replace(params, max_new_tokens=room)
+    total = num_tokens + params.max_new_tokens
+    if total > context_length:
+        raise RequestError(
+            "Requested token count exceeds the model's maximum context length of "
+            f"{context_length} tokens. You requested a total of {total} tokens: {num_tokens} "
+            f"tokens from the input and {params.max_new_tokens} tokens for the completion."
+        )
+    return params
+
+
+def prompt_logprob_start(request: GenerateRequest, num_tokens: int, most: int) -> int:
+    """The first prompt position whose log probability is computed; `num_tokens` for none.
+
+    At most `most` prompt tokens (--max-prompt-logprob-tokens) may have them.
+    """
+    if not request.return_logprob or request.logprob_start_len == -1:
+        return num_tokens
+    start = request.logprob_start_len
+    if start > num_tokens:
+        raise RequestError(
+            f"logprob_start_len is {start}, but the prompt has only {num_tokens} tokens."
+        )
+    if num_tokens - start > most:
+        raise RequestError(
+            f"Log probabilities of {num_tokens - start} prompt tokens were asked for, but the "
+            f"limit is {most} (--max-prompt-logprob-tokens); raise logprob_start_len."
+        )
+    return start
+
+
+def merged_stop_ids(params: SamplingParams, end_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The request's stop ids and, unless `ignore_eos`, the model's end-of-text ids, sorted."""
+    if params.ignore_eos:
+        return params.stop_token_ids
+    return tuple(sorted({*params.stop_token_ids, *end_ids}))

@@ -1,0 +1,357 @@
+"""The text side's desk: takes requests from the doors, hands back a stream of news for each.
+
+It runs on the HTTP process's event loop: tokenises in threads, refuses what cannot be served,
+sends the rest to the scheduler and sorts the detokenizer's news by request. The doors (HTTP and
+Engine) are its only callers. It never touches memory, models or sockets of clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import zmq
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.environ import Environ
+from sglang.srt.errors import RequestError
+from sglang.srt.managers import request_validation as validation
+from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    BatchStrOut,
+    ControlReply,
+    ControlReq,
+    DetokOptions,
+    Heartbeat,
+    IpcNames,
+    SchedulerReady,
+    TokenizedGenerateReqInput,
+    ToScheduler,
+    ToTokenizer,
+    int32_buffer,
+)
+from sglang.srt.managers.request_state import RequestState
+from sglang.srt.managers.scheduler_pulse import SchedulerPulse
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.tokenizer.tokenizer import Tokenizer
+from sglang.srt.utils.channel import AsyncReceiver, Sender
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+NUM_PREFIX_IDS = 6
+"""Prompt ids that the detokenizer gets as context: more than the bytes of one character."""
+
+LONG_TEXT_CHARS = 1 << 15
+"""Longer texts are tokenised by threads of their own, so that short ones never wait for them."""
+
+
+class TokenizerManager:
+    """The doors' way to the scheduler; every method runs on the loop that called `start`.
+
+    `tokenizer` is None under --skip-tokenizer-init. `clock` gives monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        server_args: ServerArgs,
+        environ: Environ,
+        model_config: ModelConfig,
+        ipc: IpcNames,
+        tokenizer: Tokenizer | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.server_args = server_args
+        self.model_config = model_config
+        self.tokenizer = tokenizer
+        self.pulse = SchedulerPulse(environ.health_check_timeout_s, clock)
+        self._ipc = ipc
+        self._clock = clock
+        self._end_ids = tuple(
+            sorted({*model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())})
+        )
+        self._short_texts = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+        self._long_texts = ThreadPoolExecutor(2, thread_name_prefix="tokenize-long")
+        self._states: dict[str, RequestState] = {}  # by wire rid
+        self._rids: set[str] = set()
+        self._num_seen = 0
+        self._control_seq = 0
+        self._control_replies: dict[int, asyncio.Future[ControlReply]] = {}
+
+    # ---- life
+
+    async def start(self) -> None:
+        """Bind the socket, connect to the scheduler and begin to receive."""
+        self._loop = asyncio.get_running_loop()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._receiver = AsyncReceiver[ToTokenizer](self._context, self._ipc.tokenizer, ToTokenizer)
+        self._sender = Sender[ToScheduler](self._context, self._ipc.scheduler)
+        self._receive_task = asyncio.create_task(self._receive())
+
+    async def stop(self) -> None:
+        """Fail what still waits with 503, close the sockets and end the threads."""
+        self._fail_all("The server is shutting down.")
+        self._receive_task.cancel()
+        await asyncio.gather(self._receive_task, return_exceptions=True)
+        self._receiver.close()
+        self._sender.close()
+        self._context.term()
+        self._short_texts.shutdown(wait=False, cancel_futures=True)
+        self._long_texts.shutdown(wait=False, cancel_futures=True)
+
+    def scheduler_ready(self, ready: SchedulerReady) -> None:
+        """Accept requests from now on; before, they are refused with 503."""
+        self.pulse.scheduler_ready(ready)
+
+    def server_died(self, reason: str) -> None:
+        """A process died: every waiting and every later request gets 503 with `reason`.
+
+        Safe to call from any thread.
+        """
+        self._loop.call_soon_threadsafe(self._fail_all, reason)
+
+    async def wait_failed(self) -> str:
+        """Wait until the server can serve no more (a process died, `stop`); gives the reason."""
+        return await self.pulse.wait_failed()
+
+    # ---- state
+
+    @property
+    def context_length(self) -> int:
+        """The effective context length in tokens at this moment; 0 before the scheduler's ready."""
+        return self.pulse.context_length
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that are being prepared, waiting or running."""
+        return len(self._states)
+
+    def is_healthy(self, now: float | None = None) -> bool:
+        """Whether the scheduler is ready, alive, and idle or making progress."""
+        return self.pulse.is_healthy(now)
+
+    # ---- text
+
+    async def tokenize(self, text: str, add_special_tokens: bool = True) -> IdArray:
+        """Token ids of `text`, int32 [n], computed off the event loop."""
+        tokenizer = self._need_tokenizer()
+        return await self._in_thread(
+            len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        )
+
+    async def detokenize(
+        self, token_ids: npt.NDArray[np.int32], skip_special_tokens: bool = True
+    ) -> str:
+        """The text of `token_ids`, computed off the event loop."""
+        tokenizer = self._need_tokenizer()
+        return await self._in_thread(
+            4 * len(token_ids),
+            lambda: tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens),
+        )
+
+    async def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], **template_kwargs: Any
+    ) -> str:
+        """`Tokenizer.apply_chat_template`, off the event loop."""
+        tokenizer = self._need_tokenizer()
+        return await self._in_thread(
+            0, lambda: tokenizer.apply_chat_template(messages, **template_kwargs)
+        )
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError("The server has no tokenizer (--skip-tokenizer-init).")
+        return self.tokenizer
+
+    async def _in_thread(self, num_chars: int, work: Callable[[], T]) -> T:
+        pool = self._long_texts if num_chars > LONG_TEXT_CHARS else self._short_texts
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+    # ---- requests
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateDelta, None]:
+        """News of one sequence; the last one, and only it, has a finish reason.
+
+        Raises RequestError before anything is sent when the request cannot be served, and later
+        (503) when the server dies. Closing or cancelling the iterator early aborts the request
+        in the scheduler. News that the consumer is too slow for are merged.
+        """
+        state = self._register(request)
+        try:
+            message = await self._prepare(request, state)
+            if state.abort_message is not None:
+                yield state.aborted_delta(len(message.input_ids))
+                return
+            self._check_alive()
+            self._sender.send(message)
+            state.sent = True
+            while True:
+                delta = await state.next_delta()
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            self._forget(state)
+
+    def _register(self, request: GenerateRequest) -> RequestState:
+        self._check_alive()
+        validation.check_fields(
+            request,
+            vocab_size=self.model_config.vocab_size,
+            has_tokenizer=self.tokenizer is not None,
+        )
+        if request.rid in self._rids:
+            raise RequestError(f"A request with the id {request.rid!r} is already being served.")
+        self._num_seen += 1
+        state = RequestState(request.rid, f"{request.rid}#{self._num_seen}")
+        self._rids.add(state.rid)
+        self._states[state.wire_rid] = state
+        return state
+
+    def _forget(self, state: RequestState) -> None:
+        self._rids.discard(state.rid)
+        self._states.pop(state.wire_rid, None)
+        if state.sent and not state.finished:
+            self._sender.send(AbortReq(state.wire_rid, message="The client went away."))
+
+    def _check_alive(self) -> None:
+        if self.pulse.failure is not None:
+            raise RequestError(self.pulse.failure, 503)
+        if self.pulse.ready is None:
+            raise RequestError("The server is starting.", 503)
+
+    async def _prepare(
+        self, request: GenerateRequest, state: RequestState
+    ) -> TokenizedGenerateReqInput:
+        """Tokenise and check against the vocabulary and the effective context."""
+        if request.input_ids is not None:
+            input_ids = request.input_ids
+        else:
+            assert request.text is not None  # check_fields
+            input_ids = await self.tokenize(request.text, request.add_special_tokens)
+        input_ids = np.ascontiguousarray(input_ids, dtype="<i4")
+        validation.check_ids(input_ids, self.model_config.vocab_size)
+        params = validation.fit_to_context(
+            len(input_ids), request.sampling_params, self.context_length
+        )
+        params = msgspec.structs.replace(
+            params, stop_token_ids=validation.merged_stop_ids(params, self._end_ids)
+        )
+        start = validation.prompt_logprob_start(
+            request, len(input_ids), self.server_args.max_prompt_logprob_tokens
+        )
+        wants = request.return_logprob
+        return TokenizedGenerateReqInput(
+            rid=state.wire_rid,
+            input_ids=input_ids.data.cast("B"),
+            sampling_params=params,
+            stream=request.stream,
+            return_logprob=wants,
+            logprob_start_len=start,
+            top_logprobs_num=request.top_logprobs_num if wants else 0,
+            token_ids_logprob=int32_buffer(request.token_ids_logprob) if wants else b"",
+            extra_key=request.extra_key,
+            priority=request.priority,
+            detok=DetokOptions(
+                stop_strings=params.stop,
+                min_new_tokens=params.min_new_tokens,
+                no_stop_trim=params.no_stop_trim,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+                prefix_ids=input_ids[-NUM_PREFIX_IDS:].tobytes(),
+            ),
+        )
+
+    async def abort(self, rid: str = "", abort_all: bool = False) -> None:
+        """End the requests whose id starts with `rid` (as SGLang does), or all of them.
+
+        Their streams end with an abort as finish reason. An unknown id is no error; an empty one
+        matches nothing.
+        """
+        message = "Request aborted by the client"
+        for state in self._states.values():
+            if not (abort_all or (rid and state.rid.startswith(rid))):
+                continue
+            if not state.sent:
+                state.abort_message = message
+            elif not abort_all:
+                self._sender.send(AbortReq(state.wire_rid, message=message))
+        if abort_all:
+            self._sender.send(AbortReq(abort_all=True, message=message))
+
+    # ---- control
+
+    async def control(self, op: str, *, timeout_s: float = 30.0, **args: Any) -> ControlReply:
+        """Ask the scheduler something (see `ControlReq`).
+
+        Raises RequestError (503) when it does not answer within `timeout_s` seconds or dies.
+        """
+        self._check_alive()
+        self._control_seq += 1
+        seq = self._control_seq
+        reply: asyncio.Future[ControlReply] = asyncio.get_running_loop().create_future()
+        self._control_replies[seq] = reply
+        self._sender.send(ControlReq(seq, op, args))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await reply
+        except TimeoutError:
+            raise RequestError(
+                f"The scheduler did not answer {op!r} within {timeout_s:g} s.", 503
+            ) from None
+        finally:
+            del self._control_replies[seq]
+
+    async def flush_cache(self, timeout_s: float = 0.0) -> ControlReply:
+        """Empty the prefix cache, waiting at most `timeout_s` for running requests to end.
+
+        The reply's `success` is False when requests are still running or queued.
+        """
+        deadline = self._clock() + timeout_s
+        while True:
+            reply = await self.control("flush_cache")
+            left = deadline - self._clock()
+            if reply.success or left <= 0:
+                return reply
+            await self.pulse.wait_until_idle(left)
+
+    # ---- receiving
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                self._dispatch(await self._receiver.receive())
+        except Exception as error:
+            logger.exception("The TokenizerManager cannot go on")
+            self._fail_all(f"The TokenizerManager failed: {error}")
+
+    def _dispatch(self, message: ToTokenizer) -> None:
+        if isinstance(message, BatchStrOut):
+            for out in message.outs:
+                state = self._states.get(out.rid)
+                if state is not None:
+                    state.put(out)
+        elif isinstance(message, Heartbeat):
+            self.pulse.beat(message)
+        else:
+            reply = self._control_replies.get(message.seq)
+            if reply is not None and not reply.done():
+                reply.set_result(message)
+
+    def _fail_all(self, reason: str) -> None:
+        self.pulse.scheduler_failed(reason)
+        for state in self._states.values():
+            if not state.finished:
+                state.fail(RequestError(reason, 503))
+        for reply in self._control_replies.values():
+            if not reply.done():
+                reply.set_exception(RequestError(reason, 503))

@@ -1,0 +1,160 @@
+"""Text to token ids and back, whatever file the vocabulary came from.
+
+`Tokenizer` is what the TokenizerManager, the detokenizer and the doors see. It wraps a fast
+tokenizer of the `tokenizers` library, or a slow one of transformers, and renders chat templates
+with transformers (which keeps the sandboxed jinja environment). It reads no file; loader.py does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from sglang.srt.errors import RequestError
+from sglang.srt.tokenizer.pieces import TokenPieces, special_ids_of
+
+
+class Tokenizer:
+    """One vocabulary, its special tokens and its chat template; safe to use from threads.
+
+    `backend` is None for a slow tokenizer, which is then asked through `make_hf`'s object.
+    `make_hf` builds the transformers tokenizer on first use (importing it takes seconds, and
+    the detokenizer of a GGUF model never needs it). `chat_template` None: the model has none.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer | None,
+        make_hf: Callable[[], Any],
+        *,
+        bos_token_id: int | None,
+        eos_token_ids: tuple[int, ...],
+        chat_template: str | Mapping[str, str] | None,
+    ) -> None:
+        self.bos_token_id = bos_token_id
+        self.eos_token_ids = eos_token_ids
+        self.chat_template = chat_template
+        self._backend = backend
+        self._make_hf = make_hf
+        if backend is None:
+            self.pieces = None
+            self.special_ids = frozenset(int(i) for i in self.hf.all_special_ids)
+            self.vocab_size = len(self.hf)
+        else:
+            backend.no_truncation()
+            backend.no_padding()
+            self.pieces = TokenPieces.of(backend)
+            self.special_ids = special_ids_of(backend)
+            self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def hf(self) -> Any:
+        """The transformers tokenizer of this vocabulary."""
+        return self._make_hf()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> npt.NDArray[np.int32]:
+        """Token ids of `text`, int32 [n]; special tokens written in `text` become their ids.
+
+        `add_special_tokens` adds BOS and EOS as the model's files say. Releases the interpreter
+        lock meanwhile. Raises RequestError (400) for text that is not Unicode (lone surrogates).
+        """
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise RequestError("The text is not valid Unicode.") from None
+        if self._backend is None:
+            ids = self.hf.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            ids = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[
+                0
+            ].ids
+        return np.array(ids, dtype=np.int32)
+
+    def decode(
+        self,
+        token_ids: Sequence[int] | npt.NDArray[np.int32],
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> str:
+        """The whole text of `token_ids`; ids that the vocabulary lacks stand for nothing.
+
+        `spaces_between_special_tokens` only matters to slow tokenizers, as in transformers.
+        """
+        ids = [int(i) for i in token_ids]
+        if self.pieces is not None:
+            return self.pieces.decode(ids, skip_special_tokens=skip_special_tokens)
+        if self._backend is not None:
+            known = [i for i in ids if i >= 0]
+            return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+        text: str = self.hf.decode(
+            [i for i in ids if 0 <= i < self.vocab_size],
+            skip_special_tokens=skip_special_tokens,
+            spaces_between_special_tokens=spaces_between_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token by itself, as shown beside a log probability."""
+        if self.pieces is not None:
+            return self.pieces.piece(token_id).decode(errors="replace")
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token; for tokenizers without byte pieces those of its text."""
+        if self.pieces is not None:
+            return self.pieces.piece(token_id)
+        return self.token_text(token_id).encode()
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_kwargs: Any,
+    ) -> str:
+        """Render `messages` to the prompt text; encode it with add_special_tokens=False.
+
+        Raises RequestError (400) when there is no template or the template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise RequestError(
+                "The model has no chat template; start the server with --chat-template "
+                "or use the completions endpoint."
+            )
+        try:
+            rendered = self.hf.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                chat_template=self._pick_template(bool(tools)),
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **template_kwargs,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise RequestError(f"The chat template cannot render the messages: {error}") from error
+        return str(rendered)
+
+    def _pick_template(self, with_tools: bool) -> str:
+        if isinstance(self.chat_template, str):
+            return self.chat_template
+        templates = self.chat_template or {}
+        if with_tools and "tool_use" in templates:
+            return templates["tool_use"]
+        if "default" not in templates:
+            raise RequestError(
+                f"The model's chat templates are {sorted(templates)}, none is the default; "
+                "choose one with --chat-template."
+            )
+        return templates["default"]
