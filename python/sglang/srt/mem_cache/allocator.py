@@ -1,0 +1,176 @@
+"""Pages of mapped segments: which free page goes to whom.
+
+`PageAllocator` is called by the facade only. It keeps requests contiguous (a run of neighbouring
+pages is one piece of attention work) and segments fullest first (so that others become empty and
+can be unmapped). It never maps memory, never evicts and never asks for more than is free: the
+ladder in `allocation.py` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang.srt.mem_cache.kv_layout import SegmentLayout
+from sglang.srt.mem_cache.page_owner import CountsListener, PageIndex, PageState
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+NO_HINT = -1
+
+# Segments that are searched for one gap large enough before pieces are taken instead.
+_GAP_SEARCH_SEGMENTS = 8
+
+
+class PageAllocator:
+    """Free pages of one layer group.
+
+    Order of preference: the page after the request's own last one (`hint`), then whole runs of
+    empty segments for what is longer than a segment, then a gap in the fullest segment that has
+    one, then the largest pieces of the fullest segments.
+    """
+
+    def __init__(self, layout: SegmentLayout, listener: CountsListener | None = None) -> None:
+        self.layout = layout
+        self.index = PageIndex(layout, listener)
+
+    @property
+    def num_free(self) -> int:
+        """Free pages of mapped segments: what `alloc_pages` can grant now."""
+        return self.index.num_free
+
+    def add_segments(self, segments: Sequence[int]) -> None:
+        """Make freshly mapped segments allocatable."""
+        for segment in segments:
+            self.index.add_segment(segment)
+
+    def remove_segments(self, segments: Sequence[int]) -> None:
+        """Forget empty segments before they are unmapped; InvariantError when one has owners."""
+        for segment in segments:
+            self.index.remove_segment(segment)
+
+    def alloc_pages(self, count: int, hint: int = NO_HINT) -> Int32Array | None:
+        """Take `count` pages for one row; int32 [count] in table order, None when too few are free.
+
+        `hint` is the page that would continue the row's last run (NO_HINT: none).
+        """
+        if count > self.index.num_free:
+            return None
+        if count == 1:
+            return np.array([self._one_page(hint)], np.int32)
+        pieces: list[Int32Array] = []
+        left = count
+        run = self._free_run_at(hint, left)
+        if run:
+            pieces.append(self._take_range(hint, run))
+            left -= run
+        while left >= self.layout.pages_per_segment:
+            piece = self._take_empty_segments(left)
+            if piece is None:
+                break
+            pieces.append(piece)
+            left -= len(piece)
+        while left:
+            after = int(pieces[-1][-1]) + 1 if pieces else NO_HINT
+            run = self._free_run_at(after, left)
+            piece = self._take_range(after, run) if run else self._take_gap(left)
+            pieces.append(piece)
+            left -= len(piece)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def alloc_each(self, hints: Sequence[int]) -> Int32Array | None:
+        """One page for each of several rows; int32 [len(hints)], None when too few are free."""
+        if len(hints) > self.index.num_free:
+            return None
+        return np.array([self._one_page(hint) for hint in hints], np.int32)
+
+    # ---- inside: all that follows knows that enough pages are free --------------------------
+
+    def _one_page(self, hint: int) -> int:
+        if not self.index.is_free(hint):
+            return int(self._take_gap(1)[0])
+        self._take_range(hint, 1)
+        return hint
+
+    def _take_range(self, first: int, count: int) -> Int32Array:
+        pages = np.arange(first, first + count, dtype=np.int32)
+        self.index.take(pages)
+        return pages
+
+    def _free_run_at(self, first: int, limit: int) -> int:
+        """Consecutive free pages from `first` on, at most `limit`; crosses segment borders."""
+        if first < 0 or limit < 1:
+            return 0
+        taken = self.index.state[first : first + limit] != PageState.FREE
+        return int(taken.argmax()) if taken.any() else len(taken)
+
+    def _take_empty_segments(self, wanted: int) -> Int32Array | None:
+        """Up to `wanted` pages from the shortest run of empty segments that holds them.
+
+        When no run does, the longest run whole. None when no segment is empty.
+        """
+        per_segment = self.layout.pages_per_segment
+        empty = self.index.segment_counts(PageState.FREE) == per_segment
+        starts, lengths = runs_of(empty)
+        if len(starts) == 0:
+            return None
+        enough = lengths * per_segment >= wanted
+        best = _first_min(lengths, enough) if enough.any() else int(lengths.argmax())
+        count = min(wanted, int(lengths[best]) * per_segment)
+        return self._take_range(int(starts[best]) * per_segment, count)
+
+    def _take_gap(self, wanted: int) -> Int32Array:
+        """Up to `wanted` neighbouring pages of one segment, fullest segments first."""
+        free = self.index.segment_counts(PageState.FREE)
+        best_first, best_length = NO_HINT, 0
+        for segment in self._fullest(free, wanted):
+            first, length = self._largest_gap(segment)
+            if length > best_length:
+                best_first, best_length = first, length
+            if length >= wanted:
+                break
+        if best_length >= wanted:
+            best_first += self._room_for_neighbour(best_first, best_length - wanted)
+        return self._take_range(best_first, min(wanted, best_length))
+
+    def _fullest(self, free: Int32Array, wanted: int) -> list[int]:
+        """Segments to look into: those that could hold `wanted`, else any; fullest first."""
+        fits = np.flatnonzero(free >= wanted)
+        if len(fits) == 0:
+            fits = np.flatnonzero(free > 0)
+            order = np.argsort(-free[fits], kind="stable")  # pieces as large as possible
+        else:
+            order = np.argsort(free[fits], kind="stable")
+        return [int(segment) for segment in fits[order[:_GAP_SEARCH_SEGMENTS]]]
+
+    def _largest_gap(self, segment: int) -> tuple[int, int]:
+        starts, lengths = runs_of(self.index.segment_states(segment) == PageState.FREE)
+        best = int(lengths.argmax())
+        return segment * self.layout.pages_per_segment + int(starts[best]), int(lengths[best])
+
+    def _room_for_neighbour(self, first: int, spare: int) -> int:
+        """Pages to leave free behind a running row's end, so that both rows can grow in place."""
+        before = first - 1
+        grows = before >= 0 and self.index.state[before] == PageState.USED
+        return spare // 2 if grows else 0
+
+    def __repr__(self) -> str:
+        _, free, used, cached = self.index.totals
+        return f"PageAllocator(group={self.layout.group}, {free=}, {used=}, {cached=})"
+
+
+def runs_of(flags: npt.NDArray[np.bool_]) -> tuple[Int64Array, Int64Array]:
+    """Starts and lengths of the runs of True in `flags`, both int64 [runs], in order."""
+    padded = np.zeros(len(flags) + 2, np.int8)
+    padded[1:-1] = flags
+    steps = np.diff(padded)
+    starts = np.flatnonzero(steps == 1)
+    return starts, np.flatnonzero(steps == -1) - starts
+
+
+def _first_min(values: Int64Array, allowed: npt.NDArray[np.bool_]) -> int:
+    """Index of the first smallest value among the allowed ones."""
+    return int(np.where(allowed, values, np.iinfo(np.int64).max).argmin())

@@ -1,0 +1,208 @@
+"""Who owns each page of one layer group: an index, never a search.
+
+A page of a mapped segment is free, used (it stands only in the tables of running requests) or
+cached (the prefix tree owns it, and running requests may read it). Whoever takes a page notes it
+here in the same call; see docs/kv_segments.md, Note [Who owns a page]. The allocator, the prefix
+cache and the facade call this module; it never decides anything.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.mem_cache.kv_layout import SegmentLayout
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+UInt8Array = npt.NDArray[np.uint8]
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+NO_NODE = -1
+
+
+class PageState(enum.IntEnum):
+    """What a page is; UNMAPPED covers everything outside mapped segments."""
+
+    UNMAPPED = 0
+    FREE = 1
+    USED = 2
+    CACHED = 3
+
+
+CountsListener = Callable[[int, int, int], None]
+"""Called with (segment, change of used pages, change of cached pages) as pages change hands."""
+
+
+class PageIndex:
+    """State, owning tree node and number of rows of every page that was ever mapped.
+
+    Arrays reach up to the highest segment that was ever mapped (lowest ids are mapped first) and
+    grow by doubling. Invariants, per mapped page: FREE has no node and no rows; USED has no node
+    and at least one row; CACHED has a node and any number of rows.
+    """
+
+    def __init__(self, layout: SegmentLayout, listener: CountsListener | None = None) -> None:
+        self.layout = layout
+        self.state: UInt8Array = np.zeros(0, np.uint8)  # [pages]
+        self.node: Int32Array = np.zeros(0, np.int32)  # [pages], NO_NODE when none
+        self.rows: Int32Array = np.zeros(0, np.int32)  # [pages]
+        self.counts: Int32Array = np.zeros((4, 0), np.int32)  # [PageState, segments]
+        self.totals = [0, 0, 0, 0]  # per PageState; UNMAPPED is not counted
+        self._num_segments = 0
+        self._listener = listener
+
+    @property
+    def num_segments(self) -> int:
+        """One more than the highest segment that was ever mapped."""
+        return self._num_segments
+
+    @property
+    def num_free(self) -> int:
+        return self.totals[PageState.FREE]
+
+    @property
+    def num_used(self) -> int:
+        return self.totals[PageState.USED]
+
+    @property
+    def num_cached(self) -> int:
+        return self.totals[PageState.CACHED]
+
+    def segment_counts(self, state: PageState) -> Int32Array:
+        """Pages in `state` per segment, int32 [num_segments]; a view, do not keep it."""
+        return self.counts[state, : self._num_segments]
+
+    def segment_states(self, segment: int) -> UInt8Array:
+        """States of one segment's pages; a view, do not keep it."""
+        first = segment * self.layout.pages_per_segment
+        return self.state[first : first + self.layout.pages_per_segment]
+
+    def is_mapped(self, segment: int) -> bool:
+        """Whether the segment's pages are known here (allocatable or owned)."""
+        return segment < self._num_segments and bool(self.counts[1:, segment].any())
+
+    def is_free(self, page: int) -> bool:
+        """Whether `page` (any number) is a free page of a mapped segment."""
+        return 0 <= page < len(self.state) and self.state[page] == PageState.FREE
+
+    # ---- segments come and go -------------------------------------------------------------
+
+    def add_segment(self, segment: int) -> None:
+        """Make every page of a freshly mapped segment free. Raises InvariantError when known."""
+        self._grow_to(segment + 1)
+        states = self.segment_states(segment)
+        if states.any():
+            raise InvariantError(f"segment {segment} was added twice")
+        states[:] = PageState.FREE
+        self.counts[PageState.FREE, segment] = len(states)
+        self.totals[PageState.FREE] += len(states)
+
+    def remove_segment(self, segment: int) -> None:
+        """Forget a segment before it is unmapped. Raises InvariantError unless all are free."""
+        states = self.segment_states(segment)
+        if len(states) == 0 or (states != PageState.FREE).any():
+            raise InvariantError(f"segment {segment} still has owners")
+        states[:] = PageState.UNMAPPED
+        self.counts[PageState.FREE, segment] = 0
+        self.totals[PageState.FREE] -= len(states)
+
+    # ---- pages change hands ---------------------------------------------------------------
+
+    def take(self, pages: Int32Array) -> None:
+        """Free pages go into one row's table: FREE -> USED with one row."""
+        self._move(pages, PageState.FREE, PageState.USED)
+        self.rows[pages] = 1
+
+    def share(self, pages: Int32Array) -> None:
+        """Cached pages also go into another row's table."""
+        if (self.state[pages] != PageState.CACHED).any():
+            raise InvariantError("only cached pages can be shared")
+        self.rows[pages] += 1
+
+    def drop_row(self, pages: Int32Array) -> int:
+        """A row gives its table back; pages that only it had become free. Returns their number."""
+        if (self.rows[pages] < 1).any():
+            raise InvariantError("a row gave back pages that no row had")
+        self.rows[pages] -= 1
+        private = pages[self.state[pages] == PageState.USED]
+        if (self.rows[private] != 0).any():
+            raise InvariantError("a used page stood in two tables")
+        self._move(private, PageState.USED, PageState.FREE)
+        return len(private)
+
+    def adopt(self, pages: Int32Array, node: int) -> None:
+        """The tree takes a running row's pages: USED -> CACHED, owned by `node`."""
+        self._move(pages, PageState.USED, PageState.CACHED)
+        self.node[pages] = node
+
+    def rename_node(self, pages: Int32Array, node: int) -> None:
+        """The pages moved to another node of the tree (an edge was split)."""
+        self.node[pages] = node
+
+    def release(self, pages: Int32Array) -> None:
+        """The tree drops pages that no row reads: CACHED -> FREE."""
+        if self.rows[pages].any():
+            raise InvariantError("the tree dropped pages that a row still reads")
+        self._move(pages, PageState.CACHED, PageState.FREE)
+        self.node[pages] = NO_NODE
+
+    def segments_emptied_by(self, pages: Int32Array) -> int:
+        """Segments that would be all free if `pages` (all owned) became free; changes nothing."""
+        segments, owned = np.unique(pages // self.layout.pages_per_segment, return_counts=True)
+        held = self.counts[PageState.USED, segments] + self.counts[PageState.CACHED, segments]
+        return int((held == owned).sum())
+
+    # ---- inside ---------------------------------------------------------------------------
+
+    def _move(self, pages: Int32Array, old: PageState, new: PageState) -> None:
+        if len(pages) == 0:
+            return
+        if (self.state[pages] != old).any():
+            raise InvariantError(f"pages were not all {old.name} when they became {new.name}")
+        self.state[pages] = new
+        if len(pages) == 1:
+            segments, moved = [int(pages[0]) // self.layout.pages_per_segment], [1]
+            self.counts[old, segments[0]] -= 1
+            self.counts[new, segments[0]] += 1
+        else:
+            ids, each = np.unique(pages // self.layout.pages_per_segment, return_counts=True)
+            self.counts[old, ids] -= each
+            self.counts[new, ids] += each
+            segments, moved = ids.tolist(), each.tolist()
+        self.totals[old] -= len(pages)
+        self.totals[new] += len(pages)
+        if self._listener is not None:
+            used = (new is PageState.USED) - (old is PageState.USED)
+            cached = (new is PageState.CACHED) - (old is PageState.CACHED)
+            for segment, count in zip(segments, moved, strict=True):
+                self._listener(segment, used * count, cached * count)
+
+    def _grow_to(self, num_segments: int) -> None:
+        if num_segments > self.counts.shape[1]:
+            room = min(max(8, 2 * num_segments), self.layout.max_segments)
+            room = max(room, num_segments)
+            pages = room * self.layout.pages_per_segment
+            self.state = _grown(self.state, pages, PageState.UNMAPPED)
+            self.node = _grown(self.node, pages, NO_NODE)
+            self.rows = _grown(self.rows, pages, 0)
+            counts = np.zeros((4, room), np.int32)
+            counts[:, : self.counts.shape[1]] = self.counts
+            self.counts = counts
+        self._num_segments = max(self._num_segments, num_segments)
+
+    def __repr__(self) -> str:
+        _, free, used, cached = self.totals
+        return f"PageIndex(group={self.layout.group}, {free=}, {used=}, {cached=})"
+
+
+def _grown(array: npt.NDArray[_Scalar], size: int, fill: int) -> npt.NDArray[_Scalar]:
+    grown = np.full(size, fill, array.dtype)
+    grown[: len(array)] = array
+    return grown
