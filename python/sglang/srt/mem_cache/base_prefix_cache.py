@@ -1,0 +1,124 @@
+"""What a prefix cache promises: token ids and pages in, locked handles out.
+
+The facade in `allocation.py` is the only caller. A cache knows no request: it sees int32 token
+arrays, page ids per layer group, and handles. A locked prefix is never evicted; a handle is
+released exactly once. See docs/kv_segments.md, Note [A running prefill is shared] and
+Note [Eviction cuts tails].
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang.srt.errors import InvariantError
+
+Int32Array = npt.NDArray[np.int32]
+
+
+class PrefixHandle:
+    """A lock on the prefix [0, num_tokens) of one token sequence.
+
+    `node` is the cache's own place mark and moves down as the holder's tokens enter the cache.
+    """
+
+    __slots__ = ("node", "num_tokens", "released")
+
+    def __init__(self, node: Any, num_tokens: int) -> None:
+        self.node = node
+        self.num_tokens = num_tokens
+        self.released = False
+
+    def mark_released(self) -> None:
+        """Note the one release. Raises InvariantError on the second."""
+        if self.released:
+            raise InvariantError(f"{self!r} was released twice")
+        self.released = True
+
+    def __repr__(self) -> str:
+        return f"PrefixHandle(tokens={self.num_tokens}, released={self.released})"
+
+
+@dataclass(frozen=True, slots=True)
+class MatchResult:
+    """A hit of `num_tokens` tokens (a multiple of the page size, 0: none) and its pages.
+
+    `page_ids[g]` int32 [num_tokens / page_size] are copies. `handle` is locked.
+    """
+
+    num_tokens: int
+    page_ids: tuple[Int32Array, ...]
+    handle: PrefixHandle
+
+
+class BasePrefixCache(abc.ABC):
+    """Pages are counted per group alike: every group keeps every token of a cached prefix."""
+
+    @property
+    @abc.abstractmethod
+    def num_pages(self) -> int:
+        """Pages that the cache owns, in each group."""
+
+    @property
+    @abc.abstractmethod
+    def num_locked_pages(self) -> int:
+        """Pages under a lock, in each group; the others can be evicted."""
+
+    @property
+    def num_evictable_pages(self) -> int:
+        """Pages that `evict` could free, in each group."""
+        return self.num_pages - self.num_locked_pages
+
+    @abc.abstractmethod
+    def match_len(self, token_ids: Int32Array, extra_key: str | None, max_tokens: int) -> int:
+        """Tokens of `token_ids` that `match` would find, at most `max_tokens`; changes nothing."""
+
+    @abc.abstractmethod
+    def match(self, token_ids: Int32Array, extra_key: str | None, max_tokens: int) -> MatchResult:
+        """Find and lock the longest cached prefix of at most `max_tokens` tokens.
+
+        The handle must be released, also when nothing was found.
+        """
+
+    @abc.abstractmethod
+    def insert(
+        self,
+        handle: PrefixHandle,
+        token_ids: Int32Array,
+        num_tokens: int,
+        page_ids: tuple[Int32Array, ...],
+    ) -> int:
+        """Offer the computed tokens [0, num_tokens) of the handle's sequence, held by one row.
+
+        `page_ids[g]` are the row's pages from position 0. Whole pages past the handle that the
+        cache lacks become its own and stay locked by the handle. Returns how many tokens of the
+        sequence are now in the cache; pages of tokens that were there already stay the row's own.
+        """
+
+    @abc.abstractmethod
+    def release(self, handle: PrefixHandle) -> None:
+        """Unlock. Raises InvariantError on a second release."""
+
+    @abc.abstractmethod
+    def evict(self, num_pages: int) -> int:
+        """Free up to `num_pages` unlocked pages per group; returns how many. evict(0) is safe."""
+
+    @abc.abstractmethod
+    def evict_idle(self, now: float, idle_seconds: float) -> int:
+        """Free unlocked prefixes that nobody used for `idle_seconds`; returns pages per group.
+
+        `now` also becomes the time of every use until the next call. Negative: never evict.
+        Bounded work: call again until it returns 0.
+        """
+
+    @abc.abstractmethod
+    def clear(self) -> int:
+        """Free everything unlocked; returns pages per group."""
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Recount everything; raises InvariantError where a count or a lock does not add up."""

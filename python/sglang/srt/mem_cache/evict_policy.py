@@ -1,0 +1,69 @@
+"""In which order unlocked leaves go: an ordered structure kept up to date, never a walk.
+
+`RadixCache` adds a leaf when it becomes evictable and drops it when it no longer is. A heap with
+lazy invalidation: an update pushes a new entry, an old one is skipped when it surfaces. A linked
+list would do for lru alone, but not for lfu, nor for a parent that becomes a leaf with an old
+time of use.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+from sglang.srt.mem_cache.radix_tree import TreeNode
+
+SortKey = tuple[int, ...]
+_Entry = tuple[SortKey, int, TreeNode]
+
+
+def lru_key(node: TreeNode) -> SortKey:
+    """Least recently used first."""
+    return (node.tick,)
+
+
+def lfu_key(node: TreeNode) -> SortKey:
+    """Least often used first, the least recently used among equals."""
+    return (node.hits, node.tick)
+
+
+EVICTION_KEYS: dict[str, Callable[[TreeNode], SortKey]] = {"lru": lru_key, "lfu": lfu_key}
+
+
+class LeafQueue:
+    """Evictable leaves, coldest first. All operations amortised O(log leaves)."""
+
+    def __init__(self, key: Callable[[TreeNode], SortKey]) -> None:
+        self._key = key
+        self._heap: list[_Entry] = []
+        self._entries: dict[int, _Entry] = {}  # node id -> its one valid entry
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, node: TreeNode) -> bool:
+        return node.id in self._entries
+
+    def put(self, node: TreeNode) -> None:
+        """Add a leaf, or move it to where its present key belongs."""
+        entry = (self._key(node), node.id, node)
+        self._entries[node.id] = entry
+        heapq.heappush(self._heap, entry)
+        if len(self._heap) > 2 * len(self._entries) + 64:
+            self._heap = list(self._entries.values())
+            heapq.heapify(self._heap)
+
+    def discard(self, node: TreeNode) -> None:
+        """Take a leaf out if it is in."""
+        self._entries.pop(node.id, None)
+
+    def coldest(self, count: int = 1) -> list[TreeNode]:
+        """Up to `count` leaves, coldest first; they stay in."""
+        found: list[_Entry] = []
+        while self._heap and len(found) < count:
+            entry = heapq.heappop(self._heap)
+            if self._entries.get(entry[1]) is entry:
+                found.append(entry)
+        for entry in found:
+            heapq.heappush(self._heap, entry)
+        return [node for _, _, node in found]
