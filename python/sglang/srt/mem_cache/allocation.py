@@ -1,0 +1,368 @@
+"""What the scheduler calls: leases on memory, slots for new tokens, and the answer "no pages".
+
+`KVMemory` is the one door to the memory floor of a rank. It knows leases, never requests; it
+computes nothing and reads no clock. Only here and in the ladder below it is scarcity answered
+(with None). See docs/kv_segments.md, Note [The ladder] and Note [A running prefill is shared].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.mem_cache.allocator import PageAllocator
+from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, PrefixHandle
+from sglang.srt.mem_cache.block_table import BlockTable
+from sglang.srt.mem_cache.kv_layout import KVCacheSpec, ReqPoolIdx, num_pages_for
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.page_ladder import PageLadder, joint_pages
+from sglang.srt.mem_cache.segment_manager import SegmentManager
+from sglang.srt.mem_cache.segment_state import SegmentState, Ticket
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+
+class KVLease:
+    """One request's hold on memory: a row, its block tables and a locked prefix; closed once.
+
+    `num_tokens` tokens have a slot, the first `num_cached_tokens` of them came from the cache.
+    Invariant while open: every table holds exactly the pages of `num_tokens` tokens.
+    """
+
+    __slots__ = (
+        "closed",
+        "extra_key",
+        "handle",
+        "next_share_tokens",
+        "num_cached_tokens",
+        "num_tokens",
+        "row",
+        "tables",
+    )
+
+    def __init__(
+        self,
+        row: ReqPoolIdx,
+        tables: tuple[BlockTable, ...],
+        handle: PrefixHandle,
+        extra_key: str | None,
+    ) -> None:
+        self.row = row
+        self.tables = tables
+        self.handle = handle
+        self.extra_key = extra_key
+        self.num_tokens = handle.num_tokens
+        self.num_cached_tokens = handle.num_tokens
+        self.next_share_tokens = 0
+        self.closed = False
+
+    def __repr__(self) -> str:
+        return (
+            f"KVLease(row={self.row}, tokens={self.num_tokens}, cached={self.num_cached_tokens}, "
+            f"locked={self.handle.num_tokens}, closed={self.closed})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PageNeed:
+    """Room for `num_tokens` new tokens after the lease's present ones."""
+
+    lease: KVLease
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVPlacement:
+    """Where new tokens go: `out_cache_loc[g]` int64 [T], tokens of all needs in order.
+
+    `ticket` is growth for coming steps that was under way when the slots were given, or None.
+    """
+
+    out_cache_loc: tuple[Int64Array, ...]
+    ticket: Ticket | None
+
+
+class KVMemory:
+    """The memory of one rank. Called by one thread; attention may read snapshots on another."""
+
+    def __init__(
+        self,
+        spec: KVCacheSpec,
+        manager: SegmentManager,
+        allocators: tuple[PageAllocator, ...],
+        cache: BasePrefixCache,
+        rows: ReqToTokenPool,
+        kv_pool: MHATokenToKVPool,
+        *,
+        prefix_idle_s: float,
+        max_cached_tokens: int | None,
+    ) -> None:
+        self.spec = spec
+        self.page_size = spec.page_size
+        self.manager = manager
+        self.allocators = allocators
+        self.cache = cache
+        self.rows = rows
+        self.kv_pool = kv_pool
+        self.ladder = PageLadder(manager, allocators, cache)
+        self.leases: dict[ReqPoolIdx, KVLease] = {}
+        self._prefix_idle_s = prefix_idle_s
+        self._max_cached_pages = (
+            None if max_cached_tokens is None else max_cached_tokens // spec.page_size
+        )
+        self._growth: Ticket | None = None
+
+    # ---- a request's life -------------------------------------------------------------------
+
+    def open(
+        self, token_ids: Int32Array, *, extra_key: str | None = None, max_prefix: int
+    ) -> KVLease | None:
+        """Take a row and lock the longest cached prefix of at most `max_prefix` tokens.
+
+        The tables are filled with the hit's pages (whole pages only). None: no row is free.
+        """
+        row = self.rows.alloc_row()
+        if row is None:
+            return None
+        hit = self.cache.match(token_ids, extra_key, max_prefix)
+        lease = KVLease(row, self.rows.tables(row), hit.handle, extra_key)
+        for allocator, table, pages in zip(
+            self.allocators, lease.tables, hit.page_ids, strict=True
+        ):
+            allocator.index.share(pages)
+            table.extend(pages)
+        self.leases[row] = lease
+        return lease
+
+    def match_len(self, token_ids: Int32Array, extra_key: str | None = None) -> int:
+        """Tokens that `open` would find cached now; locks and changes nothing."""
+        return self.cache.match_len(token_ids, extra_key, len(token_ids))
+
+    def alloc_for_extend(self, needs: Sequence[PageNeed]) -> KVPlacement | None:
+        """Slots for all needs or for none; runs the ladder. None: no pages, nothing changed.
+
+        Each lease may appear once. The leases' `num_tokens` count the new tokens from here on.
+        """
+        counts = [self._pages_missing(need) for need in needs]
+        if not self.ladder.ensure([sum(counts)] * len(self.allocators)):
+            return None
+        locs = []
+        for g, allocator in enumerate(self.allocators):
+            pieces = []
+            for need, count in zip(needs, counts, strict=True):
+                table = need.lease.tables[g]
+                if count:
+                    table.extend(_granted(allocator.alloc_pages(count, table.next_page_hint)))
+                pieces.append(table.slots(need.lease.num_tokens, need.num_tokens))
+            locs.append(np.concatenate(pieces) if pieces else np.empty(0, np.int64))
+        for need in needs:
+            need.lease.num_tokens += need.num_tokens
+        return KVPlacement(tuple(locs), self._growth)
+
+    def alloc_for_decode(self, needs: Sequence[PageNeed]) -> KVPlacement | None:
+        """One slot for each need (every num_tokens is 1), all or none; None: no pages.
+
+        A step in which no request starts a page costs a list and two array operations per group.
+        """
+        size = self.page_size
+        lengths = np.array([need.lease.num_tokens for need in needs], np.int64)
+        starting = np.flatnonzero(lengths % size == 0).tolist()
+        if starting and not self.ladder.ensure([len(starting)] * len(self.allocators)):
+            return None
+        locs = []
+        for g, allocator in enumerate(self.allocators):
+            if starting:
+                tables = [needs[i].lease.tables[g] for i in starting]
+                hints = [table.next_page_hint for table in tables]
+                for table, page in zip(
+                    tables, _granted(allocator.alloc_each(hints)).tolist(), strict=True
+                ):
+                    table.append_page(page)
+            last = np.array([need.lease.tables[g].last_page for need in needs], np.int64)
+            locs.append(last * size + lengths % size)
+        for need in needs:
+            if need.num_tokens != 1:
+                raise InvariantError(f"a decode need of {need.num_tokens} tokens")
+            need.lease.num_tokens += 1
+        return KVPlacement(tuple(locs), self._growth)
+
+    def cache_prefix(self, lease: KVLease, token_ids: Int32Array, num_tokens: int) -> None:
+        """Share the computed tokens [0, num_tokens), whole pages, while the request runs.
+
+        The lease stays locked on them. Where another request computed the same first, the lease's
+        pages stay its own; the next look is then taken after twice the distance, so that all
+        looks together cost O(tokens).
+        """
+        if num_tokens < lease.next_share_tokens:
+            return
+        self._check_computed(lease, num_tokens)
+        tables = tuple(table.page_ids for table in lease.tables)
+        self.cache.insert(lease.handle, token_ids, num_tokens, tables)
+        own = lease.handle.num_tokens
+        lease.next_share_tokens = own + max(self.page_size, 2 * (num_tokens - own))
+
+    def close(self, lease: KVLease, token_ids: Int32Array | None, num_tokens: int) -> None:
+        """End a lease: cache its computed tokens [0, num_tokens) (`token_ids` None: nothing),
+        unlock, free what the cache did not take and give the row back.
+
+        No forward may still read the lease's pages. Raises InvariantError on a second call.
+        """
+        if lease.closed:
+            raise InvariantError(f"{lease!r} was closed twice")
+        if token_ids is not None:
+            self._check_computed(lease, num_tokens)
+            tables = tuple(table.page_ids for table in lease.tables)
+            self.cache.insert(lease.handle, token_ids, num_tokens, tables)
+        lease.closed = True
+        for allocator, table in zip(self.allocators, lease.tables, strict=True):
+            allocator.index.drop_row(table.page_ids)
+        self.cache.release(lease.handle)
+        self.rows.free_row(lease.row)
+        del self.leases[lease.row]
+
+    # ---- numbers ----------------------------------------------------------------------------
+
+    def headroom_pages(self) -> tuple[int, ...]:
+        """Pages per group that admission may still promise: the budget's, less used and locked.
+
+        While growth is paused after a refusal only mapped memory counts.
+        """
+        return self.ladder.headroom_pages()
+
+    def headroom_tokens(self) -> tuple[int, ...]:
+        """`headroom_pages` in tokens."""
+        return tuple(pages * self.page_size for pages in self.ladder.headroom_pages())
+
+    def pages_needed(self, need: PageNeed) -> tuple[int, ...]:
+        """New pages per group that a need would take."""
+        return (self._pages_missing(need),) * len(self.allocators)
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that the budget can hold in all groups at once."""
+        none = [0] * len(self.allocators)
+        pages = joint_pages(self.manager.layouts, self.manager.budget_bytes, none)
+        return pages * self.page_size
+
+    @property
+    def num_pending_growths(self) -> int:
+        """Maps and unmaps under way."""
+        return len(self.manager.pending())
+
+    # ---- between steps ----------------------------------------------------------------------
+
+    def on_step_boundary(self, now: float, pages_expected: Sequence[int] = ()) -> None:
+        """Take over finished maps, run the idle clocks, map ahead what the next step will want.
+
+        `now` in monotonic seconds, `pages_expected[g]` new pages of the next step (empty: none).
+        Never blocks. Must also be called now and then while no request runs.
+        """
+        self.manager.note_time(now)
+        self.ladder.settle_finished()
+        self.cache.evict_idle(now, self._prefix_idle_s)
+        if self._max_cached_pages is not None:
+            self.cache.evict(max(0, self.cache.num_evictable_pages - self._max_cached_pages))
+        self._growth = self.ladder.look_ahead(pages_expected)
+        self.ladder.shrink(now)
+
+    def note_launched(self, epoch: int) -> None:
+        """Forward `epoch` was launched: what is freed from now on is unmapped only after it."""
+        self.manager.note_launched(epoch)
+
+    def note_completed(self, epoch: int) -> None:
+        """Forward `epoch` and all before are done: memory that waited for them may go."""
+        self.manager.note_completed(epoch)
+
+    def flush(self) -> bool:
+        """Drop the whole prefix cache. False, and nothing done, while any lease is open."""
+        if self.leases:
+            return False
+        self.cache.clear()
+        return True
+
+    def close_pool(self) -> None:
+        """Give all memory back to the machine; nothing may be called afterwards."""
+        self.manager.close()
+
+    # ---- reports ----------------------------------------------------------------------------
+
+    def memory_object(self) -> dict[str, object]:
+        """`memory` of /server_info; the scheduler adds the context lengths. Bytes and tokens."""
+        stats = self.manager.stats()
+        groups = [
+            {
+                "group": int(one.group),
+                "kind": self.spec.groups[one.group].kind.value,
+                "num_layers": len(self.spec.groups[one.group].layers),
+                "bytes_per_token": self.spec.bytes_per_slot(one.group),
+                "segment_tokens": layout.slots_per_segment,
+                "segment_bytes": layout.segment_bytes,
+                "segments": {state.value: one.segments[state] for state in SegmentState},
+                "pages": _pages(one.pages_free, one.pages_used, one.pages_cached),
+                "reserved_bytes": one.reserved_bytes,
+                "mapped_bytes": one.mapped_bytes,
+                "fixed_bytes": one.fixed_bytes,
+                "map_count": one.map_count,
+                "unmap_count": one.unmap_count,
+                "refused_count": one.refused_count,
+            }
+            for one, layout in zip(stats, self.manager.layouts, strict=True)
+        ]
+        return {
+            "backing": self.manager.backing.name,
+            "page_size": self.page_size,
+            "capacity_tokens": self.capacity_tokens,
+            "headroom_tokens": min(self.headroom_tokens()),
+            "cached_tokens": self.cache.num_pages * self.page_size,
+            "locked_cached_tokens": self.cache.num_locked_pages * self.page_size,
+            "bytes_per_token": self.spec.bytes_per_token,
+            "reserved_bytes": self.manager.reserved_bytes,
+            "mapped_bytes": self.manager.mapped_bytes,
+            "fixed_bytes": self.manager.fixed_bytes,
+            "budget_bytes": self.manager.budget_bytes,
+            "growth_paused": self.manager.growth_paused,
+            "segments": {
+                state.value: sum(one.segments[state] for one in stats) for state in SegmentState
+            },
+            "pages": _pages(
+                sum(one.pages_free for one in stats),
+                sum(one.pages_used for one in stats),
+                sum(one.pages_cached for one in stats),
+            ),
+            "rows": {"taken": len(self.leases), "size": self.rows.size},
+            "groups": groups,
+        }
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    def _pages_missing(self, need: PageNeed) -> int:
+        if need.lease.closed:
+            raise InvariantError(f"{need.lease!r} is closed")
+        end = need.lease.num_tokens + need.num_tokens
+        return num_pages_for(end, self.page_size) - need.lease.tables[0].num_pages
+
+    def _check_computed(self, lease: KVLease, num_tokens: int) -> None:
+        if lease.closed or num_tokens > lease.num_tokens:
+            raise InvariantError(f"{lease!r} has no {num_tokens} computed tokens")
+
+    def __repr__(self) -> str:
+        return (
+            f"KVMemory(leases={len(self.leases)}, free={self.ladder.free_pages()}, "
+            f"{self.cache!r}, mapped={self.manager.mapped_bytes} of {self.manager.budget_bytes})"
+        )
+
+
+def _pages(free: int, used: int, cached: int) -> dict[str, int]:
+    return {"free": free, "used": used, "cached": cached}
+
+
+def _granted(pages: Int32Array | None) -> Int32Array:
+    """Pages that the ladder had made sure of."""
+    if pages is None:
+        raise InvariantError("the ladder promised pages that the allocator does not have")
+    return pages

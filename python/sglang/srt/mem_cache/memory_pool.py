@@ -1,0 +1,155 @@
+"""Where requests keep their tables and layers keep K and V.
+
+`ReqToTokenPool` owns the rows and their block tables: rows exist while a request runs, nothing is
+sized requests x context. `MHATokenToKVPool` gives layers zero-copy views of the backing and
+writes new tokens into them. The facade calls the first, compute the second; neither decides
+which page goes to whom.
+
+Shape letters: T packed new tokens, S slots of a group's whole space, G kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import torch
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.mem_cache.block_table import BlockTable
+from sglang.srt.mem_cache.kv_layout import KVCacheSpec, ReqPoolIdx, SegmentLayout
+from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, SegmentBacking
+
+# More pieces than this in one write and scattered copying is the cheaper way.
+_MAX_COPY_PIECES = 8
+
+Piece = tuple[int, int, int]
+
+
+class ReqToTokenPool:
+    """Rows 1..size, the lowest free one first; row 0 stands for padding and is never given out."""
+
+    def __init__(self, size: int, num_groups: int, page_size: int) -> None:
+        self.size = size
+        self._num_groups = num_groups
+        self._page_size = page_size
+        self._tables: dict[ReqPoolIdx, tuple[BlockTable, ...]] = {}
+        self._returned: list[ReqPoolIdx] = []  # heap of rows below `_fresh` that are free
+        self._fresh = 1
+
+    def available_size(self) -> int:
+        """Rows that `alloc_row` can still give."""
+        return self.size - len(self._tables)
+
+    def alloc_row(self) -> ReqPoolIdx | None:
+        """Take a row with one empty table per group; None when all rows are taken."""
+        if len(self._tables) >= self.size:
+            return None
+        if self._returned:
+            row = heapq.heappop(self._returned)
+        else:
+            row = ReqPoolIdx(self._fresh)
+            self._fresh += 1
+        self._tables[row] = tuple(BlockTable(self._page_size) for _ in range(self._num_groups))
+        return row
+
+    def free_row(self, row: ReqPoolIdx) -> None:
+        """Give a row and its tables back. Raises InvariantError when it is not taken."""
+        if self._tables.pop(row, None) is None:
+            raise InvariantError(f"row {row} was freed but is not taken")
+        heapq.heappush(self._returned, row)
+
+    def tables(self, row: ReqPoolIdx) -> tuple[BlockTable, ...]:
+        """Block tables of a taken row, by group. Raises InvariantError when it is not taken."""
+        tables = self._tables.get(row)
+        if tables is None:
+            raise InvariantError(f"row {row} is not taken")
+        return tables
+
+    def rows(self) -> list[ReqPoolIdx]:
+        """Taken rows in the order in which they were taken."""
+        return list(self._tables)
+
+    def __repr__(self) -> str:
+        return f"ReqToTokenPool(rows={len(self._tables)}/{self.size})"
+
+
+class MHATokenToKVPool:
+    """K and V of every layer over a backing's reserved space.
+
+    Views are taken once; their addresses never change. Only slots of mapped segments and of the
+    dump page may be read or written, and never a whole plane at once.
+    """
+
+    def __init__(
+        self, spec: KVCacheSpec, layouts: tuple[SegmentLayout, ...], backing: SegmentBacking
+    ) -> None:
+        self.spec = spec
+        self.layouts = layouts
+        self.page_size = spec.page_size
+        self.dtype = KV_TORCH_DTYPES[spec.dtype]
+        # fp8 is copied as bytes: torch moves any dtype that way, and a copy never rounds
+        self._store_dtype = torch.uint8 if self.dtype.itemsize == 1 else self.dtype
+        self._group_of_layer = spec.group_of_layer()
+        self._keys = [backing.view(layer, Plane.KEY) for layer in range(spec.num_layers)]
+        self._values = [backing.view(layer, Plane.VALUE) for layer in range(spec.num_layers)]
+        self._last_loc: torch.Tensor | None = None
+        self._last_pieces: list[Piece] | None = None
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        """Keys of one layer, [S, G, D] in the KV dtype, zero-copy over all slots."""
+        return self._keys[layer_id]
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        """Values of one layer, [S, G, D of V] in the KV dtype, zero-copy over all slots."""
+        return self._values[layer_id]
+
+    def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both buffers of one layer."""
+        return self._keys[layer_id], self._values[layer_id]
+
+    def group_of_layer(self, layer_id: int) -> int:
+        """The layer group whose slots this layer's buffers are indexed by."""
+        return self._group_of_layer[layer_id]
+
+    def set_kv_buffer(
+        self, layer_id: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Write new tokens: slot loc[t] of `layer_id` gets k[t] and v[t], cast to the KV dtype.
+
+        `loc` int64 [T] of distinct slots, `k` [T, G, D], `v` [T, G, D of V]. Slots that stand in a
+        row are copied as one range, others one by one. `loc` must not be changed afterwards: its
+        ranges are remembered for the other layers of the step.
+        """
+        pieces = self._pieces_of(loc)
+        for buffer, new in ((self._keys[layer_id], k), (self._values[layer_id], v)):
+            source = new.to(self.dtype).view(self._store_dtype)
+            target = buffer.view(self._store_dtype)
+            if pieces is None:
+                target.index_copy_(0, loc, source)
+                continue
+            for row, slot, count in pieces:
+                target[slot : slot + count].copy_(source[row : row + count])
+
+    def get_kv_size_bytes(self) -> tuple[int, int]:
+        """Address space of all key planes and of all value planes, in bytes."""
+        keys = sum(buffer.numel() * buffer.element_size() for buffer in self._keys)
+        values = sum(buffer.numel() * buffer.element_size() for buffer in self._values)
+        return keys, values
+
+    def _pieces_of(self, loc: torch.Tensor) -> list[Piece] | None:
+        """(first row, first slot, count) of the ranges in `loc`, None when there are too many."""
+        if loc is not self._last_loc:
+            self._last_loc, self._last_pieces = loc, _find_pieces(loc)
+        return self._last_pieces
+
+    def __repr__(self) -> str:
+        return f"MHATokenToKVPool(layers={self.spec.num_layers}, dtype={self.spec.dtype})"
+
+
+def _find_pieces(loc: torch.Tensor) -> list[Piece] | None:
+    breaks = torch.nonzero(loc[1:] - loc[:-1] != 1).flatten()
+    if len(breaks) >= _MAX_COPY_PIECES:
+        return None
+    starts = [0, *(int(row) + 1 for row in breaks)] if len(loc) else []
+    ends = [*starts[1:], len(loc)]
+    return [(row, int(loc[row]), end - row) for row, end in zip(starts, ends, strict=True)]

@@ -1,0 +1,187 @@
+"""The scarcity ladder: from "not enough free pages" to enough, or to a clean no.
+
+`KVMemory` in `allocation.py` asks it for pages in numbers, never for pages themselves. It is the
+only caller of the segment manager's plans and keeps the allocators in step with the segments that
+come and go. See docs/kv_segments.md, Note [The ladder].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sglang.srt.mem_cache.allocator import PageAllocator
+from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+from sglang.srt.mem_cache.kv_layout import SegmentLayout
+from sglang.srt.mem_cache.segment_manager import SegmentManager
+from sglang.srt.mem_cache.segment_state import GrowthPlan, SegmentState, Ticket, TicketOutcome
+
+
+class PageLadder:
+    """Free pages, then growth below the budget, then eviction, then another group's segments.
+
+    Invariant: an allocator knows exactly the MAPPED segments of its group; a segment that drains
+    was taken from it before, one that was mapped or revived is given to it at once.
+    """
+
+    def __init__(
+        self,
+        manager: SegmentManager,
+        allocators: tuple[PageAllocator, ...],
+        cache: BasePrefixCache,
+    ) -> None:
+        self._manager = manager
+        self._allocators = allocators
+        self._cache = cache
+        self._maps: dict[int, Ticket] = {}  # tickets that bring memory, oldest first
+        self._unmaps: dict[int, Ticket] = {}  # tickets that only give memory back
+        self._leaving: dict[int, list[set[int]]] = {}  # ticket -> segments under unmap, by group
+        for allocator in allocators:
+            records = manager.segments(allocator.layout.group).values()
+            mapped = [record.id for record in records if record.state is SegmentState.MAPPED]
+            allocator.add_segments(mapped)
+
+    # ---- numbers ----------------------------------------------------------------------------
+
+    def free_pages(self) -> tuple[int, ...]:
+        """Pages that can be taken at once, by group."""
+        return tuple(allocator.num_free for allocator in self._allocators)
+
+    def owned_pages(self) -> tuple[int, ...]:
+        """Pages that neither growth nor eviction can give: used, or cached under a lock."""
+        locked = self._cache.num_locked_pages
+        return tuple(allocator.index.num_used + locked for allocator in self._allocators)
+
+    def headroom_pages(self) -> tuple[int, ...]:
+        """Pages, by group, that could still be had for every group at once.
+
+        The budget's pages less those in `owned_pages`; while growth is paused after a refusal, no
+        more than what is mapped.
+        """
+        joint = joint_pages(self._manager.layouts, self._manager.budget_bytes, self.owned_pages())
+        return tuple(min(joint, self._without_growth(g)) for g in range(len(self._allocators)))
+
+    def _without_growth(self, group: int) -> int:
+        allocator = self._allocators[group]
+        if self._manager.backing.elastic and not self._manager.growth_paused:
+            return allocator.layout.max_segments * allocator.layout.pages_per_segment
+        pending = self._manager.pending_pages(allocator.layout.group)
+        return allocator.num_free + pending + self._cache.num_evictable_pages
+
+    # ---- the ladder -------------------------------------------------------------------------
+
+    def ensure(self, need: Sequence[int]) -> bool:
+        """Make `need[g]` pages free in every group, or return False.
+
+        A request that the numbers rule out evicts and maps nothing. Blocks while memory is mapped.
+        """
+        if self._enough(need):
+            return True
+        headroom = self.headroom_pages()
+        if any(wanted > room for wanted, room in zip(need, headroom, strict=True)):
+            return False
+        self._await_maps(need)
+        return (
+            self._enough(need)
+            or self._grow(need)
+            or self._evict(need)
+            or self._grow(need, take_empty=True)
+        )
+
+    def _enough(self, need: Sequence[int]) -> bool:
+        return all(n <= free for n, free in zip(need, self.free_pages(), strict=True))
+
+    def _missing(self, need: Sequence[int]) -> list[int]:
+        return [max(0, n - free) for n, free in zip(need, self.free_pages(), strict=True)]
+
+    def _await_maps(self, need: Sequence[int]) -> None:
+        for ticket in list(self._maps.values()):
+            if self._enough(need):
+                return
+            self._settle(ticket, self._manager.wait(ticket))
+
+    def _grow(self, need: Sequence[int], *, take_empty: bool = False) -> bool:
+        plan = self._plan_growth(self._missing(need), take_empty=take_empty)
+        if plan is not None:
+            ticket = self._begin(plan)
+            self._settle(ticket, self._manager.wait(ticket))
+        return self._enough(need)
+
+    def _plan_growth(self, missing: list[int], *, take_empty: bool = False) -> GrowthPlan | None:
+        """All that is missing when it fits the budget, else as much of it as does."""
+        plan = self._manager.plan_growth(missing, take_empty=take_empty)
+        if plan is not None or not any(missing):
+            return plan
+        growable = [self._manager.growable_pages(a.layout.group) for a in self._allocators]
+        clipped = [min(pair) for pair in zip(missing, growable, strict=True)]
+        return self._manager.plan_growth(clipped) if clipped != missing else None
+
+    def _evict(self, need: Sequence[int]) -> bool:
+        self._cache.evict(max(self._missing(need)))
+        return self._enough(need)
+
+    # ---- segments come and go ---------------------------------------------------------------
+
+    def settle_finished(self) -> None:
+        """Take over what the background thread finished; never blocks."""
+        for ticket in (*self._maps.values(), *self._unmaps.values()):
+            outcome = self._manager.poll(ticket)
+            if outcome is not None:
+                self._settle(ticket, outcome)
+
+    def look_ahead(self, expected: Sequence[int]) -> Ticket | None:
+        """Begin to map what the next step will want beyond free pages; evicts nothing.
+
+        At most one such growth is under way. Also refills the reserve of empty segments.
+        """
+        if self._maps:
+            return None
+        plan = self._plan_growth(self._missing(expected)) if any(expected) else None
+        plan = plan or self._manager.plan_reserve()
+        return self._begin(plan) if plan is not None else None
+
+    def shrink(self, now: float) -> Ticket | None:
+        """Begin to unmap segments that are empty and idle."""
+        plan = self._manager.plan_shrink(now)
+        return self._begin(plan) if plan is not None else None
+
+    def _begin(self, plan: GrowthPlan) -> Ticket:
+        for allocator, segments in zip(self._allocators, plan.unmap, strict=True):
+            allocator.remove_segments(segments)
+        ticket = self._manager.apply(plan)
+        for g, (allocator, segments) in enumerate(zip(self._allocators, plan.revive, strict=True)):
+            allocator.add_segments(segments)
+            for leaving in self._leaving.values():
+                leaving[g].difference_update(segments)
+        tickets = self._maps if any(plan.map) or any(plan.revive) else self._unmaps
+        tickets[ticket.number] = ticket
+        self._leaving[ticket.number] = [set(segments) for segments in plan.unmap]
+        return ticket
+
+    def _settle(self, ticket: Ticket, outcome: TicketOutcome) -> None:
+        self._maps.pop(ticket.number, None)
+        self._unmaps.pop(ticket.number, None)
+        leaving = self._leaving.pop(ticket.number)
+        for g, allocator in enumerate(self._allocators):
+            allocator.add_segments(outcome.mapped[g])
+            stayed = leaving[g].difference(outcome.unmapped[g])
+            allocator.add_segments(sorted(stayed))
+
+    def __repr__(self) -> str:
+        return f"PageLadder(free={self.free_pages()}, maps={len(self._maps)})"
+
+
+def joint_pages(layouts: Sequence[SegmentLayout], budget_bytes: int, owned: Sequence[int]) -> int:
+    """Most pages that every group can have at once beside its `owned` ones, within one budget.
+
+    Whole segments are counted; 0 when the budget holds not even `owned`.
+    """
+    low, high = 0, max(layout.max_segments * layout.pages_per_segment for layout in layouts)
+    while low < high:
+        middle = (low + high + 1) // 2
+        total = 0
+        for layout, pages in zip(layouts, owned, strict=True):
+            segments = -(-(pages + middle) // layout.pages_per_segment)
+            fits = segments < layout.max_segments
+            total += segments * layout.segment_bytes if fits else budget_bytes + 1
+        low, high = (middle, high) if total <= budget_bytes else (low, middle - 1)
+    return low
