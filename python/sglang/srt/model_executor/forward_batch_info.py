@@ -9,28 +9,21 @@ Shape letters: T packed new tokens, B requests, R rows whose logits are wanted.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.mem_cache.allocation import KVPlacement
+from sglang.srt.model_executor.forward_mode import ForwardMode as ForwardMode
 from sglang.srt.utils.progress import Progress
 
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
-
-
-class ForwardMode(enum.Enum):
-    """What a batch computes: new prompt tokens, one token each, both, or nothing (padding)."""
-
-    EXTEND = "extend"
-    DECODE = "decode"
-    MIXED = "mixed"
-    IDLE = "idle"
 
 
 class BlockTableView(Protocol):
@@ -96,8 +89,12 @@ class ForwardBatch:
     """One step's tensors, tables, pools and backend.
 
     `out_cache_loc[g]` int64 [T] are the slots where the new tokens' K and V go. `logits_rows`
-    int64 [R] are ascending. `attn_plan` is what the backend's `plan` returned for this batch.
-    `progress` is ticked by every layer.
+    int64 [R] are ascending; R is 0 when no request of the step ends its prompt. `attn_plan` is
+    what the backend's `plan` returned for this batch. `progress` is ticked by every layer.
+
+    Packed rows `relay_at` take the token that the forward before sampled for KV rows
+    `relay_rows`: the worker writes them into `input_ids` right before it computes, and nothing
+    else of a batch ever changes.
     """
 
     forward_mode: ForwardMode
@@ -110,6 +107,8 @@ class ForwardBatch:
     attn_backend: Any  # AttentionBackend
     attn_plan: Any
     progress: Progress
+    relay_at: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
+    relay_rows: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def num_tokens(self) -> int:
@@ -118,3 +117,80 @@ class ForwardBatch:
     @property
     def batch_size(self) -> int:
         return len(self.geometry.seq_lens)
+
+    @classmethod
+    def from_schedule_batch(
+        cls,
+        batch: ScheduleBatch,
+        placement: KVPlacement,
+        *,
+        pool: Any,
+        backend: Any,
+        page_size: int,
+        progress: Progress,
+    ) -> ForwardBatch:
+        """Pack a step: the only constructor that the engine uses.
+
+        `placement` names the slots of every item's tokens in the order of `batch.items`. Block
+        tables are snapshots: later growth and release on the host do not reach this batch.
+        """
+        items = batch.items
+        lens = np.fromiter((item.num_tokens for item in items), np.int64, len(items))
+        prefix = np.fromiter((item.start for item in items), np.int64, len(items))
+        starts = np.cumsum(lens) - lens
+        total = int(lens.sum())
+        input_ids = np.empty(total, np.int64)
+        positions = np.arange(total, dtype=np.int64) + np.repeat(prefix - starts, lens)
+        relay_at: list[int] = []
+        relay_rows: list[int] = []
+        for item, q_start in zip(items, starts.tolist(), strict=True):
+            if item.from_relay:
+                relay_at.append(q_start)
+                relay_rows.append(item.lease.row)
+                input_ids[q_start] = 0
+            else:
+                ids = item.req.tokens.view(item.start, item.start + item.num_tokens)
+                input_ids[q_start : q_start + item.num_tokens] = ids
+        logits_rows = _logits_rows(batch, starts)
+        geometry = BatchGeometry(
+            seq_lens=prefix + lens,
+            extend_prefix_lens=prefix,
+            extend_seq_lens=lens,
+            q_starts=starts,
+            logits_rows=logits_rows,
+            block_tables=tuple(
+                tuple(item.lease.tables[group].snapshot() for item in items)
+                for group in range(len(placement.out_cache_loc))
+            ),
+            page_size=page_size,
+        )
+        return cls(
+            forward_mode=batch.forward_mode,
+            input_ids=torch.from_numpy(input_ids),
+            positions=torch.from_numpy(positions),
+            geometry=geometry,
+            out_cache_loc=tuple(
+                torch.from_numpy(np.ascontiguousarray(loc, dtype=np.int64))
+                for loc in placement.out_cache_loc
+            ),
+            logits_rows=torch.from_numpy(logits_rows),
+            token_to_kv_pool=pool,
+            attn_backend=backend,
+            attn_plan=backend.plan(geometry),
+            progress=progress,
+            relay_at=np.array(relay_at, np.int64),
+            relay_rows=np.array(relay_rows, np.int64),
+        )
+
+
+def _logits_rows(batch: ScheduleBatch, starts: Int64Array) -> Int64Array:
+    """Packed rows whose logits are wanted, ascending: prompt logprobs, then the row to sample."""
+    parts = []
+    for item, q_start in zip(batch.items, starts.tolist(), strict=True):
+        first, count = item.logprob_rows()
+        if count:
+            begin = q_start + first - item.start
+            parts.append(np.arange(begin, begin + count, dtype=np.int64))
+        if item.sample:
+            parts.append(np.array([q_start + item.num_tokens - 1], dtype=np.int64))
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)

@@ -1,0 +1,310 @@
+"""A request's life, and the batch of one step: what is computed, never where it is stored.
+
+`Req` moves along one enum with legal edges, changed by `Req.move` only; its memory is one
+`KVLease`, opened at admission and closed when it is retracted or ends. `ScheduleBatch` names
+requests and token ranges. No slot, no tensor, no socket appears here.
+
+    tokens       [0 ................. known)  prompt, then what was generated and is known here
+    scheduled    [0 ........ num_scheduled)   K and V computed, or in a forward under way
+    extend       [num_scheduled, known)       left to compute before the next token is sampled
+    pending      sampled by forwards whose results are not processed yet (overlap: at most 2)
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.managers.io_struct import (
+    DetokOptions,
+    FinishReason,
+    LogprobArrays,
+    TokenizedGenerateReqInput,
+)
+from sglang.srt.mem_cache.allocation import KVLease
+from sglang.srt.model_executor.forward_mode import ForwardMode
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+Int32Array = npt.NDArray[np.int32]
+
+# Admission counts at most this many tokens still to be generated: most answers end long before
+# a generous max_new_tokens, and a retraction costs less than an idle device (SGLang clips too).
+CLIP_MAX_NEW_TOKENS = 4096
+# From here on a request is admitted only with its full need reserved.
+RETRACTIONS_BEFORE_RESERVING = 2
+MAX_RETRACTIONS = 3
+
+
+class ReqState(enum.Enum):
+    """Where a request stands."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    RETRACTED = "retracted"
+    ABORTING = "aborting"
+    FINISHED = "finished"
+
+
+_EDGES: dict[ReqState, frozenset[ReqState]] = {
+    ReqState.WAITING: frozenset({ReqState.PREFILL, ReqState.ABORTING}),
+    ReqState.PREFILL: frozenset(
+        {ReqState.DECODE, ReqState.RETRACTED, ReqState.ABORTING, ReqState.FINISHED}
+    ),
+    ReqState.DECODE: frozenset({ReqState.RETRACTED, ReqState.ABORTING, ReqState.FINISHED}),
+    ReqState.RETRACTED: frozenset({ReqState.PREFILL, ReqState.ABORTING}),
+    ReqState.ABORTING: frozenset({ReqState.FINISHED}),
+    ReqState.FINISHED: frozenset(),
+}
+
+
+class TokenSequence:
+    """Prompt and generated ids in one growing int32 buffer: appended to, never concatenated."""
+
+    __slots__ = ("_buffer", "_length")
+
+    def __init__(self, prompt: Int32Array, room: int) -> None:
+        self._buffer = np.empty(len(prompt) + max(1, room), dtype=np.int32)
+        self._buffer[: len(prompt)] = prompt
+        self._length = len(prompt)
+
+    def append(self, token_id: int) -> None:
+        """Add one id; amortised O(1)."""
+        if self._length == len(self._buffer):
+            grown = np.empty(self._length + max(64, self._length // 2), dtype=np.int32)
+            grown[: self._length] = self._buffer
+            self._buffer = grown
+        self._buffer[self._length] = token_id
+        self._length += 1
+
+    def view(self, start: int = 0, stop: int | None = None) -> Int32Array:
+        """The ids [start, stop) without a copy; must not be kept across an append."""
+        return self._buffer[start : self._length if stop is None else min(stop, self._length)]
+
+    def __len__(self) -> int:
+        return self._length
+
+
+@dataclass(slots=True)
+class LogprobState:
+    """What a request asked of log probabilities, and the prompt part gathered so far.
+
+    Prompt rows [start, prompt_len - 1) are wanted; entry `start` itself has none. `input_parts`
+    are the finished chunks in order, sent once when the prompt is complete.
+    """
+
+    start: int
+    top_num: int
+    picked_ids: Int32Array
+    input_parts: list[LogprobArrays] = field(default_factory=list)
+    input_sent: bool = False
+
+
+class Req:
+    """One request, from its arrival to its one final output.
+
+    Invariants: `kv` is set exactly in PREFILL, DECODE and (while a forward names it) ABORTING;
+    `num_inflight` counts forwards under way that name it; `finish_reason` is set at most once,
+    and the request enters no batch from then on.
+    """
+
+    def __init__(self, message: TokenizedGenerateReqInput, arrival: int, seed: int) -> None:
+        params = message.sampling_params
+        prompt = np.frombuffer(message.input_ids, dtype="<i4")
+        self.rid = message.rid
+        self.arrival = arrival
+        self.prompt_len = len(prompt)
+        self.tokens = TokenSequence(prompt, min(params.max_new_tokens or 256, 256))
+        self.params: SamplingParams = params
+        self.stop_token_ids = frozenset(() if params.ignore_eos else params.stop_token_ids)
+        self.seed = seed
+        self.stream = message.stream
+        self.extra_key = message.extra_key
+        self.detok: DetokOptions | None = message.detok
+        self.has_stop_strings = bool(message.detok.stop_strings)
+        self.logprob: LogprobState | None = None
+        if message.return_logprob:
+            picked = np.frombuffer(message.token_ids_logprob, dtype="<i4")
+            start = min(message.logprob_start_len, self.prompt_len)
+            self.logprob = LogprobState(start, message.top_logprobs_num, picked)
+
+        self.state = ReqState.WAITING
+        self.kv: KVLease | None = None
+        self.num_scheduled = 0
+        self.num_pending = 0
+        self.num_inflight = 0
+        self.num_retractions = 0
+        self.num_passed_over = 0
+        self.num_cached_tokens: int | None = None  # of the first admission; None: never admitted
+        self.sampler_ready = False  # the sampler knows this row's parameters and history
+        self.finish_reason: FinishReason | None = None
+        self.num_sent = 0  # generated tokens already told to the detokenizer
+        self.output_logprobs: list[LogprobArrays] = []  # of tokens not yet sent
+
+    # ---- derived, never stored ----
+
+    @property
+    def known(self) -> int:
+        """Tokens whose ids are known here."""
+        return len(self.tokens)
+
+    @property
+    def num_output(self) -> int:
+        """Generated tokens whose ids are known here."""
+        return self.known - self.prompt_len
+
+    @property
+    def extend_left(self) -> int:
+        """Known tokens whose K and V are still to be scheduled (0 while decoding ahead)."""
+        return max(0, self.known - self.num_scheduled)
+
+    @property
+    def is_ending(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The user's limit; the text side always resolves None before sending."""
+        assert self.params.max_new_tokens is not None
+        return self.params.max_new_tokens
+
+    def new_tokens_left(self) -> int:
+        """Tokens that may still be generated, those in flight excluded."""
+        return max(0, self.max_new_tokens - self.num_output - self.num_pending)
+
+    def target_len(self, *, full: bool) -> int:
+        """Tokens that will have a slot at the end; clipped as admission counts unless `full`."""
+        left = self.new_tokens_left()
+        left = left if full else min(left, CLIP_MAX_NEW_TOKENS)
+        # The last token generated is never fed back, hence never stored.
+        return self.known + self.num_pending + max(0, left - 1)
+
+    @property
+    def needs_reservation(self) -> bool:
+        """True once it was retracted so often that it is admitted with its full need only."""
+        return self.num_retractions >= RETRACTIONS_BEFORE_RESERVING
+
+    def max_prefix(self) -> int:
+        """Longest prefix a cache hit may cover: a row must be left whose logits are wanted."""
+        limit = self.known - 1
+        if self.logprob is not None and not self.logprob.input_sent:
+            limit = min(limit, self.logprob.start)
+        return max(0, limit)
+
+    def own_computed(self) -> int:
+        """Tokens that a retraction would have to compute again: those beyond the cached prefix."""
+        if self.kv is None:
+            return 0
+        return max(0, self.num_scheduled - self.kv.num_cached_tokens)
+
+    def wants_decode(self, context_length: int) -> bool:
+        """True when its next step feeds back one sampled token (known here or still in flight)."""
+        if self.kv is None or self.is_ending:
+            return False
+        if self.num_output + self.num_pending == 0 or self.extend_left > 1:
+            return False
+        ahead = self.known + self.num_pending
+        return (
+            self.num_scheduled == ahead - 1
+            and self.new_tokens_left() > 0
+            and ahead < context_length
+        )
+
+    # ---- changes ----
+
+    def move(self, state: ReqState) -> None:
+        """Take one edge of its life; raises InvariantError on an edge that does not exist."""
+        if state not in _EDGES[self.state]:
+            raise InvariantError(f"{self!r} cannot become {state.value}")
+        self.state = state
+
+    def admit(self, lease: KVLease) -> None:
+        """Take a place in memory; its prefix hit counts as scheduled."""
+        self.move(ReqState.PREFILL)
+        self.kv = lease
+        self.num_scheduled = lease.num_cached_tokens
+        self.sampler_ready = False
+        if self.num_cached_tokens is None:
+            self.num_cached_tokens = lease.num_cached_tokens
+
+    def retract(self) -> None:
+        """Give up its place (the caller closed the lease) and wait again, outputs kept."""
+        if self.num_inflight:
+            raise InvariantError(f"{self!r} is retracted while a forward names it")
+        self.move(ReqState.RETRACTED)
+        self.kv = None
+        self.num_scheduled = 0
+        self.num_retractions += 1
+        if self.logprob is not None and not self.logprob.input_sent:
+            self.logprob.input_parts.clear()
+
+    def finish(self, reason: FinishReason) -> bool:
+        """Note why it ends; False when it was ending already (the first reason stands)."""
+        if self.finish_reason is not None:
+            return False
+        self.finish_reason = reason
+        if reason.type == "abort":
+            self.move(ReqState.ABORTING)
+        return True
+
+    def __repr__(self) -> str:
+        return (
+            f"Req({self.rid} {self.state.value} prompt={self.prompt_len} out={self.num_output} "
+            f"scheduled={self.num_scheduled} pending={self.num_pending} "
+            f"inflight={self.num_inflight} retractions={self.num_retractions})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledReq:
+    """One request's part of a step: tokens [start, start + num_tokens), and whether to sample.
+
+    `from_relay`: the one input token is what the forward before sampled for this row.
+    """
+
+    req: Req
+    start: int
+    num_tokens: int
+    sample: bool
+    from_relay: bool = False
+
+    @property
+    def lease(self) -> KVLease:
+        """The request's hold on memory; set for as long as a batch names the request."""
+        if self.req.kv is None:
+            raise InvariantError(f"{self.req!r} is in a batch without memory")
+        return self.req.kv
+
+    def logprob_rows(self) -> tuple[int, int]:
+        """(first position, count) of this step's positions whose next prompt token is scored."""
+        logprob = self.req.logprob
+        if logprob is None or logprob.input_sent:
+            return (self.start, 0)
+        first = max(self.start, logprob.start)
+        last = min(self.start + self.num_tokens, self.req.prompt_len - 1)
+        return (first, max(0, last - first))
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleBatch:
+    """What one step computes; decodes first, then extends, each in arrival order."""
+
+    step: int
+    items: tuple[ScheduledReq, ...]
+
+    @property
+    def forward_mode(self) -> ForwardMode:
+        extends = sum(item.num_tokens > 1 or not item.req.num_output for item in self.items)
+        if not self.items:
+            return ForwardMode.IDLE
+        if extends == 0:
+            return ForwardMode.DECODE
+        return ForwardMode.EXTEND if extends == len(self.items) else ForwardMode.MIXED
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.items)

@@ -1,0 +1,149 @@
+"""Decisions of the scheduler as pure functions of numbers: order, admission, chunks, victims.
+
+Nothing here touches memory, a clock or a socket; the scheduler asks, then acts. Queues arrive in
+arrival order and ties always fall to the earlier arrival, so that every rank decides alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from sglang.srt.managers.schedule_batch import Req, ReqState
+from sglang.srt.mem_cache.allocation import KVLease
+from sglang.srt.mem_cache.kv_layout import num_pages_for
+
+# Under lpm a request that was passed over this often goes first: a stream of better prefix hits
+# must not starve anyone.
+LPM_MAX_PASSED_OVER = 64
+# lpm looks at no more than this many waiting requests; matching every one of a long queue each
+# step costs more than the order gains.
+LPM_MAX_QUEUE = 128
+
+
+def order_waiting(
+    waiting: Sequence[Req], policy: str, match_len: Callable[[Req], int]
+) -> list[Req]:
+    """Waiting requests in the order of admission.
+
+    `policy` "fcfs": arrival order. "lpm": longest cached prefix first, those passed over
+    `LPM_MAX_PASSED_OVER` times before all; the queue's tail beyond `LPM_MAX_QUEUE` stays in
+    arrival order behind.
+    """
+    if policy == "fcfs":
+        return list(waiting)
+    head, tail = waiting[:LPM_MAX_QUEUE], waiting[LPM_MAX_QUEUE:]
+
+    def rank(req: Req) -> tuple[int, int, int]:
+        if req.num_passed_over >= LPM_MAX_PASSED_OVER:
+            return (0, 0, req.arrival)
+        return (1, -match_len(req), req.arrival)
+
+    return [*sorted(head, key=rank), *tail]
+
+
+def pages_promised(
+    req: Req,
+    lease: KVLease | None,
+    page_size: int,
+    window_pages: tuple[int | None, ...],
+    *,
+    full: bool,
+) -> tuple[int, ...]:
+    """Pages per group that `req` may still take, those that `lease` holds excluded.
+
+    `window_pages[g]` bounds a window group's need (None: the group keeps every token). `full`
+    counts every token of max_new_tokens instead of the clipped number.
+    """
+    wanted = num_pages_for(req.target_len(full=full), page_size)
+    promised = []
+    for group, window in enumerate(window_pages):
+        need = wanted if window is None else min(wanted, window)
+        held = lease.tables[group].num_pages if lease is not None else 0
+        promised.append(max(0, need - held))
+    return tuple(promised)
+
+
+def fits(
+    promised: Sequence[tuple[int, ...]], candidate: tuple[int, ...], headroom: tuple[int, ...]
+) -> bool:
+    """True when the running requests' promises and the candidate's fit the headroom per group."""
+    return all(
+        sum(pages[g] for pages in promised) + candidate[g] <= headroom[g]
+        for g in range(len(headroom))
+    )
+
+
+def share_chunk_tokens(left: Sequence[int], budget: int, page_size: int) -> list[int]:
+    """Split a step's prefill budget over requests in mid-prefill: max-min fair.
+
+    `left[i]` tokens remain of prompt i. Short prompts are finished first from an equal share,
+    what they leave goes to the others, so a huge prompt never delays a short one's first token.
+    Shares that do not finish a prompt are whole pages (at least one when the budget has room).
+    """
+    shares = [0] * len(left)
+    remaining = budget
+    order = sorted((i for i in range(len(left)) if left[i] > 0), key=lambda i: (left[i], i))
+    for position, i in enumerate(order):
+        if remaining <= 0:
+            break
+        equal = max(1, remaining // (len(order) - position))
+        take = min(left[i], equal)
+        if take < left[i]:
+            take = max(page_size, take - take % page_size)
+            take = min(take, left[i], remaining)
+        shares[i] = take
+        remaining -= take
+    return shares
+
+
+def choose_victim(running: Sequence[Req]) -> Req | None:
+    """The running request to retract, or None when nobody may be.
+
+    Never the oldest. Fewest own computed tokens first, decode before prefill on ties, then the
+    newest; those with a full reservation only when there is no other.
+    """
+    if len(running) < 2:
+        return None
+    oldest = min(running, key=lambda req: req.arrival)
+    candidates = [req for req in running if req is not oldest]
+
+    def cost(req: Req) -> tuple[bool, int, bool, int]:
+        return (
+            req.needs_reservation,
+            req.own_computed(),
+            req.state is not ReqState.DECODE,
+            -req.arrival,
+        )
+
+    return min(candidates, key=cost)
+
+
+class ChunkSizer:
+    """Adapts the prefill budget of a step so that a step stays near a target time.
+
+    Fed with finished steps only (tokens, seconds), asked for the next budget; an explicit
+    --chunked-prefill-size makes it constant (`adaptive` False). Only steps with other requests'
+    tokens at stake are shortened: alone, a prompt takes the full chunk.
+    """
+
+    def __init__(self, max_tokens: int, page_size: int, target_s: float, *, adaptive: bool) -> None:
+        self._max = max_tokens
+        self._page = page_size
+        self._target_s = target_s
+        self._adaptive = adaptive
+        self._tokens_per_s: float | None = None
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """Note a finished step; short ones say nothing about prefill speed."""
+        if num_tokens < 16 or seconds <= 0:
+            return
+        rate = num_tokens / seconds
+        old = self._tokens_per_s
+        self._tokens_per_s = rate if old is None else 0.7 * old + 0.3 * rate
+
+    def next_budget(self, *, shared: bool) -> int:
+        """Prefill tokens of the next step; `shared` when other requests wait on it."""
+        if not self._adaptive or not shared or self._tokens_per_s is None:
+            return self._max
+        wanted = int(self._tokens_per_s * self._target_s)
+        return max(self._page, min(self._max, wanted - wanted % self._page))

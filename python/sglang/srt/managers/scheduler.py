@@ -1,0 +1,399 @@
+"""The scheduler of one rank: one straight line of values per step.
+
+    receive -> admit -> candidates -> pages -> ForwardBatch -> worker -> results -> outputs
+
+It holds requests and their leases, never slots; decisions come from `schedule_policy`, pages
+from `KVMemory`, effects of a step from `scheduler_results`. Overlap is the same line with a
+queue of one step between the worker and the results.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    ControlReply,
+    ControlReq,
+    FinishReason,
+    StopStringHit,
+    TokenizedGenerateReqInput,
+    ToScheduler,
+)
+from sglang.srt.managers.schedule_batch import (
+    MAX_RETRACTIONS,
+    Req,
+    ReqState,
+    ScheduleBatch,
+    ScheduledReq,
+)
+from sglang.srt.managers.schedule_policy import ChunkSizer, choose_victim, share_chunk_tokens
+from sglang.srt.managers.scheduler_admission import Admission, WaitingQueue
+from sglang.srt.managers.scheduler_limits import SchedulerChannel, SchedulerLimits, Worker
+from sglang.srt.managers.scheduler_output import OutputCollector
+from sglang.srt.managers.scheduler_results import process_result
+from sglang.srt.managers.scheduler_stats import SchedulerCounters, internal_state
+from sglang.srt.managers.tp_worker import GenerationBatchResult
+from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement, PageNeed
+from sglang.srt.mem_cache.kv_layout import num_pages_for
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.utils.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+# While idle the loop looks up this often for its clocks (idle release); a message wakes it at once.
+IDLE_POLL_MS = 100
+STEP_TARGET_S = 0.5
+
+BatchMaker = Callable[[ScheduleBatch, KVPlacement], ForwardBatch]
+
+
+@dataclass(frozen=True, slots=True)
+class _StepInFlight:
+    batch: ScheduleBatch
+    info: SamplingBatchInfo
+    future: Future[GenerationBatchResult]
+
+
+class Scheduler:
+    """Decides, allocates, launches and collects; one instance per rank, one thread.
+
+    `make_batch` builds the compute side's view of a batch, `clock` gives monotonic seconds. All
+    collaborators are passed in, so a test runs it turn by turn with stand-ins.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory: KVMemory,
+        worker: Worker,
+        make_batch: BatchMaker,
+        channel: SchedulerChannel,
+        limits: SchedulerLimits,
+        progress: Progress,
+        clock: Callable[[], float],
+    ) -> None:
+        self._memory = memory
+        self._worker = worker
+        self._make_batch = make_batch
+        self._channel = channel
+        self._limits = limits
+        self._progress = progress
+        self._clock = clock
+        self._admission = Admission(memory, limits)
+        self._chunks = ChunkSizer(
+            limits.chunk_tokens, limits.page_size, STEP_TARGET_S, adaptive=limits.adaptive_chunk
+        )
+        self._seeds = np.random.default_rng(limits.random_seed)
+        self._waiting = WaitingQueue()
+        self._running: dict[str, Req] = {}  # with a lease, by rid, in order of admission
+        self._by_rid: dict[str, Req] = {}  # all that have not finished
+        self._inflight: deque[_StepInFlight] = deque()
+        self._drops: list[int] = []  # rows that the sampler may forget
+        self._outputs = OutputCollector(limits.stream_interval)
+        self._num_arrivals = 0
+        self._num_steps = 0
+        self.counters = SchedulerCounters()
+
+    # ---- what others read ----
+
+    @property
+    def context_length(self) -> int:
+        """The effective context: no request grows beyond it."""
+        return self._limits.context_length
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        """True while a request is queued or running, or a step is under way."""
+        return bool(self._by_rid or self._inflight)
+
+    def requests(self) -> Sequence[Req]:
+        """All requests that have not finished, in arrival order."""
+        return sorted(self._by_rid.values(), key=lambda req: req.arrival)
+
+    # ---- one turn ----
+
+    def turn(self) -> None:
+        """Receive, launch at most one step, collect what is due, tell the news."""
+        for message in self._channel.receive(0 if self.busy else IDLE_POLL_MS):
+            self._dispatch(message)
+        began = self._clock()
+        launched = self._launch_next()
+        while len(self._inflight) > (1 if launched and self._limits.overlap else 0):
+            self._collect()
+        now = self._clock()
+        if launched:
+            self.counters.note_step(now - began)
+        self._memory.on_step_boundary(now, self._pages_expected())
+        self._progress.tick()
+        self._flush_outputs()
+
+    def drain(self) -> None:
+        """Collect every step under way, so that nothing on the device is in motion."""
+        while self._inflight:
+            self._collect()
+
+    # ---- messages ----
+
+    def _dispatch(self, message: ToScheduler) -> None:
+        if isinstance(message, TokenizedGenerateReqInput):
+            self._add_request(message)
+        elif isinstance(message, AbortReq):
+            self._abort(message)
+        elif isinstance(message, StopStringHit):
+            req = self._by_rid.get(message.rid)
+            if req is not None and req.finish(FinishReason("stop")):
+                self._outputs.note(req)
+                self._settle(req)
+        else:
+            self._channel.send_reply(self._control(message))
+
+    def _add_request(self, message: TokenizedGenerateReqInput) -> None:
+        num_tokens = message.input_ids.nbytes // 4
+        if message.rid in self._by_rid:
+            # The text side keeps ids unique; answering here would give one id two final outputs.
+            logger.error("Ignored a second request with the id %s", message.rid)
+            return
+        reason = self._refusal(num_tokens)
+        if reason is not None:
+            self.counters.num_refused += 1
+            self._outputs.refuse(message.rid, num_tokens, reason)
+            return
+        seed = message.sampling_params.sampling_seed
+        if seed is None:
+            seed = int(self._seeds.integers(1 << 62))
+        req = Req(message, self._num_arrivals, seed)
+        self._num_arrivals += 1
+        self.counters.num_requests += 1
+        self.counters.prompt_tokens += num_tokens
+        self._by_rid[req.rid] = req
+        self._waiting.add(req)
+
+    def _refusal(self, num_tokens: int) -> FinishReason | None:
+        limits = self._limits
+        if num_tokens == 0:
+            return FinishReason("abort", message="The prompt is empty.", status_code=400)
+        if num_tokens >= limits.context_length:
+            text = (
+                f"Input length ({num_tokens} tokens) exceeds the maximum allowed length "
+                f"({limits.context_length - 1} tokens)."
+            )
+            return FinishReason("abort", message=text, status_code=400, err_type="BadRequestError")
+        bound = limits.max_queued_requests
+        if bound is not None and len(self._waiting) >= bound:
+            text = f"The request queue is full ({bound} requests)."
+            return FinishReason("abort", message=text, status_code=503)
+        return None
+
+    def _abort(self, message: AbortReq) -> None:
+        wanted = self.requests() if message.abort_all else [self._by_rid.get(message.rid)]
+        for req in wanted:
+            if req is not None:
+                self._end_by_abort(req, message.message, 499)
+
+    def _end_by_abort(self, req: Req, text: str, status: int) -> None:
+        waiting = req.state in (ReqState.WAITING, ReqState.RETRACTED)
+        if not req.finish(FinishReason("abort", message=text, status_code=status)):
+            return
+        self.counters.num_aborted += 1
+        if waiting:
+            self._waiting.remove(req)
+        self._outputs.note(req)
+        self._settle(req)
+
+    def _control(self, message: ControlReq) -> ControlReply:
+        if message.op == "internal_state":
+            state = internal_state(self, self._limits, self._memory)
+            return ControlReply(message.seq, True, data=state)
+        if message.op == "flush_cache":
+            if self._by_rid:
+                text = f"{len(self._by_rid)} requests are running or queued; nothing was flushed."
+                return ControlReply(message.seq, False, text)
+            self.drain()
+            done = self._memory.flush()
+            return ControlReply(message.seq, done, "Cache flushed." if done else "Not flushed.")
+        if message.op == "audit":
+            self.drain()
+            self._memory.audit()
+            return ControlReply(message.seq, True, "Every page has exactly one owner.")
+        return ControlReply(message.seq, False, f"Unknown operation {message.op}.")
+
+    # ---- deciding and launching ----
+
+    def _launch_next(self) -> bool:
+        """Put together the next step and submit it; False when there is nothing to compute."""
+        for req in self._admission.admit(self._waiting, list(self._running.values())):
+            self._running[req.rid] = req
+            self.counters.note_admission(req)
+        while True:
+            decodes, extends = self._candidates()
+            if not decodes and not extends:
+                return False
+            placed = self._place(decodes, extends)
+            if placed is not None:
+                self._submit(*placed)
+                return True
+            if self._inflight:
+                # Results under way may end requests and free pages; nobody is retracted before.
+                self.drain()
+            else:
+                self._relieve()
+
+    def _candidates(self) -> tuple[list[ScheduledReq], list[ScheduledReq]]:
+        """Every request's part of the next step: one decoded token, or a share of the budget."""
+        decodes: list[ScheduledReq] = []
+        prefills: list[Req] = []
+        for req in self._running.values():
+            if req.wants_decode(self._limits.context_length):
+                relay = req.num_scheduled >= req.known
+                decodes.append(ScheduledReq(req, req.num_scheduled, 1, True, relay))
+            elif req.state is ReqState.PREFILL and not req.is_ending and req.extend_left > 0:
+                prefills.append(req)
+        prefills.sort(key=lambda req: req.arrival)
+        budget = self._chunks.next_budget(shared=bool(decodes) or len(prefills) > 1)
+        left = [req.extend_left for req in prefills]
+        shares = share_chunk_tokens(left, budget, self._limits.page_size)
+        extends = []
+        for req, share in zip(prefills, shares, strict=True):
+            if share:
+                last = req.num_scheduled + share == req.known
+                sample = last and req.new_tokens_left() > 0
+                extends.append(ScheduledReq(req, req.num_scheduled, share, sample))
+        return decodes, extends
+
+    def _place(
+        self, decodes: list[ScheduledReq], extends: list[ScheduledReq]
+    ) -> tuple[ScheduleBatch, KVPlacement] | None:
+        """Slots for a step: all decodes or none, then as many extends as fit, oldest first."""
+        parts: list[KVPlacement] = []
+        items: list[ScheduledReq] = []
+        if decodes:
+            placement = self._memory.alloc_for_decode([_need(item) for item in decodes])
+            if placement is None:
+                return None
+            parts.append(placement)
+            items.extend(decodes)
+        if extends:
+            placement = self._memory.alloc_for_extend([_need(item) for item in extends])
+            if placement is not None:
+                parts.append(placement)
+                items.extend(extends)
+            else:
+                for item in extends:
+                    placement = self._memory.alloc_for_extend([_need(item)])
+                    if placement is not None:
+                        parts.append(placement)
+                        items.append(item)
+        if not items:
+            return None
+        self._num_steps += 1
+        return ScheduleBatch(self._num_steps, tuple(items)), KVPlacement.concat(parts)
+
+    def _submit(self, batch: ScheduleBatch, placement: KVPlacement) -> None:
+        info = SamplingBatchInfo.from_schedule_batch(batch, self._drops)
+        self._drops = []
+        forward_batch = self._make_batch(batch, placement)
+        for item in batch.items:
+            req = item.req
+            req.num_scheduled += item.num_tokens
+            req.num_inflight += 1
+            req.num_pending += int(item.sample)
+        future = self._worker.submit(forward_batch, info)
+        self._inflight.append(_StepInFlight(batch, info, future))
+
+    def _relieve(self) -> None:
+        """No pages for anyone's next step: retract a victim, or end the only one there is."""
+        running = [req for req in self._running.values() if not req.is_ending]
+        victim = choose_victim(running)
+        if victim is not None and victim.num_retractions < MAX_RETRACTIONS:
+            self._retract(victim)
+            return
+        if victim is None and not running:
+            raise InvariantError("no pages are left although nobody runs")
+        req = victim if victim is not None else running[0]
+        need = req.known + req.num_pending + 1
+        text = (
+            f"Out of KV memory: the request needs {need} tokens now, the pool can hold "
+            f"{self._memory.capacity_tokens} and could map no more."
+        )
+        self._end_by_abort(req, text, 503)
+
+    def _retract(self, req: Req) -> None:
+        lease = req.kv
+        if lease is None:
+            raise InvariantError(f"{req!r} is retracted without memory")
+        computed = min(req.num_scheduled, req.known)
+        self._memory.close(lease, req.tokens.view(0, computed), computed)
+        self._drops.append(lease.row)
+        req.retract()
+        del self._running[req.rid]
+        self._waiting.add(req)
+        self.counters.num_retractions += 1
+        logger.info("Retracted %r", req)
+
+    # ---- collecting ----
+
+    def _collect(self) -> None:
+        """Take the oldest step's result and let its requests move on."""
+        step = self._inflight.popleft()
+        result = step.future.result()
+        process_result(step.batch, step.info, result, self._memory, self._limits.context_length)
+        self._chunks.observe(step.batch.num_tokens, result.forward_s)
+        self.counters.note_result(len(result.token_ids))
+        for item in step.batch.items:
+            self._outputs.note(item.req)
+            self._settle(item.req)
+        if step.batch.step % self._limits.log_interval_steps == 0:
+            logger.info(
+                "Step %d: %s; running %d, waiting %d; %r",
+                step.batch.step,
+                step.batch.forward_mode.value,
+                self.num_running,
+                self.num_waiting,
+                self._memory,
+            )
+
+    def _settle(self, req: Req) -> None:
+        """Give everything back once a request is ending and no forward names it any more."""
+        if not req.is_ending or req.num_inflight or req.state is ReqState.FINISHED:
+            return
+        if req.kv is not None:
+            computed = min(req.num_scheduled, req.known)
+            self._memory.close(req.kv, req.tokens.view(0, computed), computed)
+            self._drops.append(req.kv.row)
+            req.kv = None
+            del self._running[req.rid]
+        req.move(ReqState.FINISHED)
+        del self._by_rid[req.rid]
+
+    def _pages_expected(self) -> tuple[int, ...]:
+        """Pages that the next step may ask for, so that memory maps ahead of it."""
+        page_size = self._limits.page_size
+        left = sum(req.extend_left for req in self._running.values())
+        pages = num_pages_for(min(left, self._limits.chunk_tokens), page_size) if left else 0
+        return tuple(pages + len(self._running) for _ in self._limits.window_pages)
+
+    def _flush_outputs(self) -> None:
+        outputs = self._outputs.take()
+        if outputs is not None:
+            self._channel.send_outputs(outputs)
+
+
+def _need(item: ScheduledReq) -> PageNeed:
+    return PageNeed(item.lease, item.num_tokens)

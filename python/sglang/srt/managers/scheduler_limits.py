@@ -1,0 +1,62 @@
+"""The numbers a scheduler works under, fixed at start, and the protocols of its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from sglang.srt.managers.io_struct import BatchTokenIDOut, ControlReply, ToScheduler
+from sglang.srt.managers.tp_worker import GenerationBatchResult
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What one scheduler may do.
+
+    Tokens unless named otherwise. `chunk_tokens` is the prefill budget of a step,
+    `adaptive_chunk` lets it shrink while others wait. `window_pages[g]` bounds the pages one
+    request needs of group g (None: keeps all). `max_queued_requests` None: no bound.
+    """
+
+    page_size: int
+    context_length: int
+    context_length_requested: int
+    max_running_requests: int
+    chunk_tokens: int
+    adaptive_chunk: bool
+    policy: str
+    stream_interval: int
+    overlap: bool
+    window_pages: tuple[int | None, ...]
+    random_seed: int
+    max_queued_requests: int | None = None
+    log_interval_steps: int = 40
+
+
+class SchedulerChannel(Protocol):
+    """The sockets of a scheduler, so that tests can stand in for the other processes."""
+
+    def receive(self, timeout_ms: int) -> Sequence[ToScheduler]:
+        """All messages waiting; blocks up to `timeout_ms` for the first (0: not at all)."""
+
+    def send_outputs(self, outputs: BatchTokenIDOut) -> None: ...
+
+    def send_reply(self, reply: ControlReply) -> None: ...
+
+
+class Worker(Protocol):
+    """What the scheduler needs of a worker."""
+
+    def submit(
+        self, forward_batch: ForwardBatch, info: SamplingBatchInfo
+    ) -> Future[GenerationBatchResult]: ...
+
+
+class ForwardBatchMaker(Protocol):
+    """Builds the compute side's view of a batch; hides pools and backend from the scheduler."""
+
+    def __call__(self, batch: object, placement: object) -> ForwardBatch: ...

@@ -1,0 +1,104 @@
+"""Counters of a scheduler and the state it shows to /server_info and /metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.scheduler_limits import SchedulerLimits
+from sglang.srt.mem_cache.allocation import KVMemory
+
+# /server_info lists no more requests than this; the counts are always whole.
+MAX_LISTED = 256
+
+
+class SchedulerCounters:
+    """Totals since start; read by `internal_state`, changed by the scheduler only."""
+
+    def __init__(self) -> None:
+        self.num_requests = 0
+        self.num_refused = 0
+        self.num_aborted = 0
+        self.num_retractions = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.generated_tokens = 0
+        self.num_steps = 0
+        self.gen_throughput = 0.0  # tokens/s, smoothed over steps
+        self._last_sampled = 0
+
+    def note_admission(self, req: Req) -> None:
+        """A request took its place; only the first time counts for the hit rate."""
+        if req.num_retractions == 0:
+            self.cached_tokens += req.num_cached_tokens or 0
+
+    def note_result(self, num_sampled: int) -> None:
+        """A step was computed."""
+        self.num_steps += 1
+        self.generated_tokens += num_sampled
+        self._last_sampled = num_sampled
+
+    def note_step(self, seconds: float) -> None:
+        """How long the loop took over the last step, waiting for its result included."""
+        if seconds > 0:
+            rate = self._last_sampled / seconds
+            self.gen_throughput += 0.1 * (rate - self.gen_throughput)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "num_requests_total": self.num_requests,
+            "num_refused_requests_total": self.num_refused,
+            "num_aborted_requests_total": self.num_aborted,
+            "num_retracted_requests_total": self.num_retractions,
+            "prompt_tokens_total": self.prompt_tokens,
+            "cached_tokens_total": self.cached_tokens,
+            "generation_tokens_total": self.generated_tokens,
+            "num_steps_total": self.num_steps,
+            "last_gen_throughput": round(self.gen_throughput, 3),
+        }
+
+
+class SchedulerView(Protocol):
+    """The part of a scheduler that its state is read from."""
+
+    counters: SchedulerCounters
+
+    @property
+    def num_running(self) -> int: ...
+
+    @property
+    def num_waiting(self) -> int: ...
+
+    def requests(self) -> Sequence[Req]: ...
+
+
+def describe_request(req: Req) -> dict[str, Any]:
+    """One request as /server_info lists it."""
+    return {
+        "rid": req.rid,
+        "state": req.state.value,
+        "prompt_tokens": req.prompt_len,
+        "computed_tokens": min(req.num_scheduled, req.known),
+        "completion_tokens": req.num_output,
+        "num_retractions": req.num_retractions,
+    }
+
+
+def internal_state(
+    scheduler: SchedulerView, limits: SchedulerLimits, memory: KVMemory
+) -> dict[str, Any]:
+    """Everything /server_info shows of a scheduler; plain values only."""
+    requests = scheduler.requests()
+    return {
+        "memory": {
+            "context_length_requested": limits.context_length_requested,
+            "context_length": limits.context_length,
+            **memory.memory_object(),
+        },
+        "num_running_reqs": scheduler.num_running,
+        "num_queue_reqs": scheduler.num_waiting,
+        "max_running_requests": limits.max_running_requests,
+        "requests": [describe_request(req) for req in requests[:MAX_LISTED]],
+        **scheduler.counters.as_dict(),
+    }

@@ -1,0 +1,120 @@
+"""What the sampler has to know of a step, in the order of the batch; plain values, no tensors.
+
+Built by the scheduler's side from requests, read by the worker. The sampler keeps the state of a
+row (penalty counts) itself: it is told when a request takes a row and when it leaves, because
+under overlap the host does not yet know the token that the forward before sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.model_executor.forward_batch_info import LogprobSpec
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+Int32Array = npt.NDArray[np.int32]
+_NO_IDS = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class RowAdmission:
+    """A request takes KV row `row`: its parameters, seed, and the ids that penalties count."""
+
+    row: int
+    params: SamplingParams
+    seed: int
+    prompt_ids: Int32Array
+    output_ids: Int32Array
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatchInfo:
+    """Sampling of one step.
+
+    `sample_index[b]` is request b's place among the sampled rows (-1: not sampled);
+    `logit_index[b]` its place in `logits_rows` [R] (-1 likewise). `rows`, `positions` (absolute,
+    of the token being sampled) and `suppress_stop` (min_new_tokens not reached) follow the
+    sampled order. `logprob_specs[b]` is None when nothing is wanted.
+    """
+
+    admissions: tuple[RowAdmission, ...]
+    drops: tuple[int, ...]
+    sample_index: tuple[int, ...]
+    logit_index: tuple[int, ...]
+    rows: tuple[int, ...]
+    positions: tuple[int, ...]
+    suppress_stop: tuple[bool, ...]
+    logprob_specs: tuple[LogprobSpec | None, ...]
+
+    @classmethod
+    def from_schedule_batch(cls, batch: ScheduleBatch, drops: Sequence[int]) -> SamplingBatchInfo:
+        """Collect a step's sampling; marks requests whose row the sampler now knows."""
+        admissions: list[RowAdmission] = []
+        sample_index: list[int] = []
+        logit_index: list[int] = []
+        rows: list[int] = []
+        positions: list[int] = []
+        suppress: list[bool] = []
+        specs: list[LogprobSpec | None] = []
+        q_start = logits_seen = 0
+        for item in batch.items:
+            req = item.req
+            first, count = item.logprob_rows()
+            specs.append(
+                _logprob_spec(req, q_start + first - item.start, first, count, item.sample)
+            )
+            logits_seen += count
+            if item.sample:
+                if not req.sampler_ready:
+                    admissions.append(_admission(req, item.lease.row))
+                    req.sampler_ready = True
+                sample_index.append(len(rows))
+                logit_index.append(logits_seen)
+                logits_seen += 1
+                rows.append(item.lease.row)
+                positions.append(item.start + item.num_tokens)
+                generated = req.num_output + req.num_pending
+                suppress.append(generated < req.params.min_new_tokens)
+            else:
+                sample_index.append(-1)
+                logit_index.append(-1)
+            q_start += item.num_tokens
+        return cls(
+            admissions=tuple(admissions),
+            drops=tuple(drops),
+            sample_index=tuple(sample_index),
+            logit_index=tuple(logit_index),
+            rows=tuple(rows),
+            positions=tuple(positions),
+            suppress_stop=tuple(suppress),
+            logprob_specs=tuple(specs),
+        )
+
+
+def _admission(req: Req, row: int) -> RowAdmission:
+    if not req.params.has_penalties:
+        return RowAdmission(row, req.params, req.seed, _NO_IDS, _NO_IDS)
+    # Copies: the request's buffer goes on growing while the worker reads these.
+    prompt = req.tokens.view(0, req.prompt_len).copy()
+    output = req.tokens.view(req.prompt_len).copy()
+    return RowAdmission(row, req.params, req.seed, prompt, output)
+
+
+def _logprob_spec(
+    req: Req, input_row: int, first: int, count: int, sample: bool
+) -> LogprobSpec | None:
+    if req.logprob is None or (count == 0 and not sample):
+        return None
+    targets = req.tokens.view(first + 1, first + 1 + count).copy() if count else _NO_IDS
+    return LogprobSpec(
+        input_row=input_row,
+        input_targets=targets,
+        output=sample,
+        top_num=req.logprob.top_num,
+        picked_ids=req.logprob.picked_ids,
+    )

@@ -1,0 +1,256 @@
+"""A scheduler run turn by turn: real memory on real mappings, a worker whose model is a checksum.
+
+The worker writes every input token and its position into K and V of the slots it was given, and
+samples the checksum of what it reads back through the block tables. A wrong page, a lost copy, a
+prefix shared wrongly or a token computed twice changes the answer, so equal answers prove the
+memory, not only the counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    BatchTokenIDOut,
+    ControlReply,
+    ControlReq,
+    FinishReason,
+    TokenizedGenerateReqInput,
+    TokenOut,
+    ToScheduler,
+    int32_buffer,
+)
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_limits import SchedulerLimits
+from sglang.srt.managers.tp_worker import GenerationBatchResult
+from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.progress import Progress
+
+VOCAB = 997
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """The checksum model: depends on every token and its place."""
+    ids = np.asarray(tokens, np.int64)
+    places = np.arange(1, len(ids) + 1)
+    return int((ids * (places % 89 + 1)).sum() % VOCAB)
+
+
+def expected_output(prompt: Sequence[int], count: int) -> list[int]:
+    """What a request must generate, whatever happened to its memory."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class NoPlan:
+    """Stands in for an attention backend."""
+
+    def plan(self, geometry: BatchGeometry) -> int:
+        return len(geometry.seq_lens)
+
+
+class ChecksumWorker:
+    """Computes when asked for the result, in order, as the real worker's thread would."""
+
+    def __init__(self, pool: MHATokenToKVPool, rows: int) -> None:
+        self._pool = pool
+        self._relay = np.zeros(rows + 2, np.int64)
+        self.max_tokens_in_step = 0
+        self.steps: list[tuple[int, ...]] = []  # tokens per request of every step
+
+    def submit(
+        self, forward_batch: ForwardBatch, info: SamplingBatchInfo
+    ) -> Future[GenerationBatchResult]:
+        future: Future[GenerationBatchResult] = LazyFuture(
+            lambda: self._forward(forward_batch, info)
+        )
+        return future
+
+    def _forward(self, batch: ForwardBatch, info: SamplingBatchInfo) -> GenerationBatchResult:
+        geometry = batch.geometry
+        self.steps.append(tuple(geometry.extend_seq_lens.tolist()))
+        self.max_tokens_in_step = max(self.max_tokens_in_step, batch.num_tokens)
+        if len(batch.relay_at):
+            batch.input_ids[torch.from_numpy(batch.relay_at)] = torch.from_numpy(
+                self._relay[batch.relay_rows]
+            )
+        k = batch.input_ids.to(torch.float32).reshape(-1, 1, 1)
+        v = batch.positions.to(torch.float32).reshape(-1, 1, 1)
+        for layer in range(self._pool.spec.num_layers):
+            group = self._pool.group_of_layer(layer)
+            self._pool.set_kv_buffer(layer, batch.out_cache_loc[group], k + layer, v)
+        sampled = []
+        for request, index in enumerate(info.sample_index):
+            if index >= 0:
+                tokens = self._read(geometry, request)
+                sampled.append(next_token(tokens))
+        token_ids = np.array(sampled, np.int64)
+        self._relay[np.asarray(info.rows, np.int64)] = token_ids
+        return GenerationBatchResult(
+            token_ids, [None] * len(sampled), [None] * batch.batch_size, 0.001
+        )
+
+    def _read(self, geometry: BatchGeometry, request: int) -> list[int]:
+        """All tokens of a request as stored, checked to be at their positions in every layer."""
+        seq_len = int(geometry.seq_lens[request])
+        found: list[int] | None = None
+        for layer in range(self._pool.spec.num_layers):
+            table = geometry.block_tables[self._pool.group_of_layer(layer)][request]
+            slots = (
+                table.page_ids.astype(np.int64)[:, None] * geometry.page_size
+                + np.arange(geometry.page_size)
+            ).reshape(-1)[:seq_len]
+            runs = np.concatenate([np.arange(first, first + n) for first, n in table.runs])
+            assert np.array_equal(runs[:seq_len], slots)
+            index = torch.from_numpy(slots)
+            keys = (self._pool.get_key_buffer(layer)[index, 0, 0] - layer).long().tolist()
+            places = self._pool.get_value_buffer(layer)[index, 0, 0].long().tolist()
+            assert places == list(range(seq_len))
+            assert found is None or found == keys
+            found = keys
+        assert found is not None
+        return found
+
+
+class LazyFuture(Future[GenerationBatchResult]):
+    """Runs its function when the result is asked for: a step that takes as long as it may."""
+
+    def __init__(self, function: object) -> None:
+        super().__init__()
+        self._function = function
+
+    def result(self, timeout: float | None = None) -> GenerationBatchResult:
+        if not self.done():
+            self.set_result(self._function())  # type: ignore[operator]
+        return super().result(timeout)
+
+
+@dataclass
+class FakeChannel:
+    """Messages in, messages out, in memory."""
+
+    inbox: list[ToScheduler] = field(default_factory=list)
+    outs: list[TokenOut] = field(default_factory=list)
+    replies: list[ControlReply] = field(default_factory=list)
+
+    def receive(self, timeout_ms: int) -> Sequence[ToScheduler]:
+        assert timeout_ms >= 0
+        taken, self.inbox = self.inbox, []
+        return taken
+
+    def send_outputs(self, outputs: BatchTokenIDOut) -> None:
+        self.outs.extend(outputs.outs)
+
+    def send_reply(self, reply: ControlReply) -> None:
+        self.replies.append(reply)
+
+
+class Harness:
+    """One scheduler with its stand-ins and a clock that the test moves."""
+
+    def __init__(self, memory: KVMemory, *, page_size: int, **limits: object) -> None:
+        self.now = 0.0
+        self.memory = memory
+        self.channel = FakeChannel()
+        self.worker = ChecksumWorker(memory.pool, rows=4096)
+        values: dict[str, object] = {
+            "context_length": 1 << 20,
+            "context_length_requested": 1 << 20,
+            "max_running_requests": 64,
+            "chunk_tokens": 64,
+            "adaptive_chunk": False,
+            "policy": "fcfs",
+            "stream_interval": 1,
+            "overlap": True,
+            "window_pages": (None,) * memory.pool.spec.num_groups,
+            "random_seed": 1,
+        }
+        values.update(limits)
+        self.limits = SchedulerLimits(page_size=page_size, **values)  # type: ignore[arg-type]
+        progress = Progress()
+
+        def make_batch(batch: ScheduleBatch, placement: KVPlacement) -> ForwardBatch:
+            return ForwardBatch.from_schedule_batch(
+                batch,
+                placement,
+                pool=memory.pool,
+                backend=NoPlan(),
+                page_size=page_size,
+                progress=progress,
+            )
+
+        self.scheduler = Scheduler(
+            memory=memory,
+            worker=self.worker,
+            make_batch=make_batch,
+            channel=self.channel,
+            limits=self.limits,
+            progress=progress,
+            clock=lambda: self.now,
+        )
+
+    def send(self, rid: str, prompt: Sequence[int], max_new: int = 8, **kwargs: object) -> None:
+        """Queue a generate request for the next turn; `params` may replace sampling fields."""
+        params = {"max_new_tokens": max_new, **kwargs.pop("params", {})}  # type: ignore[dict-item]
+        self.channel.inbox.append(
+            TokenizedGenerateReqInput(
+                rid=rid,
+                input_ids=memoryview(int32_buffer(np.asarray(prompt, np.int32))),
+                sampling_params=SamplingParams(**params),  # type: ignore[arg-type]
+                stream=True,
+                **kwargs,  # type: ignore[arg-type]
+            )
+        )
+
+    def abort(self, rid: str = "", *, abort_all: bool = False) -> None:
+        self.channel.inbox.append(AbortReq(rid, abort_all))
+
+    def control(self, op: str) -> ControlReply:
+        """Ask and run turns until the answer is there."""
+        self.channel.inbox.append(ControlReq(seq=len(self.channel.replies), op=op))
+        self.scheduler.turn()
+        return self.channel.replies[-1]
+
+    def turn(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.scheduler.turn()
+
+    def run(self, max_turns: int = 20_000) -> None:
+        """Turn until nothing is left to do; a scheduler that loops fails here."""
+        for _ in range(max_turns):
+            self.scheduler.turn()
+            if not self.scheduler.busy and not self.channel.inbox:
+                return
+        raise AssertionError(f"still busy: {self.scheduler.requests()}")
+
+    def output(self, rid: str) -> list[int]:
+        """All ids told of a request so far."""
+        ids: list[int] = []
+        for out in self.channel.outs:
+            if out.rid == rid:
+                ids.extend(np.frombuffer(out.output_ids, "<i4").tolist())
+        return ids
+
+    def final(self, rid: str) -> FinishReason:
+        """Why a request ended; there must be exactly one final output and nothing after it."""
+        news = [out for out in self.channel.outs if out.rid == rid]
+        ends = [out.finish_reason for out in news if out.finish_reason is not None]
+        assert len(ends) == 1, f"{rid} has {len(ends)} final outputs"
+        assert news[-1].finish_reason is not None
+        return ends[0]
+
+    def retractions(self, rid: str) -> int:
+        return max(out.num_retractions for out in self.channel.outs if out.rid == rid)

@@ -1,0 +1,217 @@
+"""Decisions of the scheduler, as numbers in and numbers out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.managers.io_struct import (
+    FinishReason,
+    TokenizedGenerateReqInput,
+    int32_buffer,
+)
+from sglang.srt.managers.schedule_batch import CLIP_MAX_NEW_TOKENS, Req, ReqState, TokenSequence
+from sglang.srt.managers.schedule_policy import (
+    LPM_MAX_PASSED_OVER,
+    ChunkSizer,
+    choose_victim,
+    fits,
+    order_waiting,
+    pages_promised,
+    share_chunk_tokens,
+)
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+
+def make_req(arrival: int = 0, prompt: int = 10, max_new: int = 8, **kwargs: object) -> Req:
+    message = TokenizedGenerateReqInput(
+        rid=f"r{arrival}",
+        input_ids=memoryview(int32_buffer(np.arange(prompt))),
+        sampling_params=SamplingParams(max_new_tokens=max_new),
+        **kwargs,  # type: ignore[arg-type]
+    )
+    return Req(message, arrival, seed=0)
+
+
+@dataclass
+class FakeTable:
+    num_pages: int
+
+
+@dataclass
+class FakeLease:
+    tables: tuple[FakeTable, ...]
+    num_cached_tokens: int = 0
+    row: int = 0
+
+
+class TestShares:
+    def test_one_prompt_takes_the_budget_in_whole_pages(self) -> None:
+        assert share_chunk_tokens([1000], 100, 16) == [96]
+
+    def test_a_short_prompt_is_finished_beside_a_huge_one(self) -> None:
+        assert share_chunk_tokens([10_000_000, 70], 512, 64) == [384, 70]
+
+    def test_equal_prompts_get_equal_shares(self) -> None:
+        assert share_chunk_tokens([5000, 5000, 5000, 5000], 1024, 64) == [256] * 4
+
+    def test_more_prompts_than_pages_in_the_budget(self) -> None:
+        assert share_chunk_tokens([500] * 5, 128, 64) == [64, 64, 0, 0, 0]
+
+    @given(
+        left=st.lists(st.integers(0, 5000), max_size=20),
+        budget=st.integers(1, 4096),
+        page=st.sampled_from([1, 16, 64]),
+    )
+    def test_budget_is_kept_and_used(self, left: list[int], budget: int, page: int) -> None:
+        shares = share_chunk_tokens(left, budget, page)
+        assert all(0 <= share <= rest for share, rest in zip(shares, left, strict=True))
+        assert sum(shares) <= budget
+        # Progress: when there is work and room for a page, somebody gets tokens.
+        assert (sum(shares) > 0) == (sum(left) > 0)
+        unfinished = [(s, r) for s, r in zip(shares, left, strict=True) if s < r]
+        if all(rest == share for share, rest in zip(shares, left, strict=True)):
+            assert sum(shares) == sum(left)
+        else:
+            # What is left over could not have given everyone unfinished another page.
+            assert budget - sum(shares) < page * max(1, len(unfinished))
+
+
+class TestOrder:
+    def test_fcfs_is_arrival_order(self) -> None:
+        reqs = [make_req(i) for i in range(3)]
+        assert order_waiting(reqs, "fcfs", lambda req: 100 - req.arrival) == reqs
+
+    def test_lpm_takes_the_longest_hit_first_and_breaks_ties_by_arrival(self) -> None:
+        reqs = [make_req(i) for i in range(4)]
+        hits = {0: 0, 1: 64, 2: 128, 3: 64}
+        ordered = order_waiting(reqs, "lpm", lambda req: hits[req.arrival])
+        assert [req.arrival for req in ordered] == [2, 1, 3, 0]
+
+    def test_lpm_never_starves(self) -> None:
+        reqs = [make_req(i) for i in range(2)]
+        reqs[0].num_passed_over = LPM_MAX_PASSED_OVER
+        ordered = order_waiting(reqs, "lpm", lambda req: 1000 * req.arrival)
+        assert [req.arrival for req in ordered] == [0, 1]
+
+
+class TestPromises:
+    def test_the_last_token_needs_no_slot(self) -> None:
+        req = make_req(prompt=60, max_new=5)  # 60 + 4 stored
+        assert pages_promised(req, None, 64, (None,), full=False) == (1,)
+        req = make_req(prompt=60, max_new=6)
+        assert pages_promised(req, None, 64, (None,), full=False) == (2,)
+
+    def test_held_pages_are_not_promised_again(self) -> None:
+        req = make_req(prompt=640, max_new=1)
+        lease = FakeLease((FakeTable(3),))
+        assert pages_promised(req, lease, 64, (None,), full=False) == (7,)  # type: ignore[arg-type]
+
+    def test_clipped_and_full(self) -> None:
+        req = make_req(prompt=1, max_new=100_000)
+        assert pages_promised(req, None, 1, (None,), full=False) == (CLIP_MAX_NEW_TOKENS,)
+        assert pages_promised(req, None, 1, (None,), full=True) == (100_000,)
+
+    def test_a_window_bounds_the_need(self) -> None:
+        req = make_req(prompt=1000, max_new=1)
+        assert pages_promised(req, None, 10, (None, 7), full=True) == (100, 7)
+
+    def test_two_prompts_of_sixty_percent_do_not_fit_together(self) -> None:
+        assert fits([], (60,), (100,))
+        assert not fits([(60,)], (60,), (100,))
+        assert fits([(60, 1)], (40, 2), (100, 3))
+        assert not fits([(60, 1)], (40, 3), (100, 3))
+
+
+class TestVictim:
+    def running(self, *specs: tuple[int, int, ReqState]) -> list[Req]:
+        reqs = []
+        for arrival, computed, state in specs:
+            req = make_req(arrival, prompt=1000)
+            req.admit(FakeLease((FakeTable(0),)))  # type: ignore[arg-type]
+            req.num_scheduled = computed
+            if state is ReqState.DECODE:
+                req.move(ReqState.DECODE)
+            reqs.append(req)
+        return reqs
+
+    def test_nobody_alone(self) -> None:
+        assert choose_victim(self.running((0, 5, ReqState.DECODE))) is None
+
+    def test_never_the_oldest_though_it_is_cheapest(self) -> None:
+        reqs = self.running((0, 1, ReqState.DECODE), (1, 900, ReqState.DECODE))
+        assert choose_victim(reqs) is reqs[1]
+
+    def test_fewest_computed_then_decode_then_newest(self) -> None:
+        P, D = ReqState.PREFILL, ReqState.DECODE
+        reqs = self.running((0, 1, D), (1, 50, D), (2, 40, P), (3, 40, D), (4, 40, D))
+        assert choose_victim(reqs) is reqs[4]
+        assert choose_victim(reqs[:3]) is reqs[2]
+
+    def test_one_with_a_full_reservation_only_when_there_is_no_other(self) -> None:
+        D = ReqState.DECODE
+        reqs = self.running((0, 1, D), (1, 900, D), (2, 5, D))
+        reqs[2].num_retractions = 2
+        assert choose_victim(reqs) is reqs[1]
+        assert choose_victim([reqs[0], reqs[2]]) is reqs[2]
+
+
+class TestChunkSizer:
+    def test_explicit_size_never_changes(self) -> None:
+        sizer = ChunkSizer(2048, 64, 0.5, adaptive=False)
+        sizer.observe(2048, 100.0)
+        assert sizer.next_budget(shared=True) == 2048
+
+    def test_shrinks_for_others_only(self) -> None:
+        sizer = ChunkSizer(2048, 64, 0.5, adaptive=True)
+        assert sizer.next_budget(shared=True) == 2048
+        sizer.observe(1000, 1.0)
+        assert sizer.next_budget(shared=True) == 448  # 500 tokens, in pages
+        assert sizer.next_budget(shared=False) == 2048
+
+    def test_never_below_a_page(self) -> None:
+        sizer = ChunkSizer(2048, 64, 0.5, adaptive=True)
+        sizer.observe(16, 1000.0)
+        assert sizer.next_budget(shared=True) == 64
+
+
+class TestReq:
+    def test_illegal_edges_are_refused(self) -> None:
+        req = make_req()
+        with pytest.raises(InvariantError, match="cannot become decode"):
+            req.move(ReqState.DECODE)
+        with pytest.raises(InvariantError, match="cannot become finished"):
+            req.move(ReqState.FINISHED)
+
+    def test_the_first_reason_stands(self) -> None:
+        req = make_req()
+        assert req.finish(FinishReason("abort", message="first"))
+        assert not req.finish(FinishReason("stop"))
+        assert req.finish_reason is not None
+        assert req.finish_reason.message == "first"
+        assert req.state is ReqState.ABORTING
+
+    def test_repr_is_its_state(self) -> None:
+        assert repr(make_req(3)) == (
+            "Req(r3 waiting prompt=10 out=0 scheduled=0 pending=0 inflight=0 retractions=0)"
+        )
+
+    def test_a_hit_leaves_the_row_whose_logits_are_wanted(self) -> None:
+        assert make_req(prompt=10).max_prefix() == 9
+        scored = make_req(prompt=10, return_logprob=True, logprob_start_len=4)
+        assert scored.max_prefix() == 4
+
+    @given(st.lists(st.integers(0, 2**31 - 1), max_size=300), st.integers(1, 4))
+    def test_token_sequence_is_a_list(self, ids: list[int], room: int) -> None:
+        split = len(ids) // 3
+        tokens = TokenSequence(np.array(ids[:split], np.int32), room)
+        for token in ids[split:]:
+            tokens.append(token)
+        assert tokens.view().tolist() == ids
+        assert tokens.view(2, 5).tolist() == ids[2:5]
+        assert len(tokens) == len(ids)
