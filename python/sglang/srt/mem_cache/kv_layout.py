@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NewType
 
 GroupId = NewType("GroupId", int)
@@ -179,9 +179,9 @@ def num_pages_for(num_tokens: int, page_size: int) -> int:
 
 
 def round_slots_per_segment(spec: KVCacheSpec, requested_slots: int, granule_bytes: int) -> int:
-    """Smallest multiple of the page size >= `requested_slots` at which every plane is whole granules.
+    """Smallest multiple of the page size at which every plane's part is whole granules.
 
-    `requested_slots` in tokens, at least 1. With a granule of 1 byte only the page size rounds.
+    At least `requested_slots`, in tokens, at least 1. With a granule of 1 byte only the page size rounds.
     """
     step = spec.page_size
     for per_slot in (spec.k_bytes_per_slot_layer, spec.v_bytes_per_slot_layer):
@@ -233,6 +233,29 @@ def make_segment_layouts(
             )
         )
     return tuple(layouts)
+
+
+def trim_layouts_to_budget(
+    layouts: tuple[SegmentLayout, ...], budget_bytes: int
+) -> tuple[SegmentLayout, ...]:
+    """The same cuts with only as many segments as `budget_bytes` holds: for memory that stays.
+
+    A backing that is not elastic can't move memory between groups, so the budget is divided once,
+    such that every group holds about as many tokens. Raises ValueError when a group gets none.
+    """
+    per_token = sum(layout.segment_bytes // layout.slots_per_segment for layout in layouts)
+    trimmed = []
+    for layout in layouts:
+        per_slot = layout.segment_bytes // layout.slots_per_segment
+        share = budget_bytes * per_slot // per_token
+        segments = min(share // layout.segment_bytes, layout.max_segments - 1)
+        if segments < 1:
+            raise ValueError(
+                f"a KV budget of {budget_bytes:,} bytes does not hold one segment of "
+                f"{layout.segment_bytes:,} bytes of every layer group"
+            )
+        trimmed.append(replace(layout, max_segments=1 + segments))
+    return tuple(trimmed)
 
 
 def nearest_power_of_two(value: float) -> int:

@@ -1,0 +1,143 @@
+"""How large the KV budget is, and how long a context it can hold. Pure arithmetic.
+
+Called at start, and again whenever the budget changes. A requested context that does not fit is
+clamped, with a text that states both numbers and how they come about; see docs/kv_segments.md,
+Note [What the budget counts].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sglang.srt.mem_cache.kv_layout import (
+    GroupKind,
+    KVCacheSpec,
+    KVGroupSpec,
+    SegmentLayout,
+)
+from sglang.srt.utils.sizes import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ContextClamp:
+    """The context that one request can have, in tokens.
+
+    `capacity_tokens` is the longest that the budget and the slot space can hold, `effective` the
+    lesser of it and `requested`; 0 when the budget holds nothing. `explanation` is one line with
+    both numbers and the arithmetic.
+    """
+
+    requested: int
+    effective: int
+    capacity_tokens: int
+    explanation: str
+
+    @property
+    def is_clamped(self) -> bool:
+        return self.effective < self.requested
+
+
+def budget_from_headroom(available_bytes: int, mem_fraction: float) -> int:
+    """The default KV budget of a CPU: `mem_fraction` of what is available after loading weights.
+
+    Raises ValueError unless 0 < `mem_fraction` <= 1.
+    """
+    if not 0 < mem_fraction <= 1:
+        raise ValueError(f"the memory fraction must be in (0, 1], not {mem_fraction}")
+    return int(max(0, available_bytes) * mem_fraction)
+
+
+def tokens_kept(group: KVGroupSpec, num_tokens: int, prefill_chunk: int, page_size: int) -> int:
+    """Tokens of one request of `num_tokens` that a group holds at most, in a full prefill chunk.
+
+    All of them for FULL; a window group holds its window, the chunk being computed and up to a
+    page of the one that is being left.
+    """
+    if group.kind is GroupKind.FULL or group.window is None:
+        return num_tokens
+    return min(num_tokens, group.window + prefill_chunk + page_size)
+
+
+def request_segments(
+    spec: KVCacheSpec, layouts: Sequence[SegmentLayout], num_tokens: int, prefill_chunk: int
+) -> tuple[int, ...]:
+    """Segments per group that one request of `num_tokens` needs when it is alone."""
+    return tuple(
+        -(
+            -tokens_kept(group, num_tokens, prefill_chunk, spec.page_size)
+            // layout.slots_per_segment
+        )
+        for group, layout in zip(spec.groups, layouts, strict=True)
+    )
+
+
+def effective_context_length(
+    spec: KVCacheSpec,
+    layouts: Sequence[SegmentLayout],
+    *,
+    budget_bytes: int,
+    reserve_segments: int,
+    requested: int,
+    prefill_chunk: int,
+) -> ContextClamp:
+    """Clamp `requested` tokens to what one request can have.
+
+    The largest n whose segments, over all groups, and `reserve_segments` empty ones per group fit
+    in `budget_bytes`, and whose slots exist. `prefill_chunk` is the most tokens of a request that
+    one step computes.
+    """
+    reserve = [min(reserve_segments, layout.max_segments - 1) for layout in layouts]
+    reserve_bytes = _bytes(layouts, reserve)
+
+    def fits(num_tokens: int) -> bool:
+        segments = request_segments(spec, layouts, num_tokens, prefill_chunk)
+        usable = (layout.max_segments - 1 for layout in layouts)
+        if any(need > have for need, have in zip(segments, usable, strict=True)):
+            return False
+        return _bytes(layouts, segments) + reserve_bytes <= budget_bytes
+
+    low = 0  # fits(0) may be false; then nothing does
+    # no group can hold more: a context whose every group is a window still ends somewhere
+    high = 1 + max((layout.max_segments - 1) * layout.slots_per_segment for layout in layouts)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    effective = min(requested, low)
+    text = _explain(spec, layouts, budget_bytes, reserve, requested, effective, low, prefill_chunk)
+    return ContextClamp(requested, effective, low, text)
+
+
+def _bytes(layouts: Sequence[SegmentLayout], segments: Sequence[int]) -> int:
+    return sum(n * layout.segment_bytes for n, layout in zip(segments, layouts, strict=True))
+
+
+def _explain(
+    spec: KVCacheSpec,
+    layouts: Sequence[SegmentLayout],
+    budget_bytes: int,
+    reserve: Sequence[int],
+    requested: int,
+    effective: int,
+    capacity: int,
+    prefill_chunk: int,
+) -> str:
+    segments = request_segments(spec, layouts, capacity, prefill_chunk)
+    terms = []
+    for group, layout, need, kept in zip(spec.groups, layouts, segments, reserve, strict=True):
+        name = "" if spec.num_groups == 1 else f" ({group.kind.value} group {layout.group})"
+        terms.append(
+            f"{need} + {kept} in reserve segments of {layout.slots_per_segment:,} tokens x "
+            f"{spec.bytes_per_slot(layout.group):,} bytes{name}"
+        )
+    held = _bytes(layouts, segments) + _bytes(layouts, reserve)
+    verdict = "is clamped to" if effective < requested else "fits: effective"
+    return (
+        f"requested context of {requested:,} tokens {verdict} {effective:,} tokens; one request "
+        f"can have {capacity:,}: {'; '.join(terms)} = {held:,} bytes of a KV budget of "
+        f"{budget_bytes:,} bytes ({format_bytes(budget_bytes)}); a token that every layer keeps "
+        f"takes {spec.bytes_per_token:,} bytes"
+    )
