@@ -1,0 +1,316 @@
+"""Flags: values, refusals, warnings, the configuration file, and one definition for all."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import logging
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import gen_server_arguments
+import sglang
+from sglang.srt.configs.flag_spec import Arity, FlagKind, FlagSpec, specs_of
+from sglang.srt.configs.flag_tables import OTHER_FLAGS
+from sglang.srt.server_args import ServerArgs, all_flags, prepare_server_args
+
+REFUSED = [spec for spec in OTHER_FLAGS if spec.kind is FlagKind.REFUSED]
+ACCEPTED = [spec for spec in OTHER_FLAGS if spec.kind is FlagKind.ACCEPTED]
+
+
+def words(spec: FlagSpec, value: str = "7") -> list[str]:
+    return [spec.name] if spec.arity is Arity.SWITCH else [spec.name, value]
+
+
+def parse(*argv: str) -> ServerArgs:
+    return prepare_server_args(["--model-path", "m", *argv])
+
+
+def parse_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that a bad command line prints."""
+    with pytest.raises(SystemExit) as stop:
+        prepare_server_args(argv)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_defaults_are_sglangs() -> None:
+    args = parse()
+    assert (args.host, args.port) == ("127.0.0.1", 30000)
+    assert (args.tokenizer_path, args.served_model_name) == ("m", "m")
+    assert (args.max_prefill_tokens, args.schedule_policy) == (16384, "fcfs")
+    assert (args.radix_eviction_policy, args.load_format, args.dtype) == ("lru", "auto", "auto")
+    assert args.watchdog_timeout == 300
+    assert args.context_length is None
+    assert args.page_size is None
+
+
+def test_defaults_on_a_cpu() -> None:
+    args = parse()
+    assert (args.device, args.attention_backend) == ("cpu", "torch_native")
+    assert args.mem_fraction_static == 0.7
+    assert args.chunked_prefill_size == 2048
+    assert args.kv_segment_reserve == 0
+    assert (args.kv_idle_release_seconds, args.prefix_cache_idle_seconds) == (30.0, 300.0)
+
+
+def test_sizes_are_human_readable() -> None:
+    args = parse(
+        *("--context-length", "10M", "--max-total-tokens", "1Mi", "--max-prefill-tokens", "16k"),
+        *("--kv-memory-budget", "4GiB", "--max-request-bytes", "64MB", "--kv-segment-size", "8Ki"),
+    )
+    assert args.context_length == 10_000_000
+    assert args.max_total_tokens == 1 << 20
+    assert args.max_prefill_tokens == 16_000
+    assert args.kv_memory_budget == 4 << 30
+    assert args.max_request_bytes == 64_000_000
+    assert args.kv_segment_size == 8192
+
+
+def test_segment_size_auto_is_none() -> None:
+    assert parse("--kv-segment-size", "auto").kv_segment_size is None
+
+
+def test_aliases_mean_the_same() -> None:
+    args = prepare_server_args(["--model", "x", "--tp", "1"])
+    assert args.model_path == "x"
+    assert prepare_server_args(["--model=x", "--tensor-parallel-size=1"]).tp_size == 1
+
+
+def test_dtype_names_are_resolved() -> None:
+    args = parse("--dtype", "half", "--kv-cache-dtype", "bf16")
+    assert (args.dtype, args.kv_cache_dtype) == ("float16", "bfloat16")
+    assert parse("--dtype", "float").dtype == "float32"
+
+
+def test_a_seed_is_drawn_once_and_kept() -> None:
+    args = parse()
+    assert 0 <= args.random_seed < 1 << 30
+    assert dataclasses.replace(args, port=1).random_seed == args.random_seed
+    assert parse("--random-seed", "5").random_seed == 5
+
+
+def test_request_byte_limit_follows_the_context() -> None:
+    args = parse()
+    assert args.request_byte_limit(8192) == 32 << 20
+    assert args.request_byte_limit(10_000_000) == 160_000_000 + (1 << 20)
+    assert parse("--max-request-bytes", "1000").request_byte_limit(10_000_000) == 1000
+
+
+def test_public_settings_hold_no_key() -> None:
+    public = parse("--api-key", "secret-word").public_dict()
+    assert "secret-word" not in str(public)
+    assert public["port"] == 30000
+
+
+def test_model_overrides_are_an_object() -> None:
+    args = parse("--json-model-override-args", '{"num_hidden_layers": 2}')
+    assert args.model_overrides() == {"num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--port", "0"], "--port must be at least 1, got 0"),
+        (["--port", "70000"], "--port must be at most 65535"),
+        (["--port", "http"], "--port: invalid literal"),
+        (["--context-length", "long"], "'long' is not a count"),
+        (["--context-length", "0"], "--context-length must be at least 1"),
+        (["--kv-memory-budget", "4 bananas"], "is not a size"),
+        (["--mem-fraction-static", "1.0"], "--mem-fraction-static must be below 1"),
+        (["--mem-fraction-static", "0"], "--mem-fraction-static must be above 0"),
+        (["--mem-fraction-static", "nan"], "--mem-fraction-static must be above 0"),
+        (["--chunked-prefill-size", "0"], "--chunked-prefill-size must be at least 1 (or -1)"),
+        (["--prefix-cache-idle-seconds", "-2"], "must be at least 0 (or -1)"),
+        (["--page-size", "0"], "--page-size must be at least 1"),
+        (["--kv-segment-size", "0"], "--kv-segment-size must be at least 1"),
+        (["--schedule-policy", "dfs-weight"], "--schedule-policy must be one of fcfs, lpm"),
+        (["--device", "cuda"], "--device must be one of cpu"),
+        (["--attention-backend", "fa3"], "--attention-backend must be one of torch_native"),
+        (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype must be one of"),
+        (["--load-format", "bitsandbytes"], "--load-format must be one of"),
+        (["--tp-size", "2"], "tensor parallelism is not served yet"),
+        (["--json-model-override-args", "{"], "--json-model-override-args is not JSON"),
+        (["--json-model-override-args", "[]"], "must be a JSON object"),
+        (["--skip-tokenizer-init", "--chat-template", "x"], "needs a tokenizer"),
+        (["--kv-backing", "static", "--kv-segment-reserve", "1"], "maps every segment at start"),
+        (["--disable-radix-cache", "--max-cached-tokens", "5"], "drop --disable-radix-cache"),
+        (["--disable-radix-cache", "--schedule-policy", "lpm"], "drop --disable-radix-cache"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--context", "5"], "unrecognized arguments: --context 5"),
+        (["--host"], "expected one argument"),
+    ],
+)
+def test_bad_values_get_one_line(
+    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert message in parse_error(capsys, "--model-path", "m", *argv)
+
+
+def test_the_model_path_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--model-path is required" in parse_error(capsys, "--port", "1")
+
+
+@pytest.mark.parametrize("spec", REFUSED, ids=lambda spec: spec.name)
+def test_refused_flags_stop_the_start(capsys: pytest.CaptureFixture[str], spec: FlagSpec) -> None:
+    line = parse_error(capsys, "--model-path", "m", *words(spec, "no-such-value"))
+    assert f"{spec.name} is refused: {spec.help}" in line
+
+
+@pytest.mark.parametrize("spec", ACCEPTED, ids=lambda spec: spec.name)
+def test_accepted_flags_are_named_in_a_warning(
+    caplog: pytest.LogCaptureFixture, spec: FlagSpec
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        parse(*words(spec))
+    (record,) = caplog.records
+    assert record.getMessage() == f"{spec.name} is accepted without effect: {spec.help}"
+
+
+@pytest.mark.parametrize("spec", [s for s in REFUSED if s.noops], ids=lambda spec: spec.name)
+def test_a_refused_flag_may_ask_for_what_is_the_case(
+    caplog: pytest.LogCaptureFixture, spec: FlagSpec
+) -> None:
+    for value in spec.noops:
+        parse(spec.name, value)
+    assert not caplog.records
+
+
+def test_flags_that_must_not_pass_silently_are_refused() -> None:
+    refused = {name for spec in REFUSED for name in spec.names}
+    assert refused >= {
+        *("--quantization", "--enable-lora", "--speculative-algorithm", "--disaggregation-mode"),
+        *("--enable-hierarchical-cache", "--pp-size", "--dp-size", "--grammar-backend"),
+        *("--reasoning-parser", "--tool-call-parser", "--ssl-keyfile", "--admin-api-key"),
+    }
+
+
+def test_no_two_flags_share_a_name() -> None:
+    names = Counter(name for spec in all_flags() for name in spec.names)
+    assert [name for name, count in names.items() if count > 1] == []
+    assert all(name.startswith("--") for name in names)
+
+
+def test_every_setting_has_a_flag() -> None:
+    fields = [field.name for field in dataclasses.fields(ServerArgs)]
+    assert [spec.dest for spec in specs_of(ServerArgs)] == fields
+
+
+def test_help_shows_the_working_flags_by_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        prepare_server_args(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for spec in specs_of(ServerArgs):
+        assert spec.name in text
+        assert f"\n{spec.group}:\n" in text
+    assert "--quantization" not in text
+
+
+def test_a_config_file_gives_flags_and_the_command_line_wins(tmp_path: Path) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text(
+        "model-path: from-file\nport: 1234\nenable-metrics: true\nkv_backing: static\n"
+        "disable-radix-cache: false\nchunked-prefill-size: -1\ncuda-graph-bs: [1, 2]\n"
+    )
+    args = prepare_server_args(["--config", str(config), "--port", "99"])
+    assert (args.model_path, args.port, args.enable_metrics) == ("from-file", 99, True)
+    assert (args.kv_backing, args.disable_radix_cache) == ("static", False)
+    assert args.chunked_prefill_size == -1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a\n", "must be a mapping"),
+        ("a: [1\n", "not YAML"),
+        ("port: {a: 1}\n", "port must be a plain value"),
+        ("config: other.yaml\n", "must not name another"),
+        ("no-such-flag: 1\n", "unrecognized arguments: --no-such-flag=1"),
+    ],
+)
+def test_a_bad_config_file_gets_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, message: str
+) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text(content)
+    assert message in parse_error(capsys, "--model-path", "m", "--config", str(config))
+
+
+def test_a_missing_config_file_gets_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "No such file" in parse_error(capsys, "--model-path", "m", "--config", "nowhere.yaml")
+
+
+def test_keywords_are_the_same_flags() -> None:
+    args = ServerArgs.from_kwargs(
+        model="m", tp=1, context_length="1M", kv_memory_budget="1GiB", port=5, api_key=None
+    )
+    assert (args.model_path, args.context_length, args.port) == ("m", 1_000_000, 5)
+    assert args.kv_memory_budget == 1 << 30
+    assert args.disable_radix_cache is False
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({}, TypeError, "model_path is required"),
+        ({"no_such": 1}, TypeError, "unknown argument 'no_such'"),
+        ({"model_path": "m", "model": "m"}, TypeError, "given twice"),
+        ({"port": "x"}, ValueError, "port: invalid literal"),
+        ({"port": 0}, ValueError, "--port must be at least 1"),
+        ({"port": 1.5}, ValueError, "port: invalid literal"),
+        ({"port": True}, ValueError, "port cannot be True"),
+        ({"host": b"x"}, ValueError, "host cannot be"),
+        ({"enable_metrics": "yes"}, ValueError, "must be True or False"),
+        ({"pp_size": 2}, ValueError, "--pp-size is refused"),
+        ({"lora_paths": ["a"]}, ValueError, "--lora-paths is refused"),
+    ],
+)
+def test_bad_keywords_raise(
+    kwargs: dict[str, object], error: type[Exception], message: str
+) -> None:
+    model = {} if not kwargs or "model_path" in kwargs else {"model_path": "m"}
+    with pytest.raises(error, match=message):
+        ServerArgs.from_kwargs(**model, **kwargs)
+
+
+def test_keywords_that_change_nothing_pass(caplog: pytest.LogCaptureFixture) -> None:
+    ServerArgs.from_kwargs(model_path="m", pp_size=1, enable_lora=False, quantization=None)
+    assert not caplog.records
+    ServerArgs.from_kwargs(model_path="m", disable_cuda_graph=True)
+    assert "--disable-cuda-graph" in caplog.text
+
+
+def test_a_direct_instance_is_validated_too() -> None:
+    with pytest.raises(ValueError, match="--stream-interval"):
+        ServerArgs(model_path="m", stream_interval=0)
+    assert ServerArgs(model_path="m").tokenizer_path == "m"
+
+
+def test_every_working_flag_is_read_somewhere() -> None:
+    """A field that nobody reads would be a flag that is silently ignored."""
+    package = Path(sglang.__file__).parent
+    read: set[str] = set()
+    for path in package.rglob("*.py"):
+        if path.name == "server_args.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+    by_method = {"api_key", "max_request_bytes", "json_model_override_args"}
+    refused_unless_one = {"tp_size", "device"}  # only one value passes, so nothing is left to read
+    unread = {field.name for field in dataclasses.fields(ServerArgs)} - read
+    assert unread - by_method - refused_unless_one == set()
+
+
+def test_the_page_is_generated_from_the_definitions() -> None:
+    assert gen_server_arguments.main(["--check"]) == 0
+    page = gen_server_arguments.PAGE.read_text(encoding="utf-8")
+    for spec in all_flags():
+        for name in spec.names:
+            assert f"`{name}`" in page
