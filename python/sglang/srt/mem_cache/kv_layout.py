@@ -181,7 +181,8 @@ def num_pages_for(num_tokens: int, page_size: int) -> int:
 def round_slots_per_segment(spec: KVCacheSpec, requested_slots: int, granule_bytes: int) -> int:
     """Smallest multiple of the page size at which every plane's part is whole granules.
 
-    At least `requested_slots`, in tokens, at least 1. With a granule of 1 byte only the page size rounds.
+    At least `requested_slots` tokens and at least 1. With a granule of 1 byte only the page size
+    rounds.
     """
     step = spec.page_size
     for per_slot in (spec.k_bytes_per_slot_layer, spec.v_bytes_per_slot_layer):

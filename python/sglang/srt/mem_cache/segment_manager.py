@@ -108,16 +108,6 @@ class SegmentManager:
         return sum(layout.fixed_bytes for layout in self.layouts)
 
     @property
-    def now(self) -> float:
-        """The last time that was noted."""
-        return self._now
-
-    @property
-    def launched_epoch(self) -> int:
-        """The newest forward that was noted as launched."""
-        return self._launched_epoch
-
-    @property
     def growth_paused(self) -> bool:
         """True while growth waits after a refusal; ends when a later time is noted."""
         return self._pause.is_on(self._now)
@@ -218,7 +208,7 @@ class SegmentManager:
         revive: list[tuple[SegmentId, ...]] = []
         fresh: list[tuple[SegmentId, ...]] = []
         for table, wanted in zip(self._tables, pages_wanted, strict=True):
-            count = -(-wanted // table.layout.pages_per_segment)
+            count = -(-max(0, wanted) // table.layout.pages_per_segment)
             again = self._revivable(table.layout.group)[:count]
             ids = table.lowest_reserved(count - len(again))
             if ids is None:
