@@ -8,83 +8,34 @@ computes nothing and reads no clock. Only here and in the ladder below it is sca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.allocator import PageAllocator
-from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, PrefixHandle
-from sglang.srt.mem_cache.block_table import BlockTable
-from sglang.srt.mem_cache.kv_layout import KVCacheSpec, ReqPoolIdx, num_pages_for
+from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+from sglang.srt.mem_cache.chunk_cache import ChunkCache
+from sglang.srt.mem_cache.integrity import audit
+from sglang.srt.mem_cache.kv_layout import (
+    KVCacheSpec,
+    ReqPoolIdx,
+    make_segment_layouts,
+    num_pages_for,
+    trim_layouts_to_budget,
+)
+from sglang.srt.mem_cache.lease import KVLease, KVPlacement, PageNeed
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.mem_cache.page_ladder import PageLadder, joint_pages
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.segment_backing.base import SegmentBacking
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 from sglang.srt.mem_cache.segment_state import SegmentState, Ticket
 
 Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
 
-
-class KVLease:
-    """One request's hold on memory: a row, its block tables and a locked prefix; closed once.
-
-    `num_tokens` tokens have a slot, the first `num_cached_tokens` of them came from the cache.
-    Invariant while open: every table holds exactly the pages of `num_tokens` tokens.
-    """
-
-    __slots__ = (
-        "closed",
-        "extra_key",
-        "handle",
-        "next_share_tokens",
-        "num_cached_tokens",
-        "num_tokens",
-        "row",
-        "tables",
-    )
-
-    def __init__(
-        self,
-        row: ReqPoolIdx,
-        tables: tuple[BlockTable, ...],
-        handle: PrefixHandle,
-        extra_key: str | None,
-    ) -> None:
-        self.row = row
-        self.tables = tables
-        self.handle = handle
-        self.extra_key = extra_key
-        self.num_tokens = handle.num_tokens
-        self.num_cached_tokens = handle.num_tokens
-        self.next_share_tokens = 0
-        self.closed = False
-
-    def __repr__(self) -> str:
-        return (
-            f"KVLease(row={self.row}, tokens={self.num_tokens}, cached={self.num_cached_tokens}, "
-            f"locked={self.handle.num_tokens}, closed={self.closed})"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class PageNeed:
-    """Room for `num_tokens` new tokens after the lease's present ones."""
-
-    lease: KVLease
-    num_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class KVPlacement:
-    """Where new tokens go: `out_cache_loc[g]` int64 [T], tokens of all needs in order.
-
-    `ticket` is growth for coming steps that was under way when the slots were given, or None.
-    """
-
-    out_cache_loc: tuple[Int64Array, ...]
-    ticket: Ticket | None
+__all__ = ["KVLease", "KVMemory", "KVPlacement", "PageNeed"]
 
 
 class KVMemory:
@@ -116,6 +67,71 @@ class KVMemory:
             None if max_cached_tokens is None else max_cached_tokens // spec.page_size
         )
         self._growth: Ticket | None = None
+
+    @classmethod
+    def create(
+        cls,
+        spec: KVCacheSpec,
+        backing: SegmentBacking,
+        *,
+        budget_bytes: int,
+        machine_bytes: int,
+        max_requests: int,
+        slots_per_segment: int | None = None,
+        auto_segment_bytes: int = 32 << 20,
+        auto_min_slots: int = 1,
+        reserve_segments: int = 0,
+        idle_release_s: float = 30.0,
+        prefix_idle_s: float = 300.0,
+        max_cached_tokens: int | None = None,
+        enable_prefix_cache: bool = True,
+        eviction_policy: str = "lru",
+        now: float = 0.0,
+    ) -> KVMemory:
+        """Wire a rank's memory and bring it into its idle state.
+
+        `slots_per_segment` None means auto, see `make_segment_layouts`; `machine_bytes` is all that
+        the machine could ever hold. `prefix_idle_s` negative: prefixes never grow old.
+        `max_cached_tokens` None: no bound. Raises ValueError when the budget can't hold the idle
+        state, BackingError when the machine refuses it; nothing is then held.
+        """
+        layouts = make_segment_layouts(
+            spec,
+            slots_per_segment=slots_per_segment,
+            auto_segment_bytes=auto_segment_bytes,
+            auto_min_slots=auto_min_slots,
+            granule_bytes=backing.granule_bytes,
+            machine_bytes=machine_bytes,
+            budget_bytes=budget_bytes,
+        )
+        if not backing.elastic:
+            layouts = trim_layouts_to_budget(layouts, budget_bytes)
+        backing.reserve(spec, layouts)
+        manager = SegmentManager(
+            layouts,
+            backing,
+            budget_bytes=budget_bytes,
+            reserve_segments=reserve_segments,
+            idle_release_s=idle_release_s,
+            now=now,
+        )
+        allocators = tuple(
+            PageAllocator(layout, partial(manager.add_pages, layout.group)) for layout in layouts
+        )
+        cache: BasePrefixCache = ChunkCache(len(layouts))
+        if enable_prefix_cache:
+            indexes = [allocator.index for allocator in allocators]
+            cache = RadixCache(indexes, spec.page_size, eviction_policy)
+        return cls(
+            spec,
+            manager,
+            allocators,
+            cache,
+            ReqToTokenPool(max_requests, spec.num_groups, spec.page_size),
+            MHATokenToKVPool(spec, layouts, backing),
+            prefix_idle_s=prefix_idle_s,
+            max_cached_tokens=max_cached_tokens,
+        )
 
     # ---- a request's life -------------------------------------------------------------------
 
@@ -284,6 +300,13 @@ class KVMemory:
             return False
         self.cache.clear()
         return True
+
+    def audit(self) -> None:
+        """Recount everything; raises InvariantError when something does not add up.
+
+        Call it with no forward in flight; costs milliseconds.
+        """
+        audit(self.manager, self.allocators, self.cache, self.rows, list(self.leases.values()))
 
     def close_pool(self) -> None:
         """Give all memory back to the machine; nothing may be called afterwards."""

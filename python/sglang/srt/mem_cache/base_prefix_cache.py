@@ -9,6 +9,7 @@ Note [Eviction cuts tails].
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,5 +121,5 @@ class BasePrefixCache(abc.ABC):
         """Free everything unlocked; returns pages per group."""
 
     @abc.abstractmethod
-    def check(self) -> None:
-        """Recount everything; raises InvariantError where a count or a lock does not add up."""
+    def check(self, handles: Sequence[PrefixHandle]) -> None:
+        """Recount everything against the `handles` that are out; raises InvariantError."""

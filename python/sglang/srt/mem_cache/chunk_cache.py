@@ -6,6 +6,8 @@ facade has one path.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -67,9 +69,9 @@ class ChunkCache(BasePrefixCache):
     def clear(self) -> int:
         return 0
 
-    def check(self) -> None:
-        if self._num_handles < 0:
-            raise InvariantError("more handles were released than given out")
+    def check(self, handles: Sequence[PrefixHandle]) -> None:
+        if self._num_handles != len(handles):
+            raise InvariantError(f"{self!r} but {len(handles)} are out")
 
     def __repr__(self) -> str:
         return f"ChunkCache(handles={self._num_handles})"

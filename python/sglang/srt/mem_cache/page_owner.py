@@ -9,14 +9,13 @@ cache and the facade call this module; it never decides anything.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from sglang.srt.errors import InvariantError
-from sglang.srt.mem_cache.kv_layout import SegmentLayout
+from sglang.srt.mem_cache.kv_layout import SegmentId, SegmentLayout
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -36,8 +35,10 @@ class PageState(enum.IntEnum):
     CACHED = 3
 
 
-CountsListener = Callable[[int, int, int], None]
-"""Called with (segment, change of used pages, change of cached pages) as pages change hands."""
+class CountsListener(Protocol):
+    """Hears of every change of a segment's page counts, at once."""
+
+    def __call__(self, segment: SegmentId, *, used: int, cached: int) -> None: ...
 
 
 class PageIndex:
@@ -182,7 +183,7 @@ class PageIndex:
             used = (new is PageState.USED) - (old is PageState.USED)
             cached = (new is PageState.CACHED) - (old is PageState.CACHED)
             for segment, count in zip(segments, moved, strict=True):
-                self._listener(segment, used * count, cached * count)
+                self._listener(SegmentId(segment), used=used * count, cached=cached * count)
 
     def _grow_to(self, num_segments: int) -> None:
         if num_segments > self.counts.shape[1]:

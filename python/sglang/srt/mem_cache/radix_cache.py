@@ -8,6 +8,7 @@ and Note [Eviction cuts tails].
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,7 +44,7 @@ class RadixCache(BasePrefixCache):
         self._page_size = page_size
         self._by_policy = LeafQueue(EVICTION_KEYS[policy])
         self._by_age = self._by_policy if policy == "lru" else LeafQueue(lru_key)
-        self._queues = {id(queue): queue for queue in (self._by_policy, self._by_age)}.values()
+        self._queues = tuple({id(q): q for q in (self._by_policy, self._by_age)}.values())
         self._num_pages = 0
         self._num_locked_pages = 0
         self._num_handles = 0
@@ -245,26 +246,35 @@ class RadixCache(BasePrefixCache):
 
     # ---- audit ------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        total = locked = at_roots = num_leaves = 0
+    def check(self, handles: Sequence[PrefixHandle]) -> None:
+        locks = Counter(node.id for handle in handles for node in handle.node.path_up())
+        total = locked = num_leaves = 0
         for node in self.tree.nodes():
             self._check_node(node)
+            if node.lock_ref != locks.pop(node.id, 0):
+                raise InvariantError(f"{node!r} is not locked by that many handles")
             total += node.num_pages
             locked += node.num_pages if node.lock_ref else 0
-            at_roots += node.lock_ref if node.is_root else 0
             num_leaves += node.is_evictable_leaf
-        found = (total, locked, at_roots, num_leaves)
+        if locks:
+            raise InvariantError(f"handles point at nodes {sorted(locks)} outside the tree")
+        found = (total, locked, len(handles), num_leaves)
         kept = (self._num_pages, self._num_locked_pages, self._num_handles, len(self._by_policy))
         if found != kept:
             raise InvariantError(f"tree pages, locked, handles, leaves: {kept} kept, {found} found")
         for index in self._indexes:
             if index.num_cached != total:
                 raise InvariantError(f"{index!r} but the tree owns {total} pages")
+        for handle in handles:
+            held = sum(len(node.tokens) for node in handle.node.path_up())
+            if handle.released or held != handle.num_tokens:
+                raise InvariantError(f"{handle!r} stands at the end of {held} tokens")
 
     def _check_node(self, node: TreeNode) -> None:
-        below = sum(child.lock_ref for child in node.children.values())
-        if node.lock_ref < below:
-            raise InvariantError(f"{node!r} has {below} locks below it")
+        for key, child in node.children.items():
+            first = child.tokens.view(0, self._page_size).tobytes()
+            if child.parent is not node or first != key or child.extra_key != node.extra_key:
+                raise InvariantError(f"{child!r} hangs wrong below {node!r}")
         if len(node.tokens) != node.num_pages * self._page_size:
             raise InvariantError(f"{node!r} has {node.num_pages} pages")
         if not node.is_root and node.num_pages == 0:

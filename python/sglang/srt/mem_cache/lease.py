@@ -1,0 +1,79 @@
+"""Values between the scheduler and memory: a request's lease, its need, and what it was given.
+
+The scheduler holds leases and reads their tables; only `KVMemory` in `allocation.py` makes,
+changes and closes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang.srt.mem_cache.base_prefix_cache import PrefixHandle
+from sglang.srt.mem_cache.block_table import BlockTable
+from sglang.srt.mem_cache.kv_layout import ReqPoolIdx
+from sglang.srt.mem_cache.segment_state import Ticket
+
+Int64Array = npt.NDArray[np.int64]
+
+
+class KVLease:
+    """One request's hold on memory: a row, its block tables and a locked prefix; closed once.
+
+    `num_tokens` tokens have a slot, the first `num_cached_tokens` of them came from the cache.
+    Invariant while open: every table holds exactly the pages of `num_tokens` tokens.
+    """
+
+    __slots__ = (
+        "closed",
+        "extra_key",
+        "handle",
+        "next_share_tokens",
+        "num_cached_tokens",
+        "num_tokens",
+        "row",
+        "tables",
+    )
+
+    def __init__(
+        self,
+        row: ReqPoolIdx,
+        tables: tuple[BlockTable, ...],
+        handle: PrefixHandle,
+        extra_key: str | None,
+    ) -> None:
+        self.row = row
+        self.tables = tables
+        self.handle = handle
+        self.extra_key = extra_key
+        self.num_tokens = handle.num_tokens
+        self.num_cached_tokens = handle.num_tokens
+        self.next_share_tokens = 0
+        self.closed = False
+
+    def __repr__(self) -> str:
+        return (
+            f"KVLease(row={self.row}, tokens={self.num_tokens}, cached={self.num_cached_tokens}, "
+            f"locked={self.handle.num_tokens}, closed={self.closed})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PageNeed:
+    """Room for `num_tokens` new tokens after the lease's present ones."""
+
+    lease: KVLease
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVPlacement:
+    """Where new tokens go: `out_cache_loc[g]` int64 [T], tokens of all needs in order.
+
+    `ticket` is growth for coming steps that was under way when the slots were given, or None.
+    """
+
+    out_cache_loc: tuple[Int64Array, ...]
+    ticket: Ticket | None
