@@ -1,0 +1,97 @@
+"""Reads the tensors of a GGUF file under their Hugging Face names, dequantised one at a time.
+
+The loader walks it like any other `WeightSource`. Llama files store the rows of q and k so that
+rotary pairs are neighbours; they are put back into halves here, as our rotation wants them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from sglang.srt.configs.gguf_file import GGUFTensorInfo, read_gguf_header, read_gguf_rows
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.model_loader.weight_files import WeightIterator, WeightSource
+
+_BLOCK_FLOATS = 1 << 22  # rows are dequantised in blocks of about 16 MiB in float32
+
+_TOP_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NOT_WEIGHTS = frozenset({"rope_freqs.weight"})  # ModelConfig has read it
+_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+
+
+def hf_weight_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`.
+
+    A name that this table lacks comes back as it is, so that an error can name it.
+    """
+    match = _LAYER_TENSOR.fullmatch(name)
+    if match is not None and match[2] in _LAYER_NAMES:
+        return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+    stem, _, kind = name.rpartition(".")
+    return f"{_TOP_NAMES[stem]}.{kind}" if stem in _TOP_NAMES else name
+
+
+def gguf_weights(config: ModelConfig, dtype: torch.dtype) -> WeightSource:
+    """All weights of the file at `config.path`, in `dtype`.
+
+    Raises ValueError for a damaged file; walking it also for a quantisation type that the gguf
+    package can't dequantise.
+    """
+    header = read_gguf_header(config.path)
+    infos = [info for name, info in header.tensors.items() if name not in _NOT_WEIGHTS]
+    return WeightSource(_walk(header.path, infos, config, dtype), len(infos))
+
+
+def _walk(
+    path: Path, infos: list[GGUFTensorInfo], config: ModelConfig, dtype: torch.dtype
+) -> WeightIterator:
+    # Only the llama architecture (Mistral included) reorders rows in its files.
+    heads_of = {}
+    if config.model_type in ("llama", "mistral"):
+        heads_of = {".attn_q.": config.num_heads, ".attn_k.": config.num_kv_heads}
+    for info in infos:
+        tensor = _dequantize(path, info, dtype)
+        for part, heads in heads_of.items():
+            if part in info.name:
+                tensor = _unpermute(tensor, heads, info.name)
+        yield hf_weight_name(info.name), tensor
+
+
+def _dequantize(path: Path, info: GGUFTensorInfo, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in `dtype`, dequantised by blocks of rows: a large one never exists in float32."""
+    tensor = torch.empty(info.shape, dtype=dtype)
+    rows = tensor.view(-1, info.shape[-1])
+    step = max(1, _BLOCK_FLOATS // info.shape[-1])
+    for first in range(0, rows.shape[0], step):
+        block = rows[first : first + step]
+        block.copy_(torch.from_numpy(read_gguf_rows(path, info, first, block.shape[0])))
+    return tensor
+
+
+def _unpermute(tensor: torch.Tensor, num_heads: int, name: str) -> torch.Tensor:
+    """Rows (or bias entries) of each head from interleaved pairs back to two halves."""
+    if tensor.shape[0] % (2 * num_heads):
+        raise ValueError(f"tensor {name}: {tensor.shape[0]} rows are not {num_heads} heads")
+    half = tensor.shape[0] // num_heads // 2
+    pairs = tensor.view(num_heads, half, 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)

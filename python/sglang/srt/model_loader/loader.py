@@ -1,0 +1,117 @@
+"""Builds a model and fills it: the one entry is `load_model`.
+
+Called by the worker at start. It decides which files hold the weights, shows progress on
+standard error, and leaves a frozen model. Each tensor goes straight into its (possibly sharded)
+parameter, so the host never holds the model twice.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.model_loader.gguf_weights import gguf_weights
+from sglang.srt.model_loader.weight_files import (
+    WeightIterator,
+    WeightSource,
+    find_pt_files,
+    find_safetensors,
+    pt_weights,
+    safetensors_weights,
+)
+from sglang.srt.models.causal_lm import CausalLM
+from sglang.srt.models.registry import resolve_model_class
+
+LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
+_DUMMY_STD = 0.02
+
+
+def load_model(
+    config: ModelConfig,
+    *,
+    load_format: str = "auto",
+    dtype: torch.dtype,
+    parallel: ParallelState,
+    device: str | torch.device = "cpu",
+    show_progress: bool = True,
+    seed: int = 0,
+) -> CausalLM:
+    """The model of `config` with weights in `dtype` on `device`, in eval mode, without gradients.
+
+    `load_format` is one of `LOAD_FORMATS`; `auto` takes GGUF for a .gguf file, else safetensors,
+    else files of torch.save. `dummy` needs no weight files: random values that depend on `seed`
+    alone. Raises ValueError, one line, for a wrong format, missing files, damaged files, and
+    missing or unexpected weights.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise ValueError(f"unknown load format {load_format!r}; one of {', '.join(LOAD_FORMATS)}")
+    source = None if load_format == "dummy" else open_weights(config, load_format, dtype)
+    model_class = resolve_model_class(config.architecture)
+    with torch.device(device):
+        model = model_class(config, parallel, dtype)
+    with torch.no_grad():
+        if source is None:
+            fill_with_dummy_weights(model, seed)
+        else:
+            _load(model, source, show_progress)
+    return model.requires_grad_(False).eval()
+
+
+def open_weights(config: ModelConfig, load_format: str, dtype: torch.dtype) -> WeightSource:
+    """Find the files that `load_format` (not `dummy`) means; see `load_model` for errors."""
+    if config.is_gguf != (load_format == "gguf") and load_format != "auto":
+        kind = "a GGUF file" if config.is_gguf else "a Hugging Face directory"
+        raise ValueError(f"{config.path} is {kind}; --load-format {load_format} can't read it")
+    if config.is_gguf:
+        return gguf_weights(config, dtype)
+    folder = Path(config.path)
+    if load_format in ("auto", "safetensors"):
+        files = find_safetensors(folder)
+        if files:
+            return safetensors_weights(files)
+    if load_format in ("auto", "pt"):
+        files = find_pt_files(folder)
+        if files:
+            return pt_weights(files)
+    wanted = {"safetensors": "safetensors", "pt": ".bin or .pt"}
+    what = wanted.get(load_format, "safetensors, .bin or .pt")
+    raise ValueError(f"{folder}: no {what} files with weights")
+
+
+def fill_with_dummy_weights(model: nn.Module, seed: int) -> None:
+    """Random parameters: norms are 1, biases 0, the rest normal with deviation 0.02.
+
+    Each parameter's values depend on `seed` and its name alone.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data.fill_(0.0 if name.endswith(".bias") else 1.0)
+            continue
+        generator = torch.Generator(device=parameter.device)
+        generator.manual_seed(zlib.crc32(name.encode()) ^ (seed & 0xFFFF_FFFF))
+        parameter.data.normal_(0.0, _DUMMY_STD, generator=generator)
+
+
+def _load(model: CausalLM, source: WeightSource, show_progress: bool) -> None:
+    with tqdm(
+        total=source.num_weights,
+        desc="Loading weights",
+        unit=" tensors",
+        file=sys.stderr,
+        disable=not show_progress,
+        dynamic_ncols=True,
+    ) as bar:
+        model.load_weights(_counted(source, bar))
+
+
+def _counted(source: WeightSource, bar: tqdm[None]) -> WeightIterator:
+    for pair in source.weights:
+        yield pair
+        bar.update()

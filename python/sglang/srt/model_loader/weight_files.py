@@ -1,0 +1,128 @@
+"""Reads the tensors of Hugging Face checkpoints, one at a time, whatever files they lie in.
+
+The loader asks for a `WeightSource` and walks it once. Nothing here knows models or shards, and
+no file is held whole in memory: safetensors and zip-format .bin files are mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+PT_INDEX = "pytorch_model.bin.index.json"
+# Files that trainers leave beside a model and that hold no weights of it.
+_NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt"})
+
+WeightIterator = Iterator[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """(checkpoint name, whole tensor) pairs to be walked once, and how many (None: unknown).
+
+    Walking raises ValueError, one line naming the file, when a file turns out to be damaged.
+    """
+
+    weights: Iterable[tuple[str, torch.Tensor]]
+    num_weights: int | None
+
+
+def find_safetensors(folder: Path) -> list[Path]:
+    """The safetensors files of a model, in order; empty when there are none.
+
+    An index decides; else `model.safetensors` alone (other files beside it are other formats of
+    the same weights); else all. Raises ValueError when a file that the index names is missing.
+    """
+    return _find(folder, SAFETENSORS_INDEX, "model.safetensors", ("*.safetensors",))
+
+
+def find_pt_files(folder: Path) -> list[Path]:
+    """As `find_safetensors`, for files written by torch.save."""
+    return _find(folder, PT_INDEX, "pytorch_model.bin", ("*.bin", "*.pt"))
+
+
+def safetensors_weights(files: list[Path]) -> WeightSource:
+    """All tensors of `files`; raises ValueError at once when a file's header is damaged."""
+    names = {file: _safetensors_names(file) for file in files}
+    return WeightSource(_walk_safetensors(names), sum(len(n) for n in names.values()))
+
+
+def pt_weights(files: list[Path]) -> WeightSource:
+    """All tensors of `files`, read with torch.load(weights_only=True)."""
+    return WeightSource(_walk_pt(files), None)
+
+
+def _find(folder: Path, index_name: str, single: str, patterns: tuple[str, ...]) -> list[Path]:
+    index = folder / index_name
+    if index.is_file():
+        return [_existing(folder, name) for name in _files_of_index(index)]
+    if (folder / single).is_file():
+        return [folder / single]
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.name not in _NOT_WEIGHTS)
+
+
+def _files_of_index(index: Path) -> list[str]:
+    try:
+        value = json.loads(index.read_bytes())
+        files = set(value["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index.name} is damaged: {error!r}") from error
+    if not files or not all(isinstance(name, str) for name in files):
+        raise ValueError(f"{index.name} is damaged: weight_map must map names to file names")
+    return sorted(files)
+
+
+def _existing(folder: Path, name: str) -> Path:
+    path = folder / name
+    if Path(name).name != name or not path.is_file():
+        raise ValueError(f"{folder}: the index names {name}, which is missing")
+    return path
+
+
+def _safetensors_names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as reader:
+            return list(reader.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is truncated or damaged: {error}") from error
+
+
+def _walk_safetensors(names: dict[Path, list[str]]) -> WeightIterator:
+    for file, keys in names.items():
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for key in keys:
+                    yield key, reader.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is truncated or damaged: {error}") from error
+
+
+def _walk_pt(files: list[Path]) -> WeightIterator:
+    for file in files:
+        state = _load_pt(file)
+        for key in list(state):
+            tensor = state.pop(key)
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"{file}: entry {key!r} is not a tensor")
+            yield str(key), tensor
+
+
+def _load_pt(file: Path) -> dict[str, object]:
+    try:
+        with file.open("rb") as stream:
+            mapped = stream.read(2) == b"PK"  # the older, unzipped format can't be mapped
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{file} is truncated, damaged or unsafe: {reason[0]}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} does not hold a dict of tensors")
+    return state
