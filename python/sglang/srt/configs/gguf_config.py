@@ -15,7 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from sglang.srt.configs.gguf_file import GGUFHeader, read_gguf_header, read_gguf_tensor
+from sglang.srt.configs.gguf_file import GGUFHeader, read_gguf_header, read_gguf_rows
 
 _ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),
@@ -186,7 +186,7 @@ def _freq_factors(header: GGUFHeader, head_dim: int) -> tuple[float, ...] | None
     info = header.tensors.get("rope_freqs.weight")
     if info is None:
         return None
-    values = read_gguf_tensor(header.path, info)
+    values = read_gguf_rows(header.path, info, 0, 1)[0]
     if values.shape != (head_dim // 2,) or not (np.isfinite(values) & (values > 0)).all():
         raise ValueError(f"rope_freqs.weight must be {head_dim // 2} positive numbers")
     return tuple(float(v) for v in values)

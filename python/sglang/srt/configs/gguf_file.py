@@ -9,6 +9,7 @@ Source: the public GGUF specification (ggml-org/ggml, docs/gguf.md), versions 2 
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ _SCALARS: dict[int, tuple[struct.Struct, str]] = {  # type id -> (one value, num
     11: (struct.Struct("<q"), "<i8"),
     12: (struct.Struct("<d"), "<f8"),
 }
+_PLAIN_TYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
@@ -72,30 +74,30 @@ def read_gguf_header(path: str | Path) -> GGUFHeader:
             raise ValueError(f"{path.name} is truncated or not a GGUF file") from error
 
 
-def read_gguf_tensor(path: str | Path, info: GGUFTensorInfo) -> npt.NDArray[np.float32]:
-    """One tensor, dequantised to float32 [shape]; only its own bytes are touched.
+def read_gguf_rows(
+    path: str | Path, info: GGUFTensorInfo, first: int, num_rows: int
+) -> npt.NDArray[np.float32]:
+    """Rows [first, first + num_rows) of a tensor seen as a matrix of its last dimension.
 
+    Returns float32 [num_rows, last dimension], dequantised; only these rows' bytes are read.
     Raises ValueError for a quantisation type that the gguf package can't dequantise.
     """
+    width = info.shape[-1]
+    row_bytes = info.num_bytes // (math.prod(info.shape) // width)
     with Path(path).open("rb") as file:
-        file.seek(info.offset)
-        data = np.fromfile(file, dtype=np.uint8, count=info.num_bytes)
-    if data.size != info.num_bytes:
+        file.seek(info.offset + first * row_bytes)
+        data = np.fromfile(file, dtype=np.uint8, count=num_rows * row_bytes)
+    if data.size != num_rows * row_bytes:
         raise ValueError(f"{Path(path).name} is truncated inside tensor {info.name}")
-    types = gguf.GGMLQuantizationType
-    if info.quant_type == types.F32:
-        return data.view("<f4").reshape(info.shape)
-    if info.quant_type == types.F16:
-        return data.view("<f2").astype(np.float32).reshape(info.shape)
-    if info.quant_type == types.F64:
-        return data.view("<f8").astype(np.float32).reshape(info.shape)
-    rows = data.reshape(*info.shape[:-1], -1)
+    plain = _PLAIN_TYPES.get(info.quant_type.name)
+    if plain is not None:
+        return data.view(plain).astype(np.float32).reshape(num_rows, width)
     try:
-        values = gguf.quants.dequantize(rows, info.quant_type)
+        values = gguf.quants.dequantize(data.reshape(num_rows, row_bytes), info.quant_type)
     except NotImplementedError as error:
         name = info.quant_type.name
         raise ValueError(f"tensor {info.name} has type {name}, which is not supported") from error
-    return np.asarray(values, dtype=np.float32).reshape(info.shape)
+    return np.asarray(values, dtype=np.float32).reshape(num_rows, width)
 
 
 @contextmanager
@@ -189,6 +191,8 @@ class _Parser:
         if not 1 <= num_dims <= _MAX_DIMS:
             raise ValueError(f"{self.path.name}: tensor {name} has {num_dims} dimensions")
         dims = tuple(self._u64() for _ in range(num_dims))
+        if min(dims) < 1:
+            raise ValueError(f"{self.path.name}: tensor {name} is empty")
         kind, offset = self._u32(), self._u64()
         try:
             quant_type = gguf.GGMLQuantizationType(kind)
@@ -199,10 +203,7 @@ class _Parser:
             raise ValueError(
                 f"{self.path.name}: tensor {name}: rows of {dims[0]} are not blocks of {block}"
             )
-        num_values = 1
-        for dim in dims:
-            num_values *= dim
-        num_bytes = num_values // block * block_bytes
+        num_bytes = math.prod(dims) // block * block_bytes
         return GGUFTensorInfo(name, dims[::-1], quant_type, offset, num_bytes)
 
     def _place(self, infos: list[GGUFTensorInfo], start: int) -> dict[str, GGUFTensorInfo]:

@@ -1,0 +1,68 @@
+"""Tiny random transformers models of every family, saved where our loader can read them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+VOCAB = 160
+
+
+def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
+    """A random model in float32 with biases and norms that matter; same arguments, same weights.
+
+    Weights are larger than a fresh model's, so that attention and logits are far from uniform.
+    """
+    config_class, model_class = FAMILIES[family]
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "attn_implementation": "eager",
+        **changes,
+    }
+    if family == "qwen3":
+        fields.setdefault("head_dim", 16)
+    generator = torch.Generator().manual_seed(20)
+    with torch.random.fork_rng():
+        torch.manual_seed(20)
+        model = model_class(config_class(**fields)).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                scale = 1.0 if "embed_tokens" in name else 1.2 / parameter.shape[-1] ** 0.5
+                parameter.copy_(noise * scale)
+            else:
+                parameter.copy_(noise * 0.2 + (0.0 if name.endswith("bias") else 1.0))
+    return model
+
+
+def save(model: PreTrainedModel, folder: Path, **arguments: Any) -> str:
+    """save_pretrained, returning the path as a string."""
+    model.save_pretrained(folder, **arguments)
+    return str(folder)
