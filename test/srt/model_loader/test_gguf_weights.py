@@ -1,0 +1,96 @@
+"""Weights out of GGUF files: names, permutation, types, damage."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from sglang.srt.model_loader.gguf_weights import hf_weight_name
+from srt.model_loader.gguf_files import write_gguf
+from srt.model_loader.test_loader import assert_same, hf_weights, load
+from srt.models.hf_models import make_hf_model
+
+TYPES = gguf.GGMLQuantizationType
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [TYPES[n] for n in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")],
+    ids=lambda t: t.name,
+)
+def test_every_type_that_gguf_quantises(tmp_path: Path, quant: gguf.GGMLQuantizationType) -> None:
+    held = write_gguf(tmp_path / "m.gguf", make_hf_model("llama"), quant)
+    assert_same(hf_weights(load(tmp_path / "m.gguf")), held)
+    assert_same(hf_weights(load(tmp_path, load_format="gguf")), held)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"num_key_value_heads": 1}),
+        ("llama", {"num_key_value_heads": 4}),
+        ("llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", {"sliding_window": 8}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 32}),
+    ],
+)
+def test_rows_of_q_and_k_are_put_back(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+    held = write_gguf(tmp_path / "m.gguf", make_hf_model(family, **changes), TYPES.Q8_0)
+    assert_same(hf_weights(load(tmp_path / "m.gguf")), held)
+
+
+def test_tied_output_when_the_file_has_none(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", make_hf_model("qwen2", tie_word_embeddings=True))
+    model = load(tmp_path / "m.gguf")
+    assert model.lm_head.weight is model.get_parameter("model.embed_tokens.weight")
+
+
+def test_dequantised_to_the_wanted_type(tmp_path: Path) -> None:
+    held = write_gguf(tmp_path / "m.gguf", make_hf_model("llama"), TYPES.Q4_1)
+    model = load(tmp_path / "m.gguf", dtype=torch.bfloat16)
+    assert_same(hf_weights(model), {name: t.bfloat16() for name, t in held.items()})
+
+
+def test_blocks_of_rows_join_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang.srt.model_loader.gguf_weights._BLOCK_FLOATS", 64 * 7)
+    held = write_gguf(tmp_path / "m.gguf", make_hf_model("llama"), TYPES.Q8_0)
+    assert_same(hf_weights(load(tmp_path / "m.gguf")), held)
+
+
+def test_rope_frequencies_are_not_a_weight_but_others_are_unexpected(tmp_path: Path) -> None:
+    hf = make_hf_model("llama")
+    factors = {"rope_freqs.weight": np.ones(8, dtype=np.float32)}
+    held = write_gguf(tmp_path / "a.gguf", hf, extra_tensors=factors)
+    assert_same(hf_weights(load(tmp_path / "a.gguf")), held)
+    strange = {"blk.0.attn_sinks.weight": np.ones(4, dtype=np.float32)}
+    write_gguf(tmp_path / "b.gguf", hf, extra_tensors=strange)
+    with pytest.raises(ValueError, match=r"unexpected weight\(s\): blk\.0\.attn_sinks\.weight"):
+        load(tmp_path / "b.gguf")
+
+
+def test_missing_tensor_is_named(tmp_path: Path) -> None:
+    name = "model.layers.2.mlp.up_proj.weight"
+    write_gguf(tmp_path / "m.gguf", make_hf_model("llama"), leave_out=(name,))
+    with pytest.raises(ValueError, match=f"1 missing weight.*{name}"):
+        load(tmp_path / "m.gguf")
+
+
+def test_wrong_format_for_a_gguf_file(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", make_hf_model("llama"))
+    with pytest.raises(ValueError, match="is a GGUF file; --load-format safetensors"):
+        load(tmp_path / "m.gguf", load_format="safetensors")
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_names_are_those_of_the_gguf_package(arch: str) -> None:
+    kinds = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+    names = gguf.get_tensor_name_map(kinds.get(arch, gguf.MODEL_ARCH.QWEN3), 12)
+    state = make_hf_model(arch, num_hidden_layers=12).state_dict()
+    for name in state:
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert hf_weight_name(gguf_name) == name
