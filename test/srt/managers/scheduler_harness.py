@@ -8,13 +8,15 @@ memory, not only the counts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from sglang.srt.errors import BackingError
+from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchTokenIDOut,
@@ -29,15 +31,18 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
-from sglang.srt.managers.tp_worker import GenerationBatchResult
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
+from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, KVGroupSpec, SegmentId
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.segment_backing import SegmentBacking
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.progress import Progress
+from srt.mem_cache.fake_backing import FakeBacking
 
 VOCAB = 997
+TURN_S = 0.01  # what a turn takes by the test's clock
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -165,7 +170,7 @@ class Harness:
         self.now = 0.0
         self.memory = memory
         self.channel = FakeChannel()
-        self.worker = ChecksumWorker(memory.pool, rows=4096)
+        self.worker = ChecksumWorker(memory.kv_pool, rows=4096)
         values: dict[str, object] = {
             "context_length": 1 << 20,
             "context_length_requested": 1 << 20,
@@ -175,7 +180,7 @@ class Harness:
             "policy": "fcfs",
             "stream_interval": 1,
             "overlap": True,
-            "window_pages": (None,) * memory.pool.spec.num_groups,
+            "window_pages": (None,) * memory.kv_pool.spec.num_groups,
             "random_seed": 1,
         }
         values.update(limits)
@@ -186,7 +191,7 @@ class Harness:
             return ForwardBatch.from_schedule_batch(
                 batch,
                 placement,
-                pool=memory.pool,
+                pool=memory.kv_pool,
                 backend=NoPlan(),
                 page_size=page_size,
                 progress=progress,
@@ -227,14 +232,20 @@ class Harness:
     def turn(self, count: int = 1) -> None:
         for _ in range(count):
             self.scheduler.turn()
+            self.now += TURN_S
 
     def run(self, max_turns: int = 20_000) -> None:
         """Turn until nothing is left to do; a scheduler that loops fails here."""
         for _ in range(max_turns):
-            self.scheduler.turn()
+            self.turn()
             if not self.scheduler.busy and not self.channel.inbox:
                 return
         raise AssertionError(f"still busy: {self.scheduler.requests()}")
+
+    def settle(self) -> None:
+        """Let the mapping thread finish what it has begun; the next turn takes it over."""
+        for ticket in self.memory.manager.pending():
+            self.memory.manager.wait(ticket)
 
     def output(self, rid: str) -> list[int]:
         """All ids told of a request so far."""
@@ -254,3 +265,63 @@ class Harness:
 
     def retractions(self, rid: str) -> int:
         return max(out.num_retractions for out in self.channel.outs if out.rid == rid)
+
+
+class FlakyBacking:
+    """A backing whose maps fail when `fails(number)` says so; numbers count from 1."""
+
+    def __init__(self, inner: SegmentBacking, fails: Callable[[int], bool]) -> None:
+        self._inner = inner
+        self._fails = fails
+        self.num_maps = 0
+
+    def map(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        self.num_maps += 1
+        if self._fails(self.num_maps):
+            raise BackingError(f"map {self.num_maps} was told to fail")
+        self._inner.map(group, segments)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+
+def make_memory(
+    *,
+    page_size: int,
+    pages_per_segment: int = 64,
+    segments: int = 64,
+    groups: int = 1,
+    idle_release_s: float = 30.0,
+    prefix_idle_s: float = 300.0,
+    fail_maps: Callable[[int], bool] | None = None,
+    rows: int = 64,
+) -> KVMemory:
+    """Real memory on tiny mmap segments: two layers, one head, two floats wide.
+
+    The budget holds `segments` segments in each group.
+    """
+    layers: tuple[tuple[int, ...], ...] = ((0, 1),) if groups == 1 else ((0,), (1,))
+    spec = KVCacheSpec(
+        groups=tuple(KVGroupSpec(layers=some) for some in layers),
+        kv_heads=1,
+        head_dim=1,
+        v_head_dim=1,
+        dtype="float32",
+        page_size=page_size,
+    )
+    segment_bytes = pages_per_segment * page_size * spec.bytes_per_token
+    backing: SegmentBacking = FakeBacking()
+    if fail_maps is not None:
+        backing = FlakyBacking(backing, fail_maps)
+    return KVMemory.create(
+        spec,
+        backing,
+        budget_bytes=segments * segment_bytes,
+        machine_bytes=2 * segments * segment_bytes,
+        slots_per_segment=pages_per_segment * page_size,
+        reserve_segments=0,
+        idle_release_s=idle_release_s,
+        prefix_idle_s=prefix_idle_s,
+        max_cached_tokens=None,
+        max_requests=rows,
+    )

@@ -134,6 +134,7 @@ def test_after_a_burst_and_the_idle_time_the_pool_stands_as_at_start() -> None:
     for _ in range(400):
         harness.now += 2.0
         harness.turn()
+        harness.settle()
     after = memory.memory_object()
     assert after["pages"] == {"free": 0, "used": 0, "cached": 0}
     assert after["mapped_bytes"] == at_start
@@ -170,4 +171,6 @@ def test_no_page_is_lost_over_a_thousand_random_requests_with_aborts(seed: int) 
     for _ in range(60):
         harness.now += 1.0
         harness.turn()
+        harness.settle()
     assert memory.memory_object()["pages"] == {"free": 0, "used": 0, "cached": 0}
+    assert memory.memory_object()["mapped_bytes"] == 0

@@ -142,6 +142,7 @@ class Req:
         self.num_cached_tokens: int | None = None  # of the first admission; None: never admitted
         self.sampler_ready = False  # the sampler knows this row's parameters and history
         self.finish_reason: FinishReason | None = None
+        self.final_sent = False  # its one final output is on its way
         self.num_sent = 0  # generated tokens already told to the detokenizer
         self.output_logprobs: list[LogprobArrays] = []  # of tokens not yet sent
 

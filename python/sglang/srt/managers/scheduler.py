@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang.srt.errors import InvariantError
+from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.managers.io_struct import (
     AbortReq,
     ControlReply,
@@ -40,7 +41,6 @@ from sglang.srt.managers.scheduler_limits import SchedulerChannel, SchedulerLimi
 from sglang.srt.managers.scheduler_output import OutputCollector
 from sglang.srt.managers.scheduler_results import process_result
 from sglang.srt.managers.scheduler_stats import SchedulerCounters, internal_state
-from sglang.srt.managers.tp_worker import GenerationBatchResult
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement, PageNeed
 from sglang.srt.mem_cache.kv_layout import num_pages_for
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 # While idle the loop looks up this often for its clocks (idle release); a message wakes it at once.
 IDLE_POLL_MS = 100
+# Requests wait but nothing can run (growth pauses after a refused map): look again this soon.
+STALLED_POLL_MS = 5
 STEP_TARGET_S = 0.5
 
 BatchMaker = Callable[[ScheduleBatch, KVPlacement], ForwardBatch]
@@ -101,6 +103,7 @@ class Scheduler:
         self._outputs = OutputCollector(limits.stream_interval)
         self._num_arrivals = 0
         self._num_steps = 0
+        self._stalled = False  # the last turn had nothing to compute
         self.counters = SchedulerCounters()
 
     # ---- what others read ----
@@ -131,7 +134,7 @@ class Scheduler:
 
     def turn(self) -> None:
         """Receive, launch at most one step, collect what is due, tell the news."""
-        for message in self._channel.receive(0 if self.busy else IDLE_POLL_MS):
+        for message in self._channel.receive(self._poll_ms()):
             self._dispatch(message)
         began = self._clock()
         launched = self._launch_next()
@@ -140,9 +143,16 @@ class Scheduler:
         now = self._clock()
         if launched:
             self.counters.note_step(now - began)
+        self._stalled = not launched and not self._inflight
         self._memory.on_step_boundary(now, self._pages_expected())
         self._progress.tick()
         self._flush_outputs()
+
+    def _poll_ms(self) -> int:
+        """How long to wait for a first message: not at all while there is work to go on with."""
+        if not self.busy:
+            return IDLE_POLL_MS
+        return STALLED_POLL_MS if self._stalled else 0
 
     def drain(self) -> None:
         """Collect every step under way, so that nothing on the device is in motion."""
@@ -303,7 +313,7 @@ class Scheduler:
         if not items:
             return None
         self._num_steps += 1
-        return ScheduleBatch(self._num_steps, tuple(items)), KVPlacement.concat(parts)
+        return ScheduleBatch(self._num_steps, tuple(items)), _concat(parts)
 
     def _submit(self, batch: ScheduleBatch, placement: KVPlacement) -> None:
         info = SamplingBatchInfo.from_schedule_batch(batch, self._drops)
@@ -314,6 +324,7 @@ class Scheduler:
             req.num_scheduled += item.num_tokens
             req.num_inflight += 1
             req.num_pending += int(item.sample)
+        self._memory.note_launched(batch.step)
         future = self._worker.submit(forward_batch, info)
         self._inflight.append(_StepInFlight(batch, info, future))
 
@@ -353,6 +364,7 @@ class Scheduler:
         """Take the oldest step's result and let its requests move on."""
         step = self._inflight.popleft()
         result = step.future.result()
+        self._memory.note_completed(step.batch.step)
         process_result(step.batch, step.info, result, self._memory, self._limits.context_length)
         self._chunks.observe(step.batch.num_tokens, result.forward_s)
         self.counters.note_result(len(result.token_ids))
@@ -397,3 +409,12 @@ class Scheduler:
 
 def _need(item: ScheduledReq) -> PageNeed:
     return PageNeed(item.lease, item.num_tokens)
+
+
+def _concat(parts: Sequence[KVPlacement]) -> KVPlacement:
+    """Placements of one step's parts as one, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    groups = range(len(parts[0].out_cache_loc))
+    locs = tuple(np.concatenate([part.out_cache_loc[g] for part in parts]) for g in groups)
+    return KVPlacement(locs, parts[-1].ticket)

@@ -7,8 +7,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
+from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.managers.io_struct import BatchTokenIDOut, ControlReply, ToScheduler
-from sglang.srt.managers.tp_worker import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -54,9 +54,3 @@ class Worker(Protocol):
     def submit(
         self, forward_batch: ForwardBatch, info: SamplingBatchInfo
     ) -> Future[GenerationBatchResult]: ...
-
-
-class ForwardBatchMaker(Protocol):
-    """Builds the compute side's view of a batch; hides pools and backend from the scheduler."""
-
-    def __call__(self, batch: object, placement: object) -> ForwardBatch: ...

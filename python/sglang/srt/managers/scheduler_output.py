@@ -66,7 +66,10 @@ class OutputCollector:
         self._outs: list[TokenOut] = []
 
     def note(self, req: Req) -> None:
-        """Tell of a request's new tokens when they are due, and of its end at once."""
+        """Tell of a request's new tokens when they are due, and of its end at once and once."""
+        if req.final_sent:
+            return
+        req.final_sent = req.is_ending
         unsent = req.num_output - req.num_sent
         if not req.is_ending and not self._due(req, unsent):
             return

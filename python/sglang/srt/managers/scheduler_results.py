@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.managers.io_struct import FinishReason
 from sglang.srt.managers.schedule_batch import Req, ReqState, ScheduleBatch, ScheduledReq
-from sglang.srt.managers.tp_worker import GenerationBatchResult
 from sglang.srt.mem_cache.allocation import KVMemory
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 

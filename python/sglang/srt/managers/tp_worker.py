@@ -9,33 +9,16 @@ seen it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from sglang.srt.layers.sampler import Sampler
-from sglang.srt.managers.io_struct import LogprobArrays
+from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationBatchResult:
-    """What a step computed.
-
-    `token_ids` int64 [sampled] and `output_logprobs` follow the sampled order,
-    `input_logprobs` the batch's; `forward_s` is the time on the worker thread.
-    """
-
-    token_ids: npt.NDArray[np.int64]
-    output_logprobs: Sequence[LogprobArrays | None]
-    input_logprobs: Sequence[LogprobArrays | None]
-    forward_s: float
 
 
 class TpModelWorker:

@@ -1,0 +1,25 @@
+"""What a computed step hands back: the value between the worker and the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang.srt.managers.io_struct import LogprobArrays
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationBatchResult:
+    """What a step computed.
+
+    `token_ids` int64 [sampled] and `output_logprobs` follow the sampled order,
+    `input_logprobs` the batch's; `forward_s` is the time on the worker thread.
+    """
+
+    token_ids: npt.NDArray[np.int64]
+    output_logprobs: Sequence[LogprobArrays | None]
+    input_logprobs: Sequence[LogprobArrays | None]
+    forward_s: float
