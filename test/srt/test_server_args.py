@@ -59,6 +59,14 @@ def test_defaults_on_a_cpu() -> None:
     assert (args.kv_idle_release_seconds, args.prefix_cache_idle_seconds) == (30.0, 300.0)
 
 
+def test_only_a_default_chunk_adapts() -> None:
+    args = parse()
+    assert (args.chunked_prefill_size, args.chunk_adaptation) == (2048, True)
+    assert dataclasses.replace(args, port=1).chunk_adaptation
+    assert not parse("--chunked-prefill-size", "2048").chunk_adaptation
+    assert not parse("--chunked-prefill-size", "-1").chunk_adaptation
+
+
 def test_sizes_are_human_readable() -> None:
     args = parse(
         *("--context-length", "10M", "--max-total-tokens", "1Mi", "--max-prefill-tokens", "16k"),
@@ -198,6 +206,7 @@ def test_no_two_flags_share_a_name() -> None:
 
 def test_every_setting_has_a_flag() -> None:
     fields = [field.name for field in dataclasses.fields(ServerArgs)]
+    fields.remove("chunk_adaptation")  # derived from --chunked-prefill-size
     assert [spec.dest for spec in specs_of(ServerArgs)] == fields
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.configs import flag_parser
-from sglang.srt.configs.flag_spec import FlagSpec, flag, specs_of
+from sglang.srt.configs.flag_spec import FlagSpec, derived, flag, specs_of
 from sglang.srt.configs.flag_tables import OTHER_FLAGS
-from sglang.srt.utils.sizes import parse_bytes, parse_count
+from sglang.srt.utils.sizes import parse_bytes, parse_count, parse_count_or_auto
 
 MODEL = "Model and tokenizer"
 HTTP = "HTTP server"
@@ -31,11 +31,6 @@ LOGGING = "Logging and health"
 MIN_REQUEST_LIMIT = 32 << 20
 
 _DTYPE_NAMES = {"half": "float16", "float": "float32", "bf16": "bfloat16"}
-
-
-def parse_segment_size(text: str) -> int | None:
-    """Read `--kv-segment-size`: a count of tokens, or `auto` (None)."""
-    return None if text.strip().lower() == "auto" else parse_count(text)
 
 
 @dataclass(frozen=True)
@@ -69,8 +64,8 @@ class ServerArgs:
     context_length: int | None = flag(
         None,
         "Longest prompt plus output in tokens (human-readable: 128k, 1M). Clamped, with a "
-        "warning, to what the KV memory can hold; above the model's trained length the start is "
-        "refused unless SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1.",
+        "warning, to what the KV memory can hold; above the model's trained length it needs "
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1.",
         group=MODEL,
         parse=parse_count,
         default_text="the model's",
@@ -188,8 +183,7 @@ class ServerArgs:
     # ---- memory and scheduling
     mem_fraction_static: float = flag(
         0.7,
-        "Share of the free memory, after the weights are loaded, that the KV pool may use. "
-        "(0.7 is the default on a CPU.)",
+        "Share of the memory free after the weights are loaded that the KV pool may use.",
         group=SCHEDULE,
         parse=float,
         metavar="FRACTION",
@@ -224,11 +218,12 @@ class ServerArgs:
         minimum=1,
     )
     chunked_prefill_size: int = flag(
-        2048,
-        "Most prompt tokens that one step computes; -1: prompts are not cut. (2048 is what "
-        "SGLang takes on small devices.)",
+        None,
+        "Most prompt tokens that one step computes; -1: prompts are not cut. A given size is "
+        "kept; the default (SGLang's on small devices) shrinks while others wait.",
         group=SCHEDULE,
         parse=int,
+        default_text="2048",
         metavar="TOKENS",
         minimum=1,
         also=(-1,),
@@ -276,10 +271,9 @@ class ServerArgs:
     )
     kv_segment_size: int | None = flag(
         None,
-        "Tokens in a segment, the unit in which memory comes and goes; rounded up to pages and "
-        "to the backing's granule.",
+        "Tokens in a segment, the unit in which memory comes and goes; rounded up as needed.",
         group=SEGMENTS,
-        parse=parse_segment_size,
+        parse=parse_count_or_auto,
         default_text="auto: about 32 MiB on a CPU",
         metavar="TOKENS|auto",
         minimum=1,
@@ -361,6 +355,9 @@ class ServerArgs:
         above=0,
     )
 
+    # No flag: true when no --chunked-prefill-size is given: the scheduler may shrink chunks.
+    chunk_adaptation: bool = derived()
+
     def __post_init__(self) -> None:
         self._resolve()
         for spec in specs_of(ServerArgs):
@@ -369,7 +366,9 @@ class ServerArgs:
 
     def _resolve(self) -> None:
         """Fill in what other fields decide; the class is frozen to everyone else."""
-        derived = {
+        defaults = {
+            "chunk_adaptation": self.chunked_prefill_size is None,
+            "chunked_prefill_size": 2048,
             "tokenizer_path": self.model_path,
             "served_model_name": self.model_path,
             "device": "cpu",
@@ -378,7 +377,7 @@ class ServerArgs:
             "log_level_http": self.log_level,
             "random_seed": secrets.randbelow(1 << 30),
         }
-        for name, value in derived.items():
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for name in ("dtype", "kv_cache_dtype"):
@@ -441,10 +440,7 @@ def _check_combinations(args: ServerArgs) -> None:
     if args.skip_tokenizer_init and args.chat_template is not None:
         raise ValueError("--chat-template needs a tokenizer; drop --skip-tokenizer-init")
     if args.kv_backing == "static" and args.kv_segment_reserve > 0:
-        raise ValueError(
-            "--kv-segment-reserve means nothing with --kv-backing static, which maps every "
-            "segment at start"
-        )
+        raise ValueError("--kv-segment-reserve: --kv-backing static maps every segment at start")
     if args.disable_radix_cache and args.max_cached_tokens is not None:
         raise ValueError("--max-cached-tokens bounds the radix cache; drop --disable-radix-cache")
     if args.disable_radix_cache and args.schedule_policy == "lpm":

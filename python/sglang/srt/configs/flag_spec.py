@@ -139,6 +139,11 @@ def flag(
     return dataclasses.field(default=default, metadata={_METADATA_KEY: spec})
 
 
+def derived() -> Any:
+    """Declare a dataclass field that is no flag: filled in from the flags, kept by `replace`."""
+    return dataclasses.field(default=None)
+
+
 def specs_of(cls: type) -> tuple[FlagSpec, ...]:
     """The flags that a dataclass declares with `flag`, in the order of its fields."""
     return tuple(

@@ -22,6 +22,11 @@ def parse_count(text: str) -> int:
     return _parse(text, "", "a count such as 4096, 128k, 1M or 1Mi")
 
 
+def parse_count_or_auto(text: str) -> int | None:
+    """Read a count, or `auto` as None. Raises ValueError as `parse_count` does."""
+    return None if text.strip().lower() == "auto" else parse_count(text)
+
+
 def parse_bytes(text: str) -> int:
     """Read a number of bytes: `1048576`, `512MB` (10^6), `4GiB` (2^30), `1.5G`.
 
