@@ -47,9 +47,10 @@ TABLE: tuple[Row, ...] = (
      " < srt.mem_cache.evict_policy < srt.mem_cache.radix_cache"),
     (2, "DEVICE", "srt.mem_cache.capacity, srt.mem_cache.memory_pool, srt.mem_cache.radix_cache,"
      " srt.mem_cache.chunk_cache < srt.mem_cache.lease < srt.mem_cache.page_ladder"
-     " < srt.mem_cache.allocation, srt.mem_cache.integrity"),
+     " < srt.mem_cache.integrity < srt.mem_cache.allocation"),
     (3, "DEVICE", "srt.model_executor.forward_mode < srt.managers.schedule_batch"),
-    (3, "DEVICE", "srt.managers.schedule_batch < srt.managers.schedule_policy"),
+    (3, "DEVICE", "srt.managers.generation_result, srt.managers.schedule_batch"
+     " < srt.managers.schedule_policy"),
     (3, "DEVICE", "srt.managers.schedule_batch < srt.model_executor.forward_batch_info"
      " < srt.sampling.sampling_batch_info"),
     (4, "DEVICE", "srt.distributed.* < srt.layers.* < srt.models.* < srt.model_loader.*"),

@@ -40,7 +40,7 @@ pip_install() {
     "$python" -m pip install --disable-pip-version-check "$@"
 }
 
-if [[ ! -x $python ]]; then
+if [[ ! -x $python ]] || ! has_module pip; then # no pip: an earlier run was interrupted here
     say "Making $venv"
     base_python=${PYTHON:-python3}
     if ! "$base_python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
