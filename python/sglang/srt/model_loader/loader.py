@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -108,10 +109,10 @@ def _load(model: CausalLM, source: WeightSource, show_progress: bool) -> None:
         disable=not show_progress,
         dynamic_ncols=True,
     ) as bar:
-        model.load_weights(_counted(source, bar))
+        model.load_weights(_counted(source, bar.update))
 
 
-def _counted(source: WeightSource, bar: tqdm[None]) -> WeightIterator:
+def _counted(source: WeightSource, count: Callable[[], object]) -> WeightIterator:
     for pair in source.weights:
         yield pair
-        bar.update()
+        count()
