@@ -245,9 +245,10 @@ class SegmentManager:
             return None
         unmap = []
         for table in self._tables:
-            idle = (s for s, since in table.empty.items() if now - since >= self.idle_release_s)
             excess = max(0, len(table.empty) - self.reserve_segments)
-            unmap.append(tuple(heapq.nlargest(excess, idle)))
+            above = heapq.nlargest(excess, table.empty)  # the reserve is the lowest ids
+            since = table.empty
+            unmap.append(tuple(s for s in above if now - since[s] >= self.idle_release_s))
         return self._plan(PlanReason.IDLE, unmap=unmap) if any(unmap) else None
 
     # ---- acting --------------------------------------------------------------------------------
