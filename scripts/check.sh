@@ -20,5 +20,6 @@ step() {
 step "Lint" "$python" -m ruff check .
 step "Format" "$python" -m ruff format --check .
 step "Layers" "$python" scripts/check_layers.py
-step "Generated documents" "$python" scripts/gen_server_arguments.py --check
+step "Document of the flags" "$python" scripts/gen_server_arguments.py --check
+step "Map of the tree" "$python" scripts/gen_structures.py --check
 step "Types" "$python" -m mypy
