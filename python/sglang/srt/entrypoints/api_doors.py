@@ -1,0 +1,156 @@
+"""The doors that generate: /generate, the OpenAI endpoints, /tokenize and /detokenize.
+
+Each reads its body under the limit, off the event loop when it is long, and hands it to the
+server of its API. A client that leaves ends its work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sglang.srt.entrypoints.event_stream import EventStream, while_connected
+from sglang.srt.entrypoints.generate_request_body import GenerateCall, read_generate
+from sglang.srt.entrypoints.http_errors import ApiShape, JsonResponse, bad_field, bad_json
+from sglang.srt.entrypoints.openai.chat_messages import template_kwargs, template_messages
+from sglang.srt.entrypoints.openai.protocol import ChatBody, CompletionBody
+from sglang.srt.entrypoints.openai.serving_chat import read_chat
+from sglang.srt.entrypoints.openai.serving_completions import read_completion, read_prompts
+from sglang.srt.entrypoints.request_body import (
+    RawFields,
+    off_loop,
+    read_body,
+    read_token_ids,
+    split_object,
+)
+from sglang.srt.entrypoints.request_fields import FieldTable
+from sglang.srt.entrypoints.server_context import ServerContext
+from sglang.srt.errors import RequestError
+from sglang.srt.managers.generate_request import IdArray
+
+
+class TokenizeBody(msgspec.Struct, frozen=True):
+    """The fields of /tokenize: one of `prompt` and `messages`."""
+
+    prompt: str | list[str] | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    reasoning_effort: str | None = None
+    model: str = ""
+
+
+class DetokenizeBody(msgspec.Struct, frozen=True):
+    """The fields of /detokenize."""
+
+    tokens: msgspec.Raw
+    skip_special_tokens: bool = True
+    model: str = ""
+
+
+TOKENIZE_FIELDS = FieldTable(TokenizeBody, accepted=(), refused={}, refuse_unknown=True)
+DETOKENIZE_FIELDS = FieldTable(DetokenizeBody, accepted=(), refused={}, refuse_unknown=True)
+
+
+class ApiDoors:
+    """Endpoints that produce tokens or text; raise RequestError and ClientGoneError."""
+
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+
+    async def generate(self, request: Request) -> Response:
+        """POST or PUT /generate."""
+        body = await read_body(request, self._context.request_byte_limit)
+        call: GenerateCall = await off_loop(len(body), _parse_generate, body)
+        del body
+        serving = self._context.serving.generate
+        if call.stream:
+            return EventStream(ApiShape.NATIVE, serving.events(call))
+        return JsonResponse(await while_connected(request.receive, serving.reply(call)))
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        body = await self._openai_body(request)
+        chat_body: ChatBody = await off_loop(len(body), _parse_chat, body)
+        serving = self._context.serving.chat
+        call = await while_connected(request.receive, serving.prepare(chat_body))
+        if chat_body.stream:
+            return EventStream(ApiShape.OPENAI, serving.events(call))
+        return JsonResponse(await while_connected(request.receive, serving.reply(call)))
+
+    async def completions(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        body = await self._openai_body(request)
+        parsed: tuple[CompletionBody, list[str | IdArray]] = await off_loop(
+            len(body), _parse_completion, body
+        )
+        serving = self._context.serving.completions
+        call = await while_connected(request.receive, serving.prepare(*parsed))
+        if call.body.stream:
+            return EventStream(ApiShape.OPENAI, serving.events(call))
+        return JsonResponse(await while_connected(request.receive, serving.reply(call)))
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize."""
+        fields = await self._fields(request)
+        body = TOKENIZE_FIELDS.read(fields)
+        service = self._context.serving.service
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("Give exactly one of 'prompt' and 'messages'.")
+        tokens: Any
+        if body.messages is not None:
+            text = await service.render_chat(
+                template_messages(body.messages),
+                add_generation_prompt=body.add_generation_prompt is not False,
+                continue_final_message=body.continue_final_message,
+                **template_kwargs(body.chat_template_kwargs, body.reasoning_effort),
+            )
+            tokens = await service.tokenize(text, False)
+            count: int | list[int] = len(tokens)
+        elif isinstance(body.prompt, list):
+            tokens = [await service.tokenize(text, body.add_special_tokens) for text in body.prompt]
+            count = [len(ids) for ids in tokens]
+        else:
+            tokens = await service.tokenize(body.prompt or "", body.add_special_tokens)
+            count = len(tokens)
+        reply = {"tokens": tokens, "count": count, "max_model_len": service.context_length}
+        return JsonResponse(reply)
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize."""
+        fields = await self._fields(request)
+        if "tokens" not in fields:
+            raise bad_field("tokens", "it is missing")
+        body = DETOKENIZE_FIELDS.read(fields)
+        ids = await off_loop(len(memoryview(body.tokens)), read_token_ids, "tokens", body.tokens)
+        service = self._context.serving.service
+        return JsonResponse({"text": await service.detokenize(ids, body.skip_special_tokens)})
+
+    async def _fields(self, request: Request) -> RawFields:
+        body = await read_body(request, self._context.request_byte_limit)
+        return await off_loop(len(body), split_object, body)
+
+    async def _openai_body(self, request: Request) -> bytearray:
+        """The body of an OpenAI request, which SGLang takes as application/json only."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise bad_json("the content type must be application/json")
+        return await read_body(request, self._context.request_byte_limit)
+
+
+def _parse_generate(body: bytearray) -> GenerateCall:
+    return read_generate(split_object(body))
+
+
+def _parse_chat(body: bytearray) -> ChatBody:
+    return read_chat(split_object(body))
+
+
+def _parse_completion(body: bytearray) -> tuple[CompletionBody, list[str | IdArray]]:
+    completion = read_completion(split_object(body))
+    return completion, read_prompts(completion.prompt)

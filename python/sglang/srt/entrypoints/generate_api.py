@@ -1,0 +1,266 @@
+"""/generate: SGLang's native API, from a read request to its reply.
+
+The request's reading is in generate_request_body.py, running it in sequences.py. Events of a
+stream are built here, one JSON object each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from sglang.srt.entrypoints.event_stream import DONE_EVENT, event
+from sglang.srt.entrypoints.generate_request_body import GenerateCall
+from sglang.srt.entrypoints.http_errors import ApiShape, stream_error
+from sglang.srt.entrypoints.logprob_format import (
+    Entry,
+    picked_entries,
+    token_entries,
+    top_entries,
+)
+from sglang.srt.entrypoints.request_body import off_loop
+from sglang.srt.entrypoints.sequences import (
+    CLIENT_CLOSED,
+    SequenceOutput,
+    SequenceRunner,
+    abort_error,
+)
+from sglang.srt.entrypoints.service import TextService
+from sglang.srt.errors import RequestError
+from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest
+from sglang.srt.managers.io_struct import FinishReason, LogprobArrays
+
+_BYTES_PER_LOGPROB = 64  # about what one formatted entry takes; only decides thread or not
+
+
+def finish_object(reason: FinishReason | None) -> dict[str, Any] | None:
+    """SGLang's `finish_reason` object; None while running."""
+    if reason is None:
+        return None
+    if reason.type == "stop":
+        return {"type": "stop", "matched": reason.matched}
+    if reason.type == "length":
+        return {"type": "length", "length": reason.length}
+    own_wish = reason.status_code in (0, CLIENT_CLOSED)
+    return {
+        "type": "abort",
+        "message": reason.message,
+        "status_code": None if own_wish else reason.status_code,
+        "err_type": reason.err_type or None,
+    }
+
+
+def meta_info(rid: str, last: GenerateDelta, seconds: float, weight_version: str) -> dict[str, Any]:
+    """The part of `meta_info` that every reply has; `seconds` since the request came in."""
+    info: dict[str, Any] = {
+        "id": rid,
+        "finish_reason": finish_object(last.finish_reason),
+        "prompt_tokens": last.prompt_tokens,
+        "weight_version": weight_version,
+        "num_retractions": last.num_retractions,
+        "completion_tokens": last.completion_tokens,
+        "cached_tokens": last.cached_tokens,
+        "reasoning_tokens": 0,
+        "dp_rank": None,
+    }
+    if last.finish_reason is not None:
+        info["e2e_latency"] = seconds
+    return info
+
+
+class _Logprobs:
+    """One sequence's logprob entries of `meta_info`, formatted once as they come."""
+
+    def __init__(self, request: GenerateRequest, text_of: Callable[[int], str] | None) -> None:
+        self._request = request
+        self._text_of = text_of
+        self._lists: dict[str, list[Any]] = {}
+
+    def add(self, inputs: LogprobArrays | None, outputs: LogprobArrays | None) -> None:
+        """Format what is new."""
+        for side, arrays in (("input", inputs), ("output", outputs)):
+            self._extend(f"{side}_token_logprobs", token_entries(arrays, self._text_of))
+            if self._request.top_logprobs_num > 0:
+                self._extend(f"{side}_top_logprobs", top_entries(arrays, self._text_of))
+            if self._request.token_ids_logprob:
+                self._extend(f"{side}_token_ids_logprobs", picked_entries(arrays, self._text_of))
+
+    def _extend(self, name: str, entries: list[Entry] | list[list[Entry] | None]) -> None:
+        self._lists.setdefault(name, []).extend(entries)
+
+    def fields(self) -> Mapping[str, Any]:
+        """The entries for `meta_info`."""
+        return {
+            **self._lists,
+            "output_token_logprobs_length": len(self._lists["output_token_logprobs"]),
+        }
+
+
+class GenerateServer:
+    """Serves read /generate requests; one for the whole server, without state of its own.
+
+    `incremental` makes stream events carry only what is new (--incremental-streaming-output).
+    """
+
+    def __init__(
+        self,
+        service: TextService,
+        runner: SequenceRunner,
+        *,
+        incremental: bool,
+        weight_version: str = "default",
+    ) -> None:
+        self._service = service
+        self._runner = runner
+        self._incremental = incremental
+        self._weight_version = weight_version
+
+    async def reply(self, request: GenerateCall) -> dict[str, Any] | list[dict[str, Any]]:
+        """The whole answer; a list for a batch or n above 1. Raises RequestError."""
+        began = time.monotonic()
+        request = await self._with_prompt_ids(request)
+        outputs = await self._runner.collect(request.call)
+        seconds = time.monotonic() - began
+        results = []
+        for index, (prompt, output) in enumerate(self._pairs(request, outputs)):
+            rid = request.call.sequence_rids[index]
+            size = _logprob_size(output)
+            results.append(await off_loop(size, self._whole, request, prompt, rid, output, seconds))
+        return results if request.replies_with_list else results[0]
+
+    async def events(self, request: GenerateCall) -> AsyncGenerator[bytes, None]:
+        """Encoded events, `[DONE]` last. Raises RequestError only before the first one."""
+        has_begun = False
+        try:
+            async with aclosing(self.stream(request)) as objects:
+                async for content in objects:
+                    has_begun = True
+                    yield event(content)
+        except RequestError as error:
+            if not has_begun:
+                raise
+            yield event(stream_error(ApiShape.NATIVE, error))
+        yield DONE_EVENT
+
+    async def stream(self, request: GenerateCall) -> AsyncGenerator[dict[str, Any], None]:
+        """The objects of a stream. Raises RequestError, also after the first one."""
+        began = time.monotonic()
+        request = await self._with_prompt_ids(request)
+        prompts = [request.call.prompts[i] for i in request.call.prompt_indices]
+        outputs = [SequenceOutput() for _ in prompts]
+        logprobs = [_Logprobs(prompt, self._text_of(request)) for prompt in prompts]
+        is_first = True
+        async with aclosing(self._runner.stream(request.call)) as deltas:
+            async for index, delta in deltas:
+                refused = abort_error(delta.finish_reason) if is_first else None
+                if refused is not None:
+                    raise refused
+                is_first = False
+                yield self._event(
+                    request,
+                    index,
+                    prompts[index],
+                    delta,
+                    outputs[index],
+                    logprobs[index],
+                    time.monotonic() - began,
+                )
+
+    # ---- one object ----
+
+    def _whole(
+        self,
+        request: GenerateCall,
+        prompt: GenerateRequest,
+        rid: str,
+        output: SequenceOutput,
+        seconds: float,
+    ) -> dict[str, Any]:
+        last = output.last
+        if last is None:
+            raise RequestError("The request ended without an answer.", 500)
+        info = meta_info(rid, last, seconds, self._weight_version)
+        if prompt.return_logprob:
+            logprobs = _Logprobs(prompt, self._text_of(request))
+            logprobs.add(output.input_logprobs, output.output_logprobs)
+            info.update(logprobs.fields())
+        return self._object(request, prompt, output.text, output.output_ids, info)
+
+    def _event(
+        self,
+        request: GenerateCall,
+        index: int,
+        prompt: GenerateRequest,
+        delta: GenerateDelta,
+        output: SequenceOutput,
+        logprobs: _Logprobs,
+        seconds: float,
+    ) -> dict[str, Any]:
+        info = meta_info(request.call.sequence_rids[index], delta, seconds, self._weight_version)
+        if self._incremental:
+            logprobs = _Logprobs(prompt, self._text_of(request))
+        if prompt.return_logprob:
+            logprobs.add(delta.input_logprobs, delta.output_logprobs)
+            info.update(logprobs.fields())
+        if self._incremental:
+            content = self._object(request, prompt, delta.text, delta.output_ids, info)
+        else:
+            # SGLang's format: every event repeats the whole text, ids and log probabilities, so
+            # a stream of n events is O(n^2) bytes on the wire whatever a server does. Only what
+            # the events show is copied; a slow reader gets fewer of them (deltas are merged).
+            output.add(replace(delta, input_logprobs=None, output_logprobs=None))
+            content = self._object(request, prompt, output.text, output.output_ids, info)
+        if request.replies_with_list:
+            content["index"] = index
+        return content
+
+    def _object(
+        self, request: GenerateCall, prompt: GenerateRequest, text: str, ids: Any, info: Any
+    ) -> dict[str, Any]:
+        content: dict[str, Any] = {"text": text, "output_ids": ids, "meta_info": info}
+        if self._service.tokenizer is None:
+            del content["text"]
+        if request.return_prompt_ids:
+            content["prompt_token_ids"] = prompt.input_ids
+        return content
+
+    # ---- helpers ----
+
+    async def _with_prompt_ids(self, request: GenerateCall) -> GenerateCall:
+        """The same request with its texts tokenized, when the reply has to show the ids."""
+        if not request.return_prompt_ids:
+            return request
+        prompts = []
+        for prompt in request.call.prompts:
+            if prompt.text is not None:
+                ids = await self._service.tokenize(prompt.text, prompt.add_special_tokens)
+                prompt = replace(prompt, text=None, input_ids=ids)
+            prompts.append(prompt)
+        return replace(request, call=replace(request.call, prompts=tuple(prompts)))
+
+    def _text_of(self, request: GenerateCall) -> Callable[[int], str] | None:
+        tokenizer = self._service.tokenizer
+        if not request.text_in_logprobs or tokenizer is None:
+            return None
+        return tokenizer.token_text
+
+    @staticmethod
+    def _pairs(
+        request: GenerateCall, outputs: list[SequenceOutput]
+    ) -> list[tuple[GenerateRequest, SequenceOutput]]:
+        prompts = request.call.prompts
+        indices = request.call.prompt_indices
+        return [(prompts[i], output) for i, output in zip(indices, outputs, strict=True)]
+
+
+def _logprob_size(output: SequenceOutput) -> int:
+    """Roughly the bytes of a sequence's formatted log probabilities."""
+    total = 0
+    for arrays in (output.input_logprobs, output.output_logprobs):
+        if arrays is not None:
+            picked = len(arrays.picked_ids) // 4
+            total += arrays.num_rows * (1 + arrays.top_num + picked)
+    return total * _BYTES_PER_LOGPROB

@@ -1,0 +1,251 @@
+"""What /generate takes: SGLang's native request, read into a `Call`.
+
+Pure: raw JSON in, `GenerateRequest`s out. What depends on the model (ids in range, lengths) is
+checked by the TokenizerManager.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from sglang.srt.entrypoints.http_errors import bad_field
+from sglang.srt.entrypoints.request_body import (
+    RawFields,
+    decode_field,
+    list_kind,
+    read_token_ids,
+    split_list,
+)
+from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal, is_null
+from sglang.srt.entrypoints.sampling_fields import sampling_from_raw
+from sglang.srt.entrypoints.sequences import MAX_SEQUENCES, Call
+from sglang.srt.errors import RequestError
+from sglang.srt.managers.generate_request import GenerateRequest, IdArray
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+MULTIMODAL = Refusal("the model takes text only", ("", [], [None]))
+LORA = Refusal("LoRA adapters are not served", ("", [], [None]))
+SESSION = Refusal("sessions are not served", ("", {}))
+HIDDEN_STATES = Refusal("hidden states are not returned", (False, [False]))
+LOGIT_PROCESSOR = Refusal("custom logit processors are not served", ("",))
+DISAGGREGATION = Refusal("prefill and decode are not disaggregated here", ([], ""))
+
+RAW_NULL = msgspec.Raw(b"null")
+
+
+class GenerateBody(msgspec.Struct, frozen=True):
+    """The served fields of /generate; lists hold one value per prompt of a batch."""
+
+    text: str | list[str] | None = None
+    input_ids: msgspec.Raw = RAW_NULL
+    sampling_params: msgspec.Raw = RAW_NULL
+    rid: str | list[str] | None = None
+    stream: bool = False
+    return_logprob: bool | list[bool] = False
+    logprob_start_len: Int | list[Int] = -1
+    top_logprobs_num: Int | list[Int] = 0
+    token_ids_logprob: list[Int | list[Int] | None] = []
+    return_text_in_logprobs: bool = False
+    return_prompt_token_ids: bool = False
+    extra_key: str | list[str | None] | None = None
+    cache_salt: str | list[str | None] | None = None
+    priority: Int = 0
+
+
+GENERATE_FIELDS = FieldTable(
+    GenerateBody,
+    accepted=(
+        "no_logs",
+        "log_metrics",
+        "conversation_id",
+        "external_trace_header",
+        "received_time",
+        "custom_labels",
+    ),
+    refused={
+        "input_embeds": Refusal("input embeddings are not served", ([],)),
+        "image_data": MULTIMODAL,
+        "video_data": MULTIMODAL,
+        "audio_data": MULTIMODAL,
+        "modalities": Refusal("the model takes text only", ([], ["text"])),
+        "return_hidden_states": HIDDEN_STATES,
+        "return_routed_experts": Refusal("routed experts are not returned", (False,)),
+        "return_bytes": Refusal("bytes are not returned", (False,)),
+        "return_entropy": Refusal("entropy is not returned", (False,)),
+        "session_id": SESSION,
+        "session_params": SESSION,
+        "lora_path": LORA,
+        "lora_id": LORA,
+        "custom_logit_processor": LOGIT_PROCESSOR,
+        "require_reasoning": Refusal("reasoning parsers are not served", (False,)),
+        "max_thinking_tokens": Refusal("thinking budgets are not served"),
+        "background": Refusal("background requests are not served", (False,)),
+        "routed_dp_rank": Refusal("there is one data-parallel rank", (0,)),
+        "data_parallel_rank": Refusal("there is one data-parallel rank", (0,)),
+        "bootstrap_host": DISAGGREGATION,
+        "bootstrap_port": DISAGGREGATION,
+        "bootstrap_room": DISAGGREGATION,
+        "bootstrap_pair_key": DISAGGREGATION,
+    },
+    refuse_unknown=True,
+)
+
+
+@dataclass(frozen=True)
+class GenerateCall:
+    """A read request: the call, and how its reply has to look."""
+
+    call: Call
+    is_batch: bool
+    stream: bool
+    text_in_logprobs: bool
+    return_prompt_ids: bool
+
+    @property
+    def replies_with_list(self) -> bool:
+        """True for a batch (of one, too) and for n above 1."""
+        return self.is_batch or self.call.num_sequences > 1
+
+
+def read_generate(fields: RawFields) -> GenerateCall:
+    """Read and check the fields; RequestError 400 naming the first that cannot be served."""
+    body = GENERATE_FIELDS.read(fields)
+    texts, ids, is_batch = _prompts(body)
+    count = len(texts)
+    rid, rids = _rids(body.rid, count, is_batch)
+    params = _sampling(body.sampling_params, count, is_batch)
+    picked = _picked(body.token_ids_logprob, count, is_batch)
+    want = _each("return_logprob", body.return_logprob, count, is_batch)
+    start = _each("logprob_start_len", body.logprob_start_len, count, is_batch)
+    top = _each("top_logprobs_num", body.top_logprobs_num, count, is_batch)
+    extra = _each("extra_key", body.extra_key, count, is_batch)
+    salt = _each("cache_salt", body.cache_salt, count, is_batch)
+    requests = tuple(
+        GenerateRequest(
+            rid=rids[i],
+            text=texts[i],
+            input_ids=ids[i],
+            sampling_params=params[i],
+            stream=body.stream,
+            return_logprob=want[i],
+            logprob_start_len=start[i],
+            top_logprobs_num=top[i],
+            token_ids_logprob=picked[i],
+            extra_key=prefix_key(extra[i], salt[i]),
+            priority=body.priority,
+        )
+        for i in range(count)
+    )
+    return GenerateCall(
+        Call(rid, requests),
+        is_batch,
+        body.stream,
+        body.return_text_in_logprobs,
+        body.return_prompt_token_ids,
+    )
+
+
+def new_rid() -> str:
+    """An id for a request that brings none."""
+    return uuid.uuid4().hex
+
+
+def prefix_key(extra_key: str | None, cache_salt: str | None) -> str | None:
+    """One key for both fields, different for every different pair; None when both are absent."""
+    if not extra_key and not cache_salt:
+        return None
+    salt = cache_salt or ""
+    return f"{len(salt)}:{salt}{extra_key or ''}"
+
+
+def _prompts(body: GenerateBody) -> tuple[list[str | None], list[IdArray | None], bool]:
+    """Texts, ids (one of the two per prompt), and whether the client sent a batch."""
+    has_ids = not is_null(body.input_ids)
+    if (body.text is None) != has_ids:
+        raise RequestError("Give exactly one of 'text' and 'input_ids'.", 400, "BadRequestError")
+    if body.text is not None:
+        is_batch = isinstance(body.text, list)
+        texts: list[str | None] = list(body.text) if isinstance(body.text, list) else [body.text]
+        _check_count("text", len(texts))
+        if not all(texts):
+            raise bad_field("text", "a prompt is empty")
+        return texts, [None] * len(texts), is_batch
+    arrays, is_batch = read_id_prompts("input_ids", body.input_ids)
+    return [None] * len(arrays), list(arrays), is_batch
+
+
+def read_id_prompts(name: str, raw: msgspec.Raw) -> tuple[list[IdArray], bool]:
+    """A list of ids, or a list of such lists (True)."""
+    if bytes(memoryview(raw)[:1]) == b"[" and list_kind(raw) == b"[":
+        rows = split_list(raw)
+        _check_count(name, len(rows))
+        return [read_token_ids(name, row) for row in rows], True
+    return [read_token_ids(name, raw)], False
+
+
+def _check_count(name: str, count: int) -> None:
+    if count == 0:
+        raise bad_field(name, "the batch is empty")
+    if count > MAX_SEQUENCES:
+        raise bad_field(name, f"{count} prompts in one request; the limit is {MAX_SEQUENCES}")
+
+
+def _rids(rid: str | list[str] | None, count: int, is_batch: bool) -> tuple[str, list[str]]:
+    """The call's id and each prompt's."""
+    if rid is None:
+        call_rid = new_rid()
+    elif isinstance(rid, str):
+        if not rid:
+            raise bad_field("rid", "it is empty")
+        call_rid = rid
+    else:
+        rids: list[str] = _each("rid", rid, count, is_batch)
+        if not all(rids) or len(set(rids)) != count:
+            raise bad_field("rid", "ids must be different and not empty")
+        # With one id each, every prompt is aborted by its own.
+        return (rids[0], rids) if count == 1 else (new_rid(), rids)
+    return call_rid, [call_rid] if not is_batch else [f"{call_rid}_{i}" for i in range(count)]
+
+
+def _sampling(raw: msgspec.Raw, count: int, is_batch: bool) -> list[SamplingParams]:
+    if is_null(raw):
+        return [SamplingParams()] * count
+    if bytes(memoryview(raw)[:1]) == b"[":
+        return [
+            _one_sampling(row) for row in _each("sampling_params", split_list(raw), count, is_batch)
+        ]
+    return [_one_sampling(raw)] * count
+
+
+_OBJECT = msgspec.json.Decoder(RawFields | None)
+
+
+def _one_sampling(raw: msgspec.Raw) -> SamplingParams:
+    return sampling_from_raw(decode_field("sampling_params", raw, _OBJECT) or {})
+
+
+def _picked(
+    value: Sequence[int | list[int] | None], count: int, is_batch: bool
+) -> list[tuple[int, ...]]:
+    """`token_ids_logprob`: one list for all prompts, or one list (or null) per prompt."""
+    flat = tuple(item for item in value if isinstance(item, int))
+    if len(flat) == len(value):
+        return [flat] * count
+    if flat:
+        raise bad_field("token_ids_logprob", "expected ids, or one list of ids per prompt")
+    rows = [tuple(item) if isinstance(item, list) else () for item in value]
+    return _each("token_ids_logprob", rows, count, is_batch)
+
+
+def _each(name: str, value: Any, count: int, is_batch: bool) -> list[Any]:
+    """A value per prompt: a list as it is (its length must fit), anything else repeated."""
+    if not isinstance(value, list):
+        return [value] * count
+    if not is_batch or len(value) != count:
+        raise bad_field(name, f"{len(value)} values for {count} prompts")
+    return value

@@ -1,0 +1,162 @@
+"""The OpenAI-compatible requests: which fields are served, accepted and refused.
+
+Field names and defaults are OpenAI's, with SGLang's additions. Fields that neither knows are
+ignored: clients send many of their own, and the known ones that would change an answer are all
+refused by name here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from sglang.srt.entrypoints.generate_request_body import (
+    DISAGGREGATION,
+    HIDDEN_STATES,
+    LOGIT_PROCESSOR,
+    LORA,
+    RAW_NULL,
+    SESSION,
+)
+from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal
+from sglang.srt.entrypoints.sampling_fields import GRAMMAR, STOP_REGEX
+
+TOOLS = Refusal("tools are not served", ([],))
+RETURNS = "it is not returned"
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """`stream_options`."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SharedBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What both OpenAI endpoints serve.
+
+    None: the model's or the API's default. `logit_bias` has token ids as keys.
+    """
+
+    model: str = ""
+    max_tokens: Int | None = None
+    min_tokens: Int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    n: Int = 1
+    seed: Int | None = None
+    stop: str | list[str] = []
+    stop_token_ids: list[Int] = []
+    logit_bias: dict[str, float] = {}
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    rid: str | None = None
+    extra_key: str | None = None
+    cache_salt: str | None = None
+    priority: Int = 0
+
+
+class ChatBody(SharedBody, frozen=True, kw_only=True):
+    """The served fields of /v1/chat/completions."""
+
+    messages: list[dict[str, Any]] = []
+    max_completion_tokens: Int | None = None
+    logprobs: bool = False
+    top_logprobs: Int = 0
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    reasoning_effort: str | None = None
+
+
+class CompletionBody(SharedBody, frozen=True, kw_only=True):
+    """The served fields of /v1/completions."""
+
+    prompt: msgspec.Raw = RAW_NULL
+    echo: bool = False
+    logprobs: Int | None = None
+
+
+# Nothing of these changes an answer here: identification, bookkeeping, hints about speed.
+_ACCEPTED = (
+    "user",
+    "store",
+    "metadata",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prediction",
+    "no_logs",
+    "custom_labels",
+    "custom_params",
+    "stream_interval",
+)
+
+_REFUSED = {
+    "regex": GRAMMAR,
+    "ebnf": GRAMMAR,
+    "json_schema": GRAMMAR,
+    "structural_tag": GRAMMAR,
+    "stop_regex": STOP_REGEX,
+    "response_format": Refusal("only text is served", ({"type": "text"},)),
+    "lora_path": LORA,
+    "session_params": SESSION,
+    "custom_logit_processor": LOGIT_PROCESSOR,
+    "return_hidden_states": HIDDEN_STATES,
+    "return_routed_experts": Refusal(RETURNS, (False,)),
+    "return_cached_tokens_details": Refusal(RETURNS, (False,)),
+    "return_meta_info": Refusal(RETURNS, (False,)),
+    "return_token_ids": Refusal(RETURNS, (False,)),
+    "return_prompt_token_ids": Refusal(RETURNS, (False,)),
+    "use_beam_search": Refusal("beam search is not served", (False,)),
+    "beam_width": Refusal("beam search is not served", (0, 1)),
+    "bootstrap_host": DISAGGREGATION,
+    "bootstrap_port": DISAGGREGATION,
+    "bootstrap_room": DISAGGREGATION,
+    "routed_dp_rank": Refusal("there is one data-parallel rank", (0,)),
+    "data_parallel_rank": Refusal("there is one data-parallel rank", (0,)),
+}
+
+CHAT_FIELDS = FieldTable(
+    ChatBody,
+    # No reasoning parser exists, so there is nothing to separate or to stream separately; whether
+    # tools may be called at once means nothing without tools.
+    accepted=(*_ACCEPTED, "separate_reasoning", "stream_reasoning", "parallel_tool_calls"),
+    refused={
+        **_REFUSED,
+        "functions": TOOLS,
+        "function_call": Refusal("tools are not served", ("none", "auto")),
+        "tool_choice": Refusal("tools are not served", ("none", "auto")),
+        "input_ids": Refusal("send ids to /v1/completions or /generate", ([],)),
+        "modalities": Refusal("the model takes and gives text only", ([], ["text"])),
+        "audio": Refusal("the model takes and gives text only"),
+        "web_search_options": Refusal("web search is not served"),
+        "verbosity": Refusal("verbosity is not served", ("medium",)),
+        "thinking": Refusal("use chat_template_kwargs", ()),
+        "max_thinking_tokens": Refusal("thinking budgets are not served"),
+        "video_fps": Refusal("the model takes text only"),
+    },
+    refuse_unknown=False,
+)
+
+COMPLETION_FIELDS = FieldTable(
+    CompletionBody,
+    accepted=_ACCEPTED,
+    refused={
+        **_REFUSED,
+        "suffix": Refusal("the model has no fill-in-the-middle template", ("",)),
+        "best_of": Refusal("best_of is not served; use n", (1,)),
+    },
+    refuse_unknown=False,
+)

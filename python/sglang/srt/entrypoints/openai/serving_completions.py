@@ -1,0 +1,193 @@
+"""/v1/completions: prompts as text or ids, singly or in a batch; echo; log probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from sglang.srt.entrypoints.event_stream import DONE_EVENT, event
+from sglang.srt.entrypoints.generate_request_body import read_id_prompts
+from sglang.srt.entrypoints.http_errors import ApiShape, bad_field, stream_error
+from sglang.srt.entrypoints.logprob_format import CompletionLogprobs
+from sglang.srt.entrypoints.openai.protocol import COMPLETION_FIELDS, CompletionBody
+from sglang.srt.entrypoints.openai.serving_base import (
+    OpenAIServing,
+    ReplyHead,
+    UsageCounter,
+    call_ids,
+    check_max_tokens,
+    finish_fields,
+    last_of,
+    sampling_params,
+)
+from sglang.srt.entrypoints.request_body import RawFields, decode_field, list_kind
+from sglang.srt.entrypoints.sequences import Call, abort_error
+from sglang.srt.errors import RequestError
+from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+_TEXT = msgspec.json.Decoder(str)
+_TEXTS = msgspec.json.Decoder(list[str])
+
+
+@dataclass(frozen=True)
+class CompletionCall:
+    """A request that is ready to run; `echoes` is each prompt's text when it is to be repeated."""
+
+    head: ReplyHead
+    call: Call
+    body: CompletionBody
+    echoes: tuple[str, ...]
+
+
+def read_completion(fields: RawFields) -> CompletionBody:
+    """Read the fields; RequestError 400 naming the first that cannot be served."""
+    return COMPLETION_FIELDS.read(fields)
+
+
+def read_prompts(raw: msgspec.Raw) -> list[str | IdArray]:
+    """`prompt` in its four forms: text, texts, ids, lists of ids."""
+    opening = bytes(memoryview(raw)[:1])
+    prompts: list[str | IdArray]
+    if opening == b'"':
+        prompts = [decode_field("prompt", raw, _TEXT)]
+    elif opening != b"[":
+        raise bad_field("prompt", "expected text, token ids, or a list of either")
+    elif list_kind(raw) == b'"':
+        texts = decode_field("prompt", raw, _TEXTS)
+        prompts = [*texts]
+    else:
+        prompts = list(read_id_prompts("prompt", raw)[0])
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise bad_field("prompt", "a prompt is empty")
+    return prompts
+
+
+class CompletionServing(OpenAIServing):
+    """Serves read completion requests."""
+
+    async def prepare(self, body: CompletionBody, prompts: list[str | IdArray]) -> CompletionCall:
+        """Build the call; RequestError 400 when it cannot be."""
+        check_max_tokens("max_tokens", body.max_tokens)
+        if body.logprobs is not None and body.logprobs < 0:
+            raise bad_field("logprobs", f"it must be at least 0, got {body.logprobs}")
+        max_new = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        params = sampling_params(body, max_new, self.options.sampling_defaults)
+        head, rid, extra_key = call_ids(body)
+        with_logprobs = body.logprobs is not None
+        requests = tuple(
+            GenerateRequest(
+                rid=rid if len(prompts) == 1 else f"{rid}_{i}",
+                text=prompt if isinstance(prompt, str) else None,
+                input_ids=None if isinstance(prompt, str) else prompt,
+                sampling_params=params,
+                stream=body.stream,
+                return_logprob=with_logprobs,
+                logprob_start_len=0 if with_logprobs and body.echo else -1,
+                top_logprobs_num=body.logprobs or 0,
+                extra_key=extra_key,
+                priority=body.priority,
+            )
+            for i, prompt in enumerate(prompts)
+        )
+        echoes = []
+        for prompt in prompts if body.echo else ():
+            if not isinstance(prompt, str):
+                prompt = await self.service.detokenize(prompt)
+            echoes.append(prompt)
+        return CompletionCall(head, Call(rid, requests), body, tuple(echoes))
+
+    async def reply(self, completion: CompletionCall) -> dict[str, Any]:
+        """The whole answer. Raises RequestError."""
+        outputs = await self.runner.collect(completion.call)
+        indices = completion.call.prompt_indices
+        usage = UsageCounter(indices, self.options.cache_report)
+        choices = []
+        for index, output in enumerate(outputs):
+            last = last_of(output)
+            usage.note(index, last)
+            logprobs = None
+            if completion.body.logprobs is not None:
+                shown = output.input_logprobs if completion.body.echo else None
+                logprobs = CompletionLogprobs(self.token_text).add(shown, output.output_logprobs)
+            choices.append(
+                {
+                    "index": index,
+                    "text": _echo(completion, index) + output.text,
+                    "logprobs": logprobs,
+                    **finish_fields(last.finish_reason),
+                }
+            )
+        return {
+            **completion.head.fields("text_completion"),
+            "choices": choices,
+            "usage": usage.usage(),
+            "metadata": {"weight_version": self.options.weight_version},
+        }
+
+    async def events(self, completion: CompletionCall) -> AsyncGenerator[bytes, None]:
+        """Encoded chunks, `[DONE]` last. Raises RequestError only before the first one."""
+        options = completion.body.stream_options
+        indices = completion.call.prompt_indices
+        usage = UsageCounter(indices, self.options.cache_report)
+        formats = [CompletionLogprobs(self.token_text) for _ in indices]
+        begun: set[int] = set()
+        try:
+            async with aclosing(self.runner.stream(completion.call)) as deltas:
+                async for index, delta in deltas:
+                    error = abort_error(delta.finish_reason)
+                    if error is not None:
+                        raise error
+                    usage.note(index, delta)
+                    echo = "" if index in begun else _echo(completion, index)
+                    begun.add(index)
+                    chunk = self._chunk(completion, index, delta, echo, formats[index])
+                    chunk["usage"] = usage.usage() if options.continuous_usage_stats else None
+                    yield event(chunk)
+        except RequestError as error:
+            if not begun:
+                raise
+            yield event(stream_error(ApiShape.OPENAI, error))
+            yield DONE_EVENT
+            return
+        if options.include_usage:
+            yield event(
+                {
+                    **completion.head.fields("text_completion"),
+                    "choices": [],
+                    "usage": usage.usage(),
+                }
+            )
+        yield DONE_EVENT
+
+    def _chunk(
+        self,
+        completion: CompletionCall,
+        index: int,
+        delta: GenerateDelta,
+        echo: str,
+        logprobs: CompletionLogprobs,
+    ) -> dict[str, Any]:
+        shown = delta.input_logprobs if completion.body.echo else None
+        choice = {
+            "index": index,
+            "text": echo + delta.text,
+            "logprobs": (
+                logprobs.add(shown, delta.output_logprobs)
+                if completion.body.logprobs is not None
+                else None
+            ),
+            **finish_fields(delta.finish_reason),
+        }
+        return {**completion.head.fields("text_completion"), "choices": [choice]}
+
+
+def _echo(completion: CompletionCall, index: int) -> str:
+    if not completion.echoes:
+        return ""
+    return completion.echoes[completion.call.prompt_indices[index]]

@@ -1,0 +1,108 @@
+"""What every door of one HTTP server shares: its settings, its phase and the text service.
+
+Made by the launcher, filled in while the server starts, handed to `build_app`; there is no
+global behind it.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+
+from sglang.srt.entrypoints.generate_api import GenerateServer
+from sglang.srt.entrypoints.openai.serving_base import OpenAIOptions, default_sampling
+from sglang.srt.entrypoints.openai.serving_chat import ChatServing
+from sglang.srt.entrypoints.openai.serving_completions import CompletionServing
+from sglang.srt.entrypoints.sequences import SequenceRunner
+from sglang.srt.entrypoints.service import TextService
+from sglang.srt.environ import Environ
+from sglang.srt.errors import RequestError
+from sglang.srt.managers.metrics import ServerMetrics
+from sglang.srt.server_args import ServerArgs
+
+WEIGHT_VERSION = "default"
+
+
+class Phase(enum.Enum):
+    """Where a server is in its life; it only moves forward."""
+
+    STARTING = "starting"
+    READY = "ready"
+    STOPPING = "stopping"
+
+
+class Serving:
+    """The API servers on top of one text service."""
+
+    def __init__(
+        self, service: TextService, server_args: ServerArgs, metrics: ServerMetrics | None
+    ) -> None:
+        defaults = {}
+        if server_args.sampling_defaults == "model":
+            defaults = default_sampling(service.model_config.generation_defaults)
+        options = OpenAIOptions(defaults, server_args.enable_cache_report, WEIGHT_VERSION)
+        self.service = service
+        self.runner = SequenceRunner(service, metrics)
+        self.generate = GenerateServer(
+            service,
+            self.runner,
+            incremental=server_args.incremental_streaming_output,
+            weight_version=WEIGHT_VERSION,
+        )
+        self.chat = ChatServing(service, self.runner, options)
+        self.completions = CompletionServing(service, self.runner, options)
+
+
+class ServerContext:
+    """One server's shared state; lives on the event loop that serves.
+
+    `created` is the start as seconds since the epoch. Before `open` and after `close` every door
+    but health answers 503.
+    """
+
+    def __init__(self, server_args: ServerArgs, environ: Environ) -> None:
+        self.server_args = server_args
+        self.environ = environ
+        self.created = time.time()
+        self.ready_after_s: float | None = None
+        self.phase = Phase.STARTING
+        self.metrics = (
+            ServerMetrics(server_args.served_model_name) if server_args.enable_metrics else None
+        )
+        self._serving: Serving | None = None
+
+    def attach(self, service: TextService) -> None:
+        """Give the doors the service that they will use once the server is open."""
+        self._serving = Serving(service, self.server_args, self.metrics)
+
+    def open(self) -> None:
+        """Serve from now on; `attach` comes first."""
+        self.ready_after_s = time.time() - self.created
+        self.phase = Phase.READY
+
+    def close(self) -> None:
+        """Refuse new requests from now on."""
+        self.phase = Phase.STOPPING
+
+    @property
+    def serving(self) -> Serving:
+        """The API servers. Raises RequestError 503 unless the server is open."""
+        if self.phase is Phase.STOPPING:
+            raise RequestError("The server is shutting down.", 503)
+        if self._serving is None or self.phase is Phase.STARTING:
+            raise RequestError("The server is starting.", 503)
+        return self._serving
+
+    @property
+    def is_healthy(self) -> bool:
+        """True when the server is open and its scheduler gives signs of life."""
+        return (
+            self.phase is Phase.READY
+            and self._serving is not None
+            and self._serving.service.is_healthy()
+        )
+
+    @property
+    def request_byte_limit(self) -> int:
+        """Largest request body in bytes at this moment."""
+        return self.server_args.request_byte_limit(self.serving.service.context_length)

@@ -1,0 +1,63 @@
+"""What a server tells of itself: /model_info, /server_info, the Engine's get_server_info."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from sglang.srt.entrypoints.server_context import WEIGHT_VERSION, ServerContext
+
+
+def server_version() -> str:
+    """This package's version, "unknown" when it runs uninstalled."""
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def model_info(context: ServerContext) -> dict[str, Any]:
+    """The object of /model_info."""
+    args = context.server_args
+    config = context.serving.service.model_config
+    return {
+        "model_path": args.model_path,
+        "served_model_name": args.served_model_name,
+        "tokenizer_path": args.tokenizer_path,
+        "is_generation": True,
+        "preferred_sampling_params": None,
+        "weight_version": WEIGHT_VERSION,
+        "load_format": args.load_format,
+        "reasoning_parser": None,
+        "tool_call_parser": None,
+        "disaggregation_mode": "null",
+        "has_image_understanding": False,
+        "has_audio_understanding": False,
+        "model_type": config.model_type,
+        "architectures": [config.architecture],
+    }
+
+
+async def server_info(context: ServerContext) -> dict[str, Any]:
+    """The object of /server_info; asks the scheduler. RequestError 503 when it is silent."""
+    service = context.serving.service
+    reply = await service.control("internal_state")
+    ready = service.pulse.ready
+    facts: dict[str, Any] = {}
+    if ready is not None:
+        facts = {
+            **ready.details,
+            "max_total_num_tokens": ready.capacity_tokens,
+            "max_req_input_len": ready.max_req_input_len,
+            "max_running_requests": ready.max_running_requests,
+            "page_size": ready.page_size,
+        }
+    return {
+        **context.server_args.public_dict(),
+        **facts,
+        "startup_time": context.ready_after_s,
+        "version": server_version(),
+        "frontend": "python",
+        "memory": reply.data.get("memory", {}),
+        "internal_states": [reply.data],
+    }

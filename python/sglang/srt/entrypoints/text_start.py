@@ -1,0 +1,64 @@
+"""Starting the text side in the process of a server or an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import aclosing
+
+import numpy as np
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.entrypoints.generate_request_body import new_rid
+from sglang.srt.environ import Environ
+from sglang.srt.errors import RequestError
+from sglang.srt.managers.generate_request import GenerateRequest
+from sglang.srt.managers.io_struct import IpcNames
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.tokenizer.loader import load_tokenizer_for
+
+logger = logging.getLogger(__name__)
+
+# One token by extend, one by decode: both paths have then run once.
+_WARMUP_TOKENS = 2
+
+
+async def start_text_service(
+    server_args: ServerArgs, environ: Environ, model_config: ModelConfig, ipc: IpcNames
+) -> TokenizerManager:
+    """A TokenizerManager that receives; it refuses requests until the scheduler is ready.
+
+    The tokenizer is loaded in a thread: meanwhile the loop answers. Raises ValueError when it
+    cannot be loaded.
+    """
+    tokenizer = await asyncio.to_thread(load_tokenizer_for, server_args)
+    manager = TokenizerManager(server_args, environ, model_config, ipc, tokenizer)
+    await manager.start()
+    return manager
+
+
+async def warm_up(manager: TokenizerManager) -> None:
+    """Generate a first answer, so that no client waits for what is slow only once.
+
+    The prefix that it leaves is dropped again. Raises RequestError when nothing is generated.
+    """
+    if manager.context_length <= _WARMUP_TOKENS:
+        return
+    logger.info("Warming up")
+    request = GenerateRequest(
+        rid=f"WARMUP_{new_rid()}",
+        text=None,
+        input_ids=np.zeros(1, np.int32),
+        sampling_params=SamplingParams(
+            max_new_tokens=_WARMUP_TOKENS, temperature=0.0, ignore_eos=True
+        ),
+        stream=False,
+    )
+    async with aclosing(manager.generate(request)) as deltas:
+        async for delta in deltas:
+            reason = delta.finish_reason
+            if reason is not None and reason.type == "abort":
+                raise RequestError(f"the warm-up failed: {reason.message}", 503)
+    await manager.flush_cache(timeout_s=5.0)
