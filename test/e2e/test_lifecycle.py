@@ -1,0 +1,112 @@
+"""Start, end and death of the server's processes; nothing may be left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+
+from e2e.server_process import ServerProcess, demo_model, running_server, wait_until
+
+
+def start(tmp_path: Path, *flags: str) -> ServerProcess:
+    """A server whose temporary files all lie under `tmp_path`."""
+    server = ServerProcess("--model-path", demo_model(), *flags, env={"TMPDIR": str(tmp_path)})
+    try:
+        server.wait_ready()
+    except BaseException:
+        server.close()
+        raise
+    return server
+
+
+@pytest.fixture
+def short_tmp() -> Path:
+    """Socket paths are short; pytest's own directories are not."""
+    return Path(tempfile.mkdtemp(prefix="t"))
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_polite_end_is_clean(short_tmp: Path, signum: signal.Signals) -> None:
+    server = start(short_tmp)
+    try:
+        children = server.children()
+        assert len(children) >= 2
+        server.process.send_signal(signum)
+        assert server.wait_exit() == 0, server.text
+        assert wait_until(lambda: gone(children))
+        assert os.listdir(short_tmp) == [], "sockets and directories are removed"
+        assert "Traceback" not in server.text
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("victim", ["scheduler", "detokenizer"])
+def test_a_dead_child_ends_the_server_and_is_named(short_tmp: Path, victim: str) -> None:
+    server = start(short_tmp)
+    try:
+        children = server.children()
+        server.child(victim).kill()
+        assert server.wait_exit() != 0
+        assert victim in server.text
+        assert "SIGKILL" in server.text
+        assert wait_until(lambda: gone(children))
+    finally:
+        server.close()
+
+
+def test_children_do_not_outlive_a_killed_server(short_tmp: Path) -> None:
+    server = start(short_tmp)
+    try:
+        children = server.children()
+        server.process.kill()
+        server.wait_exit()
+        assert wait_until(lambda: gone(children))
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--model-path", "/no/such/model"), "/no/such/model"),
+        (("--model-path", demo_model(), "--context-length", "10M"), "greater than"),
+        (("--model-path", demo_model(), "--kv-memory-budget", "1MiB"), "cannot hold"),
+    ],
+)
+def test_what_cannot_be_served_is_one_clear_line(flags: tuple[str, ...], said: str) -> None:
+    server = ServerProcess(*flags)
+    try:
+        assert server.wait_exit(60) != 0
+        assert said in server.text
+        assert "Traceback" not in server.text
+    finally:
+        server.close()
+
+
+def test_ten_million_tokens_of_context_cost_nothing_at_start() -> None:
+    resident = {}
+    for context in ("8192", "10000000"):
+        with running_server(
+            "--context-length",
+            context,
+            env={"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"},
+        ) as server:
+            resident[context] = server.resident_bytes()
+            info = server.server_info()["memory"]
+            models = server.get("/v1/models").json()["data"]
+    assert resident["10000000"] < 1.05 * resident["8192"]
+    assert isinstance(info, dict)
+    assert info["context_length_requested"] == 10_000_000
+    effective = info["context_length"]
+    assert models[0]["max_model_len"] == effective < 10_000_000
+    assert f"{effective:,}" in server.text, "the warning states both numbers"
+    assert "10,000,000" in server.text

@@ -1,0 +1,203 @@
+"""The whole device tower without sockets: the same tokens as transformers, whatever memory does.
+
+Models are small and random, saved by transformers and loaded by our loader; the reference is
+transformers' own greedy choice in float32. Every variation (pages, segments, chunks, backing,
+overlap, budgets so tiny that requests are retracted) has to give identical tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sglang.srt.environ import Environ
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, int32_buffer
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_process import make_scheduler
+from sglang.srt.managers.scheduler_setup import build_scheduler_parts
+from sglang.srt.mem_cache.allocation import KVMemory
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.progress import Progress
+from srt.managers.scheduler_harness import FakeChannel
+from srt.models.hf_models import FAMILIES, VOCAB, make_hf_model, save
+
+NEW_TOKENS = 64
+MAX_TURNS = 4000
+
+
+def make_prompts() -> list[list[int]]:
+    """Six prompts of different lengths; the last three share a prefix of 70 tokens."""
+    rng = np.random.default_rng(3)
+    common = rng.integers(0, VOCAB, 70).tolist()
+    lengths = (1, 17, 130)
+    return [rng.integers(0, VOCAB, n).tolist() for n in lengths] + [
+        common + rng.integers(0, VOCAB, n).tolist() for n in (1, 9, 40)
+    ]
+
+
+PROMPTS = make_prompts()
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, list[list[int]]]:
+    """A model directory and what transformers answers to each prompt."""
+    changes = {"sliding_window": 50} if request.param == "mistral" else {}
+    reference = make_hf_model(request.param, **changes)
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    expected = []
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        with torch.inference_mode():
+            for _ in range(NEW_TOKENS):
+                logits = reference(torch.tensor([tokens]), use_cache=False).logits
+                tokens.append(int(logits[0, -1].argmax()))
+        expected.append(tokens[len(prompt) :])
+    return save(reference, folder), expected
+
+
+class DeviceTower:
+    """Scheduler, worker, model and memory of one rank, run turn by turn."""
+
+    def __init__(self, model_path: str, **flags: object) -> None:
+        args = ServerArgs.from_kwargs(
+            model_path=model_path,
+            **{"dtype": "float32", "kv_memory_budget": "64MiB", "random_seed": 5, **flags},
+        )
+        progress = Progress()
+        self.parts = build_scheduler_parts(args, Environ(), progress)
+        self.channel = FakeChannel()
+        self.scheduler: Scheduler = make_scheduler(self.parts, self.channel, progress)
+
+    @property
+    def memory(self) -> KVMemory:
+        return self.parts.memory
+
+    def send(self, rid: str, prompt: list[int], **params: object) -> None:
+        values = {"max_new_tokens": NEW_TOKENS, "temperature": 0.0, **params}
+        self.channel.inbox.append(
+            TokenizedGenerateReqInput(
+                rid=rid,
+                input_ids=memoryview(int32_buffer(prompt)),
+                sampling_params=SamplingParams(**values),  # type: ignore[arg-type]
+            )
+        )
+
+    def run(self) -> None:
+        for _ in range(MAX_TURNS):
+            self.scheduler.turn()
+            if not self.scheduler.busy and not self.channel.inbox:
+                return
+        raise AssertionError(f"still busy: {self.scheduler.requests()}")
+
+    def output(self, rid: str) -> list[int]:
+        parts = [out.output_ids for out in self.channel.outs if out.rid == rid]
+        return np.frombuffer(b"".join(parts), "<i4").tolist()
+
+
+@contextmanager
+def tower(model_path: str, **flags: object) -> Iterator[DeviceTower]:
+    made = DeviceTower(model_path, **flags)
+    try:
+        yield made
+        made.memory.audit()
+    finally:
+        made.parts.worker.close()
+        made.memory.close_pool()
+
+
+def answer_all(engine: DeviceTower) -> list[list[int]]:
+    for number, prompt in enumerate(PROMPTS):
+        engine.send(f"r{number}", prompt)
+        engine.scheduler.turn()
+    engine.run()
+    return [engine.output(f"r{number}") for number in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"kv_backing": "static"},
+        {"page_size": 1, "kv_segment_size": 64, "chunked_prefill_size": 32},
+        {"page_size": 16, "kv_segment_size": 64, "disable_overlap_schedule": True},
+        {"page_size": 64, "kv_segment_size": 64, "chunked_prefill_size": 64},
+        {"page_size": 16, "chunked_prefill_size": -1, "disable_radix_cache": True},
+        {"schedule_policy": "lpm", "max_running_requests": 2},
+    ],
+    ids=lambda flags: ",".join(f"{k}={v}" for k, v in flags.items()),
+)
+def test_tokens_equal_transformers(
+    model: tuple[str, list[list[int]]], flags: dict[str, object]
+) -> None:
+    path, expected = model
+    with tower(path, **flags) as engine:
+        assert answer_all(engine) == expected
+
+
+def test_retraction_under_a_tiny_budget_changes_no_token(
+    model: tuple[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, expected = model
+    # Counting almost nothing of the answers overcommits on purpose.
+    monkeypatch.setattr("sglang.srt.managers.schedule_batch.CLIP_MAX_NEW_TOKENS", 2)
+    with tower(
+        path, page_size=16, kv_segment_size=64, max_total_tokens=384, chunked_prefill_size=48
+    ) as engine:
+        assert answer_all(engine) == expected
+        assert engine.scheduler.counters.num_retractions > 0
+        worst = max(out.num_retractions for out in engine.channel.outs)
+        assert worst <= 3
+
+
+def test_a_second_round_hits_the_cache_and_answers_the_same(
+    model: tuple[str, list[list[int]]],
+) -> None:
+    path, expected = model
+    with tower(path, page_size=16) as engine:
+        assert answer_all(engine) == expected
+        engine.channel.outs.clear()
+        assert answer_all(engine) == expected
+        cached = {out.rid: out.cached_tokens for out in engine.channel.outs}
+        assert cached["r2"] == 128
+        assert cached["r5"] == 96
+
+
+def test_bf16_logits_stay_close_and_tokens_agree_where_the_margin_allows(
+    model: tuple[str, list[list[int]]],
+) -> None:
+    path, _ = model
+    config_outputs = []
+    for dtype in ("float32", "bfloat16"):
+        with tower(path, dtype=dtype, page_size=16) as engine:
+            for number, prompt in enumerate(PROMPTS):
+                engine.channel.inbox.append(
+                    TokenizedGenerateReqInput(
+                        rid=f"r{number}",
+                        input_ids=memoryview(int32_buffer(prompt)),
+                        sampling_params=SamplingParams(max_new_tokens=1, temperature=0.0),
+                        return_logprob=True,
+                        logprob_start_len=len(prompt),
+                        top_logprobs_num=2,
+                    )
+                )
+            engine.run()
+            config_outputs.append({out.rid: out for out in engine.channel.outs})
+    exact, rounded = config_outputs
+    for rid, out in exact.items():
+        assert out.output_logprobs is not None
+        other = rounded[rid].output_logprobs
+        assert other is not None
+        want = np.frombuffer(out.output_logprobs.top_logprobs, "<f4")
+        got = np.frombuffer(other.top_logprobs, "<f4")
+        # Measured differences stay below 0.15 with these weights; 8 bits of mantissa over three
+        # layers explain them.
+        if want[0] - want[1] > 0.6:
+            assert out.output_ids == rounded[rid].output_ids
+            assert abs(float(want[0] - got[0])) < 0.3
