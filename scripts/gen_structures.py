@@ -44,7 +44,7 @@ def render_map(package_dir: Path) -> str:
         room = house.room_of(module)
         if room is None or not tree.body:
             continue
-        path = package_dir.joinpath(*module.split("."))
+        path = package_dir.joinpath(*(() if module == PACKAGE else module.split(".")))
         file = path.with_suffix(".py") if not path.is_dir() else path / "__init__.py"
         line = f"| `{file.relative_to(package_dir).as_posix()}` | {first_sentence(tree)} |"
         places.setdefault(house.place_of(room), []).append(line.replace("| |", "| ? |"))

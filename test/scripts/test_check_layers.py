@@ -110,6 +110,13 @@ def test_a_package_file_with_code_needs_a_floor(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in check(root, HOUSE)] == ["shed"]
 
 
+def test_the_packages_own_file_is_a_module_too(tmp_path: Path) -> None:
+    root = plant(tmp_path, ground="from sglang import Engine\n")
+    (root / "__init__.py").write_text("import os\n")
+    (problem,) = check(root, (*HOUSE, (3, "", "door < sglang")))
+    assert "ground:1: imports sglang.Engine: F0 imports upwards from F3" in problem
+
+
 def test_arithmetic_stays_free_of_torch(tmp_path: Path) -> None:
     root = plant(tmp_path, srt__mem_cache__kv_layout="from torch import nn\n")
     (problem,) = check(root)
