@@ -1,0 +1,251 @@
+"""The reference attention backend: torch's fused CPU kernel on views of the KV pool.
+
+K and V are read in place wherever a request's slots are contiguous; scattered pages are gathered
+into a buffer of a few MiB; parts merge in float32. A plan per step, made when the first layer of a
+shape asks for it. Never writes K or V. Every other backend is tested against this one.
+
+Memory of a call is bounded whatever the context: queries in blocks, keys in pieces, one gather
+buffer that is kept, at most a few unmerged outputs.
+
+Legend: R query rows, H query heads, G kv heads, J = H / G, D head dim, E value dim, S slots.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer
+from sglang.srt.layers.attention.merge import (
+    PartialSum,
+    band_mask,
+    flash_attention,
+    partial_attention,
+)
+from sglang.srt.layers.attention.torch_native_plan import (
+    LayerPlan,
+    PageList,
+    Piece,
+    PieceLimits,
+    PlanKey,
+    SlotRun,
+    Visibility,
+    WorkItem,
+    make_layer_plan,
+)
+from sglang.srt.mem_cache.kv_layout import DTYPE_BYTES, MAX_SLOTS, KVCacheSpec
+from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
+
+
+@dataclass(frozen=True, slots=True)
+class TorchNativeTuning:
+    """Sizes that trade speed for memory; results do not depend on them beyond rounding.
+
+    `query_block`: queries per work item. `min_run_bytes`: K bytes (one layer) below which a slot
+    run is gathered with its neighbours instead of getting a kernel call of its own; a call and its
+    merge cost about as much as gathering this much (benchmark/bench_attention_gather.py).
+    `gather_bytes`: bound of one gather, K and V each (causal and band pieces: two query blocks).
+    `piece_work`: multiply-adds of one kernel call, about half a second on two cores, so that
+    progress shows. `dense_bytes`: bound of the score matrix, and of K in float32, for layers that
+    the fused kernel cannot serve (soft cap, E != D).
+    """
+
+    query_block: int = 1024
+    min_run_bytes: int = 256 << 10
+    gather_bytes: int = 4 << 20
+    piece_work: int = 1 << 34
+    dense_bytes: int = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TorchNativePlan:
+    """A step's lengths and tables, and the layer plans made from them so far."""
+
+    geometry: BatchGeometry
+    layers: dict[PlanKey, LayerPlan] = field(default_factory=dict)
+
+
+class TorchNativeAttnBackend(AttentionBackend):
+    """Attention on a CPU through torch alone; bf16, fp16 and fp32 K and V."""
+
+    name: ClassVar[str] = "torch_native"
+    preferred_page_size: ClassVar[int] = 64
+
+    def __init__(self, spec: KVCacheSpec, tuning: TorchNativeTuning | None = None) -> None:
+        if spec.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"attention backend torch_native cannot read {spec.dtype} K and V")
+        super().__init__(spec)
+        self._tuning = tuning or TorchNativeTuning()
+        # Gather buffers of K and V, grown to what was needed; used within one piece only.
+        self._scratch: dict[str, torch.Tensor] = {}
+        self._masks: dict[tuple[int, int], torch.Tensor] = {}  # (window, query block) -> band
+
+    def plan(self, geometry: BatchGeometry) -> TorchNativePlan:
+        """Hold the geometry; layer plans follow when layers of new shapes ask."""
+        return TorchNativePlan(geometry)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
+        *,
+        rows_pruned: bool,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.forward`. Scores are computed in the KV dtype's precision."""
+        pool = forward_batch.token_to_kv_pool
+        k: torch.Tensor = pool.get_key_buffer(layer.layer_id)
+        v: torch.Tensor = pool.get_value_buffer(layer.layer_id)
+        plan: TorchNativePlan = forward_batch.attn_plan
+        work = self._layer_plan(plan, layer, rows_pruned)
+        rows, groups = q.shape[0], layer.num_kv_heads
+        per_group = layer.num_heads // groups
+        heads = q.to(k.dtype).view(rows, groups, per_group, layer.head_dim)
+        out = q.new_empty((rows, layer.num_heads, layer.v_head_dim), dtype=k.dtype)
+        if work.singles:
+            self._attend_singles(heads, layer, work, k, v, out)
+        grouped = out.view(rows, groups, per_group, layer.v_head_dim)
+        for item in work.items:
+            block = slice(item.row, item.row + item.num_rows)
+            result = self._attend_item(heads[block], layer, item, forward_batch, k, v)
+            grouped[block].permute(1, 0, 2, 3).copy_(result)
+        forward_batch.progress.tick()
+        return out.flatten(1).to(q.dtype)
+
+    def _layer_plan(self, plan: TorchNativePlan, layer: AttentionLayer, pruned: bool) -> LayerPlan:
+        limits = self._limits(layer)
+        window = layer.sliding_window
+        key = PlanKey(self.group_of_layer[layer.layer_id], window, pruned, limits)
+        if key not in plan.layers:
+            plan.layers[key] = make_layer_plan(plan.geometry, key)
+        return plan.layers[key]
+
+    def _limits(self, layer: AttentionLayer) -> PieceLimits:
+        tuning, heads = self._tuning, layer.num_heads
+        k_bytes = layer.num_kv_heads * layer.head_dim * DTYPE_BYTES[self.spec.dtype]
+        widest = layer.num_kv_heads * max(layer.head_dim, layer.v_head_dim)
+        query_block, max_keys = tuning.query_block, MAX_SLOTS
+        pair_budget = tuning.piece_work // (heads * (layer.head_dim + layer.v_head_dim))
+        if _needs_dense(layer):
+            max_keys = tuning.dense_bytes // (4 * widest)
+            pair_budget = min(pair_budget, tuning.dense_bytes // (4 * heads))
+            # Causal and band pieces have up to two keys a query.
+            query_block = max(1, min(query_block, math.isqrt(pair_budget // 2)))
+        return PieceLimits(
+            query_block=query_block,
+            min_run_tokens=tuning.min_run_bytes // k_bytes,
+            gather_tokens=tuning.gather_bytes // (widest * DTYPE_BYTES[self.spec.dtype]),
+            max_keys=max_keys,
+            pair_budget=pair_budget,
+        )
+
+    def _attend_singles(
+        self,
+        heads: torch.Tensor,
+        layer: AttentionLayer,
+        work: LayerPlan,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """One query against one slot run each, with as little Python as possible."""
+        if _needs_dense(layer):
+            for row, first, count in work.singles:
+                keys, values = k.narrow(0, first, count), v.narrow(0, first, count)
+                result, _ = partial_attention(
+                    heads[row : row + 1],
+                    keys,
+                    values,
+                    layer.scaling,
+                    logit_cap=layer.logit_cap,
+                )
+                out[row] = result.reshape(out.shape[1:])
+            return
+        groups, dim = layer.num_kv_heads, layer.head_dim
+        k_slot, k_head, _ = k.stride()
+        v_slot, v_head, _ = v.stride()
+        k_base, v_base = k.storage_offset(), v.storage_offset()
+        k_strides, v_strides = (0, k_head, k_slot, 1), (0, v_head, v_slot, 1)
+        scale, results = layer.scaling, []
+        queries = heads.unsqueeze(1)
+        for row, first, count in work.singles:
+            shape = (1, groups, count, dim)
+            keys = k.as_strided(shape, k_strides, k_base + first * k_slot)
+            values = v.as_strided(shape, v_strides, v_base + first * v_slot)
+            results.append(flash_attention(queries[row], keys, values, scale)[0])
+        out.index_copy_(0, work.single_rows, torch.cat(results).view(-1, *out.shape[1:]))
+
+    def _attend_item(
+        self,
+        heads: torch.Tensor,
+        layer: AttentionLayer,
+        item: WorkItem,
+        forward_batch: ForwardBatch,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention of the item's queries [M, G, J, D] over all its pieces: [G, M, J, E]."""
+        total = PartialSum()
+        for piece in item.pieces:
+            total.add(
+                partial_attention(
+                    heads,
+                    self._keys(k, piece, "k"),
+                    self._keys(v, piece, "v"),
+                    layer.scaling,
+                    causal=piece.visibility is Visibility.CAUSAL,
+                    mask=self._mask(layer, item, piece),
+                    logit_cap=layer.logit_cap,
+                )
+            )
+            forward_batch.progress.tick()
+        return total.result()
+
+    def _keys(self, plane: torch.Tensor, piece: Piece, which: str) -> torch.Tensor:
+        """The piece's rows [N, G, D] of a plane [S, G, D]: a view, or gathered into scratch.
+
+        A gathered answer is valid until the next one of the same plane kind.
+        """
+        keys = piece.keys
+        if isinstance(keys, SlotRun):
+            return plane.narrow(0, keys.first_slot, keys.num_tokens)
+        return self._gather(plane, keys, which)
+
+    def _gather(self, plane: torch.Tensor, keys: PageList, which: str) -> torch.Tensor:
+        page_size = self.spec.page_size
+        paged = plane.view(-1, page_size, *plane.shape[1:])
+        shape = (len(keys.pages), *paged.shape[1:])
+        wanted = shape[0] * page_size * plane.shape[1] * plane.shape[2]
+        scratch = self._scratch.get(which)
+        if scratch is None or scratch.numel() < wanted or scratch.dtype != plane.dtype:
+            scratch = torch.empty(wanted, dtype=plane.dtype, device=plane.device)
+            self._scratch[which] = scratch
+        target = scratch[:wanted].view(shape)
+        torch.index_select(paged, 0, keys.pages, out=target)
+        return target.view(-1, *plane.shape[1:]).narrow(0, keys.skip, keys.num_tokens)
+
+    def _mask(self, layer: AttentionLayer, item: WorkItem, piece: Piece) -> torch.Tensor | None:
+        """The piece's band: a corner of one mask per window, kept for good.
+
+        That mask's first key is the first that its first query sees. Keys of a piece begin there
+        too, or at position 0 when that comes later.
+        """
+        window = layer.sliding_window
+        if piece.visibility is not Visibility.BAND or window is None:
+            return None
+        block = self._limits(layer).query_block
+        if (window, block) not in self._masks:
+            num_keys = block + min(window, block) - 1
+            device = torch.device("cpu")
+            self._masks[window, block] = band_mask(block, num_keys, window - 1, window, device)
+        skipped = piece.position - (item.position - window + 1)
+        num_keys = piece.keys.num_tokens
+        return self._masks[window, block][: item.num_rows, skipped : skipped + num_keys]
+
+
+def _needs_dense(layer: AttentionLayer) -> bool:
+    """True when the fused kernel cannot compute the layer."""
+    return layer.v_head_dim != layer.head_dim or layer.logit_cap > 0.0

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang.srt.layers.attention.merge import (
+    PartialSum,
+    band_mask,
+    merge_partials,
+    partial_attention,
+)
+
+G, J, D = 2, 3, 16
+
+
+def tensors(m: int, n: int, e: int = D, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(m * 1000 + n)
+    shapes = ((m, G, J, D), (n, G, D), (n, G, e))
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    cap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[G, M, J, E] and [G, M, J] in float64."""
+    scores = torch.einsum("mgjd,ngd->gmjn", q.double(), k.double()) * 0.25
+    if cap:
+        scores = cap * torch.tanh(scores / cap)
+    if mask is not None:
+        scores = scores + mask.double().unsqueeze(1)
+    return torch.einsum("gmjn,nge->gmje", scores.softmax(-1), v.double()), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("m", [1, 5, 70])
+@pytest.mark.parametrize("n", [1, 7, 600])
+def test_unmasked_part(m: int, n: int) -> None:
+    q, k, v = tensors(m, n)
+    out, lse = partial_attention(q, k, v, 0.25)
+    want, want_lse = reference(q, k, v)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=2e-6)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("m", [2, 33, 600])
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_causal_part(m: int, cap: float) -> None:
+    q, k, v = tensors(m, m)
+    out, lse = partial_attention(q, k, v, 0.25, causal=True, logit_cap=cap)
+    want, want_lse = reference(q, k, v, band_mask(m, m, 0, None, q.device), cap)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=2e-6)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("m", "n", "offset", "window"), [(40, 39, 63, 64), (700, 1400, 699, 700)])
+def test_band_part_says_minus_infinity_where_nothing_is_seen(
+    m: int, n: int, offset: int, window: int
+) -> None:
+    q, k, v = tensors(m, n)
+    mask = band_mask(m, n, offset, window, q.device)
+    blind = torch.isneginf(mask).all(-1)
+    out, lse = partial_attention(q, k, v, 0.25, mask=mask)
+    want, want_lse = reference(q, k, v, mask)
+    assert torch.isneginf(lse[:, blind]).all()
+    assert not torch.isnan(out).any()
+    torch.testing.assert_close(out[:, ~blind].double(), want[:, ~blind], rtol=0, atol=2e-6)
+    torch.testing.assert_close(lse[:, ~blind].double(), want_lse[:, ~blind], rtol=0, atol=2e-6)
+    if m == 40:
+        assert blind.nonzero().flatten().tolist() == [39]
+
+
+def test_value_width_may_differ_and_dense_band_matches() -> None:
+    q, k, v = tensors(9, 8, e=24)
+    mask = band_mask(9, 8, 9, 10, q.device)
+    out, lse = partial_attention(q, k, v, 0.25, mask=mask)
+    want, _ = reference(q, k, v, mask)
+    blind = torch.isneginf(mask).all(-1)
+    assert blind.any()
+    assert out.shape == (G, 9, J, 24)
+    torch.testing.assert_close(out[:, ~blind].double(), want[:, ~blind], rtol=0, atol=2e-6)
+    assert torch.isneginf(lse[:, blind]).all()
+    assert (out[:, blind] == 0).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(cuts=st.lists(st.integers(1, 59), max_size=8), data=st.randoms(use_true_random=False))
+def test_any_cut_in_any_order_merges_to_the_whole(cuts: list[int], data: object) -> None:
+    q, k, v = tensors(3, 60)
+    edges = sorted({0, 60, *cuts})
+    parts = [
+        partial_attention(q, k[a:b], v[a:b], 0.25) for a, b in zip(edges, edges[1:], strict=False)
+    ]
+    data.shuffle(parts)  # type: ignore[attr-defined]
+    out, lse = merge_partials(parts)
+    want, want_lse = reference(q, k, v)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=2e-6)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=2e-6)
+
+
+def test_parts_that_see_nothing_count_nothing() -> None:
+    q, k, v = tensors(2, 5)
+    part = partial_attention(q, k, v, 0.25)
+    nothing = (torch.full_like(part[0], 7.0), torch.full_like(part[1], float("-inf")))
+    out, lse = merge_partials([nothing, part, nothing])
+    assert torch.equal(out, part[0])
+    assert torch.equal(lse, part[1])
+    out, lse = merge_partials([nothing, nothing])
+    assert (out == 0).all()
+    assert torch.isneginf(lse).all()
+
+
+def test_many_bf16_parts_stay_as_exact_as_one_rounding() -> None:
+    # 1,280 parts of two keys; merged one after another in bf16 this loses a third of the value.
+    q, k, v = tensors(1, 2560, dtype=torch.bfloat16)
+    want, _ = reference(q, k, v)
+    total = PartialSum(pending_bytes=1000)
+    for start in range(0, 2560, 2):
+        total.add(partial_attention(q, k[start : start + 2], v[start : start + 2], 0.25))
+    out = total.result()
+    assert out.dtype is torch.float32
+    assert (out.double() - want).abs().max() < 1e-2 * want.abs().mean()
+
+
+def test_partial_sum_holds_a_bounded_number_of_parts() -> None:
+    q, k, v = tensors(4, 64)
+    total = PartialSum(pending_bytes=5 * 4 * G * J * D * 4)
+    held = []
+    for start in range(0, 64, 4):
+        total.add(partial_attention(q, k[start : start + 4], v[start : start + 4], 0.25))
+        held.append(len(total._parts))
+    assert max(held) <= 6
+    want, _ = reference(q, k, v)
+    torch.testing.assert_close(total.result().double(), want, rtol=0, atol=2e-6)

@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.layers.attention.registry import get_attention_backend
+from sglang.srt.layers.attention.torch_native_backend import (
+    TorchNativeAttnBackend,
+    TorchNativeTuning,
+)
+from sglang.srt.layers.attention.torch_native_plan import (
+    PageList,
+    PieceLimits,
+    PlanKey,
+    Single,
+    SlotRun,
+    Visibility,
+    make_layer_plan,
+)
+from sglang.srt.mem_cache.kv_layout import GroupKind, KVGroupSpec
+from srt.layers.attention_cases import Case, FakeTable, make_layer, make_spec, make_tables
+
+TINY = TorchNativeTuning(
+    query_block=6, min_run_bytes=1024, gather_bytes=2048, piece_work=30_000, dense_bytes=4096
+)
+
+
+def check(case: Case, tuning: TorchNativeTuning | None = None, atol: float = 2e-6) -> None:
+    backend = TorchNativeAttnBackend(case.spec, tuning)
+    out = case.run(backend)
+    torch.testing.assert_close(out.double(), case.reference(), rtol=0, atol=atol)
+    if len(case.logits_rows):
+        pruned = case.run(backend, pruned=True)
+        rows = torch.tensor(case.logits_rows)
+        torch.testing.assert_close(pruned.double(), case.reference()[rows], rtol=0, atol=atol)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    page_size = draw(st.sampled_from([1, 4, 16]))
+    lengths = draw(
+        st.lists(st.tuples(st.integers(0, 90), st.sampled_from([1, 1, 2, 7, 30])), max_size=5)
+    )
+    run_pages = draw(st.sampled_from([[], [1], [1, 1, 1, 30], [2, 9], [5]]))
+    wide = draw(st.booleans())
+    spec = make_spec(page_size=page_size, v_head_dim=24 if wide else 16)
+    layer = make_layer(
+        spec,
+        group=draw(st.sampled_from([1, 3])),
+        window=draw(st.sampled_from([None, None, 1, 5, 16, 40])),
+        cap=draw(st.sampled_from([0.0, 0.0, 2.0])),
+    )
+    total = sum(extend for _, extend in lengths)
+    rows = sorted(draw(st.sets(st.integers(0, total - 1), max_size=8))) if total else []
+    tables = make_tables(lengths, page_size, run_pages, seed=draw(st.integers(0, 99)))
+    return Case(spec, lengths, tables, layer, seed=draw(st.integers(0, 99)), logits_rows=rows)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases(), tiny=st.booleans())
+def test_equals_dense_attention(case: Case, tiny: bool) -> None:
+    check(case, TINY if tiny else None)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("run_pages", [[], [1], [1, 3, 40]])
+def test_mixed_batch_at_every_page_size(page_size: int, run_pages: list[int]) -> None:
+    lengths = [(300, 1), (0, 130), (64, 64), (999, 1), (511, 70)]
+    spec = make_spec(page_size=page_size)
+    tables = make_tables(lengths, page_size, run_pages)
+    check(Case(spec, lengths, tables, make_layer(spec), logits_rows=[0, 130, 194, 195, 265]))
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("bfloat16", 2e-2), ("float16", 3e-3)])
+@pytest.mark.parametrize("window", [None, 100])
+def test_half_precision(dtype: str, atol: float, window: int | None) -> None:
+    lengths = [(300, 1), (0, 130), (290, 40)]
+    spec = make_spec(page_size=16, dtype=dtype)
+    tables = make_tables(lengths, 16, [2, 7])
+    check(Case(spec, lengths, tables, make_layer(spec, window=window)), atol=atol)
+    check(Case(spec, lengths, tables, make_layer(spec, window=window)), TINY, atol=atol)
+
+
+def test_query_dtype_comes_back_whatever_the_cache_holds() -> None:
+    lengths = [(10, 1), (3, 4)]
+    spec = make_spec(dtype="bfloat16")
+    case = Case(spec, lengths, make_tables(lengths, 4, [1]), make_layer(spec), q_dtype=torch.float)
+    out = case.run(TorchNativeAttnBackend(spec))
+    assert out.dtype is torch.float32
+    torch.testing.assert_close(out.double(), case.reference(), rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize("window", [3, 64, 200, 1500])
+def test_window_over_several_query_blocks_with_real_sizes(window: int) -> None:
+    lengths = [(700, 1300), (2500, 1), (0, 1100)]
+    spec = make_spec(page_size=16, kv_heads=1)
+    tables = make_tables(lengths, 16, [3, 50])
+    check(Case(spec, lengths, tables, make_layer(spec, group=2, window=window)), atol=5e-6)
+
+
+def test_window_group_with_dropped_head_pages() -> None:
+    # The table begins at position 32; a window of 20 seen from position 50 on needs 31.. no more.
+    spec = make_spec(page_size=4)
+    layer = make_layer(spec, window=18)
+    table = FakeTable(np.array([9, 3, 4, 7, 8, 1, 2], np.int32), 32, 4)
+    check(Case(spec, [(50, 8)], [table], layer, logits_rows=[0, 7]), TINY)
+    check(Case(spec, [(57, 1)], [table], layer))
+
+
+def test_layers_use_their_own_group() -> None:
+    groups = (
+        KVGroupSpec(layers=(0,)),
+        KVGroupSpec(layers=(1,), kind=GroupKind.SLIDING, window=8),
+    )
+    spec = make_spec(groups=groups)
+    wrong = FakeTable(np.zeros(30, np.int32), 0, 4)
+    lengths = [(20, 3)]
+    layer = make_layer(spec, window=8, layer_id=1)
+    tables = make_tables(lengths, 4, [1])
+    check(Case(spec, lengths, tables, layer, extra_tables=((wrong,),)))
+
+
+@pytest.mark.parametrize("lengths", [[(333, 1)], [(333, 20)], [(3, 40)]])
+def test_result_does_not_depend_on_the_batch(lengths: list[tuple[int, int]]) -> None:
+    spec = make_spec(page_size=16, dtype="bfloat16")
+    layer = make_layer(spec)
+    table = make_tables(lengths, 16, [2, 5])
+    alone = Case(spec, lengths, table, layer).run(TorchNativeAttnBackend(spec))
+    others = [FakeTable(np.array([40 + i], np.int32), 0, 16) for i in range(3)]
+    mates = [(5, 9), (8, 1), (15, 1)]
+    batch = Case(spec, [*lengths, *mates], [*table, *others], layer)
+    together = batch.run(TorchNativeAttnBackend(spec))
+    assert torch.equal(together[: lengths[0][1]], alone)
+
+
+def test_empty_batch_gives_no_rows() -> None:
+    spec = make_spec()
+    out = Case(spec, [], [], make_layer(spec)).run(TorchNativeAttnBackend(spec))
+    assert out.shape == (0, 6, 16)
+
+
+def test_no_wanted_rows_gives_no_rows() -> None:
+    spec = make_spec()
+    lengths = [(4, 9)]
+    case = Case(spec, lengths, make_tables(lengths, 4, []), make_layer(spec))
+    assert case.run(TorchNativeAttnBackend(spec), pruned=True).shape == (0, 6, 16)
+
+
+def plan_of(case: Case, *, pruned: bool = False, **limits: int) -> object:
+    bounds = {
+        "query_block": 1024,
+        "min_run_tokens": 8,
+        "gather_tokens": 64,
+        "max_keys": 1 << 31,
+        "pair_budget": 1 << 40,
+    }
+    key = PlanKey(0, case.layer.sliding_window, pruned, PieceLimits(**{**bounds, **limits}))
+    return make_layer_plan(case.geometry(), key)
+
+
+def test_plan_of_contiguous_tables_reads_in_place() -> None:
+    spec = make_spec()
+    lengths = [(20, 1), (8, 5)]
+    case = Case(spec, lengths, make_tables(lengths, 4, []), make_layer(spec), logits_rows=[0, 5])
+    plan = plan_of(case)
+    assert plan.singles == (Single(row=0, first_slot=4, num_tokens=21),)
+    assert plan.single_rows.tolist() == [0]
+    (item,) = plan.items
+    assert (item.row, item.num_rows, item.position) == (1, 5, 8)
+    assert [(p.keys, p.visibility) for p in item.pieces] == [
+        (SlotRun(28, 8), Visibility.FULL),
+        (SlotRun(36, 5), Visibility.CAUSAL),
+    ]
+    pruned = plan_of(case, pruned=True)
+    assert pruned.singles == (Single(0, 4, 21), Single(1, 28, 13))
+    assert pruned.items == ()
+
+
+def test_plan_gathers_short_runs_and_keeps_long_ones_in_place() -> None:
+    spec = make_spec()
+    # Two lone pages, a run of three pages, one page, then a last run of two.
+    table = FakeTable(np.array([9, 5, 20, 21, 22, 7, 30, 31], np.int32), 0, 4)
+    case = Case(spec, [(30, 1)], [table], make_layer(spec))
+    (item,) = plan_of(case, min_run_tokens=8).items
+    keys = [piece.keys for piece in item.pieces]
+    assert isinstance(keys[0], PageList)
+    assert (keys[0].pages.tolist(), keys[0].skip, keys[0].num_tokens) == ([9, 5], 0, 8)
+    assert keys[1:] == [SlotRun(80, 12), SlotRun(28, 4), SlotRun(120, 7)]
+    assert [piece.position for piece in item.pieces] == [0, 8, 20, 24]
+
+
+def test_plan_bounds_queries_keys_and_gathers() -> None:
+    spec = make_spec()
+    lengths = [(200, 50)]
+    scattered = make_tables(lengths, 4, [1])
+    case = Case(spec, lengths, scattered, make_layer(spec))
+    plan = plan_of(case, query_block=20, gather_tokens=40, pair_budget=100_000)
+    assert [(i.row, i.num_rows, i.position) for i in plan.items] == [
+        (0, 20, 200),
+        (20, 20, 220),
+        (40, 10, 240),
+    ]
+    for item in plan.items:
+        full = [p for p in item.pieces if p.visibility is Visibility.FULL]
+        assert sum(p.keys.num_tokens for p in full) == item.position
+        assert max(p.keys.num_tokens for p in full) <= 40
+        assert item.pieces[-1].keys.num_tokens == item.num_rows
+    contiguous = Case(spec, lengths, make_tables(lengths, 4, []), make_layer(spec))
+    plan = plan_of(contiguous, pair_budget=50 * 64)
+    assert [p.keys.num_tokens for p in plan.items[0].pieces] == [64, 64, 64, 8, 50]
+
+
+def test_window_plan_reads_only_the_window() -> None:
+    spec = make_spec()
+    lengths = [(1000, 1), (1000, 10)]
+    tables = make_tables(lengths, 4, [])
+    case = Case(spec, lengths, tables, make_layer(spec, window=32))
+    plan = plan_of(case)
+    assert plan.singles == (Single(0, 4 + 1001 - 32, 32),)
+    pieces = plan.items[0].pieces
+    assert [(p.position, p.keys.num_tokens, p.visibility) for p in pieces] == [
+        (969, 9, Visibility.BAND),
+        (978, 22, Visibility.FULL),
+        (1000, 10, Visibility.CAUSAL),
+    ]
+
+
+def test_table_that_misses_positions_is_a_bug() -> None:
+    spec = make_spec()
+    short = FakeTable(np.array([1, 5], np.int32), 0, 4)
+    with pytest.raises(InvariantError, match="outside a block table"):
+        plan_of(Case(spec, [(8, 1)], [short], make_layer(spec)))
+    dropped = FakeTable(np.array([1, 5], np.int32), 4, 4)
+    with pytest.raises(InvariantError, match="outside a block table"):
+        plan_of(Case(spec, [(8, 1)], [dropped], make_layer(spec)))
+
+
+def test_gather_buffer_is_bounded_and_kept() -> None:
+    spec = make_spec()
+    lengths = [(400, 1), (395, 6)]
+    case = Case(spec, lengths, make_tables(lengths, 4, [1]), make_layer(spec))
+    backend = TorchNativeAttnBackend(spec, TINY)
+    case.run(backend)
+    kept = backend._scratch["k"]
+    assert kept.nbytes <= TINY.gather_bytes
+    case.run(backend)
+    assert backend._scratch["k"] is kept
+
+
+def test_registry() -> None:
+    assert get_attention_backend(None, "cpu") is TorchNativeAttnBackend
+    assert get_attention_backend("auto", "cpu") is TorchNativeAttnBackend
+    assert get_attention_backend("torch_native", "cpu").preferred_page_size == 64
+    with pytest.raises(ValueError, match="'flashinfer' is not available on cpu; use torch_native"):
+        get_attention_backend("flashinfer", "cpu")
+    with pytest.raises(ValueError, match="no attention backend for device 'tpu'"):
+        get_attention_backend(None, "tpu")
+
+
+def test_fp8_cache_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot read fp8_e4m3"):
+        TorchNativeAttnBackend(make_spec(dtype="fp8_e4m3"))
