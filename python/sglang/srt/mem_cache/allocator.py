@@ -61,7 +61,7 @@ class PageAllocator:
             return None
         if count == 1:
             return np.array([self._one_page(hint)], np.int32)
-        pieces: list[Int32Array] = []
+        pieces: list[Int32Array] = [np.empty(0, np.int32)] if count == 0 else []
         left = count
         run = self._free_run_at(hint, left)
         if run:

@@ -147,9 +147,11 @@ class MHATokenToKVPool:
 
 
 def _find_pieces(loc: torch.Tensor) -> list[Piece] | None:
+    if len(loc) == 0:
+        return []
     breaks = torch.nonzero(loc[1:] - loc[:-1] != 1).flatten()
     if len(breaks) >= _MAX_COPY_PIECES:
         return None
-    starts = [0, *(int(row) + 1 for row in breaks)] if len(loc) else []
+    starts = [0, *(int(row) + 1 for row in breaks)]
     ends = [*starts[1:], len(loc)]
     return [(row, int(loc[row]), end - row) for row, end in zip(starts, ends, strict=True)]

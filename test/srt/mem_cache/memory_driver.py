@@ -1,0 +1,223 @@
+"""Drives a real KVMemory beside a plain dict model, contents included; for tests only.
+
+Every computed token writes a fingerprint of its whole prefix (namespace, tokens, position) into K
+and V of its slots, in every layer. Reading it back through the block tables then proves that no
+page is shared, freed, moved or overwritten that should not be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.mem_cache.allocation import KVLease, KVMemory, PageNeed
+from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, KVGroupSpec, SegmentId
+from sglang.srt.mem_cache.segment_backing.base import Plane
+from srt.mem_cache.fake_backing import FakeBacking
+
+
+class PoisonedBacking(FakeBacking):
+    """What was unmapped reads NaN, so that a read of memory that is gone can't go unseen."""
+
+    def unmap(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        super().unmap(group, segments)
+        self._fill(group, segments, float("nan"))
+
+    def map(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        super().map(group, segments)
+        self._fill(group, segments, 0.0)
+
+    def _fill(self, group: int, segments: Sequence[SegmentId], value: float) -> None:
+        assert self._spec is not None
+        size = self._layouts[group].slots_per_segment
+        for layer in self._spec.groups[group].layers:
+            for plane in Plane:
+                view = self.view(layer, plane)
+                for segment in segments:
+                    view[segment * size : (segment + 1) * size] = value
+
+
+def tiny_spec(num_groups: int = 1, page_size: int = 4, layers_per_group: int = 1) -> KVCacheSpec:
+    """Heads of width 2 and 1, float32: 12 bytes per token and layer."""
+    groups = tuple(
+        KVGroupSpec(tuple(range(g, num_groups * layers_per_group, num_groups)))
+        for g in range(num_groups)
+    )
+    return KVCacheSpec(groups, 1, 2, 1, "float32", page_size)
+
+
+def make_memory(
+    *,
+    num_groups: int = 1,
+    page_size: int = 4,
+    pages_per_segment: int = 4,
+    budget_segments: int = 6,
+    max_segments: int = 16,
+    max_requests: int = 8,
+    backing: FakeBacking | None = None,
+    **options: object,
+) -> tuple[KVMemory, FakeBacking]:
+    """A memory of tiny segments; the budget holds `budget_segments` of every group."""
+    spec = tiny_spec(num_groups, page_size)
+    backing = backing or FakeBacking()
+    segment_bytes = 12 * page_size * pages_per_segment
+    memory = KVMemory.create(
+        spec,
+        backing,
+        budget_bytes=budget_segments * segment_bytes * num_groups,
+        machine_bytes=(max_segments - 1) * segment_bytes,
+        max_requests=max_requests,
+        slots_per_segment=page_size * pages_per_segment,
+        **options,  # type: ignore[arg-type]
+    )
+    return memory, backing
+
+
+def tokens_of(*ids: int) -> np.ndarray:
+    return np.array(ids, np.int32)
+
+
+def finish_background(memory: KVMemory) -> None:
+    """Let every map and unmap that has begun end and take over its outcome."""
+    for ticket in memory.manager.pending():
+        with contextlib.suppress(InvariantError):  # an unmap that waits for a forward
+            memory.manager.wait(ticket)
+    memory.ladder.settle_finished()
+
+
+@dataclass
+class Request:
+    """The model of one request: its tokens, and how many have been computed."""
+
+    lease: KVLease
+    tokens: list[int]
+    extra_key: str | None
+    num_computed: int
+
+    def array(self) -> np.ndarray:
+        return np.array(self.tokens, np.int32)
+
+
+@dataclass
+class MemoryDriver:
+    """Moves requests and memory together and checks after each move."""
+
+    memory: KVMemory
+    backing: FakeBacking
+    requests: list[Request] = field(default_factory=list)
+    now: float = 0.0
+    num_none: int = 0
+
+    def open(self, tokens: list[int], extra_key: str | None = None) -> Request | None:
+        predicted = self.memory.match_len(np.array(tokens[:-1], np.int32), extra_key)
+        free_rows = self.memory.rows.available_size()
+        array = np.array(tokens, np.int32)
+        lease = self.memory.open(array, extra_key=extra_key, max_prefix=len(tokens) - 1)
+        if lease is None:
+            assert free_rows == 0
+            return None
+        assert free_rows > 0
+        assert lease.num_cached_tokens == lease.num_tokens == predicted
+        request = Request(lease, list(tokens), extra_key, lease.num_tokens)
+        self.requests.append(request)
+        return request
+
+    def extend(self, wants: list[tuple[Request, int]]) -> bool:
+        """Place and compute `count` prompt tokens of each request, all or none."""
+        return self._place([PageNeed(r.lease, n) for r, n in wants], wants, decode=False)
+
+    def decode(self, wants: list[tuple[Request, int]]) -> bool:
+        """Append one sampled token to each request and compute it, all or none."""
+        tokens = [(request, 1) for request, _ in wants]
+        grown = [request for request, _ in wants if request.num_computed == len(request.tokens)]
+        for request, token in wants:
+            if request in grown:
+                request.tokens.append(token)
+        done = self._place([PageNeed(r.lease, 1) for r, _ in wants], tokens, decode=True)
+        if not done:
+            for request in grown:
+                request.tokens.pop()
+        return done
+
+    def cache_prefix(self, request: Request, num_tokens: int) -> None:
+        self.memory.cache_prefix(request.lease, request.array(), num_tokens)
+
+    def close(self, request: Request, *, insert: bool) -> None:
+        tokens = request.array() if insert else None
+        self.memory.close(request.lease, tokens, request.num_computed)
+        self.requests.remove(request)
+
+    def boundary(self, seconds: float, expected: int = 0) -> None:
+        """A step boundary, and the end of the background work that it began."""
+        self.now += seconds
+        self.memory.on_step_boundary(self.now, (expected,) * len(self.memory.allocators))
+        finish_background(self.memory)
+
+    def check(self) -> None:
+        """Audit, and read every request's whole content back."""
+        self.memory.audit()
+        for request in self.requests:
+            assert request.lease.num_tokens == request.num_computed
+            self._check_contents(request)
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    def _place(
+        self, needs: list[PageNeed], wants: list[tuple[Request, int]], *, decode: bool
+    ) -> bool:
+        memory = self.memory
+        wanted = sum(memory.pages_needed(need)[0] for need in needs)
+        headroom = min(memory.headroom_pages())
+        refused = sum(stats.refused_count for stats in memory.manager.stats())
+        alloc = memory.alloc_for_decode if decode else memory.alloc_for_extend
+        placement = alloc(needs)
+        if placement is None:
+            now_refused = sum(stats.refused_count for stats in memory.manager.stats())
+            assert wanted > headroom or now_refused > refused, "pages were to be had"
+            self.num_none += 1
+            return False
+        assert wanted <= headroom
+        row = 0
+        for request, count in wants:
+            locs = [loc[row : row + count] for loc in placement.out_cache_loc]
+            self._write(request, locs, request.num_computed, count)
+            request.num_computed += count
+            row += count
+        assert all(len(loc) == row for loc in placement.out_cache_loc)
+        return True
+
+    def _write(self, request: Request, locs: list[np.ndarray], first: int, count: int) -> None:
+        marks = fingerprints(request)[first : first + count]
+        pool = self.memory.kv_pool
+        for layer in range(self.memory.spec.num_layers):
+            loc = torch.from_numpy(locs[pool.group_of_layer(layer)].copy())
+            k = (marks + layer)[:, None, None].repeat(1, 1, 2)
+            pool.set_kv_buffer(layer, loc, k, (marks - layer)[:, None, None])
+
+    def _check_contents(self, request: Request) -> None:
+        marks = fingerprints(request)[: request.num_computed]
+        pool = self.memory.kv_pool
+        for layer in range(self.memory.spec.num_layers):
+            snapshot = request.lease.tables[pool.group_of_layer(layer)].snapshot()
+            slots = [torch.arange(first, first + count) for first, count in snapshot.runs]
+            index = torch.cat(slots)[: request.num_computed] if slots else torch.empty(0).long()
+            keys = pool.get_key_buffer(layer)[index]
+            values = pool.get_value_buffer(layer)[index]
+            assert torch.equal(keys, (marks + layer)[:, None, None].repeat(1, 1, 2)), request
+            assert torch.equal(values, (marks - layer)[:, None, None]), request
+
+
+def fingerprints(request: Request) -> torch.Tensor:
+    """One exact float per token that depends on the namespace and on every token up to it."""
+    mark = zlib.crc32((request.extra_key or "").encode())
+    marks = []
+    for token in request.tokens:
+        mark = zlib.crc32(token.to_bytes(4, "little"), mark)
+        marks.append(float(mark >> 10))
+    return torch.tensor(marks, dtype=torch.float32)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import random
+
+from sglang.srt.mem_cache.evict_policy import LeafQueue, lfu_key, lru_key
+from sglang.srt.mem_cache.id_array import IdArray
+from sglang.srt.mem_cache.radix_tree import TreeNode
+
+
+def node(node_id: int, tick: int = 0, hits: int = 0) -> TreeNode:
+    made = TreeNode(node_id, None, IdArray(), (IdArray(),), None)
+    made.tick, made.hits = tick, hits
+    return made
+
+
+def test_order_is_that_of_the_key() -> None:
+    nodes = [node(0, tick=5, hits=1), node(1, tick=3, hits=2), node(2, tick=9, hits=1)]
+    by_age, by_use = LeafQueue(lru_key), LeafQueue(lfu_key)
+    for each in nodes:
+        by_age.put(each)
+        by_use.put(each)
+    assert [n.id for n in by_age.coldest(9)] == [1, 0, 2]
+    assert [n.id for n in by_use.coldest(9)] == [0, 2, 1]
+    assert [n.id for n in by_age.coldest(2)] == [1, 0], "looking takes nothing out"
+
+
+def test_a_leaf_that_left_or_moved_is_skipped() -> None:
+    queue = LeafQueue(lru_key)
+    nodes = [node(i, tick=i) for i in range(4)]
+    for each in nodes:
+        queue.put(each)
+    queue.discard(nodes[0])
+    queue.discard(nodes[0])
+    nodes[1].tick = 10
+    queue.put(nodes[1])
+    assert [n.id for n in queue.coldest(9)] == [2, 3, 1]
+    assert len(queue) == 3
+    assert nodes[0] not in queue
+    assert nodes[1] in queue
+
+
+def test_stale_entries_do_not_pile_up() -> None:
+    queue = LeafQueue(lru_key)
+    nodes = [node(i) for i in range(10)]
+    for tick in range(10_000):
+        chosen = nodes[tick % 10]
+        chosen.tick = tick
+        queue.put(chosen)
+    assert len(queue._heap) <= 2 * 10 + 65
+    assert [n.id for n in queue.coldest(10)] == list(range(10))
+
+
+def test_against_sorting() -> None:
+    source = random.Random(7)
+    queue, present = LeafQueue(lfu_key), {}
+    for step in range(3000):
+        node_id = source.randrange(40)
+        if node_id in present and source.random() < 0.4:
+            queue.discard(present.pop(node_id))
+        else:
+            each = present.setdefault(node_id, node(node_id))
+            each.tick, each.hits = step, source.randrange(4)
+            queue.put(each)
+        expected = sorted(present.values(), key=lambda n: (n.hits, n.tick))
+        assert queue.coldest(3) == expected[:3]

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVGroupSpec, make_segment_layouts
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from srt.mem_cache.fake_backing import FakeBacking
+
+
+def make_pool(dtype: str = "float32") -> MHATokenToKVPool:
+    spec = KVCacheSpec((KVGroupSpec((0, 2)), KVGroupSpec((1,))), 2, 4, 3, dtype, 2)
+    backing = FakeBacking()
+    layouts = make_segment_layouts(
+        spec,
+        slots_per_segment=8,
+        auto_segment_bytes=1,
+        auto_min_slots=1,
+        granule_bytes=1,
+        machine_bytes=1 << 13,
+        budget_bytes=1,
+    )
+    backing.reserve(spec, layouts)
+    return MHATokenToKVPool(spec, layouts, backing)
+
+
+def random_kv(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(count, 2, 4), torch.randn(count, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [
+        [9],
+        [8, 9, 10, 11],
+        [20, 21, 8, 9, 10, 30],
+        [8, 12, 9, 20, 16, 30, 28, 26, 24, 22],  # too many pieces: scattered
+        [],
+    ],
+)
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_new_tokens_land_in_their_slots_and_nowhere_else(slots: list[int], layer: int) -> None:
+    pool = make_pool()
+    k, v = random_kv(len(slots))
+    pool.set_kv_buffer(layer, torch.tensor(slots, dtype=torch.int64), k, v)
+    for buffer, new in ((pool.get_key_buffer(layer), k), (pool.get_value_buffer(layer), v)):
+        expected = torch.zeros_like(buffer)
+        for slot, row in zip(slots, new, strict=True):
+            expected[slot] = row
+        assert torch.equal(buffer, expected)
+    for other in {0, 1, 2} - {layer}:
+        assert not pool.get_key_buffer(other).any()
+
+
+def test_ranges_are_found_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool()
+    found = []
+    inner = torch.nonzero
+
+    def counting(mask: torch.Tensor) -> torch.Tensor:
+        found.append(mask)
+        return inner(mask)
+
+    monkeypatch.setattr(torch, "nonzero", counting)
+    loc = torch.tensor([8, 9, 12])
+    for layer in range(3):
+        pool.set_kv_buffer(layer, loc, *random_kv(3))
+    assert len(found) == 1
+    pool.set_kv_buffer(0, torch.tensor([10, 11, 13]), *random_kv(3))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("slots", [[8, 9, 10], list(range(8, 30, 2))])
+def test_values_are_cast_to_the_kv_dtype(dtype: str, slots: list[int]) -> None:
+    pool = make_pool(dtype)
+    k, v = random_kv(len(slots))
+    pool.set_kv_buffer(0, torch.tensor(slots), k, v)
+    keys, values = pool.get_kv_buffer(0)
+    assert torch.equal(keys[slots].float(), k.to(pool.dtype).float())
+    assert torch.equal(values[slots].float(), v.to(pool.dtype).float())
+
+
+def test_sizes_and_groups() -> None:
+    pool = make_pool()
+    slots = [layout.num_slots for layout in pool.layouts]
+    keys, values = pool.get_kv_size_bytes()
+    assert keys == (2 * slots[0] + slots[1]) * 2 * 4 * 4
+    assert values == (2 * slots[0] + slots[1]) * 2 * 3 * 4
+    assert [pool.group_of_layer(layer) for layer in range(3)] == [0, 1, 0]
+    assert repr(pool) == "MHATokenToKVPool(layers=3, dtype=float32)"
+
+
+def test_rows_are_given_lowest_first_and_made_when_taken() -> None:
+    rows = ReqToTokenPool(size=3, num_groups=2, page_size=4)
+    assert [rows.alloc_row() for _ in range(4)] == [1, 2, 3, None]
+    assert rows.available_size() == 0
+    rows.free_row(3)
+    rows.free_row(1)
+    assert rows.alloc_row() == 1
+    assert [table.num_pages for table in rows.tables(1)] == [0, 0]
+    assert rows.rows() == [2, 1]
+    assert repr(rows) == "ReqToTokenPool(rows=2/3)"
+    for action in (rows.free_row, rows.tables):
+        with pytest.raises(InvariantError):
+            action(3)
+
+
+def test_a_huge_row_count_costs_nothing() -> None:
+    rows = ReqToTokenPool(size=10**9, num_groups=1, page_size=1)
+    assert rows.alloc_row() == 1
+    assert len(rows._tables) == 1

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.mem_cache.kv_layout import GroupId, SegmentLayout
+from sglang.srt.mem_cache.page_owner import NO_NODE, PageIndex, PageState
+
+
+def layout(pages_per_segment: int = 4, max_segments: int = 100) -> SegmentLayout:
+    return SegmentLayout(GroupId(0), 2, pages_per_segment, max_segments, 1, 8, 8, 1)
+
+
+def pages(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+@pytest.fixture
+def index() -> PageIndex:
+    index = PageIndex(layout())
+    index.add_segment(1)
+    index.add_segment(3)
+    return index
+
+
+def test_states_and_counts_follow_a_page_through_its_life(index: PageIndex) -> None:
+    index.take(pages(4, 5, 12))
+    assert repr(index) == "PageIndex(group=0, free=5, used=3, cached=0)"
+    index.adopt(pages(4, 12), 7)
+    assert index.node[[4, 5, 12]].tolist() == [7, NO_NODE, 7]
+    index.share(pages(4))
+    assert index.rows[[4, 5, 12]].tolist() == [2, 1, 1]
+    assert index.counts[:, 1].tolist() == [0, 2, 1, 1]
+    assert index.counts[:, 3].tolist() == [0, 3, 0, 1]
+    assert index.drop_row(pages(4, 5, 12)) == 1  # only page 5 was the row's alone
+    assert index.drop_row(pages(4)) == 0
+    index.rename_node(pages(4), 9)
+    index.release(pages(4, 12))
+    assert repr(index) == "PageIndex(group=0, free=8, used=0, cached=0)"
+    assert set(index.node.tolist()) == {NO_NODE}
+
+
+def test_a_listener_hears_changes_per_segment() -> None:
+    heard: list[tuple[int, int, int]] = []
+
+    def listen(segment: int, *, used: int, cached: int) -> None:
+        heard.append((segment, used, cached))
+
+    index = PageIndex(layout(), listen)
+    index.add_segment(1)
+    index.add_segment(2)
+    index.take(pages(4, 5, 8))
+    index.adopt(pages(4), 1)
+    index.drop_row(pages(4, 5, 8))
+    index.release(pages(4))
+    assert heard == [(1, 2, 0), (2, 1, 0), (1, -1, 1), (1, -1, 0), (2, -1, 0), (1, 0, -1)]
+
+
+@pytest.mark.parametrize(
+    ("action", "complaint"),
+    [
+        (lambda i: i.take(pages(5)), "all FREE"),
+        (lambda i: i.take(pages(8)), "all FREE"),  # segment 2 is not mapped
+        (lambda i: i.share(pages(5)), "only cached"),
+        (lambda i: i.drop_row(pages(6)), "no row had"),
+        (lambda i: i.adopt(pages(4), 1), "all USED"),
+        (lambda i: i.release(pages(4)), "still reads"),
+        (lambda i: i.release(pages(5)), "still reads"),
+        (lambda i: i.release(pages(6)), "all CACHED"),
+        (lambda i: i.add_segment(1), "added twice"),
+        (lambda i: i.remove_segment(1), "owners"),
+        (lambda i: i.remove_segment(2), "owners"),
+    ],
+)
+def test_a_wrong_move_raises_and_changes_nothing(index: PageIndex, action, complaint) -> None:
+    index.take(pages(4, 5))
+    index.adopt(pages(4), 3)
+    before = (index.state.tolist(), index.rows.tolist(), index.counts.tolist())
+    with pytest.raises(InvariantError, match=complaint):
+        action(index)
+    assert (index.state.tolist(), index.rows.tolist(), index.counts.tolist()) == before
+
+
+def test_memory_follows_the_highest_segment_that_was_mapped() -> None:
+    index = PageIndex(layout(pages_per_segment=128, max_segments=1_000_000))
+    assert len(index.state) == 0
+    index.add_segment(1)
+    assert len(index.state) <= 8 * 128
+    index.add_segment(50)
+    assert len(index.state) <= 102 * 128
+    assert index.num_segments == 51
+    assert not index.is_mapped(49)
+    assert index.is_mapped(50)
+    index.remove_segment(50)
+    assert not index.is_mapped(50)
+    assert not index.is_free(50 * 128)
+    assert not index.is_free(10**9)
+
+
+def test_segments_emptied_by(index: PageIndex) -> None:
+    index.take(pages(4, 5, 12, 13))
+    index.adopt(pages(4, 5, 12, 13), 1)
+    index.drop_row(pages(4, 5, 12, 13))
+    assert index.segments_emptied_by(pages(4, 5, 12, 13)) == 2
+    assert index.segments_emptied_by(pages(4, 5, 12)) == 1
+    assert index.segments_emptied_by(pages(4, 12)) == 0
+
+
+def test_states_are_in_step_with_the_rows_of_counts() -> None:
+    assert [state.value for state in PageState] == [0, 1, 2, 3]
