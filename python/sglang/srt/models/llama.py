@@ -152,10 +152,13 @@ class LlamaAttention(nn.Module):
         """Normalise each head of x [*, heads * D]; as it is when the family has no such norm."""
         if norm is None:
             return x
-        normed: torch.Tensor = norm(x.reshape(x.shape[0], -1, self.head_dim))
+        num_heads = x.shape[1] // self.head_dim
+        normed: torch.Tensor = norm(x.reshape(-1, num_heads, self.head_dim))
         return normed.flatten(1)
 
     def _rotate(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if len(positions) == 0:  # a step in which no prompt ends wants no query at all
+            return x
         # q and k stand at different positions here, but the module turns two tensors at the
         # same: its second gets one head, and that result is dropped.
         rotated: torch.Tensor = self.rotary_emb(positions, x, x[:, : self.head_dim])[0]
