@@ -13,6 +13,7 @@ from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateRequest, IdArray
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+_EMPTY_PROMPT = "The prompt is empty: it must have at least one token."
 MAX_TOP_LOGPROBS = 1024
 MAX_PICKED_LOGPROBS = 4096
 
@@ -21,6 +22,8 @@ def check_fields(request: GenerateRequest, *, vocab_size: int, has_tokenizer: bo
     """Check everything that needs no token ids."""
     if (request.text is None) == (request.input_ids is None):
         raise RequestError("Exactly one of text and input_ids must be given.")
+    if request.text == "":
+        raise RequestError(_EMPTY_PROMPT)
     if not has_tokenizer:
         if request.text is not None:
             raise RequestError(
@@ -63,7 +66,7 @@ def _check_logprob_fields(request: GenerateRequest, vocab_size: int) -> None:
 def check_ids(input_ids: IdArray, vocab_size: int) -> None:
     """Check that a prompt has tokens and that the model has an embedding for each."""
     if input_ids.ndim != 1 or len(input_ids) == 0:
-        raise RequestError("The prompt is empty: it must have at least one token.")
+        raise RequestError(_EMPTY_PROMPT)
     bad = np.flatnonzero((input_ids < 0) | (input_ids >= vocab_size))
     if len(bad):
         at = int(bad[0])

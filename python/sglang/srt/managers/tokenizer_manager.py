@@ -189,7 +189,7 @@ class TokenizerManager:
         try:
             message = await self._prepare(request, state)
             if state.abort_message is not None:
-                yield state.aborted_delta(len(message.input_ids))
+                yield state.aborted_delta(message.input_ids.nbytes // 4)
                 return
             self._check_alive()
             self._sender.send(message)

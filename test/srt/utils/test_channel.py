@@ -1,0 +1,139 @@
+"""Typed pipes over real sockets."""
+
+import asyncio
+import gc
+import os
+import stat
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import zmq
+
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    BatchStrOut,
+    ControlReply,
+    Heartbeat,
+    IpcNames,
+    StopStringHit,
+    TokenizedGenerateReqInput,
+    ToScheduler,
+    ToTokenizer,
+)
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.channel import AsyncReceiver, IpcDirectory, Receiver, Sender
+
+WAIT_MS = 30_000
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    with IpcDirectory() as directory:
+        yield IpcNames.in_directory(directory.path).scheduler
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[Any]]:
+    made: zmq.Context[Any] = zmq.Context()
+    yield made
+    made.destroy(linger=0)
+
+
+def test_the_directory_is_private_and_goes_away() -> None:
+    with IpcDirectory() as directory:
+        assert stat.S_IMODE(os.stat(directory.path).st_mode) == 0o700
+        names = IpcNames.in_directory(directory.path)
+        assert names.tokenizer == f"ipc://{directory.path}/tokenizer"
+        assert len({names.tokenizer, names.scheduler, names.detokenizer}) == 3
+    assert not os.path.exists(directory.path)
+    directory.remove()
+
+
+def test_a_directory_with_too_long_a_path_is_refused(tmp_path: Any) -> None:
+    deep = tmp_path / ("x" * 90)
+    deep.mkdir()
+    with pytest.raises(ValueError, match="TMPDIR"):
+        IpcDirectory(str(deep))
+    assert list(deep.iterdir()) == []
+
+
+def test_messages_arrive_in_order_and_typed(context: zmq.Context[Any], endpoint: str) -> None:
+    sender = Sender[ToScheduler](context, endpoint)
+    sender.send(StopStringHit("early"))  # before the other side is there
+    receiver = Receiver[ToScheduler](context, endpoint, ToScheduler)
+    assert receiver.receive(WAIT_MS) == StopStringHit("early")
+    for number in range(5000):
+        sender.send(AbortReq(str(number)))
+    got = [receiver.receive(WAIT_MS) for _ in range(5000)]
+    assert got == [AbortReq(str(number)) for number in range(5000)]
+    assert receiver.receive(0) is None
+    assert receiver.drain() == []
+    sender.close()
+    sender.close()
+    receiver.close()
+
+
+def test_drain_takes_everything_that_is_there(context: zmq.Context[Any], endpoint: str) -> None:
+    receiver = Receiver[ToScheduler](context, endpoint, ToScheduler)
+    sender = Sender[ToScheduler](context, endpoint)
+    for number in range(100):
+        sender.send(AbortReq(str(number)))
+    got = [receiver.receive(WAIT_MS)]
+    while len(got) < 100:
+        got += receiver.drain()
+    assert got == [AbortReq(str(number)) for number in range(100)]
+    sender.close()
+    receiver.close()
+
+
+def test_token_ids_arrive_without_a_copy(context: zmq.Context[Any], endpoint: str) -> None:
+    ids = np.arange(100_000, dtype=np.int32)
+    receiver = Receiver[ToScheduler](context, endpoint, ToScheduler)
+    sender = Sender[ToScheduler](context, endpoint)
+    sender.send(
+        TokenizedGenerateReqInput(
+            "r", ids.data.cast("B"), SamplingParams(stop=("x",)), logprob_start_len=3
+        )
+    )
+    request = receiver.receive(WAIT_MS)
+    assert isinstance(request, TokenizedGenerateReqInput)
+    assert isinstance(request.input_ids, memoryview)
+    view = request.input_ids
+    assert isinstance(view.obj, bytes)
+    assert len(view.obj) > view.nbytes  # a window on the whole message
+    assert request.sampling_params == SamplingParams(stop=("x",))
+    del request
+    gc.collect()
+    assert np.array_equal(np.frombuffer(view, dtype=np.int32), ids)
+    sender.close()
+    receiver.close()
+
+
+def test_what_is_no_message_is_an_error(context: zmq.Context[Any], endpoint: str) -> None:
+    receiver = Receiver[ToScheduler](context, endpoint, ToScheduler)
+    sender = Sender[Any](context, endpoint)
+    sender.send({"type": "martian"})
+    with pytest.raises(msgspec.DecodeError):
+        receiver.receive(WAIT_MS)
+    sender.close()
+    receiver.close()
+
+
+async def test_a_loop_receives(context: zmq.Context[Any], endpoint: str) -> None:
+    receiver = AsyncReceiver[ToTokenizer](context, endpoint, ToTokenizer)
+    sender = Sender[ToTokenizer](context, endpoint)
+    first = asyncio.create_task(receiver.receive())
+    messages: list[ToTokenizer] = [
+        Heartbeat(1, True, 2, 3, 4),
+        BatchStrOut([]),
+        ControlReply(7, True, data={"a": [1, "b"]}),
+    ]
+    for message in messages:
+        sender.send(message)
+    async with asyncio.timeout(WAIT_MS / 1000):
+        assert [await first, await receiver.receive(), await receiver.receive()] == messages
+    sender.close()
+    receiver.close()
