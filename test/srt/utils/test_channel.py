@@ -91,20 +91,17 @@ def test_drain_takes_everything_that_is_there(context: zmq.Context[Any], endpoin
 
 def test_token_ids_arrive_without_a_copy(context: zmq.Context[Any], endpoint: str) -> None:
     ids = np.arange(100_000, dtype=np.int32)
+    params = SamplingParams(stop=("x",), logit_bias={7: -1.5}, sampling_seed=-(1 << 62))
     receiver = Receiver[ToScheduler](context, endpoint, ToScheduler)
     sender = Sender[ToScheduler](context, endpoint)
-    sender.send(
-        TokenizedGenerateReqInput(
-            "r", ids.data.cast("B"), SamplingParams(stop=("x",)), logprob_start_len=3
-        )
-    )
+    sender.send(TokenizedGenerateReqInput("r", ids.data.cast("B"), params, logprob_start_len=3))
     request = receiver.receive(WAIT_MS)
     assert isinstance(request, TokenizedGenerateReqInput)
     assert isinstance(request.input_ids, memoryview)
     view = request.input_ids
     assert isinstance(view.obj, bytes)
     assert len(view.obj) > view.nbytes  # a window on the whole message
-    assert request.sampling_params == SamplingParams(stop=("x",))
+    assert request.sampling_params == params
     del request
     gc.collect()
     assert np.array_equal(np.frombuffer(view, dtype=np.int32), ids)

@@ -12,10 +12,12 @@ import numpy as np
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateRequest, IdArray
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.tokenizer.tokenizer import is_unicode
 
 _EMPTY_PROMPT = "The prompt is empty: it must have at least one token."
 MAX_TOP_LOGPROBS = 1024
 MAX_PICKED_LOGPROBS = 4096
+MAX_PRIORITY = 1 << 31
 
 
 def check_fields(request: GenerateRequest, *, vocab_size: int, has_tokenizer: bool) -> None:
@@ -24,6 +26,7 @@ def check_fields(request: GenerateRequest, *, vocab_size: int, has_tokenizer: bo
         raise RequestError("Exactly one of text and input_ids must be given.")
     if request.text == "":
         raise RequestError(_EMPTY_PROMPT)
+    _check_wire_fields(request)
     if not has_tokenizer:
         if request.text is not None:
             raise RequestError(
@@ -37,6 +40,19 @@ def check_fields(request: GenerateRequest, *, vocab_size: int, has_tokenizer: bo
     request.sampling_params.verify(vocab_size)
     if request.return_logprob:
         _check_logprob_fields(request, vocab_size)
+
+
+def _check_wire_fields(request: GenerateRequest) -> None:
+    """Check what could not be sent to another process: text that is not Unicode, huge numbers."""
+    fields = [("rid", request.rid), ("extra_key", request.extra_key)]
+    fields += [("stop", stop) for stop in request.sampling_params.stop]
+    for name, value in fields:
+        if value is not None and not is_unicode(value):
+            raise RequestError(f"{name} is not valid Unicode.")
+    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+        raise RequestError(
+            f"priority must be in [{-MAX_PRIORITY}, {MAX_PRIORITY}], got {request.priority}."
+        )
 
 
 def _check_logprob_fields(request: GenerateRequest, vocab_size: int) -> None:

@@ -8,6 +8,7 @@ Engine) are its only callers. It never touches memory, models or sockets of clie
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -117,7 +118,8 @@ class TokenizerManager:
 
         Safe to call from any thread.
         """
-        self._loop.call_soon_threadsafe(self._fail_all, reason)
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and everyone with it
+            self._loop.call_soon_threadsafe(self._fail_all, reason)
 
     async def wait_failed(self) -> str:
         """Wait until the server can serve no more (a process died, `stop`); gives the reason."""
@@ -275,11 +277,13 @@ class TokenizerManager:
         """End the requests whose id starts with `rid` (as SGLang does), or all of them.
 
         Their streams end with an abort as finish reason. An unknown id is no error; an empty one
-        matches nothing.
+        matches nothing. Does nothing once the server has failed.
         """
+        if self.pulse.failure is not None:
+            return
         message = "Request aborted by the client"
         for state in self._states.values():
-            if not (abort_all or (rid and state.rid.startswith(rid))):
+            if state.finished or not (abort_all or (rid and state.rid.startswith(rid))):
                 continue
             if not state.sent:
                 state.abort_message = message

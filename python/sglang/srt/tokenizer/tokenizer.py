@@ -64,11 +64,8 @@ class Tokenizer:
         `add_special_tokens` adds BOS and EOS as the model's files say. Releases the interpreter
         lock meanwhile. Raises RequestError (400) for text that is not Unicode (lone surrogates).
         """
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise RequestError("The text is not valid Unicode.") from None
+        if not is_unicode(text):
+            raise RequestError("The text is not valid Unicode.")
         if self._backend is None:
             ids = self.hf.encode(text, add_special_tokens=add_special_tokens)
         else:
@@ -158,3 +155,14 @@ class Tokenizer:
                 "choose one with --chat-template."
             )
         return templates["default"]
+
+
+def is_unicode(text: str) -> bool:
+    """False for text with lone surrogates, which JSON can carry and UTF-8 cannot."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
