@@ -76,7 +76,7 @@ class RotaryEmbedding(nn.Module):
         return points * _dynamic_frequencies(points + 1, self.head_dim, self.rope)
 
     def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        heads = x.unflatten(-1, (-1, self.head_dim))
+        heads = x.view(x.shape[0], x.shape[-1] // self.head_dim, self.head_dim)
         swapped = heads.roll(self.head_dim // 2, -1)
         # The products are float32 whatever x is: one rounding instead of three.
         return torch.addcmul(heads * cos, swapped, sin).to(self._dtype).view(x.shape)

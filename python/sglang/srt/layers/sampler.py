@@ -1,0 +1,211 @@
+"""Chooses the next token of every row: penalties, bias, temperature, filters, one random number.
+
+The worker tells it when a request takes or leaves a KV row and calls `sample` once a step. What a
+row gets depends on its own logits, parameters, seed and position only, never on its batch.
+
+Order of work on a row: repetition, frequency and presence penalty, logit_bias, stop tokens hidden
+while min_new_tokens is not reached, then argmax (greedy), or temperature, softmax and filters.
+The filters look at the same distribution and all must agree: the `top_k` most likely tokens; the
+most likely tokens up to the one that brings their sum to `top_p`; tokens of at least `min_p` times
+the highest probability. The most likely token always passes. Equal tokens rank by id.
+
+Legend: B rows to sample, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.layers.logprobs import pack_logprobs, reduce_logits, stable_topk
+from sglang.srt.layers.sampling_row import SamplingRow
+from sglang.srt.managers.io_struct import LogprobArrays
+from sglang.srt.model_executor.forward_batch_info import LogprobSpec
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+_MASK64 = (1 << 64) - 1
+_FIRST_CANDIDATES = 256
+_BLOCK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOutput:
+    """`token_ids` int64 [B] and, per row, log probabilities of the one sampled token or None.
+
+    `invalid_rows` are the indices of rows whose logits had NaN or no finite maximum: their token
+    is the best of the usable logits (NaN counts as impossible; with none usable, all are equal).
+    """
+
+    token_ids: torch.Tensor
+    logprobs: list[LogprobArrays | None]
+    invalid_rows: tuple[int, ...]
+
+
+class Sampler:
+    """Keeps a `SamplingRow` per admitted KV row; used from one thread."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, SamplingRow] = {}
+
+    def admit(
+        self,
+        row: int,
+        params: SamplingParams,
+        seed: int,
+        prompt_ids: npt.NDArray[np.integer],
+        output_ids: npt.NDArray[np.integer],
+    ) -> None:
+        """A request takes `row`; `output_ids` are those generated before a retraction."""
+        self._rows[row] = SamplingRow(params, seed, prompt_ids, output_ids)
+
+    def drop(self, row: int) -> None:
+        """The request of `row` left; a row that was never admitted is no mistake."""
+        self._rows.pop(row, None)
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        suppress_stop: Sequence[bool],
+        logprob_specs: Sequence[LogprobSpec | None],
+    ) -> SampleOutput:
+        """Choose a token per row of `logits` float32 [B, V], which is overwritten.
+
+        `positions` are the sampled tokens' absolute positions, `suppress_stop` tells where
+        min_new_tokens is not reached. Log probabilities are of the logits after penalties, bias
+        and temperature (1 when greedy), before filters. Side effect: the rows count their tokens.
+        Raises InvariantError for a row that nobody admitted.
+        """
+        states = [self._state(row) for row in rows]
+        for i, state in enumerate(states):
+            if state.edits_logits:
+                state.edit(logits[i])
+            if suppress_stop[i]:
+                state.hide_stop_tokens(logits[i])
+        if not states:
+            return SampleOutput(torch.empty(0, dtype=torch.int64), [], ())
+        invalid = _clean(logits)
+        best, tokens = logits.max(-1)
+        logits -= best.unsqueeze(-1)
+        self._choose(logits, tokens, states, positions)
+        logprobs = [
+            _output_logprobs(logits[i : i + 1], tokens[i : i + 1], spec)
+            for i, spec in enumerate(logprob_specs)
+        ]
+        for state, token in zip(states, tokens.tolist(), strict=True):
+            state.add(token)
+        return SampleOutput(tokens, logprobs, invalid)
+
+    def _state(self, row: int) -> SamplingRow:
+        state = self._rows.get(row)
+        if state is None:
+            raise InvariantError(f"row {row} is sampled but was never admitted")
+        return state
+
+    def _choose(
+        self,
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        states: Sequence[SamplingRow],
+        positions: Sequence[int],
+    ) -> None:
+        """Overwrite the random rows of `tokens`; divides their `logits` by the temperature."""
+        random_rows = [i for i, state in enumerate(states) if not state.params.greedy]
+        step = max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
+        for start in range(0, len(random_rows), step):
+            block = random_rows[start : start + step]
+            heat = torch.tensor([states[i].params.temperature for i in block])
+            scaled = logits[block] / heat.unsqueeze(-1)
+            logits[block] = scaled
+            # A kernel per row: a row's probabilities do not depend on the other rows.
+            probs = scaled.softmax(-1)
+            for i, p in zip(block, probs, strict=True):
+                tokens[i] = choose_token(p, states[i].params, uniform(states[i].seed, positions[i]))
+
+
+def choose_token(probs: torch.Tensor, params: SamplingParams, u: float) -> int:
+    """The token that u in [0, 1) picks from float32 `probs` [V] after the filters."""
+    filtered = params.top_p < 1.0 or 0 < params.top_k < len(probs)
+    if filtered:
+        ids, weights = _most_likely(probs, params.top_k, params.top_p)
+    else:
+        ids, weights = None, probs.numpy()
+    if params.min_p > 0.0:
+        # In float32, so that p equal to min_p * max passes as it does in the definition.
+        weights = np.where(weights >= np.float32(params.min_p) * weights.max(), weights, 0.0)
+    bounds = np.cumsum(weights, dtype=np.float64)
+    # Strictly below the last bound even after rounding; a weight of 0 spans nothing.
+    target = min(u * bounds[-1], np.nextafter(bounds[-1], 0.0))
+    place = int(np.searchsorted(bounds, target, side="right"))
+    return place if ids is None else int(ids[place])
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits, a pure function of (seed, position).
+
+    Element number `position` of the SplitMix64 sequence that starts at the mixed seed (Steele,
+    Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014; constants of S.
+    Vigna's public-domain version). Any 64-bit seed, negative ones by two's complement.
+    """
+    golden = 0x9E3779B97F4A7C15
+    start = _mix64((seed + golden) & _MASK64)
+    return (_mix64((start + (position + 1) * golden) & _MASK64) >> 11) * 2.0**-53
+
+
+def _mix64(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)
+
+
+def _most_likely(
+    probs: torch.Tensor, top_k: int, top_p: float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Ids and probabilities that pass top_k and top_p, most likely first.
+
+    Selects a few candidates and takes more until they reach the mass, instead of sorting all.
+    """
+    limit = min(top_k, len(probs)) if top_k > 0 else len(probs)
+    count = min(limit, _FIRST_CANDIDATES if top_p < 1.0 else limit)
+    while True:
+        values, ids = stable_topk(probs.unsqueeze(0), count)
+        weights = values[0].numpy()
+        reached = np.cumsum(weights, dtype=np.float64)
+        # A token passes when those before it have not reached the mass; the first always does.
+        # Without top_p all pass, also where rounding brings the sum to 1 too early.
+        passing = 1 + int(np.searchsorted(reached, top_p)) if top_p < 1.0 else count
+        if passing <= count or count == limit:
+            passing = min(passing, count)
+            return ids[0, :passing].numpy(), weights[:passing]
+        count = min(limit, 8 * count)
+
+
+def _clean(logits: torch.Tensor) -> tuple[int, ...]:
+    """Make every row's maximum finite, in place; the indices of the rows that needed it."""
+    best = logits.amax(-1)
+    invalid = (~torch.isfinite(best)).nonzero().flatten().tolist()
+    for i in invalid:
+        row = logits[i]
+        largest = torch.finfo(row.dtype).max
+        row.nan_to_num_(nan=-math.inf, posinf=largest, neginf=-math.inf)
+        if not torch.isfinite(row.amax()):
+            row.zero_()
+    return tuple(invalid)
+
+
+def _output_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, spec: LogprobSpec | None
+) -> LogprobArrays | None:
+    """Log probabilities of one sampled row [1, V] and its token [1]."""
+    if spec is None or not spec.output:
+        return None
+    picked = torch.from_numpy(spec.picked_ids.astype(np.int64))
+    block = reduce_logits(logits, tokens, spec.top_num, picked)
+    return pack_logprobs(tokens.numpy().astype(np.int32), [block], spec.picked_ids)
