@@ -100,8 +100,18 @@ class Request:
     extra_key: str | None
     num_computed: int
 
+    _marks: list[int] = field(default_factory=list)
+
     def array(self) -> np.ndarray:
         return np.array(self.tokens, np.int32)
+
+    def fingerprints(self) -> torch.Tensor:
+        """One exact float per computed token, of the namespace and of every token up to it."""
+        marks = self._marks
+        for token in self.tokens[len(marks) : self.num_computed]:
+            before = marks[-1] if marks else zlib.crc32((self.extra_key or "").encode())
+            marks.append(zlib.crc32(token.to_bytes(4, "little"), before))
+        return torch.tensor([float(mark >> 10) for mark in marks], dtype=torch.float32)
 
 
 @dataclass
@@ -186,14 +196,14 @@ class MemoryDriver:
         row = 0
         for request, count in wants:
             locs = [loc[row : row + count] for loc in placement.out_cache_loc]
-            self._write(request, locs, request.num_computed, count)
             request.num_computed += count
+            self._write(request, locs, count)
             row += count
         assert all(len(loc) == row for loc in placement.out_cache_loc)
         return True
 
-    def _write(self, request: Request, locs: list[np.ndarray], first: int, count: int) -> None:
-        marks = fingerprints(request)[first : first + count]
+    def _write(self, request: Request, locs: list[np.ndarray], count: int) -> None:
+        marks = request.fingerprints()[request.num_computed - count :]
         pool = self.memory.kv_pool
         for layer in range(self.memory.spec.num_layers):
             loc = torch.from_numpy(locs[pool.group_of_layer(layer)].copy())
@@ -201,7 +211,7 @@ class MemoryDriver:
             pool.set_kv_buffer(layer, loc, k, (marks - layer)[:, None, None])
 
     def _check_contents(self, request: Request) -> None:
-        marks = fingerprints(request)[: request.num_computed]
+        marks = request.fingerprints()
         pool = self.memory.kv_pool
         for layer in range(self.memory.spec.num_layers):
             snapshot = request.lease.tables[pool.group_of_layer(layer)].snapshot()
@@ -211,13 +221,3 @@ class MemoryDriver:
             values = pool.get_value_buffer(layer)[index]
             assert torch.equal(keys, (marks + layer)[:, None, None].repeat(1, 1, 2)), request
             assert torch.equal(values, (marks - layer)[:, None, None]), request
-
-
-def fingerprints(request: Request) -> torch.Tensor:
-    """One exact float per token that depends on the namespace and on every token up to it."""
-    mark = zlib.crc32((request.extra_key or "").encode())
-    marks = []
-    for token in request.tokens:
-        mark = zlib.crc32(token.to_bytes(4, "little"), mark)
-        marks.append(float(mark >> 10))
-    return torch.tensor(marks, dtype=torch.float32)

@@ -284,7 +284,7 @@ class KVMemory:
         if self._max_cached_pages is not None:
             self.cache.evict(max(0, self.cache.num_evictable_pages - self._max_cached_pages))
         self._growth = self.ladder.look_ahead(pages_expected)
-        self.ladder.shrink(now)
+        self.ladder.shrink(now, pages_expected)
 
     def note_launched(self, epoch: int) -> None:
         """Forward `epoch` was launched: what is freed from now on is unmapped only after it."""

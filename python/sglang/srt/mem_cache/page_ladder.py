@@ -8,6 +8,7 @@ come and go. See docs/kv_segments.md, Note [The ladder].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sglang.srt.mem_cache.allocator import PageAllocator
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
@@ -139,10 +140,17 @@ class PageLadder:
         plan = plan or self._manager.plan_reserve()
         return self._begin(plan) if plan is not None else None
 
-    def shrink(self, now: float) -> Ticket | None:
-        """Begin to unmap segments that are empty and idle."""
+    def shrink(self, now: float, expected: Sequence[int]) -> Ticket | None:
+        """Begin to unmap segments that are empty and idle, but none that `expected` pages need."""
         plan = self._manager.plan_shrink(now)
-        return self._begin(plan) if plan is not None else None
+        if plan is None:
+            return None
+        unmap = []
+        for g, (allocator, segments) in enumerate(zip(self._allocators, plan.unmap, strict=True)):
+            per_segment = allocator.layout.pages_per_segment
+            spare = allocator.num_free - (expected[g] if expected else 0)
+            unmap.append(segments[: max(0, spare // per_segment)])
+        return self._begin(replace(plan, unmap=tuple(unmap))) if any(unmap) else None
 
     def _begin(self, plan: GrowthPlan) -> Ticket:
         for allocator, segments in zip(self._allocators, plan.unmap, strict=True):
