@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -196,6 +196,34 @@ def test_the_number_of_kernel_mappings_does_not_grow() -> None:
         assert num_mappings(backing) == before
 
 
+def test_planes_stand_between_guards_and_carry_their_advice() -> None:
+    """Flags as in proc(5): nh no huge pages, dc not in children, dd not in core dumps."""
+    layouts = layouts_of(SMALL)
+    with reserved(SMALL, layouts) as backing:
+        low, high = backing._address, backing._address + backing._length
+        seen: list[tuple[str, set[str]]] = []
+        inside, access = False, ""
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            words = line.split()
+            if words[0] == "VmFlags:" and inside:
+                seen.append((access, set(words[1:])))
+            elif not words[0].endswith(":"):
+                start, end = (int(part, 16) for part in words[0].split("-"))
+                inside, access = low <= start and end <= high, words[1]
+    accesses = [access for access, _ in seen]
+    # the outermost guards may have been joined with a neighbour's
+    assert "".join(accesses).strip("-p") == "---p".join(["rw-p"] * 4).strip("-p")
+        first, last = backing._planes[0], backing._planes[-1]
+        assert low + PAGE <= first.address
+        assert last.address + last.length + PAGE <= high
+    wanted = {"dc", "dd"}
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+        wanted.add("nh")
+    advice = [flags for access, flags in seen if access == "rw-p"]
+    assert len(advice) == 4
+    assert all(wanted <= flags for flags in advice)
+
+
 def test_reserving_two_tebibytes_is_cheap_and_holds_nothing() -> None:
     spec = KVCacheSpec((KVGroupSpec((0, 1)),), 8, 128, 128, "bfloat16", 64)
     layouts = layouts_of(spec, slots=8192, machine_bytes=2 << 40)
@@ -265,7 +293,10 @@ def test_other_threads_run_while_memory_is_mapped() -> None:
 
     thread = threading.Thread(target=count)
     interval = sys.getswitchinterval()
-    with reserved(spec, layouts) as backing:
+    # reading the headroom from files would release the lock, too
+    backing = MmapBacking(available_bytes=lambda: 1 << 50)
+    backing.reserve(spec, layouts)
+    with closing(backing):
         thread.start()
         try:
             assert started.wait(60)

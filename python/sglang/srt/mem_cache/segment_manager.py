@@ -355,8 +355,11 @@ class SegmentManager:
         return self._budget_bytes - sum(table.committed_bytes for table in self._tables)
 
     def _revivable(self, group: GroupId) -> tuple[SegmentId, ...]:
-        """DRAINING segments whose unmap has not begun and makes room for nothing; ascending."""
-        waiting = (job for job in self._jobs.values() if job.future is None and not any(job.map))
+        """DRAINING segments whose unmap has not begun, ascending.
+
+        No map waits for one of them: a plan takes only segments that nothing reads any more.
+        """
+        waiting = (job for job in self._jobs.values() if job.future is None)
         return tuple(sorted(segment for job in waiting for segment in job.unmap[group]))
 
     def _empty_of_others(self, wanted: Sequence[int], missing: int) -> SegmentIdsByGroup | None:
