@@ -345,7 +345,7 @@ def test_no_page_is_lost_in_thousands_of_random_moves() -> None:
     source = random.Random(2024)
     driver = MemoryDriver(memory, FakeBacking())
     idle = memory.manager.backing.resident_bytes()
-    for number in range(400):
+    for number in range(250):
         _random_life(driver, source)
         if number % 20 == 0:
             driver.check()
@@ -379,7 +379,7 @@ def _random_life(driver: MemoryDriver, source: random.Random) -> None:
                 driver.cache_prefix(request, request.num_computed)
             elif chance < 0.5:
                 driver.close(request, insert=True)
-        elif chance < 0.2:
-            driver.close(request, insert=chance < 0.15)
+        elif chance < 0.05:
+            driver.close(request, insert=chance < 0.04)
         else:
             driver.decode([(request, source.randrange(3))])
