@@ -210,12 +210,12 @@ def test_planes_stand_between_guards_and_carry_their_advice() -> None:
             elif not words[0].endswith(":"):
                 start, end = (int(part, 16) for part in words[0].split("-"))
                 inside, access = low <= start and end <= high, words[1]
-    accesses = [access for access, _ in seen]
-    # the outermost guards may have been joined with a neighbour's
-    assert "".join(accesses).strip("-p") == "---p".join(["rw-p"] * 4).strip("-p")
         first, last = backing._planes[0], backing._planes[-1]
         assert low + PAGE <= first.address
         assert last.address + last.length + PAGE <= high
+    accesses = [access for access, _ in seen]
+    # the outermost guards may have been joined with a neighbour's
+    assert "".join(accesses).strip("-p") == "---p".join(["rw-p"] * 4).strip("-p")
     wanted = {"dc", "dd"}
     if Path("/sys/kernel/mm/transparent_hugepage").exists():
         wanted.add("nh")
