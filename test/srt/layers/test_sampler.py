@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang.srt.errors import InvariantError
-from sglang.srt.layers.sampler import Sampler, choose_token, uniform
+from sglang.srt.layers.sampler import Sampler, _mix64, choose_token, uniform
 from sglang.srt.managers.io_struct import LogprobArrays
 from sglang.srt.model_executor.forward_batch_info import LogprobSpec
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -88,10 +88,7 @@ def test_greedy_tie_in_a_large_vocabulary_and_batch() -> None:
 
 
 def test_splitmix64_sequence_is_the_published_one() -> None:
-    # First outputs of SplitMix64 seeded with 1234567, from the published test vector; our stream
-    # starts at the mixed seed, so undo nothing: feed the raw state through the same finaliser.
-    from sglang.srt.layers.sampler import _mix64
-
+    # The first numbers of SplitMix64 from the state 1234567: a widely published test vector.
     golden, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
     outs = [_mix64((1234567 + (i + 1) * golden) & mask) for i in range(3)]
     assert outs == [6457827717110365317, 3203168211198807973, 9817491932198370423]

@@ -89,7 +89,7 @@ def test_value_width_may_differ_and_dense_band_matches() -> None:
     assert (out[:, blind] == 0).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(cuts=st.lists(st.integers(1, 59), max_size=8), data=st.randoms(use_true_random=False))
 def test_any_cut_in_any_order_merges_to_the_whole(cuts: list[int], data: object) -> None:
     q, k, v = tensors(3, 60)

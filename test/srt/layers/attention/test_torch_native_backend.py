@@ -60,7 +60,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(spec, lengths, tables, layer, seed=draw(st.integers(0, 99)), logits_rows=rows)
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases(), tiny=st.booleans())
 def test_equals_dense_attention(case: Case, tiny: bool) -> None:
     check(case, TINY if tiny else None)
