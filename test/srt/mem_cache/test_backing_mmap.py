@@ -212,6 +212,8 @@ def test_planes_stand_between_guards_and_carry_their_advice() -> None:
                 inside, access = low <= start and end <= high, words[1]
         first, last = backing._planes[0], backing._planes[-1]
         assert low + PAGE <= first.address
+        # wherever the system puts the range, not only where its alignment leaves space
+        assert backing._place(SMALL, layouts)[0][0].address == PAGE
         assert last.address + last.length + PAGE <= high
     accesses = [access for access, _ in seen]
     # the outermost guards may have been joined with a neighbour's

@@ -400,10 +400,8 @@ class SegmentManager:
             for segment in segments:
                 if table.segments[segment].last_use_epoch > self._completed_epoch:
                     return
-        unmap = tuple(job.unmap)
-        job.future = self._executor.submit(
-            run_job, self.backing, self.layouts, job.map, unmap, self._timer
-        )
+        args = (self.backing, self.layouts, job.map, tuple(job.unmap), self._timer)
+        job.future = self._executor.submit(run_job, *args)
 
     def _settle(self, job: Job, result: JobResult) -> TicketOutcome:
         """Flip the states to what really happened and free the job."""
