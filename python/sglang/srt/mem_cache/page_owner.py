@@ -156,11 +156,19 @@ class PageIndex:
 
     def segments_emptied_by(self, pages: Int32Array) -> int:
         """Segments that would be all free if `pages` (all owned) became free; changes nothing."""
-        segments, owned = np.unique(pages // self.layout.pages_per_segment, return_counts=True)
+        segments, owned = self._count_by_segment(pages)
         held = self.counts[PageState.USED, segments] + self.counts[PageState.CACHED, segments]
         return int((held == owned).sum())
 
     # ---- inside ---------------------------------------------------------------------------
+
+    def _count_by_segment(self, pages: Int32Array) -> tuple[Int64Array, Int64Array]:
+        """Segments that `pages` lie in, ascending, and how many of them in each."""
+        segments = pages // self.layout.pages_per_segment
+        lowest = int(segments.min())
+        counts = np.bincount(segments - lowest)  # no sort, as np.unique would
+        ids = np.flatnonzero(counts)
+        return ids + lowest, counts[ids]
 
     def _move(self, pages: Int32Array, old: PageState, new: PageState) -> None:
         if len(pages) == 0:
@@ -173,7 +181,7 @@ class PageIndex:
             self.counts[old, segments[0]] -= 1
             self.counts[new, segments[0]] += 1
         else:
-            ids, each = np.unique(pages // self.layout.pages_per_segment, return_counts=True)
+            ids, each = self._count_by_segment(pages)
             self.counts[old, ids] -= each
             self.counts[new, ids] += each
             segments, moved = ids.tolist(), each.tolist()
