@@ -184,6 +184,29 @@ def test_top_p_beyond_the_first_candidates_in_a_flat_distribution() -> None:
     assert choose_token(probs, params, 0.0) == 0
 
 
+def test_top_p_is_reached_exactly() -> None:
+    probs = torch.tensor([0.25, 0.5, 0.25])
+    numbers = [i / 16 for i in range(16)]
+    for top_p, allowed in (
+        (0.25, {1}),
+        (0.5, {1}),
+        (0.51, {0, 1}),
+        (0.75, {0, 1}),
+        (0.76, {0, 1, 2}),
+    ):
+        params = SamplingParams(top_p=top_p)
+        assert {choose_token(probs, params, u) for u in numbers} == allowed
+
+
+@pytest.mark.parametrize("v", [3, 1000, 49_152])
+def test_the_last_number_picks_the_last_possible_token(v: int) -> None:
+    for seed in range(20):
+        probs = logits_of(seed, v).softmax(-1)
+        probs[-2:] = 0.0
+        assert choose_token(probs, SamplingParams(), 1 - 2.0**-53) == v - 3
+        assert choose_token(probs, SamplingParams(), 0.0) == 0
+
+
 def test_top_k_among_equals_takes_the_lowest_ids() -> None:
     probs = torch.full((1000,), 1 / 1000)
     params = SamplingParams(top_k=3)
@@ -194,6 +217,7 @@ def test_without_top_p_rounding_cuts_no_tail() -> None:
     generator = torch.Generator().manual_seed(0)
     probs = torch.rand(49_152, generator=generator).softmax(-1)
     assert float(probs.double().sum()) != 1.0
+    assert choose_token(torch.tensor([1e-8, 1.0, 1e-8]), SamplingParams(top_k=2), 1 - 2.0**-53) == 0
     params = SamplingParams(top_k=49_000)
     seen = choose_token(probs, params, 1 - 2.0**-53)
     order = np.argsort(-probs.numpy(), kind="stable")

@@ -141,9 +141,8 @@ def choose_token(probs: torch.Tensor, params: SamplingParams, u: float) -> int:
         # In float32, so that p equal to min_p * max passes as it does in the definition.
         weights = np.where(weights >= np.float32(params.min_p) * weights.max(), weights, 0.0)
     bounds = np.cumsum(weights, dtype=np.float64)
-    # Strictly below the last bound even after rounding; a weight of 0 spans nothing.
-    target = min(u * bounds[-1], np.nextafter(bounds[-1], 0.0))
-    place = int(np.searchsorted(bounds, target, side="right"))
+    # u is at most 1 - 2^-53: the product rounds below the last bound. A weight of 0 spans nothing.
+    place = int(np.searchsorted(bounds, u * bounds[-1], side="right"))
     return place if ids is None else int(ids[place])
 
 
