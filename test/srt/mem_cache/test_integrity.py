@@ -108,6 +108,12 @@ def _stray_bytes(memory: KVMemory) -> None:
     memory.manager.backing.resident_bytes = lambda: resident + (1 << 20)  # type: ignore[method-assign]
 
 
+def _missing_bytes(memory: KVMemory) -> None:
+    """Mapped segments that the system does not back: only a backing of whole pages can tell."""
+    memory.manager.backing.granule_bytes = 4096  # type: ignore[misc]
+    memory.manager.backing.resident_bytes = lambda: 0  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
@@ -128,6 +134,7 @@ def _stray_bytes(memory: KVMemory) -> None:
         (_closed_lease, "kept as open"),
         (_early_unlock, "not locked by that many|is unlocked but"),
         (_stray_bytes, "resident"),
+        (_missing_bytes, "0 bytes are resident"),
     ],
 )
 def test_damage_is_found(

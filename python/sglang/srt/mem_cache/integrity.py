@@ -119,12 +119,12 @@ def _check_resident(manager: SegmentManager) -> None:
     planes = sum(2 * layout.num_layers for layout in manager.layouts)
     # planes that are not whole system pages share one with a neighbour at both ends
     slack = 0 if manager.backing.granule_bytes >= os_page else 2 * planes * os_page
-    held = manager.mapped_bytes + manager.fixed_bytes
+    least = most = manager.mapped_bytes + manager.fixed_bytes
     if not manager.backing.elastic:
         # A heap may hand out memory that was touched before: segment 0 then is resident as well.
-        held = manager.reserved_bytes
-    most = held + slack
-    _require(resident <= most, f"{resident:,} bytes are resident, at most {most:,} are accounted")
+        most = manager.reserved_bytes
+    within = least - slack <= resident <= most + slack
+    _require(within, f"{resident:,} bytes are resident, {least:,} to {most:,} are accounted")
 
 
 def _require(holds: bool, complaint: str) -> None:
