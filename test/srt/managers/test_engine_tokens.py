@@ -54,12 +54,14 @@ def model(
     folder: Path = tmp_path_factory.mktemp(request.param)
     expected = []
     for prompt in PROMPTS:
-        tokens = list(prompt)
+        tokens: list[int] = []
+        fed, cache = prompt, None
         with torch.inference_mode():
             for _ in range(NEW_TOKENS):
-                logits = reference(torch.tensor([tokens]), use_cache=False).logits
-                tokens.append(int(logits[0, -1].argmax()))
-        expected.append(tokens[len(prompt) :])
+                out = reference(torch.tensor([fed]), past_key_values=cache, use_cache=True)
+                tokens.append(int(out.logits[0, -1].argmax()))
+                fed, cache = tokens[-1:], out.past_key_values
+        expected.append(tokens)
     return save(reference, folder), expected
 
 

@@ -8,6 +8,7 @@ parameter, so the host never holds the model twice.
 from __future__ import annotations
 
 import sys
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,9 @@ def fill_with_dummy_weights(model: nn.Module, seed: int) -> None:
 
 
 def _load(model: CausalLM, source: WeightSource, show_progress: bool) -> None:
+    # The bar's default lock is a named semaphore between processes, which a terminated process
+    # leaves behind; one process draws this bar.
+    tqdm.set_lock(threading.RLock())
     with tqdm(
         total=source.num_weights,
         desc="Loading weights",

@@ -192,9 +192,12 @@ class LlamaDecoderLayer(nn.Module):
         *,
         rows_pruned: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output, residual), both to be added up by the next norm; [R, hidden] when pruned."""
+        """(output, residual), both to be added up by the next norm; [R, hidden] when pruned.
+
+        The residual stream is float32; the first layer's x is its beginning.
+        """
         if residual is None:
-            residual = x
+            residual = x.float()
             x = self.input_layernorm(x)
         else:
             x, residual = self.input_layernorm(x, residual)
