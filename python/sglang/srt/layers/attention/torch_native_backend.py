@@ -54,7 +54,7 @@ class TorchNativeTuning:
     """
 
     query_block: int = 1024
-    min_run_bytes: int = 256 << 10
+    min_run_bytes: int = 512 << 10
     gather_bytes: int = 4 << 20
     piece_work: int = 1 << 34
     dense_bytes: int = 64 << 20
