@@ -155,7 +155,10 @@ class RadixCache(BasePrefixCache):
         return freed
 
     def clear(self) -> int:
-        return self.evict(self.num_evictable_pages)
+        freed = 0
+        while leaves := self._by_policy.coldest():
+            freed += self._evict_from(leaves[0], leaves[0].num_pages)
+        return freed
 
     def _choose_leaf(self, wanted: int) -> TreeNode | None:
         """The coldest leaf, or among the few coldest one whose end would empty more segments."""
