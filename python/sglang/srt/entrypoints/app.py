@@ -1,15 +1,19 @@
 """The HTTP application: which path leads to which door, and how errors leave.
 
-`build_app` makes a FastAPI application from a `ServerContext`; several can live in one process.
+`build_app` makes an ASGI application from a `ServerContext`; several can live in one process. It
+is plain Starlette: the doors take raw bodies, so FastAPI's models and validation would have no
+work here, and its layers would stand between every event of a stream and the socket.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from sglang.srt.entrypoints.admin_doors import AdminDoors
 from sglang.srt.entrypoints.api_doors import ApiDoors
@@ -18,7 +22,6 @@ from sglang.srt.entrypoints.http_gate import Gate, shape_of
 from sglang.srt.entrypoints.request_body import ClientGoneError
 from sglang.srt.entrypoints.sequences import CLIENT_CLOSED
 from sglang.srt.entrypoints.server_context import ServerContext
-from sglang.srt.entrypoints.server_info import server_version
 from sglang.srt.errors import RequestError
 
 Door = Callable[[Request], Awaitable[Response]]
@@ -26,9 +29,8 @@ Door = Callable[[Request], Awaitable[Response]]
 GET, POST = ["GET"], ["POST"]
 
 
-def build_app(context: ServerContext) -> FastAPI:
+def build_app(context: ServerContext) -> Starlette:
     """The application of one server; `context` decides what is served and when."""
-    app = FastAPI(title="sglang", version=server_version())
     api, admin = ApiDoors(context), AdminDoors(context)
     routes: list[tuple[str, list[str], Door]] = [
         ("/", ["GET", "HEAD"], admin.root),
@@ -54,11 +56,11 @@ def build_app(context: ServerContext) -> FastAPI:
     ]
     if context.metrics is not None:
         routes.append(("/metrics", GET, admin.metrics))
-    for path, methods, door in routes:
-        app.add_route(path, _guarded(door), methods=methods)
-    app.add_exception_handler(Exception, _unexpected)
-    app.add_middleware(Gate, context=context)
-    return app
+    return Starlette(
+        routes=[Route(path, _guarded(door), methods=methods) for path, methods, door in routes],
+        middleware=[Middleware(Gate, context=context)],
+        exception_handlers={Exception: _unexpected},
+    )
 
 
 def _guarded(door: Door) -> Door:
@@ -76,6 +78,10 @@ def _guarded(door: Door) -> Door:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    """The reply to a bug; the traceback is in the server's log, not in the reply."""
+    """The reply to a bug; the traceback is in the server's log, not in the reply.
+
+    The server closes the connection after it, so the client has to be told not to use it again.
+    """
     message = f"Internal server error: {type(error).__name__}"
-    return error_response(shape_of(request.url.path), RequestError(message, 500))
+    refusal = RequestError(message, 500)
+    return error_response(shape_of(request.url.path), refusal, {"connection": "close"})

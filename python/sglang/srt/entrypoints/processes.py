@@ -113,7 +113,7 @@ class ServerProcesses:
                 if sentinel in done:
                     process = self._children[name]
                     process.join()
-                    raise StartError(f"{describe_exit(name, process)} The server cannot start.")
+                    raise StartError(str(describe_exit(name, process)))
 
     def watch(self, on_exit: Callable[[str], None]) -> None:
         """Call `on_exit` once, from a thread, with a sentence when a child ends by itself."""

@@ -61,11 +61,23 @@ class Call:
     """All sequences of one client call.
 
     `rid` is what the client may abort it by; `prompts` hold the requests before n is expanded.
-    Sequence numbers run over prompts first, then over each prompt's n.
+    Sequence numbers run over prompts first, then over each prompt's n. Making one raises
+    RequestError 400 when it asks for too many, before anything of that size exists.
     """
 
     rid: str
     prompts: tuple[GenerateRequest, ...]
+
+    def __post_init__(self) -> None:
+        counts = [prompt.sampling_params.n for prompt in self.prompts]
+        for n in counts:
+            if not 1 <= n <= MAX_N:
+                raise RequestError(f"n must be in [1, {MAX_N}], got {n}.")
+        if not 1 <= sum(counts) <= MAX_SEQUENCES:
+            raise RequestError(
+                f"The request asks for {sum(counts)} sequences; it may ask for 1 to "
+                f"{MAX_SEQUENCES}."
+            )
 
     @cached_property
     def prompt_indices(self) -> tuple[int, ...]:
@@ -182,7 +194,6 @@ class SequenceRunner:
 
         Raises RequestError as soon as one sequence is refused. Closing it aborts what still runs.
         """
-        _check_counts(call)
         groups = [await self._expand(prompt) for prompt in call.prompts]
         if call.num_sequences == 1:
             source = self._single(groups[0][0])
@@ -322,14 +333,3 @@ async def _feed(
         async for delta in deltas:
             await room.acquire()
             queue.put_nowait((index, delta))
-
-
-def _check_counts(call: Call) -> None:
-    for prompt in call.prompts:
-        if not 1 <= prompt.sampling_params.n <= MAX_N:
-            raise RequestError(f"n must be in [1, {MAX_N}], got {prompt.sampling_params.n}.")
-    if not 1 <= call.num_sequences <= MAX_SEQUENCES:
-        raise RequestError(
-            f"The request asks for {call.num_sequences} sequences; "
-            f"it may ask for 1 to {MAX_SEQUENCES}."
-        )
