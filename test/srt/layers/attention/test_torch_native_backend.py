@@ -85,6 +85,23 @@ def test_half_precision(dtype: str, atol: float, window: int | None) -> None:
     check(Case(spec, lengths, tables, make_layer(spec, window=window)), TINY, atol=atol)
 
 
+@pytest.mark.parametrize("window", [None, 21])
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("run_pages", [[], [1], [2, 3]])
+def test_many_decodes_of_all_lengths(
+    window: int | None, dtype: str, atol: float, run_pages: list[int]
+) -> None:
+    # Batches by length, stragglers alone, and prompts between them; slots nobody wrote hold NaN.
+    lengths = [(n, 1) for n in (5, 6, 700, 7, 33, 31, 30, 29, 0, 2, 90, 91, 300)]
+    lengths[4:4] = [(10, 5), (0, 3)]
+    spec = make_spec(page_size=4, dtype=dtype)
+    rows = [0, 1, 2, 3, 8, 10, *range(12, 20)]
+    layer = make_layer(spec, window=window)
+    case = Case(spec, lengths, make_tables(lengths, 4, run_pages), layer, logits_rows=rows)
+    check(case, atol=atol)
+    check(case, TorchNativeTuning(gather_bytes=8 << 10), atol=atol)
+
+
 def test_query_dtype_comes_back_whatever_the_cache_holds() -> None:
     lengths = [(10, 1), (3, 4)]
     spec = make_spec(dtype="bfloat16")
@@ -124,6 +141,7 @@ def test_layers_use_their_own_group() -> None:
     check(Case(spec, lengths, tables, layer, extra_tables=((wrong,),)))
 
 
+# Exact for prompts and for lone decodes; decodes that are computed together agree to rounding.
 @pytest.mark.parametrize("lengths", [[(333, 1)], [(333, 20)], [(3, 40)]])
 def test_result_does_not_depend_on_the_batch(lengths: list[tuple[int, int]]) -> None:
     spec = make_spec(page_size=16, dtype="bfloat16")
@@ -157,6 +175,7 @@ def plan_of(case: Case, *, pruned: bool = False, **limits: int) -> object:
         "gather_tokens": 64,
         "max_keys": 1 << 31,
         "pair_budget": 1 << 40,
+        "batch_tokens": 0,
     }
     key = PlanKey(0, case.layer.sliding_window, pruned, PieceLimits(**{**bounds, **limits}))
     return make_layer_plan(case.geometry(), key)
@@ -178,6 +197,45 @@ def test_plan_of_contiguous_tables_reads_in_place() -> None:
     pruned = plan_of(case, pruned=True)
     assert pruned.singles == (Single(0, 4, 21), Single(1, 28, 13))
     assert pruned.items == ()
+
+
+def test_plan_batches_single_queries_of_similar_length() -> None:
+    spec = make_spec()
+    lengths = [(40, 1), (9, 1), (2, 3), (10, 1), (43, 1), (12, 1), (70, 1)]
+    tables = make_tables(lengths, 4, [])
+    case = Case(spec, lengths, tables, make_layer(spec))
+    plan = plan_of(case, batch_tokens=60)
+    # 10, 11 and 13 tokens go together; two of 41 and 44 are too few, 71 are too many.
+    (batch,) = plan.batches
+    assert batch.rows.tolist() == [1, 5, 7]
+    short = [tables[i].page_ids.tolist() for i in (1, 3, 5)]
+    assert batch.pages.tolist() == [*short[0], short[0][-1], *short[1], short[1][-1], *short[2]]
+    visible = (batch.mask == 0).view(3, 16)
+    assert visible.sum(-1).tolist() == [10, 11, 13]
+    assert visible[:, :10].all()
+    hidden = (~visible.flatten()).nonzero().flatten()
+    assert batch.padding.tolist() == hidden.tolist()
+    assert sorted(single.row for single in plan.singles) == [0, 6, 8]
+    assert [(item.row, item.num_rows) for item in plan.items] == [(2, 3)]
+    # The gather bound cuts a batch; what is left over of it stands alone.
+    plan = plan_of(case, batch_tokens=60, gather_tokens=32)
+    assert plan.batches == ()
+    assert sorted(single.row for single in plan.singles) == [0, 1, 5, 6, 7, 8]
+
+
+def test_windowed_batch_starts_inside_a_page() -> None:
+    spec = make_spec()
+    lengths = [(40, 1), (41, 1), (43, 1)]
+    case = Case(spec, lengths, make_tables(lengths, 4, []), make_layer(spec, window=6))
+    (batch,) = plan_of(case, batch_tokens=60).batches
+    # Positions 36..41, 38..43 and 35..40: from a page's start, slot 2, and slot 3 of three pages.
+    assert batch.rows.tolist() == [1, 2, 0]
+    visible = (batch.mask == 0).view(3, 12)
+    assert [row.nonzero().flatten().tolist() for row in visible] == [
+        [0, 1, 2, 3, 4, 5],
+        [2, 3, 4, 5, 6, 7],
+        [3, 4, 5, 6, 7, 8],
+    ]
 
 
 def test_plan_gathers_short_runs_and_keeps_long_ones_in_place() -> None:

@@ -27,10 +27,10 @@ from sglang.srt.layers.attention.merge import (
 )
 from sglang.srt.layers.attention.torch_native_plan import (
     LayerPlan,
-    PageList,
     Piece,
     PieceLimits,
     PlanKey,
+    QueryBatch,
     SlotRun,
     Visibility,
     WorkItem,
@@ -50,7 +50,9 @@ class TorchNativeTuning:
     `gather_bytes`: bound of one gather, K and V each (causal and band pieces: two query blocks).
     `piece_work`: multiply-adds of one kernel call, about half a second on two cores, so that
     progress shows. `dense_bytes`: bound of the score matrix, and of K in float32, for layers that
-    the fused kernel cannot serve (soft cap, E != D).
+    the fused kernel cannot serve (soft cap, E != D). `batch_row_bytes`: K bytes of a token (one
+    layer) up to which single queries are computed together, 0 for never: with narrow heads the
+    saved calls outweigh the gathering (benchmark/bench_attention_decode.py).
     """
 
     query_block: int = 1024
@@ -58,6 +60,7 @@ class TorchNativeTuning:
     gather_bytes: int = 4 << 20
     piece_work: int = 1 << 34
     dense_bytes: int = 64 << 20
+    batch_row_bytes: int = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,8 @@ class TorchNativeAttnBackend(AttentionBackend):
         per_group = layer.num_heads // groups
         heads = q.to(k.dtype).view(rows, groups, per_group, layer.head_dim)
         out = q.new_empty((rows, layer.num_heads, layer.v_head_dim), dtype=k.dtype)
+        for batch in work.batches:
+            self._attend_batch(heads, layer, batch, k, v, out)
         if work.singles:
             self._attend_singles(heads, layer, work, k, v, out)
         grouped = out.view(rows, groups, per_group, layer.v_head_dim)
@@ -127,20 +132,44 @@ class TorchNativeAttnBackend(AttentionBackend):
         tuning, heads = self._tuning, layer.num_heads
         k_bytes = layer.num_kv_heads * layer.head_dim * DTYPE_BYTES[self.spec.dtype]
         widest = layer.num_kv_heads * max(layer.head_dim, layer.v_head_dim)
+        gather_tokens = tuning.gather_bytes // (widest * DTYPE_BYTES[self.spec.dtype])
         query_block, max_keys = tuning.query_block, MAX_SLOTS
+        # A batch of fewer than four queries saves little.
+        batch_tokens = gather_tokens // 4 if k_bytes <= tuning.batch_row_bytes else 0
         pair_budget = tuning.piece_work // (heads * (layer.head_dim + layer.v_head_dim))
         if _needs_dense(layer):
-            max_keys = tuning.dense_bytes // (4 * widest)
+            max_keys, batch_tokens = tuning.dense_bytes // (4 * widest), 0
             pair_budget = min(pair_budget, tuning.dense_bytes // (4 * heads))
             # Causal and band pieces have up to two keys a query.
             query_block = max(1, min(query_block, math.isqrt(pair_budget // 2)))
         return PieceLimits(
             query_block=query_block,
             min_run_tokens=tuning.min_run_bytes // k_bytes,
-            gather_tokens=tuning.gather_bytes // (widest * DTYPE_BYTES[self.spec.dtype]),
+            gather_tokens=gather_tokens,
             max_keys=max_keys,
             pair_budget=pair_budget,
+            batch_tokens=batch_tokens,
         )
+
+    def _attend_batch(
+        self,
+        heads: torch.Tensor,
+        layer: AttentionLayer,
+        batch: QueryBatch,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Single queries of similar length in one kernel call over gathered pages."""
+        queries = heads[batch.rows]
+        planes = []
+        for plane, which in ((k, "k"), (v, "v")):
+            gathered = self._gather(plane, batch.pages, which)
+            gathered.index_fill_(0, batch.padding, 0.0)
+            planes.append(gathered.view(len(queries), -1, *plane.shape[1:]).transpose(1, 2))
+        mask = batch.mask.expand(-1, -1, queries.shape[2], -1)
+        result, _ = flash_attention(queries, planes[0], planes[1], layer.scaling, mask=mask)
+        out.index_copy_(0, batch.rows, result.reshape(-1, *out.shape[1:]))
 
     def _attend_singles(
         self,
@@ -212,20 +241,21 @@ class TorchNativeAttnBackend(AttentionBackend):
         keys = piece.keys
         if isinstance(keys, SlotRun):
             return plane.narrow(0, keys.first_slot, keys.num_tokens)
-        return self._gather(plane, keys, which)
+        return self._gather(plane, keys.pages, which).narrow(0, keys.skip, keys.num_tokens)
 
-    def _gather(self, plane: torch.Tensor, keys: PageList, which: str) -> torch.Tensor:
+    def _gather(self, plane: torch.Tensor, pages: torch.Tensor, which: str) -> torch.Tensor:
+        """All rows of `pages` int64 [P], one after another: [P * page_size, G, D] of scratch."""
         page_size = self.spec.page_size
         paged = plane.view(-1, page_size, *plane.shape[1:])
-        shape = (len(keys.pages), *paged.shape[1:])
+        shape = (len(pages), *paged.shape[1:])
         wanted = shape[0] * page_size * plane.shape[1] * plane.shape[2]
         scratch = self._scratch.get(which)
         if scratch is None or scratch.numel() < wanted or scratch.dtype != plane.dtype:
             scratch = torch.empty(wanted, dtype=plane.dtype, device=plane.device)
             self._scratch[which] = scratch
         target = scratch[:wanted].view(shape)
-        torch.index_select(paged, 0, keys.pages, out=target)
-        return target.view(-1, *plane.shape[1:]).narrow(0, keys.skip, keys.num_tokens)
+        torch.index_select(paged, 0, pages, out=target)
+        return target.view(-1, *plane.shape[1:])
 
     def _mask(self, layer: AttentionLayer, item: WorkItem, piece: Piece) -> torch.Tensor | None:
         """The piece's band: a corner of one mask per window, kept for good.

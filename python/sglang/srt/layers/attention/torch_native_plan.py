@@ -29,6 +29,8 @@ from sglang.srt.model_executor.forward_batch_info import BatchGeometry, BlockTab
 
 PageIds = npt.NDArray[np.int32]
 
+_MIN_BATCH = 3  # fewer single queries gain nothing from being gathered
+
 
 class Visibility(enum.Enum):
     """Which keys of a piece a query sees: all, those up to itself, or a masked band."""
@@ -78,6 +80,20 @@ class Single(NamedTuple):
     num_tokens: int
 
 
+class QueryBatch(NamedTuple):
+    """N single queries of similar, moderate length, computed together over gathered pages.
+
+    `pages` int64 [N * P] are their tables, filled up with each one's last page. Of the N * P *
+    page_size gathered keys, those at `padding` int64 belong to nobody's sight: they are zeroed,
+    because an unwritten slot may hold NaN, and hidden by `mask` float32 [N, 1, 1, P * page_size].
+    """
+
+    rows: torch.Tensor  # int64 [N]
+    pages: torch.Tensor
+    padding: torch.Tensor
+    mask: torch.Tensor
+
+
 class PlanKey(NamedTuple):
     """What plans differ by within a step. `pruned`: only the rows of `logits_rows` are queries."""
 
@@ -92,7 +108,8 @@ class PieceLimits(NamedTuple):
 
     Items have at most `query_block` queries. Runs below `min_run_tokens` are gathered with their
     neighbours, at most `gather_tokens` at a time. A fully visible piece has at most `max_keys` keys
-    and, down to a page, `pair_budget` pairs of query and key.
+    and, down to a page, `pair_budget` pairs of query and key. Single queries of at most
+    `batch_tokens` keys are gathered and computed together (0: never).
     """
 
     query_block: int
@@ -100,6 +117,7 @@ class PieceLimits(NamedTuple):
     gather_tokens: int
     max_keys: int
     pair_budget: int
+    batch_tokens: int
 
 
 class _Table(NamedTuple):
@@ -117,6 +135,11 @@ class _Table(NamedTuple):
         first_slot, num_slots = view.runs[0] if len(view.page_ids) else (0, 0)
         start = view.first_position
         return cls(start, first_slot, start + num_slots, view.page_ids, page_size)
+
+    def num_pages(self, lo: int, hi: int) -> int:
+        """Pages that hold positions [lo, hi)."""
+        first = (lo - self.first_position) // self.page_size
+        return -(-(hi - self.first_position) // self.page_size) - first
 
     def pages(self, lo: int, hi: int) -> tuple[PageIds, int]:
         """Pages that hold positions [lo, hi), and the position of the first one's first slot."""
@@ -142,11 +165,22 @@ class _Table(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """The work of one layer: `singles` with their rows as a tensor, and everything else."""
+    """The work of one layer; every row of q is in exactly one place."""
 
+    batches: tuple[QueryBatch, ...]
     singles: tuple[Single, ...]
     single_rows: torch.Tensor  # int64 [len(singles)]
     items: tuple[WorkItem, ...]
+
+
+class _Candidate(NamedTuple):
+    """A query at position hi - 1 that sees [lo, hi) and may join a batch."""
+
+    num_pages: int
+    row: int
+    table: _Table
+    lo: int
+    hi: int
 
 
 def make_layer_plan(geometry: BatchGeometry, key: PlanKey) -> LayerPlan:
@@ -154,21 +188,89 @@ def make_layer_plan(geometry: BatchGeometry, key: PlanKey) -> LayerPlan:
 
     Raises InvariantError when a table does not hold what its request has to see.
     """
-    singles: list[Single] = []
     items: list[WorkItem] = []
+    candidates: list[_Candidate] = []
+    limits = key.limits
     for request, row, count, position in _query_runs(geometry, key.pruned):
         table = _Table.of(geometry.block_tables[key.group][request], geometry.page_size)
-        for start in range(0, count, key.limits.query_block):
-            num_rows = min(key.limits.query_block, count - start)
-            pieces = tuple(_pieces(table, position + start, num_rows, key))
-            item = WorkItem(row + start, num_rows, position + start, pieces)
-            keys = pieces[0].keys
-            if num_rows == 1 and len(pieces) == 1 and isinstance(keys, SlotRun):
-                singles.append(Single(item.row, keys.first_slot, keys.num_tokens))
-            else:
-                items.append(item)
+        seen = position + 1 if key.window is None else min(position + 1, key.window)
+        if count == 1 and seen <= limits.batch_tokens:
+            lo, hi = position + 1 - seen, position + 1
+            candidates.append(_Candidate(table.num_pages(lo, hi), row, table, lo, hi))
+            continue
+        for start in range(0, count, limits.query_block):
+            num_rows = min(limits.query_block, count - start)
+            items.append(_make_item(table, row + start, position + start, num_rows, key))
+    batches, alone = _make_batches(candidates, limits, geometry.page_size)
+    items += [_make_item(c.table, c.row, c.hi - 1, 1, key) for c in alone]
+    singles, rest = _split_singles(items)
     rows = torch.tensor([single.row for single in singles], dtype=torch.int64)
-    return LayerPlan(tuple(singles), rows, tuple(items))
+    return LayerPlan(batches, singles, rows, rest)
+
+
+def _make_item(table: _Table, row: int, position: int, num_rows: int, key: PlanKey) -> WorkItem:
+    return WorkItem(row, num_rows, position, tuple(_pieces(table, position, num_rows, key)))
+
+
+def _split_singles(items: list[WorkItem]) -> tuple[tuple[Single, ...], tuple[WorkItem, ...]]:
+    singles: list[Single] = []
+    rest: list[WorkItem] = []
+    for item in items:
+        keys = item.pieces[0].keys
+        if item.num_rows == 1 and len(item.pieces) == 1 and isinstance(keys, SlotRun):
+            singles.append(Single(item.row, keys.first_slot, keys.num_tokens))
+        else:
+            rest.append(item)
+    return tuple(singles), tuple(rest)
+
+
+def _make_batches(
+    candidates: list[_Candidate], limits: PieceLimits, page_size: int
+) -> tuple[tuple[QueryBatch, ...], list[_Candidate]]:
+    """Group queries of similar length; those that find too little company come back."""
+    batches: list[QueryBatch] = []
+    alone: list[_Candidate] = []
+    group: list[_Candidate] = []
+    # Stable: equal lengths stay in the order of their rows.
+    for candidate in [*sorted(candidates, key=lambda c: c.num_pages), None]:
+        if candidate is not None and _fits(group, candidate, limits, page_size):
+            group.append(candidate)
+            continue
+        if len(group) >= _MIN_BATCH:
+            batches.append(_make_batch(group, page_size))
+        else:
+            alone += group
+        group = [] if candidate is None else [candidate]
+    return tuple(batches), alone
+
+
+def _fits(
+    group: list[_Candidate], longest: _Candidate, limits: PieceLimits, page_size: int
+) -> bool:
+    """True when the group with `longest` stays within the gather bound and a little padding."""
+    if not group:
+        return True
+    gathered = (len(group) + 1) * longest.num_pages * page_size
+    slack = 1 + group[0].num_pages // 4
+    return gathered <= limits.gather_tokens and longest.num_pages - group[0].num_pages <= slack
+
+
+def _make_batch(group: list[_Candidate], page_size: int) -> QueryBatch:
+    width = group[-1].num_pages
+    pages = np.empty((len(group), width), np.int64)
+    visible = np.zeros((len(group), width * page_size), np.bool_)
+    for i, (num_pages, _, table, lo, hi) in enumerate(group):
+        ids, base = table.pages(lo, hi)
+        pages[i, :num_pages] = ids
+        pages[i, num_pages:] = ids[-1]
+        visible[i, lo - base : hi - base] = True
+    mask = torch.zeros(visible.shape).masked_fill_(torch.from_numpy(~visible), float("-inf"))
+    return QueryBatch(
+        rows=torch.tensor([c.row for c in group], dtype=torch.int64),
+        pages=torch.from_numpy(pages.reshape(-1)),
+        padding=torch.from_numpy(np.flatnonzero(~visible.reshape(-1))),
+        mask=mask.view(len(group), 1, 1, -1),
+    )
 
 
 def _query_runs(geometry: BatchGeometry, pruned: bool) -> Iterator[tuple[int, int, int, int]]:
