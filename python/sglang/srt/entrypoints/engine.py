@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ import numpy as np
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.entrypoints.background_loop import BackgroundLoop
 from sglang.srt.entrypoints.generate_request_body import GenerateCall, read_generate
-from sglang.srt.entrypoints.processes import ServerProcesses
+from sglang.srt.entrypoints.processes import ServerProcesses, StartError
 from sglang.srt.entrypoints.request_fields import raw_from_python
 from sglang.srt.entrypoints.server_context import ServerContext
 from sglang.srt.entrypoints.server_info import server_info
@@ -26,7 +27,6 @@ from sglang.srt.entrypoints.text_start import start_text_service
 from sglang.srt.environ import Environ
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs
-from sglang.srt.utils.process import configure_logging
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +38,13 @@ class Engine:
     """An engine that lives until `shutdown`, the end of its `with` block or of the process.
 
     Keywords are the server's flags with underscores (`model_path` is required); `log_level` is
-    "error" unless given. Scripts need an `if __name__ == "__main__":` guard, because the children
+    "error" unless given and is the children's: this process's logging stays its own. Scripts need an `if __name__ == "__main__":` guard, because the children
     are spawned. Raises ValueError for bad settings and StartError when the model cannot be
     served.
     """
 
     def __init__(self, **server_args: Any) -> None:
+        _refuse_while_importing_main()
         self.server_args = ServerArgs.from_kwargs(**{"log_level": "error", **server_args})
         environ = Environ.from_os()
         model_config = ModelConfig.from_path(
@@ -51,7 +52,6 @@ class Engine:
             overrides=self.server_args.model_overrides(),
             trust_remote_code=self.server_args.trust_remote_code,
         )
-        configure_logging(self.server_args.log_level, "sglang")
         self._start(environ, model_config, ServerProcesses(self.server_args, environ))
 
     def _start(
@@ -167,6 +167,18 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.shutdown()
+
+
+def _refuse_while_importing_main() -> None:
+    """A spawned child imports its parent's script; without a guard it would start an engine too.
+
+    multiprocessing refuses that as well, but only after much was made that nobody ends.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise StartError(
+            "The script starts an Engine while a child process imports it: put its code under "
+            'if __name__ == "__main__":'
+        )
 
 
 async def _on_loop(action: Callable[[T], None], argument: T) -> None:
