@@ -174,3 +174,25 @@ def test_no_page_is_lost_over_a_thousand_random_requests_with_aborts(seed: int) 
         harness.settle()
     assert memory.memory_object()["pages"] == {"free": 0, "used": 0, "cached": 0}
     assert memory.memory_object()["mapped_bytes"] == 0
+
+
+def test_a_prompt_that_waits_is_not_matched_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = small()
+    harness = Harness(memory, page_size=PAGE)
+    looks = 0
+    real_open = memory.open
+
+    def counted(*args: object, **kwargs: object) -> object:
+        nonlocal looks
+        looks += 1
+        return real_open(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(memory, "open", counted)
+    harness.send("runs", prompt_of(40), max_new=300)
+    harness.turn()
+    harness.send("waits", prompt_of(CAPACITY // 2, 1), max_new=4)
+    harness.turn(200)
+    assert harness.scheduler.num_waiting == 1
+    assert looks <= 2 + 200 // 16
+    harness.run()
+    assert harness.output("waits") == expected_output(prompt_of(CAPACITY // 2, 1), 4)

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import fits, order_waiting, pages_promised
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.mem_cache.allocation import KVLease, KVMemory
+
+# Steps between two looks at a waiting prompt while no number has changed for the better.
+LOOK_AGAIN = 16
 
 
 class WaitingQueue:
@@ -43,12 +47,22 @@ class WaitingQueue:
         return iter(self._reqs)
 
 
+@dataclass(slots=True)
+class _Refusal:
+    """The last refusal: how long the queue was, what room there was, and looks skipped since."""
+
+    num_waiting: int
+    room: tuple[int, ...]
+    num_skipped: int = 0
+
+
 class Admission:
     """Opens leases for waiting requests as far as rows and promises allow."""
 
     def __init__(self, memory: KVMemory, limits: SchedulerLimits) -> None:
         self._memory = memory
         self._limits = limits
+        self._refusal: _Refusal | None = None
 
     def admit(self, waiting: WaitingQueue, running: Sequence[Req]) -> list[Req]:
         """Admit in the policy's order until the first that does not fit; returns the admitted.
@@ -59,11 +73,15 @@ class Admission:
         if not len(waiting) or len(running) >= self._limits.max_running_requests:
             return admitted
         present = [req for req in running if not req.is_ending]
+        if self._is_hopeless(len(waiting), present):
+            return admitted
         for req in order_waiting(waiting.view(), self._limits.policy, self._match_len):
             if len(running) + len(admitted) >= self._limits.max_running_requests:
                 break
             if not self._try_open(req, [*present, *admitted]):
                 req.num_passed_over += 1
+                room = self._room([*present, *admitted])
+                self._refusal = _Refusal(len(waiting) - len(admitted), room)
                 break
             admitted.append(req)
         for req in admitted:
@@ -75,6 +93,30 @@ class Admission:
                     break
                 req.num_passed_over += 1
         return admitted
+
+    def _is_hopeless(self, num_waiting: int, present: Sequence[Req]) -> bool:
+        """True when nothing got better since the last refusal.
+
+        A look costs a match of a whole prompt, too much for every step of a long wait. Room can
+        also grow in ways that the numbers do not show (a running request shares more of the
+        waiting one's prefix), so every `LOOK_AGAIN`th step looks all the same.
+        """
+        refusal = self._refusal
+        if refusal is None:
+            return False
+        same_queue = refusal.num_waiting == num_waiting
+        better = any(a > b for a, b in zip(self._room(present), refusal.room, strict=True))
+        if same_queue and not better and refusal.num_skipped < LOOK_AGAIN:
+            refusal.num_skipped += 1
+            return True
+        self._refusal = None
+        return False
+
+    def _room(self, present: Sequence[Req]) -> tuple[int, ...]:
+        """Pages per group that are neither taken nor promised (clipped); may be negative."""
+        promised = [self._promise(req, req.needs_reservation) for req in present]
+        headroom = self._memory.headroom_pages()
+        return tuple(pages - sum(one[g] for one in promised) for g, pages in enumerate(headroom))
 
     def _try_open(self, req: Req, present: Sequence[Req]) -> bool:
         # The lease comes first because only a locked hit is certain: what it saves the request
