@@ -43,7 +43,7 @@ class FakeBacking:
         self._layouts = layouts
 
     def map(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
-        self.gate.wait()
+        self._pass_gate()
         self.num_maps += 1
         self.calls.append(("map", group, tuple(segments)))
         if self.fail_all_maps or self.num_maps in self.failing_maps:
@@ -55,7 +55,7 @@ class FakeBacking:
         self.mapped |= keys
 
     def unmap(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
-        self.gate.wait()
+        self._pass_gate()
         assert self.elastic
         self.num_unmaps += 1
         self.calls.append(("unmap", group, tuple(segments)))
@@ -64,6 +64,11 @@ class FakeBacking:
         keys = {(group, segment) for segment in segments}
         assert keys <= self.mapped
         self.mapped -= keys
+
+    def _pass_gate(self) -> None:
+        # bounded: a test that fails with the gate shut must not keep the process from ending
+        if not self.gate.wait(20):
+            raise BackingError("the gate was never opened")
 
     def view(self, layer: int, plane: Plane) -> torch.Tensor:
         assert self._spec is not None
