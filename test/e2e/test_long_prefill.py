@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+
 from e2e.server_process import running_server, wait_until
 
 CONTEXT = 1_100_000
