@@ -30,6 +30,7 @@ from sglang.srt.mem_cache.segment_backing.mmap import (
     read_huge_page_bytes,
     unsupported_reason,
 )
+from sglang.srt.mem_cache.segment_manager import SegmentManager
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the mmap backing needs Linux")
 
@@ -165,6 +166,27 @@ def test_the_dump_page_is_always_there() -> None:
             for plane in Plane:
                 backing.view(layer, plane)[: SMALL.page_size] = 1.0
         assert resident(backing) == before
+
+
+def test_a_managed_pool_returns_to_its_idle_state() -> None:
+    layouts = layouts_of(TWO, machine_bytes=16 * MIB)
+    backing = MmapBacking()
+    backing.reserve(TWO, layouts)
+    manager = SegmentManager(
+        layouts, backing, budget_bytes=4 * MIB, reserve_segments=1, idle_release_s=30.0
+    )
+    idle = resident(backing)
+    assert idle == manager.mapped_bytes + manager.fixed_bytes
+    for _ in range(3):
+        plan = manager.plan_growth((30, 50))
+        assert plan is not None
+        assert manager.wait(manager.apply(plan)).succeeded
+        assert resident(backing) == manager.mapped_bytes + manager.fixed_bytes > 3 * idle
+        shrink = manager.plan_shrink(30.0)
+        assert shrink is not None
+        assert manager.wait(manager.apply(shrink)).succeeded
+        assert resident(backing) == idle
+    manager.close()
 
 
 def test_a_stray_write_shows_in_the_resident_figure() -> None:

@@ -93,6 +93,8 @@ def test_pages_move_between_counts_and_the_empty_clock_follows() -> None:
     table.add_pages(one, used=0, cached=-2, now=8.0, epoch=3)
     assert table.empty == {1: 8.0}
     assert table.segments[one].last_use_epoch == 3
+    table.add_pages(one, used=0, cached=0, now=9.0, epoch=3)
+    assert table.empty == {1: 8.0}  # empty since then, not since it was last named
     table.check()
 
 
