@@ -38,9 +38,9 @@ class Engine:
     """An engine that lives until `shutdown`, the end of its `with` block or of the process.
 
     Keywords are the server's flags with underscores (`model_path` is required); `log_level` is
-    "error" unless given and is the children's: this process's logging stays its own. Scripts need an `if __name__ == "__main__":` guard, because the children
-    are spawned. Raises ValueError for bad settings and StartError when the model cannot be
-    served.
+    "error" unless given and is the children's: this process's logging stays its own. Scripts
+    need an `if __name__ == "__main__":` guard, because the children are spawned. Raises ValueError
+    for bad settings and StartError when the model cannot be served.
     """
 
     def __init__(self, **server_args: Any) -> None:

@@ -17,6 +17,7 @@ from sglang.srt.entrypoints.generate_request_body import GenerateCall
 from sglang.srt.entrypoints.http_errors import ApiShape, stream_error
 from sglang.srt.entrypoints.logprob_format import (
     Entry,
+    formatted_bytes,
     picked_entries,
     token_entries,
     top_entries,
@@ -32,8 +33,6 @@ from sglang.srt.entrypoints.service import TextService
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest
 from sglang.srt.managers.io_struct import FinishReason, LogprobArrays
-
-_BYTES_PER_LOGPROB = 64  # about what one formatted entry takes; only decides thread or not
 
 
 def finish_object(reason: FinishReason | None) -> dict[str, Any] | None:
@@ -127,7 +126,7 @@ class GenerateServer:
         results = []
         for index, (prompt, output) in enumerate(self._pairs(request, outputs)):
             rid = request.call.sequence_rids[index]
-            size = _logprob_size(output)
+            size = formatted_bytes(output.input_logprobs, output.output_logprobs)
             results.append(await off_loop(size, self._whole, request, prompt, rid, output, seconds))
         return results if request.replies_with_list else results[0]
 
@@ -159,7 +158,9 @@ class GenerateServer:
                 if refused is not None:
                     raise refused
                 is_first = False
-                yield self._event(
+                yield await off_loop(
+                    formatted_bytes(delta.input_logprobs, delta.output_logprobs),
+                    self._event,
                     request,
                     index,
                     prompts[index],
@@ -254,13 +255,3 @@ class GenerateServer:
         prompts = request.call.prompts
         indices = request.call.prompt_indices
         return [(prompts[i], output) for i, output in zip(indices, outputs, strict=True)]
-
-
-def _logprob_size(output: SequenceOutput) -> int:
-    """Roughly the bytes of a sequence's formatted log probabilities."""
-    total = 0
-    for arrays in (output.input_logprobs, output.output_logprobs):
-        if arrays is not None:
-            picked = len(arrays.picked_ids) // 4
-            total += arrays.num_rows * (1 + arrays.top_num + picked)
-    return total * _BYTES_PER_LOGPROB

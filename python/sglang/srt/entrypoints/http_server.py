@@ -87,6 +87,7 @@ class Launcher:
         self._context = ServerContext(server_args, environ)
         self._http = HttpServer(uvicorn_config(self._context))
         self._manager: TokenizerManager | None = None
+        self._failure: asyncio.Task[None]
 
     async def run(self) -> int:
         """Serve until a signal or a failure."""
@@ -118,6 +119,7 @@ class Launcher:
             self._manager = await start_text_service(
                 self._args, self._environ, self._model_config, self._processes.ipc
             )
+            self._failure = asyncio.create_task(self._watch_manager(self._manager))
             self._context.attach(self._manager)
             ready = await asyncio.to_thread(self._processes.wait_ready)
             self._manager.scheduler_ready(ready)
@@ -152,6 +154,13 @@ class Launcher:
         logger.info("%s: shutting down", number.name)
         self._ending.set_result(0)
 
+    async def _watch_manager(self, manager: TokenizerManager) -> None:
+        """End the server when its text side can go on no more."""
+        reason = await manager.wait_failed()
+        if not self._ending.done():
+            logger.error("%s The server ends.", reason)
+            self._ending.set_result(1)
+
     def _on_child_exit(self, reason: str) -> None:
         if self._manager is not None:
             self._manager.server_died(reason)
@@ -163,11 +172,12 @@ class Launcher:
         """Refuse what is new, answer what runs, end the children."""
         self._context.close()
         self._http.should_exit = True
+        await cancel_and_wait(starting)
         stopping = asyncio.create_task(asyncio.to_thread(self._processes.stop))
         if self._manager is not None:
             await self._manager.stop()  # every running request gets its 503 now
+            await cancel_and_wait(self._failure)
         await asyncio.gather(serving, stopping, return_exceptions=True)
-        await cancel_and_wait(starting)
         logger.info("The server has ended.")
 
 

@@ -24,6 +24,15 @@ BytesOf = Callable[[int], bytes]
 OPENAI_FLOOR = -9999.0
 
 
+def formatted_bytes(*parts: LogprobArrays | None) -> int:
+    """About how many bytes the entries of `parts` take; decides where to format them."""
+    entries = 0
+    for arrays in parts:
+        if arrays is not None:
+            entries += arrays.num_rows * (1 + arrays.top_num + len(arrays.picked_ids) // 4)
+    return 64 * entries
+
+
 def token_entries(arrays: LogprobArrays | None, text_of: TextOf | None) -> list[Entry]:
     """One entry per row: the token itself. The very first prompt token has no log probability."""
     if arrays is None or arrays.num_rows == 0:

@@ -39,7 +39,7 @@ class SharedBody(msgspec.Struct, frozen=True, kw_only=True):
     None: the model's or the API's default. `logit_bias` has token ids as keys.
     """
 
-    model: str = ""
+    model: str = "default"
     max_tokens: Int | None = None
     min_tokens: Int = 0
     temperature: float | None = None

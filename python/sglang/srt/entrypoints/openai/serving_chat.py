@@ -11,7 +11,7 @@ import msgspec
 
 from sglang.srt.entrypoints.event_stream import DONE_EVENT, event
 from sglang.srt.entrypoints.http_errors import ApiShape, bad_field, stream_error
-from sglang.srt.entrypoints.logprob_format import chat_content
+from sglang.srt.entrypoints.logprob_format import chat_content, formatted_bytes
 from sglang.srt.entrypoints.openai.chat_messages import template_kwargs, template_messages
 from sglang.srt.entrypoints.openai.protocol import CHAT_FIELDS, ChatBody
 from sglang.srt.entrypoints.openai.serving_base import (
@@ -25,7 +25,7 @@ from sglang.srt.entrypoints.openai.serving_base import (
     last_of,
     sampling_params,
 )
-from sglang.srt.entrypoints.request_body import RawFields, decode_field
+from sglang.srt.entrypoints.request_body import RawFields, decode_field, off_loop
 from sglang.srt.entrypoints.sequences import Call, SequenceOutput, abort_error
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest
@@ -108,7 +108,10 @@ class ChatServing(OpenAIServing):
         for index, output in enumerate(outputs):
             last = last_of(output)
             usage.note(index, last)
-            choices.append(self._choice(index, output, last, chat.body.logprobs))
+            size = formatted_bytes(output.output_logprobs)
+            choices.append(
+                await off_loop(size, self._choice, index, output, last, chat.body.logprobs)
+            )
         return {
             **chat.head.fields("chat.completion"),
             "choices": choices,

@@ -12,7 +12,7 @@ import msgspec
 from sglang.srt.entrypoints.event_stream import DONE_EVENT, event
 from sglang.srt.entrypoints.generate_request_body import read_id_prompts
 from sglang.srt.entrypoints.http_errors import ApiShape, bad_field, stream_error
-from sglang.srt.entrypoints.logprob_format import CompletionLogprobs
+from sglang.srt.entrypoints.logprob_format import CompletionLogprobs, formatted_bytes
 from sglang.srt.entrypoints.openai.protocol import COMPLETION_FIELDS, CompletionBody
 from sglang.srt.entrypoints.openai.serving_base import (
     OpenAIServing,
@@ -24,8 +24,8 @@ from sglang.srt.entrypoints.openai.serving_base import (
     last_of,
     sampling_params,
 )
-from sglang.srt.entrypoints.request_body import RawFields, decode_field, list_kind
-from sglang.srt.entrypoints.sequences import Call, abort_error
+from sglang.srt.entrypoints.request_body import RawFields, decode_field, list_kind, off_loop
+from sglang.srt.entrypoints.sequences import Call, SequenceOutput, abort_error
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
 
@@ -111,23 +111,27 @@ class CompletionServing(OpenAIServing):
         for index, output in enumerate(outputs):
             last = last_of(output)
             usage.note(index, last)
-            logprobs = None
-            if completion.body.logprobs is not None:
-                shown = output.input_logprobs if completion.body.echo else None
-                logprobs = CompletionLogprobs(self.token_text).add(shown, output.output_logprobs)
-            choices.append(
-                {
-                    "index": index,
-                    "text": _echo(completion, index) + output.text,
-                    "logprobs": logprobs,
-                    **finish_fields(last.finish_reason),
-                }
-            )
+            size = formatted_bytes(output.input_logprobs, output.output_logprobs)
+            choices.append(await off_loop(size, self._choice, completion, index, output, last))
         return {
             **completion.head.fields("text_completion"),
             "choices": choices,
             "usage": usage.usage(),
             "metadata": {"weight_version": self.options.weight_version},
+        }
+
+    def _choice(
+        self, completion: CompletionCall, index: int, output: SequenceOutput, last: GenerateDelta
+    ) -> dict[str, Any]:
+        logprobs = None
+        if completion.body.logprobs is not None:
+            shown = output.input_logprobs if completion.body.echo else None
+            logprobs = CompletionLogprobs(self.token_text).add(shown, output.output_logprobs)
+        return {
+            "index": index,
+            "text": _echo(completion, index) + output.text,
+            "logprobs": logprobs,
+            **finish_fields(last.finish_reason),
         }
 
     async def events(self, completion: CompletionCall) -> AsyncGenerator[bytes, None]:
@@ -146,7 +150,10 @@ class CompletionServing(OpenAIServing):
                     usage.note(index, delta)
                     echo = "" if index in begun else _echo(completion, index)
                     begun.add(index)
-                    chunk = self._chunk(completion, index, delta, echo, formats[index])
+                    size = formatted_bytes(delta.input_logprobs, delta.output_logprobs)
+                    chunk = await off_loop(
+                        size, self._chunk, completion, index, delta, echo, formats[index]
+                    )
                     chunk["usage"] = usage.usage() if options.continuous_usage_stats else None
                     yield event(chunk)
         except RequestError as error:
