@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from sglang.srt.managers.schedule_batch import MAX_RETRACTIONS
+from sglang.srt.managers.io_struct import StopStringHit
+from sglang.srt.managers.schedule_batch import MAX_RETRACTIONS, ReqState
 from srt.managers.scheduler_harness import Harness, expected_output, make_memory
 
 PAGE = 4
@@ -196,3 +197,22 @@ def test_a_prompt_that_waits_is_not_matched_at_every_step(monkeypatch: pytest.Mo
     assert looks <= 2 + 200 // 16
     harness.run()
     assert harness.output("waits") == expected_output(prompt_of(CAPACITY // 2, 1), 4)
+
+
+def test_a_retracted_request_can_still_be_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang.srt.managers.schedule_batch.CLIP_MAX_NEW_TOKENS", 2)
+    memory = small()
+    harness = Harness(memory, page_size=PAGE)
+    for i in range(8):
+        harness.send(f"r{i}", prompt_of(20, i), max_new=200)
+    for _ in range(2000):
+        harness.turn()
+        retracted = [r for r in harness.scheduler.requests() if r.state is ReqState.RETRACTED]
+        if len(retracted) >= 2:
+            break
+    harness.channel.inbox.append(StopStringHit(retracted[0].rid))
+    harness.abort(retracted[1].rid)
+    harness.run()
+    assert harness.final(retracted[0].rid).type == "stop"
+    assert harness.final(retracted[1].rid).type == "abort"
+    memory.audit()

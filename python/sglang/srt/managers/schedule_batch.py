@@ -56,7 +56,8 @@ _EDGES: dict[ReqState, frozenset[ReqState]] = {
         {ReqState.DECODE, ReqState.RETRACTED, ReqState.ABORTING, ReqState.FINISHED}
     ),
     ReqState.DECODE: frozenset({ReqState.RETRACTED, ReqState.ABORTING, ReqState.FINISHED}),
-    ReqState.RETRACTED: frozenset({ReqState.PREFILL, ReqState.ABORTING}),
+    # A stop string may be found in what a request said before it was retracted.
+    ReqState.RETRACTED: frozenset({ReqState.PREFILL, ReqState.ABORTING, ReqState.FINISHED}),
     ReqState.ABORTING: frozenset({ReqState.FINISHED}),
     ReqState.FINISHED: frozenset(),
 }

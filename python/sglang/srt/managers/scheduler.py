@@ -168,9 +168,8 @@ class Scheduler:
             self._abort(message)
         elif isinstance(message, StopStringHit):
             req = self._by_rid.get(message.rid)
-            if req is not None and req.finish(FinishReason("stop")):
-                self._outputs.note(req)
-                self._settle(req)
+            if req is not None:
+                self._end(req, FinishReason("stop"))
         else:
             self._channel.send_reply(self._control(message))
 
@@ -218,14 +217,19 @@ class Scheduler:
                 self._end_by_abort(req, message.message, 499)
 
     def _end_by_abort(self, req: Req, text: str, status: int) -> None:
+        if self._end(req, FinishReason("abort", message=text, status_code=status)):
+            self.counters.num_aborted += 1
+
+    def _end(self, req: Req, reason: FinishReason) -> bool:
+        """End a request from outside a step, in whatever state; False when it ended before."""
         waiting = req.state in (ReqState.WAITING, ReqState.RETRACTED)
-        if not req.finish(FinishReason("abort", message=text, status_code=status)):
-            return
-        self.counters.num_aborted += 1
+        if not req.finish(reason):
+            return False
         if waiting:
             self._waiting.remove(req)
         self._outputs.note(req)
         self._settle(req)
+        return True
 
     def _control(self, message: ControlReq) -> ControlReply:
         if message.op == "internal_state":
