@@ -21,5 +21,6 @@ step "Lint" "$python" -m ruff check .
 step "Format" "$python" -m ruff format --check .
 step "Layers" "$python" scripts/check_layers.py
 step "Document of the flags" "$python" scripts/gen_server_arguments.py --check
+step "Document of the HTTP API" "$python" scripts/gen_http_api.py --check
 step "Map of the tree" "$python" scripts/gen_structures.py --check
 step "Types" "$python" -m mypy

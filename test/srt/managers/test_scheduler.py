@@ -168,6 +168,9 @@ def test_abort_all_and_flush(overlap: bool) -> None:
     assert memory.memory_object()["pages"]["cached"] > 0
     assert harness.control("flush_cache").success
     assert memory.memory_object()["pages"]["cached"] == 0
+    harness.settle()
+    harness.turn()
+    assert memory.memory_object()["mapped_bytes"] == 0, "the idle state, without the idle time"
     assert harness.control("audit").success
     assert not harness.control("dance").success
 

@@ -7,6 +7,7 @@ computes nothing and reads no clock. Only here and in the ladder below it is sca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -295,10 +296,15 @@ class KVMemory:
         self.manager.note_completed(epoch)
 
     def flush(self) -> bool:
-        """Drop the whole prefix cache. False, and nothing done, while any lease is open."""
+        """Drop the whole prefix cache and begin to give back what stood under it.
+
+        The pool goes to its idle state at once, without the idle time. False, and nothing done,
+        while any lease is open.
+        """
         if self.leases:
             return False
         self.cache.clear()
+        self.ladder.shrink(math.inf, ())
         return True
 
     def audit(self) -> None:
