@@ -121,7 +121,7 @@ def _check_resident(manager: SegmentManager) -> None:
     slack = 0 if manager.backing.granule_bytes >= os_page else 2 * planes * os_page
     least = most = manager.mapped_bytes + manager.fixed_bytes
     if not manager.backing.elastic:
-        # A heap may hand out memory that was touched before: segment 0 then is resident as well.
+        # A system that gives huge pages unasked may back some of segment 0 together with page 0.
         most = manager.reserved_bytes
     within = least - slack <= resident <= most + slack
     _require(within, f"{resident:,} bytes are resident, {least:,} to {most:,} are accounted")

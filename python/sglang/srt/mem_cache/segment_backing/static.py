@@ -7,6 +7,7 @@ every slot of its space is really there. Map is a no-op, unmap a bug of the call
 
 from __future__ import annotations
 
+import math
 import mmap
 import sys
 from collections.abc import Callable, Sequence
@@ -116,10 +117,26 @@ def _commit_plane(spec: KVCacheSpec, layout: SegmentLayout, plane: Plane) -> tor
     """One plane [S, G, D], page 0 and all segments but segment 0 written with zeros in pieces."""
     width = spec.head_dim if plane is Plane.KEY else spec.v_head_dim
     shape = (layout.num_slots, spec.kv_heads, width)
-    tensor = torch.empty(shape, dtype=KV_TORCH_DTYPES[spec.dtype])
+    tensor = _fresh_memory(math.prod(shape), KV_TORCH_DTYPES[spec.dtype]).view(shape)
     raw = tensor.view(-1).view(torch.uint8)
     per_slot = raw.numel() // layout.num_slots
     raw[: layout.page_size * per_slot].zero_()
     for start in range(layout.slots_per_segment * per_slot, raw.numel(), _ZERO_PIECE_BYTES):
         raw[start : start + _ZERO_PIECE_BYTES].zero_()
     return tensor
+
+
+def _fresh_memory(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor over pages of its own that nobody touched before.
+
+    A heap may hand out memory that an earlier tensor left resident, and then what is untouched
+    here, the rest of segment 0, would take memory all the same.
+    """
+    if sys.platform == "win32":
+        return torch.empty(num_elements, dtype=dtype)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    try:
+        pages = mmap.mmap(-1, num_elements * dtype.itemsize, flags=flags)
+    except (OSError, ValueError) as error:
+        raise BackingError(f"cannot take memory for the static KV pool: {error}") from error
+    return torch.frombuffer(pages, dtype=dtype)
