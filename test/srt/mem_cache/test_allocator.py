@@ -89,6 +89,18 @@ def test_decode_rows_get_one_page_each_and_room_between_them() -> None:
     assert allocator.num_free == 0
 
 
+def test_rows_whose_hints_are_free_are_served_before_those_without() -> None:
+    allocator = make(1)
+    take(allocator, 6)
+    # the first row's gap would be page 14, which is the second row's own next page
+    assert allocator.alloc_each([-1, 14]).tolist() == [15, 14]
+    give(allocator, 8, 9, 10)
+    hints = np.array([9, 9, 10_000, 10], np.int32)
+    assert allocator.alloc_each(hints) is None
+    assert allocator.alloc_each(hints[:3]).tolist() == [9, 8, 10]
+    assert hints.tolist() == [9, 9, 10_000, 10]
+
+
 def test_removed_segments_are_not_used_and_must_be_empty() -> None:
     allocator = make(1, 2)
     assert take(allocator, 2) == [8, 9]

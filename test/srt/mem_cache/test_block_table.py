@@ -32,6 +32,18 @@ def test_empty_table() -> None:
     assert table.slots(0, 0).tolist() == []
 
 
+def test_the_last_page_follows_every_change() -> None:
+    table = BlockTable(4)
+    table.append_page(5)
+    assert (table.last_page, table.next_page_hint) == (5, 6)
+    table.extend(pages(6, 9))
+    assert table.last_page == 9
+    assert table.truncate(1).tolist() == [6, 9]
+    assert table.last_page == 5
+    table.truncate(0)
+    assert (table.last_page, table.next_page_hint) == (-1, -1)
+
+
 def test_slots_of_positions() -> None:
     table = BlockTable(4)
     table.extend(pages(3, 9))

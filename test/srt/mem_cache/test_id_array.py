@@ -23,6 +23,20 @@ def test_append_keeps_old_views_true() -> None:
     assert array[-1] == 199
 
 
+def test_append_one_is_append_of_one() -> None:
+    array = IdArray()
+    views = []
+    for value in range(300):
+        array.append_one(value)
+        views.append(array.view())
+        assert array[-1] == value
+        assert array.capacity <= max(16, 4 * len(array))
+    assert all(view.tolist() == list(range(n + 1)) for n, view in enumerate(views))
+    array.cut_tail(299)
+    array.append_one(7)
+    assert array.view().tolist() == [0, 7]
+
+
 def test_index_outside_the_live_part_raises() -> None:
     array = IdArray(ids(1, 2, 3))
     array.cut_tail(1)

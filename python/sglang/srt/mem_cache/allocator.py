@@ -82,10 +82,18 @@ class PageAllocator:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def alloc_each(self, hints: Sequence[int]) -> Int32Array | None:
-        """One page for each of several rows; int32 [len(hints)], None when too few are free."""
+        """One page for each of several rows; int32 [len(hints)], None when too few are free.
+
+        Every free hint is granted, to the first row that has it, before other rows get a gap.
+        """
         if len(hints) > self.index.num_free:
             return None
-        return np.array([self._one_page(hint) for hint in hints], np.int32)
+        pages = np.array(hints, np.int32)
+        granted = self._grantable(pages)
+        self.index.take(pages[granted])
+        for row in np.flatnonzero(~granted).tolist():
+            pages[row] = self._take_gap(1)[0]
+        return pages
 
     # ---- inside: all that follows knows that enough pages are free --------------------------
 
@@ -94,6 +102,17 @@ class PageAllocator:
             return int(self._take_gap(1)[0])
         self._take_range(hint, 1)
         return hint
+
+    def _grantable(self, hints: Int32Array) -> npt.NDArray[np.bool_]:
+        """Which rows can have their hint: it is free and no row before has the same; bool."""
+        inside = (hints >= 0) & (hints < len(self.index.state))
+        free = inside & (self.index.state[np.where(inside, hints, 0)] == PageState.FREE)
+        ordered = np.sort(hints[free])
+        if (ordered[1:] == ordered[:-1]).any():
+            first = np.zeros(len(hints), np.bool_)
+            first[np.unique(hints, return_index=True)[1]] = True
+            free &= first
+        return free
 
     def _take_range(self, first: int, count: int) -> Int32Array:
         pages = np.arange(first, first + count, dtype=np.int32)

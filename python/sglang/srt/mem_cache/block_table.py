@@ -43,14 +43,16 @@ class BlockTable:
     """Pages in order, runs kept incrementally. Written by the scheduler's thread only.
 
     Invariants: `runs` cover exactly the slots of `page_ids`, neighbours merged; `first_page` pages
-    were dropped before the first one (a window group's recycled head; 0 for full groups).
+    were dropped before the first one (a window group's recycled head; 0 for full groups);
+    `last_page` is the newest page's id, -1 when the table is empty.
     """
 
-    __slots__ = ("_ids", "_runs", "first_page", "page_size")
+    __slots__ = ("_ids", "_runs", "first_page", "last_page", "page_size")
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self.first_page = 0
+        self.last_page = -1  # a plain attribute: a decode step reads it for every row
         self._ids = IdArray()
         self._runs: list[Run] = []
 
@@ -70,20 +72,16 @@ class BlockTable:
         return list(self._runs)
 
     @property
-    def last_page(self) -> int:
-        """The newest page's id, -1 when the table is empty."""
-        return self._ids[-1] if len(self._ids) else -1
-
-    @property
     def next_page_hint(self) -> int:
         """The page that would continue the last run; -1 when the table is empty."""
-        return self.last_page + 1 if len(self._ids) else -1
+        return self.last_page + 1 if self.last_page >= 0 else -1
 
     def extend(self, pages: Int32Array) -> None:
         """Append pages in order; amortised O(len(pages)), snapshots stay true."""
         if len(pages) == 0:
             return
         self._ids.append(pages)
+        self.last_page = int(pages[-1])
         breaks = np.flatnonzero(np.diff(pages) != 1) + 1 if len(pages) > 1 else _NO_BREAKS
         starts = [0, *breaks.tolist()]
         ends = [*starts[1:], len(pages)]
@@ -92,7 +90,8 @@ class BlockTable:
 
     def append_page(self, page: int) -> None:
         """Append one page."""
-        self._ids.append(np.array([page], np.int32))
+        self._ids.append_one(page)
+        self.last_page = page
         self._add_run(page * self.page_size, self.page_size)
 
     def truncate(self, num_pages: int) -> Int32Array:
@@ -104,6 +103,7 @@ class BlockTable:
             raise InvariantError(f"cannot keep {num_pages} of {len(self._ids)} pages")
         kept, dropped = self._ids.view(0, num_pages), self._ids.view(num_pages).copy()
         self._ids, self._runs = IdArray(), []  # fresh: a snapshot may still read the old ones
+        self.last_page = -1
         self.extend(kept)
         return dropped
 

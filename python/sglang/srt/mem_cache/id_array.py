@@ -55,6 +55,13 @@ class IdArray:
         self._buffer[self._end : end] = ids
         self._end = end
 
+    def append_one(self, id_: int) -> None:
+        """Add one id, without making an array of it."""
+        if self._end == len(self._buffer):
+            self._replace_buffer(max(_MIN_CAPACITY, 2 * len(self) + 1))
+        self._buffer[self._end] = id_
+        self._end += 1
+
     def cut_tail(self, count: int) -> Int32Array:
         """Drop the last `count` ids and return them (a copy). Later appends reuse their room."""
         tail = self._buffer[self._end - count : self._end].copy()
