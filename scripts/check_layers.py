@@ -38,7 +38,7 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.segment_backing.*, srt.mem_cache.segment_state"
      " < srt.mem_cache.segment_jobs < srt.mem_cache.segment_manager"),
     (2, "DEVICE", "srt.mem_cache.id_array < srt.mem_cache.block_table"),
-    (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.page_owner"),
+    (2, "DEVICE", "srt.mem_cache.kv_layout, srt.mem_cache.id_array < srt.mem_cache.page_owner"),
     (2, "DEVICE", "srt.mem_cache.segment_manager, srt.mem_cache.page_owner"
      " < srt.mem_cache.block_table, srt.mem_cache.allocator < srt.mem_cache.memory_pool"),
     (2, "DEVICE", "srt.mem_cache.id_array, srt.mem_cache.page_owner"

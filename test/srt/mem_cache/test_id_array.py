@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang.srt.mem_cache.id_array import IdArray
+from sglang.srt.mem_cache.id_array import IdArray, is_run
 
 
 def ids(*values: int) -> np.ndarray:
@@ -101,3 +101,19 @@ def test_against_lists(actions: list[tuple[str, int]]) -> None:
             models.insert(0, model[:amount])
             del model[:amount]
         assert [a.view().tolist() for a in arrays] == models
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=8), st.integers(0, 5))
+def test_is_run_is_what_it_says(steps: list[int], first: int) -> None:
+    array = first + np.cumsum(ids(0, *steps), dtype=np.int32)
+    assert is_run(array) == (np.diff(array) == 1).all()
+
+
+@pytest.mark.parametrize("length", [1, 65_535, 65_536, 65_537, 200_000])
+def test_is_run_of_long_arrays(length: int) -> None:
+    array = np.arange(7, 7 + length, dtype=np.int32)
+    assert is_run(array)
+    for place in {0, length // 2, length - 1}:
+        changed = array.copy()
+        changed[place] += 1
+        assert is_run(changed) == (length == 1)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, SegmentLayout
@@ -80,6 +82,44 @@ def test_a_wrong_move_raises_and_changes_nothing(index: PageIndex, action, compl
     with pytest.raises(InvariantError, match=complaint):
         action(index)
     assert (index.state.tolist(), index.rows.tolist(), index.counts.tolist()) == before
+
+
+@given(st.integers(4, 26), st.integers(1, 12), st.permutations(range(12)))
+def test_pages_in_a_row_and_out_of_order_change_alike(
+    first: int, count: int, order: list[int]
+) -> None:
+    row = np.arange(first, first + count, dtype=np.int32)
+    mixed = row[[i for i in order if i < count]]
+    found = []
+    for some in (row, mixed):
+        heard: list[tuple[int, int, int]] = []
+
+        def listen(segment: int, *, used: int, cached: int, heard: list = heard) -> None:
+            heard.append((segment, used, cached))
+
+        index = PageIndex(layout(), listen)
+        for segment in range(1, 10):
+            index.add_segment(segment)
+        index.take(some)
+        index.adopt(some[: count // 2 + 1], 5)
+        index.drop_row(some)
+        index.share(some[: count // 2 + 1])
+        index.drop_row(some[: count // 2 + 1])
+        assert index.segments_emptied_by(some[: count // 2 + 1]) >= 1
+        index.rename_node(some[: count // 2 + 1], 6)
+        assert (index.node == 6).sum() == count // 2 + 1
+        index.release(some[: count // 2 + 1])
+        assert index.totals[1:] == [36, 0, 0]
+        found.append((index.state.tolist(), index.rows.tolist(), index.counts.tolist()))
+        assert all(n == 0 for n in np.sum([(u, c) for _, u, c in heard], axis=0))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("beyond", [pages(799, 800), pages(800), pages(10_000, 10_001)])
+def test_pages_that_do_not_exist_are_never_taken(index: PageIndex, beyond: np.ndarray) -> None:
+    with pytest.raises((IndexError, InvariantError)):
+        index.take(beyond + len(index.state) - 800)
+    assert index.num_free == 8
 
 
 def test_memory_follows_the_highest_segment_that_was_mapped() -> None:

@@ -106,7 +106,9 @@ class PageAllocator:
     def _grantable(self, hints: Int32Array) -> npt.NDArray[np.bool_]:
         """Which rows can have their hint: it is free and no row before has the same; bool."""
         inside = (hints >= 0) & (hints < len(self.index.state))
-        free = inside & (self.index.state[np.where(inside, hints, 0)] == PageState.FREE)
+        free: npt.NDArray[np.bool_] = inside & (
+            self.index.state[np.where(inside, hints, 0)] == PageState.FREE
+        )
         ordered = np.sort(hints[free])
         if (ordered[1:] == ordered[:-1]).any():
             first = np.zeros(len(hints), np.bool_)

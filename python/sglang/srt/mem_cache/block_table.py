@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang.srt.errors import InvariantError
-from sglang.srt.mem_cache.id_array import IdArray
+from sglang.srt.mem_cache.id_array import IdArray, is_run
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -82,7 +82,10 @@ class BlockTable:
             return
         self._ids.append(pages)
         self.last_page = int(pages[-1])
-        breaks = np.flatnonzero(np.diff(pages) != 1) + 1 if len(pages) > 1 else _NO_BREAKS
+        if is_run(pages):
+            self._add_run(int(pages[0]) * self.page_size, len(pages) * self.page_size)
+            return
+        breaks = np.flatnonzero(np.diff(pages) != 1) + 1
         starts = [0, *breaks.tolist()]
         ends = [*starts[1:], len(pages)]
         for start, end in zip(starts, ends, strict=True):
@@ -141,6 +144,3 @@ class BlockTable:
 
     def __repr__(self) -> str:
         return f"BlockTable(pages={len(self._ids)}, runs={len(self._runs)})"
-
-
-_NO_BREAKS: npt.NDArray[np.intp] = np.empty(0, np.intp)

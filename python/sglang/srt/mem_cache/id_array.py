@@ -13,6 +13,22 @@ import numpy.typing as npt
 Int32Array = npt.NDArray[np.int32]
 
 _MIN_CAPACITY = 16
+# Ids that `is_run` compares at a time: no temporary is larger, whatever the array.
+_RUN_BLOCK = 1 << 16
+_ONE_BLOCK = np.arange(_RUN_BLOCK, dtype=np.int32)
+_ONE_BLOCK.setflags(write=False)
+
+
+def is_run(ids: Int32Array) -> bool:
+    """Whether `ids` (at least one) are consecutive ascending numbers; most often O(1) when not."""
+    first = int(ids[0])
+    if int(ids[-1]) - first != len(ids) - 1:
+        return False
+    for start in range(0, len(ids), _RUN_BLOCK):
+        block = ids[start : start + _RUN_BLOCK]
+        if (block - (first + start) != _ONE_BLOCK[: len(block)]).any():
+            return False
+    return True
 
 
 class IdArray:
