@@ -48,6 +48,7 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.capacity, srt.mem_cache.memory_pool, srt.mem_cache.radix_cache,"
      " srt.mem_cache.chunk_cache < srt.mem_cache.lease < srt.mem_cache.page_ladder"
      " < srt.mem_cache.integrity < srt.mem_cache.allocation"),
+    (2, "DEVICE", "srt.mem_cache.segment_manager < srt.mem_cache.memory_report"),
     (3, "DEVICE", "srt.model_executor.forward_mode < srt.managers.schedule_batch"),
     (3, "DEVICE", "srt.managers.generation_result, srt.managers.schedule_batch"
      " < srt.managers.schedule_policy"),
@@ -66,6 +67,7 @@ TABLE: tuple[Row, ...] = (
     (6, "TEXT", "srt.managers.generate_request, srt.managers.tokenizer_manager"
      " < srt.entrypoints.*"),
     (7, "", "srt.entrypoints.engine < srt.entrypoints.http_server < launch_server < sglang"),
+    (7, "", "kv_report < sglang"),
 )  # fmt: skip
 
 # Third-party packages that may be imported inside a function: optional, or slow to import.

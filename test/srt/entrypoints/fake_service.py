@@ -194,7 +194,7 @@ class FakeService:
     async def control(self, op: str, *, timeout_s: float = 30.0) -> ControlReply:
         if self.state_error is not None:
             raise self.state_error
-        assert op == "internal_state"
+        assert op in ("internal_state", "server_info")
         return ControlReply(1, True, data=self.state)
 
     async def abort(self, rid: str = "", abort_all: bool = False) -> None:

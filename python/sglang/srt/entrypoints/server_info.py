@@ -41,7 +41,7 @@ def model_info(context: ServerContext) -> dict[str, Any]:
 async def server_info(context: ServerContext) -> dict[str, Any]:
     """The object of /server_info; asks the scheduler. RequestError 503 when it is silent."""
     service = context.serving.service
-    reply = await service.control("internal_state")
+    reply = await service.control("server_info")
     ready = service.pulse.ready
     facts: dict[str, Any] = {}
     if ready is not None:

@@ -120,7 +120,8 @@ class StopStringHit(msgspec.Struct, tag="stop_hit"):
 class ControlReq(msgspec.Struct, tag="control"):
     """A question to the scheduler; answered by a `ControlReply` with the same `seq`.
 
-    `op`: "flush_cache", "internal_state" (everything /server_info shows), "audit".
+    `op`: "flush_cache", "internal_state" (what /metrics reads), "server_info" (that and what costs
+    more: the segment map and the system's resident figure), "audit".
     """
 
     seq: int

@@ -232,8 +232,9 @@ class Scheduler:
         return True
 
     def _control(self, message: ControlReq) -> ControlReply:
-        if message.op == "internal_state":
-            state = internal_state(self, self._limits, self._memory)
+        if message.op in ("internal_state", "server_info"):
+            details = message.op == "server_info"
+            state = internal_state(self, self._limits, self._memory, details=details)
             return ControlReply(message.seq, True, data=state)
         if message.op == "flush_cache":
             if self._by_rid:
