@@ -254,9 +254,9 @@ class ServerArgs:
     disable_radix_cache: bool = flag(False, "Share no prefixes between requests.", group=SCHEDULE)
     radix_eviction_policy: str = flag(
         "lru",
-        "Which cached prefix goes first: least recently or least frequently used.",
+        "Which cached prefix goes first: least recently or often used, oldest, least important.",
         group=SCHEDULE,
-        choices=("lru", "lfu"),
+        choices=("lru", "lfu", "fifo", "priority"),
     )
     disable_overlap_schedule: bool = flag(
         False, "Process each step's result before the next step starts.", group=SCHEDULE

@@ -295,6 +295,7 @@ def make_memory(
     prefix_idle_s: float = 300.0,
     fail_maps: Callable[[int], bool] | None = None,
     rows: int = 64,
+    eviction_policy: str = "lru",
 ) -> KVMemory:
     """Real memory on tiny mmap segments: two layers, one head, two floats wide.
 
@@ -324,4 +325,5 @@ def make_memory(
         prefix_idle_s=prefix_idle_s,
         max_cached_tokens=None,
         max_requests=rows,
+        eviction_policy=eviction_policy,
     )

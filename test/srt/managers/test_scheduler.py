@@ -71,6 +71,22 @@ def test_a_prefix_is_shared_and_the_answer_is_the_same(overlap: bool) -> None:
         assert harness.output(rid) == expected_output(common + tail, 4)
 
 
+def test_a_requests_priority_reaches_the_cache(overlap: bool) -> None:
+    memory = make_memory(page_size=4, eviction_policy="priority")
+    harness = Harness(memory, page_size=4, overlap=overlap)
+    prompts = {rid: prompt_of(40, seed) for seed, rid in enumerate(("low", "none", "high"))}
+    for rid, priority in (("high", 5), ("none", 0), ("low", -5)):
+        harness.send(rid, prompts[rid], max_new=2, priority=priority)
+        harness.run()
+    held = memory.cache.num_pages // 3
+    for gone, kept in (("low", "none"), ("none", "high")):
+        memory.cache.evict(held)
+        tokens = {rid: np.array(prompts[rid], np.int32) for rid in (gone, kept)}
+        assert memory.match_len(tokens[gone]) == 0
+        assert memory.match_len(tokens[kept]) == 40
+    memory.audit()
+
+
 def test_a_running_prefill_is_shared(overlap: bool) -> None:
     harness = Harness(make_memory(page_size=4), page_size=4, overlap=overlap, chunk_tokens=32)
     long = prompt_of(400)

@@ -124,11 +124,15 @@ class MemoryDriver:
     now: float = 0.0
     num_none: int = 0
 
-    def open(self, tokens: list[int], extra_key: str | None = None) -> Request | None:
+    def open(
+        self, tokens: list[int], extra_key: str | None = None, priority: int = 0
+    ) -> Request | None:
         predicted = self.memory.match_len(np.array(tokens[:-1], np.int32), extra_key)
         free_rows = self.memory.rows.available_size()
         array = np.array(tokens, np.int32)
-        lease = self.memory.open(array, extra_key=extra_key, max_prefix=len(tokens) - 1)
+        lease = self.memory.open(
+            array, extra_key=extra_key, priority=priority, max_prefix=len(tokens) - 1
+        )
         if lease is None:
             assert free_rows == 0
             return None

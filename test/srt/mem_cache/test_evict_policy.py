@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import random
 
-from sglang.srt.mem_cache.evict_policy import LeafQueue, lfu_key, lru_key
+from sglang.srt.mem_cache.evict_policy import (
+    LeafQueue,
+    fifo_key,
+    lfu_key,
+    lru_key,
+    priority_key,
+)
 from sglang.srt.mem_cache.id_array import IdArray
 from sglang.srt.mem_cache.radix_tree import TreeNode
 
@@ -22,6 +28,29 @@ def test_order_is_that_of_the_key() -> None:
     assert [n.id for n in by_age.coldest(9)] == [1, 0, 2]
     assert [n.id for n in by_use.coldest(9)] == [0, 2, 1]
     assert [n.id for n in by_age.coldest(2)] == [1, 0], "looking takes nothing out"
+
+
+def test_fifo_and_priority_order() -> None:
+    nodes = [node(i, tick=tick) for i, tick in enumerate((5, 9, 3, 7))]
+    for each, created, priority in zip(nodes, (2, 1, 4, 3), (0, -1, 0, 5), strict=True):
+        each.created, each.priority = created, priority
+    by_birth, by_rank = LeafQueue(fifo_key), LeafQueue(priority_key)
+    for each in nodes:
+        by_birth.put(each)
+        by_rank.put(each)
+    assert [n.id for n in by_birth.coldest(9)] == [1, 0, 3, 2]
+    assert [n.id for n in by_rank.coldest(9)] == [1, 2, 0, 3]
+
+
+def test_same_rank_leaves_only_age_to_differ() -> None:
+    nodes = [node(0, tick=4, hits=1), node(1, tick=2, hits=1), node(2, tick=1, hits=2)]
+    by_use, by_age = LeafQueue(lfu_key), LeafQueue(lru_key)
+    for each in nodes:
+        by_use.put(each)
+        by_age.put(each)
+    assert [n.id for n in by_use.coldest(9, same_rank=True)] == [1, 0]
+    assert [n.id for n in by_age.coldest(9, same_rank=True)] == [2, 1, 0]
+    assert LeafQueue(lru_key).coldest(9, same_rank=True) == []
 
 
 def test_a_leaf_that_left_or_moved_is_skipped() -> None:

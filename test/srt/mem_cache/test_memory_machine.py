@@ -58,9 +58,9 @@ class MemoryMachine(RuleBasedStateMachine):
         index = data.draw(st.integers(0, len(self.driver.requests) - 1))
         return self.driver.requests[index]
 
-    @rule(prompt=PROMPT, extra_key=NAMESPACE)
-    def open(self, prompt: list[int], extra_key: str | None) -> None:
-        self.driver.open(prompt, extra_key)
+    @rule(prompt=PROMPT, extra_key=NAMESPACE, priority=st.integers(-1, 1))
+    def open(self, prompt: list[int], extra_key: str | None, priority: int) -> None:
+        self.driver.open(prompt, extra_key, priority)
 
     @precondition(lambda self: self.driver.requests)
     @rule(data=st.data(), extra=st.integers(1, 6))
@@ -181,6 +181,15 @@ class LfuMachine(MemoryMachine):
     }
 
 
+class FifoMachine(MemoryMachine):
+    options = {"eviction_policy": "fifo", "max_cached_tokens": 32}  # noqa: RUF012
+
+
+class PriorityMachine(MemoryMachine):
+    num_groups = 2
+    options = {"eviction_policy": "priority", "max_cached_tokens": 32}  # noqa: RUF012
+
+
 class ChunkCacheMachine(MemoryMachine):
     options = {"enable_prefix_cache": False}  # noqa: RUF012
 
@@ -200,5 +209,9 @@ TestTwoGroups = TwoGroupMachine.TestCase
 TestTwoGroups.settings = _settings(30)
 TestLfu = LfuMachine.TestCase
 TestLfu.settings = _settings(20)
+TestFifo = FifoMachine.TestCase
+TestFifo.settings = _settings(20)
+TestPriority = PriorityMachine.TestCase
+TestPriority.settings = _settings(20)
 TestChunkCache = ChunkCacheMachine.TestCase
 TestChunkCache.settings = _settings(10)

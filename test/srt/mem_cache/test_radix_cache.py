@@ -26,8 +26,9 @@ class Bench:
         self.cache = RadixCache(self.indexes, PAGE, policy)
         self.handles: list[PrefixHandle] = []
 
-    def lock(self, *tokens: int, key: str | None = None) -> PrefixHandle:
-        hit = self.cache.match(np.array(tokens, np.int32), key, len(tokens))
+    def lock(self, *tokens: int, key: str | None = None, priority: int = 0) -> PrefixHandle:
+        array = np.array(tokens, np.int32)
+        hit = self.cache.match(array, key, len(tokens), priority=priority)
         self.handles.append(hit.handle)
         return hit.handle
 
@@ -49,9 +50,9 @@ class Bench:
         self.handles.remove(handle)
         self.cache.release(handle)
 
-    def put(self, *tokens: int, key: str | None = None) -> list[int]:
+    def put(self, *tokens: int, key: str | None = None, priority: int = 0) -> list[int]:
         """A whole life: match, compute the rest, insert, release."""
-        handle = self.lock(*tokens, key=key)
+        handle = self.lock(*tokens, key=key, priority=priority)
         pages = self.add(handle, *tokens)
         self.release(handle)
         return pages
@@ -219,6 +220,65 @@ def test_lfu_keeps_what_is_hit_often() -> None:
         RadixCache(bench.indexes, PAGE, "random")
 
 
+def test_fifo_goes_by_the_beginning_of_an_edge() -> None:
+    bench = Bench("fifo", num_groups=2)
+    pages = {token: bench.put(token, token) for token in (1, 2, 3)}
+    bench.put(1, 1)  # used again: no younger for that
+    bench.put(2, 2, 2, 2)  # longer, but as old as it was
+    for gone in ((1, 1), (2, 2, 2, 2)):
+        assert bench.find(*gone) == len(gone)
+        assert bench.cache.evict(1) == 1
+        assert bench.find(*gone) == len(gone) - 2
+        bench.check()
+    assert bench.cache.evict(1) == 1
+    assert [bench.find(token, token) for token in (1, 2, 3)] == [0, 0, 2]
+    assert [bench.indexes[1].is_free(page) for (page,) in pages.values()] == [True, True, False]
+
+
+def test_priority_of_the_requests_decides_and_use_among_equals() -> None:
+    bench = Bench("priority", num_groups=2)
+    bench.put(1, 1, priority=2)
+    bench.put(2, 2)
+    bench.put(3, 3, priority=-1)
+    bench.put(4, 4)
+    bench.put(2, 2)  # used again
+    bench.put(5, 5, priority=-1)
+    bench.release(bench.lock(5, 5, priority=1))  # the highest of those that used it counts
+    for gone in (3, 4, 2, 5, 1):
+        assert bench.find(gone, gone) == 2
+        assert bench.cache.evict(1) == 1
+        assert bench.find(gone, gone) == 0
+        bench.check()
+
+
+def test_a_longer_request_passes_its_priority_to_what_it_stands_on() -> None:
+    bench = Bench("priority")
+    bench.put(1, 1, 2, 2)
+    bench.put(1, 1, 3, 3, priority=7)
+    bench.put(4, 4, priority=1)
+    bench.put(1, 1, 5, 5, priority=-7)
+    ranks = {
+        tuple(node.tokens.view().tolist()): node.priority
+        for node in bench.cache.tree.nodes()
+        if not node.is_root
+    }
+    assert ranks == {(1, 1): 7, (2, 2): 0, (3, 3): 7, (4, 4): 1, (5, 5): -7}
+    order = [(1, 1, 5, 5), (1, 1, 2, 2), (4, 4), (1, 1, 3, 3), (1, 1)]
+    for gone in order:
+        before = bench.find(*gone)
+        assert bench.cache.evict(1) == 1
+        assert bench.find(*gone) == before - 2, gone
+        bench.check()
+
+
+def test_an_emptied_segment_never_outweighs_a_priority() -> None:
+    bench = Bench("priority", per_segment=2)
+    pages = [bench.put(token, token, priority=token // 3) for token in (1, 2, 3)]
+    assert pages == [[2], [3], [4]]  # segment 2 holds the third alone
+    assert bench.cache.evict(2) == 2
+    assert [bench.find(token, token) for token in (1, 2, 3)] == [0, 0, 2]
+
+
 def test_eviction_prefers_a_leaf_that_empties_a_segment() -> None:
     bench = Bench(per_segment=2)
     pages = [bench.put(token, token) for token in (1, 2, 3)]
@@ -263,6 +323,34 @@ def test_the_tree_is_not_walked_to_evict() -> None:
     visits = bench.cache.tree.num_visits
     assert bench.cache.evict(100) == 100
     assert bench.cache.tree.num_visits == visits
+
+
+def test_the_choice_looks_at_a_bounded_part_of_a_long_leaf(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(per_segment=10_000)
+    bench.put(7, 7)
+    bench.put(*range(2 * 9_000))
+    seen: list[int] = []
+    index = bench.indexes[0]
+    real = index.segments_emptied_by
+    monkeypatch.setattr(
+        index, "segments_emptied_by", lambda pages: seen.append(len(pages)) or real(pages)
+    )
+    assert bench.cache.evict(9_001) == 9_001
+    assert max(seen) == 4096
+    assert len(seen) <= 2 * 8
+    bench.check()
+
+
+def test_check_finds_a_wrong_order() -> None:
+    bench = Bench()
+    bench.put(1, 1, 2, 2)
+    bench.put(1, 1, 3, 3)
+    leaf = bench.lock(1, 1, 2, 2).node
+    leaf.priority = 1
+    with pytest.raises(InvariantError, match="would stay longer"):
+        bench.check()
 
 
 def test_check_finds_a_wrong_count() -> None:

@@ -53,9 +53,11 @@ def test_split_keeps_the_lower_node_and_copies_the_locks() -> None:
     root = tree.get_root(None)
     lower = leaf(tree, root, [1, 2, 3, 4, 5], 10)
     lower.lock_ref, lower.tick, lower.hits, lower.last_used = 3, 7, 2, 1.5
+    lower.created, lower.priority = 5, -2
     upper = tree.split(lower, 2)
     assert upper.parent is root
     assert lower.parent is upper
+    assert (upper.created, upper.priority) == (5, -2)
     assert (upper.tokens.view().tolist(), lower.tokens.view().tolist()) == ([1, 2], [3, 4, 5])
     assert [array.view().tolist() for array in upper.pages] == [[10, 11]] * 2
     assert [array.view().tolist() for array in lower.pages] == [[12, 13, 14]] * 2

@@ -125,6 +125,7 @@ class Req:
         self.seed = seed
         self.stream = message.stream
         self.extra_key = message.extra_key
+        self.priority = message.priority
         self.detok: DetokOptions | None = message.detok
         self.has_stop_strings = bool(message.detok.stop_strings)
         self.logprob: LogprobState | None = None

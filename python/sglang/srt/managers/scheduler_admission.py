@@ -122,7 +122,12 @@ class Admission:
         # The lease comes first because only a locked hit is certain: what it saves the request
         # is what it takes from the headroom, so the numbers below are exact.
         tokens = req.tokens.view()
-        lease = self._memory.open(tokens, extra_key=req.extra_key, max_prefix=req.max_prefix())
+        lease = self._memory.open(
+            tokens,
+            extra_key=req.extra_key,
+            max_prefix=req.max_prefix(),
+            priority=req.priority,
+        )
         if lease is None:
             return False
         full = req.needs_reservation or any(other.needs_reservation for other in present)

@@ -137,16 +137,22 @@ class KVMemory:
     # ---- a request's life -------------------------------------------------------------------
 
     def open(
-        self, token_ids: Int32Array, *, extra_key: str | None = None, max_prefix: int
+        self,
+        token_ids: Int32Array,
+        *,
+        extra_key: str | None = None,
+        max_prefix: int,
+        priority: int = 0,
     ) -> KVLease | None:
         """Take a row and lock the longest cached prefix of at most `max_prefix` tokens.
 
-        The tables are filled with the hit's pages (whole pages only). None: no row is free.
+        The tables are filled with the hit's pages (whole pages only). `priority` is what the
+        policy of that name evicts by. None: no row is free.
         """
         row = self.rows.alloc_row()
         if row is None:
             return None
-        hit = self.cache.match(token_ids, extra_key, max_prefix)
+        hit = self.cache.match(token_ids, extra_key, max_prefix, priority=priority)
         lease = KVLease(row, self.rows.tables(row), hit.handle, extra_key)
         for allocator, table, pages in zip(
             self.allocators, lease.tables, hit.page_ids, strict=True

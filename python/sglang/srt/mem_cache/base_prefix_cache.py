@@ -25,13 +25,15 @@ class PrefixHandle:
     """A lock on the prefix [0, num_tokens) of one token sequence.
 
     `node` is the cache's own place mark and moves down as the holder's tokens enter the cache.
+    `priority` is that of the request that holds it.
     """
 
-    __slots__ = ("node", "num_tokens", "released")
+    __slots__ = ("node", "num_tokens", "priority", "released")
 
-    def __init__(self, node: Any, num_tokens: int) -> None:
+    def __init__(self, node: Any, num_tokens: int, priority: int = 0) -> None:
         self.node = node
         self.num_tokens = num_tokens
+        self.priority = priority
         self.released = False
 
     def mark_released(self) -> None:
@@ -79,10 +81,18 @@ class BasePrefixCache(abc.ABC):
         """Tokens of `token_ids` that `match` would find, at most `max_tokens`; changes nothing."""
 
     @abc.abstractmethod
-    def match(self, token_ids: Int32Array, extra_key: str | None, max_tokens: int) -> MatchResult:
+    def match(
+        self,
+        token_ids: Int32Array,
+        extra_key: str | None,
+        max_tokens: int,
+        *,
+        priority: int = 0,
+    ) -> MatchResult:
         """Find and lock the longest cached prefix of at most `max_tokens` tokens.
 
-        The handle must be released, also when nothing was found.
+        The handle must be released, also when nothing was found. `priority` is the request's,
+        for caches that evict by it: the higher, the longer what it uses stays.
         """
 
     @abc.abstractmethod

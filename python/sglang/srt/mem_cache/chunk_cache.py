@@ -36,8 +36,15 @@ class ChunkCache(BasePrefixCache):
         del token_ids, extra_key, max_tokens
         return 0
 
-    def match(self, token_ids: Int32Array, extra_key: str | None, max_tokens: int) -> MatchResult:
-        del token_ids, extra_key, max_tokens
+    def match(
+        self,
+        token_ids: Int32Array,
+        extra_key: str | None,
+        max_tokens: int,
+        *,
+        priority: int = 0,
+    ) -> MatchResult:
+        del token_ids, extra_key, max_tokens, priority
         self._num_handles += 1
         none = tuple(np.empty(0, np.int32) for _ in range(self._num_groups))
         return MatchResult(0, none, PrefixHandle(None, 0))

@@ -2,8 +2,8 @@
 
 `RadixCache` adds a leaf when it becomes evictable and drops it when it no longer is. A heap with
 lazy invalidation: an update pushes a new entry, an old one is skipped when it surfaces. A linked
-list would do for lru alone, but not for lfu, nor for a parent that becomes a leaf with an old
-time of use.
+list would do for lru alone, but not for the others, nor for a parent that becomes a leaf with an
+old time of use. A key may only change while its node is locked, and so not in a queue.
 """
 
 from __future__ import annotations
@@ -27,7 +27,22 @@ def lfu_key(node: TreeNode) -> SortKey:
     return (node.hits, node.tick)
 
 
-EVICTION_KEYS: dict[str, Callable[[TreeNode], SortKey]] = {"lru": lru_key, "lfu": lfu_key}
+def fifo_key(node: TreeNode) -> SortKey:
+    """First begun first; an edge that grows later, or is split, keeps the time of its beginning."""
+    return (node.created,)
+
+
+def priority_key(node: TreeNode) -> SortKey:
+    """Lowest request priority first, the least recently used among equals."""
+    return (node.priority, node.tick)
+
+
+EVICTION_KEYS: dict[str, Callable[[TreeNode], SortKey]] = {
+    "lru": lru_key,
+    "lfu": lfu_key,
+    "fifo": fifo_key,
+    "priority": priority_key,
+}
 
 
 class LeafQueue:
@@ -57,8 +72,11 @@ class LeafQueue:
         """Take a leaf out if it is in."""
         self._entries.pop(node.id, None)
 
-    def coldest(self, count: int = 1) -> list[TreeNode]:
-        """Up to `count` leaves, coldest first; they stay in."""
+    def coldest(self, count: int = 1, *, same_rank: bool = False) -> list[TreeNode]:
+        """Up to `count` leaves, coldest first; they stay in.
+
+        `same_rank`: only those whose keys differ from the first's in the last, finest part.
+        """
         found: list[_Entry] = []
         while self._heap and len(found) < count:
             entry = heapq.heappop(self._heap)
@@ -66,4 +84,5 @@ class LeafQueue:
                 found.append(entry)
         for entry in found:
             heapq.heappush(self._heap, entry)
-        return [node for _, _, node in found]
+        rank = found[0][0][:-1] if found else ()
+        return [node for key, _, node in found if not same_rank or key[:-1] == rank]

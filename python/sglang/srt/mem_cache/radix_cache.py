@@ -24,6 +24,8 @@ Int32Array = npt.NDArray[np.int32]
 
 # Coldest leaves among which eviction prefers one that empties a segment.
 _EVICT_CHOICE = 8
+# Pages of a leaf that this choice looks at, so that its cost does not follow the leaf's length.
+_EVICT_SCORE_PAGES = 4096
 # Leaves that one call of `evict_idle` drops, so that no step boundary is long.
 _IDLE_LEAVES_PER_CALL = 256
 
@@ -33,7 +35,8 @@ class RadixCache(BasePrefixCache):
 
     Invariants: a node's `lock_ref` is the number of handles at it or below; a page of an edge is
     CACHED in its group's index with that node's id; `num_pages` and `num_locked_pages` are the
-    sums over nodes; exactly the unlocked leaves are in the queues. `policy` is lru or lfu.
+    sums over nodes; exactly the unlocked leaves are in the queues; no node is younger or of lower
+    priority than one below it. `policy` is one of `EVICTION_KEYS`.
     """
 
     def __init__(self, indexes: Sequence[PageIndex], page_size: int, policy: str = "lru") -> None:
@@ -69,7 +72,14 @@ class RadixCache(BasePrefixCache):
         _, position, _, inside = self.tree.walk(root, token_ids, 0, end)
         return position + inside
 
-    def match(self, token_ids: Int32Array, extra_key: str | None, max_tokens: int) -> MatchResult:
+    def match(
+        self,
+        token_ids: Int32Array,
+        extra_key: str | None,
+        max_tokens: int,
+        *,
+        priority: int = 0,
+    ) -> MatchResult:
         root = self.tree.get_root(extra_key)
         end = min(max_tokens, len(token_ids))
         node, position, child, inside = self.tree.walk(root, token_ids, 0, end)
@@ -77,13 +87,13 @@ class RadixCache(BasePrefixCache):
             node, position = self._split(child, inside), position + inside
         path = list(node.path_up())
         self._touch(path, is_hit=True)
-        self._lock(path)
+        self._lock(path, priority)
         pages = tuple(
             np.concatenate([step.pages[g].view() for step in reversed(path)])
             for g in range(len(self._indexes))
         )
         self._num_handles += 1
-        return MatchResult(position, pages, PrefixHandle(node, position))
+        return MatchResult(position, pages, PrefixHandle(node, position, priority))
 
     # ---- entering ---------------------------------------------------------------------------
 
@@ -111,8 +121,8 @@ class RadixCache(BasePrefixCache):
         if node is at and not at.children and not at.is_root and at.lock_ref == 1:
             self._grow(at, tokens, pages)
         else:
-            leaf = self._add_leaf(node, tokens, pages)
-            self._move_lock(at, leaf)
+            leaf = self._add_leaf(node, tokens, pages, handle.priority)
+            self._move_lock(at, leaf, handle.priority)
             handle.node = leaf
         handle.num_tokens = end
         return end
@@ -161,16 +171,18 @@ class RadixCache(BasePrefixCache):
         return freed
 
     def _choose_leaf(self, wanted: int) -> TreeNode | None:
-        """The coldest leaf, or among the few coldest one whose end would empty more segments."""
-        leaves = self._by_policy.coldest(_EVICT_CHOICE)
+        """The coldest leaf, or one hardly warmer whose end would empty more segments."""
+        leaves = self._by_policy.coldest(_EVICT_CHOICE, same_rank=True)
         if not leaves or leaves[0].num_pages >= wanted:
             return leaves[0] if leaves else None
         whole = [leaf for leaf in leaves if leaf.num_pages <= wanted]
         return max(whole, key=self._segments_emptied)  # the first, so the coldest, among equals
 
     def _segments_emptied(self, leaf: TreeNode) -> int:
+        """Segments that the end of the leaf would empty, as far as its last pages tell."""
+        first = max(0, leaf.num_pages - _EVICT_SCORE_PAGES)
         pairs = zip(self._indexes, leaf.pages, strict=True)
-        return sum(index.segments_emptied_by(array.view()) for index, array in pairs)
+        return sum(index.segments_emptied_by(array.view(first)) for index, array in pairs)
 
     def _evict_from(self, leaf: TreeNode, wanted: int) -> int:
         """Drop a leaf, or only its tail when it has more pages than wanted; returns pages freed."""
@@ -204,12 +216,13 @@ class RadixCache(BasePrefixCache):
         self._own(node, pages)
 
     def _add_leaf(
-        self, parent: TreeNode, tokens: Int32Array, pages: tuple[Int32Array, ...]
+        self, parent: TreeNode, tokens: Int32Array, pages: tuple[Int32Array, ...], priority: int
     ) -> TreeNode:
         for queue in self._queues:
             queue.discard(parent)
         leaf = self.tree.add_leaf(parent, tokens, pages)
         leaf.tick, leaf.last_used = self._tick, self._now
+        leaf.created, leaf.priority = self._tick, priority
         self._own(leaf, pages)
         return leaf
 
@@ -224,15 +237,16 @@ class RadixCache(BasePrefixCache):
             node.tick, node.last_used = self._tick, self._now
             node.hits += is_hit
 
-    def _lock(self, path: Sequence[TreeNode]) -> None:
+    def _lock(self, path: Sequence[TreeNode], priority: int) -> None:
         for node in path:
+            node.priority = max(node.priority, priority)
             if node.lock_ref == 0:
                 self._num_locked_pages += node.num_pages
                 for queue in self._queues:
                     queue.discard(node)
             node.lock_ref += 1
 
-    def _move_lock(self, above: TreeNode, below: TreeNode) -> None:
+    def _move_lock(self, above: TreeNode, below: TreeNode, priority: int) -> None:
         """A handle at `above` goes down to `below`: lock what lies between, `below` included."""
         path = []
         for node in below.path_up():
@@ -240,7 +254,7 @@ class RadixCache(BasePrefixCache):
                 break
             path.append(node)
         self._touch(path, is_hit=False)
-        self._lock(path)
+        self._lock(path, priority)
 
     def _queue_if_evictable(self, node: TreeNode) -> None:
         if node.is_evictable_leaf:
@@ -278,6 +292,9 @@ class RadixCache(BasePrefixCache):
             first = child.tokens.view(0, self._page_size).tobytes()
             if child.parent is not node or first != key or child.extra_key != node.extra_key:
                 raise InvariantError(f"{child!r} hangs wrong below {node!r}")
+            early = child.created < node.created or child.priority > node.priority
+            if early and not node.is_root:
+                raise InvariantError(f"{child!r} would stay longer than {node!r} above it")
         if len(node.tokens) != node.num_pages * self._page_size:
             raise InvariantError(f"{node!r} has {node.num_pages} pages")
         if not node.is_root and node.num_pages == 0:

@@ -26,11 +26,14 @@ class TreeNode:
     """One edge and the point below it. A root has no tokens, no pages and no parent.
 
     `tokens` and each `pages[g]` grow and shrink together by whole pages. `lock_ref` counts the
-    handles at this node and below. `tick` orders uses, `last_used` is their time in seconds.
+    handles at this node and below. `tick` orders uses, `last_used` is their time in seconds,
+    `created` is the tick at which the edge was begun, `priority` the highest of the requests that
+    inserted or matched it.
     """
 
     __slots__ = (
         "children",
+        "created",
         "extra_key",
         "hits",
         "id",
@@ -38,6 +41,7 @@ class TreeNode:
         "lock_ref",
         "pages",
         "parent",
+        "priority",
         "tick",
         "tokens",
     )
@@ -59,6 +63,8 @@ class TreeNode:
         self.lock_ref = 0
         self.hits = 0
         self.tick = 0
+        self.created = 0
+        self.priority = 0
         self.last_used = 0.0
 
     @property
@@ -180,6 +186,7 @@ class RadixTree:
         upper = TreeNode(next(self._ids), parent, head_tokens, head_pages, node.extra_key)
         upper.lock_ref, upper.hits = node.lock_ref, node.hits
         upper.tick, upper.last_used = node.tick, node.last_used
+        upper.created, upper.priority = node.created, node.priority
         upper.children[node.tokens.view(0, self.page_size).tobytes()] = node
         node.parent = upper
         parent.children[key] = upper
