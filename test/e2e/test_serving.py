@@ -94,6 +94,8 @@ def test_a_vanished_client_is_forgotten(server: ServerProcess) -> None:
 
 
 def test_memory_is_given_back_after_a_burst(server: ServerProcess) -> None:
+    assert wait_until(lambda: memory(server)["mapped_bytes"] == 0, timeout_s=20)
+    before = memory(server)["resident_bytes"]
     prompts = [f"Story number {i}: " + "the cat sat on the mat. " * 60 for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
         list(
@@ -104,8 +106,10 @@ def test_memory_is_given_back_after_a_burst(server: ServerProcess) -> None:
                 prompts,
             )
         )
+        assert memory(server)["resident_bytes"] > before + (16 << 20)
     assert wait_until(lambda: memory(server)["mapped_bytes"] == 0, timeout_s=20)
     idle = memory(server)
+    assert idle["resident_bytes"] == before == idle["fixed_bytes"], "by the system's own figure"
     assert idle["pages"] == {"free": 0, "used": 0, "cached": 0}
     assert idle["segments"]["mapped"] == 0
 
