@@ -147,5 +147,45 @@ def test_segments_emptied_by(index: PageIndex) -> None:
     assert index.segments_emptied_by(pages(4, 12)) == 0
 
 
+@pytest.mark.parametrize("shape", ["run", "reversed", "one swapped", "every second"])
+def test_long_lists_of_pages_are_treated_alike_run_or_not(shape: str) -> None:
+    index = PageIndex(layout(pages_per_segment=512, max_segments=20))
+    for segment in (1, 2, 3):
+        index.add_segment(segment)
+    ids = np.arange(600, 1200, dtype=np.int32)
+    if shape == "reversed":
+        ids = ids[::-1].copy()
+    elif shape == "one swapped":
+        ids[[5, 6]] = ids[[6, 5]]
+    elif shape == "every second":
+        ids = ids[::2].copy()
+    index.take(ids)
+    index.adopt(ids, 5)
+    index.share(ids)
+    index.rename_node(ids, 6)
+    others = np.setdiff1d(np.arange(len(index.state)), ids)
+    assert set(index.rows[ids].tolist()) == {2}
+    assert set(index.node[ids].tolist()) == {6}
+    assert set(index.state[ids].tolist()) == {PageState.CACHED}
+    assert not index.rows[others].any()
+    assert set(index.node[others].tolist()) == {NO_NODE}
+    assert not (index.state[others] == PageState.CACHED).any()
+    assert [index.drop_row(ids), index.drop_row(ids)] == [0, 0]
+    with pytest.raises(InvariantError, match="no row had"):
+        index.drop_row(ids)
+    index.release(ids)
+    assert index.totals == [0, 3 * 512, 0, 0]
+
+
+def test_a_long_run_that_is_not_all_known_is_refused() -> None:
+    index = PageIndex(layout(pages_per_segment=512, max_segments=20))
+    index.add_segment(1)
+    beyond = np.arange(len(index.state) - 100, len(index.state) + 400, dtype=np.int32)
+    with pytest.raises(IndexError):
+        index.share(beyond)
+    with pytest.raises(InvariantError, match="all FREE"):
+        index.take(np.arange(0, 600, dtype=np.int32))
+
+
 def test_states_are_in_step_with_the_rows_of_counts() -> None:
     assert [state.value for state in PageState] == [0, 1, 2, 3]

@@ -18,8 +18,10 @@ from sglang.srt.mem_cache.id_array import IdArray
 
 Int32Array = npt.NDArray[np.int32]
 
-# First block that is compared; blocks double, so a walk costs O(matched tokens) in few calls.
-_FIRST_COMPARE_TOKENS = 1024
+# First block that is compared; blocks double, so a walk costs O(matched tokens) in few calls, and
+# end at a size whose intermediate result stays in a core's cache.
+_FIRST_COMPARE_TOKENS = 1 << 10
+_MOST_COMPARE_TOKENS = 1 << 19
 
 
 class TreeNode:
@@ -206,12 +208,12 @@ class RadixTree:
         return parent
 
     def _same_tokens(self, edge: Int32Array, tokens: Int32Array) -> int:
-        """Length of the common prefix of two arrays of one length, compared in doubling blocks."""
+        """Length of the common prefix of two arrays of one length, compared block by block."""
         first, block = 0, _FIRST_COMPARE_TOKENS
         while first < len(edge):
             differ = edge[first : first + block] != tokens[first : first + block]
             self.num_compares += 1
             if differ.any():
                 return first + int(differ.argmax())
-            first, block = first + block, 2 * block
+            first, block = first + block, min(2 * block, _MOST_COMPARE_TOKENS)
         return len(edge)
