@@ -29,6 +29,7 @@ TABLE: tuple[Row, ...] = (
     (0, "", "srt.errors, srt.environ < srt.utils.*"),
     (1, "", "srt.sampling.sampling_params < srt.managers.io_struct"),
     (1, "", "srt.configs.flag_spec < srt.configs.flag_tables, srt.configs.flag_parser"),
+    (1, "", "srt.configs.kv_events_config < srt.server_args"),
     (1, "", "srt.configs.flag_tables, srt.configs.flag_parser < srt.server_args"),
     (1, "", "srt.configs.gguf_file < srt.configs.gguf_config < srt.configs.model_config"),
     (1, "", "srt.configs.rope_config < srt.configs.model_config"),
@@ -44,7 +45,7 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.id_array, srt.mem_cache.page_owner"
      " < srt.mem_cache.base_prefix_cache < srt.mem_cache.chunk_cache"),
     (2, "DEVICE", "srt.mem_cache.base_prefix_cache < srt.mem_cache.radix_tree"
-     " < srt.mem_cache.evict_policy < srt.mem_cache.radix_cache"),
+     " < srt.mem_cache.evict_policy, srt.mem_cache.kv_events < srt.mem_cache.radix_cache"),
     (2, "DEVICE", "srt.mem_cache.capacity, srt.mem_cache.memory_pool, srt.mem_cache.radix_cache,"
      " srt.mem_cache.chunk_cache < srt.mem_cache.lease < srt.mem_cache.page_ladder"
      " < srt.mem_cache.integrity < srt.mem_cache.allocation"),

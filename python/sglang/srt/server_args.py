@@ -18,6 +18,7 @@ from typing import Any
 from sglang.srt.configs import flag_parser
 from sglang.srt.configs.flag_spec import FlagSpec, derived, flag, specs_of
 from sglang.srt.configs.flag_tables import OTHER_FLAGS
+from sglang.srt.configs.kv_events_config import KVEventsConfig
 from sglang.srt.utils.sizes import parse_bytes, parse_count, parse_count_or_auto
 
 MODEL = "Model and tokenizer"
@@ -258,8 +259,10 @@ class ServerArgs:
         group=SCHEDULE,
         choices=("lru", "lfu", "fifo", "priority"),
     )
-    disable_overlap_schedule: bool = flag(
-        False, "Process each step's result before the next step starts.", group=SCHEDULE
+    disable_overlap_schedule: bool = flag(False, "Start no step ahead of results.", group=SCHEDULE)
+
+    kv_events_config: str | None = flag(
+        None, "JSON: where to publish what the prefix cache holds.", group=SCHEDULE, metavar="JSON"
     )
 
     # ---- segmented KV memory
@@ -338,12 +341,7 @@ class ServerArgs:
         default_text="--log-level",
     )
     decode_log_interval: int = flag(
-        40,
-        "Decode steps between two log lines.",
-        group=LOGGING,
-        parse=int,
-        metavar="STEPS",
-        minimum=1,
+        40, "Decode steps between log lines.", group=LOGGING, parse=int, metavar="STEPS", minimum=1
     )
     enable_metrics: bool = flag(False, "Serve Prometheus metrics on /metrics.", group=LOGGING)
     watchdog_timeout: float = flag(
@@ -437,6 +435,7 @@ def _check_combinations(args: ServerArgs) -> None:
         raise ValueError(f"--json-model-override-args is not JSON: {error}") from error
     if not isinstance(overrides, dict):
         raise ValueError("--json-model-override-args must be a JSON object")
+    KVEventsConfig.from_json(args.kv_events_config or "{}")
     if args.skip_tokenizer_init and args.chat_template is not None:
         raise ValueError("--chat-template needs a tokenizer; drop --skip-tokenizer-init")
     if args.kv_backing == "static" and args.kv_segment_reserve > 0:

@@ -32,6 +32,7 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
+from sglang.srt.mem_cache.kv_events import EventSink
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, KVGroupSpec, SegmentId
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.segment_backing import SegmentBacking
@@ -296,6 +297,7 @@ def make_memory(
     fail_maps: Callable[[int], bool] | None = None,
     rows: int = 64,
     eviction_policy: str = "lru",
+    event_sink: EventSink | None = None,
 ) -> KVMemory:
     """Real memory on tiny mmap segments: two layers, one head, two floats wide.
 
@@ -326,4 +328,5 @@ def make_memory(
         max_cached_tokens=None,
         max_requests=rows,
         eviction_policy=eviction_policy,
+        event_sink=event_sink,
     )

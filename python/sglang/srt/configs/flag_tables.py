@@ -232,7 +232,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         --enable-double-sparsity; --ds-channel-config-path V; --ds-heavy-channel-num V;
         --ds-heavy-token-num V; --ds-heavy-channel-type V; --ds-sparse-decode-threshold V;
         --enable-memory-saver; --radix-cache-backend V; --enable-streaming-session;
-        --enable-session-radix-cache; --kv-events-config V
+        --enable-session-radix-cache
         """,
     ),
     (

@@ -102,6 +102,8 @@ def run_scheduler_process(
         logger.error("Memory at that moment: %r", parts.memory)
         for thread in threads:
             thread.close()
+        if parts.publisher is not None:
+            parts.publisher.close()
         sys.stderr.flush()
         sys.exit(1)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang.srt.configs.kv_events_config import KVEventsConfig
 from sglang.srt.configs.model_config import ModelConfig, resolve_context_length
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.environ import Environ
@@ -21,6 +22,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.managers.io_struct import SchedulerReady
 from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.scheduler_kv_events import KVEventPublisher
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
@@ -64,6 +66,7 @@ class SchedulerParts:
     make_batch: Callable[[ScheduleBatch, KVPlacement], ForwardBatch]
     limits: SchedulerLimits
     ready: SchedulerReady
+    publisher: KVEventPublisher | None = None
 
 
 def resolve_dtype(requested: str, checkpoint: str) -> str:
@@ -239,6 +242,7 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
     plan = plan_pool(args, spec, backing, host, requested)
     if plan.clamp.is_clamped:
         logger.warning("Context length clamped: %s.", plan.clamp.explanation)
+    publisher = open_publisher(args.kv_events_config)
     memory = KVMemory.create(
         spec,
         backing,
@@ -253,6 +257,7 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
         max_cached_tokens=args.max_cached_tokens,
         enable_prefix_cache=not args.disable_radix_cache,
         eviction_policy=args.radix_eviction_policy,
+        event_sink=None if publisher is None else publisher.publish,
         now=time.monotonic(),
     )
     backend = backend_class(spec)
@@ -272,7 +277,21 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
     )
     limits = _limits(args, plan, page_size, spec)
     logger.info("KV pool ready: %r", memory)
-    return SchedulerParts(memory, worker, make_batch, limits, _ready(args, plan, limits, memory))
+    ready = _ready(args, plan, limits, memory)
+    return SchedulerParts(memory, worker, make_batch, limits, ready, publisher)
+
+
+def open_publisher(config_json: str | None) -> KVEventPublisher | None:
+    """The publisher of cache events that the flag asks for, None when it asks for none.
+
+    Raises ValueError when its endpoint can't be used.
+    """
+    config = KVEventsConfig.from_json(config_json or "{}")
+    if not config.enabled:
+        return None
+    publisher = KVEventPublisher(config)
+    logger.info("Publishing cache events: %r", publisher)
+    return publisher
 
 
 def _limits(

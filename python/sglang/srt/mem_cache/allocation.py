@@ -19,6 +19,7 @@ from sglang.srt.mem_cache.allocator import PageAllocator
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
 from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.integrity import audit
+from sglang.srt.mem_cache.kv_events import EventSink, KVEventRecorder
 from sglang.srt.mem_cache.kv_layout import (
     KVCacheSpec,
     ReqPoolIdx,
@@ -53,6 +54,7 @@ class KVMemory:
         *,
         prefix_idle_s: float,
         max_cached_tokens: int | None,
+        events: KVEventRecorder | None = None,
     ) -> None:
         self.spec = spec
         self.page_size = spec.page_size
@@ -63,6 +65,7 @@ class KVMemory:
         self.kv_pool = kv_pool
         self.ladder = PageLadder(manager, allocators, cache)
         self.leases: dict[ReqPoolIdx, KVLease] = {}
+        self._events = events
         self._prefix_idle_s = prefix_idle_s
         self._max_cached_pages = (
             None if max_cached_tokens is None else max_cached_tokens // spec.page_size
@@ -87,14 +90,16 @@ class KVMemory:
         max_cached_tokens: int | None = None,
         enable_prefix_cache: bool = True,
         eviction_policy: str = "lru",
+        event_sink: EventSink | None = None,
         now: float = 0.0,
     ) -> KVMemory:
         """Wire a rank's memory and bring it into its idle state.
 
         `slots_per_segment` None means auto, see `make_segment_layouts`; `machine_bytes` is all that
         the machine could ever hold. `prefix_idle_s` negative: prefixes never grow old.
-        `max_cached_tokens` None: no bound. Raises ValueError when the budget can't hold the idle
-        state, BackingError when the machine refuses it; nothing is then held.
+        `max_cached_tokens` None: no bound. `event_sink` hears at each step boundary what the prefix
+        cache stored and dropped (None: nothing is recorded). Raises ValueError when the budget
+        can't hold the idle state, BackingError when the machine refuses it; nothing is then held.
         """
         layouts = make_segment_layouts(
             spec,
@@ -120,9 +125,10 @@ class KVMemory:
             PageAllocator(layout, partial(manager.add_pages, layout.group)) for layout in layouts
         )
         cache: BasePrefixCache = ChunkCache(len(layouts))
+        events = None if event_sink is None else KVEventRecorder(spec.page_size, event_sink)
         if enable_prefix_cache:
             indexes = [allocator.index for allocator in allocators]
-            cache = RadixCache(indexes, spec.page_size, eviction_policy)
+            cache = RadixCache(indexes, spec.page_size, eviction_policy, events)
         return cls(
             spec,
             manager,
@@ -132,6 +138,7 @@ class KVMemory:
             MHATokenToKVPool(spec, layouts, backing),
             prefix_idle_s=prefix_idle_s,
             max_cached_tokens=max_cached_tokens,
+            events=events,
         )
 
     # ---- a request's life -------------------------------------------------------------------
@@ -290,6 +297,7 @@ class KVMemory:
         self.cache.evict_idle(now, self._prefix_idle_s)
         if self._max_cached_pages is not None:
             self.cache.evict(max(0, self.cache.num_evictable_pages - self._max_cached_pages))
+        self._flush_events()
         self._growth = self.ladder.look_ahead(pages_expected)
         self.ladder.shrink(now, pages_expected)
 
@@ -310,6 +318,7 @@ class KVMemory:
         if self.leases:
             return False
         self.cache.clear()
+        self._flush_events()
         self.ladder.shrink(math.inf, ())
         return True
 
@@ -374,6 +383,10 @@ class KVMemory:
         }
 
     # ---- inside -----------------------------------------------------------------------------
+
+    def _flush_events(self) -> None:
+        if self._events is not None:
+            self._events.flush()
 
     def _pages_missing(self, need: PageNeed) -> int:
         if need.lease.closed:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, MatchResult, PrefixHandle
 from sglang.srt.mem_cache.evict_policy import EVICTION_KEYS, LeafQueue, lru_key
+from sglang.srt.mem_cache.kv_events import KVEventRecorder
 from sglang.srt.mem_cache.page_owner import PageIndex, PageState
 from sglang.srt.mem_cache.radix_tree import RadixTree, TreeNode
 
@@ -39,10 +40,17 @@ class RadixCache(BasePrefixCache):
     priority than one below it. `policy` is one of `EVICTION_KEYS`.
     """
 
-    def __init__(self, indexes: Sequence[PageIndex], page_size: int, policy: str = "lru") -> None:
+    def __init__(
+        self,
+        indexes: Sequence[PageIndex],
+        page_size: int,
+        policy: str = "lru",
+        events: KVEventRecorder | None = None,
+    ) -> None:
         if policy not in EVICTION_KEYS:
             raise ValueError(f"unknown eviction policy {policy}: one of {sorted(EVICTION_KEYS)}")
         self.tree = RadixTree(page_size, len(indexes))
+        self._events = events
         self._indexes = tuple(indexes)
         self._page_size = page_size
         self._by_policy = LeafQueue(EVICTION_KEYS[policy])
@@ -165,9 +173,12 @@ class RadixCache(BasePrefixCache):
         return freed
 
     def clear(self) -> int:
-        freed = 0
+        freed = num_leaves = 0
         while leaves := self._by_policy.coldest():
             freed += self._evict_from(leaves[0], leaves[0].num_pages)
+            num_leaves += 1
+        if self._events is not None and freed and self._num_pages == 0:
+            self._events.cleared(num_leaves)
         return freed
 
     def _choose_leaf(self, wanted: int) -> TreeNode | None:
@@ -187,6 +198,8 @@ class RadixCache(BasePrefixCache):
     def _evict_from(self, leaf: TreeNode, wanted: int) -> int:
         """Drop a leaf, or only its tail when it has more pages than wanted; returns pages freed."""
         count = min(wanted, leaf.num_pages)
+        if self._events is not None:
+            self._events.removed(leaf, count)
         if count < leaf.num_pages:
             dropped = self.tree.cut_tail(leaf, count)
         else:
@@ -230,6 +243,8 @@ class RadixCache(BasePrefixCache):
         self._num_pages += len(pages[0])
         for index, ids in zip(self._indexes, pages, strict=True):
             index.adopt(ids, node.id)
+        if self._events is not None:
+            self._events.stored(node, len(pages[0]))
 
     def _touch(self, path: list[TreeNode], *, is_hit: bool) -> None:
         self._tick += 1
@@ -297,6 +312,8 @@ class RadixCache(BasePrefixCache):
                 raise InvariantError(f"{child!r} would stay longer than {node!r} above it")
         if len(node.tokens) != node.num_pages * self._page_size:
             raise InvariantError(f"{node!r} has {node.num_pages} pages")
+        if self._events is not None:
+            self._events.check(node)
         if not node.is_root and node.num_pages == 0:
             raise InvariantError(f"{node!r} is empty")
         for queue in self._queues:

@@ -30,13 +30,14 @@ class TreeNode:
     `tokens` and each `pages[g]` grow and shrink together by whole pages. `lock_ref` counts the
     handles at this node and below. `tick` orders uses, `last_used` is their time in seconds,
     `created` is the tick at which the edge was begun, `priority` the highest of the requests that
-    inserted or matched it.
+    inserted or matched it. `hashes` belong to the recorder of events, two ids per page.
     """
 
     __slots__ = (
         "children",
         "created",
         "extra_key",
+        "hashes",
         "hits",
         "id",
         "last_used",
@@ -66,6 +67,7 @@ class TreeNode:
         self.hits = 0
         self.tick = 0
         self.created = 0
+        self.hashes: IdArray | None = None
         self.priority = 0
         self.last_used = 0.0
 
@@ -189,6 +191,8 @@ class RadixTree:
         upper.lock_ref, upper.hits = node.lock_ref, node.hits
         upper.tick, upper.last_used = node.tick, node.last_used
         upper.created, upper.priority = node.created, node.priority
+        if node.hashes is not None:
+            upper.hashes = node.hashes.split_head(2 * count)
         upper.children[node.tokens.view(0, self.page_size).tobytes()] = node
         node.parent = upper
         parent.children[key] = upper
