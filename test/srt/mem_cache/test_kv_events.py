@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sglang.srt.mem_cache.kv_events import hash_pages
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from srt.mem_cache.event_mirror import PAGE, Mirror, blocks_of, live
-from srt.mem_cache.memory_driver import MemoryDriver, make_memory
+from srt.mem_cache.memory_driver import MemoryDriver, finish_background, make_memory
 
 
 def make_driver(num_groups: int = 1, **options: object) -> tuple[MemoryDriver, Mirror]:
@@ -113,6 +113,7 @@ def test_replayed_events_give_the_caches_content(steps: list[tuple], num_groups:
             driver.boundary(args[0])
         elif name == "flush":
             driver.memory.flush()
+            finish_background(driver.memory)
         driver.check()
     driver.boundary(0.0)
     assert set(mirror.blocks.values()) == blocks_of(driver.memory)
