@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Sequence
 
 import numpy as np
+
 from bench_common import (
     BACKINGS,
     Report,
@@ -24,7 +25,6 @@ from bench_common import (
     seconds_of,
     show,
 )
-
 from sglang.srt.mem_cache.allocation import KVMemory, PageNeed
 
 NO_TOKENS = np.empty(0, np.int32)

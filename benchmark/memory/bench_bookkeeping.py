@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Sequence
 
 import numpy as np
+
 from bench_common import (
     BACKINGS,
     Report,
@@ -23,7 +24,6 @@ from bench_common import (
     seconds_of,
     show,
 )
-
 from sglang.srt.mem_cache.allocation import PageNeed
 
 SEGMENT_TOKENS = 65_536

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from bench_common import BACKINGS, Report, Row, demo_model, parser, percentile, seconds_of, show
 
+from bench_common import BACKINGS, Report, Row, demo_model, parser, percentile, seconds_of, show
 from sglang.srt.environ import Environ
 from sglang.srt.managers.io_struct import (
     BatchTokenIDOut,

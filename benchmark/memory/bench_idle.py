@@ -13,8 +13,8 @@ import statistics
 from collections.abc import Sequence
 
 import numpy as np
-from bench_common import BACKINGS, MIB, Report, Row, closing, make_memory, parser, show
 
+from bench_common import BACKINGS, MIB, Report, Row, closing, make_memory, parser, show
 from sglang.srt.mem_cache.allocation import KVLease, KVMemory, PageNeed
 
 IDLE_S = 30.0

@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Sequence
 
 import numpy as np
-from bench_common import Report, Row, parser, seconds_of, show
 
+from bench_common import Report, Row, parser, seconds_of, show
 from sglang.srt.mem_cache.kv_layout import GroupId, SegmentLayout
 from sglang.srt.mem_cache.page_owner import PageIndex
 from sglang.srt.mem_cache.radix_cache import RadixCache

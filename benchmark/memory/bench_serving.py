@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+
 from bench_common import BACKINGS, Report, Row, demo_model, parser, show
 from bench_server import Server, running
 

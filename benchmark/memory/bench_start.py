@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from bench_common import MIB, Report, Row, make_memory, parser, resident_bytes, seconds_of, show
-
 from sglang.srt.mem_cache.allocation import KVMemory
 from sglang.srt.utils.host_memory import read_host_memory
 

@@ -14,8 +14,8 @@ import tracemalloc
 from collections.abc import Sequence
 
 import numpy as np
-from bench_common import MIB, Report, Row, closing, make_memory, parser, show
 
+from bench_common import MIB, Report, Row, closing, make_memory, parser, show
 from sglang.srt.mem_cache.allocation import PageNeed
 
 GOAL_ROW_BYTES = 8 << 10
