@@ -107,6 +107,9 @@ def main(argv: Sequence[str] | None = None) -> Report:
             for name, some in runs.items()
         }
         add_rows(report, found["mmap"], found["static"], kept)
+    report.notes.append(
+        "where part of the cache was evicted at random, its holes can only be closed by compaction."
+    )
     show(report, markdown=settings.markdown)
     return report
 
