@@ -113,7 +113,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     top = samples[0]["budget_bytes"] / MIB
     for mark in found["marks"]:
         axes.axvline(mark["seconds"], color="#bbbbbb", linewidth=0.8)
-        axes.text(mark["seconds"] + 0.2, top * 0.55, mark["label"], fontsize=8, rotation=90)
+        axes.text(mark["seconds"] + 0.2, top * 0.5, mark["label"], fontsize=8, rotation=90)
     axes.set(xlabel="seconds", ylabel="MiB", xlim=(0, seconds[-1]), ylim=(0, top * 1.1))
     figure.tight_layout()
     figure.savefig(path)

@@ -19,8 +19,8 @@ from typing import Any, TextIO
 from sglang.srt.utils.sizes import format_bytes
 
 LEGEND = (
-    "_ mapped and empty   1-9 # filled by tenths, pages of running requests among them\n"
-    "a-i @ the same, cached prefixes only   ~ being mapped   ^ being unmapped   . no memory"
+    "_ mapped and empty   1-9 # filled by tenths, some of it by one request alone\n"
+    "a-i @ filled by tenths, all in the prefix cache   ~ mapping   ^ unmapping   . no memory"
 )
 _USED_FILL = "123456789#"
 _CACHED_FILL = "abcdefghi@"
