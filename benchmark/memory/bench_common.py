@@ -51,18 +51,22 @@ class Row:
 
 @dataclass
 class Report:
-    """All figures of one script; `notes` say what was left out and why."""
+    """All figures of one script; `notes` say what was left out and why.
+
+    `machine` is described when the report is begun, so the commit is that of the code that ran.
+    """
 
     name: str
     settings: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    machine: dict[str, Any] = field(default_factory=lambda: describe_machine())
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "benchmark": self.name,
             "settings": self.settings,
-            "machine": describe_machine(),
+            "machine": self.machine,
             "rows": [{**asdict(row), "ratio": row.ratio} for row in self.rows],
             "notes": self.notes,
         }
@@ -84,7 +88,7 @@ class Report:
                 words[row.met],
             ]
             lines.append(f"| {' | '.join(cells)} |")
-        machine = describe_machine()
+        machine = self.machine
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         lines += ["", f"Settings: {settings}."]
         lines += [f"Note: {note}" for note in self.notes]

@@ -4,12 +4,12 @@
 
 The figure is what the interpreter itself counts as allocated (tracemalloc), so lists, objects and
 spare room are in it. Two ways to fill: every row in one extend, and all rows growing by turns, so
-that their pages lie scattered. A dense table is rows x context x 4 bytes.
+that their pages lie scattered. Bytes are counted, not timed, so once is enough (--repeats does
+nothing). A dense table is rows x context x 4 bytes.
 """
 
 from __future__ import annotations
 
-import statistics
 import tracemalloc
 from collections.abc import Sequence
 
@@ -69,9 +69,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 def add_rows(
     report: Report, settings: object, dense: int, tokens: int, turns: int, page_size: int
 ) -> None:
-    runs = [measure(settings.rows, tokens, turns, page_size) for _ in range(settings.repeats)]
-    size = statistics.median(run[0] for run in runs)
-    pages, pieces = runs[0][1], runs[0][2]
+    size, pages, pieces = measure(settings.rows, tokens, turns, page_size)
     how = f"page size {page_size}, {turns} extend(s) a row, {pieces} runs"
     report.rows.append(Row(f"tables: {how}", size / MIB, dense / MIB, "MiB"))
     spare = (size - 4 * pages) / settings.rows

@@ -169,6 +169,7 @@ def soak(seconds: float, requests: int, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
     kinds = [(1, 0, True), (2, 0, True), (1, 1, False), (2, 1, False)]
     pools = [Pool(*kind, random.Random(rng.random())) for kind in kinds]
+    machine = describe_machine()  # before the run: the commit is that of the code it loads
     began = time.monotonic()
     epochs, after_first = 0, 0
     while epochs < len(pools) or time.monotonic() - began < seconds:
@@ -196,7 +197,7 @@ def soak(seconds: float, requests: int, seed: int) -> dict[str, Any]:
         "most_mapped_bytes": [pool.most_mapped for pool in pools],
         "idle_bytes": [pool.memory.manager.mapped_bytes for pool in pools],
         "process_growth_bytes": growth,
-        "machine": describe_machine(),
+        "machine": machine,
     }
     for pool in pools:
         pool.memory.close_pool()
