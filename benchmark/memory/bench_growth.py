@@ -134,8 +134,8 @@ def one_round(sides: dict[str, Side], settings: object) -> dict[str, list[float]
 
 def main(argv: Sequence[str] | None = None) -> Report:
     args = parser(__doc__.splitlines()[0])
-    args.add_argument("--batch", type=int, default=8)
-    args.add_argument("--steps", type=int, default=64, help="tokens of every request of a round")
+    args.add_argument("--batch", type=int, default=4)
+    args.add_argument("--steps", type=int, default=48, help="tokens of every request of a round")
     args.add_argument("--segment-tokens", type=int, default=64)
     args.add_argument("--threads", type=int, default=1)
     args.add_argument("--model-path", default="", help="default: the demo model")
