@@ -36,7 +36,8 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.capacity"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.segment_backing.*"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.segment_state"),
-    (2, "DEVICE", "srt.mem_cache.segment_backing.*, srt.mem_cache.segment_state"
+    (2, "DEVICE", "srt.mem_cache.segment_backing.*, srt.mem_cache.segment_state,"
+     " srt.mem_cache.rank_agreement"
      " < srt.mem_cache.segment_jobs < srt.mem_cache.segment_manager"),
     (2, "DEVICE", "srt.mem_cache.id_array < srt.mem_cache.block_table"),
     (2, "DEVICE", "srt.mem_cache.kv_layout, srt.mem_cache.id_array < srt.mem_cache.page_owner"),
@@ -73,7 +74,7 @@ TABLE: tuple[Row, ...] = (
 
 # Third-party packages that may be imported inside a function: optional, or slow to import.
 LAZY_PACKAGES = frozenset(
-    {"gguf", "jinja2", "numpy", "setproctitle", "torch", "transformers", "uvloop", "yaml"}
+    {"cuda", "gguf", "jinja2", "numpy", "setproctitle", "torch", "transformers", "uvloop", "yaml"}
 )
 
 # Packages that a room must not import at all: the arithmetic and the contracts stay light.

@@ -31,6 +31,7 @@ from sglang.srt.mem_cache.lease import KVLease, KVPlacement, PageNeed
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.mem_cache.page_ladder import PageLadder, joint_pages
 from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.rank_agreement import RankAgreement
 from sglang.srt.mem_cache.segment_backing.base import SegmentBacking
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 from sglang.srt.mem_cache.segment_state import SegmentState, Ticket
@@ -92,14 +93,16 @@ class KVMemory:
         eviction_policy: str = "lru",
         event_sink: EventSink | None = None,
         now: float = 0.0,
+        ranks: RankAgreement | None = None,
     ) -> KVMemory:
         """Wire a rank's memory and bring it into its idle state.
 
         `slots_per_segment` None means auto, see `make_segment_layouts`; `machine_bytes` is all that
         the machine could ever hold. `prefix_idle_s` negative: prefixes never grow old.
         `max_cached_tokens` None: no bound. `event_sink` hears at each step boundary what the prefix
-        cache stored and dropped (None: nothing is recorded). Raises ValueError when the budget
-        can't hold the idle state, BackingError when the machine refuses it; nothing is then held.
+        cache stored and dropped (None: nothing is recorded). `ranks` None: this rank is alone.
+        Raises ValueError when the budget can't hold the idle state, BackingError when the machine
+        refuses it; nothing is then held.
         """
         layouts = make_segment_layouts(
             spec,
@@ -120,6 +123,7 @@ class KVMemory:
             reserve_segments=reserve_segments,
             idle_release_s=idle_release_s,
             now=now,
+            ranks=ranks,
         )
         allocators = tuple(
             PageAllocator(layout, partial(manager.add_pages, layout.group)) for layout in layouts

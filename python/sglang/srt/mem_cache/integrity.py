@@ -119,7 +119,7 @@ def _check_resident(manager: SegmentManager) -> None:
     planes = sum(2 * layout.num_layers for layout in manager.layouts)
     # planes that are not whole system pages share one with a neighbour at both ends
     slack = 0 if manager.backing.granule_bytes >= os_page else 2 * planes * os_page
-    least = most = manager.mapped_bytes + manager.fixed_bytes
+    least = most = manager.mapped_bytes + manager.leftover_bytes + manager.fixed_bytes
     if not manager.backing.elastic:
         # A system that gives huge pages unasked may back some of segment 0 together with page 0.
         most = manager.reserved_bytes

@@ -124,10 +124,9 @@ class PageLadder:
 
     def settle_finished(self) -> None:
         """Take over what the background thread finished; never blocks."""
-        for ticket in (*self._maps.values(), *self._unmaps.values()):
-            outcome = self._manager.poll(ticket)
-            if outcome is not None:
-                self._settle(ticket, outcome)
+        under_way = (*self._maps.values(), *self._unmaps.values())
+        for ticket, outcome in self._manager.poll_all(under_way):
+            self._settle(ticket, outcome)
 
     def look_ahead(self, expected: Sequence[int]) -> Ticket | None:
         """Begin to map what the next step will want beyond free pages; evicts nothing.

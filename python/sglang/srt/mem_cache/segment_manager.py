@@ -13,14 +13,14 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Final
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, SegmentId, SegmentLayout
+from sglang.srt.mem_cache.rank_agreement import RankAgreement, SingleRank
 from sglang.srt.mem_cache.segment_backing.base import SegmentBacking
-from sglang.srt.mem_cache.segment_jobs import GrowthPause, Job, JobResult, run_job
+from sglang.srt.mem_cache.segment_jobs import GrowthPause, Job, JobResult, JobRunner
 from sglang.srt.mem_cache.segment_state import (
     GrowthPlan,
     PlanReason,
@@ -45,6 +45,7 @@ class SegmentManager:
     per group mapped, or every segment when the backing is not elastic. `budget_bytes` bounds
     mapped segments over all groups (fixed bytes are not counted); `idle_release_s` is the time
     after which an empty segment above the reserve may be given back. `timer` only measures.
+    `ranks` (None: one rank) agree on every outcome before a state flips.
     Raises ValueError when the budget can't hold the idle state, BackingError when the machine
     refuses it. Not thread safe: one thread calls it.
     """
@@ -59,6 +60,7 @@ class SegmentManager:
         idle_release_s: float,
         now: float = 0.0,
         timer: Callable[[], float] = time.perf_counter,
+        ranks: RankAgreement | None = None,
     ) -> None:
         self.layouts = tuple(layouts)
         self.backing = backing
@@ -66,14 +68,13 @@ class SegmentManager:
         self.idle_release_s = idle_release_s
         self._budget_bytes = budget_bytes
         self._tables = tuple(SegmentTable(layout) for layout in self.layouts)
-        self._timer = timer
         self._now = now
         self._launched_epoch = 0
         self._completed_epoch = 0
         self._next_number = 0
         self._pause = GrowthPause(now)
         self._jobs: dict[int, Job] = {}
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-segments")
+        self._runner = JobRunner(backing, self.layouts, timer, ranks or SingleRank())
         self._closed = False
         try:
             self._map_idle_state()
@@ -96,6 +97,11 @@ class SegmentManager:
     def mapped_bytes(self) -> int:
         """Bytes of all segments that have memory (MAPPED and DRAINING)."""
         return sum(table.attached_bytes for table in self._tables)
+
+    @property
+    def leftover_bytes(self) -> int:
+        """Bytes of RESERVED segments that this rank could not give back; 0 with one rank."""
+        return self._runner.leftover_bytes
 
     @property
     def reserved_bytes(self) -> int:
@@ -275,27 +281,29 @@ class SegmentManager:
         self._start_if_ready(job)
         return ticket
 
-    def poll(self, ticket: Ticket) -> TicketOutcome | None:
-        """The plan's outcome, or None while it is under way. Never blocks.
+    def poll_all(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, TicketOutcome]]:
+        """Those of the plans that have ended. Never blocks; ranks exchange one small message.
 
-        The first call that sees the end flips the states: mapped pages are free from here on.
+        The first call that sees an end flips the states: mapped pages are free from here on.
         """
-        job = self._jobs.get(ticket.number)
-        if job is None or job.future is None or not job.future.done():
-            return ticket.outcome
-        return self._settle(job, job.future.result())
+        self._take([self._jobs[t.number] for t in tickets if t.number in self._jobs])
+        return [(ticket, ticket.outcome) for ticket in tickets if ticket.outcome is not None]
+
+    def poll(self, ticket: Ticket) -> TicketOutcome | None:
+        """`poll_all` for one plan: its outcome, or None while it is under way."""
+        self.poll_all((ticket,))
+        return ticket.outcome
 
     def wait(self, ticket: Ticket) -> TicketOutcome:
-        """As `poll`, but blocks until the background thread is done.
+        """As `poll`, but blocks until the background thread (of every rank) is done.
 
         Raises InvariantError when the plan still waits for a forward to complete: no thread
         would end this wait.
         """
-        job = self._jobs.get(ticket.number)
-        if job is not None:
+        if job := self._jobs.get(ticket.number):
             if job.future is None:
                 raise InvariantError(f"plan {ticket.number} waits for a forward to complete")
-            return self._settle(job, job.future.result())
+            self._take([job], block=True)
         if ticket.outcome is None:
             raise InvariantError(f"ticket {ticket.number} is not of this pool, or it was closed")
         return ticket.outcome
@@ -305,7 +313,7 @@ class SegmentManager:
         if self._closed:
             return
         self._closed = True
-        self._executor.shutdown(wait=True)
+        self._runner.close()
         self._jobs.clear()
         self.backing.close()
 
@@ -329,22 +337,10 @@ class SegmentManager:
     def _nothing(self) -> SegmentIdsByGroup:
         return ((),) * self.num_groups
 
-    def _plan(
-        self,
-        reason: PlanReason,
-        *,
-        map: Sequence[tuple[SegmentId, ...]] = (),
-        unmap: Sequence[tuple[SegmentId, ...]] = (),
-        revive: Sequence[tuple[SegmentId, ...]] = (),
-    ) -> GrowthPlan:
-        none = self._nothing()
-        return GrowthPlan(
-            number=self._next_number,
-            reason=reason,
-            map=tuple(map) or none,
-            unmap=tuple(unmap) or none,
-            revive=tuple(revive) or none,
-        )
+    def _plan(self, reason: PlanReason, **ids: Sequence[tuple[SegmentId, ...]]) -> GrowthPlan:
+        """The next plan; which of map, unmap and revive is left out names no segment."""
+        some = {kind: tuple(ids.get(kind, self._nothing())) for kind in ("map", "unmap", "revive")}
+        return GrowthPlan(number=self._next_number, reason=reason, **some)
 
     def _bytes_of(self, ids: Sequence[tuple[SegmentId, ...]]) -> int:
         pairs = zip(ids, self.layouts, strict=True)
@@ -400,11 +396,15 @@ class SegmentManager:
             for segment in segments:
                 if table.segments[segment].last_use_epoch > self._completed_epoch:
                     return
-        args = (self.backing, self.layouts, job.map, tuple(job.unmap), self._timer)
-        job.future = self._executor.submit(run_job, *args)
+        self._runner.start(job)
 
-    def _settle(self, job: Job, result: JobResult) -> TicketOutcome:
-        """Flip the states to what really happened and free the job."""
+    def _take(self, jobs: list[Job], *, block: bool = False) -> None:
+        for job, result in zip(jobs, self._runner.results(jobs, block=block), strict=True):
+            if result is not None:
+                self._settle(job, result)
+
+    def _settle(self, job: Job, result: JobResult) -> None:
+        """Flip the states to what happened and free the job."""
         del self._jobs[job.ticket.number]
         for g, table in enumerate(self._tables):
             for segment in job.unmap[g]:
@@ -428,7 +428,6 @@ class SegmentManager:
             mapped=tuple(result.mapped),
             unmapped=tuple(result.unmapped),
         )
-        return job.ticket.outcome
 
     def _map_idle_state(self) -> None:
         """Map the reserve (or everything, when memory is not elastic) before anyone allocates."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import torch
 
@@ -38,7 +38,8 @@ KV_TORCH_DTYPES: Final = MappingProxyType(
 
 
 class SegmentBacking(Protocol):
-    """Memory for segments. Not thread safe: one thread maps and unmaps, views are taken before.
+    """Memory for segments. Views are taken before anything is mapped; two threads may be inside
+    at a time, for different segments.
 
     `elastic` is False when memory never comes or goes after `reserve` (the manager then maps every
     segment at start and plans neither growth nor shrinking). `granule_bytes` is the size that every
@@ -91,3 +92,22 @@ class SegmentBacking(Protocol):
 
     def close(self) -> None:
         """Give everything back; views dangle from here on. A second call does nothing."""
+
+
+@runtime_checkable
+class StagedBacking(SegmentBacking, Protocol):
+    """A backing whose memory is taken off the step path and attached between two steps.
+
+    The manager calls `prepare` on its background thread, then `commit` or `discard` on the
+    caller's thread at a step boundary; `map` is `prepare` and `commit` at once. See
+    docs/kv_segments.md, Note [CUDA virtual memory].
+    """
+
+    def prepare(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """Take the memory for `segments`, unattached: for all of them, or BackingError."""
+
+    def commit(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """Attach what `prepare` took: for all of them, or BackingError and nothing is held."""
+
+    def discard(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """Give back what `prepare` took and nobody will commit."""
