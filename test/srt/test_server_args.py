@@ -147,6 +147,7 @@ def test_model_overrides_are_an_object() -> None:
         (["--json-model-override-args", "[]"], "must be a JSON object"),
         (["--skip-tokenizer-init", "--chat-template", "x"], "needs a tokenizer"),
         (["--kv-backing", "static", "--kv-segment-reserve", "1"], "maps every segment at start"),
+        (["--kv-backing", "cuda_vmm"], "cuda_vmm needs a CUDA device, this is --device cpu"),
         (["--disable-radix-cache", "--max-cached-tokens", "5"], "drop --disable-radix-cache"),
         (["--disable-radix-cache", "--schedule-policy", "lpm"], "drop --disable-radix-cache"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),

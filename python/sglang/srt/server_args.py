@@ -268,9 +268,9 @@ class ServerArgs:
     # ---- segmented KV memory
     kv_backing: str = flag(
         "auto",
-        "What puts memory under the KV pool: mmap grows and shrinks it, static takes all at start.",
+        "Memory of the KV pool: static takes all at start, the others grow and shrink. auto: mmap.",
         group=SEGMENTS,
-        choices=("auto", "mmap", "static"),
+        choices=("auto", "static", "mmap", "cuda_vmm", "segment_table"),
     )
     kv_segment_size: int | None = flag(
         None,
@@ -440,9 +440,11 @@ def _check_combinations(args: ServerArgs) -> None:
         raise ValueError("--chat-template needs a tokenizer; drop --skip-tokenizer-init")
     if args.kv_backing == "static" and args.kv_segment_reserve > 0:
         raise ValueError("--kv-segment-reserve: --kv-backing static maps every segment at start")
+    if args.kv_backing == "cuda_vmm" and args.device == "cpu":
+        raise ValueError(
+            "--kv-backing cuda_vmm needs a CUDA device, this is --device cpu; use mmap"
+        )
     if args.disable_radix_cache and args.max_cached_tokens is not None:
         raise ValueError("--max-cached-tokens bounds the radix cache; drop --disable-radix-cache")
     if args.disable_radix_cache and args.schedule_policy == "lpm":
-        raise ValueError(
-            "--schedule-policy lpm orders by cached prefix; drop --disable-radix-cache"
-        )
+        raise ValueError("--schedule-policy lpm sorts by cached prefix; drop --disable-radix-cache")

@@ -137,6 +137,8 @@ def answer_all(engine: DeviceTower) -> list[list[int]]:
     "flags",
     [
         {"kv_backing": "static"},
+        {"kv_backing": "segment_table"},
+        {"kv_backing": "segment_table", "page_size": 16, "kv_segment_size": 64},
         {"page_size": 1, "kv_segment_size": 64, "chunked_prefill_size": 32},
         {"page_size": 16, "kv_segment_size": 64, "disable_overlap_schedule": True},
         {"page_size": 64, "kv_segment_size": 64, "chunked_prefill_size": 64},

@@ -419,7 +419,7 @@ def test_strict_overcommit_and_other_systems_are_refused_with_a_way_out(tmp_path
     path = tmp_path / "proc/sys/vm/overcommit_memory"
     path.parent.mkdir(parents=True)
     path.write_text("2\n")
-    with pytest.raises(BackingError, match=r"strict overcommit.*--kv-backing static"):
+    with pytest.raises(BackingError, match=r"strict overcommit.*--kv-backing segment_table"):
         MmapBacking(system_root=tmp_path)
     path.write_text("1\n")
     assert unsupported_reason(tmp_path) is None
@@ -438,5 +438,6 @@ def test_huge_pages_that_are_never_used_do_not_count(tmp_path: Path) -> None:
 def test_the_factory_knows_its_names() -> None:
     assert make_backing("auto").name == make_backing("mmap").name == "mmap"
     assert make_backing("static").name == "static"
+    assert make_backing("segment_table").name == "segment_table"
     with pytest.raises(ValueError, match="unknown KV backing"):
         make_backing("cuda")

@@ -17,7 +17,7 @@ from sglang.srt.configs.kv_events_config import KVEventsConfig
 from sglang.srt.configs.model_config import ModelConfig, resolve_context_length
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.environ import Environ
-from sglang.srt.layers.attention.registry import get_attention_backend
+from sglang.srt.layers.attention.registry import get_attention_backend, make_attention_backend
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.managers.io_struct import SchedulerReady
@@ -260,7 +260,7 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
         event_sink=None if publisher is None else publisher.publish,
         now=time.monotonic(),
     )
-    backend = backend_class(spec)
+    backend = make_attention_backend(backend_class, memory.kv_pool)
 
     def make_batch(batch: ScheduleBatch, placement: KVPlacement) -> ForwardBatch:
         return ForwardBatch.from_schedule_batch(

@@ -28,7 +28,7 @@ from sglang.srt.mem_cache.kv_layout import (
     trim_layouts_to_budget,
 )
 from sglang.srt.mem_cache.lease import KVLease, KVPlacement, PageNeed
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool, make_kv_pool
 from sglang.srt.mem_cache.page_ladder import PageLadder, joint_pages
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.rank_agreement import RankAgreement
@@ -139,7 +139,7 @@ class KVMemory:
             allocators,
             cache,
             ReqToTokenPool(max_requests, spec.num_groups, spec.page_size),
-            MHATokenToKVPool(spec, layouts, backing),
+            make_kv_pool(spec, layouts, backing),
             prefix_idle_s=prefix_idle_s,
             max_cached_tokens=max_cached_tokens,
             events=events,

@@ -11,13 +11,24 @@ Shape letters: T packed new tokens, S slots of a group's whole space, G kv heads
 from __future__ import annotations
 
 import heapq
+from typing import ClassVar
 
 import torch
 
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.block_table import BlockTable
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, ReqPoolIdx, SegmentLayout
-from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, SegmentBacking
+from sglang.srt.mem_cache.segment_backing.base import (
+    KV_TORCH_DTYPES,
+    Plane,
+    SegmentBacking,
+    TableBacking,
+)
+from sglang.srt.mem_cache.segment_backing.segment_plane import (
+    SegmentPart,
+    SegmentPlane,
+    split_by_segment,
+)
 
 # More pieces than this in one write and scattered copying is the cheaper way.
 _MAX_COPY_PIECES = 8
@@ -77,8 +88,11 @@ class MHATokenToKVPool:
     """K and V of every layer over a backing's reserved space.
 
     Views are taken once; their addresses never change. Only slots of mapped segments and of the
-    dump page may be read or written, and never a whole plane at once.
+    dump page may be read or written, and never a whole plane at once. `contiguous`: a layer's
+    buffers are tensors, so that a slot range may cross a segment border.
     """
+
+    contiguous: ClassVar[bool] = True
 
     def __init__(
         self, spec: KVCacheSpec, layouts: tuple[SegmentLayout, ...], backing: SegmentBacking
@@ -90,22 +104,28 @@ class MHATokenToKVPool:
         # fp8 is copied as bytes: torch moves any dtype that way, and a copy never rounds
         self._store_dtype = torch.uint8 if self.dtype.itemsize == 1 else self.dtype
         self._group_of_layer = spec.group_of_layer()
-        self._keys = [backing.view(layer, Plane.KEY) for layer in range(spec.num_layers)]
-        self._values = [backing.view(layer, Plane.VALUE) for layer in range(spec.num_layers)]
+        self._take_planes(backing)
         self._last_loc: torch.Tensor | None = None
         self._last_pieces: list[Piece] | None = None
 
-    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+    def _take_planes(self, backing: SegmentBacking) -> None:
+        layers = range(self.spec.num_layers)
+        self._keys = [backing.view(layer, Plane.KEY) for layer in layers]
+        self._values = [backing.view(layer, Plane.VALUE) for layer in layers]
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor | SegmentPlane:
         """Keys of one layer, [S, G, D] in the KV dtype, zero-copy over all slots."""
         return self._keys[layer_id]
 
-    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor | SegmentPlane:
         """Values of one layer, [S, G, D of V] in the KV dtype, zero-copy over all slots."""
         return self._values[layer_id]
 
-    def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def get_kv_buffer(
+        self, layer_id: int
+    ) -> tuple[torch.Tensor | SegmentPlane, torch.Tensor | SegmentPlane]:
         """Both buffers of one layer."""
-        return self._keys[layer_id], self._values[layer_id]
+        return self.get_key_buffer(layer_id), self.get_value_buffer(layer_id)
 
     def group_of_layer(self, layer_id: int) -> int:
         """The layer group whose slots this layer's buffers are indexed by."""
@@ -143,7 +163,57 @@ class MHATokenToKVPool:
         return self._last_pieces
 
     def __repr__(self) -> str:
-        return f"MHATokenToKVPool(layers={self.spec.num_layers}, dtype={self.spec.dtype})"
+        return f"{type(self).__name__}(layers={self.spec.num_layers}, dtype={self.spec.dtype})"
+
+
+class SegmentTableKVPool(MHATokenToKVPool):
+    """K and V over a segment table: buffers are `SegmentPlane`s, writes go segment by segment.
+
+    How a step's slots fall into segments is found once per step and group, not once per layer.
+    """
+
+    contiguous: ClassVar[bool] = False
+
+    def _take_planes(self, backing: SegmentBacking) -> None:
+        if not isinstance(backing, TableBacking):
+            raise InvariantError(f"{backing!r} is no segment table")
+        layers = range(self.spec.num_layers)
+        self._key_planes = [backing.plane(layer, Plane.KEY) for layer in layers]
+        self._value_planes = [backing.plane(layer, Plane.VALUE) for layer in layers]
+        self._last_parts: list[SegmentPart] = []
+
+    def get_key_buffer(self, layer_id: int) -> SegmentPlane:
+        """Keys of one layer, in pieces."""
+        return self._key_planes[layer_id]
+
+    def get_value_buffer(self, layer_id: int) -> SegmentPlane:
+        """Values of one layer, in pieces."""
+        return self._value_planes[layer_id]
+
+    def set_kv_buffer(
+        self, layer_id: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """See MHATokenToKVPool."""
+        if loc is not self._last_loc:
+            layout = self.layouts[self._group_of_layer[layer_id]]
+            self._last_parts = split_by_segment(loc, layout.slots_per_segment)
+            self._last_loc = loc
+        self._key_planes[layer_id].store(self._last_parts, k.to(self.dtype))
+        self._value_planes[layer_id].store(self._last_parts, v.to(self.dtype))
+
+    def get_kv_size_bytes(self) -> tuple[int, int]:
+        """Bytes that all keys and all values would take, were every segment mapped."""
+        slots = [layout.num_slots * layout.num_layers for layout in self.layouts]
+        keys = self.spec.k_bytes_per_slot_layer * sum(slots)
+        return keys, self.spec.v_bytes_per_slot_layer * sum(slots)
+
+
+def make_kv_pool(
+    spec: KVCacheSpec, layouts: tuple[SegmentLayout, ...], backing: SegmentBacking
+) -> MHATokenToKVPool:
+    """The pool that fits the backing."""
+    kind = SegmentTableKVPool if isinstance(backing, TableBacking) else MHATokenToKVPool
+    return kind(spec, layouts, backing)
 
 
 def _find_pieces(loc: torch.Tensor) -> list[Piece] | None:

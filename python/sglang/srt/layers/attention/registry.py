@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.attention.torch_native_table import SegmentTableAttnBackend
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 
 def get_attention_backend(name: str | None, device: str) -> type[AttentionBackend]:
@@ -23,3 +25,18 @@ def get_attention_backend(name: str | None, device: str) -> type[AttentionBacken
         names = ", ".join(available)
         raise ValueError(f"attention backend {name!r} is not available on {device}; use {names}")
     return available[name]
+
+
+def make_attention_backend(
+    backend: type[AttentionBackend], pool: MHATokenToKVPool
+) -> AttentionBackend:
+    """An instance that reads `pool`; a segment table takes another class than contiguous memory.
+
+    Raises ValueError when the backend can't read the pool.
+    """
+    if pool.contiguous:
+        return backend(pool.spec)
+    if issubclass(backend, TorchNativeAttnBackend):
+        segment_tokens = tuple(layout.slots_per_segment for layout in pool.layouts)
+        return SegmentTableAttnBackend(pool.spec, segment_tokens)
+    raise ValueError(f"attention backend {backend.name} needs contiguous KV memory")

@@ -37,6 +37,7 @@ from sglang.srt.layers.attention.torch_native_plan import (
     make_layer_plan,
 )
 from sglang.srt.mem_cache.kv_layout import DTYPE_BYTES, MAX_SLOTS, KVCacheSpec
+from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
 
 
@@ -245,17 +246,22 @@ class TorchNativeAttnBackend(AttentionBackend):
 
     def _gather(self, plane: torch.Tensor, pages: torch.Tensor, which: str) -> torch.Tensor:
         """All rows of `pages` int64 [P], one after another: [P * page_size, G, D] of scratch."""
-        page_size = self.spec.page_size
-        paged = plane.view(-1, page_size, *plane.shape[1:])
-        shape = (len(pages), *paged.shape[1:])
-        wanted = shape[0] * page_size * plane.shape[1] * plane.shape[2]
+        target = self._gather_target(plane, len(pages), which)
+        paged = plane.view(-1, self.spec.page_size, *plane.shape[1:])
+        torch.index_select(paged, 0, pages, out=target)
+        return target.view(-1, *plane.shape[1:])
+
+    def _gather_target(
+        self, plane: torch.Tensor | SegmentPlane, num_pages: int, which: str
+    ) -> torch.Tensor:
+        """Scratch for pages of a plane: [P, page_size, G, D]."""
+        shape = (num_pages, self.spec.page_size, *plane.shape[1:])
+        wanted = math.prod(shape)
         scratch = self._scratch.get(which)
         if scratch is None or scratch.numel() < wanted or scratch.dtype != plane.dtype:
             scratch = torch.empty(wanted, dtype=plane.dtype, device=plane.device)
             self._scratch[which] = scratch
-        target = scratch[:wanted].view(shape)
-        torch.index_select(paged, 0, pages, out=target)
-        return target.view(-1, *plane.shape[1:])
+        return scratch[:wanted].view(shape)
 
     def _mask(self, layer: AttentionLayer, item: WorkItem, piece: Piece) -> torch.Tensor | None:
         """The piece's band: a corner of one mask per window, kept for good.

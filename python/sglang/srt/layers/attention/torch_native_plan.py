@@ -109,7 +109,8 @@ class PieceLimits(NamedTuple):
     Items have at most `query_block` queries. Runs below `min_run_tokens` are gathered with their
     neighbours, at most `gather_tokens` at a time. A fully visible piece has at most `max_keys` keys
     and, down to a page, `pair_budget` pairs of query and key. Single queries of at most
-    `batch_tokens` keys are gathered and computed together (0: never).
+    `batch_tokens` keys are gathered and computed together (0: never). A slot run crosses no border
+    of `segment_tokens` (0: memory is contiguous, there are none).
     """
 
     query_block: int
@@ -118,6 +119,7 @@ class PieceLimits(NamedTuple):
     max_keys: int
     pair_budget: int
     batch_tokens: int
+    segment_tokens: int = 0
 
 
 class _Table(NamedTuple):
@@ -128,13 +130,24 @@ class _Table(NamedTuple):
     run_end: int
     page_ids: PageIds
     page_size: int
+    segment_pages: int  # 0: runs may be of any length
 
     @classmethod
-    def of(cls, view: BlockTableView, page_size: int) -> _Table:
+    def of(cls, view: BlockTableView, page_size: int, segment_tokens: int = 0) -> _Table:
         # `runs` costs a copy: asked once.
         first_slot, num_slots = view.runs[0] if len(view.page_ids) else (0, 0)
+        if segment_tokens:
+            num_slots = min(num_slots, segment_tokens - first_slot % segment_tokens)
         start = view.first_position
-        return cls(start, first_slot, start + num_slots, view.page_ids, page_size)
+        segment_pages = segment_tokens // page_size
+        return cls(start, first_slot, start + num_slots, view.page_ids, page_size, segment_pages)
+
+    def run_begins(self, pages: PageIds) -> npt.NDArray[np.bool_]:
+        """[P - 1]: whether page i + 1 begins a new slot run."""
+        begins: npt.NDArray[np.bool_] = np.diff(pages) != 1
+        if self.segment_pages:
+            begins |= pages[1:] % self.segment_pages == 0
+        return begins
 
     def num_pages(self, lo: int, hi: int) -> int:
         """Pages that hold positions [lo, hi)."""
@@ -158,7 +171,7 @@ class _Table(NamedTuple):
             return SlotRun(self.first_slot + lo - self.first_position, hi - lo)
         pages, base = self.pages(lo, hi)
         skip = lo - base
-        if len(pages) == 1 or bool((np.diff(pages) == 1).all()):
+        if len(pages) == 1 or not self.run_begins(pages).any():
             return SlotRun(int(pages[0]) * self.page_size + skip, hi - lo)
         return PageList(torch.from_numpy(pages.astype(np.int64)), skip, hi - lo)
 
@@ -192,7 +205,8 @@ def make_layer_plan(geometry: BatchGeometry, key: PlanKey) -> LayerPlan:
     candidates: list[_Candidate] = []
     limits = key.limits
     for request, row, count, position in _query_runs(geometry, key.pruned):
-        table = _Table.of(geometry.block_tables[key.group][request], geometry.page_size)
+        view = geometry.block_tables[key.group][request]
+        table = _Table.of(view, geometry.page_size, limits.segment_tokens)
         seen = position + 1 if key.window is None else min(position + 1, key.window)
         if count == 1 and seen <= limits.batch_tokens:
             lo, hi = position + 1 - seen, position + 1
@@ -338,7 +352,7 @@ def _stretches(
         return
     pages, base = table.pages(lo, hi)
     size = table.page_size
-    begins = np.concatenate(([0], np.flatnonzero(np.diff(pages) != 1) + 1))
+    begins = np.concatenate(([0], np.flatnonzero(table.run_begins(pages)) + 1))
     ends = np.append(begins[1:], len(pages))
     short = (ends - begins) * size < min_run_tokens
     # A stretch begins at every run, except at a short one after a short one. A short run between

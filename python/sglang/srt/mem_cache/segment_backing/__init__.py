@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
+from sglang.srt.errors import BackingError
 from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, SegmentBacking
+from sglang.srt.mem_cache.segment_backing.cuda_driver import CudaDriver
+from sglang.srt.mem_cache.segment_backing.cuda_vmm import CudaVmmBacking
 from sglang.srt.mem_cache.segment_backing.mmap import MmapBacking
+from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
 from sglang.srt.mem_cache.segment_backing.static import StaticBacking
 
 __all__ = ["KV_TORCH_DTYPES", "Plane", "SegmentBacking", "make_backing"]
+
+logger = logging.getLogger(__name__)
 
 
 def make_backing(
@@ -17,14 +24,26 @@ def make_backing(
     debug_protect: bool = False,
     available_bytes: Callable[[], int] | None = None,
 ) -> SegmentBacking:
-    """The backing that `--kv-backing` names: "auto" (mmap), "mmap" or "static".
+    """The backing that `--kv-backing` names; "auto" is mmap where it works, else segment_table.
 
     `debug_protect` makes memory that is not mapped inaccessible (mmap only). `available_bytes`
     replaces the system's figure of memory that may be taken. Raises BackingError when the machine
     can't support the kind (the message suggests one that works), ValueError for another name.
     """
     if kind in ("auto", "mmap"):
-        return MmapBacking(debug_protect=debug_protect, available_bytes=available_bytes)
+        try:
+            return MmapBacking(debug_protect=debug_protect, available_bytes=available_bytes)
+        except BackingError as error:
+            if kind == "mmap":
+                raise
+            logger.warning("KV memory on a segment table, not on mmap: %s", error)
+            kind = "segment_table"
+    if kind == "segment_table":
+        return SegmentTableBacking(available_bytes=available_bytes)
     if kind == "static":
         return StaticBacking(available_bytes=available_bytes)
-    raise ValueError(f"unknown KV backing {kind!r}: auto, mmap and static exist")
+    if kind == "cuda_vmm":
+        return CudaVmmBacking(CudaDriver())
+    raise ValueError(
+        f"unknown KV backing {kind!r}: auto, static, mmap, cuda_vmm and segment_table exist"
+    )

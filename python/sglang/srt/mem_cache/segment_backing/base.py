@@ -17,6 +17,7 @@ from typing import Final, Protocol, runtime_checkable
 import torch
 
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
+from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane
 
 
 class Plane(enum.Enum):
@@ -111,3 +112,14 @@ class StagedBacking(SegmentBacking, Protocol):
 
     def discard(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
         """Give back what `prepare` took and nobody will commit."""
+
+
+@runtime_checkable
+class TableBacking(SegmentBacking, Protocol):
+    """A backing whose segments have no common range: `view` has no answer, `plane` has.
+
+    See docs/kv_segments.md, Note [Segment table].
+    """
+
+    def plane(self, layer: int, plane: Plane) -> SegmentPlane:
+        """One plane in pieces; the same object for good."""

@@ -78,7 +78,7 @@ class MmapBacking:
     ) -> None:
         reason = unsupported_reason(system_root)
         if reason is not None:
-            raise BackingError(f"{reason}; use --kv-backing static")
+            raise BackingError(f"{reason}; use --kv-backing segment_table")
         self.granule_bytes = mmap.PAGESIZE
         self._debug_protect = debug_protect
         self._available = available_bytes or (lambda: read_host_memory().available_bytes)

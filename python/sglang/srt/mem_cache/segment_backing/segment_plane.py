@@ -1,0 +1,153 @@
+"""One plane of one layer in pieces: a tensor per segment and a table of their addresses.
+
+What pools and attention read where memory has no common range (backing `segment_table`). The
+backing attaches and detaches parts, readers take views and gather; a slot range never crosses a
+segment border here. See docs/kv_segments.md, Note [Segment table].
+
+Shape letters: S slots, G kv heads, D head dim, T rows, P pages.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sglang.srt.errors import InvariantError
+
+
+class SegmentPart(NamedTuple):
+    """The rows of a list of slots (or pages) that lie in one segment.
+
+    `rows` are positions in the list, `local` the places within the segment: int64 tensors, or
+    (first, count) runs where both are one.
+    """
+
+    segment: int
+    rows: torch.Tensor | tuple[int, int]
+    local: torch.Tensor | tuple[int, int]
+
+
+def split_by_segment(places: torch.Tensor, per_segment: int) -> list[SegmentPart]:
+    """Cut int64 [T] slots (or pages) of a group's whole space by segment, lowest segment first."""
+    if not len(places):
+        return []
+    segments = torch.div(places, per_segment, rounding_mode="floor")
+    local = places - segments * per_segment
+    parts = []
+    for segment in torch.unique(segments).tolist():
+        rows = torch.nonzero(segments == segment).flatten()
+        inside = local.index_select(0, rows)
+        if _is_run(rows) and _is_run(inside):
+            count = len(rows)
+            parts.append(SegmentPart(segment, (int(rows[0]), count), (int(inside[0]), count)))
+        else:
+            parts.append(SegmentPart(segment, rows, inside))
+    return parts
+
+
+def _is_run(places: torch.Tensor) -> bool:
+    return bool((places[1:] - places[:-1] == 1).all())
+
+
+class SegmentPlane:
+    """K or V of one layer, [S, G, D] in the KV dtype, with memory only where a segment is mapped.
+
+    `pointers` int64 [segments] are the parts' base addresses, 0 where there is none: what a kernel
+    that reads scattered segments takes. Segment 0 holds page 0 alone. Touching a segment without
+    memory raises InvariantError.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        *,
+        slots_per_segment: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.shape = shape
+        self.slots_per_segment = slots_per_segment
+        self.page_size = page_size
+        self.dtype = dtype
+        self.device = device
+        self.pointers = torch.zeros(shape[0] // slots_per_segment, dtype=torch.int64)
+        self._parts: dict[int, torch.Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self._parts.values())
+
+    def attach(self, segment: int, part: torch.Tensor) -> None:
+        """Put [slots, G, D] under a segment (segment 0: the slots of page 0)."""
+        if segment in self._parts:
+            raise InvariantError(f"segment {segment} has memory already")
+        self._parts[segment] = part
+        self.pointers[segment] = part.data_ptr()
+
+    def detach(self, segment: int) -> None:
+        """Take a segment's memory away; it is freed when no view holds it any more."""
+        if self._parts.pop(segment, None) is None:
+            raise InvariantError(f"segment {segment} has no memory to take away")
+        self.pointers[segment] = 0
+
+    def part(self, segment: int) -> torch.Tensor:
+        """The memory of a segment, [slots, G, D]."""
+        part = self._parts.get(segment)
+        if part is None:
+            raise InvariantError(f"segment {segment} is read or written but has no memory")
+        return part
+
+    def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
+        """Slots [start, start + length) of one segment as a view, as `Tensor.narrow` gives it."""
+        segment, first = divmod(start, self.slots_per_segment)
+        if dim != 0 or first + length > self.slots_per_segment:
+            raise InvariantError(f"slots {start}+{length} are not within one segment")
+        return self.part(segment).narrow(0, first, length)
+
+    def gather_pages(self, pages: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy pages int64 [P] into `target` [P, page_size, G, D], segment by segment."""
+        for segment, rows, local in split_by_segment(
+            pages, self.slots_per_segment // self.page_size
+        ):
+            paged = self.part(segment).view(-1, self.page_size, *self.shape[1:])
+            if isinstance(rows, tuple) and isinstance(local, tuple):
+                target.narrow(0, *rows).copy_(paged.narrow(0, *local))
+            else:
+                assert isinstance(rows, torch.Tensor)
+                assert isinstance(local, torch.Tensor)
+                target.index_copy_(0, rows, paged.index_select(0, local))
+
+    def store(self, parts: list[SegmentPart], source: torch.Tensor) -> None:
+        """Write `source` [T, G, D] of the KV dtype to the slots that `parts` were cut from."""
+        as_bytes = self.dtype.itemsize == 1  # fp8 is copied as bytes: torch moves any dtype so
+        rows_of = source.view(torch.uint8) if as_bytes else source
+        for segment, rows, local in parts:
+            part = self.part(segment)
+            target = part.view(torch.uint8) if as_bytes else part
+            if isinstance(rows, tuple) and isinstance(local, tuple):
+                target.narrow(0, *local).copy_(rows_of.narrow(0, *rows))
+            else:
+                assert isinstance(rows, torch.Tensor)
+                assert isinstance(local, torch.Tensor)
+                target.index_copy_(0, local, rows_of.index_select(0, rows))
+
+    def __getitem__(self, slots: torch.Tensor) -> torch.Tensor:
+        """A copy of any slots int64 [T]: [T, G, D]. For tools and tests."""
+        result = torch.empty((len(slots), *self.shape[1:]), dtype=self.dtype, device=self.device)
+        for segment, rows, local in split_by_segment(slots, self.slots_per_segment):
+            part = self.part(segment)
+            if isinstance(rows, tuple) and isinstance(local, tuple):
+                result.narrow(0, *rows).copy_(part.narrow(0, *local))
+            else:
+                result[rows] = part[local]
+        return result
+
+    def __setitem__(self, slots: torch.Tensor, source: torch.Tensor) -> None:
+        """Write any slots int64 [T] from [T, G, D]. For tools and tests."""
+        self.store(split_by_segment(slots, self.slots_per_segment), source.to(self.dtype))
+
+    def __repr__(self) -> str:
+        return f"SegmentPlane({self.shape}, {self.dtype}, {len(self._parts)} segments)"
