@@ -441,9 +441,7 @@ def _check_combinations(args: ServerArgs) -> None:
     if args.kv_backing == "static" and args.kv_segment_reserve > 0:
         raise ValueError("--kv-segment-reserve: --kv-backing static maps every segment at start")
     if args.kv_backing == "cuda_vmm" and args.device == "cpu":
-        raise ValueError(
-            "--kv-backing cuda_vmm needs a CUDA device, this is --device cpu; use mmap"
-        )
+        raise ValueError("--kv-backing cuda_vmm needs a CUDA device, this is --device cpu")
     if args.disable_radix_cache and args.max_cached_tokens is not None:
         raise ValueError("--max-cached-tokens bounds the radix cache; drop --disable-radix-cache")
     if args.disable_radix_cache and args.schedule_policy == "lpm":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +84,7 @@ class Case:
     queries: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
+    make_pool: Callable[[KVCacheSpec, int], Any] = FakePool
 
     def geometry(self) -> BatchGeometry:
         prefix = np.array([p for p, _ in self.lengths], np.int64)
@@ -104,7 +106,7 @@ class Case:
         num_slots = spec.page_size * (
             2 + max((int(t.page_ids.max()) for t in self.tables if len(t.page_ids)), default=0)
         )
-        pool = FakePool(spec, num_slots)
+        pool = self.make_pool(spec, num_slots)
         total = sum(extend for _, extend in self.lengths)
         q_dtype = self.q_dtype or dtype
         new_q, new_k, new_v, locs = [], [], [], []
