@@ -7,6 +7,7 @@ import pytest
 
 from sglang.srt.mem_cache.kv_layout import GroupId, SegmentLayout
 from sglang.srt.mem_cache.page_ladder import joint_pages
+from sglang.srt.mem_cache.segment_state import Ticket, TicketOutcome
 from srt.mem_cache.fake_backing import FakeBacking
 from srt.mem_cache.memory_driver import (
     MemoryDriver,
@@ -283,4 +284,24 @@ def test_static_memory_stands_from_the_start() -> None:
     request = run(driver, list(range(48)))
     assert not driver.decode([(request, 1)])
     assert backing.calls == [("map", 0, (1, 2, 3))]
+    driver.check()
+
+
+def test_memory_on_its_way_back_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unmap under way still counts against the budget: without it there is room again."""
+    driver = make_driver(budget_segments=1, idle_release_s=1.0)
+    memory = driver.memory
+    driver.close(run(driver, list(range(8))), insert=False)
+    driver.backing.gate.clear()
+    memory.on_step_boundary(5.0)
+    assert memory.num_pending_growths == 1
+    wait = memory.manager.wait
+
+    def open_the_gate(ticket: Ticket) -> TicketOutcome:
+        driver.backing.gate.set()
+        return wait(ticket)
+
+    monkeypatch.setattr(memory.manager, "wait", open_the_gate)
+    run(driver, list(range(8)))
+    assert driver.backing.mapped == {(0, 1)}
     driver.check()

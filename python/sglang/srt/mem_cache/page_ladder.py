@@ -84,6 +84,7 @@ class PageLadder:
         return (
             self._enough(need)
             or self._grow(need)
+            or (self._await_unmaps() and self._grow(need))
             or self._evict(need)
             or self._grow(need, take_empty=True)
         )
@@ -99,6 +100,16 @@ class PageLadder:
             if self._enough(need):
                 return
             self._settle(ticket, self._manager.wait(ticket))
+
+    def _await_unmaps(self) -> bool:
+        """Wait for memory that is being given back; False when none is.
+
+        Until then it counts against the budget, although nothing holds it.
+        """
+        leaving = [ticket for ticket in self._unmaps.values() if ticket.begun]
+        for ticket in leaving:
+            self._settle(ticket, self._manager.wait(ticket))
+        return bool(leaving)
 
     def _grow(self, need: Sequence[int], *, take_empty: bool = False) -> bool:
         plan = self._plan_growth(self._missing(need), take_empty=take_empty)

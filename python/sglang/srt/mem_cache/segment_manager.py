@@ -397,6 +397,7 @@ class SegmentManager:
                 if table.segments[segment].last_use_epoch > self._completed_epoch:
                     return
         self._runner.start(job)
+        job.ticket.begun = True
 
     def _take(self, jobs: list[Job], *, block: bool = False) -> None:
         for job, result in zip(jobs, self._runner.results(jobs, block=block), strict=True):

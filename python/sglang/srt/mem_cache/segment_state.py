@@ -88,10 +88,14 @@ class TicketOutcome:
 
 @dataclass(slots=True)
 class Ticket:
-    """A plan under way. `outcome` is set by the manager's poll or wait and then stays."""
+    """A plan under way. `outcome` is set by the manager's poll or wait and then stays.
+
+    `begun`: it waits for no forward any more, so it can be waited for.
+    """
 
     number: int
     outcome: TicketOutcome | None = None
+    begun: bool = False
 
 
 class Segment:
