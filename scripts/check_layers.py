@@ -49,7 +49,11 @@ TABLE: tuple[Row, ...] = (
      " < srt.mem_cache.evict_policy, srt.mem_cache.kv_events < srt.mem_cache.radix_cache"),
     (2, "DEVICE", "srt.mem_cache.capacity, srt.mem_cache.memory_pool, srt.mem_cache.radix_cache,"
      " srt.mem_cache.chunk_cache < srt.mem_cache.lease < srt.mem_cache.page_ladder"
-     " < srt.mem_cache.integrity < srt.mem_cache.allocation < srt.mem_cache.upstream.*"),
+     " < srt.mem_cache.integrity < srt.mem_cache.allocation < srt.mem_cache.upstream.*,"
+     " srt.mem_cache.compaction"),
+    (2, "DEVICE", "srt.mem_cache.allocation < srt.mem_cache.compaction < srt.mem_cache.reclaim"),
+    (2, "DEVICE", "srt.mem_cache.memory_pool, srt.mem_cache.radix_cache"
+     " < srt.mem_cache.canary < srt.mem_cache.allocation"),
     (2, "DEVICE", "srt.mem_cache.segment_manager < srt.mem_cache.memory_report"),
     (3, "DEVICE", "srt.model_executor.forward_mode < srt.managers.schedule_batch"),
     (3, "DEVICE", "srt.managers.generation_result, srt.managers.schedule_batch"

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.allocator import PageAllocator
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+from sglang.srt.mem_cache.canary import KVCanary
 from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.integrity import audit
 from sglang.srt.mem_cache.kv_events import EventSink, KVEventRecorder
@@ -67,6 +68,7 @@ class KVMemory:
         self.ladder = PageLadder(manager, allocators, cache)
         self.leases: dict[ReqPoolIdx, KVLease] = {}
         self._events = events
+        self.canary: KVCanary | None = None  # see `watch`
         self._prefix_idle_s = prefix_idle_s
         self._max_cached_pages = (
             None if max_cached_tokens is None else max_cached_tokens // spec.page_size
@@ -332,6 +334,14 @@ class KVMemory:
         Call it with no forward in flight; costs milliseconds.
         """
         audit(self.manager, self.allocators, self.cache, self.rows, list(self.leases.values()))
+        if self.canary is not None:
+            self.canary.check_cache(self.cache)
+
+    def watch(self, *, full: bool) -> KVCanary:
+        """Keep marks of who wrote what from now on; before any request. See Note [Canary]."""
+        indexes = [allocator.index for allocator in self.allocators]
+        self.canary = KVCanary(indexes, self.kv_pool, full=full)
+        return self.canary
 
     def close_pool(self) -> None:
         """Give all memory back to the machine; nothing may be called afterwards."""

@@ -9,7 +9,7 @@ Note [Eviction cuts tails].
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,13 @@ class BasePrefixCache(abc.ABC):
     @abc.abstractmethod
     def clear(self) -> int:
         """Free everything unlocked; returns pages per group."""
+
+    def move_pages(self, group: int, nodes: Set[int], moved_to: Int32Array) -> None:
+        """Pages of one group were moved: page p of the nodes with these ids is now moved_to[p].
+
+        A cache that owns no page has nothing to do.
+        """
+        del group, nodes, moved_to
 
     @abc.abstractmethod
     def check(self, handles: Sequence[PrefixHandle]) -> None:

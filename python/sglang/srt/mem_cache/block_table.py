@@ -110,6 +110,16 @@ class BlockTable:
         self.extend(kept)
         return dropped
 
+    def replace_pages(self, pages: Int32Array) -> None:
+        """The same positions stand in other pages now (they were moved); snapshots stay true.
+
+        Raises InvariantError when the number of pages differs.
+        """
+        if len(pages) != len(self._ids):
+            raise InvariantError(f"{self!r} can't have its pages replaced by {len(pages)}")
+        self._ids, self._runs = IdArray(), []  # fresh: a snapshot may still read the old ones
+        self.extend(pages)
+
     def slots(self, first_position: int, count: int) -> Int64Array:
         """Slots of positions [first_position, first_position + count), int64 [count].
 

@@ -7,6 +7,7 @@ come and go. See docs/kv_segments.md, Note [The ladder].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -161,6 +162,24 @@ class PageLadder:
             spare = allocator.num_free - (expected[g] if expected else 0)
             unmap.append(segments[: max(0, spare // per_segment)])
         return self._begin(replace(plan, unmap=tuple(unmap))) if any(unmap) else None
+
+    def release_empty(self, num_bytes: int | None = None) -> Ticket | None:
+        """Begin to unmap empty segments now, whatever their age.
+
+        Worth at least `num_bytes`, the reserve included, as far as there are any; None: all above
+        the reserve.
+        """
+        self.settle_finished()
+        plan = self._manager.plan_shrink(math.inf, keep=None if num_bytes is None else 0)
+        if plan is None:
+            return None
+        unmap = []
+        for layout, segments in zip(self._manager.layouts, plan.unmap, strict=True):
+            if num_bytes is not None:
+                segments = segments[: max(0, -(-num_bytes // layout.segment_bytes))]
+                num_bytes -= len(segments) * layout.segment_bytes
+            unmap.append(segments)
+        return self._begin(replace(plan, unmap=tuple(unmap)))
 
     def _begin(self, plan: GrowthPlan) -> Ticket:
         for allocator, segments in zip(self._allocators, plan.unmap, strict=True):

@@ -157,6 +157,22 @@ class PageIndex:
         self._move(pages, PageState.CACHED, PageState.FREE)
         self.node[self._at(pages)] = NO_NODE
 
+    def relocate(self, sources: Int32Array, targets: Int32Array) -> None:
+        """Owned pages move into free ones, with state, node and rows; their old places are free.
+
+        The i-th source goes to the i-th target; the caller has copied the content and tells the
+        tables and the tree. Raises InvariantError unless all sources are owned, all targets free.
+        """
+        states = self.state[sources]
+        if (states < PageState.USED).any():
+            raise InvariantError("only pages that have an owner can be moved")
+        for state in (PageState.USED, PageState.CACHED):
+            chosen = states == state
+            self._move(targets[chosen], PageState.FREE, state)
+            self._move(sources[chosen], state, PageState.FREE)
+        self.node[targets], self.rows[targets] = self.node[sources], self.rows[sources]
+        self.node[sources], self.rows[sources] = NO_NODE, 0
+
     def segments_emptied_by(self, pages: Int32Array) -> int:
         """Segments that would be all free if `pages` (all owned) became free; changes nothing."""
         segments, owned = self._count_by_segment(pages)

@@ -9,7 +9,7 @@ and Note [Eviction cuts tails].
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 import numpy.typing as npt
@@ -180,6 +180,9 @@ class RadixCache(BasePrefixCache):
         if self._events is not None and freed and self._num_pages == 0:
             self._events.cleared(num_leaves)
         return freed
+
+    def move_pages(self, group: int, nodes: Set[int], moved_to: Int32Array) -> None:
+        self.tree.move_pages(group, nodes, moved_to)
 
     def _choose_leaf(self, wanted: int) -> TreeNode | None:
         """The coldest leaf, or one hardly warmer whose end would empty more segments."""

@@ -8,7 +8,7 @@ one node differ within that page and a walk looks at one edge per step.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import numpy as np
 import numpy.typing as npt
@@ -210,6 +210,14 @@ class RadixTree:
             raise InvariantError(f"{node!r} is not a leaf")
         del parent.children[node.tokens.view(0, self.page_size).tobytes()]
         return parent
+
+    def move_pages(self, group: int, nodes: Set[int], moved_to: Int32Array) -> None:
+        """Page p of the nodes with these ids is now moved_to[p]; fresh arrays, walks the tree."""
+        for node in self.nodes():
+            if node.id in nodes:
+                pages = list(node.pages)
+                pages[group] = IdArray(moved_to[pages[group].view()])
+                node.pages = tuple(pages)
 
     def _same_tokens(self, edge: Int32Array, tokens: Int32Array) -> int:
         """Length of the common prefix of two arrays of one length, compared block by block."""

@@ -245,13 +245,14 @@ class SegmentManager:
             return None
         return self._plan(PlanReason.RESERVE, map=fresh)
 
-    def plan_shrink(self, now: float) -> GrowthPlan | None:
-        """Segments empty for `idle_release_s` and above the reserve, highest ids first; or None."""
+    def plan_shrink(self, now: float, *, keep: int | None = None) -> GrowthPlan | None:
+        """Segments empty for `idle_release_s`, highest ids first, but for `keep` (None: the
+        reserve) of them; or None."""
         if not self.backing.elastic:
             return None
         unmap = []
         for table in self._tables:
-            excess = max(0, len(table.empty) - self.reserve_segments)
+            excess = max(0, len(table.empty) - (self.reserve_segments if keep is None else keep))
             above = heapq.nlargest(excess, table.empty)  # the reserve is the lowest ids
             since = table.empty
             unmap.append(tuple(s for s in above if now - since[s] >= self.idle_release_s))

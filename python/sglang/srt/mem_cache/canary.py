@@ -1,0 +1,221 @@
+"""The KV canary: beside every slot stands a mark of who wrote it, checked before it is read.
+
+A mark is a hash of the whole token sequence up to a position (its namespace included), so a page
+that was given away, mixed up, freed while in use or lost in a move can't pass for the right one.
+Mode `full` also keeps a sum of the K and V bytes. Off by default and then not there at all.
+Called by `managers/scheduler_canary.py`, compaction and the audit. See docs/kv_segments.md,
+Note [Canary].
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+from sglang.srt.mem_cache.block_table import BlockTable
+from sglang.srt.mem_cache.kv_layout import GroupId
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.page_owner import PageIndex, PageState
+from sglang.srt.mem_cache.radix_cache import RadixCache
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+UInt64Array = npt.NDArray[np.uint64]
+
+_MASK = (1 << 64) - 1
+_BASE = 0x9E3779B97F4A7C15  # odd: its powers never vanish modulo 2^64
+_MIX = np.uint64(0xBF58476D1CE4E5B9)
+_SUM_SLOTS = 4096  # slots whose bytes are summed at a time
+
+
+@dataclass(frozen=True, slots=True)
+class ChainPoint:
+    """Where a token sequence stands: the hash of its first `position` tokens."""
+
+    position: int
+    value: int
+
+
+def chain_start(extra_key: str | None) -> ChainPoint:
+    """The empty sequence of a namespace."""
+    return ChainPoint(0, 0 if extra_key is None else 1 + zlib.crc32(extra_key.encode()))
+
+
+def chain_marks(at: ChainPoint, tokens: Int32Array) -> tuple[UInt64Array, ChainPoint]:
+    """Marks of `tokens` (int32 [n]) that follow `at`, uint64 [n], and where the sequence ends.
+
+    The chain is a polynomial hash modulo 2^64, h(i) = h(i-1) + (token + 1) * base^(i+1), so that
+    a chunk is a few array operations; a mark mixes its bits and is never 0 (0: nobody wrote).
+    """
+    powers = np.full(len(tokens), _BASE, np.uint64)
+    powers[:1] = pow(_BASE, at.position + 1, 1 << 64)
+    values = np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * np.cumprod(powers))
+    values = values + np.uint64(at.value)
+    end = int(values[-1]) if len(values) else at.value
+    marks = (values ^ (values >> np.uint64(29))) * _MIX | np.uint64(1)
+    return marks, ChainPoint(at.position + len(tokens), end & _MASK)
+
+
+class KVCanary:
+    """Marks of every slot of every group; grows with the page indexes.
+
+    `full`: sums of the bytes too. They are taken when the forward that wrote them is over, so a
+    forward must be finished before the next one is prepared: overlap is off under the canary.
+    """
+
+    def __init__(self, indexes: Sequence[PageIndex], pool: MHATokenToKVPool, *, full: bool) -> None:
+        self._indexes = tuple(indexes)
+        self._pool = pool
+        self._full = full
+        size = pool.page_size
+        self.marks = [np.zeros((0, size), np.uint64) for _ in indexes]  # [pages, page_size]
+        self.sums = [np.zeros((0, size), np.uint64) for _ in indexes]
+        self._unsealed: list[list[Int64Array]] = [[] for _ in indexes]
+
+    # ---- writing ----------------------------------------------------------------------------
+
+    def write(self, tables: Sequence[BlockTable], first: int, marks: UInt64Array) -> None:
+        """The positions [first, first + len(marks)) of a request are about to be written."""
+        self._grow()
+        for g, table in enumerate(tables):
+            slots = table.slots(first, len(marks))
+            self.marks[g].reshape(-1)[slots] = marks
+            if self._full:
+                self._unsealed[g].append(slots)
+
+    def seal(self) -> None:
+        """The forward that was written for is over: sum the bytes that it left (mode full).
+
+        Pages that nobody owns any more are left out: their memory may be gone.
+        """
+        for g, pieces in enumerate(self._unsealed):
+            if pieces:
+                slots = np.concatenate(pieces)
+                owned = self._indexes[g].state[slots // self._pool.page_size] >= PageState.USED
+                slots = slots[owned]
+                self.sums[g].reshape(-1)[slots] = self._sum_bytes(GroupId(g), slots)
+                pieces.clear()
+
+    def move(self, group: GroupId, sources: Int32Array, targets: Int32Array) -> None:
+        """Pages were copied; their marks go along. Call it before the index hears of it."""
+        self.seal()
+        self._grow()
+        for array in (self.marks[group], self.sums[group]):
+            array[targets] = array[sources]
+            array[sources] = 0
+
+    # ---- checking ---------------------------------------------------------------------------
+
+    def check_tables(self, owner: str, tables: Sequence[BlockTable], marks: UInt64Array) -> None:
+        """The first len(marks) positions of a request are what it wrote, as far as a table
+        reaches (a window group dropped its head). InvariantError names what is not."""
+        self._grow()
+        for g, table in enumerate(tables):
+            first = min(table.first_page * table.page_size, len(marks))
+            self._check(owner, GroupId(g), table.slots(first, len(marks) - first), first, marks)
+
+    def check_cache(self, cache: BasePrefixCache) -> None:
+        """Every page of the prefix tree holds the tokens of its place in the tree."""
+        self.seal()
+        self._grow()
+        if not isinstance(cache, RadixCache):
+            return  # owns nothing
+        ends: dict[int, ChainPoint] = {}
+        for node in cache.tree.nodes():
+            if node.parent is None:
+                ends[node.id] = chain_start(node.extra_key)
+                continue
+            at = ends[node.parent.id]
+            marks, ends[node.id] = chain_marks(at, node.tokens.view())
+            for g, array in enumerate(node.pages):
+                offsets = np.arange(self._pool.page_size)
+                bases = array.view().astype(np.int64) * self._pool.page_size
+                slots = (bases[:, None] + offsets).reshape(-1)
+                self._check(repr(node), GroupId(g), slots, 0, marks, shown_from=at.position)
+
+    def _check(
+        self,
+        owner: str,
+        group: GroupId,
+        slots: Int64Array,
+        first: int,
+        marks: UInt64Array,
+        shown_from: int = 0,
+    ) -> None:
+        index = self._indexes[group]
+        pages = slots // self._pool.page_size
+        if len(pages) and int(pages.max()) >= len(index.state):
+            raise InvariantError(f"canary: group {group}, {owner}: page {pages.max()} never was")
+        wrong = self.marks[group].reshape(-1)[slots] != marks[first:]
+        self._report(wrong, "was written by somebody else", owner, group, slots, first + shown_from)
+        free = index.state[pages] < PageState.USED
+        self._report(free, "has no owner", owner, group, slots, first + shown_from)
+        if self._full:
+            found = self._sum_bytes(group, slots)
+            changed = found != self.sums[group].reshape(-1)[slots]
+            what = "has other bytes than were written"
+            self._report(changed, what, owner, group, slots, first + shown_from)
+
+    def _report(
+        self,
+        wrong: npt.NDArray[np.bool_],
+        what: str,
+        owner: str,
+        group: GroupId,
+        slots: Int64Array,
+        first: int,
+    ) -> None:
+        at = np.flatnonzero(wrong)
+        if len(at) == 0:
+            return
+        index = self._indexes[group]
+        page = int(slots[at[0]]) // self._pool.page_size
+        same = at[slots[at] // self._pool.page_size == page]
+        raise InvariantError(
+            f"canary: group {group}, page {page} ({PageState(index.state[page]).name}, node "
+            f"{index.node[page]}, rows {index.rows[page]}) {what}: positions "
+            f"{first + same[0]} to {first + same[-1]} of {owner}; {len(at)} slots in all"
+        )
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    def _grow(self) -> None:
+        for g, index in enumerate(self._indexes):
+            missing = len(index.state) - len(self.marks[g])
+            if missing > 0:
+                more = np.zeros((missing, self._pool.page_size), np.uint64)
+                self.marks[g] = np.concatenate([self.marks[g], more])
+                self.sums[g] = np.concatenate([self.sums[g], more])
+
+    def _sum_bytes(self, group: GroupId, slots: Int64Array) -> UInt64Array:
+        """One sum over all layers' K and V bytes of each slot, uint64 [n]."""
+        sums = np.zeros(len(slots), np.uint64)
+        for first in range(0, len(slots), _SUM_SLOTS):
+            part = slots[first : first + _SUM_SLOTS]
+            chosen = torch.from_numpy(part)
+            total = np.zeros(len(part), np.uint64)
+            for layer in self._pool.spec.groups[group].layers:
+                for buffer in self._pool.get_kv_buffer(layer):
+                    total = total * _MIX + _row_sums(buffer[chosen])
+            sums[first : first + _SUM_SLOTS] = total
+        return sums
+
+    def __repr__(self) -> str:
+        return f"KVCanary(pages={[len(marks) for marks in self.marks]}, full={self._full})"
+
+
+def _row_sums(rows: torch.Tensor) -> UInt64Array:
+    """Weighted sums of each row's bytes, eight at a time, modulo 2^64."""
+    raw = rows.contiguous().view(len(rows), -1).view(torch.uint8).numpy()
+    words = np.zeros((len(raw), -(-raw.shape[1] // 8) * 8), np.uint8)
+    words[:, : raw.shape[1]] = raw
+    weights = np.cumprod(np.full(words.shape[1] // 8, _BASE, np.uint64))
+    sums: UInt64Array = (words.view(np.uint64) * weights).sum(axis=1, dtype=np.uint64)
+    return sums
