@@ -30,6 +30,7 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
 from sglang.srt.mem_cache.kv_events import EventSink
@@ -40,7 +41,7 @@ from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardB
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.progress import Progress
-from srt.mem_cache.fake_backing import FakeBacking
+from srt.mem_cache.memory_driver import PoisonedBacking
 
 VOCAB = 997
 TURN_S = 0.01  # what a turn takes by the test's clock
@@ -167,8 +168,11 @@ class FakeChannel:
 class Harness:
     """One scheduler with its stand-ins and a clock that the test moves."""
 
-    def __init__(self, memory: KVMemory, *, page_size: int, **limits: object) -> None:
+    def __init__(
+        self, memory: KVMemory, *, page_size: int, canary: str = "off", **limits: object
+    ) -> None:
         self.now = 0.0
+        self._num_asked = 0
         self.memory = memory
         self.channel = FakeChannel()
         self.worker = ChecksumWorker(memory.kv_pool, rows=4096)
@@ -185,6 +189,10 @@ class Harness:
             "random_seed": 1,
         }
         values.update(limits)
+        watcher = None
+        if canary != "off":
+            values["overlap"] = False
+            watcher = SchedulerCanary(memory.watch(full=canary == "full"))
         self.limits = SchedulerLimits(page_size=page_size, **values)  # type: ignore[arg-type]
         progress = Progress()
 
@@ -206,6 +214,7 @@ class Harness:
             limits=self.limits,
             progress=progress,
             clock=lambda: self.now,
+            canary=watcher,
         )
 
     def send(self, rid: str, prompt: Sequence[int], max_new: int = 8, **kwargs: object) -> None:
@@ -224,11 +233,28 @@ class Harness:
     def abort(self, rid: str = "", *, abort_all: bool = False) -> None:
         self.channel.inbox.append(AbortReq(rid, abort_all))
 
-    def control(self, op: str) -> ControlReply:
+    def ask(self, op: str, **args: object) -> int:
+        """Queue a control request for the next turn; returns its number."""
+        self._num_asked += 1
+        self.channel.inbox.append(ControlReq(seq=self._num_asked, op=op, args=args))
+        return self._num_asked
+
+    def reply(self, seq: int) -> ControlReply | None:
+        """The one answer to a control request, None when it is not there yet."""
+        found = [reply for reply in self.channel.replies if reply.seq == seq]
+        assert len(found) <= 1, f"request {seq} was answered {len(found)} times"
+        return found[0] if found else None
+
+    def control(self, op: str, **args: object) -> ControlReply:
         """Ask and run turns until the answer is there."""
-        self.channel.inbox.append(ControlReq(seq=len(self.channel.replies), op=op))
-        self.scheduler.turn()
-        return self.channel.replies[-1]
+        seq = self.ask(op, **args)
+        for _ in range(2000):
+            self.turn()
+            reply = self.reply(seq)
+            if reply is not None:
+                return reply
+            self.settle()
+        raise AssertionError(f"{op} was not answered")
 
     def turn(self, count: int = 1) -> None:
         for _ in range(count):
@@ -244,9 +270,11 @@ class Harness:
         raise AssertionError(f"still busy: {self.scheduler.requests()}")
 
     def settle(self) -> None:
-        """Let the mapping thread finish what it has begun; the next turn takes it over."""
+        """Let the mapping thread finish what it has begun, and take it over."""
+        self.scheduler.drain()  # an unmap may wait for a forward
         for ticket in self.memory.manager.pending():
             self.memory.manager.wait(ticket)
+        self.memory.ladder.settle_finished()
 
     def output(self, rid: str) -> list[int]:
         """All ids told of a request so far."""
@@ -298,6 +326,8 @@ def make_memory(
     rows: int = 64,
     eviction_policy: str = "lru",
     event_sink: EventSink | None = None,
+    reserve: int = 0,
+    backing: SegmentBacking | None = None,
 ) -> KVMemory:
     """Real memory on tiny mmap segments: two layers, one head, two floats wide.
 
@@ -313,7 +343,7 @@ def make_memory(
         page_size=page_size,
     )
     segment_bytes = pages_per_segment * page_size * spec.bytes_per_token
-    backing: SegmentBacking = FakeBacking()
+    backing = backing or PoisonedBacking()
     if fail_maps is not None:
         backing = FlakyBacking(backing, fail_maps)
     return KVMemory.create(
@@ -322,7 +352,7 @@ def make_memory(
         budget_bytes=segments * segment_bytes,
         machine_bytes=2 * segments * segment_bytes,
         slots_per_segment=pages_per_segment * page_size,
-        reserve_segments=0,
+        reserve_segments=reserve,
         idle_release_s=idle_release_s,
         prefix_idle_s=prefix_idle_s,
         max_cached_tokens=None,

@@ -6,6 +6,7 @@ arrival order and ties always fall to the earlier arrival, so that every rank de
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 from sglang.srt.managers.schedule_batch import Req, ReqState
@@ -48,13 +49,17 @@ def pages_promised(
     window_pages: tuple[int | None, ...],
     *,
     full: bool,
+    context_length: int = sys.maxsize,
 ) -> tuple[int, ...]:
     """Pages per group that `req` may still take, those that `lease` holds excluded.
+
+    No request grows beyond `context_length`, whatever it asked for when the context was longer.
 
     `window_pages[g]` bounds a window group's need (None: the group keeps every token). `full`
     counts every token of max_new_tokens instead of the clipped number.
     """
-    wanted = num_pages_for(req.target_len(full=full), page_size)
+    target = min(req.target_len(full=full), context_length)
+    wanted = num_pages_for(target, page_size)
     promised = []
     for group, window in enumerate(window_pages):
         need = wanted if window is None else min(wanted, window)

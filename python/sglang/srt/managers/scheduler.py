@@ -13,7 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.managers.io_struct import (
     AbortReq,
     ControlReply,
-    ControlReq,
     FinishReason,
     StopStringHit,
     TokenizedGenerateReqInput,
@@ -37,10 +36,12 @@ from sglang.srt.managers.schedule_batch import (
 )
 from sglang.srt.managers.schedule_policy import ChunkSizer, choose_victim, share_chunk_tokens
 from sglang.srt.managers.scheduler_admission import Admission, WaitingQueue
+from sglang.srt.managers.scheduler_canary import SchedulerCanary
+from sglang.srt.managers.scheduler_control import SchedulerControl
 from sglang.srt.managers.scheduler_limits import SchedulerChannel, SchedulerLimits, Worker
 from sglang.srt.managers.scheduler_output import OutputCollector
 from sglang.srt.managers.scheduler_results import process_result
-from sglang.srt.managers.scheduler_stats import SchedulerCounters, internal_state
+from sglang.srt.managers.scheduler_stats import SchedulerCounters
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement, PageNeed
 from sglang.srt.mem_cache.kv_layout import num_pages_for
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -82,6 +83,7 @@ class Scheduler:
         limits: SchedulerLimits,
         progress: Progress,
         clock: Callable[[], float],
+        canary: SchedulerCanary | None = None,
     ) -> None:
         self._memory = memory
         self._worker = worker
@@ -90,6 +92,8 @@ class Scheduler:
         self._limits = limits
         self._progress = progress
         self._clock = clock
+        self._canary = canary
+        self._control = SchedulerControl(self, memory, canary)
         self._admission = Admission(memory, limits)
         self._chunks = ChunkSizer(
             limits.chunk_tokens, limits.page_size, STEP_TARGET_S, adaptive=limits.adaptive_chunk
@@ -112,6 +116,11 @@ class Scheduler:
     def context_length(self) -> int:
         """The effective context: no request grows beyond it."""
         return self._limits.context_length
+
+    @property
+    def limits(self) -> SchedulerLimits:
+        """The numbers at this moment; the context moves with the budget."""
+        return self._limits
 
     @property
     def num_running(self) -> int:
@@ -137,6 +146,7 @@ class Scheduler:
         for message in self._channel.receive(self._poll_ms()):
             self._dispatch(message)
         began = self._clock()
+        self._reply(self._control.step(began))
         launched = self._launch_next()
         while len(self._inflight) > (1 if launched and self._limits.overlap else 0):
             self._collect()
@@ -150,7 +160,7 @@ class Scheduler:
 
     def _poll_ms(self) -> int:
         """How long to wait for a first message: not at all while there is work to go on with."""
-        if not self.busy:
+        if not self.busy and not self._control.active:
             return IDLE_POLL_MS
         return STALLED_POLL_MS if self._stalled else 0
 
@@ -158,6 +168,11 @@ class Scheduler:
         """Collect every step under way, so that nothing on the device is in motion."""
         while self._inflight:
             self._collect()
+
+    def set_context_length(self, context_length: int) -> None:
+        """Let no request grow beyond this many tokens from now on."""
+        self._limits = replace(self._limits, context_length=context_length)
+        self._admission.set_limits(self._limits)
 
     # ---- messages ----
 
@@ -171,7 +186,7 @@ class Scheduler:
             if req is not None:
                 self._end(req, FinishReason("stop"))
         else:
-            self._channel.send_reply(self._control(message))
+            self._reply(self._control.answer(message, self._clock()))
 
     def _add_request(self, message: TokenizedGenerateReqInput) -> None:
         num_tokens = message.input_ids.nbytes // 4
@@ -214,9 +229,10 @@ class Scheduler:
         wanted = self.requests() if message.abort_all else [self._by_rid.get(message.rid)]
         for req in wanted:
             if req is not None:
-                self._end_by_abort(req, message.message, 499)
+                self.end_by_abort(req, message.message, 499)
 
-    def _end_by_abort(self, req: Req, text: str, status: int) -> None:
+    def end_by_abort(self, req: Req, text: str, status: int) -> None:
+        """Give a request its final output, an abort, unless it is ending already."""
         if self._end(req, FinishReason("abort", message=text, status_code=status)):
             self.counters.num_aborted += 1
 
@@ -230,24 +246,6 @@ class Scheduler:
         self._outputs.note(req)
         self._settle(req)
         return True
-
-    def _control(self, message: ControlReq) -> ControlReply:
-        if message.op in ("internal_state", "server_info"):
-            details = message.op == "server_info"
-            state = internal_state(self, self._limits, self._memory, details=details)
-            return ControlReply(message.seq, True, data=state)
-        if message.op == "flush_cache":
-            if self._by_rid:
-                text = f"{len(self._by_rid)} requests are running or queued; nothing was flushed."
-                return ControlReply(message.seq, False, text)
-            self.drain()
-            done = self._memory.flush()
-            return ControlReply(message.seq, done, "Cache flushed." if done else "Not flushed.")
-        if message.op == "audit":
-            self.drain()
-            self._memory.audit()
-            return ControlReply(message.seq, True, "Every page has exactly one owner.")
-        return ControlReply(message.seq, False, f"Unknown operation {message.op}.")
 
     # ---- deciding and launching ----
 
@@ -323,6 +321,8 @@ class Scheduler:
     def _submit(self, batch: ScheduleBatch, placement: KVPlacement) -> None:
         info = SamplingBatchInfo.from_schedule_batch(batch, self._drops)
         self._drops = []
+        if self._canary is not None:
+            self._canary.before_forward(batch)
         forward_batch = self._make_batch(batch, placement)
         for item in batch.items:
             req = item.req
@@ -348,7 +348,18 @@ class Scheduler:
             f"Out of KV memory: the request needs {need} tokens now, the pool can hold "
             f"{self._memory.capacity_tokens} and could map no more."
         )
-        self._end_by_abort(req, text, 503)
+        self.end_by_abort(req, text, 503)
+
+    def retract_one(self) -> bool:
+        """Take the place of the running request that loses least, the last one's too.
+
+        For a budget that shrinks, with the queue drained. False: nobody runs.
+        """
+        running = [req for req in self._running.values() if not req.is_ending]
+        victim = choose_victim(running) or (running[0] if running else None)
+        if victim is not None:
+            self._retract(victim)
+        return victim is not None
 
     def _retract(self, req: Req) -> None:
         lease = req.kv
@@ -405,6 +416,10 @@ class Scheduler:
         left = sum(req.extend_left for req in self._running.values())
         pages = num_pages_for(min(left, self._limits.chunk_tokens), page_size) if left else 0
         return tuple(pages + len(self._running) for _ in self._limits.window_pages)
+
+    def _reply(self, replies: Sequence[ControlReply]) -> None:
+        for reply in replies:
+            self._channel.send_reply(reply)
 
     def _flush_outputs(self) -> None:
         outputs = self._outputs.take()

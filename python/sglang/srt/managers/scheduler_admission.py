@@ -64,6 +64,11 @@ class Admission:
         self._limits = limits
         self._refusal: _Refusal | None = None
 
+    def set_limits(self, limits: SchedulerLimits) -> None:
+        """Admit under other numbers from now on; who was refused is looked at again."""
+        self._limits = limits
+        self._refusal = None
+
     def admit(self, waiting: WaitingQueue, running: Sequence[Req]) -> list[Req]:
         """Admit in the policy's order until the first that does not fit; returns the admitted.
 
@@ -142,7 +147,14 @@ class Admission:
     def _promise(self, req: Req, full: bool, lease: KVLease | None = None) -> tuple[int, ...]:
         limits = self._limits
         held = lease or req.kv
-        return pages_promised(req, held, limits.page_size, limits.window_pages, full=full)
+        return pages_promised(
+            req,
+            held,
+            limits.page_size,
+            limits.window_pages,
+            full=full,
+            context_length=limits.context_length,
+        )
 
     def _match_len(self, req: Req) -> int:
         return self._memory.match_len(req.tokens.view(0, req.known), req.extra_key)

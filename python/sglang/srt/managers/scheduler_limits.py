@@ -1,4 +1,4 @@
-"""The numbers a scheduler works under, fixed at start, and the protocols of its neighbours."""
+"""The numbers a scheduler works under, and the protocols of its neighbours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """What one scheduler may do.
+    """What one scheduler may do; fixed at start but for `context_length`, which moves with the
+    budget: the scheduler then replaces the whole.
 
     Tokens unless named otherwise. `chunk_tokens` is the prefill budget of a step,
     `adaptive_chunk` lets it shrink while others wait. `window_pages[g]` bounds the pages one
