@@ -44,6 +44,8 @@ nothing (null, and the values in brackets). Null means "not given".
 | `/server_info`, `/get_server_info` | GET | settings, state, `memory` |
 | `/flush_cache?timeout=0` | GET, POST | 400 while requests run |
 | `/abort_request` | POST | `rid` (also the start of several ids) or `abort_all` |
+| `/set_kv_budget` | POST | `bytes` (number or `"8GiB"`), `timeout_s` (30); 400 when too small |
+| `/compact_kv` | POST | `timeout_s` (30): packs the KV pages, gives emptied segments back |
 | `/metrics` | GET | Prometheus, with `--enable-metrics` |
 | `/` | GET, HEAD | |
 
@@ -51,6 +53,8 @@ nothing (null, and the values in brackets). Null means "not given".
 
 - With `--api-key` every path but the four of health asks for `Authorization: Bearer KEY` (401
   `{"error":"Unauthorized"}`), `/metrics` included.
+- With `--admin-api-key`, `/set_kv_budget`, `/compact_kv` and `/flush_cache` ask for that key and
+  no other.
 - While the model is loaded, and while the server ends, everything answers 503.
 - A body above `--max-request-bytes` is refused with 413 as soon as that is known.
 - The name in `model` is echoed, not checked.

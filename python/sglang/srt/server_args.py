@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.configs import flag_parser
+from sglang.srt.configs.flag_checks import check_combinations
 from sglang.srt.configs.flag_spec import FlagSpec, derived, flag, specs_of
 from sglang.srt.configs.flag_tables import OTHER_FLAGS
-from sglang.srt.configs.kv_events_config import KVEventsConfig
 from sglang.srt.utils.sizes import parse_bytes, parse_count, parse_count_or_auto
 
 MODEL = "Model and tokenizer"
@@ -85,6 +85,13 @@ class ServerArgs:
     port: int = flag(30000, "Port to listen on.", group=HTTP, parse=int, minimum=1, maximum=65535)
     api_key: str | None = flag(
         None, "Bearer key that every endpoint except health asks for.", group=HTTP, metavar="KEY"
+    )
+    admin_api_key: str | None = flag(
+        None,
+        "Bearer key that /set_kv_budget, /compact_kv and /flush_cache ask for instead.",
+        group=HTTP,
+        default_text="the --api-key",
+        metavar="KEY",
     )
     max_request_bytes: int | None = flag(
         None,
@@ -326,6 +333,14 @@ class ServerArgs:
         minimum=0,
     )
 
+    kv_canary: str = flag(
+        "off",
+        "Check before every step that each KV page was written by who reads it; full checks its "
+        "bytes too. Slow, and without overlap: for finding bugs.",
+        group=SEGMENTS,
+        choices=("off", "chain", "full"),
+    )
+
     # ---- logging and health
     log_level: str = flag(
         "info",
@@ -360,7 +375,7 @@ class ServerArgs:
         self._resolve()
         for spec in specs_of(ServerArgs):
             spec.check(getattr(self, spec.dest))
-        _check_combinations(self)
+        check_combinations(self)
 
     def _resolve(self) -> None:
         """Fill in what other fields decide; the class is frozen to everyone else."""
@@ -404,7 +419,8 @@ class ServerArgs:
 
     def public_dict(self) -> dict[str, Any]:
         """All settings by field name, without secrets: what /server_info may show."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "api_key"}
+        settings = dataclasses.asdict(self)
+        return {k: v for k, v in settings.items() if k not in ("api_key", "admin_api_key")}
 
 
 def all_flags() -> tuple[FlagSpec, ...]:
@@ -424,25 +440,3 @@ def prepare_server_args(argv: Sequence[str]) -> ServerArgs:
         return ServerArgs(**values)
     except ValueError as error:
         parser.error(str(error))
-
-
-def _check_combinations(args: ServerArgs) -> None:
-    if args.tp_size != 1:
-        raise ValueError(f"--tp-size {args.tp_size}: tensor parallelism is not served yet; use 1")
-    try:
-        overrides = json.loads(args.json_model_override_args)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--json-model-override-args is not JSON: {error}") from error
-    if not isinstance(overrides, dict):
-        raise ValueError("--json-model-override-args must be a JSON object")
-    KVEventsConfig.from_json(args.kv_events_config or "{}")
-    if args.skip_tokenizer_init and args.chat_template is not None:
-        raise ValueError("--chat-template needs a tokenizer; drop --skip-tokenizer-init")
-    if args.kv_backing == "static" and args.kv_segment_reserve > 0:
-        raise ValueError("--kv-segment-reserve: --kv-backing static maps every segment at start")
-    if args.kv_backing == "cuda_vmm" and args.device == "cpu":
-        raise ValueError("--kv-backing cuda_vmm needs a CUDA device, this is --device cpu")
-    if args.disable_radix_cache and args.max_cached_tokens is not None:
-        raise ValueError("--max-cached-tokens bounds the radix cache; drop --disable-radix-cache")
-    if args.disable_radix_cache and args.schedule_policy == "lpm":
-        raise ValueError("--schedule-policy lpm sorts by cached prefix; drop --disable-radix-cache")

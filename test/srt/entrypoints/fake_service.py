@@ -117,6 +117,8 @@ class FakeService:
         self.flushable = True
         self.state: dict[str, Any] = {"memory": {"capacity_tokens": 4096}, "num_running_reqs": 0}
         self.state_error: RequestError | None = None
+        self.pool_replies: dict[str, ControlReply] = {}
+        self.pool_asked: list[tuple[str, float, dict[str, Any]]] = []
         self.templates: list[tuple[list[Mapping[str, Any]], dict[str, Any]]] = []
         self._wake: dict[str, asyncio.Event] = {}
 
@@ -191,9 +193,12 @@ class FakeService:
             raise RequestError("The chat template cannot render the messages: refused")
         return "".join(f"<{m['role']}>{m['content']}" for m in messages)
 
-    async def control(self, op: str, *, timeout_s: float = 30.0) -> ControlReply:
+    async def control(self, op: str, *, timeout_s: float = 30.0, **args: Any) -> ControlReply:
         if self.state_error is not None:
             raise self.state_error
+        if op in self.pool_replies:
+            self.pool_asked.append((op, timeout_s, args))
+            return self.pool_replies[op]
         assert op in ("internal_state", "server_info")
         return ControlReply(1, True, data=self.state)
 

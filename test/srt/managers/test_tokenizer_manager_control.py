@@ -77,3 +77,15 @@ async def test_flush_waits_for_the_running_requests() -> None:
         assert await r.sent() == ControlReq(3, "flush_cache")
         r.reply(ControlReply(3, True))
         assert (await task).success
+
+
+async def test_a_context_that_a_reply_names_counts_at_once() -> None:
+    async with rig(None) as r:
+        await r.heartbeat(progress=5, context_length=99)
+        task = asyncio.create_task(r.manager.control("set_kv_budget", budget_bytes=5))
+        assert await r.sent() == ControlReq(1, "set_kv_budget", {"budget_bytes": 5})
+        r.reply(ControlReply(1, True, data={"context_length": 41}))
+        await task
+        assert r.manager.context_length == 41
+        await r.heartbeat(progress=6, context_length=42)
+        assert r.manager.context_length == 42

@@ -262,10 +262,10 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "the server speaks plain HTTP/1.1 with one key; put a proxy in front",
+        "the server speaks plain HTTP/1.1; put a proxy in front",
         """
         --ssl-keyfile V; --ssl-certfile V; --ssl-ca-certs V; --ssl-keyfile-password V;
-        --enable-ssl-refresh; --admin-api-key V; --fastapi-root-path V; --grpc-mode;
+        --enable-ssl-refresh; --fastapi-root-path V; --grpc-mode;
         --smg-grpc-port V; --grpc-http-sidecar-port V; --enable-http2
         """,
     ),

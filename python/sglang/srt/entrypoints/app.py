@@ -19,6 +19,7 @@ from sglang.srt.entrypoints.admin_doors import AdminDoors
 from sglang.srt.entrypoints.api_doors import ApiDoors
 from sglang.srt.entrypoints.http_errors import error_response
 from sglang.srt.entrypoints.http_gate import Gate, shape_of
+from sglang.srt.entrypoints.memory_doors import MemoryDoors
 from sglang.srt.entrypoints.request_body import ClientGoneError
 from sglang.srt.entrypoints.sequences import CLIENT_CLOSED
 from sglang.srt.entrypoints.server_context import ServerContext
@@ -31,7 +32,7 @@ GET, POST = ["GET"], ["POST"]
 
 def build_app(context: ServerContext) -> Starlette:
     """The application of one server; `context` decides what is served and when."""
-    api, admin = ApiDoors(context), AdminDoors(context)
+    api, admin, memory = ApiDoors(context), AdminDoors(context), MemoryDoors(context)
     routes: list[tuple[str, list[str], Door]] = [
         ("/", ["GET", "HEAD"], admin.root),
         ("/health", GET, admin.health),
@@ -53,6 +54,8 @@ def build_app(context: ServerContext) -> Starlette:
         ("/get_server_info", GET, admin.server_info),
         ("/flush_cache", ["GET", "POST"], admin.flush_cache),
         ("/abort_request", POST, admin.abort_request),
+        ("/set_kv_budget", POST, memory.set_kv_budget),
+        ("/compact_kv", POST, memory.compact_kv),
     ]
     if context.metrics is not None:
         routes.append(("/metrics", GET, admin.metrics))

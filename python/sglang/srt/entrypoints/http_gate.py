@@ -1,4 +1,4 @@
-"""What every HTTP request passes before its door: the API key and the server's phase.
+"""What every HTTP request passes before its door: the keys and the server's phase.
 
 A plain ASGI middleware: it reads headers only, so bodies, streams and disconnects reach the doors
 untouched.
@@ -17,6 +17,9 @@ from sglang.srt.errors import RequestError
 # Always open and always answered: who asks for health has no key and no patience.
 HEALTH_PATHS = frozenset({"/health", "/health_generate", "/ready", "/ping"})
 
+# What changes the server for everybody: asks for the admin key once there is one.
+ADMIN_PATHS = frozenset({"/set_kv_budget", "/compact_kv", "/flush_cache"})
+
 
 def shape_of(path: str) -> ApiShape:
     """Whose error format a path speaks."""
@@ -24,13 +27,16 @@ def shape_of(path: str) -> ApiShape:
 
 
 class Gate:
-    """401 without the key, 503 while the server is not open; health passes always."""
+    """401 without the key, 503 while the server is not open; health passes always.
+
+    The key is --api-key, on `ADMIN_PATHS` --admin-api-key when that is set; each may be absent.
+    """
 
     def __init__(self, app: ASGIApp, context: ServerContext) -> None:
         self._app = app
         self._context = context
-        key = context.server_args.api_key
-        self._expected = None if key is None else f"Bearer {key}".encode()
+        self._key = _bearer(context.server_args.api_key)
+        self._admin_key = _bearer(context.server_args.admin_api_key) or self._key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer for the app, or let it answer."""
@@ -49,10 +55,15 @@ class Gate:
         await self._app(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
-        if self._expected is None:
+        expected = self._admin_key if scope["path"] in ADMIN_PATHS else self._key
+        if expected is None:
             return True
         given = b""
         for name, value in scope["headers"]:
             if name == b"authorization":
                 given = value
-        return hmac.compare_digest(given, self._expected)
+        return hmac.compare_digest(given, expected)
+
+
+def _bearer(key: str | None) -> bytes | None:
+    return None if key is None else f"Bearer {key}".encode()

@@ -42,13 +42,14 @@ async def server_info(context: ServerContext) -> dict[str, Any]:
     """The object of /server_info; asks the scheduler. RequestError 503 when it is silent."""
     service = context.serving.service
     reply = await service.control("server_info")
+    memory = reply.data.get("memory", {})  # the budget, and what follows from it, may move
     ready = service.pulse.ready
     facts: dict[str, Any] = {}
     if ready is not None:
         facts = {
             **ready.details,
-            "max_total_num_tokens": ready.capacity_tokens,
-            "max_req_input_len": ready.max_req_input_len,
+            "max_total_num_tokens": memory.get("capacity_tokens", ready.capacity_tokens),
+            "max_req_input_len": service.context_length - 1,
             "max_running_requests": ready.max_running_requests,
             "page_size": ready.page_size,
         }
@@ -58,6 +59,6 @@ async def server_info(context: ServerContext) -> dict[str, Any]:
         "startup_time": context.ready_after_s,
         "version": server_version(),
         "frontend": "python",
-        "memory": reply.data.get("memory", {}),
+        "memory": memory,
         "internal_states": [reply.data],
     }

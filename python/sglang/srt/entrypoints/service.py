@@ -61,7 +61,7 @@ class TextService(Protocol):
         """The prompt text of a conversation; RequestError 400 when the template refuses it."""
         ...
 
-    async def control(self, op: str, *, timeout_s: float = 30.0) -> ControlReply:
+    async def control(self, op: str, *, timeout_s: float = 30.0, **args: Any) -> ControlReply:
         """Ask the scheduler; RequestError 503 when it is gone or silent."""
         ...
 

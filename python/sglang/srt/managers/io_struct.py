@@ -121,7 +121,9 @@ class ControlReq(msgspec.Struct, tag="control"):
     """A question to the scheduler; answered by a `ControlReply` with the same `seq`.
 
     `op`: "flush_cache", "internal_state" (what /metrics reads), "server_info" (that and what costs
-    more: the segment map and the system's resident figure), "audit".
+    more: the segment map and the system's resident figure), "audit",
+    "set_kv_budget" (`budget_bytes`, `time_limit_s`), "compact_kv" (`time_limit_s`). The last two
+    take several steps. `data` of a refusal has `status_code`.
     """
 
     seq: int

@@ -118,6 +118,7 @@ def make_scheduler(parts: SchedulerParts, channel: SocketChannel, progress: Prog
         limits=parts.limits,
         progress=progress,
         clock=time.monotonic,
+        canary=parts.canary,
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import msgspec
+
 from sglang.srt.managers.io_struct import Heartbeat, SchedulerReady
 
 
@@ -66,6 +68,15 @@ class SchedulerPulse:
             self._idle.clear()
         else:
             self._idle.set()
+
+    def note_context_length(self, context_length: int) -> None:
+        """The scheduler said that the effective context is another one now."""
+        if self.last_heartbeat is not None:
+            self.last_heartbeat = msgspec.structs.replace(
+                self.last_heartbeat, context_length=context_length
+            )
+        elif self.ready is not None:
+            self.ready = msgspec.structs.replace(self.ready, context_length=context_length)
 
     def is_healthy(self, now: float | None = None) -> bool:
         """Ready, heard within the limit, and idle or with progress within the limit."""

@@ -22,6 +22,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.managers.io_struct import SchedulerReady
 from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_kv_events import KVEventPublisher
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.managers.tp_worker import TpModelWorker
@@ -67,6 +68,7 @@ class SchedulerParts:
     limits: SchedulerLimits
     ready: SchedulerReady
     publisher: KVEventPublisher | None = None
+    canary: SchedulerCanary | None = None
 
 
 def resolve_dtype(requested: str, checkpoint: str) -> str:
@@ -278,7 +280,9 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
     limits = _limits(args, plan, page_size, spec)
     logger.info("KV pool ready: %r", memory)
     ready = _ready(args, plan, limits, memory)
-    return SchedulerParts(memory, worker, make_batch, limits, ready, publisher)
+    return SchedulerParts(
+        memory, worker, make_batch, limits, ready, publisher, _canary(args, memory)
+    )
 
 
 def open_publisher(config_json: str | None) -> KVEventPublisher | None:
@@ -294,6 +298,13 @@ def open_publisher(config_json: str | None) -> KVEventPublisher | None:
     return publisher
 
 
+def _canary(args: ServerArgs, memory: KVMemory) -> SchedulerCanary | None:
+    if args.kv_canary == "off":
+        return None
+    logger.warning("The KV canary (%s) checks every step: it is slow.", args.kv_canary)
+    return SchedulerCanary(memory.watch(full=args.kv_canary == "full"))
+
+
 def _limits(
     args: ServerArgs, plan: _PoolPlan, page_size: int, spec: KVCacheSpec
 ) -> SchedulerLimits:
@@ -306,7 +317,7 @@ def _limits(
         adaptive_chunk=args.chunk_adaptation,
         policy=args.schedule_policy,
         stream_interval=args.stream_interval,
-        overlap=not args.disable_overlap_schedule,
+        overlap=not args.disable_overlap_schedule and args.kv_canary == "off",
         window_pages=(None,) * spec.num_groups,
         random_seed=args.random_seed,
         max_queued_requests=args.max_queued_requests,

@@ -347,6 +347,8 @@ class TokenizerManager:
         elif isinstance(message, Heartbeat):
             self.pulse.beat(message)
         else:
+            if "context_length" in message.data:  # at once, not with the next heartbeat
+                self.pulse.note_context_length(message.data["context_length"])
             reply = self._control_replies.get(message.seq)
             if reply is not None and not reply.done():
                 reply.set_result(message)
