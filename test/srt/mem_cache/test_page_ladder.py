@@ -304,4 +304,13 @@ def test_memory_on_its_way_back_is_waited_for(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(memory.manager, "wait", open_the_gate)
     run(driver, list(range(8)))
     assert driver.backing.mapped == {(0, 1)}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_memory_that_is_just_being_given_back_can_be_had(groups: int) -> None:
+    driver = make_driver(num_groups=groups, budget_segments=1)
+    driver.close(run(driver, [1] * 5), insert=False)
+    driver.memory.ladder.release_empty()
+    assert driver.memory.manager.pending(), "nobody has taken over the outcome"
+    run(driver, [2] * 5)
     driver.check()

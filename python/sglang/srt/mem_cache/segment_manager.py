@@ -246,8 +246,7 @@ class SegmentManager:
         return self._plan(PlanReason.RESERVE, map=fresh)
 
     def plan_shrink(self, now: float, *, keep: int | None = None) -> GrowthPlan | None:
-        """Segments empty for `idle_release_s`, highest ids first, but for `keep` (None: the
-        reserve) of them; or None."""
+        """Segments empty for `idle_release_s`, highest ids first, but `keep` (None: reserve)."""
         if not self.backing.elastic:
             return None
         unmap = []
