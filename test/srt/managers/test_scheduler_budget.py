@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sglang.srt.managers.io_struct import ControlReply
+from sglang.srt.managers.schedule_batch import MAX_RETRACTIONS
 from sglang.srt.mem_cache.allocation import KVMemory
 from sglang.srt.mem_cache.reclaim import minimum_budget
 from sglang.srt.mem_cache.segment_backing.static import StaticBacking
@@ -163,6 +164,21 @@ def test_a_request_that_wanted_the_old_context_ends_at_the_new_one() -> None:
         got = bench.harness.output(rid)
         assert (end.type, len(got)) == ("length", 2 * TOKENS - 20)
         assert got == expected_output(prompt_of(20, seed), len(got))
+
+
+def test_many_cuts_cost_a_request_its_place_but_never_its_life() -> None:
+    bench = Bench()
+    bench.fill(3, 2 * TOKENS, max_new=60)
+    bench.harness.turn(12)
+    for _ in range(8):
+        bench.set_budget(3)
+        bench.harness.turn(2)
+        bench.set_budget(SEGMENTS)
+        bench.harness.turn(8)
+    bench.harness.run()
+    for i in range(3):
+        bench.served(f"r{i}", 2 * TOKENS, i, 60)
+    assert max(bench.harness.retractions(f"r{i}") for i in range(3)) > MAX_RETRACTIONS
 
 
 def test_cutting_compacts_before_it_retracts() -> None:

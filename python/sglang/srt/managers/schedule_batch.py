@@ -140,6 +140,7 @@ class Req:
         self.num_pending = 0
         self.num_inflight = 0
         self.num_retractions = 0
+        self.num_budget_retractions = 0  # of them, for a budget that was lowered
         self.num_passed_over = 0
         self.num_cached_tokens: int | None = None  # of the first admission; None: never admitted
         self.sampler_ready = False  # the sampler knows this row's parameters and history
@@ -187,9 +188,14 @@ class Req:
         return self.known + self.num_pending + max(0, left - 1)
 
     @property
+    def num_own_retractions(self) -> int:
+        """Retractions that its own growth and its neighbours' caused."""
+        return self.num_retractions - self.num_budget_retractions
+
+    @property
     def needs_reservation(self) -> bool:
         """True once it was retracted so often that it is admitted with its full need only."""
-        return self.num_retractions >= RETRACTIONS_BEFORE_RESERVING
+        return self.num_own_retractions >= RETRACTIONS_BEFORE_RESERVING
 
     def max_prefix(self) -> int:
         """Longest prefix a cache hit may cover: a row must be left whose logits are wanted."""

@@ -337,7 +337,9 @@ class Scheduler:
         """No pages for anyone's next step: retract a victim, or end the only one there is."""
         running = [req for req in self._running.values() if not req.is_ending]
         victim = choose_victim(running)
-        if victim is not None and victim.num_retractions < MAX_RETRACTIONS:
+        # A budget on its way down makes scarcity that is nobody's fault and passes.
+        patient = self._control.active
+        if victim is not None and (patient or victim.num_own_retractions < MAX_RETRACTIONS):
             self._retract(victim)
             return
         if victim is None and not running:
@@ -359,6 +361,7 @@ class Scheduler:
         victim = choose_victim(running) or (running[0] if running else None)
         if victim is not None:
             self._retract(victim)
+            victim.num_budget_retractions += 1
         return victim is not None
 
     def _retract(self, req: Req) -> None:
