@@ -13,8 +13,10 @@ import pytest
 
 from sglang.srt.errors import InvariantError
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.block_table import BlockTable
 from sglang.srt.mem_cache.compaction import compact
 from sglang.srt.mem_cache.page_owner import PageState
+from sglang.srt.mem_cache.radix_tree import RadixTree
 from srt.managers.scheduler_harness import Harness, expected_output, make_memory
 
 PAGE = 4
@@ -185,3 +187,42 @@ def test_off_means_not_there() -> None:
     harness = Harness(memory, page_size=PAGE)
     assert memory.canary is None
     assert harness.limits.overlap
+
+
+# ---- bugs of the code itself, found before an answer is wrong ----------------------------------
+
+
+def _table_not_told(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockTable, "replace_pages", lambda self, pages: None)
+
+
+def _wrong_namespace(patch: pytest.MonkeyPatch) -> None:
+    """A hit in another tenant's prefix: right tokens, wrong owner. Only marks can tell."""
+    real = RadixTree.get_root
+    patch.setattr(RadixTree, "get_root", lambda self, extra_key: real(self, None))
+
+
+def _crowded_life(harness: Harness) -> None:
+    """Two tenants with one prompt's beginning; gaps, a compaction, a repeat. No audit runs."""
+    shared = prompt_of(30, 50)
+    for i in range(6):
+        harness.send(f"r{i}", [*shared, *prompt_of(10, i)], max_new=30, extra_key=f"{i % 2}")
+    harness.turn(9)
+    for i in (0, 2, 3):
+        harness.abort(f"r{i}")
+    harness.turn()
+    harness.memory.cache.evict(1000)
+    compact(harness.memory, 1 << 30)
+    harness.send("again", [*shared, 1], max_new=3, extra_key="1")
+    harness.run()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("plant", [_table_not_told, _wrong_namespace])
+def test_a_planted_bug_is_named_before_the_forward_that_would_read_it(
+    plant: Callable[[pytest.MonkeyPatch], None], groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _crowded_life(watched(groups=groups))
+    plant(monkeypatch)
+    with pytest.raises(InvariantError, match=r"^canary: group"):
+        _crowded_life(watched(groups=groups))
