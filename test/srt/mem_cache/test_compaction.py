@@ -6,10 +6,20 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
 from sglang.srt.errors import InvariantError
-from sglang.srt.mem_cache.compaction import compact, plan_compaction
+from sglang.srt.mem_cache.compaction import compact, copy_pages, plan_compaction
+from sglang.srt.mem_cache.kv_layout import (
+    GroupId,
+    KVCacheSpec,
+    KVGroupSpec,
+    SegmentId,
+    make_segment_layouts,
+)
+from sglang.srt.mem_cache.memory_pool import make_kv_pool
 from sglang.srt.mem_cache.page_owner import PageIndex, PageState
+from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
 from srt.mem_cache.memory_driver import (
     MemoryDriver,
     PoisonedBacking,
@@ -191,3 +201,39 @@ def test_a_lost_copy_is_seen_by_the_contents(monkeypatch: pytest.MonkeyPatch) ->
     assert compact(driver.memory, 1 << 30) is not None
     with pytest.raises(AssertionError):
         driver.check()
+
+
+def test_pages_move_within_a_segment_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planes in pieces: sources and targets in several segments, through a buffer of two pages."""
+    spec = KVCacheSpec((KVGroupSpec((0, 1)),), 2, 8, 8, "bfloat16", 4)
+    (layout,) = make_segment_layouts(
+        spec,
+        slots_per_segment=16,
+        auto_segment_bytes=1,
+        auto_min_slots=1,
+        granule_bytes=1,
+        machine_bytes=1 << 16,
+        budget_bytes=1 << 15,
+    )
+    backing = SegmentTableBacking(available_bytes=lambda: 1 << 40)
+    backing.reserve(spec, (layout,))
+    group = GroupId(0)
+    backing.map(group, [SegmentId(1), SegmentId(2), SegmentId(4)])
+    pool = make_kv_pool(spec, (layout,), backing)
+    slots = torch.arange(16, 48)
+    for layer in range(2):
+        k = torch.randn(32, 2, 8, dtype=torch.bfloat16)
+        pool.set_kv_buffer(layer, slots, k, k + 1)
+    sources, targets = np.array([4, 6, 9, 10], np.int32), np.array([17, 16, 18, 5], np.int32)
+    offsets = np.arange(4)
+    before = (sources[:, None].astype(np.int64) * 4 + offsets).reshape(-1)
+    after = (targets[:, None].astype(np.int64) * 4 + offsets).reshape(-1)
+    expected = [
+        plane[torch.from_numpy(before)] for layer in range(2) for plane in pool.get_kv_buffer(layer)
+    ]
+    monkeypatch.setattr("sglang.srt.mem_cache.compaction.COPY_BUFFER_BYTES", 2 * 4 * 2 * 8 * 2)
+    copy_pages(pool, group, sources, targets)
+    found = [
+        plane[torch.from_numpy(after)] for layer in range(2) for plane in pool.get_kv_buffer(layer)
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -173,7 +173,7 @@ def test_the_machine_finds_it(
 ) -> None:
     plant(monkeypatch)
     with pytest.raises((InvariantError, AssertionError)):
-        run_state_machine_as_test(machine, settings=machine_settings(60, shrink=False))
+        run_state_machine_as_test(machine, settings=machine_settings(300, shrink=False))
 
 
 @pytest.mark.parametrize("machine", MACHINES)
