@@ -18,11 +18,11 @@ from bench_common import (
     Report,
     Row,
     closing,
+    cpu_seconds_of,
     in_turns,
     make_memory,
     medians,
     parser,
-    seconds_of,
     show,
 )
 from sglang.srt.mem_cache.allocation import KVMemory, PageNeed
@@ -49,8 +49,8 @@ def extend_and_free(backing: str, tokens: int, chunk: int, page_size: int) -> tu
                 assert memory.alloc_for_extend([PageNeed(lease, chunk)]) is not None
 
         pages = tokens // page_size
-        taken = seconds_of(take)
-        freed = seconds_of(lambda: memory.close(lease, None, 0))
+        taken = cpu_seconds_of(take)
+        freed = cpu_seconds_of(lambda: memory.close(lease, None, 0))
         return taken / pages * 1e6, freed / pages * 1e6
 
 
@@ -68,7 +68,7 @@ def decode_calls(backing: str, batch: int, calls: int, page_size: int) -> float:
             for _ in range(calls):
                 assert memory.alloc_for_decode(needs) is not None
 
-        return seconds_of(run) / calls * 1e6
+        return cpu_seconds_of(run) / calls * 1e6
 
 
 def page_calls(backing: str, batch: int, calls: int, page_size: int) -> float:
@@ -82,7 +82,7 @@ def page_calls(backing: str, batch: int, calls: int, page_size: int) -> float:
         for _ in range(calls):
             hints = (last + 1).tolist()
             times.append(
-                seconds_of(lambda hints=hints: last.put(range(batch), _each(allocator, hints)))
+                cpu_seconds_of(lambda hints=hints: last.put(range(batch), _each(allocator, hints)))
             )
         return statistics.fmean(times) * 1e6
 
@@ -124,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         met = found["mmap"] < GOAL_CALL_US
         report.rows.append(Row(what, found["mmap"], found["static"], "us/call", goal, met))
     one_page_each(report, settings)
+    report.notes.append("times are what the calling thread costs (CPU time).")
     show(report, markdown=settings.markdown)
     return report
 

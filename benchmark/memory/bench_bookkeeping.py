@@ -19,9 +19,9 @@ from bench_common import (
     Report,
     Row,
     closing,
+    cpu_seconds_of,
     make_memory,
     parser,
-    seconds_of,
     show,
 )
 from sglang.srt.mem_cache.allocation import PageNeed
@@ -53,10 +53,10 @@ def prefill(backing: str, token_ids: np.ndarray, chunk: int, page_size: int) -> 
             memory.on_step_boundary(0.0, (chunk // page_size,))
 
         for end in range(chunk, tokens + chunk, chunk):
-            steps.append(seconds_of(lambda end=end: step(min(end, tokens))))
-        closed = seconds_of(lambda: memory.close(lease, token_ids, tokens))
+            steps.append(cpu_seconds_of(lambda end=end: step(min(end, tokens))))
+        closed = cpu_seconds_of(lambda: memory.close(lease, token_ids, tokens))
         again = []
-        opened = seconds_of(
+        opened = cpu_seconds_of(
             lambda: again.append(memory.open(token_ids, max_prefix=tokens - page_size))
         )
         memory.close(again[0], None, 0)
@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             for name, some in runs.items()
         }
         add_rows(report, found["mmap"], found["static"], page_size)
+    report.notes.append("times are what the calling thread costs (CPU time).")
     show(report, markdown=settings.markdown)
     return report
 
