@@ -42,16 +42,21 @@ TABLE: tuple[Row, ...] = (
      " < srt.mem_cache.segment_jobs < srt.mem_cache.segment_manager"),
     (2, "DEVICE", "srt.mem_cache.id_array < srt.mem_cache.block_table"),
     (2, "DEVICE", "srt.mem_cache.kv_layout, srt.mem_cache.id_array < srt.mem_cache.page_owner"),
+    (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.window_rule"),
+    (2, "DEVICE", "srt.mem_cache.page_owner < srt.mem_cache.window_index"),
     (2, "DEVICE", "srt.mem_cache.segment_manager, srt.mem_cache.page_owner"
      " < srt.mem_cache.block_table, srt.mem_cache.allocator < srt.mem_cache.memory_pool"),
     (2, "DEVICE", "srt.mem_cache.id_array, srt.mem_cache.page_owner"
      " < srt.mem_cache.base_prefix_cache < srt.mem_cache.chunk_cache"),
     (2, "DEVICE", "srt.mem_cache.base_prefix_cache < srt.mem_cache.radix_tree"
      " < srt.mem_cache.evict_policy, srt.mem_cache.kv_events < srt.mem_cache.radix_cache"),
-    (2, "DEVICE", "srt.mem_cache.capacity, srt.mem_cache.memory_pool, srt.mem_cache.radix_cache,"
+    (2, "DEVICE", "srt.mem_cache.radix_cache, srt.mem_cache.window_index,"
+     " srt.mem_cache.window_rule < srt.mem_cache.window_cache"),
+    (2, "DEVICE", "srt.mem_cache.capacity, srt.mem_cache.memory_pool, srt.mem_cache.window_cache,"
      " srt.mem_cache.chunk_cache < srt.mem_cache.lease < srt.mem_cache.page_ladder"
-     " < srt.mem_cache.integrity < srt.mem_cache.allocation < srt.mem_cache.upstream.*,"
-     " srt.mem_cache.compaction"),
+     " < srt.mem_cache.window_ladder, srt.mem_cache.window_recycler"
+     " < srt.mem_cache.integrity, srt.mem_cache.group_parts < srt.mem_cache.allocation"
+     " < srt.mem_cache.upstream.*, srt.mem_cache.compaction"),
     (2, "DEVICE", "srt.mem_cache.allocation < srt.mem_cache.compaction < srt.mem_cache.reclaim"),
     (2, "DEVICE", "srt.mem_cache.memory_pool, srt.mem_cache.radix_cache"
      " < srt.mem_cache.canary < srt.mem_cache.allocation"),

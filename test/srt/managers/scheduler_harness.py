@@ -33,32 +33,38 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
+from sglang.srt.mem_cache.capacity import request_page_bounds
 from sglang.srt.mem_cache.kv_events import EventSink
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, KVGroupSpec, SegmentId
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.segment_backing import SegmentBacking
+from sglang.srt.mem_cache.window_rule import WindowRule, window_rules
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.progress import Progress
-from srt.mem_cache.memory_driver import PoisonedBacking
+from srt.mem_cache.memory_driver import FULL, PoisonedBacking, Window
 
 VOCAB = 997
 TURN_S = 0.01  # what a turn takes by the test's clock
 
 
-def next_token(tokens: Sequence[int]) -> int:
-    """The checksum model: depends on every token and its place."""
+def next_token(tokens: Sequence[int], first_position: int = 0) -> int:
+    """The checksum model: depends on every token that it sees and its place."""
     ids = np.asarray(tokens, np.int64)
-    places = np.arange(1, len(ids) + 1)
+    places = np.arange(1, len(ids) + 1) + first_position
     return int((ids * (places % 89 + 1)).sum() % VOCAB)
 
 
-def expected_output(prompt: Sequence[int], count: int) -> list[int]:
+def expected_output(
+    prompt: Sequence[int], count: int, rules: Sequence[WindowRule | None] = (None,)
+) -> list[int]:
     """What a request must generate, whatever happened to its memory."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(next_token(tokens))
+        last = len(tokens) - 1
+        starts = [0 if rule is None else rule.visible_start(last) for rule in rules]
+        tokens.append(next_token(tokens[min(starts) :], min(starts)))
     return tokens[len(prompt) :]
 
 
@@ -74,6 +80,7 @@ class ChecksumWorker:
 
     def __init__(self, pool: MHATokenToKVPool, rows: int) -> None:
         self._pool = pool
+        self._rules = window_rules(pool.spec)
         self._relay = np.zeros(rows + 2, np.int64)
         self.max_tokens_in_step = 0
         self.steps: list[tuple[int, ...]] = []  # tokens per request of every step
@@ -102,34 +109,49 @@ class ChecksumWorker:
         sampled = []
         for request, index in enumerate(info.sample_index):
             if index >= 0:
-                tokens = self._read(geometry, request)
-                sampled.append(next_token(tokens))
+                sampled.append(self._sample(geometry, request))
         token_ids = np.array(sampled, np.int64)
         self._relay[np.asarray(info.rows, np.int64)] = token_ids
         return GenerationBatchResult(
             token_ids, [None] * len(sampled), [None] * batch.batch_size, 0.001
         )
 
-    def _read(self, geometry: BatchGeometry, request: int) -> list[int]:
-        """All tokens of a request as stored, checked to be at their positions in every layer."""
+    def _sample(self, geometry: BatchGeometry, request: int) -> int:
+        """The checksum of what the layer that sees most may see.
+
+        Every layer's tokens are checked to be at their positions and to agree with the others.
+        """
         seq_len = int(geometry.seq_lens[request])
-        found: list[int] | None = None
+        longest: list[int] = []
+        seen: list[list[int]] = []
         for layer in range(self._pool.spec.num_layers):
-            table = geometry.block_tables[self._pool.group_of_layer(layer)][request]
+            group = self._pool.group_of_layer(layer)
+            rule, table = self._rules[group], geometry.block_tables[group][request]
+            # Every query of the step reads, the first one farthest back.
+            earliest, first = int(geometry.extend_prefix_lens[request]), 0
+            if rule is not None:
+                assert table.first_position <= rule.visible_start(earliest)
+                first = rule.visible_start(seq_len - 1)
+                earliest = rule.visible_start(earliest)
+            else:
+                assert table.first_position == 0
+                earliest = 0
             slots = (
                 table.page_ids.astype(np.int64)[:, None] * geometry.page_size
                 + np.arange(geometry.page_size)
-            ).reshape(-1)[:seq_len]
-            runs = np.concatenate([np.arange(first, first + n) for first, n in table.runs])
-            assert np.array_equal(runs[:seq_len], slots)
-            index = torch.from_numpy(slots)
+            ).reshape(-1)[: seq_len - table.first_position]
+            runs = np.concatenate([np.arange(start, start + n) for start, n in table.runs])
+            assert np.array_equal(runs[: len(slots)], slots)
+            index = torch.from_numpy(slots[earliest - table.first_position :])
             keys = (self._pool.get_key_buffer(layer)[index, 0, 0] - layer).long().tolist()
             places = self._pool.get_value_buffer(layer)[index, 0, 0].long().tolist()
-            assert places == list(range(seq_len))
-            assert found is None or found == keys
-            found = keys
-        assert found is not None
-        return found
+            assert places == list(range(earliest, seq_len))
+            seen.append(keys)
+            if len(keys) - (first - earliest) > len(longest):
+                longest = keys[first - earliest :]
+        for keys in seen:
+            assert keys[-len(longest) :] == longest[-len(keys) :]
+        return next_token(longest, seq_len - len(longest))
 
 
 class LazyFuture(Future[GenerationBatchResult]):
@@ -185,7 +207,6 @@ class Harness:
             "policy": "fcfs",
             "stream_interval": 1,
             "overlap": True,
-            "window_pages": (None,) * memory.kv_pool.spec.num_groups,
             "random_seed": 1,
         }
         values.update(limits)
@@ -193,6 +214,9 @@ class Harness:
         if canary != "off":
             values["overlap"] = False
             watcher = SchedulerCanary(memory.watch(full=canary == "full"))
+
+        bounds = request_page_bounds(memory.spec, int(values["chunk_tokens"]))  # type: ignore[call-overload]
+        values.setdefault("window_pages", bounds)
         self.limits = SchedulerLimits(page_size=page_size, **values)  # type: ignore[arg-type]
         progress = Progress()
 
@@ -320,6 +344,8 @@ def make_memory(
     pages_per_segment: int = 64,
     segments: int = 64,
     groups: int = 1,
+    windows: Sequence[Window] = (),
+    chunk_tokens: int = 64,
     idle_release_s: float = 30.0,
     prefix_idle_s: float = 300.0,
     fail_maps: Callable[[int], bool] | None = None,
@@ -331,11 +357,16 @@ def make_memory(
 ) -> KVMemory:
     """Real memory on tiny mmap segments: two layers, one head, two floats wide.
 
-    The budget holds `segments` segments in each group.
+    The budget holds `segments` segments in each group. `windows`: kind and window of one or two
+    groups (empty: `groups` full ones).
     """
-    layers: tuple[tuple[int, ...], ...] = ((0, 1),) if groups == 1 else ((0,), (1,))
+    windows = windows or (FULL,) * groups
+    layers: tuple[tuple[int, ...], ...] = ((0, 1),) if len(windows) == 1 else ((0,), (1,))
     spec = KVCacheSpec(
-        groups=tuple(KVGroupSpec(layers=some) for some in layers),
+        groups=tuple(
+            KVGroupSpec(some, kind, window)
+            for some, (kind, window) in zip(layers, windows, strict=True)
+        ),
         kv_heads=1,
         head_dim=1,
         v_head_dim=1,
@@ -359,4 +390,5 @@ def make_memory(
         max_requests=rows,
         eviction_policy=eviction_policy,
         event_sink=event_sink,
+        prefill_chunk=chunk_tokens,
     )

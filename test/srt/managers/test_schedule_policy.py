@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,10 +21,10 @@ from sglang.srt.managers.schedule_policy import (
     LPM_MAX_PASSED_OVER,
     ChunkSizer,
     choose_victim,
-    fits,
     order_waiting,
     pages_promised,
     share_chunk_tokens,
+    total_pages,
 )
 from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -41,6 +42,11 @@ def make_req(arrival: int = 0, prompt: int = 10, max_new: int = 8, **kwargs: obj
 @dataclass
 class FakeTable:
     num_pages: int
+    first_page: int = 0
+
+    @property
+    def end_page(self) -> int:
+        return self.first_page + self.num_pages
 
 
 @dataclass
@@ -103,29 +109,39 @@ class TestOrder:
 class TestPromises:
     def test_the_last_token_needs_no_slot(self) -> None:
         req = make_req(prompt=60, max_new=5)  # 60 + 4 stored
-        assert pages_promised(req, None, 64, (None,), full=False) == (1,)
+        assert pages_promised(req, None, (0,), 64, (None,), full=False) == (1,)
         req = make_req(prompt=60, max_new=6)
-        assert pages_promised(req, None, 64, (None,), full=False) == (2,)
+        assert pages_promised(req, None, (0,), 64, (None,), full=False) == (2,)
 
     def test_held_pages_are_not_promised_again(self) -> None:
         req = make_req(prompt=640, max_new=1)
         lease = FakeLease((FakeTable(3),))
-        assert pages_promised(req, lease, 64, (None,), full=False) == (7,)  # type: ignore[arg-type]
+        assert pages_promised(req, lease, (3,), 64, (None,), full=False) == (7,)  # type: ignore[arg-type]
 
     def test_clipped_and_full(self) -> None:
         req = make_req(prompt=1, max_new=100_000)
-        assert pages_promised(req, None, 1, (None,), full=False) == (CLIP_MAX_NEW_TOKENS,)
-        assert pages_promised(req, None, 1, (None,), full=True) == (100_000,)
+        assert pages_promised(req, None, (0,), 1, (None,), full=False) == (CLIP_MAX_NEW_TOKENS,)
+        assert pages_promised(req, None, (0,), 1, (None,), full=True) == (100_000,)
 
     def test_a_window_bounds_the_need(self) -> None:
         req = make_req(prompt=1000, max_new=1)
-        assert pages_promised(req, None, 10, (None, 7), full=True) == (100, 7)
+        assert pages_promised(req, None, (0, 0), 10, (None, 7), full=True) == (100, 7)
 
-    def test_two_prompts_of_sixty_percent_do_not_fit_together(self) -> None:
-        assert fits([], (60,), (100,))
-        assert not fits([(60,)], (60,), (100,))
-        assert fits([(60, 1)], (40, 2), (100, 3))
-        assert not fits([(60, 1)], (40, 3), (100, 3))
+    def test_a_dropped_head_is_neither_held_nor_taken_again(self) -> None:
+        req = make_req(prompt=1000, max_new=1)
+        table = FakeTable(4, first_page=50)
+        lease = FakeLease((FakeTable(54), table))
+        promised = partial(pages_promised, req, lease, page_size=10, full=True)  # type: ignore[arg-type]
+        assert promised(held=(54, 4), window_pages=(None, 7)) == (46, 3)
+        assert promised(held=(54, 1), window_pages=(None, 7)) == (46, 6), "three are shared"
+        table.first_page = 94
+        lease.tables[0].num_pages = 98
+        assert promised(held=(98, 4), window_pages=(None, 7)) == (2, 2), "only two are to come"
+
+    def test_promises_add_up_per_group(self) -> None:
+        assert total_pages([], (60,)) == (60,)
+        assert total_pages([(60,)], (60,)) == (120,)
+        assert total_pages([(60, 1), (1, 1)], (40, 2)) == (101, 4)
 
 
 class TestVictim:

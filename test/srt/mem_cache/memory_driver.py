@@ -17,8 +17,15 @@ import torch
 
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.allocation import KVLease, KVMemory, PageNeed
-from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, KVGroupSpec, SegmentId
+from sglang.srt.mem_cache.kv_layout import (
+    GroupId,
+    GroupKind,
+    KVCacheSpec,
+    KVGroupSpec,
+    SegmentId,
+)
 from sglang.srt.mem_cache.segment_backing.base import Plane
+from sglang.srt.mem_cache.window_rule import window_rules
 from srt.mem_cache.fake_backing import FakeBacking
 
 
@@ -43,11 +50,21 @@ class PoisonedBacking(FakeBacking):
                     view[segment * size : (segment + 1) * size] = value
 
 
-def tiny_spec(num_groups: int = 1, page_size: int = 4, layers_per_group: int = 1) -> KVCacheSpec:
-    """Heads of width 2 and 1, float32: 12 bytes per token and layer."""
+Window = tuple[GroupKind, int | None]
+FULL: Window = (GroupKind.FULL, None)
+
+
+def tiny_spec(
+    num_groups: int = 1,
+    page_size: int = 4,
+    layers_per_group: int = 1,
+    windows: Sequence[Window] = (),
+) -> KVCacheSpec:
+    """Heads of width 2 and 1, float32: 12 bytes per token and layer. `windows` empty: all full."""
+    kinds = windows or (FULL,) * num_groups
     groups = tuple(
-        KVGroupSpec(tuple(range(g, num_groups * layers_per_group, num_groups)))
-        for g in range(num_groups)
+        KVGroupSpec(tuple(range(g, num_groups * layers_per_group, num_groups)), kind, window)
+        for g, (kind, window) in enumerate(kinds)
     )
     return KVCacheSpec(groups, 1, 2, 1, "float32", page_size)
 
@@ -61,10 +78,15 @@ def make_memory(
     max_segments: int = 16,
     max_requests: int = 8,
     backing: FakeBacking | None = None,
+    windows: Sequence[Window] = (),
     **options: object,
 ) -> tuple[KVMemory, FakeBacking]:
-    """A memory of tiny segments; the budget holds `budget_segments` of every group."""
-    spec = tiny_spec(num_groups, page_size)
+    """A memory of tiny segments; the budget holds `budget_segments` of every group.
+
+    `windows`: kind and window of every group, empty: `num_groups` full ones.
+    """
+    num_groups = len(windows) or num_groups
+    spec = tiny_spec(num_groups, page_size, windows=windows)
     backing = backing or FakeBacking()
     segment_bytes = 12 * page_size * pages_per_segment
     memory = KVMemory.create(
@@ -99,6 +121,7 @@ class Request:
     tokens: list[int]
     extra_key: str | None
     num_computed: int
+    last_start: int = 0  # first position of the newest step
 
     _marks: list[int] = field(default_factory=list)
 
@@ -115,6 +138,16 @@ class Request:
 
 
 @dataclass
+class Reader:
+    """What a forward under way may still read of one request: slots per layer, and their marks."""
+
+    epoch: int
+    request: Request
+    slots: list[torch.Tensor]
+    marks: list[torch.Tensor]
+
+
+@dataclass
 class MemoryDriver:
     """Moves requests and memory together and checks after each move.
 
@@ -125,9 +158,13 @@ class MemoryDriver:
     memory: KVMemory
     backing: FakeBacking
     requests: list[Request] = field(default_factory=list)
+    readers: list[Reader] = field(default_factory=list)
     now: float = 0.0
     num_none: int = 0
     in_background: bool = False
+
+    def __post_init__(self) -> None:
+        self.rules = window_rules(self.memory.spec)
 
     def open(
         self, tokens: list[int], extra_key: str | None = None, priority: int = 0
@@ -143,7 +180,7 @@ class MemoryDriver:
             return None
         assert free_rows > 0
         assert lease.num_cached_tokens == lease.num_tokens == predicted
-        request = Request(lease, list(tokens), extra_key, lease.num_tokens)
+        request = Request(lease, list(tokens), extra_key, lease.num_tokens, lease.num_tokens)
         self.requests.append(request)
         return request
 
@@ -165,12 +202,26 @@ class MemoryDriver:
         return done
 
     def cache_prefix(self, request: Request, num_tokens: int) -> None:
-        self.memory.cache_prefix(request.lease, request.array(), num_tokens)
+        ends = num_tokens == len(request.tokens)
+        self.memory.cache_prefix(request.lease, request.array(), num_tokens, keep_window=ends)
 
     def close(self, request: Request, *, insert: bool) -> None:
         tokens = request.array() if insert else None
         self.memory.close(request.lease, tokens, request.num_computed)
         self.requests.remove(request)
+        self.readers = [reader for reader in self.readers if reader.request is not request]
+
+    def launch(self, epoch: int) -> None:
+        """A forward reads, from now on, what the newest step of every request may see."""
+        self.memory.note_launched(epoch)
+        for request in self.requests:
+            seen = [self._seen(request, layer) for layer in range(self.memory.spec.num_layers)]
+            slots = [slot for slot, _ in seen]
+            self.readers.append(Reader(epoch, request, slots, [marks for _, marks in seen]))
+
+    def complete(self, epoch: int) -> None:
+        self.memory.note_completed(epoch)
+        self.readers = [reader for reader in self.readers if reader.epoch > epoch]
 
     def boundary(self, seconds: float, expected: int = 0) -> None:
         """A step boundary, and the end of the background work that it began."""
@@ -183,7 +234,11 @@ class MemoryDriver:
         self.memory.audit()
         for request in self.requests:
             assert request.lease.num_tokens == request.num_computed
-            self._check_contents(request)
+            for layer in range(self.memory.spec.num_layers):
+                self._check_contents(request, layer, *self._seen(request, layer))
+        for reader in self.readers:
+            for layer, seen in enumerate(zip(reader.slots, reader.marks, strict=True)):
+                self._check_contents(reader.request, layer, *seen)
 
     # ---- inside -----------------------------------------------------------------------------
 
@@ -192,18 +247,26 @@ class MemoryDriver:
     ) -> bool:
         memory = self.memory
         wanted = sum(memory.pages_needed(need)[0] for need in needs)
-        headroom = min(memory.headroom_pages())
+        everywhere = [wanted] * memory.spec.num_groups
+        could = memory.can_hold(everywhere)
+        for request, _ in wants:  # a refused step, too, may recycle what came before it
+            request.last_start = request.num_computed
         refused = sum(stats.refused_count for stats in memory.manager.stats())
         leaving = self.in_background and memory.num_pending_growths > 0
         alloc = memory.alloc_for_decode if decode else memory.alloc_for_extend
         placement = alloc(needs)
         if placement is None:
             now_refused = sum(stats.refused_count for stats in memory.manager.stats())
-            excused = now_refused > refused or leaving
-            assert wanted > headroom or excused, "pages were to be had"
+            could = memory.can_hold(everywhere)
+            # Where needs differ by group, pages left scattered over segments can be in the way.
+            scattered = any(self.rules) and not any(
+                map(memory.cache.evictable_pages, _each(memory))
+            )
+            excused = now_refused > refused or leaving or scattered
+            assert not could or excused, "pages were to be had"
             self.num_none += 1
             return False
-        assert wanted <= headroom
+        assert could or any(self.rules)
         row = 0
         for request, count in wants:
             locs = [loc[row : row + count] for loc in placement.out_cache_loc]
@@ -221,14 +284,28 @@ class MemoryDriver:
             k = (marks + layer)[:, None, None].repeat(1, 1, 2)
             pool.set_kv_buffer(layer, loc, k, (marks - layer)[:, None, None])
 
-    def _check_contents(self, request: Request) -> None:
-        marks = request.fingerprints()
+    def _seen(self, request: Request, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots and marks of all that the newest step of a request may see in one layer."""
+        group = self.memory.kv_pool.group_of_layer(layer)
+        rule, snapshot = self.rules[group], request.lease.tables[group].snapshot()
+        first = 0 if rule is None else rule.visible_start(request.last_start)
+        if first == request.num_computed:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0)
+        assert snapshot.first_position <= first, "a page that can be attended was dropped"
+        slots = [torch.arange(start, start + count) for start, count in snapshot.runs]
+        index = torch.cat(slots) if slots else torch.empty(0, dtype=torch.int64)
+        skipped = first - snapshot.first_position
+        count = request.num_computed - first
+        return index[skipped : skipped + count], request.fingerprints()[first:]
+
+    def _check_contents(
+        self, request: Request, layer: int, slots: torch.Tensor, marks: torch.Tensor
+    ) -> None:
         pool = self.memory.kv_pool
-        for layer in range(self.memory.spec.num_layers):
-            snapshot = request.lease.tables[pool.group_of_layer(layer)].snapshot()
-            slots = [torch.arange(first, first + count) for first, count in snapshot.runs]
-            index = torch.cat(slots)[: request.num_computed] if slots else torch.empty(0).long()
-            keys = pool.get_key_buffer(layer)[index]
-            values = pool.get_value_buffer(layer)[index]
-            assert torch.equal(keys, (marks + layer)[:, None, None].repeat(1, 1, 2)), request
-            assert torch.equal(values, (marks - layer)[:, None, None]), request
+        keys, values = pool.get_key_buffer(layer)[slots], pool.get_value_buffer(layer)[slots]
+        assert torch.equal(keys, (marks + layer)[:, None, None].repeat(1, 1, 2)), request
+        assert torch.equal(values, (marks - layer)[:, None, None]), request
+
+
+def _each(memory: KVMemory) -> range:
+    return range(memory.spec.num_groups)

@@ -10,7 +10,7 @@ from sglang.srt.mem_cache.compaction import compact
 from sglang.srt.mem_cache.page_owner import PageState
 from sglang.srt.mem_cache.reclaim import Reclaim, held_bytes, pages_over_budget, reclaim_step
 from srt.mem_cache.memory_driver import finish_background
-from srt.mem_cache.test_memory_machine import MemoryMachine
+from srt.mem_cache.test_memory_machine import MemoryMachine, WindowMachine
 
 
 class MovingMachine(MemoryMachine):
@@ -22,7 +22,7 @@ class MovingMachine(MemoryMachine):
 
     def drain(self) -> None:
         """Pages move only with the queue drained."""
-        self.driver.memory.note_completed(self.epoch)
+        self.driver.complete(self.epoch)
         finish_background(self.driver.memory)
 
     @rule(
@@ -87,6 +87,13 @@ class MovingMachine(MemoryMachine):
 
 class TwoGroupMovingMachine(MovingMachine):
     num_groups = 2
+
+
+class WindowMovingMachine(MovingMachine):
+    """One group that keeps all and one that recycles: tables without heads, edges with holes."""
+
+    num_groups = 2
+    draw_windows = WindowMachine.draw_windows
 
 
 def machine_settings(examples: int, *, shrink: bool = True) -> settings:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -12,10 +14,13 @@ from hypothesis.stateful import (
     rule,
 )
 
+from sglang.srt.mem_cache.kv_layout import GroupKind
 from srt.mem_cache.memory_driver import (
+    FULL,
     MemoryDriver,
     PoisonedBacking,
     Request,
+    Window,
     finish_background,
     make_memory,
 )
@@ -38,10 +43,15 @@ class MemoryMachine(RuleBasedStateMachine):
     num_groups = 1
     options: dict[str, object] = {}  # noqa: RUF012 - overridden, never changed
 
-    @initialize(budget=st.integers(1, 6), reserve=st.integers(0, 1))
-    def start(self, budget: int, reserve: int) -> None:
+    def draw_windows(self, data: st.DataObject) -> Sequence[Window]:
+        """Kind and window of every group; a machine with window groups draws them."""
+        del data
+        return (FULL,) * self.num_groups
+
+    @initialize(data=st.data(), budget=st.integers(1, 6), reserve=st.integers(0, 1))
+    def start(self, data: st.DataObject, budget: int, reserve: int) -> None:
         memory, backing = make_memory(
-            num_groups=self.num_groups,
+            windows=self.draw_windows(data),
             page_size=PAGE,
             budget_segments=budget,
             max_segments=12,
@@ -122,18 +132,19 @@ class MemoryMachine(RuleBasedStateMachine):
     def flush(self) -> None:
         idle = not self.driver.requests
         assert self.driver.memory.flush() is idle
+        finish_background(self.driver.memory)  # what it gives back can be had again only then
         if idle:
             assert self.driver.memory.cache.num_pages == 0
 
     @rule()
     def launch_a_forward(self) -> None:
-        """From now on what becomes free may still be read, so it must not be unmapped."""
+        """What becomes free may be read until it ends: not to be unmapped, nor written anew."""
         self.epoch += 1
-        self.driver.memory.note_launched(self.epoch)
+        self.driver.launch(self.epoch)
 
     @rule()
     def complete_forwards(self) -> None:
-        self.driver.memory.note_completed(self.epoch)
+        self.driver.complete(self.epoch)
         finish_background(self.driver.memory)
 
     @rule(ahead=st.integers(1, 3))
@@ -157,7 +168,7 @@ class MemoryMachine(RuleBasedStateMachine):
         driver = self.driver
         while driver.requests:
             driver.close(driver.requests[-1], insert=True)
-        driver.memory.note_completed(self.epoch)
+        driver.complete(self.epoch)
         driver.backing.failing_maps.clear()
         driver.backing.failing_unmaps.clear()
         for _ in range(2):  # prefixes grow old in the first, their segments idle in the second
@@ -171,6 +182,29 @@ class MemoryMachine(RuleBasedStateMachine):
 
 class TwoGroupMachine(MemoryMachine):
     num_groups = 2
+
+
+# Around the borders of pages (4 tokens) and of segments (16), and some that are neither.
+WIDTHS = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 30])
+
+
+class WindowMachine(MemoryMachine):
+    """One group that keeps all and one that recycles."""
+
+    num_groups = 2
+
+    def draw_windows(self, data: st.DataObject) -> Sequence[Window]:
+        kind = data.draw(st.sampled_from([GroupKind.SLIDING, GroupKind.CHUNKED]))
+        return (FULL, (kind, data.draw(WIDTHS)))
+
+
+class OnlyWindowsMachine(MemoryMachine):
+    """No group keeps all: the tree holds snapshots and nothing else."""
+
+    num_groups = 2
+
+    def draw_windows(self, data: st.DataObject) -> Sequence[Window]:
+        return ((GroupKind.SLIDING, data.draw(WIDTHS)), (GroupKind.CHUNKED, data.draw(WIDTHS)))
 
 
 class LfuMachine(MemoryMachine):
@@ -207,6 +241,10 @@ TestMemory = MemoryMachine.TestCase
 TestMemory.settings = _settings(60)
 TestTwoGroups = TwoGroupMachine.TestCase
 TestTwoGroups.settings = _settings(30)
+TestWindows = WindowMachine.TestCase
+TestWindows.settings = _settings(60)
+TestOnlyWindows = OnlyWindowsMachine.TestCase
+TestOnlyWindows.settings = _settings(30)
 TestLfu = LfuMachine.TestCase
 TestLfu.settings = _settings(20)
 TestFifo = FifoMachine.TestCase

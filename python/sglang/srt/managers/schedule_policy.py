@@ -45,37 +45,34 @@ def order_waiting(
 def pages_promised(
     req: Req,
     lease: KVLease | None,
+    held: Sequence[int],
     page_size: int,
     window_pages: tuple[int | None, ...],
     *,
     full: bool,
     context_length: int = sys.maxsize,
 ) -> tuple[int, ...]:
-    """Pages per group that `req` may still take, those that `lease` holds excluded.
+    """Pages per group that `req` may still take beside those that its lease already has.
 
-    No request grows beyond `context_length`, whatever it asked for when the context was longer.
-
-    `window_pages[g]` bounds a window group's need (None: the group keeps every token). `full`
-    counts every token of max_new_tokens instead of the clipped number.
+    `held[g]` are the pages that the lease (None: no page yet) has for itself. `window_pages[g]`
+    bounds what a window group holds at a time (None: the group keeps every token); the head that
+    such a group dropped is neither held nor taken again. `full` counts every token of
+    max_new_tokens instead of the clipped number. No request grows beyond `context_length`,
+    whatever it asked for when the context was longer.
     """
     target = min(req.target_len(full=full), context_length)
     wanted = num_pages_for(target, page_size)
     promised = []
     for group, window in enumerate(window_pages):
         need = wanted if window is None else min(wanted, window)
-        held = lease.tables[group].num_pages if lease is not None else 0
-        promised.append(max(0, need - held))
+        still_to_come = wanted - (lease.tables[group].end_page if lease is not None else 0)
+        promised.append(max(0, min(need - held[group], still_to_come)))
     return tuple(promised)
 
 
-def fits(
-    promised: Sequence[tuple[int, ...]], candidate: tuple[int, ...], headroom: tuple[int, ...]
-) -> bool:
-    """True when the running requests' promises and the candidate's fit the headroom per group."""
-    return all(
-        sum(pages[g] for pages in promised) + candidate[g] <= headroom[g]
-        for g in range(len(headroom))
-    )
+def total_pages(promised: Sequence[tuple[int, ...]], candidate: tuple[int, ...]) -> tuple[int, ...]:
+    """The running requests' promises and the candidate's, added up per group."""
+    return tuple(sum(pages) for pages in zip(candidate, *promised, strict=True))
 
 
 def share_chunk_tokens(left: Sequence[int], budget: int, page_size: int) -> list[int]:

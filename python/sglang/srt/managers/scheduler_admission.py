@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.managers.schedule_policy import fits, order_waiting, pages_promised
+from sglang.srt.managers.schedule_policy import order_waiting, pages_promised, total_pages
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.mem_cache.allocation import KVLease, KVMemory
 
@@ -138,7 +138,7 @@ class Admission:
         full = req.needs_reservation or any(other.needs_reservation for other in present)
         promised = [self._promise(other, full) for other in present]
         candidate = self._promise(req, full, lease)
-        if not fits(promised, candidate, self._memory.headroom_pages()):
+        if not self._memory.can_hold(total_pages(promised, candidate)):
             self._memory.close(lease, None, 0)
             return False
         req.admit(lease)
@@ -146,9 +146,11 @@ class Admission:
 
     def _promise(self, req: Req, full: bool, lease: KVLease | None = None) -> tuple[int, ...]:
         limits = self._limits
-        held = lease or req.kv
+        lease = lease or req.kv
+        held = (0,) * len(limits.window_pages) if lease is None else self._memory.pages_held(lease)
         return pages_promised(
             req,
+            lease,
             held,
             limits.page_size,
             limits.window_pages,

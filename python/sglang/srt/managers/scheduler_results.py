@@ -44,7 +44,8 @@ def process_result(
             req.logprob.input_parts.append(part)
         if req.state is ReqState.PREFILL:
             end = item.start + item.num_tokens
-            memory.cache_prefix(item.lease, req.tokens.view(0, end), end)
+            ends_prompt = end >= req.known
+            memory.cache_prefix(item.lease, req.tokens.view(0, end), end, keep_window=ends_prompt)
         if index >= 0:
             _take_token(item, int(result.token_ids[index]), context_length)
             output = result.output_logprobs[index]

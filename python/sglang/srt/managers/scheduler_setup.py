@@ -31,12 +31,15 @@ from sglang.srt.mem_cache.capacity import (
     ContextClamp,
     budget_from_headroom,
     effective_context_length,
+    request_page_bounds,
 )
 from sglang.srt.mem_cache.kv_layout import (
+    GroupKind,
     KVCacheSpec,
     KVGroupSpec,
     SegmentLayout,
     make_segment_layouts,
+    trim_layouts_to_budget,
 )
 from sglang.srt.mem_cache.segment_backing import SegmentBacking, make_backing
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -95,12 +98,21 @@ def resolve_max_running_requests(
 def kv_cache_spec(
     config: ModelConfig, parallel: ParallelState, dtype: str, page_size: int
 ) -> KVCacheSpec:
-    """The KV cache of one rank: one group that keeps every token.
-
-    Sliding-window layers keep all tokens too and mask what they may not see.
-    """
+    """The KV cache of one rank: a group of the layers that keep every token, if there are any,
+    then one for each sliding window, narrow to wide."""
+    layers: dict[int | None, list[int]] = {}
+    for layer, window in enumerate(config.layer_windows):
+        layers.setdefault(window, []).append(layer)
+    groups = [
+        KVGroupSpec(
+            tuple(layers[window]),
+            GroupKind.FULL if window is None else GroupKind.SLIDING,
+            window,
+        )
+        for window in sorted(layers, key=lambda window: window or 0)
+    ]
     return KVCacheSpec(
-        groups=(KVGroupSpec(layers=tuple(range(config.num_layers))),),
+        groups=tuple(groups),
         kv_heads=max(1, config.num_kv_heads // parallel.tp_size),
         head_dim=config.head_dim,
         v_head_dim=config.v_head_dim,
@@ -181,6 +193,8 @@ def plan_pool(
         budget_bytes=budget,
     )
     budget = cap_budget(budget, args.max_total_tokens, layouts)
+    if not backing.elastic:
+        layouts = trim_layouts_to_budget(layouts, budget)
     clamp = effective_context_length(
         spec,
         layouts,
@@ -260,6 +274,7 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
         enable_prefix_cache=not args.disable_radix_cache,
         eviction_policy=args.radix_eviction_policy,
         event_sink=None if publisher is None else publisher.publish,
+        prefill_chunk=prefill_chunk_tokens(args),
         now=time.monotonic(),
     )
     backend = make_attention_backend(backend_class, memory.kv_pool)
@@ -318,7 +333,7 @@ def _limits(
         policy=args.schedule_policy,
         stream_interval=args.stream_interval,
         overlap=not args.disable_overlap_schedule and args.kv_canary == "off",
-        window_pages=(None,) * spec.num_groups,
+        window_pages=request_page_bounds(spec, prefill_chunk_tokens(args)),
         random_seed=args.random_seed,
         max_queued_requests=args.max_queued_requests,
         log_interval_steps=args.decode_log_interval,

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.allocator import PageAllocator
-from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, HeldWindow
 from sglang.srt.mem_cache.canary import KVCanary
-from sglang.srt.mem_cache.chunk_cache import ChunkCache
+from sglang.srt.mem_cache.group_parts import make_allocators, make_ladder, make_prefix_cache
 from sglang.srt.mem_cache.integrity import audit
 from sglang.srt.mem_cache.kv_events import EventSink, KVEventRecorder
 from sglang.srt.mem_cache.kv_layout import (
@@ -30,12 +29,12 @@ from sglang.srt.mem_cache.kv_layout import (
 )
 from sglang.srt.mem_cache.lease import KVLease, KVPlacement, PageNeed
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool, make_kv_pool
-from sglang.srt.mem_cache.page_ladder import PageLadder, joint_pages
-from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.rank_agreement import RankAgreement
 from sglang.srt.mem_cache.segment_backing.base import SegmentBacking
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 from sglang.srt.mem_cache.segment_state import SegmentState, Ticket
+from sglang.srt.mem_cache.window_recycler import WindowRecycler
+from sglang.srt.mem_cache.window_rule import window_rules
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -57,6 +56,7 @@ class KVMemory:
         prefix_idle_s: float,
         max_cached_tokens: int | None,
         events: KVEventRecorder | None = None,
+        prefill_chunk: int = 1,
     ) -> None:
         self.spec = spec
         self.page_size = spec.page_size
@@ -65,7 +65,8 @@ class KVMemory:
         self.cache = cache
         self.rows = rows
         self.kv_pool = kv_pool
-        self.ladder = PageLadder(manager, allocators, cache)
+        self.recycler = WindowRecycler(window_rules(spec), allocators)
+        self.ladder = make_ladder(spec, manager, allocators, cache, prefill_chunk)
         self.leases: dict[ReqPoolIdx, KVLease] = {}
         self._events = events
         self.canary: KVCanary | None = None  # see `watch`
@@ -94,6 +95,7 @@ class KVMemory:
         enable_prefix_cache: bool = True,
         eviction_policy: str = "lru",
         event_sink: EventSink | None = None,
+        prefill_chunk: int = 1,
         now: float = 0.0,
         ranks: RankAgreement | None = None,
     ) -> KVMemory:
@@ -102,7 +104,8 @@ class KVMemory:
         `slots_per_segment` None means auto, see `make_segment_layouts`; `machine_bytes` is all that
         the machine could ever hold. `prefix_idle_s` negative: prefixes never grow old.
         `max_cached_tokens` None: no bound. `event_sink` hears at each step boundary what the prefix
-        cache stored and dropped (None: nothing is recorded). `ranks` None: this rank is alone.
+        cache stored and dropped (None: nothing is recorded). `prefill_chunk` is the most tokens of
+        a request that one step computes; only window groups ask. `ranks` None: this rank is alone.
         Raises ValueError when the budget can't hold the idle state, BackingError when the machine
         refuses it; nothing is then held.
         """
@@ -127,24 +130,19 @@ class KVMemory:
             now=now,
             ranks=ranks,
         )
-        allocators = tuple(
-            PageAllocator(layout, partial(manager.add_pages, layout.group)) for layout in layouts
-        )
-        cache: BasePrefixCache = ChunkCache(len(layouts))
+        allocators = make_allocators(spec, manager)
         events = None if event_sink is None else KVEventRecorder(spec.page_size, event_sink)
-        if enable_prefix_cache:
-            indexes = [allocator.index for allocator in allocators]
-            cache = RadixCache(indexes, spec.page_size, eviction_policy, events)
         return cls(
             spec,
             manager,
             allocators,
-            cache,
+            make_prefix_cache(spec, allocators, enable_prefix_cache, eviction_policy, events),
             ReqToTokenPool(max_requests, spec.num_groups, spec.page_size),
             make_kv_pool(spec, layouts, backing),
             prefix_idle_s=prefix_idle_s,
             max_cached_tokens=max_cached_tokens,
             events=events,
+            prefill_chunk=prefill_chunk,
         )
 
     # ---- a request's life -------------------------------------------------------------------
@@ -171,6 +169,7 @@ class KVMemory:
             self.allocators, lease.tables, hit.page_ids, strict=True
         ):
             allocator.index.share(pages)
+            table.begin_at(hit.num_tokens // self.page_size - len(pages))
             table.extend(pages)
         self.leases[row] = lease
         return lease
@@ -185,6 +184,9 @@ class KVMemory:
         Each lease may appear once. The leases' `num_tokens` count the new tokens from here on.
         """
         counts = [self._pages_missing(need) for need in needs]
+        if self.recycler.active:
+            for need in needs:
+                self.recycler.before_extend(need.lease, need.num_tokens)
         if not self.ladder.ensure([sum(counts)] * len(self.allocators)):
             return None
         locs = []
@@ -208,6 +210,9 @@ class KVMemory:
         size = self.page_size
         lengths = np.array([need.lease.num_tokens for need in needs], np.int64)
         starting = np.flatnonzero(lengths % size == 0).tolist()
+        if self.recycler.active:
+            for need in needs:
+                self.recycler.before_decode(need.lease)
         if starting and not self.ladder.ensure([len(starting)] * len(self.allocators)):
             return None
         locs = []
@@ -227,18 +232,29 @@ class KVMemory:
             need.lease.num_tokens += 1
         return KVPlacement(tuple(locs), self._growth)
 
-    def cache_prefix(self, lease: KVLease, token_ids: Int32Array, num_tokens: int) -> None:
+    def cache_prefix(
+        self,
+        lease: KVLease,
+        token_ids: Int32Array,
+        num_tokens: int,
+        *,
+        keep_window: bool = False,
+    ) -> None:
         """Share the computed tokens [0, num_tokens), whole pages, while the request runs.
 
         The lease stays locked on them. Where another request computed the same first, the lease's
         pages stay its own; the next look is then taken after twice the distance, so that all
-        looks together cost O(tokens).
+        looks together cost O(tokens). `keep_window`: a repeat may end here (a prompt does), so
+        window groups keep what it would see.
         """
-        if num_tokens < lease.next_share_tokens:
+        keep_window = keep_window and self.recycler.active
+        if num_tokens < lease.next_share_tokens and not keep_window:
             return
         self._check_computed(lease, num_tokens)
         tables = tuple(table.page_ids for table in lease.tables)
         self.cache.insert(lease.handle, token_ids, num_tokens, tables)
+        if keep_window:
+            self._keep_window(lease, token_ids, num_tokens)
         own = lease.handle.num_tokens
         lease.next_share_tokens = own + max(self.page_size, 2 * (num_tokens - own))
 
@@ -254,6 +270,8 @@ class KVMemory:
             self._check_computed(lease, num_tokens)
             tables = tuple(table.page_ids for table in lease.tables)
             self.cache.insert(lease.handle, token_ids, num_tokens, tables)
+            if self.recycler.active:
+                self._keep_window(lease, token_ids, num_tokens)
         lease.closed = True
         for allocator, table in zip(self.allocators, lease.tables, strict=True):
             allocator.index.drop_row(table.page_ids)
@@ -262,6 +280,14 @@ class KVMemory:
         del self.leases[lease.row]
 
     # ---- numbers ----------------------------------------------------------------------------
+
+    def can_hold(self, pages: Sequence[int]) -> bool:
+        """Whether the budget has room for `pages[g]` more in every group at once."""
+        return self.ladder.can_hold(pages)
+
+    def pages_held(self, lease: KVLease) -> tuple[int, ...]:
+        """Pages per group that a lease need not take again; see `WindowRecycler.pages_held`."""
+        return self.recycler.pages_held(lease)
 
     def headroom_pages(self) -> tuple[int, ...]:
         """Pages per group that admission may still promise: the budget's, less used and locked.
@@ -280,10 +306,8 @@ class KVMemory:
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens that the budget can hold in all groups at once."""
-        none = [0] * len(self.allocators)
-        pages = joint_pages(self.manager.layouts, self.manager.budget_bytes, none)
-        return pages * self.page_size
+        """Tokens of the longest sequence that the budget can hold."""
+        return self.ladder.capacity_pages() * self.page_size
 
     @property
     def num_pending_growths(self) -> int:
@@ -310,9 +334,11 @@ class KVMemory:
     def note_launched(self, epoch: int) -> None:
         """Forward `epoch` was launched: what is freed from now on is unmapped only after it."""
         self.manager.note_launched(epoch)
+        self.recycler.note_launched(epoch)
 
     def note_completed(self, epoch: int) -> None:
         """Forward `epoch` and all before are done: memory that waited for them may go."""
+        self.recycler.note_completed(epoch)
         self.manager.note_completed(epoch)
 
     def flush(self) -> bool:
@@ -333,12 +359,18 @@ class KVMemory:
 
         Call it with no forward in flight; costs milliseconds.
         """
-        audit(self.manager, self.allocators, self.cache, self.rows, list(self.leases.values()))
+        leases = list(self.leases.values())
+        audit(self.manager, self.allocators, self.cache, self.rows, leases, self.recycler)
         if self.canary is not None:
             self.canary.check_cache(self.cache)
 
     def watch(self, *, full: bool) -> KVCanary:
-        """Keep marks of who wrote what from now on; before any request. See Note [Canary]."""
+        """Keep marks of who wrote what from now on; before any request. See Note [Canary].
+
+        Raises ValueError for window groups, whose prefixes have holes that the marks do not know.
+        """
+        if any(window_rules(self.spec)):
+            raise ValueError("the KV canary does not know window groups yet; use --kv-canary off")
         indexes = [allocator.index for allocator in self.allocators]
         self.canary = KVCanary(indexes, self.kv_pool, full=full)
         return self.canary
@@ -406,7 +438,11 @@ class KVMemory:
         if need.lease.closed:
             raise InvariantError(f"{need.lease!r} is closed")
         end = need.lease.num_tokens + need.num_tokens
-        return num_pages_for(end, self.page_size) - need.lease.tables[0].num_pages
+        return num_pages_for(end, self.page_size) - need.lease.tables[0].end_page
+
+    def _keep_window(self, lease: KVLease, token_ids: Int32Array, num_tokens: int) -> None:
+        held = [HeldWindow(table.page_ids, table.first_page) for table in lease.tables]
+        self.cache.keep_window(lease.handle, token_ids, num_tokens, held)
 
     def _check_computed(self, lease: KVLease, num_tokens: int) -> None:
         if lease.closed or num_tokens > lease.num_tokens:

@@ -33,9 +33,14 @@ class PageAllocator:
     one, then the largest pieces of the fullest segments.
     """
 
-    def __init__(self, layout: SegmentLayout, listener: CountsListener | None = None) -> None:
+    def __init__(
+        self,
+        layout: SegmentLayout,
+        listener: CountsListener | None = None,
+        index_class: type[PageIndex] = PageIndex,
+    ) -> None:
         self.layout = layout
-        self.index = PageIndex(layout, listener)
+        self.index = index_class(layout, listener)
 
     @property
     def num_free(self) -> int:

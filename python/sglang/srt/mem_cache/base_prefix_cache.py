@@ -58,8 +58,22 @@ class MatchResult:
     handle: PrefixHandle
 
 
+@dataclass(frozen=True, slots=True)
+class HeldWindow:
+    """A row's pages of one group: `page_ids` int32 [P], the first is the sequence's `first_page`.
+
+    `first_page` is 0 in groups that keep all.
+    """
+
+    page_ids: Int32Array
+    first_page: int
+
+
 class BasePrefixCache(abc.ABC):
-    """Pages are counted per group alike: every group keeps every token of a cached prefix."""
+    """Pages are counted alike in all groups that keep every token of a cached prefix.
+
+    Window groups hold fewer; `locked_pages`, `evictable_pages` and the methods about windows know.
+    """
 
     @property
     @abc.abstractmethod
@@ -75,6 +89,41 @@ class BasePrefixCache(abc.ABC):
     def num_evictable_pages(self) -> int:
         """Pages that `evict` could free, in each group."""
         return self.num_pages - self.num_locked_pages
+
+    def locked_pages(self, group: int) -> int:
+        """Cached pages of one group that eviction can't free now."""
+        del group
+        return self.num_locked_pages
+
+    def evictable_pages(self, group: int) -> int:
+        """Cached pages of one group that eviction could free."""
+        del group
+        return self.num_evictable_pages
+
+    def keep_window(
+        self,
+        handle: PrefixHandle,
+        token_ids: Int32Array,
+        num_tokens: int,
+        held: Sequence[HeldWindow],
+    ) -> None:
+        """Keep the window at the end of [0, num_tokens), just inserted, for repeats.
+
+        `held[g]` are the pages of the row that computed it. Nothing to do without window groups.
+        """
+        del handle, token_ids, num_tokens, held
+
+    def evict_windows(self, wanted: Sequence[int]) -> tuple[int, ...]:
+        """Free snapshots of windows, coldest first, until `wanted[g]` pages of each group are
+        free or no snapshot is left; returns pages freed by group."""
+        return (0,) * len(wanted)
+
+    def evict_cold_windows(self) -> int:
+        """Free the snapshots that were not used after the prefix that `evict` would take next.
+
+        Returns how many edges lost theirs.
+        """
+        return 0
 
     @abc.abstractmethod
     def match_len(self, token_ids: Int32Array, extra_key: str | None, max_tokens: int) -> int:

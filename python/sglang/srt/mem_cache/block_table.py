@@ -44,7 +44,7 @@ class BlockTable:
 
     Invariants: `runs` cover exactly the slots of `page_ids`, neighbours merged; `first_page` pages
     were dropped before the first one (a window group's recycled head; 0 for full groups);
-    `last_page` is the newest page's id, -1 when the table is empty.
+    `last_page` is the newest page's id, also when it was dropped since, -1 before the first.
     """
 
     __slots__ = ("_ids", "_runs", "first_page", "last_page", "page_size")
@@ -60,6 +60,11 @@ class BlockTable:
     def num_pages(self) -> int:
         """Pages held now (dropped ones not counted)."""
         return len(self._ids)
+
+    @property
+    def end_page(self) -> int:
+        """Pages of the sequence up to the table's end, the dropped ones counted."""
+        return self.first_page + len(self._ids)
 
     @property
     def page_ids(self) -> Int32Array:
@@ -120,6 +125,31 @@ class BlockTable:
         self._ids, self._runs = IdArray(), []  # fresh: a snapshot may still read the old ones
         self.extend(pages)
 
+    def begin_at(self, first_page: int) -> None:
+        """Let an empty table begin at page `first_page` of the sequence."""
+        if len(self._ids):
+            raise InvariantError(f"{self!r} has begun already")
+        self.first_page = first_page
+
+    def drop_head(self, first_page: int) -> Int32Array:
+        """Forget the pages before page `first_page` of the sequence; returns them (a copy).
+
+        Costs O(runs); snapshots stay true. Raises InvariantError when there are too few pages.
+        """
+        count = first_page - self.first_page
+        if not 0 <= count <= len(self._ids):
+            raise InvariantError(f"{self!r} can't drop {count} pages")
+        left, runs = count * self.page_size, iter(self._runs)
+        kept: list[Run] = []  # a new list: a snapshot may still read the old one
+        for first_slot, num_slots in runs:
+            if left < num_slots:
+                kept = [(first_slot + left, num_slots - left), *runs]
+                break
+            left -= num_slots
+        self._runs = kept
+        self.first_page = first_page
+        return self._ids.drop_head(count)
+
     def slots(self, first_position: int, count: int) -> Int64Array:
         """Slots of positions [first_position, first_position + count), int64 [count].
 
@@ -138,6 +168,8 @@ class BlockTable:
     def slot_of(self, position: int) -> int:
         """Slot of one position. Raises IndexError when the table does not reach it."""
         page, offset = divmod(position, self.page_size)
+        if page < self.first_page:
+            raise IndexError(position)
         return self._ids[page - self.first_page] * self.page_size + offset
 
     def snapshot(self) -> BlockTableSnapshot:

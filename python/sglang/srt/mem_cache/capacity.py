@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sglang.srt.mem_cache.kv_layout import (
+    MAX_SLOTS,
     GroupKind,
     KVCacheSpec,
     KVGroupSpec,
     SegmentLayout,
+    num_pages_for,
 )
 from sglang.srt.utils.sizes import format_bytes
 
@@ -56,7 +58,19 @@ def tokens_kept(group: KVGroupSpec, num_tokens: int, prefill_chunk: int, page_si
     """
     if group.kind is GroupKind.FULL or group.window is None:
         return num_tokens
-    return min(num_tokens, group.window + prefill_chunk + page_size)
+    # A chunk shorter than a page still takes a page.
+    return min(num_tokens, group.window + max(prefill_chunk, page_size) + page_size)
+
+
+def request_page_bounds(spec: KVCacheSpec, prefill_chunk: int) -> tuple[int | None, ...]:
+    """Most pages per group that one request ever holds; None where it keeps all its tokens."""
+    size = spec.page_size
+    return tuple(
+        None
+        if group.window is None
+        else num_pages_for(tokens_kept(group, MAX_SLOTS, prefill_chunk, size), size)
+        for group in spec.groups
+    )
 
 
 def request_segments(

@@ -108,6 +108,8 @@ def compact(memory: KVMemory, max_bytes: int) -> Compacted | None:
 
 def move_pages(memory: KVMemory, group: GroupId, moves: PageMoves) -> None:
     """Copy the content, then tell the index, the tables and the tree where the pages are now."""
+    if memory.recycler.leaving_pages(group):
+        raise InvariantError("pages can't move while a forward may read those of dropped heads")
     index = memory.allocators[group].index
     sources, targets = moves.sources, moves.targets
     if len(sources) != len(targets):

@@ -1,8 +1,8 @@
 """`IdArray`: an int32 array that grows at its end in amortised constant time.
 
 Block tables and the edges of the radix tree are made of it. Nothing else of a buffer is shared:
-an `IdArray` is the only writer of its buffer, and it writes only past its end, so a view taken
-earlier stays true while the array grows, also on another thread.
+an `IdArray` is the only writer of its buffer, and it writes only past its end (`overwrite` apart),
+so a view taken earlier stays true while the array grows, also on another thread.
 """
 
 from __future__ import annotations
@@ -77,6 +77,20 @@ class IdArray:
             self._replace_buffer(max(_MIN_CAPACITY, 2 * len(self) + 1))
         self._buffer[self._end] = id_
         self._end += 1
+
+    def drop_head(self, count: int) -> Int32Array:
+        """Drop the first `count` ids and return them (a copy); amortised O(count)."""
+        head = self._buffer[self._start : self._start + count].copy()
+        self._start += count
+        self._shed_dead_room()
+        return head
+
+    def overwrite(self, first: int, ids: Int32Array) -> None:
+        """Replace the ids from `first` on. Only where nobody keeps a view taken earlier."""
+        begin = self._start + first
+        if first < 0 or begin + len(ids) > self._end:
+            raise IndexError(first)
+        self._buffer[begin : begin + len(ids)] = ids
 
     def cut_tail(self, count: int) -> Int32Array:
         """Drop the last `count` ids and return them (a copy). Later appends reuse their room."""

@@ -22,6 +22,7 @@ from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.page_owner import NO_NODE, PageIndex, PageState
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 from sglang.srt.mem_cache.segment_state import SegmentState
+from sglang.srt.mem_cache.window_recycler import WindowRecycler
 
 
 def audit(
@@ -30,6 +31,7 @@ def audit(
     cache: BasePrefixCache,
     rows: ReqToTokenPool,
     leases: Sequence[KVLease],
+    recycler: WindowRecycler,
 ) -> None:
     """Recount everything. Raises InvariantError that names the first thing that differs.
 
@@ -40,8 +42,8 @@ def audit(
     for allocator in allocators:
         _check_counts(allocator.index)
         _check_segments(allocator.index, manager)
-        _check_owners(allocator.index, leases)
-    _check_leases(rows, leases, allocators[0].layout.page_size)
+        _check_owners(allocator.index, leases, recycler)
+    _check_leases(rows, leases, allocators[0].layout.page_size, recycler)
     cache.check([lease.handle for lease in leases])
     _check_resident(manager)
 
@@ -74,10 +76,12 @@ def _check_segments(index: PageIndex, manager: SegmentManager) -> None:
             _require(kept == found, f"{record!r} but the index counts {found}")
 
 
-def _check_owners(index: PageIndex, leases: Sequence[KVLease]) -> None:
-    """Rows per page are those of the tables; each state has the owners that it should."""
+def _check_owners(index: PageIndex, leases: Sequence[KVLease], recycler: WindowRecycler) -> None:
+    """Rows per page are those of the tables and of what left them while a forward reads it; each
+    state has the owners that it should."""
     group = int(index.layout.group)
     tables = [lease.tables[group].page_ids for lease in leases]
+    tables += recycler.leaving_pages(group)
     pages = np.concatenate(tables) if tables else np.empty(0, np.int32)
     _require(bool((pages >= 0).all()) and bool((pages < len(index.state)).all()), "page ids")
     rows = np.bincount(pages, minlength=len(index.state))
@@ -90,7 +94,9 @@ def _check_owners(index: PageIndex, leases: Sequence[KVLease]) -> None:
     _require(bool((owned == cached).all()), f"{index!r}: cached pages and tree pages differ")
 
 
-def _check_leases(rows: ReqToTokenPool, leases: Sequence[KVLease], page_size: int) -> None:
+def _check_leases(
+    rows: ReqToTokenPool, leases: Sequence[KVLease], page_size: int, recycler: WindowRecycler
+) -> None:
     """Every taken row is one open lease, whose tables hold the pages of its tokens."""
     _require(sorted(rows.rows()) == sorted(lease.row for lease in leases), "rows and leases differ")
     for lease in leases:
@@ -98,9 +104,12 @@ def _check_leases(rows: ReqToTokenPool, leases: Sequence[KVLease], page_size: in
         _require(lease.handle.num_tokens <= lease.num_tokens, f"{lease!r} locks too much")
         for group, table in enumerate(lease.tables):
             _require(table is rows.tables(lease.row)[group], f"{lease!r}: not its row's table")
-            held = table.first_page + table.num_pages
+            held = table.end_page
             wanted = num_pages_for(lease.num_tokens, page_size)
             _require(held == wanted, f"{lease!r} holds {held} pages, not {wanted}")
+            _require(
+                recycler.has_window(group) or table.first_page == 0, f"{table!r} lost its head"
+            )
             _check_runs(table)
 
 

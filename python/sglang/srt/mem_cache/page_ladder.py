@@ -62,6 +62,16 @@ class PageLadder:
         joint = joint_pages(self._manager.layouts, self._manager.budget_bytes, self.owned_pages())
         return tuple(min(joint, self._without_growth(g)) for g in range(len(self._allocators)))
 
+    def can_hold(self, need: Sequence[int]) -> bool:
+        """Whether the numbers allow `need[g]` more pages in every group at once."""
+        headroom = self.headroom_pages()
+        return all(wanted <= room for wanted, room in zip(need, headroom, strict=True))
+
+    def capacity_pages(self) -> int:
+        """Pages of the longest sequence that an empty pool can hold."""
+        none = [0] * len(self._allocators)
+        return joint_pages(self._manager.layouts, self._manager.budget_bytes, none)
+
     def _without_growth(self, group: int) -> int:
         allocator = self._allocators[group]
         if self._manager.backing.elastic and not self._manager.growth_paused:
@@ -78,8 +88,7 @@ class PageLadder:
         """
         if self._enough(need):
             return True
-        headroom = self.headroom_pages()
-        if any(wanted > room for wanted, room in zip(need, headroom, strict=True)):
+        if not self.can_hold(need):
             return False
         self._await_maps(need)
         return (

@@ -297,9 +297,8 @@ class RadixCache(BasePrefixCache):
         kept = (self._num_pages, self._num_locked_pages, self._num_handles, len(self._by_policy))
         if found != kept:
             raise InvariantError(f"tree pages, locked, handles, leaves: {kept} kept, {found} found")
-        for index in self._indexes:
-            if index.num_cached != total:
-                raise InvariantError(f"{index!r} but the tree owns {total} pages")
+        for group in range(len(self._indexes)):
+            self._check_total(group, total)
         for handle in handles:
             held = sum(len(node.tokens) for node in handle.node.path_up())
             if handle.released or held != handle.num_tokens:
@@ -322,14 +321,22 @@ class RadixCache(BasePrefixCache):
         for queue in self._queues:
             if (node in queue) != node.is_evictable_leaf:
                 raise InvariantError(f"{node!r} is wrong in the queue of leaves")
-        for index, array in zip(self._indexes, node.pages, strict=True):
-            pages = array.view()
-            if (index.node[pages] != node.id).any() or len(pages) != node.num_pages:
-                raise InvariantError(f"{node!r} does not own the pages of its edge")
-            if (index.state[pages] != PageState.CACHED).any():
-                raise InvariantError(f"{node!r} has pages that are not cached")
-            if node.lock_ref == 0 and index.rows[pages].any():
-                raise InvariantError(f"{node!r} is unlocked but a row reads it")
+        for group in range(len(self._indexes)):
+            self._check_pages(node, group)
+
+    def _check_total(self, group: int, total: int) -> None:
+        """`total` pages are on the edges of the tree."""
+        if self._indexes[group].num_cached != total:
+            raise InvariantError(f"{self._indexes[group]!r} but the tree owns {total} pages")
+
+    def _check_pages(self, node: TreeNode, group: int) -> None:
+        index, pages = self._indexes[group], node.pages[group].view()
+        if (index.node[pages] != node.id).any() or len(pages) != node.num_pages:
+            raise InvariantError(f"{node!r} does not own the pages of its edge")
+        if (index.state[pages] != PageState.CACHED).any():
+            raise InvariantError(f"{node!r} has pages that are not cached")
+        if node.lock_ref == 0 and index.rows[pages].any():
+            raise InvariantError(f"{node!r} is unlocked but a row reads it")
 
     def __repr__(self) -> str:
         return (

@@ -212,11 +212,15 @@ class RadixTree:
         return parent
 
     def move_pages(self, group: int, nodes: Set[int], moved_to: Int32Array) -> None:
-        """Page p of the nodes with these ids is now moved_to[p]; fresh arrays, walks the tree."""
+        """Page p of the nodes with these ids is now moved_to[p]; fresh arrays, walks the tree.
+
+        Negative entries (a window group's holes) stay.
+        """
         for node in self.nodes():
             if node.id in nodes:
                 pages = list(node.pages)
-                pages[group] = IdArray(moved_to[pages[group].view()])
+                before = pages[group].view()
+                pages[group] = IdArray(np.where(before < 0, before, moved_to[before]))
                 node.pages = tuple(pages)
 
     def _same_tokens(self, edge: Int32Array, tokens: Int32Array) -> int:

@@ -1,6 +1,6 @@
 """Mistral: the Llama decoder with sliding-window attention and no biases.
 
-Every token is kept in the cache and the window is a mask. Source: arXiv 2310.06825.
+Its layers are a group of the KV cache whose old pages are recycled. Source: arXiv 2310.06825.
 """
 
 from __future__ import annotations

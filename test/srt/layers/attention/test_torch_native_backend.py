@@ -128,6 +128,26 @@ def test_window_group_with_dropped_head_pages() -> None:
     check(Case(spec, [(57, 1)], [table], layer))
 
 
+@pytest.mark.parametrize("run_pages", [[1], [2], [50]])
+@pytest.mark.parametrize("window", [1, 3, 4, 5, 17])
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_tables_hold_no_more_than_the_step_sees(
+    page_size: int, window: int, run_pages: list[int]
+) -> None:
+    # What recycling leaves: every table begins with the page of the first key that is seen.
+    lengths = [(n, count) for n in (0, 3, 4, 16, 17, 40, 41) for count in (1, 5, 23)]
+    tables = []
+    for table, (prefix, _) in zip(make_tables(lengths, page_size, run_pages), lengths, strict=True):
+        first = max(0, prefix - window + 1) // page_size
+        tables.append(FakeTable(table.page_ids[first:], first * page_size, page_size))
+    spec = make_spec(page_size=page_size)
+    starts = np.cumsum([0, *(count for _, count in lengths)])
+    rows = sorted({*(starts[1:] - 1).tolist(), 1, 2, 30})
+    case = Case(spec, lengths, tables, make_layer(spec, window=window), logits_rows=rows)
+    check(case)
+    check(case, TINY)
+
+
 def test_layers_use_their_own_group() -> None:
     groups = (
         KVGroupSpec(layers=(0,)),

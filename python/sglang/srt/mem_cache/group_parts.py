@@ -1,0 +1,67 @@
+"""Makes the parts that differ by what the layer groups keep: page indexes, prefix cache, ladder.
+
+`KVMemory.create` is the only caller. Without window groups the parts are the plain ones, so that a
+model whose layers all keep every token pays nothing for windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from sglang.srt.mem_cache.allocator import PageAllocator
+from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+from sglang.srt.mem_cache.capacity import request_page_bounds
+from sglang.srt.mem_cache.chunk_cache import ChunkCache
+from sglang.srt.mem_cache.kv_events import KVEventRecorder
+from sglang.srt.mem_cache.kv_layout import KVCacheSpec
+from sglang.srt.mem_cache.page_ladder import PageLadder
+from sglang.srt.mem_cache.page_owner import PageIndex
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.segment_manager import SegmentManager
+from sglang.srt.mem_cache.window_cache import WindowRadixCache
+from sglang.srt.mem_cache.window_index import WindowPageIndex
+from sglang.srt.mem_cache.window_ladder import WindowPageLadder
+from sglang.srt.mem_cache.window_rule import window_rules
+
+
+def make_allocators(spec: KVCacheSpec, manager: SegmentManager) -> tuple[PageAllocator, ...]:
+    """One allocator per group, its page counts kept by the manager."""
+    return tuple(
+        PageAllocator(
+            layout,
+            partial(manager.add_pages, layout.group),
+            PageIndex if rule is None else WindowPageIndex,
+        )
+        for layout, rule in zip(manager.layouts, window_rules(spec), strict=True)
+    )
+
+
+def make_prefix_cache(
+    spec: KVCacheSpec,
+    allocators: Sequence[PageAllocator],
+    enable: bool,
+    policy: str,
+    events: KVEventRecorder | None,
+) -> BasePrefixCache:
+    """A cache over the allocators' pages; the one that keeps nothing unless `enable`."""
+    if not enable:
+        return ChunkCache(spec.num_groups)
+    indexes, rules = [allocator.index for allocator in allocators], window_rules(spec)
+    if any(rules):
+        return WindowRadixCache(indexes, spec.page_size, policy, rules, events)
+    return RadixCache(indexes, spec.page_size, policy, events)
+
+
+def make_ladder(
+    spec: KVCacheSpec,
+    manager: SegmentManager,
+    allocators: tuple[PageAllocator, ...],
+    cache: BasePrefixCache,
+    prefill_chunk: int,
+) -> PageLadder:
+    """The scarcity ladder; `prefill_chunk` is the most tokens of a request in one step."""
+    if any(window_rules(spec)):
+        bounds = request_page_bounds(spec, prefill_chunk)
+        return WindowPageLadder(manager, allocators, cache, bounds)
+    return PageLadder(manager, allocators, cache)
