@@ -34,8 +34,7 @@ class FarPool(FakePool):
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("scattered", [False, True])
-def test_far_slots(batched: bool, scattered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("srt.layers.attention_cases.FakePool", FarPool)
+def test_far_slots(batched: bool, scattered: bool) -> None:
     page_size, far = 16, NUM_SLOTS // 16
     spec = make_spec(page_size=page_size, dtype="bfloat16")
     lengths = [(60, 1), (61, 1), (50, 9), (62, 1)]
@@ -43,7 +42,7 @@ def test_far_slots(batched: bool, scattered: bool, monkeypatch: pytest.MonkeyPat
     for i in range(4):
         ids = np.array([far - 4 * i - k for k in (4, 3, 2, 1)], np.int32)
         tables.append(FakeTable(ids[::-1].copy() if scattered else ids, 0, page_size))
-    case = Case(spec, lengths, tables, make_layer(spec))
+    case = Case(spec, lengths, tables, make_layer(spec), make_pool=FarPool)
     tuning = TorchNativeTuning(batch_row_bytes=1024 if batched else 0)
     out = case.run(TorchNativeAttnBackend(spec, tuning))
     torch.testing.assert_close(out.double(), case.reference(), rtol=0, atol=2e-2)
