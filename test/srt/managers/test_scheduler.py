@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -266,3 +268,18 @@ def test_prompt_logprob_rows_cover_the_prompt_once_chunks_and_hits_included() ->
     assert first.input_logprobs.num_rows == 1, "the stand-in worker adds no rows of its own"
     assert np.isnan(np.frombuffer(first.input_logprobs.logprobs, "<f4")).all()
     assert np.frombuffer(first.input_logprobs.token_ids, "<i4").tolist() == prompt[9:10]
+
+
+def test_logits_that_are_no_numbers_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    harness = Harness(make_memory(page_size=4), page_size=4)
+    compute = harness.worker._forward
+
+    def broken(*args: object) -> object:
+        return replace(compute(*args), invalid_rows=(1,))  # type: ignore[arg-type]
+
+    harness.worker._forward = broken  # type: ignore[method-assign, assignment]
+    harness.send("fine", prompt_of(5), max_new=1)
+    harness.send("odd", prompt_of(6), max_new=1)
+    harness.run()
+    (record,) = caplog.records
+    assert "the logits of ['odd'] are not finite" in record.getMessage()

@@ -16,10 +16,12 @@ class GenerationBatchResult:
     """What a step computed.
 
     `token_ids` int64 [sampled] and `output_logprobs` follow the sampled order,
-    `input_logprobs` the batch's; `forward_s` is the time on the worker thread.
+    `input_logprobs` the batch's; `forward_s` is the time on the worker thread. `invalid_rows`
+    are places in the sampled order whose logits had NaN or no finite maximum.
     """
 
     token_ids: npt.NDArray[np.int64]
     output_logprobs: Sequence[LogprobArrays | None]
     input_logprobs: Sequence[LogprobArrays | None]
     forward_s: float
+    invalid_rows: tuple[int, ...] = ()

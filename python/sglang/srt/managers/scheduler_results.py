@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.managers.io_struct import FinishReason
 from sglang.srt.managers.schedule_batch import Req, ReqState, ScheduleBatch, ScheduledReq
 from sglang.srt.mem_cache.allocation import KVMemory
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+logger = logging.getLogger(__name__)
 
 
 def finish_reason_of(req: Req, token_id: int, context_length: int) -> FinishReason | None:
@@ -31,6 +35,10 @@ def process_result(
     token after its end is discarded and never cached. Releases no memory; the caller settles
     requests once no forward names them.
     """
+    if result.invalid_rows:
+        named = {place: i for i, place in enumerate(info.sample_index) if place >= 0}
+        rids = [batch.items[named[place]].req.rid for place in result.invalid_rows]
+        logger.warning("Step %d: the logits of %s are not finite numbers", batch.step, rids)
     for position, item in enumerate(batch.items):
         req = item.req
         req.num_inflight -= 1

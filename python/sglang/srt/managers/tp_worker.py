@@ -76,4 +76,5 @@ class TpModelWorker:
             output_logprobs=out.logprobs,
             input_logprobs=logits.input_logprobs,
             forward_s=time.perf_counter() - began,
+            invalid_rows=out.invalid_rows,
         )
