@@ -60,7 +60,8 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.allocation < srt.mem_cache.compaction < srt.mem_cache.reclaim"),
     (2, "DEVICE", "srt.mem_cache.memory_pool, srt.mem_cache.radix_cache"
      " < srt.mem_cache.canary < srt.mem_cache.allocation"),
-    (2, "DEVICE", "srt.mem_cache.segment_manager < srt.mem_cache.memory_report"),
+    (2, "DEVICE", "srt.mem_cache.segment_manager < srt.mem_cache.memory_report"
+     " < srt.mem_cache.allocation"),
     (3, "DEVICE", "srt.model_executor.forward_mode < srt.managers.schedule_batch"),
     (3, "DEVICE", "srt.managers.generation_result, srt.managers.schedule_batch"
      " < srt.managers.schedule_policy"),

@@ -33,6 +33,7 @@ from sglang.srt.mem_cache.capacity import (
     effective_context_length,
     request_page_bounds,
 )
+from sglang.srt.mem_cache.kv_events import EventSink
 from sglang.srt.mem_cache.kv_layout import (
     GroupKind,
     KVCacheSpec,
@@ -259,24 +260,8 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
     if plan.clamp.is_clamped:
         logger.warning("Context length clamped: %s.", plan.clamp.explanation)
     publisher = open_publisher(args.kv_events_config)
-    memory = KVMemory.create(
-        spec,
-        backing,
-        budget_bytes=plan.budget_bytes,
-        machine_bytes=host.total_bytes,
-        max_requests=plan.max_running_requests,
-        slots_per_segment=args.kv_segment_size,
-        auto_segment_bytes=AUTO_SEGMENT_BYTES,
-        reserve_segments=args.kv_segment_reserve,
-        idle_release_s=args.kv_idle_release_seconds,
-        prefix_idle_s=args.prefix_cache_idle_seconds,
-        max_cached_tokens=args.max_cached_tokens,
-        enable_prefix_cache=not args.disable_radix_cache,
-        eviction_policy=args.radix_eviction_policy,
-        event_sink=None if publisher is None else publisher.publish,
-        prefill_chunk=prefill_chunk_tokens(args),
-        now=time.monotonic(),
-    )
+    sink = None if publisher is None else publisher.publish
+    memory = _make_memory(args, spec, backing, plan, host.total_bytes, sink)
     backend = make_attention_backend(backend_class, memory.kv_pool)
 
     def make_batch(batch: ScheduleBatch, placement: KVPlacement) -> ForwardBatch:
@@ -297,6 +282,34 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
     ready = _ready(args, plan, limits, memory)
     return SchedulerParts(
         memory, worker, make_batch, limits, ready, publisher, _canary(args, memory)
+    )
+
+
+def _make_memory(
+    args: ServerArgs,
+    spec: KVCacheSpec,
+    backing: SegmentBacking,
+    plan: _PoolPlan,
+    machine_bytes: int,
+    event_sink: EventSink | None,
+) -> KVMemory:
+    return KVMemory.create(
+        spec,
+        backing,
+        budget_bytes=plan.budget_bytes,
+        machine_bytes=machine_bytes,
+        max_requests=plan.max_running_requests,
+        slots_per_segment=args.kv_segment_size,
+        auto_segment_bytes=AUTO_SEGMENT_BYTES,
+        reserve_segments=args.kv_segment_reserve,
+        idle_release_s=args.kv_idle_release_seconds,
+        prefix_idle_s=args.prefix_cache_idle_seconds,
+        max_cached_tokens=args.max_cached_tokens,
+        enable_prefix_cache=not args.disable_radix_cache,
+        eviction_policy=args.radix_eviction_policy,
+        event_sink=event_sink,
+        prefill_chunk=prefill_chunk_tokens(args),
+        now=time.monotonic(),
     )
 
 

@@ -29,10 +29,11 @@ from sglang.srt.mem_cache.kv_layout import (
 )
 from sglang.srt.mem_cache.lease import KVLease, KVPlacement, PageNeed
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool, make_kv_pool
+from sglang.srt.mem_cache.memory_report import memory_figures
 from sglang.srt.mem_cache.rank_agreement import RankAgreement
 from sglang.srt.mem_cache.segment_backing.base import SegmentBacking
 from sglang.srt.mem_cache.segment_manager import SegmentManager
-from sglang.srt.mem_cache.segment_state import SegmentState, Ticket
+from sglang.srt.mem_cache.segment_state import Ticket
 from sglang.srt.mem_cache.window_recycler import WindowRecycler
 from sglang.srt.mem_cache.window_rule import window_rules
 
@@ -383,49 +384,14 @@ class KVMemory:
 
     def memory_object(self) -> dict[str, object]:
         """`memory` of /server_info; the scheduler adds the context lengths. Bytes and tokens."""
-        stats = self.manager.stats()
-        groups = [
-            {
-                "group": int(one.group),
-                "kind": self.spec.groups[one.group].kind.value,
-                "num_layers": len(self.spec.groups[one.group].layers),
-                "bytes_per_token": self.spec.bytes_per_slot(one.group),
-                "segment_tokens": layout.slots_per_segment,
-                "segment_bytes": layout.segment_bytes,
-                "segments": {state.value: one.segments[state] for state in SegmentState},
-                "pages": _pages(one.pages_free, one.pages_used, one.pages_cached),
-                "reserved_bytes": one.reserved_bytes,
-                "mapped_bytes": one.mapped_bytes,
-                "fixed_bytes": one.fixed_bytes,
-                "map_count": one.map_count,
-                "unmap_count": one.unmap_count,
-                "refused_count": one.refused_count,
-            }
-            for one, layout in zip(stats, self.manager.layouts, strict=True)
-        ]
         return {
-            "backing": self.manager.backing.name,
+            **memory_figures(self.spec, self.manager),
             "page_size": self.page_size,
             "capacity_tokens": self.capacity_tokens,
             "headroom_tokens": min(self.headroom_tokens()),
             "cached_tokens": self.cache.num_pages * self.page_size,
             "locked_cached_tokens": self.cache.num_locked_pages * self.page_size,
-            "bytes_per_token": self.spec.bytes_per_token,
-            "reserved_bytes": self.manager.reserved_bytes,
-            "mapped_bytes": self.manager.mapped_bytes,
-            "fixed_bytes": self.manager.fixed_bytes,
-            "budget_bytes": self.manager.budget_bytes,
-            "growth_paused": self.manager.growth_paused,
-            "segments": {
-                state.value: sum(one.segments[state] for one in stats) for state in SegmentState
-            },
-            "pages": _pages(
-                sum(one.pages_free for one in stats),
-                sum(one.pages_used for one in stats),
-                sum(one.pages_cached for one in stats),
-            ),
             "rows": {"taken": len(self.leases), "size": self.rows.size},
-            "groups": groups,
         }
 
     # ---- inside -----------------------------------------------------------------------------
@@ -453,10 +419,6 @@ class KVMemory:
             f"KVMemory(leases={len(self.leases)}, free={self.ladder.free_pages()}, "
             f"{self.cache!r}, mapped={self.manager.mapped_bytes} of {self.manager.budget_bytes})"
         )
-
-
-def _pages(free: int, used: int, cached: int) -> dict[str, int]:
-    return {"free": free, "used": used, "cached": cached}
 
 
 def _granted(pages: Int32Array | None) -> Int32Array:

@@ -1,7 +1,7 @@
 """What memory tells those who look: a map of its segments and the system's own figure.
 
-Asked for by /server_info and what reads it (`python -m sglang.kv_report`), never by a step: the
-resident figure takes the system milliseconds. Changes nothing.
+Asked for by /server_info, /metrics and what reads them (`python -m sglang.kv_report`), never by a
+step: the resident figure takes the system milliseconds. Changes nothing.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Any, Final
 
-from sglang.srt.mem_cache.kv_layout import GroupId
+from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec
 from sglang.srt.mem_cache.segment_manager import SegmentManager
-from sglang.srt.mem_cache.segment_state import SegmentState
+from sglang.srt.mem_cache.segment_state import SegmentState, SegmentStats
 
 # One letter for the state of a segment that has memory or is getting some.
 STATE_LETTERS: Final = MappingProxyType(
@@ -56,4 +56,49 @@ def memory_details(manager: SegmentManager) -> dict[str, Any]:
     return {
         "resident_bytes": manager.backing.resident_bytes(),
         "segment_maps": segment_maps(manager),
+    }
+
+
+def memory_figures(spec: KVCacheSpec, manager: SegmentManager) -> dict[str, Any]:
+    """What the pool holds, in all and by group: bytes, segments by state, pages by owner."""
+    stats = manager.stats()
+    return {
+        "backing": manager.backing.name,
+        "bytes_per_token": spec.bytes_per_token,
+        "reserved_bytes": manager.reserved_bytes,
+        "mapped_bytes": manager.mapped_bytes,
+        "fixed_bytes": manager.fixed_bytes,
+        "budget_bytes": manager.budget_bytes,
+        "growth_paused": manager.growth_paused,
+        "segments": {
+            state.value: sum(one.segments[state] for one in stats) for state in SegmentState
+        },
+        "pages": _pages(*stats),
+        "groups": [
+            {
+                "group": int(one.group),
+                "kind": spec.groups[one.group].kind.value,
+                "num_layers": len(spec.groups[one.group].layers),
+                "bytes_per_token": spec.bytes_per_slot(one.group),
+                "segment_tokens": layout.slots_per_segment,
+                "segment_bytes": layout.segment_bytes,
+                "segments": {state.value: one.segments[state] for state in SegmentState},
+                "pages": _pages(one),
+                "reserved_bytes": one.reserved_bytes,
+                "mapped_bytes": one.mapped_bytes,
+                "fixed_bytes": one.fixed_bytes,
+                "map_count": one.map_count,
+                "unmap_count": one.unmap_count,
+                "refused_count": one.refused_count,
+            }
+            for one, layout in zip(stats, manager.layouts, strict=True)
+        ],
+    }
+
+
+def _pages(*stats: SegmentStats) -> dict[str, int]:
+    return {
+        "free": sum(one.pages_free for one in stats),
+        "used": sum(one.pages_used for one in stats),
+        "cached": sum(one.pages_cached for one in stats),
     }
