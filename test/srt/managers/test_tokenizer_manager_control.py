@@ -53,6 +53,15 @@ async def test_replies_find_their_questions() -> None:
         assert (await second).message == "two"
 
 
+async def test_requests_are_listed_under_their_users_ids() -> None:
+    async with rig(None) as r:
+        asked = asyncio.create_task(r.manager.control("internal_state"))
+        assert isinstance(await r.sent(), ControlReq)
+        listed = [{"rid": "a#1"}, {"rid": "with#hash#22"}]
+        r.reply(ControlReply(1, True, data={"requests": listed}))
+        assert (await asked).data["requests"] == [{"rid": "a"}, {"rid": "with#hash"}]
+
+
 async def test_a_question_that_is_not_answered_times_out() -> None:
     async with rig(None) as r:
         with pytest.raises(RequestError, match="did not answer 'audit'") as error:

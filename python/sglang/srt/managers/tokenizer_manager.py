@@ -55,6 +55,16 @@ LONG_TEXT_CHARS = 1 << 15
 """Longer texts are tokenised by threads of their own, so that short ones never wait for them."""
 
 
+def wire_rid(rid: str, number: int) -> str:
+    """The id between the processes: late news of a reused `rid` never reach its successor."""
+    return f"{rid}#{number}"
+
+
+def user_rid(wire: str) -> str:
+    """The user's own id again."""
+    return wire.rpartition("#")[0]
+
+
 class TokenizerManager:
     """The doors' way to the scheduler; every method runs on the loop that called `start`.
 
@@ -214,7 +224,7 @@ class TokenizerManager:
         if request.rid in self._rids:
             raise RequestError(f"A request with the id {request.rid!r} is already being served.")
         self._num_seen += 1
-        state = RequestState(request.rid, f"{request.rid}#{self._num_seen}")
+        state = RequestState(request.rid, wire_rid(request.rid, self._num_seen))
         self._rids.add(state.rid)
         self._states[state.wire_rid] = state
         return state
@@ -307,13 +317,16 @@ class TokenizerManager:
         self._sender.send(ControlReq(seq, op, args))
         try:
             async with asyncio.timeout(timeout_s):
-                return await reply
+                answer = await reply
         except TimeoutError:
             raise RequestError(
                 f"The scheduler did not answer {op!r} within {timeout_s:g} s.", 503
             ) from None
         finally:
             del self._control_replies[seq]
+        for request in answer.data.get("requests", ()):
+            request["rid"] = user_rid(request["rid"])
+        return answer
 
     async def flush_cache(self, timeout_s: float = 0.0) -> ControlReply:
         """Empty the prefix cache, waiting at most `timeout_s` for running requests to end.
