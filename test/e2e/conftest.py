@@ -12,9 +12,18 @@ from e2e.server_process import ServerProcess, running_server
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
-    """SmolLM2 with short idle times, so that memory comes back within a test."""
+    """SmolLM2 with short idle times, so that memory comes back within a test.
+
+    In float32: what shares a batch changes the rounding, and in bfloat16 that can flip a token.
+    """
     with running_server(
-        "--kv-idle-release-seconds", "0.5", "--prefix-cache-idle-seconds", "1", "--enable-metrics"
+        "--dtype",
+        "float32",
+        "--kv-idle-release-seconds",
+        "0.5",
+        "--prefix-cache-idle-seconds",
+        "1",
+        "--enable-metrics",
     ) as process:
         yield process
 
