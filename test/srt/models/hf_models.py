@@ -62,6 +62,20 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
     return model
 
 
+def hf_greedy(model: PreTrainedModel, prompt: list[int], num_new: int) -> list[int]:
+    """transformers' own cached decoding, one request at a time, past any end-of-text token."""
+    ids = torch.tensor([prompt])
+    answer: torch.Tensor = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_new,
+        do_sample=False,
+        eos_token_id=-1,
+        pad_token_id=0,
+    )
+    return answer[0, len(prompt) :].tolist()
+
+
 def save(model: PreTrainedModel, folder: Path, **arguments: Any) -> str:
     """save_pretrained, returning the path as a string."""
     model.save_pretrained(folder, **arguments)
