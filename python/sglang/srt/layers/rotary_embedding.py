@@ -140,7 +140,10 @@ def _llama3_frequencies(base: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     """Keep short wavelengths, divide long ones by the factor, blend between."""
     turns = rope.original_max_position * base / (2 * math.pi)  # within the trained length
     span = rope.high_freq_factor - rope.low_freq_factor
-    keep = ((turns - rope.low_freq_factor) / span).clamp(0.0, 1.0)
+    if span == 0.0:  # Llama-4-Scout: nothing to blend
+        keep = (turns >= rope.low_freq_factor).double()
+    else:
+        keep = ((turns - rope.low_freq_factor) / span).clamp(0.0, 1.0)
     return base * keep + base / rope.factor * (1 - keep)
 
 
