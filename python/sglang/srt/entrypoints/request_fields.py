@@ -3,7 +3,8 @@
 A field is served (it is an attribute of the endpoint's body struct), accepted (it cannot change
 the answer here) or refused (the answer would differ from what the client asked: 400 naming it,
 unless it holds a neutral value). Null means "not given" unless the field's type has a None of its
-own. Unknown fields are refused or ignored, as the endpoint says.
+own. Unknown fields are refused or ignored, as the endpoint says. A field of a union with
+`msgspec.Raw` is left as it comes: JSON text, or what `split_body` has read of it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import msgspec
 import numpy as np
 
 from sglang.srt.entrypoints.http_errors import bad_field
-from sglang.srt.entrypoints.request_body import RawFields, decode_field
+from sglang.srt.entrypoints.request_body import Fields, RawFields, decode_field
 from sglang.srt.errors import RequestError
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -53,7 +54,7 @@ class FieldTable(Generic[S]):
         self._body = body
         self._served = {name: hints[name] for name in body.__struct_fields__}
         self._decoders: dict[str, msgspec.json.Decoder[Any]] = {
-            name: msgspec.json.Decoder(hint) for name, hint in self._served.items()
+            name: msgspec.json.Decoder(_json_type(hint)) for name, hint in self._served.items()
         }
         self._nullable = frozenset(n for n, hint in self._served.items() if _takes_none(hint))
         self._accepted = frozenset(accepted)
@@ -75,7 +76,7 @@ class FieldTable(Generic[S]):
         """The fields that are refused, and why."""
         return self._refused
 
-    def read(self, fields: RawFields, prefix: str = "") -> S:
+    def read(self, fields: Fields, prefix: str = "") -> S:
         """The body struct, defaults where a field is absent.
 
         `prefix` stands before a field's name in messages. Raises RequestError 400 naming the
@@ -83,7 +84,9 @@ class FieldTable(Generic[S]):
         """
         values: dict[str, Any] = {}
         for name, raw in fields.items():
-            if name in self._served:
+            if not isinstance(raw, msgspec.Raw):
+                values[name] = raw
+            elif name in self._served:
                 if is_null(raw):
                     if name in self._nullable:
                         values[name] = None
@@ -107,9 +110,18 @@ def is_null(raw: msgspec.Raw) -> bool:
     return bytes(memoryview(raw)[:5]) == NULL
 
 
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; none for any other type."""
+    is_union = typing.get_origin(hint) in (Union, types.UnionType)
+    return typing.get_args(hint) if is_union else ()
+
+
 def _takes_none(hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    return origin in (Union, types.UnionType) and type(None) in typing.get_args(hint)
+    return type(None) in _members(hint)
+
+
+def _json_type(hint: Any) -> Any:
+    return msgspec.Raw if msgspec.Raw in _members(hint) else hint
 
 
 def raw_from_python(values: Mapping[str, Any]) -> RawFields:
