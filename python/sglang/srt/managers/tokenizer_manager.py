@@ -205,6 +205,7 @@ class TokenizerManager:
                 return
             self._check_alive()
             self._sender.send(message)
+            del message  # its ids are ZeroMQ's now
             state.sent = True
             while True:
                 delta = await state.next_delta()
@@ -251,7 +252,7 @@ class TokenizerManager:
             assert request.text is not None  # check_fields
             input_ids = await self.tokenize(request.text, request.add_special_tokens)
         input_ids = np.ascontiguousarray(input_ids, dtype="<i4")
-        validation.check_ids(input_ids, self.model_config.vocab_size)
+        await self._check_ids(input_ids)
         params = validation.fit_to_context(
             len(input_ids), request.sampling_params, self.context_length
         )
@@ -282,6 +283,14 @@ class TokenizerManager:
                 prefix_ids=input_ids[-NUM_PREFIX_IDS:].tobytes(),
             ),
         )
+
+    async def _check_ids(self, input_ids: IdArray) -> None:
+        """Refuse ids that the model has no embedding for; many are looked at in a thread."""
+        vocab_size = self.model_config.vocab_size
+        if len(input_ids) <= LONG_TEXT_CHARS:
+            validation.check_ids(input_ids, vocab_size)
+            return
+        await self._in_thread(len(input_ids), lambda: validation.check_ids(input_ids, vocab_size))
 
     async def abort(self, rid: str = "", abort_all: bool = False) -> None:
         """End the requests whose id starts with `rid` (as SGLang does), or all of them.
