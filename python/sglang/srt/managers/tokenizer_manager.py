@@ -154,11 +154,18 @@ class TokenizerManager:
     # ---- text
 
     async def tokenize(self, text: str, add_special_tokens: bool = True) -> IdArray:
-        """Token ids of `text`, int32 [n], computed off the event loop."""
-        tokenizer = self._need_tokenizer()
-        return await self._in_thread(
-            len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        )
+        """Token ids of `text`, int32 [n], computed off the event loop.
+
+        A long text is a thread's work piece by piece, so long texts take turns, and one whose
+        client has left ends with its piece.
+        """
+        pieces = self._need_tokenizer().encode_pieces(text, add_special_tokens=add_special_tokens)
+        parts: list[IdArray] = []
+        while (ids := await self._in_thread(len(text), lambda: next(pieces, None))) is not None:
+            parts.append(ids)
+        if len(parts) == 1:
+            return parts[0]
+        return await self._in_thread(len(text), lambda: np.concatenate(parts))
 
     async def detokenize(
         self, token_ids: npt.NDArray[np.int32], skip_special_tokens: bool = True
