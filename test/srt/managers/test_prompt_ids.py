@@ -78,13 +78,20 @@ def test_the_detokenizer_never_gets_the_prompt(stop: tuple[str, ...]) -> None:
 async def test_the_manager_sends_the_callers_own_memory() -> None:
     async with rig(None) as bench:
         asked = request(ids=np.arange(90))
+        ids = asked.input_ids
         sent: list[Any] = []
         bench.manager._sender.send = sent.append  # type: ignore[method-assign]
         stream = bench.manager.generate(asked)
         waiting = asyncio.ensure_future(anext(stream))
         await eventually(lambda: sent)
-        assert np.shares_memory(np.frombuffer(sent[0].input_ids, np.int32), asked.input_ids)
+        assert np.shares_memory(np.frombuffer(sent[0].input_ids, np.int32), ids)
         assert len(sent[0].detok.prefix_ids) == 4 * NUM_PREFIX_IDS
+        gone = weakref.finalize(ids, lambda: None)
+        assert asked.input_ids is None
+        del ids
+        sent.clear()
+        gc.collect()
+        assert not gone.alive  # while the request runs, its prompt is the scheduler's alone
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         await stream.aclose()

@@ -24,8 +24,9 @@ PIECE_BYTES = 1 << 20
 _LONGEST_NAME = 1 << 10
 _MARK = re.compile(rb'["\[\]{}]')
 _SCALAR = re.compile(rb"[^\s,}\]]*")
-# A byte that neither ends a string nor belongs to an escape, and begins a character.
-_CUT = re.compile(rb"[ !#-.:-@G-Z\[\]^_`g-mo-qsv-~\xc2-\xf4]")
+# A byte that begins a character, with no escape so near before it that it could be part of one, or
+# of the other half of its surrogate pair.
+_CUT = re.compile(rb"(?<=[^\\]{6})[^\x80-\xbf]")
 _TEXT = msgspec.json.Decoder(str)
 
 

@@ -106,13 +106,17 @@ GENERATE_FIELDS = FieldTable(
 
 @dataclass(frozen=True)
 class GenerateCall:
-    """A read request: the call, and how its reply has to look."""
+    """A read request: the call, and how its reply has to look.
+
+    `prompt_ids`: each prompt's ids, filled in before the call runs when the reply shows them.
+    """
 
     call: Call
     is_batch: bool
     stream: bool
     text_in_logprobs: bool
     return_prompt_ids: bool
+    prompt_ids: tuple[IdArray | None, ...] = ()
 
     @property
     def replies_with_list(self) -> bool:

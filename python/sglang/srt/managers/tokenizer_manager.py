@@ -160,12 +160,17 @@ class TokenizerManager:
         client has left ends with its piece.
         """
         pieces = self._need_tokenizer().encode_pieces(text, add_special_tokens=add_special_tokens)
-        parts: list[IdArray] = []
-        while (ids := await self._in_thread(len(text), lambda: next(pieces, None))) is not None:
-            parts.append(ids)
-        if len(parts) == 1:
-            return parts[0]
-        return await self._in_thread(len(text), lambda: np.concatenate(parts))
+        found = bytearray()  # grows in place, and is the result's memory
+
+        def read_piece() -> bool:
+            ids = next(pieces, None)
+            if ids is not None:
+                found.extend(ids.data.cast("B"))
+            return ids is not None
+
+        while await self._in_thread(len(text), read_piece):
+            pass
+        return np.frombuffer(found, dtype=np.int32)
 
     async def detokenize(
         self, token_ids: npt.NDArray[np.int32], skip_special_tokens: bool = True
@@ -202,7 +207,8 @@ class TokenizerManager:
 
         Raises RequestError before anything is sent when the request cannot be served, and later
         (503) when the server dies. Closing or cancelling the iterator early aborts the request
-        in the scheduler. News that the consumer is too slow for are merged.
+        in the scheduler. News that the consumer is too slow for are merged. Once the scheduler
+        has the prompt, `request` has it no more.
         """
         state = self._register(request)
         try:
@@ -212,8 +218,9 @@ class TokenizerManager:
                 return
             self._check_alive()
             self._sender.send(message)
-            del message  # its ids are ZeroMQ's now
             state.sent = True
+            del message  # its ids are ZeroMQ's now
+            request.forget_prompt()
             while True:
                 delta = await state.next_delta()
                 yield delta

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
+from tokenizers import models
 
 from sglang.srt.tokenizer.pre_tokenizers import cutting_patterns
 
@@ -75,8 +76,8 @@ class TextBorders:
         added = [*backend.get_added_tokens_decoder().values()]
         if any(token.single_word for token in added):
             return None
-        model = _state(backend.model)
-        if model.get("dropout"):
+        model = backend.model  # not its state, which holds the whole vocabulary
+        if isinstance(model, models.BPE) and model.dropout:
             return None
         contents = {token.content for token in added if token.content}
         contents |= {content.replace(SPACE_MARK, " ") for content in contents}
@@ -197,9 +198,10 @@ def _split_at_spaces() -> dict[str, Any]:
     return {"type": "Split", "pattern": pattern, "behavior": "MergedWithPrevious", "invert": False}
 
 
-def _merges_locally(model: Mapping[str, Any]) -> bool:
-    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    return model["type"] == "BPE" and not affixes and not model.get("ignore_merges")
+def _merges_locally(model: models.Model) -> bool:
+    if not isinstance(model, models.BPE) or model.ignore_merges:
+        return False
+    return not model.continuing_subword_prefix and not model.end_of_word_suffix
 
 
 def _before_marks(vocab: Mapping[str, int]) -> frozenset[str] | None:
