@@ -16,17 +16,17 @@ from sglang.srt.layers.moe import (
     route_by_softmax,
 )
 
-E, H, I = 6, 16, 8
+E, H, WIDTH = 6, 16, 8
 
 
 class Checkpoint:
-    """Random experts as whole tensors: gate and up [E, I, H], down [E, H, I], and biases."""
+    """Random experts: gate and up [E, WIDTH, H], down [E, H, WIDTH], and biases."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
-        self.gate, self.up = (torch.randn(E, I, H, generator=generator) for _ in range(2))
-        self.down = torch.randn(E, H, I, generator=generator)
-        self.gate_up_bias = torch.randn(E, 2 * I, generator=generator)
+        self.gate, self.up = (torch.randn(E, WIDTH, H, generator=generator) for _ in range(2))
+        self.down = torch.randn(E, H, WIDTH, generator=generator)
+        self.gate_up_bias = torch.randn(E, 2 * WIDTH, generator=generator)
         self.down_bias = torch.randn(E, H, generator=generator)
 
     def tensors(self, layout: ExpertLayout, bias: bool) -> dict[str, torch.Tensor]:
@@ -56,7 +56,10 @@ class Checkpoint:
                 row = x[t].double() * (weight if scale_inputs else 1.0)
                 gate, up = self.gate[e].double() @ row, self.up[e].double() @ row
                 if bias:
-                    gate, up = gate + self.gate_up_bias[e, :I], up + self.gate_up_bias[e, I:]
+                    gate, up = (
+                        gate + self.gate_up_bias[e, :WIDTH],
+                        up + self.gate_up_bias[e, WIDTH:],
+                    )
                 result = self.down[e].double() @ (torch.nn.functional.silu(gate) * up)
                 if bias:
                     result = result + self.down_bias[e]
@@ -74,7 +77,7 @@ def make_experts(
     experts = Experts(
         E,
         H,
-        I,
+        WIDTH,
         layout=layout,
         scale_inputs=scale_inputs,
         bias=bias,
@@ -168,8 +171,8 @@ def test_shards_add_up(layout: ExpertLayout, bias: bool, monkeypatch: pytest.Mon
 def test_wrong_tensors_are_refused_by_name() -> None:
     experts = make_experts()
     for name, shape, message in (
-        ("gate_up_proj", (E, H, I), "dimension -1 should be 16"),
-        ("gate_up_proj", (E, H + 1, 2 * I), "gate_up_proj: the checkpoint has shape"),
+        ("gate_up_proj", (E, H, WIDTH), "dimension -1 should be 16"),
+        ("gate_up_proj", (E, H + 1, 2 * WIDTH), "gate_up_proj: the checkpoint has shape"),
         ("down_proj", (E, H), "dimension 1 should be 8"),
         ("down_proj_bias", (E, H), "no parameter 'down_proj_bias'"),
         ("weight", (E,), "no parameter 'weight'"),
@@ -179,7 +182,7 @@ def test_wrong_tensors_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="dimension 0 should be 8"):
         experts.weight_loader("gate_up_proj", torch.zeros(3, H), (0, "up"))
     with pytest.raises(ValueError, match="down of expert 2: the checkpoint has shape"):
-        experts.weight_loader("down_proj", torch.zeros(3, I), (2, "down"))
+        experts.weight_loader("down_proj", torch.zeros(3, WIDTH), (2, "down"))
     with pytest.raises(ValueError, match=r"expert width \(8\) cannot be divided by tp_size 3"):
         make_experts(parallel=ParallelState(0, 3))
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -14,6 +16,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
@@ -21,6 +25,32 @@ FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+MOE_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
+    "llama4": (Llama4TextConfig, Llama4ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+}
+CHUNK = 24
+MOE_FIELDS: dict[str, dict[str, Any]] = {
+    "llama4": {
+        "intermediate_size": 40,
+        "intermediate_size_mlp": 96,
+        "num_hidden_layers": 4,
+        "num_local_experts": 4,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": CHUNK,
+        "floor_scale": 16,
+        "attn_scale": 0.3,
+        "head_dim": 16,
+    },
+    "qwen3_moe": {
+        "moe_intermediate_size": 24,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+        "head_dim": 16,
+    },
 }
 VOCAB = 160
 
@@ -30,7 +60,7 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
 
     Weights are larger than a fresh model's, so that attention and logits are far from uniform.
     """
-    config_class, model_class = FAMILIES[family]
+    config_class, model_class = {**FAMILIES, **MOE_FAMILIES}[family]
     fields: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -43,6 +73,7 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
         "bos_token_id": None,
         "eos_token_id": None,
         "attn_implementation": "eager",
+        **MOE_FIELDS.get(family, {}),
         **changes,
     }
     if family == "qwen3":
