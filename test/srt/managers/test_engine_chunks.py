@@ -6,11 +6,13 @@ every offset around a chunk's border.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from srt.managers.test_engine_tokens import tower
@@ -68,6 +70,24 @@ def test_llama4_equals_transformers(
         assert [engine.output(f"r{number}") for number in range(len(PROMPTS))] == answers
         kinds = [group["kind"] for group in engine.memory.memory_object()["groups"]]
         assert kinds == ["full", "chunked"]
+
+
+def test_the_text_part_of_a_multimodal_checkpoint(
+    llama4: Model, answers: list[list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference, path = llama4
+    tensors = {f"language_model.{k}": v.clone() for k, v in reference.state_dict().items()}
+    tensors |= {"vision_model.a.weight": torch.ones(2), "multi_modal_projector.b": torch.ones(1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    text = json.loads((Path(path) / "config.json").read_text())
+    raw = {"architectures": ["Llama4ForConditionalGeneration"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with caplog.at_level("INFO"), tower(str(tmp_path)) as engine:
+        engine.send("r", PROMPTS[2])
+        engine.run()
+        assert engine.output("r") == answers[2]
+    notes = [record.message for record in caplog.records if "vision" in record.message]
+    assert notes == ["Only text is served: 2 vision weights of the model are not used."]
 
 
 def test_prefix_hits_around_a_chunk_border(llama4: Model) -> None:

@@ -64,8 +64,9 @@ class RotaryEmbedding(nn.Module):
     def cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and signed sine [T, 1, D] float32 of the positions [T].
 
-        The sine's first half (or first of a pair) is negated. The last answer is kept and given again while the very
-        same tensor is asked for, as every layer of a step does; it must not be modified between.
+        The sine's first half (or the first of each pair) is negated. The last answer is kept and
+        given again while the very same tensor is asked for, as every layer of a step does; it
+        must not be modified between.
         """
         if self._last is not None and self._last[0] is positions:
             return self._last[1], self._last[2]
