@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from transformers import (
+    Gemma3TextConfig,
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -34,6 +35,12 @@ HF_CONFIGS = {
     "Qwen3MoeForCausalLM": Qwen3MoeConfig,
     "Llama4ForCausalLM": Llama4TextConfig,
     "Llama4ForConditionalGeneration": Llama4TextConfig,
+    "Gemma3ForCausalLM": Gemma3TextConfig,
+    "Gemma3ForConditionalGeneration": Gemma3TextConfig,
+}
+MULTIMODAL = {
+    "Llama4ForConditionalGeneration": "llama4",
+    "Gemma3ForConditionalGeneration": "gemma3",
 }
 
 TINY: dict[str, Any] = {
@@ -80,8 +87,7 @@ def test_missing_fields_mean_what_transformers_means(tmp_path: Path, architectur
     hf = HF_CONFIGS[architecture]()
     path = write(tmp_path, {"architectures": [architecture]})
     config = ModelConfig.from_path(path)
-    multimodal = architecture == "Llama4ForConditionalGeneration"
-    assert config.model_type == ("llama4" if multimodal else hf.model_type)
+    assert config.model_type == MULTIMODAL.get(architecture, hf.model_type)
     dense = "intermediate_size_mlp" if "Llama4" in architecture else "intermediate_size"
     for ours, theirs in [
         ("vocab_size", "vocab_size"),
@@ -97,7 +103,8 @@ def test_missing_fields_mean_what_transformers_means(tmp_path: Path, architectur
         ("sliding_window", "sliding_window"),
     ]:
         assert getattr(config, ours) == getattr(hf, theirs, None), ours
-    assert config.rope.theta == hf.rope_parameters["rope_theta"]
+    ropes = hf.rope_parameters
+    assert config.rope.theta == ropes.get("full_attention", ropes)["rope_theta"]
     assert config.eos_token_ids == (() if hf.eos_token_id is None else (hf.eos_token_id,))
 
 

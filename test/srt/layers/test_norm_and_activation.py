@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang.srt.layers.activation import SiluAndMul
-from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.activation import GeluTanhAndMul, SiluAndMul
+from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
 
 
 def make_norm(dtype: torch.dtype) -> RMSNorm:
@@ -58,3 +58,25 @@ def test_silu_and_mul(rows: int) -> None:
     gate, up = x[:, :10].double(), x[:, 10:].double()
     want = gate / (1 + (-gate).exp()) * up
     torch.testing.assert_close(SiluAndMul()(x).double(), want, rtol=0, atol=1e-6)
+
+
+def test_gemma_norm_adds_one_in_float32() -> None:
+    norm = GemmaRMSNorm(4, 1e-6, dtype=torch.bfloat16)
+    norm.weight_loader("weight", torch.tensor([0.0, 0.003, -0.5, 2.0]))
+    x = torch.tensor([[1.0, 1.0, 1.0, 1.0]], dtype=torch.bfloat16) * 300
+    residual = torch.zeros(1, 4)
+    out, total = norm(x, residual)
+    assert (out.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+    factor = 1.0 + norm.weight.float()
+    assert torch.equal(out[0], factor.to(torch.bfloat16))
+    wide = GemmaRMSNorm(4, 1e-6, dtype=torch.float32)
+    wide.weight_loader("weight", norm.weight.float())
+    torch.testing.assert_close(wide(x.float())[0], factor, rtol=1e-6, atol=0)
+
+
+def test_gelu_tanh_and_mul() -> None:
+    x = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    gate, up = x[:, :10].double(), x[:, 10:].double()
+    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    want = gate / 2 * (1 + inner.tanh()) * up
+    torch.testing.assert_close(GeluTanhAndMul()(x).double(), want, rtol=0, atol=1e-6)

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -30,7 +32,11 @@ MOE_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
     "llama4": (Llama4TextConfig, Llama4ForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
+MIXED_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+}
 CHUNK = 24
+WINDOW = 20
 MOE_FIELDS: dict[str, dict[str, Any]] = {
     "llama4": {
         "intermediate_size": 40,
@@ -52,6 +58,20 @@ MOE_FIELDS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
     },
 }
+MIXED_FIELDS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "head_dim": 16,
+        "num_hidden_layers": 4,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
+        },
+        "tie_word_embeddings": True,
+    },
+}
 VOCAB = 160
 
 
@@ -60,7 +80,7 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
 
     Weights are larger than a fresh model's, so that attention and logits are far from uniform.
     """
-    config_class, model_class = {**FAMILIES, **MOE_FAMILIES}[family]
+    config_class, model_class = {**FAMILIES, **MOE_FAMILIES, **MIXED_FAMILIES}[family]
     fields: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -74,6 +94,7 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
         "eos_token_id": None,
         "attn_implementation": "eager",
         **MOE_FIELDS.get(family, {}),
+        **MIXED_FIELDS.get(family, {}),
         **changes,
     }
     if family == "qwen3":
@@ -87,6 +108,9 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() > 1:
                 scale = 1.0 if "embed_tokens" in name else 1.2 / parameter.shape[-1] ** 0.5
+                if family == "gemma3" and "embed_tokens" in name:
+                    # The model scales it up again; larger, the input's own token always wins.
+                    scale = 3.0 / parameter.shape[-1]
                 parameter.copy_(noise * scale)
             else:
                 parameter.copy_(noise * 0.2 + (0.0 if name.endswith("bias") else 1.0))

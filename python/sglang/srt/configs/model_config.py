@@ -230,16 +230,21 @@ def _build(
     values.update({k: v for k, v in raw.items() if v is not None or k in family.null_means_none})
     hidden, heads = positive(values, "hidden_size"), positive(values, "num_attention_heads")
     head_dim, kv_heads = _head_shape(values, hidden, heads)
-    if values["hidden_act"] not in family.hidden_acts:
+    activation = values[family.act_field]
+    if activation not in family.hidden_acts:
         supported = " or ".join(repr(name) for name in family.hidden_acts)
-        raise ValueError(
-            f"hidden_act {values['hidden_act']!r} is not supported; only {supported} is"
-        )
+        raise ValueError(f"{family.act_field} {activation!r} is not supported; only {supported} is")
     num_layers = positive(values, "num_hidden_layers")
     max_position = positive(values, "max_position_embeddings")
     rope = rope_config_from_hf(
-        values, max_position_embeddings=max_position, default_theta=family.rope_theta
+        values,
+        max_position_embeddings=max_position,
+        default_theta=family.rope_theta,
+        layer_type=family.rope_layer_type,
     )
+    length = max_position
+    if not family.length_is_scaled:
+        length = _derived_context_length(values, rope, max_position)
     traits = family.read_traits(values, num_layers)
     return ModelConfig(
         architecture=architecture,
@@ -254,9 +259,9 @@ def _build(
         v_head_dim=head_dim,
         rms_norm_eps=float(values["rms_norm_eps"]),
         tie_word_embeddings=bool(values["tie_word_embeddings"]),
-        hidden_act=str(values["hidden_act"]),
+        hidden_act=str(activation),
         rope=rope,
-        max_position_embeddings=_derived_context_length(values, rope, max_position),
+        max_position_embeddings=length,
         torch_dtype=_dtype_name(raw),
         bos_token_id=_first_id(values.get("bos_token_id")),
         eos_token_ids=_all_ids(generation.get("eos_token_id"), values.get("eos_token_id")),

@@ -6,9 +6,12 @@ imports torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from sglang.srt.configs.rope_config import RopeConfig
 
 Fields = Mapping[str, Any]  # of a config.json, defaults filled in
 
@@ -49,8 +52,12 @@ class ModelTraits:
     Of layer l a query at position p sees (p - w, p] where `layer_windows[l]` is w, or
     [p - p % c, p] where `layer_chunks[l]` is c, both in tokens; everything up to p where both are
     None. Never are both set. `layer_rope[l]`: whether the layer's q and k turn by their position.
-    `interleaved_rope`: dimensions 2i and 2i + 1 turn together, not i and i + D/2. `temperature` is
-    that of the layers that don't turn, `moe` None where every MLP is dense.
+    `interleaved_rope`: dimensions 2i and 2i + 1 turn together, not i and i + D/2. Layers with a
+    window turn by `window_rope` unless it is None. `temperature` is that of the layers that don't
+    turn, `moe` None where every MLP is dense.
+
+    Scores are q k^T times `attention_scaling` (None: head_dim ** -0.5). A cap c > 0 turns scores
+    (`attention_logit_cap`) or logits (`final_logit_cap`) s into c * tanh(s / c).
     """
 
     attention_bias: bool = False
@@ -62,8 +69,12 @@ class ModelTraits:
     layer_chunks: tuple[int | None, ...]
     layer_rope: tuple[bool, ...]
     interleaved_rope: bool = False
+    window_rope: RopeConfig | None = None
     temperature: TemperatureConfig | None = None
     moe: MoEConfig | None = None
+    attention_scaling: float | None = None
+    attention_logit_cap: float = 0.0
+    final_logit_cap: float = 0.0
 
     @property
     def sliding_window(self) -> int | None:
@@ -95,7 +106,10 @@ class ModelFamily:
     `defaults` is what a field means when the file leaves it out (those of the published config
     class) and `rope_theta` the same for the rotary base. `read_traits` (fields with defaults,
     number of layers) raises ValueError naming an impossible field. `mlp_field` is the width of the
-    dense MLP. `text_part` names the object that holds the text model's fields, None: the file does.
+    dense MLP, `act_field` names its activation. `text_part` names the object that holds the text
+    model's fields, None: the file does. `rope_layer_type` names the layers whose rotation is the
+    model's where a file has one per layer type, None: such files are refused. With
+    `length_is_scaled` max_position_embeddings includes rope scaling.
     """
 
     model_type: str
@@ -104,6 +118,9 @@ class ModelFamily:
     rope_theta: float = 10000.0
     hidden_acts: tuple[str, ...] = ("silu",)
     mlp_field: str = "intermediate_size"
+    act_field: str = "hidden_act"
+    rope_layer_type: str | None = None
+    length_is_scaled: bool = False
     text_part: str | None = None
     null_means_none: frozenset[str] = field(
         default_factory=lambda: frozenset({"sliding_window", "bos_token_id", "eos_token_id"})
@@ -116,6 +133,14 @@ def positive(fields: Fields, key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{key} must be a positive whole number, not {value!r}")
     return value
+
+
+def positive_number(fields: Fields, key: str) -> float:
+    """A positive finite number; ValueError naming the field for anything else."""
+    value = fields.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{key} must be a positive number, not {value!r}")
+    return float(value)
 
 
 def layer_types(fields: Fields, num_layers: int, known: tuple[str, ...]) -> tuple[str, ...] | None:

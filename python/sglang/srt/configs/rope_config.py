@@ -80,14 +80,19 @@ class RopeConfig:
 
 
 def rope_config_from_hf(
-    raw: Mapping[str, Any], *, max_position_embeddings: int, default_theta: float = 10000.0
+    raw: Mapping[str, Any],
+    *,
+    max_position_embeddings: int,
+    default_theta: float = 10000.0,
+    layer_type: str | None = None,
 ) -> RopeConfig:
     """Read the rotary fields of a config.json in either spelling.
 
-    `rope_parameters` wins over `rope_scaling` where both are present. Raises ValueError, naming
-    the field, for an unknown type, a missing or impossible number, or a partial rotary factor.
+    `rope_parameters` wins over `rope_scaling` where both are present. Of a file with fields per
+    layer type those of `layer_type` are read (None: such a file is refused). Raises ValueError,
+    naming the field, for an unknown type, a missing or impossible number, or a partial factor.
     """
-    merged = _merge_spellings(raw, default_theta)
+    merged = _merge_spellings(raw, default_theta, layer_type)
     rope_type = str(merged.get("rope_type") or merged.get("type") or "default")
     if rope_type == "mrope":
         raise ValueError("rope type 'mrope' belongs to multimodal models, which are not supported")
@@ -124,7 +129,9 @@ def rope_config_from_hf(
     return config
 
 
-def _merge_spellings(raw: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
+def _merge_spellings(
+    raw: Mapping[str, Any], default_theta: float, layer_type: str | None
+) -> dict[str, Any]:
     """One flat dict of rope fields out of `rope_parameters` or `rope_scaling` + `rope_theta`."""
     theta = raw.get("rope_theta")
     merged: dict[str, Any] = {"rope_theta": default_theta if theta is None else theta}
@@ -135,7 +142,10 @@ def _merge_spellings(raw: Mapping[str, Any], default_theta: float) -> dict[str, 
         if not isinstance(value, Mapping):
             raise ValueError(f"{key} must be an object or null, not {value!r}")
         if any(isinstance(v, Mapping) for v in value.values()):
-            raise ValueError(f"{key} per layer type is not supported")
+            value = value.get(layer_type) if layer_type is not None else None
+            if not isinstance(value, Mapping):
+                what = "per layer type" if layer_type is None else f"without {layer_type}"
+                raise ValueError(f"{key} {what} is not supported")
         if key == "rope_parameters":
             merged = {"rope_theta": merged["rope_theta"]}
         merged.update({k: v for k, v in value.items() if v is not None})

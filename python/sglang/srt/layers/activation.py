@@ -1,4 +1,7 @@
-"""Gated activations of the MLP: stateless modules over a merged gate and up projection."""
+"""Gated activations of the MLP: stateless modules over a merged gate and up projection.
+
+All map x [*, 2 d], which holds gate then up, to [*, d] (arXiv 2002.05202).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,16 @@ from torch import nn
 
 
 class SiluAndMul(nn.Module):
-    """silu(gate) * up, where x [*, 2 d] holds gate then up; returns [*, d] (arXiv 2002.05202)."""
+    """silu(gate) * up."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
+
+
+class GeluTanhAndMul(nn.Module):
+    """gelu(gate) * up, with the tanh approximation of gelu (arXiv 1606.08415)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up

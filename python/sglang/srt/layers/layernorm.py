@@ -53,3 +53,14 @@ class RMSNorm(nn.Module):
         if param_name != "weight":
             raise ValueError(f"RMSNorm has no parameter {param_name!r}")
         copy_checked(self.weight.data, loaded, param_name)
+
+
+class GemmaRMSNorm(RMSNorm):
+    """`RMSNorm` whose checkpoint weight is the distance of the factor from 1.
+
+    1 + weight is computed in float32: in bfloat16 a small weight would be lost beside the 1.
+    """
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        factor = 1.0 + self.weight.float()
+        return F.rms_norm(x.float(), (x.shape[-1],), factor, self.eps).to(self.weight.dtype)

@@ -68,7 +68,8 @@ class VocabParallelEmbedding(_VocabShard):
 class ParallelLMHead(_VocabShard):
     """Hidden rows [R, embedding_dim] -> logits [R, num_embeddings] in the weight's dtype.
 
-    `tied_to` shares the embedding's rows instead of owning some.
+    `tied_to` shares the embedding's rows instead of owning some. `logit_cap` c > 0 turns a logit s
+    into c * tanh(s / c), computed and given in float32.
     """
 
     def __init__(
@@ -79,13 +80,17 @@ class ParallelLMHead(_VocabShard):
         parallel: ParallelState,
         dtype: torch.dtype,
         tied_to: VocabParallelEmbedding | None = None,
+        logit_cap: float = 0.0,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, parallel, dtype)
+        self.logit_cap = logit_cap
         if tied_to is not None:
             self.weight = tied_to.weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = F.linear(hidden, self.weight)
-        if self._parallel.tp_size == 1:
+        if self._parallel.tp_size > 1:
+            logits = self._parallel.all_gather(logits, -1)[..., : self.num_embeddings]
+        if self.logit_cap == 0.0:
             return logits
-        return self._parallel.all_gather(logits, -1)[..., : self.num_embeddings]
+        return logits.float().div_(self.logit_cap).tanh_().mul_(self.logit_cap)

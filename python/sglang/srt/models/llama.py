@@ -39,7 +39,8 @@ class DecoderOptions:
     """Where the families differ.
 
     `windows[l]` is layer l's sliding window and `chunks[l]` its attention chunk, in tokens or None
-    for neither; an empty tuple means that no layer has one.
+    for neither; an empty tuple means that no layer has one. `scaling` (None: head_dim ** -0.5) and
+    `logit_cap` are those of `RadixAttention`.
     """
 
     qkv_bias: bool = False
@@ -48,6 +49,8 @@ class DecoderOptions:
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
     chunks: tuple[int | None, ...] = ()
+    scaling: float | None = None
+    logit_cap: float = 0.0
 
     def window(self, layer_id: int) -> int | None:
         return self.windows[layer_id] if self.windows else None
@@ -57,17 +60,23 @@ class DecoderOptions:
 
 
 class LlamaMLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x)); `activation` maps gate and up together, None is `SiluAndMul`."""
 
     def __init__(
-        self, hidden: int, width: int, bias: bool, parallel: ParallelState, dtype: torch.dtype
+        self,
+        hidden: int,
+        width: int,
+        bias: bool,
+        parallel: ParallelState,
+        dtype: torch.dtype,
+        activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.gate_up_proj = MergedColumnParallelLinear(
             hidden, (width, width), bias=bias, parallel=parallel, dtype=dtype
         )
         self.down_proj = RowParallelLinear(width, hidden, bias=bias, parallel=parallel, dtype=dtype)
-        self.act_fn = SiluAndMul()
+        self.act_fn = SiluAndMul() if activation is None else activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gated: torch.Tensor = self.act_fn(self.gate_up_proj(x))
@@ -77,6 +86,8 @@ class LlamaMLP(nn.Module):
 
 class LlamaAttention(nn.Module):
     """Self-attention with rotary positions and grouped kv heads."""
+
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
 
     def __init__(
         self,
@@ -109,18 +120,19 @@ class LlamaAttention(nn.Module):
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if options.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
+            self.q_norm = self.norm_class(config.head_dim, config.rms_norm_eps, dtype=dtype)
+            self.k_norm = self.norm_class(config.head_dim, config.rms_norm_eps, dtype=dtype)
         self.rotary_emb = rotary_emb
         self.attn = RadixAttention(
             self.qkv_proj.num_heads,
             config.head_dim,
-            config.head_dim**-0.5,
+            config.head_dim**-0.5 if options.scaling is None else options.scaling,
             self.qkv_proj.num_kv_heads,
             layer_id,
             sliding_window=options.window(layer_id),
             attention_chunk=options.chunk(layer_id),
             v_head_dim=config.v_head_dim,
+            logit_cap=options.logit_cap,
         )
 
     def forward(
@@ -176,6 +188,7 @@ class LlamaDecoderLayer(nn.Module):
     """
 
     mlp_name: ClassVar[str] = "mlp"
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
 
     def __init__(
         self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module, dtype: torch.dtype
@@ -184,8 +197,8 @@ class LlamaDecoderLayer(nn.Module):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = self_attn
         self.add_module(self.mlp_name, mlp)
-        self.input_layernorm = RMSNorm(hidden, eps, dtype=dtype)
-        self.post_attention_layernorm = RMSNorm(hidden, eps, dtype=dtype)
+        self.input_layernorm = self.norm_class(hidden, eps, dtype=dtype)
+        self.post_attention_layernorm = self.norm_class(hidden, eps, dtype=dtype)
 
     def forward(
         self,
@@ -214,6 +227,8 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Embedding, decoder layers and the final norm."""
 
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
+
     def __init__(
         self,
         config: ModelConfig,
@@ -226,11 +241,11 @@ class LlamaModel(nn.Module):
             config.vocab_size, config.hidden_size, parallel=parallel, dtype=dtype
         )
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.norm = self.norm_class(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
     def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
         """Hidden states [R, hidden] of the wanted rows."""
-        x: torch.Tensor = self.embed_tokens(forward_batch.input_ids)
+        x = self.embed(forward_batch.input_ids)
         residual: torch.Tensor | None = None
         # Ascending rows without repeats: as many as tokens means every token, in order.
         prune = len(forward_batch.logits_rows) < forward_batch.num_tokens
@@ -240,6 +255,11 @@ class LlamaModel(nn.Module):
             forward_batch.progress.tick()
         normed: torch.Tensor = self.norm(x, residual)[0]
         return normed
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What the layers get for tokens int64 [T]: [T, hidden]."""
+        embedded: torch.Tensor = self.embed_tokens(input_ids)
+        return embedded
 
 
 class LlamaForCausalLM(CausalLM):
@@ -277,6 +297,7 @@ class LlamaForCausalLM(CausalLM):
             parallel=parallel,
             dtype=dtype,
             tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
+            logit_cap=config.final_logit_cap,
         )
 
     def make_model(

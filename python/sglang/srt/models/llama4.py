@@ -9,8 +9,7 @@ Shape letters: T packed new tokens, H heads, D head dim.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +29,7 @@ from sglang.srt.models.llama import (
     LlamaMLP,
     LlamaModel,
 )
-
-logger = logging.getLogger(__name__)
-
-_TEXT_PREFIX = "language_model."
-_VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
+from sglang.srt.models.multimodal import text_weights
 
 
 class Llama4Attention(LlamaAttention):
@@ -154,17 +149,4 @@ class Llama4ForConditionalGeneration(Llama4ForCausalLM):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """As `CausalLM.load_weights`, without the prefix of text names and without vision."""
-        super().load_weights(_text_weights(weights))
-
-
-def _text_weights(
-    weights: Iterable[tuple[str, torch.Tensor]],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    skipped = 0
-    for name, tensor in weights:
-        if name.startswith(_VISION_PREFIXES):
-            skipped += 1
-        else:
-            yield name.removeprefix(_TEXT_PREFIX), tensor
-    if skipped:
-        logger.info("Only text is served: %d vision weights of the model are not used.", skipped)
+        super().load_weights(text_weights(weights))

@@ -13,7 +13,9 @@ MODEL_CLASSES = {
     "Qwen3ForCausalLM": "sglang.srt.models.qwen3:Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM": "sglang.srt.models.qwen3_moe:Qwen3MoeForCausalLM",
     "Llama4ForCausalLM": "sglang.srt.models.llama4:Llama4ForCausalLM",
-    "Llama4ForConditionalGeneration": ("sglang.srt.models.llama4:Llama4ForConditionalGeneration"),
+    "Llama4ForConditionalGeneration": "sglang.srt.models.llama4:Llama4ForConditionalGeneration",
+    "Gemma3ForCausalLM": "sglang.srt.models.gemma3:Gemma3ForCausalLM",
+    "Gemma3ForConditionalGeneration": "sglang.srt.models.gemma3:Gemma3ForConditionalGeneration",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sglang.srt.configs.families.gemma3 import GEMMA3, GEMMA3_MULTIMODAL
 from sglang.srt.configs.families.llama import LLAMA, MISTRAL
 from sglang.srt.configs.families.llama4 import LLAMA4, LLAMA4_MULTIMODAL
 from sglang.srt.configs.families.qwen import QWEN2, QWEN3, QWEN3_MOE
@@ -15,4 +16,6 @@ FAMILIES: dict[str, ModelFamily] = {  # by architecture
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "Llama4ForCausalLM": LLAMA4,
     "Llama4ForConditionalGeneration": LLAMA4_MULTIMODAL,
+    "Gemma3ForCausalLM": GEMMA3,
+    "Gemma3ForConditionalGeneration": GEMMA3_MULTIMODAL,
 }

@@ -16,6 +16,7 @@ from sglang.srt.configs.model_traits import (
     TemperatureConfig,
     layer_types,
     positive,
+    positive_number,
 )
 
 _CHUNKED = "chunked_attention"
@@ -61,11 +62,10 @@ def _layer_chunks(fields: Fields, rope: tuple[bool, ...]) -> tuple[int | None, .
 def _temperature(fields: Fields) -> TemperatureConfig | None:
     if not fields["attn_temperature_tuning"]:
         return None
-    scale, floor = fields["attn_scale"], fields["floor_scale"]
-    for name, value in (("attn_scale", scale), ("floor_scale", floor)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ValueError(f"{name} must be a positive number, not {value!r}")
-    return TemperatureConfig(attn_scale=float(scale), floor_scale=float(floor))
+    return TemperatureConfig(
+        attn_scale=positive_number(fields, "attn_scale"),
+        floor_scale=positive_number(fields, "floor_scale"),
+    )
 
 
 def _moe(fields: Fields, num_layers: int) -> MoEConfig | None:

@@ -1,0 +1,102 @@
+"""Gemma 3, alone or as the text part of the multimodal checkpoints: what its fields mean.
+
+Source: arXiv 2503.19786, the published configurations and their documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from sglang.srt.configs.families.llama import sliding_windows
+from sglang.srt.configs.model_traits import (
+    Fields,
+    ModelFamily,
+    ModelTraits,
+    plain_traits,
+    positive,
+    positive_number,
+)
+from sglang.srt.configs.rope_config import RopeConfig, rope_config_from_hf
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def _read_gemma3(fields: Fields, num_layers: int) -> ModelTraits:
+    if fields["use_bidirectional_attention"]:
+        raise ValueError("use_bidirectional_attention is not supported")
+    bias = bool(fields["attention_bias"])
+    return plain_traits(
+        num_layers,
+        attention_bias=bias,
+        attention_output_bias=bias,
+        qk_norm=True,
+        layer_windows=_layer_windows(fields, num_layers),
+        window_rope=_window_rope(fields),
+        attention_scaling=positive_number(fields, "query_pre_attn_scalar") ** -0.5,
+        attention_logit_cap=_cap(fields, "attn_logit_softcapping"),
+        final_logit_cap=_cap(fields, "final_logit_softcapping"),
+    )
+
+
+def _layer_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
+    """As `layer_types` says, else every `sliding_window_pattern`-th layer is global."""
+    if fields.get("layer_types") is None:
+        # Newer files write the pattern under the second name.
+        older = fields.get("sliding_window_pattern") is not None
+        name = "sliding_window_pattern" if older else "_sliding_window_pattern"
+        pattern = positive(fields, name)
+        kinds = [_FULL if (n + 1) % pattern == 0 else _SLIDING for n in range(num_layers)]
+        fields = {**fields, "layer_types": kinds}
+    return sliding_windows(fields, num_layers, first=0)
+
+
+def _window_rope(fields: Fields) -> RopeConfig:
+    """Unscaled by `rope_local_base_freq`, unless the file has a rotation per layer type."""
+    per_type = fields.get("rope_parameters")
+    if not isinstance(per_type, Mapping) or _SLIDING not in per_type:
+        per_type = {"rope_theta": positive_number(fields, "rope_local_base_freq")}
+    return rope_config_from_hf(
+        {"rope_parameters": per_type},
+        max_position_embeddings=positive(fields, "max_position_embeddings"),
+        layer_type=_SLIDING,
+    )
+
+
+def _cap(fields: Fields, key: str) -> float:
+    return 0.0 if fields.get(key) is None else positive_number(fields, key)
+
+
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "_sliding_window_pattern": 6,
+    "rope_local_base_freq": 10000.0,
+    "use_bidirectional_attention": False,
+}
+
+GEMMA3 = ModelFamily(
+    "gemma3_text",
+    _DEFAULTS,
+    _read_gemma3,
+    rope_theta=1000000.0,
+    hidden_acts=("gelu_pytorch_tanh",),
+    act_field="hidden_activation",
+    rope_layer_type=_FULL,
+    length_is_scaled=True,
+)
+GEMMA3_MULTIMODAL = replace(GEMMA3, model_type="gemma3", text_part="text_config")
