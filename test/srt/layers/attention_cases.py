@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -173,6 +174,10 @@ class Case:
             if layer.attention_chunk is not None:
                 visible &= key_at >= at - at % layer.attention_chunk
             scores = scores.masked_fill(~visible, float("-inf"))
+            if layer.sinks is not None:  # one more key, whose value is zero
+                sink = layer.sinks.double().view(-1, 1, 1).expand(-1, extend, 1)
+                scores = torch.cat((scores, sink), -1)
+                values = torch.cat((values, torch.zeros_like(values[:, :1])), 1)
             outs.append((scores.softmax(-1) @ values).transpose(0, 1))
             row += extend
         if not outs:
@@ -199,10 +204,13 @@ def make_layer(
     window: int | None = None,
     chunk: int | None = None,
     cap: float = 0.0,
+    sinks: bool = False,
     layer_id: int = 0,
 ) -> RadixAttention:
+    num_heads = spec.kv_heads * group
+    logits = torch.linspace(-2.0, 6.0, num_heads)  # from next to no share to most of it
     return RadixAttention(
-        spec.kv_heads * group,
+        num_heads,
         spec.head_dim,
         spec.head_dim**-0.5,
         spec.kv_heads,
@@ -211,6 +219,7 @@ def make_layer(
         attention_chunk=chunk,
         v_head_dim=spec.v_head_dim,
         logit_cap=cap,
+        sinks=nn.Parameter(logits, requires_grad=False) if sinks else None,
     )
 
 

@@ -20,7 +20,9 @@ class RadixAttention(nn.Module):
     `scaling` multiplies q k^T. In tokens, at most one of both: with `sliding_window` a query at
     position p sees positions > p - window, with `attention_chunk` c those from p - p % c on (None:
     all). `logit_cap` c > 0 turns a score s into c * tanh(s / c). Query head h reads kv head
-    h // (num_heads / num_kv_heads). Raises ValueError for impossible shapes.
+    h // (num_heads / num_kv_heads). `sinks` [H] are logits of a key without value, one a head,
+    that every query sees: they take their share of the softmax and give nothing (None: no such
+    key). Raises ValueError for impossible shapes.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class RadixAttention(nn.Module):
         attention_chunk: int | None = None,
         v_head_dim: int | None = None,
         logit_cap: float = 0.0,
+        sinks: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         if num_heads % num_kv_heads:
@@ -47,6 +50,8 @@ class RadixAttention(nn.Module):
         ):
             if span is not None and span < 1:
                 raise ValueError(f"{name} must be at least 1, not {span}")
+        if sinks is not None and tuple(sinks.shape) != (num_heads,):
+            raise ValueError(f"sinks of shape {tuple(sinks.shape)} for {num_heads} query heads")
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -56,6 +61,7 @@ class RadixAttention(nn.Module):
         self.sliding_window = sliding_window
         self.attention_chunk = attention_chunk
         self.logit_cap = logit_cap
+        self.sinks: torch.Tensor | None = sinks
 
     def forward(
         self,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,7 @@ def cases(draw: st.DrawFn) -> Case:
         window=draw(st.sampled_from([None, None, 1, 5, 16, 40])) if chunk is None else None,
         chunk=chunk,
         cap=draw(st.sampled_from([0.0, 0.0, 2.0])),
+        sinks=draw(st.booleans()),
     )
     total = sum(extend for _, extend in lengths)
     rows = sorted(draw(st.sets(st.integers(0, total - 1), max_size=8))) if total else []
@@ -102,6 +105,47 @@ def test_many_decodes_of_all_lengths(
     case = Case(spec, lengths, make_tables(lengths, 4, run_pages), layer, logits_rows=rows)
     check(case, atol=atol)
     check(case, TorchNativeTuning(gather_bytes=8 << 10), atol=atol)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("shape", [{}, {"window": 21}, {"chunk": 24}, {"cap": 2.0}], ids=str)
+def test_sinks_on_every_path(shape: dict[str, Any], dtype: str, atol: float) -> None:
+    # Batches, singles in one run, decodes and prompts in merged pieces.
+    lengths = [(n, 1) for n in (5, 6, 7, 30, 31, 33, 700, 300)] + [(290, 40), (0, 9)]
+    rows = [0, 3, 6, 7, 30, 47, 56]
+    spec = make_spec(page_size=4, dtype=dtype)
+    for runs in ([], [1], [2, 3]):
+        layer = make_layer(spec, sinks=True, **shape)
+        tables = make_tables(lengths, 4, runs)
+        case = Case(spec, lengths, tables, layer, logits_rows=rows)
+        check(case, atol=atol)
+        check(case, TINY, atol=atol)
+        check(case, TorchNativeTuning(batch_row_bytes=0), atol=atol)
+
+
+def test_sinks_take_nothing_at_minus_infinity_and_all_at_infinity() -> None:
+    lengths = [(10, 1), (3, 4)]
+    spec = make_spec()
+    tables = make_tables(lengths, 4, [1])
+    plain = Case(spec, lengths, tables, make_layer(spec))
+    want = plain.run(TorchNativeAttnBackend(spec))
+    layer = make_layer(spec, sinks=True)
+    assert layer.sinks is not None
+    for logit, share in ((float("-inf"), 1.0), (float("inf"), 0.0)):
+        layer.sinks.fill_(logit)
+        out = Case(spec, lengths, tables, layer).run(TorchNativeAttnBackend(spec))
+        assert torch.equal(out, want * share)
+
+
+def test_sinks_scale_in_float32() -> None:
+    # Scaled in float32: queries of that type get more digits than the cache has.
+    lengths = [(40, 1)]
+    spec = make_spec(page_size=4, dtype="bfloat16")
+    layer = make_layer(spec, sinks=True)
+    case = Case(spec, lengths, make_tables(lengths, 4, []), layer, q_dtype=torch.float32)
+    out = case.run(TorchNativeAttnBackend(spec))
+    assert out.dtype is torch.float32
+    assert not torch.equal(out, out.bfloat16().float())
 
 
 def test_query_dtype_comes_back_whatever_the_cache_holds() -> None:

@@ -102,6 +102,7 @@ def cases(draw: st.DrawFn) -> Case:
         window=draw(st.sampled_from([None, None, 1, 16, 40])) if chunk is None else None,
         chunk=chunk,
         cap=draw(st.sampled_from([0.0, 0.0, 2.0])),
+        sinks=draw(st.booleans()),
     )
     total = sum(extend for _, extend in lengths)
     rows = sorted(draw(st.sets(st.integers(0, total - 1), max_size=8))) if total else []

@@ -27,6 +27,7 @@ class AttentionLayer(Protocol):
     sliding_window: int | None
     attention_chunk: int | None
     logit_cap: float
+    sinks: torch.Tensor | None
 
 
 class AttentionBackend(ABC):

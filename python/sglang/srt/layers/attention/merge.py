@@ -117,6 +117,15 @@ def merge_partials(parts: Sequence[Partial]) -> Partial:
     return merged, total
 
 
+def apply_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
+    """Let a key without value, whose logit is `sinks` [H], join the softmax: scales `out` in place.
+
+    `out` float32 [R, H, E] and `lse` float32 [R, H] are those over all other keys, whose share
+    falls from 1 to exp(lse) / (exp(lse) + exp(sink)). Source: arXiv 2309.17453, section 3.
+    """
+    out.mul_(torch.sigmoid(lse - sinks.float()).unsqueeze(-1))
+
+
 class PartialSum:
     """Collects partial results of the same queries and merges them in batches.
 
@@ -137,11 +146,11 @@ class PartialSum:
             self._parts = [merged]
             self._held = merged[0].nbytes
 
-    def result(self) -> torch.Tensor:
-        """The output over all parts: float32, or the only part's dtype."""
+    def result(self) -> Partial:
+        """Output and log-sum-exp over all parts: float32, or the only part's dtypes."""
         if len(self._parts) == 1:
-            return self._parts[0][0]
-        return merge_partials(self._parts)[0]
+            return self._parts[0]
+        return merge_partials(self._parts)
 
 
 def _dense_attention(

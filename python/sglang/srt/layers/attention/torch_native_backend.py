@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer
 from sglang.srt.layers.attention.merge import (
+    Partial,
     PartialSum,
+    apply_sinks,
     band_mask,
     flash_attention,
     partial_attention,
@@ -72,6 +74,37 @@ class TorchNativePlan:
     layers: dict[PlanKey, LayerPlan] = field(default_factory=dict)
 
 
+class Output(NamedTuple):
+    """Where results go: `values` [R, H, E] and, where somebody asks, `lse` float32 [R, H]."""
+
+    values: torch.Tensor
+    lse: torch.Tensor | None
+
+    @classmethod
+    def of_layer(cls, layer: AttentionLayer, rows: int, dtype: torch.dtype) -> Output:
+        """Unwritten; what sinks will scale is float32 so that it is rounded once."""
+        shape = (rows, layer.num_heads, layer.v_head_dim)
+        if layer.sinks is None:
+            return cls(torch.empty(shape, dtype=dtype), None)
+        return cls(torch.empty(shape), torch.empty(shape[:2]))
+
+    def put(self, rows: torch.Tensor, values: torch.Tensor, lse: torch.Tensor) -> None:
+        """Store values [n, ...] and lse [n, ...], in the order of heads, at rows int64 [n]."""
+        shaped = values.reshape(-1, *self.values.shape[1:])
+        self.values.index_copy_(0, rows, shaped.to(self.values.dtype))
+        if self.lse is not None:
+            self.lse.index_copy_(0, rows, lse.reshape(-1, self.lse.shape[1]))
+
+    def put_block(self, first: int, values: torch.Tensor, lse: torch.Tensor) -> None:
+        """Store values [G, M, J, E] and lse [G, M, J] at rows [first, first + M)."""
+        groups, num_rows, per_group = lse.shape
+        block = self.values.narrow(0, first, num_rows)
+        block.view(num_rows, groups, per_group, -1).permute(1, 0, 2, 3).copy_(values)
+        if self.lse is not None:
+            sums = self.lse.narrow(0, first, num_rows).view(num_rows, groups, per_group)
+            sums.transpose(0, 1).copy_(lse)
+
+
 class TorchNativeAttnBackend(AttentionBackend):
     """Attention on a CPU through torch alone; bf16, fp16 and fp32 K and V."""
 
@@ -108,18 +141,18 @@ class TorchNativeAttnBackend(AttentionBackend):
         rows, groups = q.shape[0], layer.num_kv_heads
         per_group = layer.num_heads // groups
         heads = q.to(k.dtype).view(rows, groups, per_group, layer.head_dim)
-        out = q.new_empty((rows, layer.num_heads, layer.v_head_dim), dtype=k.dtype)
+        out = Output.of_layer(layer, rows, k.dtype)
         for batch in work.batches:
             self._attend_batch(heads, layer, batch, k, v, out)
         if work.singles:
             self._attend_singles(heads, layer, work, k, v, out)
-        grouped = out.view(rows, groups, per_group, layer.v_head_dim)
         for item in work.items:
-            block = slice(item.row, item.row + item.num_rows)
-            result = self._attend_item(heads[block], layer, item, forward_batch, k, v)
-            grouped[block].permute(1, 0, 2, 3).copy_(result)
+            queries = heads.narrow(0, item.row, item.num_rows)
+            out.put_block(item.row, *self._attend_item(queries, layer, item, forward_batch, k, v))
+        if layer.sinks is not None and out.lse is not None:
+            apply_sinks(out.values, out.lse, layer.sinks)
         forward_batch.progress.tick()
-        return out.flatten(1).to(q.dtype)
+        return out.values.flatten(1).to(q.dtype)
 
     def _layer_plan(self, plan: TorchNativePlan, layer: AttentionLayer, pruned: bool) -> LayerPlan:
         limits = self._limits(layer)
@@ -159,7 +192,7 @@ class TorchNativeAttnBackend(AttentionBackend):
         batch: QueryBatch,
         k: torch.Tensor,
         v: torch.Tensor,
-        out: torch.Tensor,
+        out: Output,
     ) -> None:
         """Single queries of similar length in one kernel call over gathered pages."""
         queries = heads[batch.rows]
@@ -169,8 +202,10 @@ class TorchNativeAttnBackend(AttentionBackend):
             gathered.index_fill_(0, batch.padding, 0.0)
             planes.append(gathered.view(len(queries), -1, *plane.shape[1:]).transpose(1, 2))
         mask = batch.mask.expand(-1, -1, queries.shape[2], -1)
-        result, _ = flash_attention(queries, planes[0], planes[1], layer.scaling, mask=mask)
-        out.index_copy_(0, batch.rows, result.reshape(-1, *out.shape[1:]))
+        out.put(
+            batch.rows,
+            *flash_attention(queries, planes[0], planes[1], layer.scaling, mask=mask),
+        )
 
     def _attend_singles(
         self,
@@ -179,34 +214,37 @@ class TorchNativeAttnBackend(AttentionBackend):
         work: LayerPlan,
         k: torch.Tensor,
         v: torch.Tensor,
-        out: torch.Tensor,
+        out: Output,
     ) -> None:
         """One query against one slot run each, with as little Python as possible."""
         if _needs_dense(layer):
             for row, first, count in work.singles:
                 keys, values = k.narrow(0, first, count), v.narrow(0, first, count)
-                result, _ = partial_attention(
+                part = partial_attention(
                     heads[row : row + 1],
                     keys,
                     values,
                     layer.scaling,
                     logit_cap=layer.logit_cap,
                 )
-                out[row] = result.reshape(out.shape[1:])
+                out.put_block(row, *part)
             return
         groups, dim = layer.num_kv_heads, layer.head_dim
         k_slot, k_head, _ = k.stride()
         v_slot, v_head, _ = v.stride()
         k_base, v_base = k.storage_offset(), v.storage_offset()
         k_strides, v_strides = (0, k_head, k_slot, 1), (0, v_head, v_slot, 1)
-        scale, results = layer.scaling, []
+        scale = layer.scaling
+        results, sums = [], []
         queries = heads.unsqueeze(1)
         for row, first, count in work.singles:
             shape = (1, groups, count, dim)
             keys = k.as_strided(shape, k_strides, k_base + first * k_slot)
             values = v.as_strided(shape, v_strides, v_base + first * v_slot)
-            results.append(flash_attention(queries[row], keys, values, scale)[0])
-        out.index_copy_(0, work.single_rows, torch.cat(results).view(-1, *out.shape[1:]))
+            result, lse = flash_attention(queries[row], keys, values, scale)
+            results.append(result)
+            sums.append(lse)
+        out.put(work.single_rows, torch.cat(results), torch.cat(sums))
 
     def _attend_item(
         self,
@@ -216,8 +254,8 @@ class TorchNativeAttnBackend(AttentionBackend):
         forward_batch: ForwardBatch,
         k: torch.Tensor,
         v: torch.Tensor,
-    ) -> torch.Tensor:
-        """Attention of the item's queries [M, G, J, D] over all its pieces: [G, M, J, E]."""
+    ) -> Partial:
+        """Attention of the item's queries [M, G, J, D] over all its pieces: [G, M, J, E], lse."""
         total = PartialSum()
         for piece in item.pieces:
             total.add(

@@ -15,6 +15,7 @@ from sglang.srt.errors import InvariantError
 from sglang.srt.layers.attention.base_attn_backend import AttentionLayer
 from sglang.srt.layers.attention.merge import partial_attention
 from sglang.srt.layers.attention.torch_native_backend import (
+    Output,
     TorchNativeAttnBackend,
     TorchNativeTuning,
 )
@@ -46,17 +47,17 @@ class SegmentTableAttnBackend(TorchNativeAttnBackend):
         work: LayerPlan,
         k: torch.Tensor | SegmentPlane,
         v: torch.Tensor | SegmentPlane,
-        out: torch.Tensor,
+        out: Output,
     ) -> None:
         for row, first, count in work.singles:
-            result, _ = partial_attention(
+            part = partial_attention(
                 heads[row : row + 1],
                 k.narrow(0, first, count),
                 v.narrow(0, first, count),
                 layer.scaling,
                 logit_cap=layer.logit_cap,
             )
-            out[row] = result.reshape(out.shape[1:])
+            out.put_block(row, *part)
 
     def _gather(
         self, plane: torch.Tensor | SegmentPlane, pages: torch.Tensor, which: str
