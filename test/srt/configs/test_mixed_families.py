@@ -1,4 +1,4 @@
-"""Gemma 3: layers by kind, a rotation of each kind, the text part of a larger file."""
+"""Gemma 3 and gpt-oss: layers by kind, rotations, experts, the text part of a larger file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.model_traits import ClampedGateConfig, MoEConfig
 
 GEMMA: dict[str, Any] = {
     "architectures": ["Gemma3ForCausalLM"],
@@ -86,3 +87,28 @@ def test_the_text_part_of_a_multimodal_file(tmp_path: Path) -> None:
     config = load(tmp_path, raw | {"torch_dtype": "bfloat16"})
     assert (config.model_type, config.torch_dtype, config.hidden_size) == ("gemma3", "bfloat16", 64)
     assert config.layer_windows == (4096,) * 5 + (None,)
+
+
+def test_gpt_oss(tmp_path: Path) -> None:
+    raw: dict[str, Any] = {
+        "architectures": ["GptOssForCausalLM"],
+        "num_hidden_layers": 3,
+        "num_local_experts": 32,
+        "swiglu_limit": 5.0,
+    }
+    config = load(tmp_path, raw)
+    assert config.layer_windows == (128, None, 128)
+    gate = ClampedGateConfig(alpha=1.702, limit=5.0)
+    assert config.moe == MoEConfig(frozenset({0, 1, 2}), 32, 4, 2880, None, True, gate)
+    assert (config.attention_bias, config.attention_output_bias) == (True, True)
+    assert (config.rope.rope_type, config.rope.factor) == ("yarn", 32.0)
+    assert not config.rope.truncate
+    assert (config.rope.theta, config.max_position_embeddings) == (150000.0, 131072)
+    kinds = ["full_attention", "full_attention", "sliding_attention"]
+    assert load(tmp_path, raw | {"layer_types": kinds}).layer_windows == (None, None, 128)
+    with pytest.raises(ValueError, match="num_experts_per_tok 33 is more than 32 experts"):
+        load(tmp_path, raw | {"num_experts_per_tok": 33})
+    with pytest.raises(ValueError, match="swiglu_limit must be a positive number"):
+        load(tmp_path, raw | {"swiglu_limit": 0})
+    with pytest.raises(ValueError, match="quantized Hugging Face checkpoints are not supported"):
+        load(tmp_path, raw | {"quantization_config": {"quant_method": "mxfp4"}})

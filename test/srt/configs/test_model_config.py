@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import (
     Gemma3TextConfig,
+    GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -37,6 +38,7 @@ HF_CONFIGS = {
     "Llama4ForConditionalGeneration": Llama4TextConfig,
     "Gemma3ForCausalLM": Gemma3TextConfig,
     "Gemma3ForConditionalGeneration": Gemma3TextConfig,
+    "GptOssForCausalLM": GptOssConfig,
 }
 MULTIMODAL = {
     "Llama4ForConditionalGeneration": "llama4",

@@ -1,4 +1,4 @@
-"""Mixtures of experts against the plainest float64 sum, checkpoints of both layouts, shards."""
+"""Mixtures of experts against the plainest float64 sum, checkpoints of all layouts, shards."""
 
 from __future__ import annotations
 
@@ -42,6 +42,10 @@ class Checkpoint:
         }
         if bias:
             tensors |= {"gate_up_proj_bias": self.gate_up_bias, "down_proj_bias": self.down_bias}
+        if layout is ExpertLayout.INTERLEAVED:
+            order = torch.arange(2 * WIDTH).view(2, WIDTH).t().flatten()  # gate 0, up 0, gate 1
+            for name in tensors.keys() & {"gate_up_proj", "gate_up_proj_bias"}:
+                tensors[name] = tensors[name][..., order]
         return tensors
 
     def reference(
@@ -104,7 +108,12 @@ def inputs(num_tokens: int, num_chosen: int = 2) -> tuple[torch.Tensor, Routing]
 @pytest.mark.parametrize("num_chosen", [1, 2, E])
 @pytest.mark.parametrize(
     ("layout", "bias"),
-    [(ExpertLayout.MERGED, False), (ExpertLayout.MERGED, True), (ExpertLayout.SEPARATE, False)],
+    [
+        (ExpertLayout.MERGED, False),
+        (ExpertLayout.MERGED, True),
+        (ExpertLayout.INTERLEAVED, True),
+        (ExpertLayout.SEPARATE, False),
+    ],
 )
 def test_equals_one_token_and_expert_at_a_time(
     layout: ExpertLayout, bias: bool, num_chosen: int, scale_inputs: bool
@@ -159,7 +168,7 @@ def test_bfloat16_sums_in_float32() -> None:
 @pytest.mark.parametrize("layout", list(ExpertLayout))
 @pytest.mark.parametrize("bias", [False, True])
 def test_shards_add_up(layout: ExpertLayout, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    bias = bias and layout is ExpertLayout.MERGED
+    bias = bias and layout is not ExpertLayout.SEPARATE
     monkeypatch.setattr(ParallelState, "all_reduce", lambda self, tensor: tensor)
     x, routing = inputs(11)
     whole = make_experts(layout, bias=bias)(x, routing)

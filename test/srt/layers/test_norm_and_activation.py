@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang.srt.layers.activation import GeluTanhAndMul, SiluAndMul
+from sglang.srt.layers.activation import ClampedGate, GeluTanhAndMul, SiluAndMul
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
 
 
@@ -80,3 +80,12 @@ def test_gelu_tanh_and_mul() -> None:
     inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
     want = gate / 2 * (1 + inner.tanh()) * up
     torch.testing.assert_close(GeluTanhAndMul()(x).double(), want, rtol=0, atol=1e-6)
+
+
+def test_clamped_gate() -> None:
+    x = torch.randn(50, 20, generator=torch.Generator().manual_seed(0)) * 4
+    gate, up = x[:, :10].double().clamp(max=3), x[:, 10:].double().clamp(-3, 3)
+    assert (gate == 3).any()
+    assert (gate < -3).any()
+    want = (up + 1) * gate / (1 + (-1.702 * gate).exp())
+    torch.testing.assert_close(ClampedGate(1.702, 3.0)(x).double(), want, rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Gemma 3 through the whole device tower: the same tokens as transformers.
+"""Gemma 3 and gpt-oss through the whole device tower: the same tokens as transformers.
 
 Sliding and global layers take turns. Windows of 20 tokens meet pages and prefill chunks that align
 with none of them; prompts are several windows long, and prefix hits fall on every offset around

@@ -7,6 +7,8 @@ import torch
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -34,6 +36,7 @@ MOE_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
 }
 MIXED_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "gpt_oss": (GptOssConfig, GptOssForCausalLM),
 }
 CHUNK = 24
 WINDOW = 20
@@ -70,6 +73,23 @@ MIXED_FIELDS: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
         },
         "tie_word_embeddings": True,
+    },
+    "gpt_oss": {
+        "head_dim": 16,
+        "num_hidden_layers": 4,
+        "intermediate_size": 40,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "sliding_window": WINDOW,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "beta_fast": 8.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 1e3,
+        },
     },
 }
 VOCAB = 160

@@ -17,12 +17,22 @@ Fields = Mapping[str, Any]  # of a config.json, defaults filled in
 
 
 @dataclass(frozen=True, slots=True)
+class ClampedGateConfig:
+    """Experts compute (up + 1) * gate * sigmoid(`alpha` * gate), with gate at most `limit` and up
+    within +-`limit`."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True, slots=True)
 class MoEConfig:
     """Mixtures of experts in place of the MLPs of `layers`.
 
     Every token goes through `experts_per_token` of `num_experts` experts of width
     `intermediate_size` and, unless None, through a shared one of width
     `shared_intermediate_size`. `renormalize`: the chosen experts' shares add up to 1.
+    `clamped_gate` None: experts compute silu(gate) * up.
     """
 
     layers: frozenset[int]
@@ -31,6 +41,7 @@ class MoEConfig:
     intermediate_size: int
     shared_intermediate_size: int | None = None
     renormalize: bool = False
+    clamped_gate: ClampedGateConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,11 +79,12 @@ class ExpertLayout(enum.Enum):
     """How a checkpoint holds the experts.
 
     MERGED: `gate_up_proj` [E, H, 2I] (gate, then up) and `down_proj` [E, I, H], for products from
-    the right. SEPARATE: `{e}.gate_proj.weight` and `{e}.up_proj.weight` [I, H] and
-    `{e}.down_proj.weight` [H, I].
+    the right. INTERLEAVED: the same, but columns 2i and 2i + 1 are gate i and up i. SEPARATE:
+    `{e}.gate_proj.weight` and `{e}.up_proj.weight` [I, H] and `{e}.down_proj.weight` [H, I].
     """
 
     MERGED = "merged"
+    INTERLEAVED = "interleaved"
     SEPARATE = "separate"
 
 
@@ -163,7 +164,7 @@ class Experts(nn.Module):
     def checkpoint_tensors(self) -> Iterator[tuple[str, str, tuple[int, str] | None]]:
         """(name below this module, parameter, shard) of every tensor of the checkpoint."""
         names = [name for name, _ in self.named_parameters()]
-        if self.layout is ExpertLayout.MERGED:
+        if self.layout is not ExpertLayout.SEPARATE:
             yield from ((name, name, None) for name in names)
             return
         for expert in range(self.num_experts):
@@ -209,7 +210,10 @@ class Experts(nn.Module):
     def _cut_gate_up(self, loaded: torch.Tensor) -> torch.Tensor:
         """This rank's gate, then its up, along the last dimension of a merged tensor."""
         self._check_width(loaded, -1, 2 * self.intermediate_size)
-        gate, up = loaded.chunk(2, -1)
+        if self.layout is ExpertLayout.INTERLEAVED:
+            gate, up = loaded[..., ::2], loaded[..., 1::2]
+        else:
+            gate, up = loaded.chunk(2, -1)
         return torch.cat([self._cut(gate, -1), self._cut(up, -1)], -1)
 
     def _cut(self, whole: torch.Tensor, dim: int) -> torch.Tensor:

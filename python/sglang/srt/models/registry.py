@@ -16,6 +16,7 @@ MODEL_CLASSES = {
     "Llama4ForConditionalGeneration": "sglang.srt.models.llama4:Llama4ForConditionalGeneration",
     "Gemma3ForCausalLM": "sglang.srt.models.gemma3:Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration": "sglang.srt.models.gemma3:Gemma3ForConditionalGeneration",
+    "GptOssForCausalLM": "sglang.srt.models.gpt_oss:GptOssForCausalLM",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sglang.srt.configs.families.gemma3 import GEMMA3, GEMMA3_MULTIMODAL
+from sglang.srt.configs.families.gpt_oss import GPT_OSS
 from sglang.srt.configs.families.llama import LLAMA, MISTRAL
 from sglang.srt.configs.families.llama4 import LLAMA4, LLAMA4_MULTIMODAL
 from sglang.srt.configs.families.qwen import QWEN2, QWEN3, QWEN3_MOE
@@ -18,4 +19,5 @@ FAMILIES: dict[str, ModelFamily] = {  # by architecture
     "Llama4ForConditionalGeneration": LLAMA4_MULTIMODAL,
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": GEMMA3_MULTIMODAL,
+    "GptOssForCausalLM": GPT_OSS,
 }
