@@ -61,6 +61,12 @@ def test_gemma3_in_the_newer_spelling(tmp_path: Path) -> None:
     assert config.window_rope is not None
     assert config.window_rope.theta == 5.0
     assert (config.attention_logit_cap, config.final_logit_cap) == (50.0, 30.0)
+    for name in ("rope_theta", "rope_scaling"):
+        with pytest.raises(ValueError, match=f"{name} can't be overridden in a file with"):
+            ModelConfig.from_path(str(tmp_path), overrides={name: 7})
+    other = {kind: {"rope_theta": 9.0} for kind in ropes}
+    again = ModelConfig.from_path(str(tmp_path), overrides={"rope_parameters": other})
+    assert (again.rope.theta, again.rope.rope_type) == (9.0, "default")
     assert load(tmp_path, GEMMA | {"sliding_window": None}).sliding_window is None
 
 

@@ -9,7 +9,7 @@ import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 from srt.models.harness import Sequence
 from srt.models.hf_models import make_hf_model, save
-from srt.models.test_models import assert_logits_equal, prompts, runner_of
+from srt.models.test_models import assert_logits_equal, hf_logits, prompts, runner_of
 
 
 def test_logits(tmp_path: Path) -> None:
@@ -35,3 +35,13 @@ def test_capped_scores_reach_the_backend(tmp_path: Path) -> None:
         assert [layer.logit_cap for layer in layers] == [cap or 0.0] * 4
         rows.append(runner.step([(Sequence(text), len(text))])[0])
     assert not torch.allclose(rows[0], rows[1], atol=1e-3)
+
+
+def test_bfloat16_stays_close(tmp_path: Path) -> None:
+    reference = make_hf_model("gemma3")
+    text = prompts(90)[0]
+    runner = runner_of(save(reference, tmp_path), dtype=torch.bfloat16)
+    ours = runner.step([(Sequence(text), len(text))], all_logits=True)[0]
+    error = (ours - hf_logits(reference, text)).abs()
+    # Eight bits of mantissa through four layers; a missing norm or factor is far outside.
+    assert error.median() < 0.05 * hf_logits(reference, text).std()

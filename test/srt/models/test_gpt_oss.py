@@ -11,8 +11,9 @@ import torch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.models.gpt_oss import GptOssAttention, GptOssForCausalLM
+from srt.models.harness import Sequence
 from srt.models.hf_models import make_hf_model, save
-from srt.models.test_models import assert_logits_equal
+from srt.models.test_models import assert_logits_equal, hf_logits, prompts, runner_of
 
 
 @pytest.mark.parametrize("changes", [{}, {"swiglu_limit": 0.6, "swiglu_alpha": 3.0}], ids=str)
@@ -47,3 +48,13 @@ def test_every_rank_has_the_sinks_of_its_heads(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no parameter 'weight'"):
             attention.weight_loader("weight", whole)
     assert torch.equal(torch.cat(shards), whole)
+
+
+def test_bfloat16_stays_close(tmp_path: Path) -> None:
+    reference = make_hf_model("gpt_oss")
+    text = prompts(90)[0]
+    runner = runner_of(save(reference, tmp_path), dtype=torch.bfloat16)
+    ours = runner.step([(Sequence(text), len(text))], all_logits=True)[0]
+    error = (ours - hf_logits(reference, text)).abs()
+    # Eight bits of mantissa through four layers; a missing norm or factor is far outside.
+    assert error.median() < 0.05 * hf_logits(reference, text).std()

@@ -193,6 +193,12 @@ def _apply_overrides(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[
     old = raw.get("rope_parameters")
     if not isinstance(old, Mapping) or "rope_parameters" in overrides:
         return merged
+    if any(isinstance(value, Mapping) for value in old.values()):
+        for name in overrides.keys() & {"rope_scaling", "rope_theta"}:
+            raise ValueError(
+                f"{name} can't be overridden in a file with rope_parameters per layer type; "
+                "override rope_parameters"
+            )
     if "rope_scaling" in overrides:
         del merged["rope_parameters"]
         merged.setdefault("rope_theta", old.get("rope_theta"))

@@ -13,6 +13,7 @@ Legend: R query rows, H query heads, G kv heads, J = H / G, D head dim, E value 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -88,12 +89,13 @@ class Output(NamedTuple):
             return cls(torch.empty(shape, dtype=dtype), None)
         return cls(torch.empty(shape), torch.empty(shape[:2]))
 
-    def put(self, rows: torch.Tensor, values: torch.Tensor, lse: torch.Tensor) -> None:
-        """Store values [n, ...] and lse [n, ...], in the order of heads, at rows int64 [n]."""
-        shaped = values.reshape(-1, *self.values.shape[1:])
-        self.values.index_copy_(0, rows, shaped.to(self.values.dtype))
+    def put(self, rows: torch.Tensor, parts: Sequence[Partial]) -> None:
+        """Store parts of [n, ...] rows, in the order of heads, one after another at rows int64."""
+        values = torch.cat([part[0] for part in parts]).reshape(-1, *self.values.shape[1:])
+        self.values.index_copy_(0, rows, values.to(self.values.dtype))
         if self.lse is not None:
-            self.lse.index_copy_(0, rows, lse.reshape(-1, self.lse.shape[1]))
+            lse = torch.cat([part[1] for part in parts]).reshape(-1, self.lse.shape[1])
+            self.lse.index_copy_(0, rows, lse)
 
     def put_block(self, first: int, values: torch.Tensor, lse: torch.Tensor) -> None:
         """Store values [G, M, J, E] and lse [G, M, J] at rows [first, first + M)."""
@@ -202,10 +204,8 @@ class TorchNativeAttnBackend(AttentionBackend):
             gathered.index_fill_(0, batch.padding, 0.0)
             planes.append(gathered.view(len(queries), -1, *plane.shape[1:]).transpose(1, 2))
         mask = batch.mask.expand(-1, -1, queries.shape[2], -1)
-        out.put(
-            batch.rows,
-            *flash_attention(queries, planes[0], planes[1], layer.scaling, mask=mask),
-        )
+        part = flash_attention(queries, planes[0], planes[1], layer.scaling, mask=mask)
+        out.put(batch.rows, [part])
 
     def _attend_singles(
         self,
@@ -234,17 +234,14 @@ class TorchNativeAttnBackend(AttentionBackend):
         v_slot, v_head, _ = v.stride()
         k_base, v_base = k.storage_offset(), v.storage_offset()
         k_strides, v_strides = (0, k_head, k_slot, 1), (0, v_head, v_slot, 1)
-        scale = layer.scaling
-        results, sums = [], []
+        scale, results = layer.scaling, []
         queries = heads.unsqueeze(1)
         for row, first, count in work.singles:
             shape = (1, groups, count, dim)
             keys = k.as_strided(shape, k_strides, k_base + first * k_slot)
             values = v.as_strided(shape, v_strides, v_base + first * v_slot)
-            result, lse = flash_attention(queries[row], keys, values, scale)
-            results.append(result)
-            sums.append(lse)
-        out.put(work.single_rows, torch.cat(results), torch.cat(sums))
+            results.append(flash_attention(queries[row], keys, values, scale))
+        out.put(work.single_rows, results)
 
     def _attend_item(
         self,
