@@ -86,6 +86,22 @@ def test_prefix_hits_around_window_borders(model: Model) -> None:
             engine.memory.audit()
 
 
+@pytest.mark.parametrize("family", sorted(MIXED_FAMILIES))
+def test_the_last_layer_slides(family: str, tmp_path: Path) -> None:
+    """As in Gemma-3-27B: of a window layer, too, only the wanted rows are computed at the end."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    reference = make_hf_model(family, num_hidden_layers=3, layer_types=kinds)
+    path = save(reference, tmp_path)
+    for flags in ({"page_size": 1}, {"page_size": 16, "kv_backing": "segment_table"}):
+        with tower(path, **flags, kv_segment_size=64, chunked_prefill_size=17) as engine:
+            for number, prompt in enumerate(PROMPTS):
+                engine.send(f"r{number}", prompt)
+                engine.scheduler.turn()
+            engine.run()
+            for number, prompt in enumerate(PROMPTS):
+                assert engine.output(f"r{number}") == greedy(reference, prompt, 64)
+
+
 def test_the_text_part_of_a_multimodal_gemma3(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
