@@ -7,6 +7,7 @@ window borders.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,6 @@ PROMPTS: list[list[int]] = [
     for n in (1, WINDOW - 1, WINDOW, WINDOW + 1, 67, 130)
 ]
 BASE: list[int] = np.random.default_rng(23).integers(0, VOCAB, 200).tolist()
-PAGE = 8
 
 Model = tuple[PreTrainedModel, str]
 
@@ -68,21 +68,31 @@ def test_tokens_equal_transformers(
         ]
 
 
-def test_prefix_hits_around_window_borders(model: Model) -> None:
+@pytest.mark.parametrize(
+    ("page", "lengths"),
+    [
+        (1, (4 * WINDOW - 1, 4 * WINDOW, 4 * WINDOW + 1)),
+        (8, range(4 * WINDOW - 9, 4 * WINDOW + 10)),
+        (16, (4 * WINDOW - 1, 4 * WINDOW, 4 * WINDOW + 1, 4 * WINDOW + 5)),
+        (64, (127, 128, 129, 7 * WINDOW)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else "",
+)
+def test_prefix_hits_around_window_borders(model: Model, page: int, lengths: Sequence[int]) -> None:
     reference, path = model
-    flags = {"page_size": PAGE, "kv_segment_size": 64, "chunked_prefill_size": 33}
+    flags = {"page_size": page, "kv_segment_size": 64, "chunked_prefill_size": 33}
     with tower(path, **flags) as engine:
-        for length in range(4 * WINDOW - PAGE - 1, 4 * WINDOW + PAGE + 2):
+        for length in lengths:
             prompt = BASE[:length]
             answer, _ = ask(engine, f"first{length}", prompt)
             assert answer == greedy(reference, prompt, len(answer))
             again, cached = ask(engine, f"again{length}", prompt)
             assert again == answer
-            assert cached == (length - 1) // PAGE * PAGE, "a repeat hits at full length"
+            assert cached == (length - 1) // page * page, "a repeat hits at full length"
             longer = prompt + answer + [length % VOCAB, 5]
             turn, cached = ask(engine, f"turn{length}", longer)
             assert turn == greedy(reference, longer, len(turn))
-            assert cached == (length + len(answer) - 1) // PAGE * PAGE
+            assert cached == (length + len(answer) - 1) // page * page
             engine.memory.audit()
 
 
