@@ -16,13 +16,11 @@ from sglang.srt.errors import InvariantError
 from sglang.srt.layers.activation import ClampedGate
 from sglang.srt.layers.linear import copy_checked, frozen_parameter
 from sglang.srt.layers.moe import ExpertLayout, Experts, Router, route_by_softmax
-from sglang.srt.layers.rotary_embedding import RotaryEmbedding, get_rope
+from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.models.llama import (
     DecoderOptions,
     LlamaAttention,
-    LlamaDecoderLayer,
     LlamaForCausalLM,
-    LlamaModel,
 )
 
 
@@ -88,6 +86,8 @@ class GptOssMoE(nn.Module):
 class GptOssForCausalLM(LlamaForCausalLM):
     """The whole model; arguments and errors as for `LlamaForCausalLM`."""
 
+    attention_class = GptOssAttention
+
     def __init__(self, config: ModelConfig, parallel: ParallelState, dtype: torch.dtype) -> None:
         options = DecoderOptions(
             qkv_bias=config.attention_bias,
@@ -95,25 +95,6 @@ class GptOssForCausalLM(LlamaForCausalLM):
             windows=config.layer_windows,
         )
         super().__init__(config, parallel, dtype, options)
-
-    def make_model(
-        self,
-        config: ModelConfig,
-        options: DecoderOptions,
-        parallel: ParallelState,
-        dtype: torch.dtype,
-    ) -> LlamaModel:
-        rotary_emb = get_rope(config.head_dim, config.rope, config.max_position_embeddings, dtype)
-        layers = [
-            LlamaDecoderLayer(
-                config,
-                GptOssAttention(config, options, layer_id, rotary_emb, parallel, dtype),
-                self.make_mlp(config, layer_id, parallel, dtype),
-                dtype,
-            )
-            for layer_id in range(config.num_layers)
-        ]
-        return LlamaModel(config, layers, parallel, dtype)
 
     def make_mlp(
         self, config: ModelConfig, layer_id: int, parallel: ParallelState, dtype: torch.dtype

@@ -269,6 +269,7 @@ class LlamaForCausalLM(CausalLM):
     divided over the ranks.
     """
 
+    attention_class: ClassVar[type[LlamaAttention]] = LlamaAttention
     merged_projections: ClassVar[MergedProjections] = {
         "qkv_proj": (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v")),
         "gate_up_proj": (("gate_proj", 0), ("up_proj", 1)),
@@ -313,7 +314,7 @@ class LlamaForCausalLM(CausalLM):
         layers = [
             LlamaDecoderLayer(
                 config,
-                LlamaAttention(config, options, layer_id, rotary_emb, parallel, dtype),
+                self.attention_class(config, options, layer_id, rotary_emb, parallel, dtype),
                 self.make_mlp(config, layer_id, parallel, dtype),
                 dtype,
             )
