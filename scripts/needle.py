@@ -27,6 +27,7 @@ from typing import Any
 from haystack.bare_loop import BareLoop
 from haystack.checkpoint import write_checkpoint
 from haystack.circuit import Shape, build_weights
+from haystack.client import BODIES
 from haystack.machine import describe_machine, read_bandwidth
 from haystack.margins import measure_margins
 from haystack.measure import Cell, Settings, measure_length, predict_quadratic
@@ -49,6 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     ask.add_argument("--shared", action="store_true", help="all needles of a length in one prompt")
     ask.add_argument("--no-flush", action="store_true", help="let prompts hit earlier prefixes")
     ask.add_argument("--no-second", action="store_true", help="do not send each prompt twice")
+    ask.add_argument("--body", choices=BODIES, default="json", help="how token ids are sent")
     ask.add_argument("--clients", type=int, default=0, help="small clients that stream meanwhile")
     ask.add_argument("--predict", type=_counts, default=[], help="lengths to compare with a fit")
     ask.add_argument("--baseline", action="store_true", help="a bare torch loop beside the server")
@@ -113,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bandwidth = read_bandwidth(args.bandwidth_buffer)
         report["read_bandwidth_bytes_per_s"] = bandwidth
         settings = Settings(
+            body=args.body,
             shared=args.shared,
             flush=not args.no_flush,
             second=not args.no_second,

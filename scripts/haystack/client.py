@@ -5,10 +5,15 @@ The stream is read as it arrives; the clock starts before the first byte of the 
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import http.client
 import json
 import threading
 import time
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +23,7 @@ import orjson
 from haystack.prompts import Ids
 
 REQUEST_TIMEOUT_S = 7200.0
+BODIES = ("json", "base64", "binary")
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,8 @@ class Answer:
 def generate(url: str, ids: Ids, max_new_tokens: int, body: str = "json") -> Answer:
     """Greedy tokens, streamed; `body` is how the ids travel, see `encode_request`.
 
-    Raises OSError (an HTTP error status is one) and RuntimeError when the stream tells of an error
-    or ends without a token.
+    Raises RuntimeError with the server's words for an error status, in the stream or before it, and
+    when the stream ends without a token; OSError when there is no connection.
     """
     data, headers = encode_request(ids, max_new_tokens, body)
     request = urllib.request.Request(f"{url}/generate", data=data, headers=headers)
@@ -59,7 +65,7 @@ def generate(url: str, ids: Ids, max_new_tokens: int, body: str = "json") -> Ans
     tokens: list[int] = []
     seconds: list[float] = []
     meta: dict[str, Any] = {}
-    with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as reply:
+    with _opened(request) as reply:
         for line in reply:
             if not line.startswith(b"data: {"):
                 continue
@@ -77,12 +83,23 @@ def generate(url: str, ids: Ids, max_new_tokens: int, body: str = "json") -> Ans
     return Answer(tuple(tokens), tuple(seconds), meta["prompt_tokens"], meta["cached_tokens"])
 
 
+@contextlib.contextmanager
+def _opened(request: urllib.request.Request) -> Iterator[http.client.HTTPResponse]:
+    try:
+        with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as reply:
+            yield reply
+    except urllib.error.HTTPError as error:
+        said = error.read(1000).decode(errors="replace")
+        raise RuntimeError(f"the server answered {error.code}: {said}") from error
+
+
 def encode_request(ids: Ids, max_new_tokens: int, body: str) -> tuple[bytes, dict[str, str]]:
-    """The bytes and the headers of a request: ids as a JSON list."""
-    if body != "json":
-        raise ValueError(f"{body!r} is no way to send ids")
-    fields = {
-        "input_ids": np.ascontiguousarray(ids),
+    """The bytes and the headers of a request, with the ids in one of the `BODIES`.
+
+    `json`: a list, as SGLang takes it; `base64`: text in a JSON field; `binary`: the whole body.
+    Raises ValueError for another word.
+    """
+    fields: dict[str, Any] = {
         "stream": True,
         "sampling_params": {
             "temperature": 0,
@@ -90,6 +107,18 @@ def encode_request(ids: Ids, max_new_tokens: int, body: str) -> tuple[bytes, dic
             "ignore_eos": True,
         },
     }
+    if body == "binary":
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "X-Generate-Fields": json.dumps(fields),
+        }
+        return ids.astype("<i4", copy=False).tobytes(), headers
+    if body == "base64":
+        fields["input_ids_b64"] = base64.b64encode(ids.astype("<i4", copy=False).tobytes()).decode()
+    elif body == "json":
+        fields["input_ids"] = np.ascontiguousarray(ids)
+    else:
+        raise ValueError(f"{body!r} is no way to send ids; there are {', '.join(BODIES)}")
     data = orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
     return data, {"Content-Type": "application/json"}
 

@@ -60,7 +60,7 @@ def started_server(flags: Sequence[str], log: Path) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     url = f"http://127.0.0.1:{port}"
-    source = str(Path(__file__).parents[2] / "python")
+    source = str(Path(__file__).absolute().parents[2] / "python")
     command = [sys.executable, "-m", "sglang.launch_server", "--port", str(port), *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(
