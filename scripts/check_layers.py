@@ -34,6 +34,7 @@ TABLE: tuple[Row, ...] = (
      " < srt.server_args"),
     (1, "", "srt.configs.gguf_file < srt.configs.gguf_config < srt.configs.model_config"),
     (1, "", "srt.configs.rope_config < srt.configs.model_config"),
+    (1, "", "srt.configs.model_traits < srt.configs.families.* < srt.configs.model_config"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.capacity"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.segment_backing.*"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.segment_state"),

@@ -12,10 +12,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.entrypoints.generate_request_body import GENERATE_FIELDS
+from sglang.srt.entrypoints.generate_request_body import FIELDS_HEADER, GENERATE_FIELDS
 from sglang.srt.entrypoints.openai.protocol import CHAT_FIELDS, COMPLETION_FIELDS
 from sglang.srt.entrypoints.request_fields import FieldTable
 from sglang.srt.entrypoints.sampling_fields import SAMPLING_FIELDS
+from sglang.srt.entrypoints.server_context import BINARY_SLACK_BYTES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "http_api.md"
 
@@ -57,6 +58,12 @@ nothing (null, and the values in brackets). Null means "not given".
   no other.
 - While the model is loaded, and while the server ends, everything answers 503.
 - A body above `--max-request-bytes` is refused with 413 as soon as that is known.
+- Token ids in JSON (`input_ids`, `prompt` of `/v1/completions`) are one list of integers or a list
+  of such lists; a 400 names the element that is none.
+- `/generate` also takes the ids as bytes: a body of type `application/octet-stream` that is one
+  prompt of little-endian int32 ids, with the other fields as a JSON object in the header
+  `{header}`; or their base64 text in `input_ids_b64`. Bodies longer than the context needs
+  ({slack} MiB apart) get 413.
 - The name in `model` is echoed, not checked.
 - Choice i of `n` samples with seed + i. The choices of a prompt share its computed prefix: they
   start when the first one has news.
@@ -84,7 +91,8 @@ _TABLES: tuple[tuple[str, FieldTable[Any], str], ...] = (
 
 def render() -> str:
     """The whole page."""
-    lines = [_INTRODUCTION]
+    slack = str(BINARY_SLACK_BYTES >> 20)
+    lines = [_INTRODUCTION.replace("{header}", FIELDS_HEADER).replace("{slack}", slack)]
     for title, table, unknown in _TABLES:
         lines.append(f"## Fields of {title}\n")
         lines.append(f"Served: {_names(table.served)}.\n")

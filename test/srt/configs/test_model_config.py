@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Llama4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from sglang.srt.configs.model_config import (
     ARCHITECTURES,
@@ -24,6 +31,9 @@ HF_CONFIGS = {
     "MistralForCausalLM": MistralConfig,
     "Qwen2ForCausalLM": Qwen2Config,
     "Qwen3ForCausalLM": Qwen3Config,
+    "Qwen3MoeForCausalLM": Qwen3MoeConfig,
+    "Llama4ForCausalLM": Llama4TextConfig,
+    "Llama4ForConditionalGeneration": Llama4TextConfig,
 }
 
 TINY: dict[str, Any] = {
@@ -70,11 +80,13 @@ def test_missing_fields_mean_what_transformers_means(tmp_path: Path, architectur
     hf = HF_CONFIGS[architecture]()
     path = write(tmp_path, {"architectures": [architecture]})
     config = ModelConfig.from_path(path)
-    assert config.model_type == hf.model_type
+    multimodal = architecture == "Llama4ForConditionalGeneration"
+    assert config.model_type == ("llama4" if multimodal else hf.model_type)
+    dense = "intermediate_size_mlp" if "Llama4" in architecture else "intermediate_size"
     for ours, theirs in [
         ("vocab_size", "vocab_size"),
         ("hidden_size", "hidden_size"),
-        ("intermediate_size", "intermediate_size"),
+        ("intermediate_size", dense),
         ("num_layers", "num_hidden_layers"),
         ("num_heads", "num_attention_heads"),
         ("num_kv_heads", "num_key_value_heads"),

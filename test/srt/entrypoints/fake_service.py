@@ -7,6 +7,7 @@ know every byte of every reply. It can be told to stop and wait at a chosen toke
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 import queue
 import socket
@@ -127,7 +128,7 @@ class FakeService:
         self.pulse.beat(Heartbeat(1, False, 0, 0, CONTEXT_LENGTH))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateDelta, None]:
-        self.requests.append(request)
+        self.requests.append(dataclasses.replace(request))
         validation.check_fields(
             request, vocab_size=VOCAB_SIZE, has_tokenizer=self.tokenizer is not None
         )
@@ -137,6 +138,7 @@ class FakeService:
         validation.check_ids(ids, VOCAB_SIZE)
         params = validation.fit_to_context(len(ids), request.sampling_params, self.context_length)
         start = validation.prompt_logprob_start(request, len(ids), 1 << 20)
+        request.forget_prompt()  # as the TokenizerManager does
         self.started.put(request.rid)
         finished = False
         try:

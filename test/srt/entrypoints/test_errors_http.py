@@ -287,6 +287,28 @@ def test_a_body_just_below_the_limit_passes(small: LiveServer) -> None:
     assert small.post_raw("/generate", body + b" ").status_code == 413
 
 
+@pytest.mark.parametrize(("path", "name"), [("/tokenize", "tokens"), ("/detokenize", "prompt")])
+def test_a_long_value_of_another_door_is_unknown_here(
+    server: LiveServer, path: str, name: str
+) -> None:
+    value = "x" * 200_000 if name == "prompt" else [1] * 100_000
+    reply = server.post(path, {"tokens": [1], "prompt": "x", name: value})
+    assert reply.status_code == 400
+    assert "Unknown field" in reply.json()["error"]["message"]
+
+
+def test_a_long_list_with_a_wrong_element_names_it(server: LiveServer) -> None:
+    body = b'{"prompt": [' + b"1, " * 50_000 + b'2.5], "model": "m"}'
+    reply = server.post_raw("/v1/completions", body)
+    assert reply.status_code == 400
+    assert reply.json()["message"] == (
+        "Invalid value for 'prompt': element 50000 is 2.5, but token ids must be integers."
+    )
+    reply = server.post_raw("/generate", body.replace(b"prompt", b"input_ids"))
+    assert reply.status_code == 400
+    assert "'input_ids': element 50000 is 2.5" in reply.json()["error"]["message"]
+
+
 def test_a_long_chunked_body_is_put_together(server: LiveServer) -> None:
     ids = ",".join(["7"] * 500)
 

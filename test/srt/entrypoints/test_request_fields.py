@@ -15,6 +15,7 @@ from sglang.srt.entrypoints.openai.protocol import CHAT_FIELDS, COMPLETION_FIELD
 from sglang.srt.entrypoints.request_body import split_object
 from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal, raw_from_python
 from sglang.srt.entrypoints.sampling_fields import SAMPLING_FIELDS
+from sglang.srt.entrypoints.token_id_reader import IdLists
 from sglang.srt.errors import RequestError
 
 
@@ -145,3 +146,17 @@ def test_every_documented_field_has_one_kind(table: FieldTable[Any], names: str)
     for name in names.split():
         kinds = (name in table.served, name in table.accepted, name in table.refused)
         assert sum(kinds) == 1, (name, kinds)
+
+
+def test_an_array_of_ids_is_copied_and_not_written_as_json() -> None:
+    ids = np.arange(3, dtype=np.int32)
+    fields = raw_from_python({"input_ids": ids})
+    assert isinstance(fields["input_ids"], IdLists)
+    (prompt,) = read_generate(fields).call.prompts
+    assert prompt.input_ids is not None
+    assert not np.shares_memory(prompt.input_ids, ids)
+    assert prompt.input_ids.tolist() == [0, 1, 2]
+    for other in (ids.reshape(1, 3), ids.astype(np.int64)):
+        (prompt,) = read_generate(raw_from_python({"input_ids": other})).call.prompts
+        assert prompt.input_ids is not None
+        assert prompt.input_ids.tolist() == [0, 1, 2]

@@ -170,6 +170,8 @@ class Case:
             visible = key_at <= at
             if layer.sliding_window is not None:
                 visible &= key_at > at - layer.sliding_window
+            if layer.attention_chunk is not None:
+                visible &= key_at >= at - at % layer.attention_chunk
             scores = scores.masked_fill(~visible, float("-inf"))
             outs.append((scores.softmax(-1) @ values).transpose(0, 1))
             row += extend
@@ -195,6 +197,7 @@ def make_layer(
     *,
     group: int = 3,
     window: int | None = None,
+    chunk: int | None = None,
     cap: float = 0.0,
     layer_id: int = 0,
 ) -> RadixAttention:
@@ -205,6 +208,7 @@ def make_layer(
         spec.kv_heads,
         layer_id,
         sliding_window=window,
+        attention_chunk=chunk,
         v_head_dim=spec.v_head_dim,
         logit_cap=cap,
     )

@@ -21,9 +21,14 @@ def test_impossible_shapes_are_refused() -> None:
         RadixAttention(5, 16, 0.25, 2, 0)
     with pytest.raises(ValueError, match="sliding_window must be at least 1"):
         RadixAttention(4, 16, 0.25, 2, 0, sliding_window=0)
+    with pytest.raises(ValueError, match="attention_chunk must be at least 1"):
+        RadixAttention(4, 16, 0.25, 2, 0, attention_chunk=0)
+    with pytest.raises(ValueError, match="not both"):
+        RadixAttention(4, 16, 0.25, 2, 0, sliding_window=8, attention_chunk=8)
 
 
 def test_defaults() -> None:
     layer = RadixAttention(4, 16, 0.25, 2, 7)
     assert (layer.v_head_dim, layer.sliding_window, layer.logit_cap) == (16, None, 0.0)
+    assert layer.attention_chunk is None
     assert layer.layer_id == 7

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from sglang.srt.environ import Environ
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, int32_buffer
@@ -26,7 +25,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.progress import Progress
 from srt.managers.scheduler_harness import FakeChannel
-from srt.models.hf_models import FAMILIES, VOCAB, make_hf_model, save
+from srt.models.hf_models import FAMILIES, VOCAB, hf_greedy, make_hf_model, save
 
 
 def find_demo_model() -> str | None:
@@ -62,16 +61,7 @@ def model(
     changes = {"sliding_window": 50} if request.param == "mistral" else {}
     reference = make_hf_model(request.param, **changes)
     folder: Path = tmp_path_factory.mktemp(request.param)
-    expected = []
-    for prompt in PROMPTS:
-        tokens: list[int] = []
-        fed, cache = prompt, None
-        with torch.inference_mode():
-            for _ in range(NEW_TOKENS):
-                out = reference(torch.tensor([fed]), past_key_values=cache, use_cache=True)
-                tokens.append(int(out.logits[0, -1].argmax()))
-                fed, cache = tokens[-1:], out.past_key_values
-        expected.append(tokens)
+    expected = [hf_greedy(reference, prompt, NEW_TOKENS) for prompt in PROMPTS]
     return save(reference, folder), expected
 
 

@@ -242,16 +242,20 @@ async def test_abort_all_is_one_message(tokenizer: Tokenizer) -> None:
 
 
 class SlowTokenizer:
-    """Tokenises "slow" texts when the test says so, others at once."""
+    """Tokenises "slow" texts when the test says so, others at once; "endless" ones for ever."""
 
     def __init__(self) -> None:
         self.eos_token_ids = ()
         self.go = threading.Event()
+        self.num_pieces = 0
 
-    def encode(self, text: str, **_: Any) -> Any:
+    def encode_pieces(self, text: str, **_: Any) -> Any:
         if text.startswith("slow"):
             assert self.go.wait(WAIT_S)
-        return np.arange(3, dtype=np.int32)
+        yield np.arange(3, dtype=np.int32)
+        while text.startswith("endless"):
+            self.num_pieces += 1
+            yield np.arange(3, dtype=np.int32)
 
 
 async def test_a_long_text_does_not_keep_short_ones_waiting() -> None:
@@ -300,6 +304,34 @@ async def test_leaving_while_tokenising_sends_nothing() -> None:
         slow.go.set()
         assert r.manager.num_requests == 0
         await sends_nothing_more(r)
+
+
+async def test_a_long_text_ends_with_its_client_and_others_have_their_turns() -> None:
+    endless: Any = SlowTokenizer()
+    async with rig(endless) as r:
+        text = "endless" + "x" * 40_000
+        tasks = [
+            asyncio.create_task(collect(r.manager.generate(request(f"e{n}", text=text))))
+            for n in range(4)
+        ]
+        await eventually(lambda: endless.num_pieces > 20)
+        other = asyncio.create_task(r.manager.tokenize("y" * 40_000))  # as long as they are
+        assert len(await other) == 3
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert len(await r.manager.tokenize("y" * 40_000)) == 3  # behind what still ran
+        ended = endless.num_pieces
+        assert len(await r.manager.tokenize("y" * 40_000)) == 3
+        assert endless.num_pieces <= ended + 2  # a piece on each thread may have been under way
+        assert r.manager.num_requests == 0
+
+
+async def test_a_long_text_in_pieces_is_one_prompt(tokenizer: Tokenizer) -> None:
+    async with rig(tokenizer) as r:
+        text = "a quick brown fox. " * 4000
+        ids = await r.manager.tokenize(text)
+        assert ids.tolist() == tokenizer._encode_whole(text, True).tolist()
 
 
 async def sends_nothing_more(r: Rig) -> None:

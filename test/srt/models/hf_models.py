@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -14,6 +16,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
@@ -21,6 +25,32 @@ FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+MOE_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
+    "llama4": (Llama4TextConfig, Llama4ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+}
+CHUNK = 24
+MOE_FIELDS: dict[str, dict[str, Any]] = {
+    "llama4": {
+        "intermediate_size": 40,
+        "intermediate_size_mlp": 96,
+        "num_hidden_layers": 4,
+        "num_local_experts": 4,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": CHUNK,
+        "floor_scale": 16,
+        "attn_scale": 0.3,
+        "head_dim": 16,
+    },
+    "qwen3_moe": {
+        "moe_intermediate_size": 24,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+        "head_dim": 16,
+    },
 }
 VOCAB = 160
 
@@ -30,7 +60,7 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
 
     Weights are larger than a fresh model's, so that attention and logits are far from uniform.
     """
-    config_class, model_class = FAMILIES[family]
+    config_class, model_class = {**FAMILIES, **MOE_FAMILIES}[family]
     fields: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -43,6 +73,7 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
         "bos_token_id": None,
         "eos_token_id": None,
         "attn_implementation": "eager",
+        **MOE_FIELDS.get(family, {}),
         **changes,
     }
     if family == "qwen3":
@@ -60,6 +91,20 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
             else:
                 parameter.copy_(noise * 0.2 + (0.0 if name.endswith("bias") else 1.0))
     return model
+
+
+def hf_greedy(model: PreTrainedModel, prompt: list[int], num_new: int) -> list[int]:
+    """transformers' own cached decoding, one request at a time, past any end-of-text token."""
+    ids = torch.tensor([prompt])
+    answer: torch.Tensor = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_new,
+        do_sample=False,
+        eos_token_id=-1,
+        pad_token_id=0,
+    )
+    return answer[0, len(prompt) :].tolist()
 
 
 def save(model: PreTrainedModel, folder: Path, **arguments: Any) -> str:

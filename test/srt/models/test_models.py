@@ -18,7 +18,7 @@ from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models.registry import MODEL_CLASSES, resolve_model_class
 from srt.model_loader.gguf_files import write_gguf
 from srt.models.harness import Runner, Sequence
-from srt.models.hf_models import VOCAB, make_hf_model, save
+from srt.models.hf_models import VOCAB, hf_greedy, make_hf_model, save
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 NUM_NEW = 64
@@ -75,25 +75,12 @@ def hf_logits(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     return logits.float()
 
 
-def hf_greedy(model: PreTrainedModel, prompt: list[int], num_new: int = NUM_NEW) -> list[int]:
-    """transformers' own cached decoding, one request at a time."""
-    tokens: list[int] = []
-    step, cache = list(prompt), None
-    with torch.inference_mode():
-        for _ in range(num_new):
-            output = model(torch.tensor([step]), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            tokens.append(int(output.logits[0, -1].argmax()))
-            step = tokens[-1:]
-    return tokens
-
-
 def assert_greedy_equal(
     hf: PreTrainedModel, path: str, lengths: tuple[int, ...] = (37, 5, 70), **arguments: Any
 ) -> None:
     texts = prompts(*lengths)
     ours = runner_of(path, **arguments).greedy(texts, NUM_NEW, chunk=13)
-    assert ours == [hf_greedy(hf, text) for text in texts]
+    assert ours == [hf_greedy(hf, text, NUM_NEW) for text in texts]
     assert len({tuple(tokens) for tokens in ours}) == len(texts)
 
 
@@ -124,7 +111,7 @@ def test_greedy_tokens_in_a_mixed_batch(tmp_path: Path, family: str) -> None:
     hf = make_hf_model(family)
     path = save(hf, tmp_path)
     texts = prompts(37, 5, 70)
-    expected = [hf_greedy(hf, text) for text in texts]
+    expected = [hf_greedy(hf, text, NUM_NEW) for text in texts]
     assert len({tuple(tokens) for tokens in expected}) == len(texts)
     for page_size, chunk in ((1, 13), (16, 1000), (64, 16)):
         ours = runner_of(path, page_size=page_size).greedy(texts, NUM_NEW, chunk)
@@ -222,7 +209,9 @@ def test_a_reused_prefix_gives_the_same_tokens(tmp_path: Path, family: str, page
     texts = [first[:40] + tail, list(first)]
     shared = [runner.share_prefix(source, list(text)) for text in texts]
     assert [seq.num_computed for seq in shared] == {1: [40, 52], 16: [32, 48]}[page_size]
-    assert runner.continue_greedily(shared, NUM_NEW) == [hf_greedy(hf, text) for text in texts]
+    assert runner.continue_greedily(shared, NUM_NEW) == [
+        hf_greedy(hf, text, NUM_NEW) for text in texts
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,6 +4,8 @@ import asyncio
 import gc
 import os
 import stat
+import tracemalloc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,23 +91,97 @@ def test_drain_takes_everything_that_is_there(context: zmq.Context[Any], endpoin
     receiver.close()
 
 
-def test_token_ids_arrive_without_a_copy(context: zmq.Context[Any], endpoint: str) -> None:
-    ids = np.arange(100_000, dtype=np.int32)
+def make_request(ids: np.ndarray[Any, Any]) -> TokenizedGenerateReqInput:
     params = SamplingParams(stop=("x",), logit_bias={7: -1.5}, sampling_seed=-(1 << 62))
+    return TokenizedGenerateReqInput("r", ids.data.cast("B"), params, logprob_start_len=3)
+
+
+@pytest.mark.parametrize("num_ids", [0, 1, 100_000])
+def test_token_ids_travel_in_a_frame_of_their_own(
+    context: zmq.Context[Any], endpoint: str, num_ids: int
+) -> None:
+    """What is encoded beside them does not grow with them."""
+    ids = np.arange(num_ids, dtype=np.int32)
+    inbox = context.socket(zmq.PULL)
+    inbox.bind(endpoint)
+    sender = Sender[ToScheduler](context, endpoint)
+    sender.send(make_request(ids))
+    head, bulk = inbox.recv_multipart()
+    assert len(head) < 600
+    assert bulk == ids.tobytes()
+    sender.close()
+    inbox.close(linger=0)
+
+
+def test_token_ids_are_sent_without_a_copy(context: zmq.Context[Any], endpoint: str) -> None:
+    """Sending allocates nothing of their size, and their memory is let go once delivered."""
+    ids = np.arange(1_000_000, dtype=np.int32)
+    gone = weakref.finalize(ids, lambda: None)
     receiver = Receiver[ToScheduler](context, endpoint, ToScheduler)
     sender = Sender[ToScheduler](context, endpoint)
-    sender.send(TokenizedGenerateReqInput("r", ids.data.cast("B"), params, logprob_start_len=3))
-    request = receiver.receive(WAIT_MS)
-    assert isinstance(request, TokenizedGenerateReqInput)
-    assert isinstance(request.input_ids, memoryview)
-    view = request.input_ids
-    assert isinstance(view.obj, bytes)
-    assert len(view.obj) > view.nbytes  # a window on the whole message
-    assert request.sampling_params == params
-    del request
+    tracemalloc.start()
+    sender.send(make_request(ids))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < ids.nbytes // 20
+    del ids
+    assert gone.alive  # ZeroMQ still reads it
+    received = receiver.receive(WAIT_MS)
+    assert isinstance(received, TokenizedGenerateReqInput)
+    sender.close()
+    receiver.close()
+    context.destroy(linger=0)
+    gc.collect()
+    assert not gone.alive
+
+
+def test_token_ids_arrive_without_a_copy(context: zmq.Context[Any], endpoint: str) -> None:
+    ids = np.arange(100_000, dtype=np.int32)
+    request = make_request(ids)
+    receiver = Receiver[ToScheduler](context, endpoint, ToScheduler)
+    sender = Sender[ToScheduler](context, endpoint)
+    for _ in range(3):
+        sender.send(AbortReq("a"))
+        sender.send(request)
+    assert request.input_ids.nbytes == ids.nbytes  # the sender's own message is left alone
+    assert receiver.receive(WAIT_MS) == AbortReq("a")
+    got: list[ToScheduler | None] = [receiver.receive(WAIT_MS)]
+    while len(got) < 5:
+        got += receiver.drain()
+    assert [type(message).__name__ for message in got[1::2]] == ["AbortReq"] * 2
+    received = got[0]
+    del got
+    assert isinstance(received, TokenizedGenerateReqInput)
+    view = received.input_ids
+    assert isinstance(view.obj, zmq.Frame)
+    assert received.sampling_params == request.sampling_params
+    del received
     gc.collect()
     assert np.array_equal(np.frombuffer(view, dtype=np.int32), ids)
     sender.close()
+    receiver.close()
+
+
+async def test_a_loop_receives_a_frame(context: zmq.Context[Any], endpoint: str) -> None:
+    ids = np.arange(50_000, dtype=np.int32)
+    receiver = AsyncReceiver[ToScheduler](context, endpoint, ToScheduler)
+    sender = Sender[ToScheduler](context, endpoint)
+    sender.send(make_request(ids))
+    received = await asyncio.wait_for(receiver.receive(), WAIT_MS / 1000)
+    assert isinstance(received, TokenizedGenerateReqInput)
+    assert np.array_equal(np.frombuffer(received.input_ids, dtype=np.int32), ids)
+    sender.close()
+    receiver.close()
+
+
+def test_a_frame_too_many_is_an_error(context: zmq.Context[Any], endpoint: str) -> None:
+    receiver = Receiver[ToScheduler](context, endpoint, ToScheduler)
+    socket = context.socket(zmq.PUSH)
+    socket.connect(endpoint)
+    socket.send_multipart([msgspec.msgpack.encode(AbortReq("a")), b"more"])
+    with pytest.raises(msgspec.DecodeError, match="AbortReq comes in one frame"):
+        receiver.receive(WAIT_MS)
+    socket.close(linger=0)
     receiver.close()
 
 

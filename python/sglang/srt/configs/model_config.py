@@ -10,24 +10,21 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.configs.families import FAMILIES
 from sglang.srt.configs.gguf_config import gguf_to_hf_config
+from sglang.srt.configs.model_traits import ModelTraits, positive
 from sglang.srt.configs.rope_config import RopeConfig, rope_config_from_hf
 from sglang.srt.environ import Environ
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURES: dict[str, str] = {  # architecture -> model_type
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
+ARCHITECTURES: dict[str, str] = {name: family.model_type for name, family in FAMILIES.items()}
 
-# What a field means when config.json leaves it out: the defaults of the published config classes.
+# What a field means when config.json and the family leave it out.
 _COMMON_DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -37,60 +34,25 @@ _COMMON_DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {
-        "intermediate_size": 11008,
-        "max_position_embeddings": 2048,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "mistral": {
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "qwen2": {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-    "qwen3": {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-}
+# Fields of a multimodal file that also say something of its text part.
+_SHARED_WITH_TEXT = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")
 
-# Fields where null says "none" rather than "the default".
-_NULL_MEANS_NONE = frozenset({"sliding_window", "bos_token_id", "eos_token_id"})
 _GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """One model, whatever file it came from.
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(ModelTraits):
+    """One model, whatever file it came from; what sets the families apart is in `ModelTraits`.
 
     `num_heads`, `num_kv_heads` and `vocab_size` are the whole model's, not one rank's.
-    `layer_windows[l]` is the sliding window of layer l in tokens (a query sees itself and the
-    window - 1 tokens before it) or None for global attention; `sliding_window` is the one window
-    of the model or None. `attention_bias` is that of q, k and v. `max_position_embeddings` is the
-    trained context length in tokens, rope scaling included. `torch_dtype` is the checkpoint's own
+    `intermediate_size` is the width of the dense MLPs. `max_position_embeddings` is the trained
+    context length in tokens, rope scaling included. `torch_dtype` is the checkpoint's own
     type ("float32", "float16" or "bfloat16"; quantised GGUF counts as float16). `bos_token_id` is
     None and `eos_token_ids` empty when the checkpoint names none.
     `generation_defaults` holds those of temperature, top_p, top_k, min_p and repetition_penalty
     that generation_config.json sets. `path` is the directory or the .gguf file itself; `raw` the
-    config in Hugging Face's shape, overrides applied.
+    text model's config in Hugging Face's shape, overrides applied.
     """
 
     architecture: str
@@ -106,12 +68,6 @@ class ModelConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     hidden_act: str
-    attention_bias: bool
-    attention_output_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    sliding_window: int | None
-    layer_windows: tuple[int | None, ...]
     rope: RopeConfig
     max_position_embeddings: int
     torch_dtype: str
@@ -132,9 +88,10 @@ class ModelConfig:
     ) -> ModelConfig:
         """Read a Hugging Face directory, a .gguf file, or a directory that holds just one .gguf.
 
-        `overrides` (--json-model-override-args) replace top-level fields of config.json. Code
-        beside a checkpoint is never run, with `trust_remote_code` or without. Raises ValueError
-        with one line that says what is wrong and where.
+        `overrides` (--json-model-override-args) replace top-level fields of config.json, and
+        those of the text part of a multimodal one. Code beside a checkpoint is never run, with
+        `trust_remote_code` or without. Raises ValueError with one line that says what is wrong
+        and where.
         """
         path = find_model_file(model_path)
         is_gguf = path.suffix == ".gguf"
@@ -149,7 +106,7 @@ class ModelConfig:
                 home = path.parent
                 generation = home / "generation_config.json"
                 extras = _read_json(generation) if generation.is_file() else {}
-            raw = _apply_overrides(raw, overrides or {})
+            raw = _apply_overrides(_text_part(raw, overrides or {}), overrides or {})
             if trust_remote_code and raw.get("auto_map"):
                 logger.warning("%s: code shipped with a checkpoint is never run.", path)
             config = _build(raw, extras, is_gguf=is_gguf, path=str(home))
@@ -244,65 +201,87 @@ def _apply_overrides(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[
     return merged
 
 
+def _text_part(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the text model: `raw` itself, except for multimodal families."""
+    whole = {**raw, **overrides}
+    architecture = _pick_architecture(whole)
+    name = FAMILIES[architecture].text_part
+    if name is None:
+        return raw
+    text = whole.get(name, {})
+    if not isinstance(text, dict):
+        raise ValueError(f"{name} must be an object, not {text!r}")
+    shared = {key: raw[key] for key in _SHARED_WITH_TEXT if key in raw}
+    return {**shared, **_without_nulls(text), "architectures": [architecture]}
+
+
+def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if v is not None or k not in _SHARED_WITH_TEXT}
+
+
 def _build(
     raw: dict[str, Any], generation: Mapping[str, Any], *, is_gguf: bool, path: str
 ) -> ModelConfig:
     architecture = _pick_architecture(raw)
-    model_type = ARCHITECTURES[architecture]
+    family = FAMILIES[architecture]
     if raw.get("quantization_config"):
         raise ValueError("quantized Hugging Face checkpoints are not supported (GGUF files are)")
-    fields = {**_COMMON_DEFAULTS, **_DEFAULTS[model_type]}
-    fields.update({k: v for k, v in raw.items() if v is not None or k in _NULL_MEANS_NONE})
-    hidden, heads = _positive(fields, "hidden_size"), _positive(fields, "num_attention_heads")
-    fields.setdefault("num_key_value_heads", heads)
-    if fields.get("head_dim") is None and hidden % heads:
+    values = {**_COMMON_DEFAULTS, **family.defaults}
+    values.update({k: v for k, v in raw.items() if v is not None or k in family.null_means_none})
+    hidden, heads = positive(values, "hidden_size"), positive(values, "num_attention_heads")
+    head_dim, kv_heads = _head_shape(values, hidden, heads)
+    if values["hidden_act"] not in family.hidden_acts:
+        supported = " or ".join(repr(name) for name in family.hidden_acts)
+        raise ValueError(
+            f"hidden_act {values['hidden_act']!r} is not supported; only {supported} is"
+        )
+    num_layers = positive(values, "num_hidden_layers")
+    max_position = positive(values, "max_position_embeddings")
+    rope = rope_config_from_hf(
+        values, max_position_embeddings=max_position, default_theta=family.rope_theta
+    )
+    traits = family.read_traits(values, num_layers)
+    return ModelConfig(
+        architecture=architecture,
+        model_type=family.model_type,
+        vocab_size=positive(values, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=positive(values, family.mlp_field),
+        num_layers=num_layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        v_head_dim=head_dim,
+        rms_norm_eps=float(values["rms_norm_eps"]),
+        tie_word_embeddings=bool(values["tie_word_embeddings"]),
+        hidden_act=str(values["hidden_act"]),
+        rope=rope,
+        max_position_embeddings=_derived_context_length(values, rope, max_position),
+        torch_dtype=_dtype_name(raw),
+        bos_token_id=_first_id(values.get("bos_token_id")),
+        eos_token_ids=_all_ids(generation.get("eos_token_id"), values.get("eos_token_id")),
+        generation_defaults=_generation_defaults(generation),
+        is_gguf=is_gguf,
+        path=path,
+        raw=raw,
+        **{trait.name: getattr(traits, trait.name) for trait in fields(traits)},
+    )
+
+
+def _head_shape(values: dict[str, Any], hidden: int, heads: int) -> tuple[int, int]:
+    """(head_dim, kv heads); ValueError for numbers that don't divide."""
+    if values.get("head_dim") is None and hidden % heads:
         raise ValueError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    fields.setdefault("head_dim", hidden // heads)
-    head_dim, kv_heads = _positive(fields, "head_dim"), _positive(fields, "num_key_value_heads")
+    values.setdefault("head_dim", hidden // heads)
+    values.setdefault("num_key_value_heads", heads)
+    head_dim, kv_heads = positive(values, "head_dim"), positive(values, "num_key_value_heads")
     if heads % kv_heads:
         raise ValueError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} must be even for rotary embeddings")
-    if fields["hidden_act"] != "silu":
-        raise ValueError(f"hidden_act {fields['hidden_act']!r} is not supported; only 'silu' is")
-    num_layers = _positive(fields, "num_hidden_layers")
-    max_position = _positive(fields, "max_position_embeddings")
-    rope = rope_config_from_hf(fields, max_position_embeddings=max_position)
-    windows = _layer_windows(model_type, fields, num_layers)
-    # Two families have the switch; Qwen2 always has a bias, on q, k and v only.
-    bias = model_type in ("llama", "qwen3") and bool(fields.get("attention_bias", False))
-    return ModelConfig(
-        architecture=architecture,
-        model_type=model_type,
-        vocab_size=_positive(fields, "vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=_positive(fields, "intermediate_size"),
-        num_layers=num_layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        v_head_dim=head_dim,
-        rms_norm_eps=float(fields["rms_norm_eps"]),
-        tie_word_embeddings=bool(fields["tie_word_embeddings"]),
-        hidden_act="silu",
-        attention_bias=model_type == "qwen2" or bias,
-        attention_output_bias=bool(fields.get("attention_output_bias", bias)),
-        mlp_bias=model_type == "llama" and bool(fields.get("mlp_bias", False)),
-        qk_norm=model_type == "qwen3",
-        sliding_window=next((w for w in windows if w is not None), None),
-        layer_windows=windows,
-        rope=rope,
-        max_position_embeddings=_derived_context_length(fields, rope, max_position),
-        torch_dtype=_dtype_name(raw),
-        bos_token_id=_first_id(fields.get("bos_token_id")),
-        eos_token_ids=_all_ids(generation.get("eos_token_id"), fields.get("eos_token_id")),
-        generation_defaults=_generation_defaults(generation),
-        is_gguf=is_gguf,
-        path=path,
-        raw=raw,
-    )
+    return head_dim, kv_heads
 
 
 def _pick_architecture(raw: Mapping[str, Any]) -> str:
@@ -321,43 +300,14 @@ def _pick_architecture(raw: Mapping[str, Any]) -> str:
     )
 
 
-def _positive(fields: Mapping[str, Any], key: str) -> int:
-    value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} must be a positive whole number, not {value!r}")
-    return value
-
-
-def _layer_windows(
-    model_type: str, fields: Mapping[str, Any], num_layers: int
-) -> tuple[int | None, ...]:
-    """Window of every layer: `layer_types` where given, else the family's own rule."""
-    slides = model_type == "mistral" or (
-        model_type in ("qwen2", "qwen3") and bool(fields.get("use_sliding_window"))
-    )
-    if not slides or fields.get("sliding_window") is None:
-        return (None,) * num_layers
-    window = _positive(fields, "sliding_window")
-    types = fields.get("layer_types")
-    if types is not None:
-        known = {"full_attention", "sliding_attention"}
-        if not isinstance(types, list) or len(types) != num_layers or set(types) - known:
-            raise ValueError(
-                f"layer_types must list {num_layers} of 'full_attention' or 'sliding_attention'"
-            )
-        return tuple(window if kind == "sliding_attention" else None for kind in types)
-    first = 0 if model_type == "mistral" else int(fields["max_window_layers"])
-    return tuple(window if layer >= first else None for layer in range(num_layers))
-
-
-def _derived_context_length(fields: Mapping[str, Any], rope: RopeConfig, max_position: int) -> int:
+def _derived_context_length(values: Mapping[str, Any], rope: RopeConfig, max_position: int) -> int:
     """Trained length, as SGLang derives it from the rope fields.
 
     A scaling factor stretches max_position_embeddings, except where the checkpoint names its
     length before scaling (then max_position_embeddings is already what the author grants) and
     for llama3, whose max_position_embeddings is the stretched length.
     """
-    scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if rope.rope_type == "llama3" or scaling.get("original_max_position_embeddings"):
         return max_position
     return int(max_position * rope.factor)

@@ -164,5 +164,5 @@ def _check(config: RopeConfig) -> None:
         raise ValueError(f"rope factor must be at least 1, not {config.factor}")
     if config.original_max_position < 1:
         raise ValueError("rope original_max_position_embeddings must be positive")
-    if config.rope_type == "llama3" and config.high_freq_factor <= config.low_freq_factor:
-        raise ValueError("rope high_freq_factor must be greater than low_freq_factor")
+    if config.rope_type == "llama3" and config.high_freq_factor < config.low_freq_factor:
+        raise ValueError("rope high_freq_factor must not be less than low_freq_factor")

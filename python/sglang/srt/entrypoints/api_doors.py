@@ -13,21 +13,29 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sglang.srt.entrypoints.event_stream import EventStream, while_connected
-from sglang.srt.entrypoints.generate_request_body import GenerateCall, read_generate
+from sglang.srt.entrypoints.generate_request_body import (
+    FIELDS_HEADER,
+    GenerateCall,
+    parse_binary_generate,
+    parse_generate,
+)
 from sglang.srt.entrypoints.http_errors import ApiShape, JsonResponse, bad_field, bad_json
 from sglang.srt.entrypoints.openai.chat_messages import template_kwargs, template_messages
 from sglang.srt.entrypoints.openai.protocol import ChatBody, CompletionBody
 from sglang.srt.entrypoints.openai.serving_chat import read_chat
 from sglang.srt.entrypoints.openai.serving_completions import read_completion, read_prompts
 from sglang.srt.entrypoints.request_body import (
-    RawFields,
+    FieldValue,
     off_loop,
     read_body,
     read_token_ids,
+    split_body,
     split_object,
 )
 from sglang.srt.entrypoints.request_fields import FieldTable
+from sglang.srt.entrypoints.sequences import MAX_SEQUENCES
 from sglang.srt.entrypoints.server_context import ServerContext
+from sglang.srt.entrypoints.token_id_reader import IdLists
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import IdArray
 
@@ -48,7 +56,7 @@ class TokenizeBody(msgspec.Struct, frozen=True):
 class DetokenizeBody(msgspec.Struct, frozen=True):
     """The fields of /detokenize."""
 
-    tokens: msgspec.Raw
+    tokens: msgspec.Raw | IdLists
     skip_special_tokens: bool = True
     model: str = ""
 
@@ -65,9 +73,7 @@ class ApiDoors:
 
     async def generate(self, request: Request) -> Response:
         """POST or PUT /generate."""
-        body = await read_body(request, self._context.request_byte_limit)
-        call: GenerateCall = await off_loop(len(body), _parse_generate, body)
-        del body
+        call = await self._read_generate(request)
         serving = self._context.serving.generate
         if call.stream:
             return EventStream(ApiShape.NATIVE, serving.events(call))
@@ -127,24 +133,32 @@ class ApiDoors:
         if "tokens" not in fields:
             raise bad_field("tokens", "it is missing")
         body = DETOKENIZE_FIELDS.read(fields)
-        ids = await off_loop(len(memoryview(body.tokens)), read_token_ids, "tokens", body.tokens)
+        ids = read_token_ids("tokens", body.tokens)
         service = self._context.serving.service
         return JsonResponse({"text": await service.detokenize(ids, body.skip_special_tokens)})
 
-    async def _fields(self, request: Request) -> RawFields:
+    async def _fields(self, request: Request) -> dict[str, FieldValue]:
         body = await read_body(request, self._context.request_byte_limit)
-        return await off_loop(len(body), split_object, body)
+        return await off_loop(len(body), _split_text, body)
+
+    async def _read_generate(self, request: Request) -> GenerateCall:
+        """The request in either form; its body is gone when this returns."""
+        if _content_type(request) != "application/octet-stream":
+            body = await read_body(request, self._context.request_byte_limit)
+            return await off_loop(len(body), parse_generate, body)
+        body = await read_body(request, self._context.binary_byte_limit)
+        header = request.headers.get(FIELDS_HEADER, "").encode("latin-1")
+        return parse_binary_generate(body, header)
 
     async def _openai_body(self, request: Request) -> bytearray:
         """The body of an OpenAI request, which SGLang takes as application/json only."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        if _content_type(request) != "application/json":
             raise bad_json("the content type must be application/json")
         return await read_body(request, self._context.request_byte_limit)
 
 
-def _parse_generate(body: bytearray) -> GenerateCall:
-    return read_generate(split_object(body))
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _parse_chat(body: bytearray) -> ChatBody:
@@ -152,5 +166,10 @@ def _parse_chat(body: bytearray) -> ChatBody:
 
 
 def _parse_completion(body: bytearray) -> tuple[CompletionBody, list[str | IdArray]]:
-    completion = read_completion(split_object(body))
+    fields = split_body(body, ids_in=["prompt"], text_in=["prompt"], most_lists=MAX_SEQUENCES)
+    completion = read_completion(fields)
     return completion, read_prompts(completion.prompt)
+
+
+def _split_text(body: bytearray) -> dict[str, FieldValue]:
+    return split_body(body, ids_in=["tokens"], text_in=["prompt"], most_lists=1)

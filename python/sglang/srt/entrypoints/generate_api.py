@@ -124,10 +124,9 @@ class GenerateServer:
         outputs = await self._runner.collect(request.call)
         seconds = time.monotonic() - began
         results = []
-        for index, (prompt, output) in enumerate(self._pairs(request, outputs)):
-            rid = request.call.sequence_rids[index]
+        for index, output in enumerate(outputs):
             size = formatted_bytes(output.input_logprobs, output.output_logprobs)
-            results.append(await off_loop(size, self._whole, request, prompt, rid, output, seconds))
+            results.append(await off_loop(size, self._whole, request, index, output, seconds))
         return results if request.replies_with_list else results[0]
 
     async def events(self, request: GenerateCall) -> AsyncGenerator[bytes, None]:
@@ -175,20 +174,20 @@ class GenerateServer:
     def _whole(
         self,
         request: GenerateCall,
-        prompt: GenerateRequest,
-        rid: str,
+        index: int,
         output: SequenceOutput,
         seconds: float,
     ) -> dict[str, Any]:
         last = output.last
         if last is None:
             raise RequestError("The request ended without an answer.", 500)
-        info = meta_info(rid, last, seconds, self._weight_version)
+        prompt = request.call.prompts[request.call.prompt_indices[index]]
+        info = meta_info(request.call.sequence_rids[index], last, seconds, self._weight_version)
         if prompt.return_logprob:
             logprobs = _Logprobs(prompt, self._text_of(request))
             logprobs.add(output.input_logprobs, output.output_logprobs)
             info.update(logprobs.fields())
-        return self._object(request, prompt, output.text, output.output_ids, info)
+        return self._object(request, index, output.text, output.output_ids, info)
 
     def _event(
         self,
@@ -207,31 +206,31 @@ class GenerateServer:
             logprobs.add(delta.input_logprobs, delta.output_logprobs)
             info.update(logprobs.fields())
         if self._incremental:
-            content = self._object(request, prompt, delta.text, delta.output_ids, info)
+            content = self._object(request, index, delta.text, delta.output_ids, info)
         else:
             # SGLang's format: every event repeats the whole text, ids and log probabilities, so
             # a stream of n events is O(n^2) bytes on the wire whatever a server does. Only what
             # the events show is copied; a slow reader gets fewer of them (deltas are merged).
             output.add(replace(delta, input_logprobs=None, output_logprobs=None))
-            content = self._object(request, prompt, output.text, output.output_ids, info)
+            content = self._object(request, index, output.text, output.output_ids, info)
         if request.replies_with_list:
             content["index"] = index
         return content
 
     def _object(
-        self, request: GenerateCall, prompt: GenerateRequest, text: str, ids: Any, info: Any
+        self, request: GenerateCall, index: int, text: str, ids: Any, info: Any
     ) -> dict[str, Any]:
         content: dict[str, Any] = {"text": text, "output_ids": ids, "meta_info": info}
         if self._service.tokenizer is None:
             del content["text"]
         if request.return_prompt_ids:
-            content["prompt_token_ids"] = prompt.input_ids
+            content["prompt_token_ids"] = request.prompt_ids[request.call.prompt_indices[index]]
         return content
 
     # ---- helpers ----
 
     async def _with_prompt_ids(self, request: GenerateCall) -> GenerateCall:
-        """The same request with its texts tokenized, when the reply has to show the ids."""
+        """The request with its texts tokenized and all ids kept, when the reply shows them."""
         if not request.return_prompt_ids:
             return request
         prompts = []
@@ -240,18 +239,14 @@ class GenerateServer:
                 ids = await self._service.tokenize(prompt.text, prompt.add_special_tokens)
                 prompt = replace(prompt, text=None, input_ids=ids)
             prompts.append(prompt)
-        return replace(request, call=replace(request.call, prompts=tuple(prompts)))
+        return replace(
+            request,
+            call=replace(request.call, prompts=tuple(prompts)),
+            prompt_ids=tuple(prompt.input_ids for prompt in prompts),
+        )
 
     def _text_of(self, request: GenerateCall) -> Callable[[int], str] | None:
         tokenizer = self._service.tokenizer
         if not request.text_in_logprobs or tokenizer is None:
             return None
         return tokenizer.token_text
-
-    @staticmethod
-    def _pairs(
-        request: GenerateCall, outputs: list[SequenceOutput]
-    ) -> list[tuple[GenerateRequest, SequenceOutput]]:
-        prompts = request.call.prompts
-        indices = request.call.prompt_indices
-        return [(prompts[i], output) for i, output in zip(indices, outputs, strict=True)]

@@ -13,17 +13,21 @@ from typing import Any
 
 import msgspec
 
+from sglang.srt.entrypoints.binary_ids import ids_of_base64, ids_of_body
 from sglang.srt.entrypoints.http_errors import bad_field
 from sglang.srt.entrypoints.request_body import (
+    Fields,
+    FieldValue,
     RawFields,
     decode_field,
-    list_kind,
-    read_token_ids,
+    split_body,
     split_list,
+    split_object,
 )
 from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal, is_null
 from sglang.srt.entrypoints.sampling_fields import sampling_from_raw
 from sglang.srt.entrypoints.sequences import MAX_SEQUENCES, Call
+from sglang.srt.entrypoints.token_id_reader import IdLists, read_id_lists
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateRequest, IdArray
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -35,6 +39,9 @@ HIDDEN_STATES = Refusal("hidden states are not returned", (False, [False]))
 LOGIT_PROCESSOR = Refusal("custom logit processors are not served", ("",))
 DISAGGREGATION = Refusal("prefill and decode are not disaggregated here", ([], ""))
 
+# Where a request whose body is binary has its other fields: a JSON object.
+FIELDS_HEADER = "x-generate-fields"
+
 RAW_NULL = msgspec.Raw(b"null")
 
 
@@ -42,7 +49,8 @@ class GenerateBody(msgspec.Struct, frozen=True):
     """The served fields of /generate; lists hold one value per prompt of a batch."""
 
     text: str | list[str] | None = None
-    input_ids: msgspec.Raw = RAW_NULL
+    input_ids: msgspec.Raw | IdLists = RAW_NULL
+    input_ids_b64: str | None = None
     sampling_params: msgspec.Raw = RAW_NULL
     rid: str | list[str] | None = None
     stream: bool = False
@@ -98,13 +106,17 @@ GENERATE_FIELDS = FieldTable(
 
 @dataclass(frozen=True)
 class GenerateCall:
-    """A read request: the call, and how its reply has to look."""
+    """A read request: the call, and how its reply has to look.
+
+    `prompt_ids`: each prompt's ids, filled in before the call runs when the reply shows them.
+    """
 
     call: Call
     is_batch: bool
     stream: bool
     text_in_logprobs: bool
     return_prompt_ids: bool
+    prompt_ids: tuple[IdArray | None, ...] = ()
 
     @property
     def replies_with_list(self) -> bool:
@@ -112,7 +124,31 @@ class GenerateCall:
         return self.is_batch or self.call.num_sequences > 1
 
 
-def read_generate(fields: RawFields) -> GenerateCall:
+def parse_generate(body: bytes | bytearray) -> GenerateCall:
+    """Read a JSON body, which may be long: call it off the event loop. Raises RequestError 400."""
+    fields = split_body(
+        body,
+        ids_in=["input_ids"],
+        text_in=["text", "input_ids_b64"],
+        most_lists=MAX_SEQUENCES,
+    )
+    return read_generate(fields)
+
+
+def parse_binary_generate(body: bytes | bytearray, header: bytes) -> GenerateCall:
+    """Read a binary body with the other fields as JSON in `header` (b"" for none).
+
+    The ids are a view of `body`. Raises RequestError 400.
+    """
+    fields: dict[str, FieldValue] = {**split_object(header)} if header else {}
+    for name in ("text", "input_ids", "input_ids_b64"):
+        if name in fields:
+            raise bad_field(name, "the prompt is the body's token ids")
+    fields["input_ids"] = IdLists((ids_of_body(body),), False)
+    return read_generate(fields)
+
+
+def read_generate(fields: Fields) -> GenerateCall:
     """Read and check the fields; RequestError 400 naming the first that cannot be served."""
     body = GENERATE_FIELDS.read(fields)
     texts, ids, is_batch = _prompts(body)
@@ -165,9 +201,14 @@ def prefix_key(extra_key: str | None, cache_salt: str | None) -> str | None:
 
 def _prompts(body: GenerateBody) -> tuple[list[str | None], list[IdArray | None], bool]:
     """Texts, ids (one of the two per prompt), and whether the client sent a batch."""
-    has_ids = not is_null(body.input_ids)
-    if (body.text is None) != has_ids:
-        raise RequestError("Give exactly one of 'text' and 'input_ids'.", 400, "BadRequestError")
+    has_ids = isinstance(body.input_ids, IdLists) or not is_null(body.input_ids)
+    given = [body.text is not None, has_ids, body.input_ids_b64 is not None]
+    if sum(given) != 1:
+        raise RequestError(
+            "Give exactly one of 'text', 'input_ids' and 'input_ids_b64'.", 400, "BadRequestError"
+        )
+    if body.input_ids_b64 is not None:
+        return [None], [ids_of_base64("input_ids_b64", body.input_ids_b64)], False
     if body.text is not None:
         is_batch = isinstance(body.text, list)
         texts: list[str | None] = list(body.text) if isinstance(body.text, list) else [body.text]
@@ -175,17 +216,18 @@ def _prompts(body: GenerateBody) -> tuple[list[str | None], list[IdArray | None]
         if not all(texts):
             raise bad_field("text", "a prompt is empty")
         return texts, [None] * len(texts), is_batch
-    arrays, is_batch = read_id_prompts("input_ids", body.input_ids)
-    return [None] * len(arrays), list(arrays), is_batch
+    lists = read_id_prompts("input_ids", body.input_ids)
+    return [None] * len(lists.arrays), list(lists.arrays), lists.is_batch
 
 
-def read_id_prompts(name: str, raw: msgspec.Raw) -> tuple[list[IdArray], bool]:
-    """A list of ids, or a list of such lists (True)."""
-    if bytes(memoryview(raw)[:1]) == b"[" and list_kind(raw) == b"[":
-        rows = split_list(raw)
-        _check_count(name, len(rows))
-        return [read_token_ids(name, row) for row in rows], True
-    return [read_token_ids(name, raw)], False
+def read_id_prompts(name: str, value: msgspec.Raw | IdLists) -> IdLists:
+    """A list of ids, or a list of such lists; RequestError 400 naming what is neither."""
+    if isinstance(value, IdLists):
+        return value
+    text = bytes(memoryview(value))
+    if text[:1] != b"[":
+        raise bad_field(name, "expected a list of token ids")
+    return read_id_lists(name, text, 0, MAX_SEQUENCES)[0]
 
 
 def _check_count(name: str, count: int) -> None:

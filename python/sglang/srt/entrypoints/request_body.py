@@ -1,36 +1,39 @@
 """Request bodies: read under a byte limit, taken apart without building large Python objects.
 
-A body is bytes until a field is needed: the top level is split into raw fields, each field is
-decoded on its own, and token ids go from JSON text straight into int32 arrays. Called by every
-POST door; never logs a body.
+A body is bytes until a field is needed: the top level is split into raw fields and each field is
+decoded on its own. The long values of a long body, token ids and texts, are read beforehand in
+pieces (body_outline.py), so that a thread does it while the event loop serves others. Called by
+every POST door; never logs a body.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 import msgspec
-import numpy as np
 from starlette.requests import Request
 
+from sglang.srt.entrypoints.body_outline import Outline, take_long_values
 from sglang.srt.entrypoints.http_errors import bad_field, bad_json
+from sglang.srt.entrypoints.token_id_reader import WHITESPACE, IdLists, id_list
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import IdArray
 
 RawFields = dict[str, msgspec.Raw]
+# A field's JSON text, or what was read already: a long text, token ids.
+FieldValue = msgspec.Raw | str | IdLists
+Fields = Mapping[str, FieldValue]
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 # Bodies up to here are parsed on the event loop: it takes less than a hop to a thread and back.
 INLINE_PARSE_BYTES = 64 << 10
-_ID_BLOCK_BYTES = 1 << 20
-_ID_CHARS = b"0123456789,- \t\r\n"
-_WHITESPACE = b" \t\r\n"
 _RAW_FIELDS = msgspec.json.Decoder(RawFields)
 _RAW_LIST = msgspec.json.Decoder(list[msgspec.Raw])
-_INT32 = np.iinfo(np.int32)
+_BYTE_NUMBER = re.compile(r"\(byte (\d+)\)")
 
 
 class ClientGoneError(Exception):
@@ -77,7 +80,32 @@ def split_object(body: bytes | bytearray) -> RawFields:
 
     Raises RequestError 400 for anything that is not one JSON object.
     """
-    if not body.strip(_WHITESPACE):
+    return _split(body, Outline())
+
+
+def split_body(
+    body: bytes | bytearray, *, ids_in: Iterable[str], text_in: Iterable[str], most_lists: int
+) -> dict[str, FieldValue]:
+    """`split_object` for a body that may be long: call it off the event loop.
+
+    Of a body above `INLINE_PARSE_BYTES` the token ids in the fields `ids_in` come as `IdLists`
+    (`most_lists` at most in one field) and the long texts in `text_in` as text. The peak of
+    memory beside the body is its own size or, for text, four times that (a Python string takes 4
+    bytes per character as soon as one is above U+FFFF).
+    """
+    if len(body) <= INLINE_PARSE_BYTES:
+        return {**split_object(body)}
+    outline = take_long_values(body, frozenset(ids_in), frozenset(text_in), most_lists)
+    fields: dict[str, FieldValue] = {**_split(outline.rest, outline)}
+    for name, value in outline.long_values.items():
+        raw = fields.get(name)
+        if isinstance(raw, msgspec.Raw) and bytes(memoryview(raw)[:5]) == b"null":
+            fields[name] = value  # else the name comes again, and JSON's last one counts
+    return fields
+
+
+def _split(body: bytes | bytearray, outline: Outline) -> RawFields:
+    if not body.strip(WHITESPACE):
         raise bad_json("the body is empty")
     try:
         return _RAW_FIELDS.decode(body)
@@ -86,7 +114,11 @@ def split_object(body: bytes | bytearray) -> RawFields:
     except UnicodeDecodeError as error:
         raise bad_json(f"it is not UTF-8 ({error.reason})") from None
     except msgspec.DecodeError as error:
-        raise bad_json(_plain(error)) from None
+
+        def original(found: re.Match[str]) -> str:
+            return f"(byte {outline.original_position(int(found[1]))})"
+
+        raise bad_json(_BYTE_NUMBER.sub(original, _plain(error))) from None
 
 
 def decode_field(
@@ -127,33 +159,13 @@ def split_list(raw: msgspec.Raw) -> list[msgspec.Raw]:
     return _RAW_LIST.decode(raw)
 
 
-def read_token_ids(name: str, raw: msgspec.Raw) -> IdArray:
-    """Token ids of a raw JSON list of integers, int32 [n].
+def read_token_ids(name: str, value: FieldValue) -> IdArray:
+    """Token ids of a JSON list of integers, int32 [n].
 
-    Raises RequestError 400 naming `name` when the list is empty, holds anything but integers, or
-    an integer that no vocabulary has. The syntax was checked when the body was split, so inside
-    the brackets only the characters have to be looked at.
+    Raises RequestError 400 naming `name` and the element when it is anything else.
     """
-    view = memoryview(raw)
-    if bytes(view[:1]) != b"[":
-        raise bad_field(name, "expected a list of token ids")
-    inner = bytes(view[1:-1]).strip(_WHITESPACE)
-    if not inner:
-        raise bad_field(name, "the list of token ids is empty")
-    if inner.translate(None, _ID_CHARS):
-        raise bad_field(name, "token ids must be integers")
-    ids = np.empty(inner.count(b",") + 1, np.int32)
-    filled = 0
-    start = 0
-    # In blocks: parsing holds the interpreter lock, and the event loop wants it in between.
-    while start < len(inner):
-        end = inner.find(b",", start + _ID_BLOCK_BYTES)
-        end = len(inner) if end < 0 else end
-        block = np.fromstring(inner[start:end], dtype=np.int64, sep=",")
-        wrong = block[(block < 0) | (block > _INT32.max)]
-        if wrong.size:
-            raise bad_field(name, f"token id {wrong[0]} is out of range")
-        ids[filled : filled + block.size] = block
-        filled += block.size
-        start = end + 1
-    return ids
+    if isinstance(value, IdLists):
+        if value.is_batch:
+            raise bad_field(name, "expected a list of token ids, not a list of lists")
+        return value.arrays[0]
+    return id_list(name, value.encode() if isinstance(value, str) else bytes(memoryview(value)))

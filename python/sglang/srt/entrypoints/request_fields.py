@@ -3,7 +3,8 @@
 A field is served (it is an attribute of the endpoint's body struct), accepted (it cannot change
 the answer here) or refused (the answer would differ from what the client asked: 400 naming it,
 unless it holds a neutral value). Null means "not given" unless the field's type has a None of its
-own. Unknown fields are refused or ignored, as the endpoint says.
+own. Unknown fields are refused or ignored, as the endpoint says. A field of a union with
+`msgspec.Raw` is left as it comes: JSON text, or what `split_body` has read of it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import msgspec
 import numpy as np
 
 from sglang.srt.entrypoints.http_errors import bad_field
-from sglang.srt.entrypoints.request_body import RawFields, decode_field
+from sglang.srt.entrypoints.request_body import Fields, FieldValue, decode_field
+from sglang.srt.entrypoints.token_id_reader import IdLists
 from sglang.srt.errors import RequestError
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -53,7 +55,7 @@ class FieldTable(Generic[S]):
         self._body = body
         self._served = {name: hints[name] for name in body.__struct_fields__}
         self._decoders: dict[str, msgspec.json.Decoder[Any]] = {
-            name: msgspec.json.Decoder(hint) for name, hint in self._served.items()
+            name: msgspec.json.Decoder(_json_type(hint)) for name, hint in self._served.items()
         }
         self._nullable = frozenset(n for n, hint in self._served.items() if _takes_none(hint))
         self._accepted = frozenset(accepted)
@@ -75,7 +77,7 @@ class FieldTable(Generic[S]):
         """The fields that are refused, and why."""
         return self._refused
 
-    def read(self, fields: RawFields, prefix: str = "") -> S:
+    def read(self, fields: Fields, prefix: str = "") -> S:
         """The body struct, defaults where a field is absent.
 
         `prefix` stands before a field's name in messages. Raises RequestError 400 naming the
@@ -84,18 +86,21 @@ class FieldTable(Generic[S]):
         values: dict[str, Any] = {}
         for name, raw in fields.items():
             if name in self._served:
-                if is_null(raw):
-                    if name in self._nullable:
-                        values[name] = None
-                    continue
-                values[name] = decode_field(prefix + name, raw, self._decoders[name])
+                if not isinstance(raw, msgspec.Raw):
+                    values[name] = raw
+                elif not is_null(raw):
+                    values[name] = decode_field(prefix + name, raw, self._decoders[name])
+                elif name in self._nullable:
+                    values[name] = None
             elif name in self._refused:
                 self._check_refused(prefix + name, self._refused[name], raw)
             elif name not in self._accepted and self._refuse_unknown:
                 raise RequestError(f"Unknown field '{prefix}{name}'.", 400, "BadRequestError")
         return self._body(**values)
 
-    def _check_refused(self, name: str, refusal: Refusal, raw: msgspec.Raw) -> None:
+    def _check_refused(self, name: str, refusal: Refusal, raw: FieldValue) -> None:
+        if not isinstance(raw, msgspec.Raw):
+            raise bad_field(name, refusal.reason)
         value = decode_field(name, raw, _ANY)
         if value is None or any(value == x and type(value) is type(x) for x in refusal.neutral):
             return
@@ -107,26 +112,41 @@ def is_null(raw: msgspec.Raw) -> bool:
     return bytes(memoryview(raw)[:5]) == NULL
 
 
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; none for any other type."""
+    is_union = typing.get_origin(hint) in (Union, types.UnionType)
+    return typing.get_args(hint) if is_union else ()
+
+
 def _takes_none(hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    return origin in (Union, types.UnionType) and type(None) in typing.get_args(hint)
+    return type(None) in _members(hint)
 
 
-def raw_from_python(values: Mapping[str, Any]) -> RawFields:
+def _json_type(hint: Any) -> Any:
+    return msgspec.Raw if msgspec.Raw in _members(hint) else hint
+
+
+def raw_from_python(values: Mapping[str, Any]) -> dict[str, FieldValue]:
     """Python values as the fields of a JSON object, for callers that are no HTTP client.
 
-    None counts as not given; numpy arrays become lists. Raises RequestError 400 naming a value
-    that JSON cannot carry.
+    None counts as not given; an array of int32 token ids is copied, other numpy arrays become
+    lists. Raises RequestError 400 naming a value that JSON cannot carry.
     """
-    fields: RawFields = {}
+    fields: dict[str, FieldValue] = {}
     for name, value in values.items():
-        if value is not None:
+        if name == "input_ids" and _is_id_array(value):
+            fields[name] = IdLists((value.copy(),), False)  # the caller may go on writing to it
+        elif value is not None:
             try:
                 _check_finite(name, value)
                 fields[name] = msgspec.Raw(msgspec.json.encode(value, enc_hook=_array_to_list))
             except (TypeError, NotImplementedError, OverflowError, UnicodeError) as error:
                 raise bad_field(name, str(error).removesuffix(".")) from None
     return fields
+
+
+def _is_id_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype == np.int32 and value.ndim == 1
 
 
 def _array_to_list(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import time
 
+from sglang.srt.entrypoints.binary_ids import ID_BYTES
 from sglang.srt.entrypoints.generate_api import GenerateServer
 from sglang.srt.entrypoints.openai.serving_base import OpenAIOptions, default_sampling
 from sglang.srt.entrypoints.openai.serving_chat import ChatServing
@@ -21,6 +22,8 @@ from sglang.srt.managers.metrics import ServerMetrics
 from sglang.srt.server_args import ServerArgs
 
 WEIGHT_VERSION = "default"
+# A prompt that is a little too long is read, to be refused with both numbers.
+BINARY_SLACK_BYTES = 1 << 20
 
 
 class Phase(enum.Enum):
@@ -106,3 +109,9 @@ class ServerContext:
     def request_byte_limit(self) -> int:
         """Largest request body in bytes at this moment."""
         return self.server_args.request_byte_limit(self.serving.service.context_length)
+
+    @property
+    def binary_byte_limit(self) -> int:
+        """Largest body of token ids as int32: far longer prompts than the context are not read."""
+        ids = ID_BYTES * self.serving.service.context_length
+        return min(self.request_byte_limit, ids + BINARY_SLACK_BYTES)

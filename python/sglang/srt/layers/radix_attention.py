@@ -17,9 +17,10 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 class RadixAttention(nn.Module):
     """Attention of layer `layer_id` with this rank's heads.
 
-    `scaling` multiplies q k^T. `sliding_window` in tokens: a query at position p sees positions
-    > p - window (None: all). `logit_cap` c > 0 turns a score s into c * tanh(s / c). Query head h
-    reads kv head h // (num_heads / num_kv_heads). Raises ValueError for impossible shapes.
+    `scaling` multiplies q k^T. In tokens, at most one of both: with `sliding_window` a query at
+    position p sees positions > p - window, with `attention_chunk` c those from p - p % c on (None:
+    all). `logit_cap` c > 0 turns a score s into c * tanh(s / c). Query head h reads kv head
+    h // (num_heads / num_kv_heads). Raises ValueError for impossible shapes.
     """
 
     def __init__(
@@ -31,14 +32,21 @@ class RadixAttention(nn.Module):
         layer_id: int,
         *,
         sliding_window: int | None = None,
+        attention_chunk: int | None = None,
         v_head_dim: int | None = None,
         logit_cap: float = 0.0,
     ) -> None:
         super().__init__()
         if num_heads % num_kv_heads:
             raise ValueError(f"{num_heads} query heads over {num_kv_heads} kv heads")
-        if sliding_window is not None and sliding_window < 1:
-            raise ValueError(f"sliding_window must be at least 1, not {sliding_window}")
+        if sliding_window is not None and attention_chunk is not None:
+            raise ValueError("a layer has a sliding window or chunks, not both")
+        for name, span in (
+            ("sliding_window", sliding_window),
+            ("attention_chunk", attention_chunk),
+        ):
+            if span is not None and span < 1:
+                raise ValueError(f"{name} must be at least 1, not {span}")
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -46,6 +54,7 @@ class RadixAttention(nn.Module):
         self.scaling = scaling
         self.layer_id = layer_id
         self.sliding_window = sliding_window
+        self.attention_chunk = attention_chunk
         self.logit_cap = logit_cap
 
     def forward(

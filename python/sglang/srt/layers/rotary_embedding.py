@@ -6,7 +6,7 @@ table of that length would take 5 GiB. Only the last batch's cosines are kept.
 
 Sources: rotary embedding, arXiv 2104.09864; linear interpolation, arXiv 2306.15595; dynamic NTK
 and yarn, arXiv 2309.00071; llama3, the Llama 3.1 model card. Rotation in halves ("neox"): dimension
-i turns with dimension i + D/2.
+i turns with dimension i + D/2; interleaved, 2i with 2i + 1.
 
 Legend: T tokens, H heads, D head dim.
 """
@@ -32,7 +32,12 @@ class RotaryEmbedding(nn.Module):
     """
 
     def __init__(
-        self, head_dim: int, rope: RopeConfig, max_position: int, dtype: torch.dtype
+        self,
+        head_dim: int,
+        rope: RopeConfig,
+        max_position: int,
+        dtype: torch.dtype,
+        interleaved: bool = False,
     ) -> None:
         super().__init__()
         if head_dim % 2:
@@ -40,6 +45,7 @@ class RotaryEmbedding(nn.Module):
         self.head_dim = head_dim
         self.rope = rope
         self.max_position = max_position
+        self.interleaved = interleaved
         self._dtype = dtype
         self._inv_freq = inverse_frequencies(head_dim, rope)
         self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -48,14 +54,19 @@ class RotaryEmbedding(nn.Module):
         self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated copies of q [T, H*D] and k [T, G*D]; positions int64 [T]."""
+        return self.rotate(positions, q), self.rotate(positions, k)
+
+    def rotate(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """A rotated copy of x [T, heads * D]; positions int64 [T]."""
         cos, sin = self.cos_sin(positions)
-        return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+        return self._rotate(x, cos, sin)
 
     def cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and signed sine [T, 1, D] float32 of the positions [T].
 
-        The sine's first half is negated. The last answer is kept and given again while the very
-        same tensor is asked for, as every layer of a step does; it must not be modified between.
+        The sine's first half (or the first of each pair) is negated. The last answer is kept and
+        given again while the very same tensor is asked for, as every layer of a step does; it
+        must not be modified between.
         """
         if self._last is not None and self._last[0] is positions:
             return self._last[1], self._last[2]
@@ -63,8 +74,12 @@ class RotaryEmbedding(nn.Module):
         scaling = self.rope.attention_scaling
         half_cos = (angles.cos() * scaling).float()
         half_sin = (angles.sin() * scaling).float()
-        cos = torch.cat((half_cos, half_cos), -1).unsqueeze(1)
-        sin = torch.cat((-half_sin, half_sin), -1).unsqueeze(1)
+        if self.interleaved:
+            cos = half_cos.repeat_interleave(2, -1).unsqueeze(1)
+            sin = torch.stack((-half_sin, half_sin), -1).flatten(1).unsqueeze(1)
+        else:
+            cos = torch.cat((half_cos, half_cos), -1).unsqueeze(1)
+            sin = torch.cat((-half_sin, half_sin), -1).unsqueeze(1)
         self._last = (positions, cos, sin)
         return cos, sin
 
@@ -77,20 +92,28 @@ class RotaryEmbedding(nn.Module):
 
     def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         heads = x.view(x.shape[0], x.shape[-1] // self.head_dim, self.head_dim)
-        swapped = heads.roll(self.head_dim // 2, -1)
+        if self.interleaved:
+            swapped = heads.reshape(*heads.shape[:-1], self.head_dim // 2, 2).flip(-1).flatten(-2)
+        else:
+            swapped = heads.roll(self.head_dim // 2, -1)
         # The products are float32 whatever x is: one rounding instead of three.
         return torch.addcmul(heads * cos, swapped, sin).to(self._dtype).view(x.shape)
 
 
 def get_rope(
-    head_dim: int, rope: RopeConfig, max_position: int, dtype: torch.dtype
+    head_dim: int,
+    rope: RopeConfig,
+    max_position: int,
+    dtype: torch.dtype,
+    *,
+    interleaved: bool = False,
 ) -> RotaryEmbedding:
     """The module for a model: q and k come out in `dtype`.
 
     `max_position` is the model's trained length in tokens; it bounds nothing here. Raises
     ValueError for an unknown `rope_type` or an odd `head_dim`.
     """
-    return RotaryEmbedding(head_dim, rope, max_position, dtype)
+    return RotaryEmbedding(head_dim, rope, max_position, dtype, interleaved)
 
 
 def inverse_frequencies(head_dim: int, rope: RopeConfig) -> torch.Tensor:
@@ -140,7 +163,10 @@ def _llama3_frequencies(base: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     """Keep short wavelengths, divide long ones by the factor, blend between."""
     turns = rope.original_max_position * base / (2 * math.pi)  # within the trained length
     span = rope.high_freq_factor - rope.low_freq_factor
-    keep = ((turns - rope.low_freq_factor) / span).clamp(0.0, 1.0)
+    if span == 0.0:  # Llama-4-Scout: nothing to blend
+        keep = (turns >= rope.low_freq_factor).double()
+    else:
+        keep = ((turns - rope.low_freq_factor) / span).clamp(0.0, 1.0)
     return base * keep + base / rope.factor * (1 - keep)
 
 

@@ -18,9 +18,11 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 IdArray = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True)
+@dataclass
 class GenerateRequest:
     """One sequence to generate; exactly one of `text` and `input_ids` (int32 [n]) is set.
+
+    It is changed once, by `forget_prompt`.
 
     `logprob_start_len` is the first prompt position whose log probability is wanted, -1 for none
     of the prompt. `extra_key` keeps requests with different keys from sharing a prefix.
@@ -40,6 +42,10 @@ class GenerateRequest:
     extra_key: str | None = None
     priority: int = 0
     add_special_tokens: bool = True
+
+    def forget_prompt(self) -> None:
+        """Let go of the prompt, which the scheduler has: a request may run for an hour with it."""
+        self.text = self.input_ids = None
 
 
 @dataclass(frozen=True)

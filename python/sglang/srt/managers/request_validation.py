@@ -15,6 +15,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.tokenizer.tokenizer import is_unicode
 
 _EMPTY_PROMPT = "The prompt is empty: it must have at least one token."
+_IDS_AT_ONCE = 1 << 18
 MAX_TOP_LOGPROBS = 1024
 MAX_PICKED_LOGPROBS = 4096
 MAX_PRIORITY = 1 << 31
@@ -83,9 +84,11 @@ def check_ids(input_ids: IdArray, vocab_size: int) -> None:
     """Check that a prompt has tokens and that the model has an embedding for each."""
     if input_ids.ndim != 1 or len(input_ids) == 0:
         raise RequestError(_EMPTY_PROMPT)
-    bad = np.flatnonzero((input_ids < 0) | (input_ids >= vocab_size))
-    if len(bad):
-        at = int(bad[0])
+    for start in range(0, len(input_ids), _IDS_AT_ONCE):  # bounded memory, whatever the length
+        block = input_ids[start : start + _IDS_AT_ONCE]
+        if block.min() >= 0 and block.max() < vocab_size:
+            continue
+        at = start + int(np.flatnonzero((block < 0) | (block >= vocab_size))[0])
         raise RequestError(
             f"input_ids[{at}] is {int(input_ids[at])}, but the vocabulary has {vocab_size} ids."
         )

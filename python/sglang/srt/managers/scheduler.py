@@ -143,8 +143,7 @@ class Scheduler:
 
     def turn(self) -> None:
         """Receive, launch at most one step, collect what is due, tell the news."""
-        for message in self._channel.receive(self._poll_ms()):
-            self._dispatch(message)
+        self._receive()
         began = self._clock()
         self._reply(self._control.step(began))
         launched = self._launch_next()
@@ -175,6 +174,11 @@ class Scheduler:
         self._admission.set_limits(self._limits)
 
     # ---- messages ----
+
+    def _receive(self) -> None:
+        """Take what has come; a message and the frame with its prompt are gone after this."""
+        for message in self._channel.receive(self._poll_ms()):
+            self._dispatch(message)
 
     def _dispatch(self, message: ToScheduler) -> None:
         if isinstance(message, TokenizedGenerateReqInput):

@@ -100,17 +100,19 @@ def kv_cache_spec(
     config: ModelConfig, parallel: ParallelState, dtype: str, page_size: int
 ) -> KVCacheSpec:
     """The KV cache of one rank: a group of the layers that keep every token, if there are any,
-    then one for each sliding window, narrow to wide."""
-    layers: dict[int | None, list[int]] = {}
-    for layer, window in enumerate(config.layer_windows):
-        layers.setdefault(window, []).append(layer)
+    then one for each sliding window, narrow to wide, and one for each chunk."""
+    layers: dict[tuple[GroupKind, int | None], list[int]] = {}
+    spans = zip(config.layer_windows, config.layer_chunks, strict=True)
+    for layer, (window, chunk) in enumerate(spans):
+        if chunk is not None:
+            kind = GroupKind.CHUNKED
+        else:
+            kind = GroupKind.FULL if window is None else GroupKind.SLIDING
+        layers.setdefault((kind, chunk or window), []).append(layer)
+    order = (GroupKind.FULL, GroupKind.SLIDING, GroupKind.CHUNKED)
     groups = [
-        KVGroupSpec(
-            tuple(layers[window]),
-            GroupKind.FULL if window is None else GroupKind.SLIDING,
-            window,
-        )
-        for window in sorted(layers, key=lambda window: window or 0)
+        KVGroupSpec(tuple(layers[kind, span]), kind, span)
+        for kind, span in sorted(layers, key=lambda key: (order.index(key[0]), key[1] or 0))
     ]
     return KVCacheSpec(
         groups=tuple(groups),

@@ -154,11 +154,23 @@ class TokenizerManager:
     # ---- text
 
     async def tokenize(self, text: str, add_special_tokens: bool = True) -> IdArray:
-        """Token ids of `text`, int32 [n], computed off the event loop."""
-        tokenizer = self._need_tokenizer()
-        return await self._in_thread(
-            len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        )
+        """Token ids of `text`, int32 [n], computed off the event loop.
+
+        A long text is a thread's work piece by piece, so long texts take turns, and one whose
+        client has left ends with its piece.
+        """
+        pieces = self._need_tokenizer().encode_pieces(text, add_special_tokens=add_special_tokens)
+        found = bytearray()  # grows in place, and is the result's memory
+
+        def read_piece() -> bool:
+            ids = next(pieces, None)
+            if ids is not None:
+                found.extend(ids.data.cast("B"))
+            return ids is not None
+
+        while await self._in_thread(len(text), read_piece):
+            pass
+        return np.frombuffer(found, dtype=np.int32)
 
     async def detokenize(
         self, token_ids: npt.NDArray[np.int32], skip_special_tokens: bool = True
@@ -195,7 +207,8 @@ class TokenizerManager:
 
         Raises RequestError before anything is sent when the request cannot be served, and later
         (503) when the server dies. Closing or cancelling the iterator early aborts the request
-        in the scheduler. News that the consumer is too slow for are merged.
+        in the scheduler. News that the consumer is too slow for are merged. Once the scheduler
+        has the prompt, `request` has it no more.
         """
         state = self._register(request)
         try:
@@ -206,6 +219,8 @@ class TokenizerManager:
             self._check_alive()
             self._sender.send(message)
             state.sent = True
+            del message  # its ids are ZeroMQ's now
+            request.forget_prompt()
             while True:
                 delta = await state.next_delta()
                 yield delta
@@ -251,7 +266,7 @@ class TokenizerManager:
             assert request.text is not None  # check_fields
             input_ids = await self.tokenize(request.text, request.add_special_tokens)
         input_ids = np.ascontiguousarray(input_ids, dtype="<i4")
-        validation.check_ids(input_ids, self.model_config.vocab_size)
+        await self._check_ids(input_ids)
         params = validation.fit_to_context(
             len(input_ids), request.sampling_params, self.context_length
         )
@@ -282,6 +297,14 @@ class TokenizerManager:
                 prefix_ids=input_ids[-NUM_PREFIX_IDS:].tobytes(),
             ),
         )
+
+    async def _check_ids(self, input_ids: IdArray) -> None:
+        """Refuse ids that the model has no embedding for; many are looked at in a thread."""
+        vocab_size = self.model_config.vocab_size
+        if len(input_ids) <= LONG_TEXT_CHARS:
+            validation.check_ids(input_ids, vocab_size)
+            return
+        await self._in_thread(len(input_ids), lambda: validation.check_ids(input_ids, vocab_size))
 
     async def abort(self, rid: str = "", abort_all: bool = False) -> None:
         """End the requests whose id starts with `rid` (as SGLang does), or all of them.

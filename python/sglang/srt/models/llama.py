@@ -10,6 +10,7 @@ D head dim. Source: arXiv 2302.13971, 2407.21783.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,8 +38,8 @@ from sglang.srt.models.causal_lm import CausalLM, MergedProjections
 class DecoderOptions:
     """Where the families differ.
 
-    `windows[l]` is layer l's sliding window in tokens or None for all; the empty tuple means that
-    no layer has one.
+    `windows[l]` is layer l's sliding window and `chunks[l]` its attention chunk, in tokens or None
+    for neither; an empty tuple means that no layer has one.
     """
 
     qkv_bias: bool = False
@@ -46,25 +47,26 @@ class DecoderOptions:
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
+    chunks: tuple[int | None, ...] = ()
 
     def window(self, layer_id: int) -> int | None:
         return self.windows[layer_id] if self.windows else None
+
+    def chunk(self, layer_id: int) -> int | None:
+        return self.chunks[layer_id] if self.chunks else None
 
 
 class LlamaMLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(
-        self, config: ModelConfig, bias: bool, parallel: ParallelState, dtype: torch.dtype
+        self, hidden: int, width: int, bias: bool, parallel: ParallelState, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        width = config.intermediate_size
         self.gate_up_proj = MergedColumnParallelLinear(
-            config.hidden_size, (width, width), bias=bias, parallel=parallel, dtype=dtype
+            hidden, (width, width), bias=bias, parallel=parallel, dtype=dtype
         )
-        self.down_proj = RowParallelLinear(
-            width, config.hidden_size, bias=bias, parallel=parallel, dtype=dtype
-        )
+        self.down_proj = RowParallelLinear(width, hidden, bias=bias, parallel=parallel, dtype=dtype)
         self.act_fn = SiluAndMul()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,6 +119,7 @@ class LlamaAttention(nn.Module):
             self.qkv_proj.num_kv_heads,
             layer_id,
             sliding_window=options.window(layer_id),
+            attention_chunk=options.chunk(layer_id),
             v_head_dim=config.v_head_dim,
         )
 
@@ -127,16 +130,25 @@ class LlamaAttention(nn.Module):
         positions = forward_batch.positions
         if not rows_pruned:
             q, k, v = self.qkv_proj.split(self.qkv_proj(x))
-            q, k = self._norm_heads(q, self.q_norm), self._norm_heads(k, self.k_norm)
-            q, k = self.rotary_emb(positions, q, k)
+            q_positions = positions
         else:
             rows = forward_batch.logits_rows
             q, k, v = self._project_pruned(x, rows)
-            q = self._rotate(positions[rows], self._norm_heads(q, self.q_norm))
-            k = self._rotate(positions, self._norm_heads(k, self.k_norm))
+            q_positions = positions[rows]
+        # Keys first: the angles of all positions are at hand from the layer before.
+        k = self.place_keys(k, positions)
+        q = self.place_queries(q, q_positions)
         attended = self.attn(q, k, v, forward_batch, rows_pruned=rows_pruned)
         output: torch.Tensor = self.o_proj(attended)
         return output
+
+    def place_queries(self, q: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """q [*, H*D] normalised and turned to its positions int64 [*]."""
+        return self.rotary_emb.rotate(positions, self._norm_heads(q, self.q_norm))
+
+    def place_keys(self, k: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """As `place_queries`, for k [*, G*D]."""
+        return self.rotary_emb.rotate(positions, self._norm_heads(k, self.k_norm))
 
     def _project_pruned(
         self, x: torch.Tensor, rows: torch.Tensor
@@ -156,31 +168,22 @@ class LlamaAttention(nn.Module):
         normed: torch.Tensor = norm(x.reshape(-1, num_heads, self.head_dim))
         return normed.flatten(1)
 
-    def _rotate(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if len(positions) == 0:  # a step in which no prompt ends wants no query at all
-            return x
-        # q and k stand at different positions here, but the module turns two tensors at the
-        # same: its second gets one head, and that result is dropped.
-        rotated: torch.Tensor = self.rotary_emb(positions, x, x[:, : self.head_dim])[0]
-        return rotated
-
 
 class LlamaDecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm, each added to the residual stream."""
+    """Attention and MLP, each behind a norm, each added to the residual stream.
+
+    Checkpoints call the MLP `mlp_name`.
+    """
+
+    mlp_name: ClassVar[str] = "mlp"
 
     def __init__(
-        self,
-        config: ModelConfig,
-        options: DecoderOptions,
-        layer_id: int,
-        rotary_emb: RotaryEmbedding,
-        parallel: ParallelState,
-        dtype: torch.dtype,
+        self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module, dtype: torch.dtype
     ) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = LlamaAttention(config, options, layer_id, rotary_emb, parallel, dtype)
-        self.mlp = LlamaMLP(config, options.mlp_bias, parallel, dtype)
+        self.self_attn = self_attn
+        self.add_module(self.mlp_name, mlp)
         self.input_layernorm = RMSNorm(hidden, eps, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(hidden, eps, dtype=dtype)
 
@@ -205,7 +208,7 @@ class LlamaDecoderLayer(nn.Module):
         if rows_pruned:
             residual = residual[forward_batch.logits_rows]
         x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        return self.get_submodule(self.mlp_name)(x), residual
 
 
 class LlamaModel(nn.Module):
@@ -214,7 +217,7 @@ class LlamaModel(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        options: DecoderOptions,
+        layers: Iterable[LlamaDecoderLayer],
         parallel: ParallelState,
         dtype: torch.dtype,
     ) -> None:
@@ -222,12 +225,7 @@ class LlamaModel(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, parallel=parallel, dtype=dtype
         )
-        # One module for all layers: it computes the angles of a batch once.
-        rotary_emb = get_rope(config.head_dim, config.rope, config.max_position_embeddings, dtype)
-        self.layers = nn.ModuleList(
-            LlamaDecoderLayer(config, options, layer_id, rotary_emb, parallel, dtype)
-            for layer_id in range(config.num_layers)
-        )
+        self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
     def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
@@ -271,7 +269,8 @@ class LlamaForCausalLM(CausalLM):
                 mlp_bias=config.mlp_bias,
             )
         self.config = config
-        self.model = LlamaModel(config, options, parallel, dtype)
+        self.options = options
+        self.model = self.make_model(config, options, parallel, dtype)
         self.lm_head = ParallelLMHead(
             config.vocab_size,
             config.hidden_size,
@@ -279,6 +278,35 @@ class LlamaForCausalLM(CausalLM):
             dtype=dtype,
             tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
         )
+
+    def make_model(
+        self,
+        config: ModelConfig,
+        options: DecoderOptions,
+        parallel: ParallelState,
+        dtype: torch.dtype,
+    ) -> LlamaModel:
+        """The decoder; families whose layers differ build it from their own."""
+        # One module for all layers: it computes the angles of a batch once.
+        rotary_emb = get_rope(config.head_dim, config.rope, config.max_position_embeddings, dtype)
+        layers = [
+            LlamaDecoderLayer(
+                config,
+                LlamaAttention(config, options, layer_id, rotary_emb, parallel, dtype),
+                self.make_mlp(config, layer_id, parallel, dtype),
+                dtype,
+            )
+            for layer_id in range(config.num_layers)
+        ]
+        return LlamaModel(config, layers, parallel, dtype)
+
+    def make_mlp(
+        self, config: ModelConfig, layer_id: int, parallel: ParallelState, dtype: torch.dtype
+    ) -> nn.Module:
+        """What follows attention in layer `layer_id`."""
+        del layer_id  # here all are alike
+        width, bias = config.intermediate_size, self.options.mlp_bias
+        return LlamaMLP(config.hidden_size, width, bias, parallel, dtype)
 
     def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
         """See `CausalLM.forward`."""

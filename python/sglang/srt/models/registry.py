@@ -11,6 +11,9 @@ MODEL_CLASSES = {
     "MistralForCausalLM": "sglang.srt.models.mistral:MistralForCausalLM",
     "Qwen2ForCausalLM": "sglang.srt.models.qwen2:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "sglang.srt.models.qwen3:Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM": "sglang.srt.models.qwen3_moe:Qwen3MoeForCausalLM",
+    "Llama4ForCausalLM": "sglang.srt.models.llama4:Llama4ForCausalLM",
+    "Llama4ForConditionalGeneration": ("sglang.srt.models.llama4:Llama4ForConditionalGeneration"),
 }
 
 

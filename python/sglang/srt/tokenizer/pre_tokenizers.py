@@ -1,8 +1,8 @@
 """How a byte-level BPE cuts a text into words before merging, by the name in a GGUF file.
 
 `tokenizer.ggml.pre` names the cutting. The patterns are those that the model families publish in
-their own tokenizer.json (GPT-2, SmolLM, Llama 3, Qwen2) or tekken.json (Mistral); each name is
-tested against the ids that llama.cpp gives. Used by gguf_tokenizer.py only.
+their own tokenizer.json (GPT-2, SmolLM, Llama 3 and 4, Qwen2) or tekken.json (Mistral); each name
+is tested against the ids that llama.cpp gives. Used by gguf_tokenizer.py and text_borders.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+)
+_LLAMA4 = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?|\p{{N}}{{1,3}}"
     rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 )
 # What llama.cpp does for files that name no cutting, found by asking it.
@@ -93,3 +98,14 @@ def find_word_cutting(name: str) -> WordCutting:
             "tokenizer with --tokenizer-path instead."
         )
     return cuttings[name]
+
+
+def cutting_patterns() -> dict[str, bool]:
+    """Every known pattern -> whether it ends a match at each border of text_borders.py.
+
+    Those of the GGUF names, and Llama 4's. A pattern that is no whole cutting only refines what
+    another one has cut.
+    """
+    whole = (_GPT2, _LLAMA3, _QWEN2, _TEKKEN, _LLAMA4)
+    parts = dict.fromkeys((part for part in _DEFAULT if part != _GPT2), False)
+    return {**parts, **dict.fromkeys(whole, True)}

@@ -7,7 +7,7 @@ with transformers (which keeps the sandboxed jinja environment). It reads no fil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,11 @@ import tokenizers
 
 from sglang.srt.errors import RequestError
 from sglang.srt.tokenizer.pieces import TokenPieces, special_ids_of
+from sglang.srt.tokenizer.text_borders import TextBorders
+
+PIECE_CHARS = 1 << 15
+_NO_IDS = np.empty(0, np.int32)
+_NO_IDS.setflags(write=False)
 
 
 class Tokenizer:
@@ -64,15 +69,54 @@ class Tokenizer:
         `add_special_tokens` adds BOS and EOS as the model's files say. Releases the interpreter
         lock meanwhile. Raises RequestError (400) for text that is not Unicode (lone surrogates).
         """
+        pieces = [*self.encode_pieces(text, add_special_tokens=add_special_tokens)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def encode_pieces(
+        self, text: str, *, add_special_tokens: bool = True
+    ) -> Iterator[npt.NDArray[np.int32]]:
+        """The ids of `text` part by part, at least one: what `encode` gives, in bounded memory.
+
+        Each part is about `PIECE_CHARS` characters, so it takes some ten milliseconds, except
+        where the tokenizer has no border known to be safe (see text_borders.py): then a part is
+        longer, or the only one. Raises RequestError (400) as `encode` does.
+        """
+        borders = self._borders if len(text) > PIECE_CHARS else None
+        if borders is None:
+            yield self._encode_whole(text, add_special_tokens)
+            return
+        before, after = (self._ends if add_special_tokens else None) or (_NO_IDS, _NO_IDS)
+        for piece in borders.pieces(text, PIECE_CHARS):
+            ids = self._encode_whole(text[piece.start : piece.end], False)
+            first = before if piece.start == 0 else _NO_IDS
+            last = after if piece.next_start == len(text) else _NO_IDS
+            yield np.concatenate([first, ids, last]) if len(first) or len(last) else ids
+
+    def _encode_whole(self, text: str, add_special_tokens: bool) -> npt.NDArray[np.int32]:
         if not is_unicode(text):
             raise RequestError("The text is not valid Unicode.")
         if self._backend is None:
             ids = self.hf.encode(text, add_special_tokens=add_special_tokens)
         else:
-            ids = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[
-                0
-            ].ids
+            encoded = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            ids = encoded[0].ids
         return np.array(ids, dtype=np.int32)
+
+    @cached_property
+    def _borders(self) -> TextBorders | None:
+        """Where texts may be cut; None: nowhere, as far as is known."""
+        if self._backend is None or self._ends is None:
+            return None
+        return TextBorders.of(self._backend)
+
+    @cached_property
+    def _ends(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None:
+        """The ids that `add_special_tokens` puts before and after a text, found by trying."""
+        bare, dressed = self._encode_whole("a", False), self._encode_whole("a", True)
+        for first in range(len(dressed) - len(bare) + 1) if len(bare) else ():
+            if np.array_equal(dressed[first : first + len(bare)], bare):
+                return dressed[:first], dressed[first + len(bare) :]
+        return None
 
     def decode(
         self,

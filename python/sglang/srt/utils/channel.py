@@ -4,6 +4,10 @@ Every process binds the PULL end of its own name and connects PUSH ends to the o
 are msgspec structs in msgpack with tagged unions. The high-water mark is unlimited: a sender
 never blocks and never drops, because what is in flight is bounded by the requests that were
 admitted. Sockets belong to one thread each; nothing here knows what a message means.
+
+A message type may name one of its fields, a `memoryview`, as `bulk_field`. Its bytes travel as a
+frame of their own behind the message: the sender hands their memory to ZeroMQ and the receiver
+gets a window on what came in, so on neither side is there a copy.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import zmq.asyncio
 
 T = TypeVar("T")
 
+_NO_BYTES = memoryview(b"")
 _MAX_DIRECTORY_BYTES = 80
 """A Unix socket's path must fit in 104 bytes on some systems; the rest is for its name."""
 
@@ -67,8 +72,17 @@ class Sender(Generic[T]):
         self._encoder = msgspec.msgpack.Encoder()
 
     def send(self, message: T) -> None:
-        """Queue `message` for the other side; it need not be there yet."""
-        self._socket.send(self._encoder.encode(message), copy=False)
+        """Queue `message` for the other side; it need not be there yet.
+
+        The memory of a bulk field must not change any more; it is kept until it was delivered.
+        """
+        name = _bulk_field(message)
+        if name is None:
+            self._socket.send(self._encoder.encode(message), copy=False)
+            return
+        bulk = getattr(message, name)
+        head = self._encoder.encode(_without(message, name))
+        self._socket.send_multipart([head, bulk], copy=False)
 
     def close(self) -> None:
         """Close the socket and drop what was not delivered; a second call does nothing."""
@@ -78,8 +92,8 @@ class Sender(Generic[T]):
 class Receiver(Generic[T]):
     """The PULL end for a thread that waits or polls. Use it from one thread.
 
-    `kind` is the message type or union to decode; `memoryview` fields point into the received
-    buffer, which they keep alive. Raises `msgspec.DecodeError` for anything else.
+    `kind` is the message type or union to decode; a bulk field is a window on the received frame,
+    which it keeps alive. Raises `msgspec.DecodeError` for anything else.
     """
 
     def __init__(self, context: zmq.Context[Any], endpoint: str, kind: Any) -> None:
@@ -93,7 +107,7 @@ class Receiver(Generic[T]):
         """
         if not self._socket.poll(timeout_ms):
             return None
-        return self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+        return self._read(self._socket.recv(zmq.NOBLOCK))
 
     def drain(self) -> list[T]:
         """All messages that are already here, without waiting."""
@@ -103,7 +117,13 @@ class Receiver(Generic[T]):
                 data = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return messages
-            messages.append(self._decoder.decode(data))
+            messages.append(self._read(data))
+
+    def _read(self, head: bytes) -> T:
+        message = self._decoder.decode(head)
+        if self._socket.getsockopt(zmq.RCVMORE):  # the frames of one message come together
+            _attach(message, self._socket.recv(zmq.NOBLOCK, copy=False))
+        return message
 
     def close(self) -> None:
         """Close the socket; a second call does nothing."""
@@ -120,7 +140,11 @@ class AsyncReceiver(Generic[T]):
 
     async def receive(self) -> T:
         """Wait for the next message."""
-        return self._decoder.decode(await self._socket.recv())
+        head, *bulk = await self._socket.recv_multipart(copy=False)
+        message = self._decoder.decode(head.buffer)
+        if bulk:
+            _attach(message, bulk[0])
+        return message
 
     def close(self) -> None:
         """Close the socket; a second call does nothing."""
@@ -133,3 +157,18 @@ def _bound_pull(context: Any, endpoint: str) -> Any:
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.bind(endpoint)
     return socket
+
+
+def _bulk_field(message: object) -> str | None:
+    return getattr(type(message), "bulk_field", None)
+
+
+def _without(message: Any, name: str) -> Any:
+    return msgspec.structs.replace(message, **{name: _NO_BYTES})
+
+
+def _attach(message: object, frame: zmq.Frame) -> None:
+    name = _bulk_field(message)
+    if name is None:
+        raise msgspec.DecodeError(f"a {type(message).__name__} comes in one frame")
+    setattr(message, name, frame.buffer)

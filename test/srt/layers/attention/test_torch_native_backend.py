@@ -48,10 +48,12 @@ def cases(draw: st.DrawFn) -> Case:
     run_pages = draw(st.sampled_from([[], [1], [1, 1, 1, 30], [2, 9], [5]]))
     wide = draw(st.booleans())
     spec = make_spec(page_size=page_size, v_head_dim=24 if wide else 16)
+    chunk = draw(st.sampled_from([None, None, 1, 5, 16, 40]))
     layer = make_layer(
         spec,
         group=draw(st.sampled_from([1, 3])),
-        window=draw(st.sampled_from([None, None, 1, 5, 16, 40])),
+        window=draw(st.sampled_from([None, None, 1, 5, 16, 40])) if chunk is None else None,
+        chunk=chunk,
         cap=draw(st.sampled_from([0.0, 0.0, 2.0])),
     )
     total = sum(extend for _, extend in lengths)
@@ -197,7 +199,9 @@ def plan_of(case: Case, *, pruned: bool = False, **limits: int) -> object:
         "pair_budget": 1 << 40,
         "batch_tokens": 0,
     }
-    key = PlanKey(0, case.layer.sliding_window, pruned, PieceLimits(**{**bounds, **limits}))
+    layer = case.layer
+    bound = PieceLimits(**{**bounds, **limits})
+    key = PlanKey(0, layer.sliding_window, pruned, bound, layer.attention_chunk)
     return make_layer_plan(case.geometry(), key)
 
 
@@ -305,6 +309,55 @@ def test_window_plan_reads_only_the_window() -> None:
         (978, 22, Visibility.FULL),
         (1000, 10, Visibility.CAUSAL),
     ]
+
+
+def test_whole_chunks_are_plain_causal_pieces() -> None:
+    spec = make_spec()
+    lengths = [(32, 64), (70, 60), (95, 1), (96, 1)]
+    case = Case(spec, lengths, make_tables(lengths, 4, []), make_layer(spec, chunk=32))
+    plan = plan_of(case)
+    causal, full = Visibility.CAUSAL, Visibility.FULL
+    assert [
+        (item.row, item.position, [(p.position, p.keys.num_tokens, p.visibility) for p in item[3]])
+        for item in plan.items
+    ] == [
+        (0, 32, [(32, 32, causal)]),
+        (32, 64, [(64, 32, causal)]),
+        (64, 70, [(64, 6, full), (70, 26, causal)]),  # up to the border at 96
+        (90, 96, [(96, 32, causal)]),
+        (122, 128, [(128, 2, causal)]),
+    ]
+    # The last position of a chunk sees all of it, the first only itself.
+    assert [(single.row, single.num_tokens) for single in plan.singles] == [(124, 32), (125, 1)]
+
+
+@pytest.mark.parametrize("num_tokens", [4096, 16384])
+def test_chunks_read_a_number_of_keys_linear_in_the_prompt(num_tokens: int) -> None:
+    spec = make_spec(page_size=16)
+    read = 0
+    for start in range(0, num_tokens, 1000):  # prefill chunks that align with nothing
+        lengths = [(start, min(1000, num_tokens - start))]
+        tables = make_tables(lengths, 16, [])
+        plan = plan_of(Case(spec, lengths, tables, make_layer(spec, chunk=256)), query_block=128)
+        read += sum(p.keys.num_tokens for item in plan.items for p in item.pieces)
+    assert read <= 3 * num_tokens  # a block of 128 reads itself and at most its chunk before it
+
+
+def test_chunked_group_with_dropped_head_pages() -> None:
+    spec = make_spec()
+    # Chunks of 20: position 50 sees from 40 on; the page that holds 40 is the table's first.
+    table = FakeTable(np.array([7, 3, 4, 9, 2, 8, 5], np.int32), 40, 4)
+    case = Case(spec, [(50, 17)], [table], make_layer(spec, chunk=20), logits_rows=[0, 9, 10, 16])
+    check(case)
+    check(case, TINY)
+
+
+@pytest.mark.parametrize("chunk", [3, 64, 1024, 1500])
+def test_chunks_over_several_query_blocks_with_real_sizes(chunk: int) -> None:
+    lengths = [(700, 1300), (2500, 1), (0, 1100)]
+    spec = make_spec(page_size=16, kv_heads=1)
+    tables = make_tables(lengths, 16, [3, 50])
+    check(Case(spec, lengths, tables, make_layer(spec, group=2, chunk=chunk)), atol=5e-6)
 
 
 def test_table_that_misses_positions_is_a_bug() -> None:

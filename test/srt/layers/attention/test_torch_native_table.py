@@ -96,9 +96,11 @@ def cases(draw: st.DrawFn) -> Case:
         st.lists(st.tuples(st.integers(0, 90), st.sampled_from([1, 1, 2, 7, 30])), max_size=5)
     )
     spec = make_spec(page_size=page_size, v_head_dim=draw(st.sampled_from([16, 24])))
+    chunk = draw(st.sampled_from([None, None, 1, 16, 40]))
     layer = make_layer(
         spec,
-        window=draw(st.sampled_from([None, None, 1, 16, 40])),
+        window=draw(st.sampled_from([None, None, 1, 16, 40])) if chunk is None else None,
+        chunk=chunk,
         cap=draw(st.sampled_from([0.0, 0.0, 2.0])),
     )
     total = sum(extend for _, extend in lengths)

@@ -21,6 +21,7 @@ from sglang.srt.entrypoints.generate_request_body import (
 )
 from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal
 from sglang.srt.entrypoints.sampling_fields import GRAMMAR, STOP_REGEX
+from sglang.srt.entrypoints.token_id_reader import IdLists
 
 TOOLS = Refusal("tools are not served", ([],))
 RETURNS = "it is not returned"
@@ -82,7 +83,7 @@ class ChatBody(SharedBody, frozen=True, kw_only=True):
 class CompletionBody(SharedBody, frozen=True, kw_only=True):
     """The served fields of /v1/completions."""
 
-    prompt: msgspec.Raw = RAW_NULL
+    prompt: msgspec.Raw | str | IdLists = RAW_NULL
     echo: bool = False
     logprobs: Int | None = None
 

@@ -24,8 +24,15 @@ from sglang.srt.entrypoints.openai.serving_base import (
     last_of,
     sampling_params,
 )
-from sglang.srt.entrypoints.request_body import RawFields, decode_field, list_kind, off_loop
+from sglang.srt.entrypoints.request_body import (
+    Fields,
+    FieldValue,
+    decode_field,
+    list_kind,
+    off_loop,
+)
 from sglang.srt.entrypoints.sequences import Call, SequenceOutput, abort_error
+from sglang.srt.entrypoints.token_id_reader import IdLists
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
 
@@ -45,24 +52,27 @@ class CompletionCall:
     echoes: tuple[str, ...]
 
 
-def read_completion(fields: RawFields) -> CompletionBody:
+def read_completion(fields: Fields) -> CompletionBody:
     """Read the fields; RequestError 400 naming the first that cannot be served."""
     return COMPLETION_FIELDS.read(fields)
 
 
-def read_prompts(raw: msgspec.Raw) -> list[str | IdArray]:
+def read_prompts(prompt: FieldValue) -> list[str | IdArray]:
     """`prompt` in its four forms: text, texts, ids, lists of ids."""
-    opening = bytes(memoryview(raw)[:1])
     prompts: list[str | IdArray]
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, IdLists):
+        return [*prompt.arrays]
+    opening = bytes(memoryview(prompt)[:1])
     if opening == b'"':
-        prompts = [decode_field("prompt", raw, _TEXT)]
+        prompts = [decode_field("prompt", prompt, _TEXT)]
     elif opening != b"[":
         raise bad_field("prompt", "expected text, token ids, or a list of either")
-    elif list_kind(raw) == b'"':
-        texts = decode_field("prompt", raw, _TEXTS)
-        prompts = [*texts]
+    elif list_kind(prompt) == b'"':
+        prompts = [*decode_field("prompt", prompt, _TEXTS)]
     else:
-        prompts = list(read_id_prompts("prompt", raw)[0])
+        prompts = [*read_id_prompts("prompt", prompt).arrays]
     if any(len(prompt) == 0 for prompt in prompts):
         raise bad_field("prompt", "a prompt is empty")
     return prompts

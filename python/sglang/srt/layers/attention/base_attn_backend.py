@@ -25,6 +25,7 @@ class AttentionLayer(Protocol):
     scaling: float
     layer_id: int
     sliding_window: int | None
+    attention_chunk: int | None
     logit_cap: float
 
 
@@ -58,7 +59,7 @@ class AttentionBackend(ABC):
         """Attend with q [R, H, D] and return [R, H * Dv] in q's dtype.
 
         Row r of q is packed row r, or packed row `logits_rows[r]` when `rows_pruned`. The query at
-        position p sees positions [0, p], cut to the layer's window, and nothing of another
-        request. K and V of all those positions already lie in the pool. Ticks
+        position p sees positions [0, p], cut to the layer's window or chunk, and nothing of
+        another request. K and V of all those positions already lie in the pool. Ticks
         `forward_batch.progress` in long computations.
         """

@@ -123,8 +123,8 @@ class TorchNativeAttnBackend(AttentionBackend):
 
     def _layer_plan(self, plan: TorchNativePlan, layer: AttentionLayer, pruned: bool) -> LayerPlan:
         limits = self._limits(layer)
-        window = layer.sliding_window
-        key = PlanKey(self.group_of_layer[layer.layer_id], window, pruned, limits)
+        window, chunk = layer.sliding_window, layer.attention_chunk
+        key = PlanKey(self.group_of_layer[layer.layer_id], window, pruned, limits, chunk)
         if key not in plan.layers:
             plan.layers[key] = make_layer_plan(plan.geometry, key)
         return plan.layers[key]

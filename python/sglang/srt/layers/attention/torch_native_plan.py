@@ -11,6 +11,8 @@ same shape; nothing here computes attention. Positions, with an item's queries a
                                      BAND            FULL          CAUSAL
     window W, hi - lo > W:       [lo-W+1 ........................... hi)
                                      BAND
+    chunk that begins at c:      [c .......... lo)[lo .. hi)       an item never leaves its chunk,
+                                     FULL           CAUSAL         so a whole chunk is one CAUSAL
 """
 
 from __future__ import annotations
@@ -95,12 +97,22 @@ class QueryBatch(NamedTuple):
 
 
 class PlanKey(NamedTuple):
-    """What plans differ by within a step. `pruned`: only the rows of `logits_rows` are queries."""
+    """What plans differ by within a step. `pruned`: only the rows of `logits_rows` are queries.
+
+    At most one of `window` (sliding) and `chunk` is set, in tokens.
+    """
 
     group: int
     window: int | None
     pruned: bool
     limits: PieceLimits
+    chunk: int | None = None
+
+    def first_seen(self, position: int) -> int:
+        """First position that a query at `position` sees."""
+        if self.chunk is not None:
+            return position - position % self.chunk
+        return 0 if self.window is None else max(0, position - self.window + 1)
 
 
 class PieceLimits(NamedTuple):
@@ -207,19 +219,28 @@ def make_layer_plan(geometry: BatchGeometry, key: PlanKey) -> LayerPlan:
     for request, row, count, position in _query_runs(geometry, key.pruned):
         view = geometry.block_tables[key.group][request]
         table = _Table.of(view, geometry.page_size, limits.segment_tokens)
-        seen = position + 1 if key.window is None else min(position + 1, key.window)
-        if count == 1 and seen <= limits.batch_tokens:
-            lo, hi = position + 1 - seen, position + 1
+        lo, hi = key.first_seen(position), position + 1
+        if count == 1 and hi - lo <= limits.batch_tokens:
             candidates.append(_Candidate(table.num_pages(lo, hi), row, table, lo, hi))
             continue
-        for start in range(0, count, limits.query_block):
-            num_rows = min(limits.query_block, count - start)
+        for start, num_rows in _query_blocks(position, count, key):
             items.append(_make_item(table, row + start, position + start, num_rows, key))
     batches, alone = _make_batches(candidates, limits, geometry.page_size)
     items += [_make_item(c.table, c.row, c.hi - 1, 1, key) for c in alone]
     singles, rest = _split_singles(items)
     rows = torch.tensor([single.row for single in singles], dtype=torch.int64)
     return LayerPlan(batches, singles, rows, rest)
+
+
+def _query_blocks(position: int, count: int, key: PlanKey) -> Iterator[tuple[int, int]]:
+    """Cut `count` queries from `position` on into (offset, queries) of items."""
+    start = 0
+    while start < count:
+        num_rows = min(key.limits.query_block, count - start)
+        if key.chunk is not None:
+            num_rows = min(num_rows, key.chunk - (position + start) % key.chunk)
+        yield start, num_rows
+        start += num_rows
 
 
 def _make_item(table: _Table, row: int, position: int, num_rows: int, key: PlanKey) -> WorkItem:
@@ -311,11 +332,12 @@ def _pieces(table: _Table, lo: int, num_rows: int, key: PlanKey) -> Iterator[Pie
     """The pieces of queries at positions [lo, lo + num_rows); see the module's drawing."""
     hi = lo + num_rows
     window, limits = key.window, key.limits
-    first = 0 if window is None else max(0, lo - window + 1)
+    first = key.first_seen(lo)
     if num_rows == 1:
         yield from _full_pieces(table, first, hi, num_rows, limits)
         return
-    last_cut = 0 if window is None else max(0, hi - window)  # below it, some query sees nothing
+    # Below it some query of the item sees nothing; all queries of a chunk begin where it does.
+    last_cut = first if window is None else max(0, hi - window)
     if last_cut > lo:
         yield Piece(table.keys(first, hi), Visibility.BAND, first)
         return

@@ -1,0 +1,18 @@
+"""The families of models that can be read, one module each; the table is `FAMILIES`."""
+
+from __future__ import annotations
+
+from sglang.srt.configs.families.llama import LLAMA, MISTRAL
+from sglang.srt.configs.families.llama4 import LLAMA4, LLAMA4_MULTIMODAL
+from sglang.srt.configs.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from sglang.srt.configs.model_traits import ModelFamily
+
+FAMILIES: dict[str, ModelFamily] = {  # by architecture
+    "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": MISTRAL,
+    "Qwen2ForCausalLM": QWEN2,
+    "Qwen3ForCausalLM": QWEN3,
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "Llama4ForCausalLM": LLAMA4,
+    "Llama4ForConditionalGeneration": LLAMA4_MULTIMODAL,
+}

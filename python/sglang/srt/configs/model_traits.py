@@ -1,0 +1,129 @@
+"""What sets the model families apart, as values: windows, rotation, experts, biases and norms.
+
+`ModelConfig` has all of these as its own fields; the readers in configs/families make them. Never
+imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Fields = Mapping[str, Any]  # of a config.json, defaults filled in
+
+
+@dataclass(frozen=True, slots=True)
+class MoEConfig:
+    """Mixtures of experts in place of the MLPs of `layers`.
+
+    Every token goes through `experts_per_token` of `num_experts` experts of width
+    `intermediate_size` and, unless None, through a shared one of width
+    `shared_intermediate_size`. `renormalize`: the chosen experts' shares add up to 1.
+    """
+
+    layers: frozenset[int]
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    shared_intermediate_size: int | None = None
+    renormalize: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TemperatureConfig:
+    """Layers without rotation scale the query at position p by
+    1 + `attn_scale` * ln(1 + floor((p + 1) / `floor_scale`)), `floor_scale` in tokens."""
+
+    attn_scale: float
+    floor_scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTraits:
+    """The defaults, with one entry per layer in the tuples, are a plain Llama.
+
+    `attention_bias` is that of q, k and v. `qk_norm` normalises heads with weights before they
+    turn, `weightless_qk_norm` without weights after they turned, in layers that turn at all.
+
+    Of layer l a query at position p sees (p - w, p] where `layer_windows[l]` is w, or
+    [p - p % c, p] where `layer_chunks[l]` is c, both in tokens; everything up to p where both are
+    None. Never are both set. `layer_rope[l]`: whether the layer's q and k turn by their position.
+    `interleaved_rope`: dimensions 2i and 2i + 1 turn together, not i and i + D/2. `temperature` is
+    that of the layers that don't turn, `moe` None where every MLP is dense.
+    """
+
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    weightless_qk_norm: bool = False
+    layer_windows: tuple[int | None, ...]
+    layer_chunks: tuple[int | None, ...]
+    layer_rope: tuple[bool, ...]
+    interleaved_rope: bool = False
+    temperature: TemperatureConfig | None = None
+    moe: MoEConfig | None = None
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The sliding window of the model in tokens, None when no layer has one."""
+        return next((window for window in self.layer_windows if window is not None), None)
+
+
+def plain_traits(
+    num_layers: int,
+    *,
+    layer_windows: tuple[int | None, ...] | None = None,
+    **changes: Any,
+) -> ModelTraits:
+    """Traits of a model that turns in all layers, with global attention unless given windows."""
+    return ModelTraits(
+        **{
+            "layer_windows": layer_windows or (None,) * num_layers,
+            "layer_chunks": (None,) * num_layers,
+            "layer_rope": (True,) * num_layers,
+            **changes,
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFamily:
+    """How the config.json of one architecture is read.
+
+    `defaults` is what a field means when the file leaves it out (those of the published config
+    class) and `rope_theta` the same for the rotary base. `read_traits` (fields with defaults,
+    number of layers) raises ValueError naming an impossible field. `mlp_field` is the width of the
+    dense MLP. `text_part` names the object that holds the text model's fields, None: the file does.
+    """
+
+    model_type: str
+    defaults: Fields
+    read_traits: Callable[[Fields, int], ModelTraits]
+    rope_theta: float = 10000.0
+    hidden_acts: tuple[str, ...] = ("silu",)
+    mlp_field: str = "intermediate_size"
+    text_part: str | None = None
+    null_means_none: frozenset[str] = field(
+        default_factory=lambda: frozenset({"sliding_window", "bos_token_id", "eos_token_id"})
+    )
+
+
+def positive(fields: Fields, key: str) -> int:
+    """A positive whole number; ValueError naming the field for anything else."""
+    value = fields.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key} must be a positive whole number, not {value!r}")
+    return value
+
+
+def layer_types(fields: Fields, num_layers: int, known: tuple[str, ...]) -> tuple[str, ...] | None:
+    """`layer_types` checked against the `known` ones; None when the file has none."""
+    types = fields.get("layer_types")
+    if types is None:
+        return None
+    if not isinstance(types, list) or len(types) != num_layers or set(types) - set(known):
+        names = " or ".join(repr(name) for name in known)
+        raise ValueError(f"layer_types must list {num_layers} of {names}")
+    return tuple(types)

@@ -1,0 +1,170 @@
+"""Llama 4, the text model: chunked layers that turn, global layers that don't, experts.
+
+The decoder is Llama's; attention and MLP are chosen per layer from `ModelConfig`. In checkpoints
+of the multimodal model the text part's names begin with `language_model.`; vision weights are
+passed over. Source: the published configuration and documentation of Llama-4-Scout and Maverick.
+
+Shape letters: T packed new tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.model_traits import MoEConfig
+from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.layers.attention_temperature import AttentionTemperature
+from sglang.srt.layers.moe import ExpertLayout, Experts, Router, route_by_sigmoid
+from sglang.srt.layers.rotary_embedding import RotaryEmbedding, get_rope
+from sglang.srt.models.llama import (
+    DecoderOptions,
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaModel,
+)
+
+logger = logging.getLogger(__name__)
+
+_TEXT_PREFIX = "language_model."
+_VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
+
+
+class Llama4Attention(LlamaAttention):
+    """Turned and normalised heads in layers with positions, tempered queries in the others."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: DecoderOptions,
+        layer_id: int,
+        rotary_emb: RotaryEmbedding,
+        temperature: AttentionTemperature | None,
+        parallel: ParallelState,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(config, options, layer_id, rotary_emb, parallel, dtype)
+        self.turns = config.layer_rope[layer_id]
+        self.norm_eps = config.rms_norm_eps if config.weightless_qk_norm else None
+        self.temperature = temperature
+
+    def place_queries(self, q: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if self.turns:
+            return self.place_keys(q, positions)
+        return q if self.temperature is None else self.temperature(positions, q)
+
+    def place_keys(self, k: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if not self.turns:
+            return k
+        turned = self.rotary_emb.rotate(positions, k)
+        if self.norm_eps is None:
+            return turned
+        heads = turned.float().view(len(k), k.shape[1] // self.head_dim, self.head_dim)
+        return F.rms_norm(heads, (self.head_dim,), eps=self.norm_eps).flatten(1).to(k.dtype)
+
+
+class Llama4MoE(nn.Module):
+    """A shared MLP for every token plus its chosen experts, whose inputs the router scales."""
+
+    def __init__(
+        self, config: ModelConfig, moe: MoEConfig, parallel: ParallelState, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.num_chosen = moe.experts_per_token
+        self.router = Router(hidden, moe.num_experts, dtype=dtype)
+        self.experts = Experts(
+            moe.num_experts,
+            hidden,
+            moe.intermediate_size,
+            layout=ExpertLayout.MERGED,
+            scale_inputs=True,
+            parallel=parallel,
+            dtype=dtype,
+        )
+        self.shared_expert: LlamaMLP | None = None
+        if moe.shared_intermediate_size is not None:
+            self.shared_expert = LlamaMLP(
+                hidden, moe.shared_intermediate_size, False, parallel, dtype
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        routing = route_by_sigmoid(self.router(x), self.num_chosen)
+        output: torch.Tensor = self.experts(x, routing)
+        return output if self.shared_expert is None else output + self.shared_expert(x)
+
+
+class Llama4DecoderLayer(LlamaDecoderLayer):
+    """Llama's layer, whose MLP checkpoints call `feed_forward`."""
+
+    mlp_name = "feed_forward"
+
+
+class Llama4ForCausalLM(LlamaForCausalLM):
+    """The whole text model; arguments and errors as for `LlamaForCausalLM`."""
+
+    def __init__(self, config: ModelConfig, parallel: ParallelState, dtype: torch.dtype) -> None:
+        options = DecoderOptions(
+            qkv_bias=config.attention_bias,
+            output_bias=config.attention_output_bias,
+            windows=config.layer_windows,
+            chunks=config.layer_chunks,
+        )
+        super().__init__(config, parallel, dtype, options)
+
+    def make_model(
+        self,
+        config: ModelConfig,
+        options: DecoderOptions,
+        parallel: ParallelState,
+        dtype: torch.dtype,
+    ) -> LlamaModel:
+        rotary_emb = get_rope(
+            config.head_dim,
+            config.rope,
+            config.max_position_embeddings,
+            dtype,
+            interleaved=config.interleaved_rope,
+        )
+        tuned = config.temperature
+        temperature = None if tuned is None else AttentionTemperature(tuned)
+        layers = []
+        for layer_id in range(config.num_layers):
+            attention = Llama4Attention(
+                config, options, layer_id, rotary_emb, temperature, parallel, dtype
+            )
+            if config.moe is not None and layer_id in config.moe.layers:
+                mlp: nn.Module = Llama4MoE(config, config.moe, parallel, dtype)
+            else:
+                width = config.intermediate_size
+                mlp = LlamaMLP(config.hidden_size, width, False, parallel, dtype)
+            layers.append(Llama4DecoderLayer(config, attention, mlp, dtype))
+        return LlamaModel(config, layers, parallel, dtype)
+
+
+class Llama4ForConditionalGeneration(Llama4ForCausalLM):
+    """The text part of a multimodal checkpoint."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """As `CausalLM.load_weights`, without the prefix of text names and without vision."""
+        super().load_weights(_text_weights(weights))
+
+
+def _text_weights(
+    weights: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    skipped = 0
+    for name, tensor in weights:
+        if name.startswith(_VISION_PREFIXES):
+            skipped += 1
+        else:
+            yield name.removeprefix(_TEXT_PREFIX), tensor
+    if skipped:
+        logger.info("Only text is served: %d vision weights of the model are not used.", skipped)
