@@ -60,7 +60,9 @@ def draw_heat_map(cells: Sequence[Cell], title: str, path: Path) -> None:
         row, column = depths.index(cell.depth), lengths.index(cell.length)
         scores[row][column] = 100 * cell.score
         text = f"{100 * cell.score:.0f} %\n{cell.ttft_s:.1f} s"
-        axes.text(column, row, text, ha="center", va="center", fontsize=7)
+        # White on the dark ends of the scale.
+        color = "black" if 0.15 < cell.score < 0.85 else "white"
+        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     image = axes.imshow(scores, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:g} %" for depth in depths])
