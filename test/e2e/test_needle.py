@@ -1,0 +1,79 @@
+"""Needles through a real server: `python scripts/needle.py`, as its user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import needle
+
+GIB = 1 << 30
+
+
+def ask(folder: Path, *arguments: str) -> dict[str, Any]:
+    """The report of a run whose answers are all exact."""
+    output = folder / "needle.json"
+    flags = ["--output", str(output), "--bandwidth-buffer", "32MiB"]
+    assert needle.main([*flags, *arguments]) == 0
+    report: dict[str, Any] = json.loads(output.read_text())
+    return report
+
+
+def test_needles_in_64k_tokens(tmp_path: Path) -> None:
+    """Every depth is a full prefill, and the same prompt again a prefix hit up to a page."""
+    report = ask(
+        tmp_path,
+        "--lengths=64k",
+        "--depths=0,50,100",
+        "--server-flags=--kv-memory-budget 256MiB",
+    )
+    assert [cell["depth"] for cell in report["cells"]] == [0, 50, 100]
+    for cell in report["cells"]:
+        assert cell["exact"]
+        assert cell["second_exact"]
+        assert cell["prompt_tokens"] == 64_000
+        assert cell["cached_tokens"] == 0
+        assert 64_000 - 64 <= cell["second_cached_tokens"] < 64_000
+        assert cell["mapped_bytes"] < 256 << 20
+    # Only the global layer keeps every token.
+    full, chunked = (report["cells"][0][key] for key in ("kv_bytes", "dense_kv_bytes"))
+    assert (full, chunked) == (64_000 * 512, 64_000 * 1024)
+
+
+def test_the_global_layer_in_the_middle(tmp_path: Path) -> None:
+    """Four layers, every row of the global one computed; one haystack holds all needles."""
+    report = ask(
+        tmp_path,
+        "--layers=4",
+        "--lengths=20k",
+        "--depths=0,50,100",
+        "--shared",
+        "--clients=2",
+        "--server-flags=--kv-memory-budget 256MiB",
+    )
+    first, *others = report["cells"]
+    assert first["cached_tokens"] == 0
+    # The others differ in their last two tokens: a hit of all whole pages before.
+    assert all(cell["cached_tokens"] > 19_900 for cell in others)
+    for client in first["clients"]:
+        assert client["error"] is None
+        assert client["tokens"] >= 64
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_needles_in_a_million_tokens(tmp_path: Path) -> None:
+    report = ask(
+        tmp_path,
+        "--lengths=1M",
+        "--depths=0,25,50,75,100",
+        "--shared",
+        "--answer-tokens=64",
+        "--server-flags=--kv-memory-budget 1GiB",
+    )
+    for cell in report["cells"]:
+        assert cell["second_cached_tokens"] >= 1_000_000 - 64
+        assert cell["peak"]["rss"] < cell["kv_bytes"] + 3 * GIB
