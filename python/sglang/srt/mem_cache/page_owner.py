@@ -135,11 +135,15 @@ class PageIndex:
         if (self.rows[at] < 1).any():
             raise InvariantError("a row gave back pages that no row had")
         self.rows[at] -= 1
-        private = pages[self.state[at] == PageState.USED]
-        if self.rows[self._at(private)].any():
-            raise InvariantError("a used page stood in two tables")
+        private = self._unread(pages[self.state[at] == PageState.USED])
         self._move(private, PageState.USED, PageState.FREE)
         return len(private)
+
+    def _unread(self, used: Int32Array) -> Int32Array:
+        """Those of the used pages that no row has any more: all, where tables share by the tree."""
+        if self.rows[self._at(used)].any():
+            raise InvariantError("a used page stood in two tables")
+        return used
 
     def adopt(self, pages: Int32Array, node: int) -> None:
         """The tree takes a running row's pages: USED -> CACHED, owned by `node`."""

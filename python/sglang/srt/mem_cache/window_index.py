@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.kv_layout import SegmentLayout
 from sglang.srt.mem_cache.page_owner import NO_NODE, CountsListener, PageIndex, PageState
 
@@ -43,6 +42,11 @@ class WindowPageIndex(PageIndex):
         self.num_idle += int(left.sum())
         return freed
 
+    def _unread(self, used: Int32Array) -> Int32Array:
+        """A used page may have several rows here, see `release`: the last one frees it."""
+        left: Int32Array = used[self.rows[used] == 0]
+        return left
+
     def adopt(self, pages: Int32Array, node: int) -> None:
         """See `PageIndex.adopt`."""
         super().adopt(held_pages(pages), node)
@@ -52,16 +56,15 @@ class WindowPageIndex(PageIndex):
         super().rename_node(held_pages(pages), node)
 
     def release(self, pages: Int32Array) -> None:
-        """The tree drops pages: idle ones become free, one that a row still has becomes its own.
+        """The tree drops pages: idle ones become free, those that rows still have become used.
 
         The second happens when a row gave its window to a node that it does not lock (it had
-        computed what was cached before). Raises InvariantError when two rows read a page.
+        computed what was cached before), and when rows that had a page moved on or ended while a
+        forward that reads it is under way: each of them is counted until the forward is done.
         """
         held = held_pages(pages)
         read = held[self.rows[held] > 0]
         idle = held[self.rows[held] == 0]
-        if (self.rows[read] > 1).any():
-            raise InvariantError("the tree dropped a window that several rows read")
         self._move(read, PageState.CACHED, PageState.USED)
         self.node[read] = NO_NODE
         super().release(idle)
