@@ -41,7 +41,8 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.segment_backing.*, srt.mem_cache.segment_state,"
      " srt.mem_cache.rank_agreement"
      " < srt.mem_cache.segment_jobs < srt.mem_cache.segment_manager"),
-    (2, "DEVICE", "srt.mem_cache.id_array < srt.mem_cache.block_table"),
+    (2, "DEVICE", "srt.mem_cache.segment_backing.* < srt.mem_cache.table_space"
+     " < srt.mem_cache.table_rows < srt.mem_cache.block_table"),
     (2, "DEVICE", "srt.mem_cache.kv_layout, srt.mem_cache.id_array < srt.mem_cache.page_owner"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.window_rule"),
     (2, "DEVICE", "srt.mem_cache.page_owner < srt.mem_cache.window_index"),

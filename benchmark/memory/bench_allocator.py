@@ -25,7 +25,7 @@ from bench_common import (
     parser,
     show,
 )
-from sglang.srt.mem_cache.allocation import KVMemory, PageNeed
+from sglang.srt.mem_cache.allocation import DecodeRows, KVMemory, PageNeed
 
 NO_TOKENS = np.empty(0, np.int32)
 GOAL_PAGE_US, GOAL_CALL_US = 1.0, 20.0
@@ -62,11 +62,11 @@ def decode_calls(backing: str, batch: int, calls: int, page_size: int) -> float:
         for i, lease in enumerate(leases):  # rows start pages at different steps
             memory.alloc_for_extend([PageNeed(lease, 1 + i % page_size)])
         memory.ladder.ensure([batch * (calls // page_size + 1)])
-        needs = [PageNeed(lease, 1) for lease in leases]
+        rows = DecodeRows.of(leases)  # as the scheduler keeps it while the same requests go on
 
         def run() -> None:
             for _ in range(calls):
-                assert memory.alloc_for_decode(needs) is not None
+                assert memory.alloc_for_decode(rows) is not None
 
         return cpu_seconds_of(run) / calls * 1e6
 

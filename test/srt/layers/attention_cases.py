@@ -31,14 +31,11 @@ class FakeTable:
     page_size: int
 
     @property
-    def runs(self) -> list[tuple[int, int]]:
-        runs: list[tuple[int, int]] = []
-        for page in self.page_ids.tolist():
-            if runs and runs[-1][0] + runs[-1][1] == page * self.page_size:
-                runs[-1] = (runs[-1][0], runs[-1][1] + self.page_size)
-            else:
-                runs.append((page * self.page_size, self.page_size))
-        return runs
+    def first_run(self) -> tuple[int, int]:
+        pages, count = self.page_ids.tolist(), 0
+        while count < len(pages) and pages[count] == pages[0] + count:
+            count += 1
+        return (pages[0] * self.page_size if pages else 0, count * self.page_size)
 
     def slots(self, lo: int, hi: int) -> torch.Tensor:
         points = np.arange(lo, hi) - self.first_position

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sglang.srt.errors import BackingError, InvariantError
-from sglang.srt.mem_cache.allocation import KVLease, KVMemory, PageNeed
+from sglang.srt.mem_cache.allocation import DecodeRows, KVLease, KVMemory, PageNeed
 from sglang.srt.mem_cache.segment_backing import make_backing
 from srt.mem_cache.fake_backing import FakeBacking
 from srt.mem_cache.memory_driver import (
@@ -383,3 +383,33 @@ def _random_life(driver: MemoryDriver, source: random.Random) -> None:
             driver.close(request, insert=chance < 0.04)
         else:
             driver.decode([(request, source.randrange(3))])
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_the_rows_of_a_decode_batch_serve_many_steps(page_size: int) -> None:
+    memory, _ = make_memory(page_size=page_size, pages_per_segment=16)
+    leases = [open_lease(memory, tokens_of(i)) for i in range(3)]
+    for i, lease in enumerate(leases):
+        slots_of(memory, (lease, 1 + i))
+    rows = DecodeRows.of(leases[::-1])
+    assert rows.rows.tolist() == [3, 2, 1]
+    for step in range(8):
+        placement = memory.alloc_for_decode(rows)
+        assert placement is not None
+        assert [lease.num_tokens for lease in leases] == [2 + step, 3 + step, 4 + step]
+        last = [lease.tables[0].slot_of(lease.num_tokens - 1) for lease in reversed(leases)]
+        assert placement.out_cache_loc[0].tolist() == last
+        memory.audit()
+
+
+def test_a_closed_lease_can_not_decode() -> None:
+    memory, _ = make_memory()
+    lease = open_lease(memory, tokens_of(1))
+    slots_of(memory, (lease, 2))
+    rows = DecodeRows.of([lease])
+    memory.close(lease, None, 0)
+    assert lease.num_tokens == 0
+    with pytest.raises(InvariantError, match="is closed"):
+        DecodeRows.of([lease])
+    with pytest.raises(InvariantError, match="row 1 has no block table"):
+        memory.alloc_for_decode(rows)

@@ -87,7 +87,17 @@ def _foreign_table(memory: KVMemory) -> None:
 
 
 def _runs_wrong(memory: KVMemory) -> None:
-    memory.leases[1].tables[0]._runs[0] = (16, 8)  # type: ignore[index]
+    table = memory.leases[1].tables[0]  # type: ignore[index]
+    table.snapshot()
+    table._run_end -= 1
+
+
+def _outside_its_range(memory: KVMemory) -> None:
+    memory.rows.groups[0].limit[1] += 2000
+
+
+def _other_last_page(memory: KVMemory) -> None:
+    memory.rows.groups[0].last_page[1] += 1
 
 
 def _lease_lost(memory: KVMemory) -> None:
@@ -130,6 +140,8 @@ def _missing_bytes(memory: KVMemory) -> None:
         (_locks_too_much, "locks too much"),
         (_foreign_table, "not its row's table"),
         (_runs_wrong, "runs differ"),
+        (_outside_its_range, "leaves its range"),
+        (_other_last_page, "its last page is not 7"),
         (_lease_lost, "rows and leases"),
         (_closed_lease, "kept as open"),
         (_early_unlock, "not locked by that many|is unlocked but"),

@@ -108,6 +108,27 @@ class TestRecycling:
         assert firsts == [0] * 5 + [2] * 8 + [4] * 7
         memory.audit()
 
+    def test_two_rows_may_drop_the_same_page_in_one_step(self) -> None:
+        driver = MemoryDriver(*make_memory(windows=SLIDING_10, budget_segments=12))
+        tokens = list(range(24))
+        driver.close(run(driver, tokens), insert=True)
+        pair = [driver.open([*tokens, 90 + i]) for i in range(2)]
+        wants = [(request, 1) for request in pair if request is not None]
+        assert driver.extend(wants)
+        shared = [request.lease.tables[1].page_ids[0] for request, _ in wants]
+        index = driver.memory.allocators[1].index
+        assert shared[0] == shared[1]
+        assert index.rows[shared[0]] == 2
+        for token in range(6):
+            driver.memory.note_launched(token + 1)
+            assert driver.decode([(request, token) for request, _ in wants])
+            driver.check()
+        assert [request.lease.tables[1].first_page for request, _ in wants] == [4, 4]
+        assert index.rows[shared[0]] == 2, "a forward may still read it"
+        driver.memory.note_completed(6)
+        assert index.rows[shared[0]] == 0
+        driver.check()
+
     def test_pages_wait_for_the_forward_that_may_read_them(self) -> None:
         memory = memory_of(SLIDING_10)
         lease = open_lease(memory, np.arange(60, dtype=np.int32))

@@ -50,7 +50,7 @@ class TableView:
     """A block table as the backend sees it."""
 
     page_ids: npt.NDArray[np.int32]
-    runs: tuple[tuple[int, int], ...]
+    first_run: tuple[int, int]
     first_position: int = 0
 
 
@@ -163,7 +163,7 @@ class Runner:
                 rows = range(row + n - 1, row + n) if end == len(seq.tokens) else range(0)
             wanted += rows
             owners += [b] * len(rows)
-            tables.append(TableView(np.asarray(seq.pages, np.int32), self._runs(seq.pages)))
+            tables.append(TableView(np.asarray(seq.pages, np.int32), self._first_run(seq.pages)))
             row += n
         lens = np.asarray([n for _, n in parts], np.int64)
         prefix = np.asarray([seq.num_computed for seq, _ in parts], np.int64)
@@ -190,12 +190,8 @@ class Runner:
         )
         return batch, np.asarray(owners, np.int64)
 
-    def _runs(self, pages: list[int]) -> tuple[tuple[int, int], ...]:
-        runs: list[tuple[int, int]] = []
-        for page_id in pages:
-            first = page_id * self.page_size
-            if runs and sum(runs[-1]) == first:
-                runs[-1] = (runs[-1][0], runs[-1][1] + self.page_size)
-            else:
-                runs.append((first, self.page_size))
-        return tuple(runs)
+    def _first_run(self, pages: list[int]) -> tuple[int, int]:
+        count = 1
+        while count < len(pages) and pages[count] == pages[0] + count:
+            count += 1
+        return (pages[0] * self.page_size, count * self.page_size)

@@ -42,7 +42,7 @@ from sglang.srt.managers.scheduler_limits import SchedulerChannel, SchedulerLimi
 from sglang.srt.managers.scheduler_output import OutputCollector
 from sglang.srt.managers.scheduler_results import process_result
 from sglang.srt.managers.scheduler_stats import SchedulerCounters
-from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement, PageNeed
+from sglang.srt.mem_cache.allocation import DecodeRows, KVMemory, KVPlacement, PageNeed
 from sglang.srt.mem_cache.kv_layout import num_pages_for
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -104,6 +104,7 @@ class Scheduler:
         self._by_rid: dict[str, Req] = {}  # all that have not finished
         self._inflight: deque[_StepInFlight] = deque()
         self._drops: list[int] = []  # rows that the sampler may forget
+        self._decode_rows = DecodeRows.of(())  # of the last step that decoded
         self._outputs = OutputCollector(limits.stream_interval)
         self._num_arrivals = 0
         self._num_steps = 0
@@ -301,7 +302,10 @@ class Scheduler:
         parts: list[KVPlacement] = []
         items: list[ScheduledReq] = []
         if decodes:
-            placement = self._memory.alloc_for_decode([_need(item) for item in decodes])
+            leases = tuple([item.lease for item in decodes])
+            if leases != self._decode_rows.leases:
+                self._decode_rows = DecodeRows.of(leases)
+            placement = self._memory.alloc_for_decode(self._decode_rows)
             if placement is None:
                 return None
             parts.append(placement)

@@ -27,7 +27,7 @@ from sglang.srt.mem_cache.kv_layout import (
     num_pages_for,
     trim_layouts_to_budget,
 )
-from sglang.srt.mem_cache.lease import KVLease, KVPlacement, PageNeed
+from sglang.srt.mem_cache.lease import DecodeRows, KVLease, KVPlacement, PageNeed
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool, make_kv_pool
 from sglang.srt.mem_cache.memory_report import memory_figures
 from sglang.srt.mem_cache.rank_agreement import RankAgreement
@@ -39,7 +39,7 @@ from sglang.srt.mem_cache.window_rule import window_rules
 
 Int32Array = npt.NDArray[np.int32]
 
-__all__ = ["KVLease", "KVMemory", "KVPlacement", "PageNeed"]
+__all__ = ["DecodeRows", "KVLease", "KVMemory", "KVPlacement", "PageNeed"]
 
 
 class KVMemory:
@@ -66,7 +66,7 @@ class KVMemory:
         self.cache = cache
         self.rows = rows
         self.kv_pool = kv_pool
-        self.recycler = WindowRecycler(window_rules(spec), allocators)
+        self.recycler = WindowRecycler(window_rules(spec), allocators, rows.groups)
         self.ladder = make_ladder(spec, manager, allocators, cache, prefill_chunk)
         self.leases: dict[ReqPoolIdx, KVLease] = {}
         self._events = events
@@ -165,7 +165,7 @@ class KVMemory:
         if row is None:
             return None
         hit = self.cache.match(token_ids, extra_key, max_prefix, priority=priority)
-        lease = KVLease(row, self.rows.tables(row), hit.handle, extra_key)
+        lease = KVLease(self.rows, row, hit.handle, extra_key)
         for allocator, table, pages in zip(
             self.allocators, lease.tables, hit.page_ids, strict=True
         ):
@@ -203,34 +203,37 @@ class KVMemory:
             need.lease.num_tokens += need.num_tokens
         return KVPlacement(tuple(locs), self._growth)
 
-    def alloc_for_decode(self, needs: Sequence[PageNeed]) -> KVPlacement | None:
-        """One slot for each need (every num_tokens is 1), all or none; None: no pages.
+    def alloc_for_decode(self, needs: DecodeRows | Sequence[PageNeed]) -> KVPlacement | None:
+        """One slot for each row, all or none; None: no pages, no table has grown.
 
-        A step in which no request starts a page costs a list and two array operations per group.
+        `DecodeRows` may be used again while the same requests go on. The leases' `num_tokens` count
+        the new token from here on. Costs a few array operations, whatever the number of rows.
         """
-        size = self.page_size
-        lengths = np.array([need.lease.num_tokens for need in needs], np.int64)
-        starting = np.flatnonzero(lengths % size == 0).tolist()
+        if not isinstance(needs, DecodeRows):
+            needs = _decode_rows(needs)
+        rows, size = needs.rows, self.page_size
+        lengths = self.rows.num_tokens.take(rows)
+        starting = rows
+        if size > 1:
+            offsets = lengths % size
+            starting = rows[offsets == 0]
         if self.recycler.active:
-            for need in needs:
-                self.recycler.before_decode(need.lease)
-        if starting and not self.ladder.ensure([len(starting)] * len(self.allocators)):
+            self.recycler.before_decode(rows, lengths)
+        if len(starting) and not self.ladder.ensure([len(starting)] * len(self.allocators)):
             return None
         locs = []
-        for g, allocator in enumerate(self.allocators):
-            if starting:
-                tables = [needs[i].lease.tables[g] for i in starting]
-                hints = [table.next_page_hint for table in tables]
-                for table, page in zip(
-                    tables, _granted(allocator.alloc_each(hints)).tolist(), strict=True
-                ):
-                    table.append_page(page)
-            last = np.array([need.lease.tables[g].last_page for need in needs], np.int64)
-            locs.append(last * size + lengths % size)
-        for need in needs:
-            if need.num_tokens != 1:
-                raise InvariantError(f"a decode need of {need.num_tokens} tokens")
-            need.lease.num_tokens += 1
+        for allocator, tables in zip(self.allocators, self.rows.groups, strict=True):
+            if len(starting):
+                hints = tables.last_page.take(starting)
+                hints += 1  # 0, the dump page, for an empty table: never free
+                tables.append_each(starting, _granted(allocator.alloc_each(hints)))
+            loc = tables.last_page.take(rows)
+            if size > 1:
+                loc *= size
+                loc += offsets
+            locs.append(loc)
+        lengths += 1
+        self.rows.num_tokens[rows] = lengths
         return KVPlacement(tuple(locs), self._growth)
 
     def cache_prefix(
@@ -426,3 +429,10 @@ def _granted(pages: Int32Array | None) -> Int32Array:
     if pages is None:
         raise InvariantError("the ladder promised pages that the allocator does not have")
     return pages
+
+
+def _decode_rows(needs: Sequence[PageNeed]) -> DecodeRows:
+    for need in needs:
+        if need.num_tokens != 1:
+            raise InvariantError(f"a decode need of {need.num_tokens} tokens")
+    return DecodeRows.of([need.lease for need in needs])

@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang.srt.mem_cache.kv_layout import SegmentLayout
-from sglang.srt.mem_cache.page_owner import CountsListener, PageIndex, PageState
+from sglang.srt.mem_cache.page_owner import STATE_CODES, CountsListener, PageIndex, PageState
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 NO_HINT = -1
+_FREE, _USED = STATE_CODES[PageState.FREE], STATE_CODES[PageState.USED]
 
 # Segments that are searched for one gap large enough before pieces are taken instead.
 _GAP_SEARCH_SEGMENTS = 8
@@ -45,7 +46,7 @@ class PageAllocator:
     @property
     def num_free(self) -> int:
         """Free pages of mapped segments: what `alloc_pages` can grant now."""
-        return self.index.num_free
+        return self.index.totals[PageState.FREE]
 
     def add_segments(self, segments: Sequence[int]) -> None:
         """Make freshly mapped segments allocatable."""
@@ -86,19 +87,24 @@ class PageAllocator:
             left -= len(piece)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def alloc_each(self, hints: Sequence[int]) -> Int32Array | None:
+    def alloc_each(self, hints: Sequence[int] | Int64Array) -> Int32Array | None:
         """One page for each of several rows; int32 [len(hints)], None when too few are free.
 
-        Every free hint is granted, to the first row that has it, before other rows get a gap.
+        Every free hint is granted, to the first row that has it, before other rows get a gap. The
+        others get theirs together: a few array operations, however many they are.
         """
         if len(hints) > self.index.num_free:
             return None
-        pages = np.array(hints, np.int32)
-        granted = self._grantable(pages)
-        self.index.take(pages[granted])
-        for row in np.flatnonzero(~granted).tolist():
-            pages[row] = self._take_gap(1)[0]
-        return pages
+        pages = np.array(hints, np.int64)
+        if len(pages):
+            granted = self._grantable(pages)
+            num_refused = len(pages) - int(np.count_nonzero(granted))
+            if num_refused == 0:
+                self.index.take_free(pages)
+            else:
+                self.index.take_free(pages[granted])
+                pages[~granted] = self._take_apart(num_refused)
+        return pages.astype(np.int32)
 
     # ---- inside: all that follows knows that enough pages are free --------------------------
 
@@ -108,18 +114,63 @@ class PageAllocator:
         self._take_range(hint, 1)
         return hint
 
-    def _grantable(self, hints: Int32Array) -> npt.NDArray[np.bool_]:
+    def _grantable(self, hints: Int64Array) -> npt.NDArray[np.bool_]:
         """Which rows can have their hint: it is free and no row before has the same; bool."""
-        inside = (hints >= 0) & (hints < len(self.index.state))
-        free: npt.NDArray[np.bool_] = inside & (
-            self.index.state[np.where(inside, hints, 0)] == PageState.FREE
-        )
-        ordered = np.sort(hints[free])
-        if (ordered[1:] == ordered[:-1]).any():
+        state = self.index.state
+        # what lies outside is cut to page 0, which is never free, or to the last one
+        free: npt.NDArray[np.bool_] = state.take(hints, mode="clip") == _FREE
+        free &= hints < len(state)
+        ordered = hints[free]
+        ordered.sort()
+        if np.count_nonzero(ordered[1:] == ordered[:-1]):
             first = np.zeros(len(hints), np.bool_)
             first[np.unique(hints, return_index=True)[1]] = True
             free &= first
         return free
+
+    def _take_apart(self, count: int) -> Int64Array:
+        """`count` pages for as many rows: all of the fullest segments, then apart in the next."""
+        per_segment = self.layout.pages_per_segment
+        free = self.index.segment_counts(PageState.FREE)
+        segment = int(np.where(free > 0, free, per_segment + 1).argmin())
+        if free[segment] >= count:
+            pages = self._spread(segment, count)
+        else:
+            segments = np.flatnonzero(free)
+            segments = segments[np.argsort(free[segments], kind="stable")]
+            held = np.cumsum(free[segments])
+            whole = int(np.searchsorted(held, count, side="right"))
+            states = self.index.state[: len(free) * per_segment].reshape(-1, per_segment)
+            at, offset = np.nonzero(states[segments[:whole]] == _FREE)
+            pages = segments[at] * per_segment + offset
+            if len(pages) < count:
+                rest = self._spread(int(segments[whole]), count - len(pages))
+                pages = np.concatenate([pages, rest])
+        self.index.take_free(pages)
+        return pages
+
+    def _spread(self, segment: int, count: int) -> Int64Array:
+        """`count` free pages of a segment, each with as much room behind it as there is.
+
+        Gaps get rows by their length, the remainders go to the largest. In a gap the rows stand
+        at even distances; a running row that ends before the gap counts as one of them.
+        """
+        starts, lengths = runs_of(self.index.segment_states(segment) == _FREE)
+        starts += segment * self.layout.pages_per_segment
+        if len(starts) == 1:
+            shares = np.array([count])
+        else:
+            total = int(lengths.sum())
+            shares, left = np.divmod(lengths * count, total)
+            missing = count - int(shares.sum())
+            shares[np.argsort(-left, kind="stable")[:missing]] += 1
+        grows = self.index.state[starts - 1] == _USED
+        ends = np.cumsum(shares)
+        place = np.arange(count) - np.repeat(ends - shares, shares)
+        spare, parts = np.repeat(lengths - shares, shares), np.repeat(shares + grows, shares)
+        before = (place + np.repeat(grows, shares)) * spare // parts
+        pages: Int64Array = np.repeat(starts, shares) + before + place
+        return pages
 
     def _take_range(self, first: int, count: int) -> Int32Array:
         pages = np.arange(first, first + count, dtype=np.int32)
@@ -130,7 +181,7 @@ class PageAllocator:
         """Consecutive free pages from `first` on, at most `limit`; crosses segment borders."""
         if first < 0 or limit < 1:
             return 0
-        taken = self.index.state[first : first + limit] != PageState.FREE
+        taken = self.index.state[first : first + limit] != _FREE
         return int(taken.argmax()) if taken.any() else len(taken)
 
     def _take_empty_segments(self, wanted: int) -> Int32Array | None:
@@ -173,14 +224,14 @@ class PageAllocator:
         return [int(segment) for segment in fits[order[:_GAP_SEARCH_SEGMENTS]]]
 
     def _largest_gap(self, segment: int) -> tuple[int, int]:
-        starts, lengths = runs_of(self.index.segment_states(segment) == PageState.FREE)
+        starts, lengths = runs_of(self.index.segment_states(segment) == _FREE)
         best = int(lengths.argmax())
         return segment * self.layout.pages_per_segment + int(starts[best]), int(lengths[best])
 
     def _room_for_neighbour(self, first: int, spare: int) -> int:
         """Pages to leave free behind a running row's end, so that both rows can grow in place."""
         before = first - 1
-        grows = before >= 0 and self.index.state[before] == PageState.USED
+        grows = before >= 0 and self.index.state[before] == _USED
         return spare // 2 if grows else 0
 
     def __repr__(self) -> str:
@@ -190,11 +241,11 @@ class PageAllocator:
 
 def runs_of(flags: npt.NDArray[np.bool_]) -> tuple[Int64Array, Int64Array]:
     """Starts and lengths of the runs of True in `flags`, both int64 [runs], in order."""
-    padded = np.zeros(len(flags) + 2, np.int8)
+    padded = np.zeros(len(flags) + 2, np.bool_)
     padded[1:-1] = flags
-    steps = np.diff(padded)
-    starts = np.flatnonzero(steps == 1)
-    return starts, np.flatnonzero(steps == -1) - starts
+    steps = (padded[1:] != padded[:-1]).nonzero()[0]  # by turns where a run begins and ends
+    starts = steps[::2].copy()
+    return starts, steps[1::2] - starts
 
 
 def _first_min(values: Int64Array, allowed: npt.NDArray[np.bool_]) -> int:

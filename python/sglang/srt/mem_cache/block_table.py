@@ -6,161 +6,157 @@ Memory follows the pages in use. See docs/kv_segments.md, Note [Block tables].
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from sglang.srt.errors import InvariantError
-from sglang.srt.mem_cache.id_array import IdArray, is_run
+from sglang.srt.mem_cache.table_rows import TableRows
+from sglang.srt.mem_cache.table_space import IdRange, TableSpace
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 Run = tuple[int, int]
 
+# How far the end of the first run is looked for at a time; doubles.
+_LOOK_IDS = 64
 
-@dataclass(frozen=True, slots=True)
-class BlockTableSnapshot:
+
+class BlockTableSnapshot(NamedTuple):
     """The table as it stood when the batch was built; valid while the table grows.
 
-    `page_ids` int32 [P] in order. `runs` are (first_slot, num_slots), the last one possibly
-    longer by now: readers clip by seq_len. `first_position` is the position of the first slot.
+    `page_ids` int32 [P] in order. `first_position` is the position of the first slot.
+    `first_run` is the first contiguous slot range, (first_slot, num_slots); (0, 0) without pages.
     """
 
     page_ids: Int32Array
     first_position: int
-    _runs: list[Run]
-    _num_runs: int
+    first_run: Run
+    page_size: int
 
     @property
     def runs(self) -> list[Run]:
-        """Contiguous slot ranges in order; costs a copy of the list's head."""
-        return self._runs[: self._num_runs]
+        """All contiguous slot ranges, in order; costs a look at every page id."""
+        return runs_of_pages(self.page_ids, self.page_size)
 
 
 class BlockTable:
-    """Pages in order, runs kept incrementally. Written by the scheduler's thread only.
+    """One row's pages in order: a view of a `TableRows`. Written by the scheduler's thread only.
 
-    Invariants: `runs` cover exactly the slots of `page_ids`, neighbours merged; `first_page` pages
-    were dropped before the first one (a window group's recycled head; 0 for full groups);
-    `last_page` is the newest page's id, also when it was dropped since, -1 before the first.
+    Invariants: `first_page` pages were dropped before the first one (a window group's recycled
+    head; 0 for full groups); `last_page` is the newest page's id, also when it was dropped since,
+    -1 before the first. What is kept here is only how far the first run was followed.
     """
 
-    __slots__ = ("_ids", "_runs", "first_page", "last_page", "page_size")
+    __slots__ = ("_looked_end", "_looked_in", "_row", "_rows", "_run_end", "page_size")
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, rows: TableRows | None = None, row: int = 0) -> None:
+        """A view of `row`, which must be taken; `rows` None: a table of its own."""
+        if rows is None:
+            rows = TableRows(TableSpace())
+            rows.take_row(row)
         self.page_size = page_size
-        self.first_page = 0
-        self.last_page = -1  # a plain attribute: a decode step reads it for every row
-        self._ids = IdArray()
-        self._runs: list[Run] = []
+        self._rows = rows
+        self._row = row
+        # ids up to `_run_end` of the space, which were looked at up to `_looked_end`, are one run
+        self._looked_in: IdRange | None = None
+        self._run_end = self._looked_end = 0
 
     @property
     def num_pages(self) -> int:
         """Pages held now (dropped ones not counted)."""
-        return len(self._ids)
+        return self._rows.end.item(self._row) - self._rows.begin.item(self._row)
+
+    @property
+    def first_page(self) -> int:
+        """Pages of the sequence before the first one that is held."""
+        return self._rows.first_page.item(self._row)
+
+    @property
+    def last_page(self) -> int:
+        """The newest page, held or not; -1 before the first."""
+        return self._rows.last_page.item(self._row)
 
     @property
     def end_page(self) -> int:
         """Pages of the sequence up to the table's end, the dropped ones counted."""
-        return self.first_page + len(self._ids)
+        return self.first_page + self.num_pages
 
     @property
     def page_ids(self) -> Int32Array:
         """int32 [num_pages], zero-copy; do not write."""
-        return self._ids.view()
+        return self._rows.ids(self._row)
 
     @property
     def runs(self) -> list[Run]:
-        """(first_slot, num_slots) in order, a copy."""
-        return list(self._runs)
+        """Contiguous slot ranges (first_slot, num_slots), in order; looks at every page id."""
+        return runs_of_pages(self.page_ids, self.page_size)
 
     @property
     def next_page_hint(self) -> int:
         """The page that would continue the last run; -1 when the table is empty."""
-        return self.last_page + 1 if self.last_page >= 0 else -1
+        last = self.last_page
+        return last + 1 if last >= 0 else -1
 
     def extend(self, pages: Int32Array) -> None:
         """Append pages in order; amortised O(len(pages)), snapshots stay true."""
-        if len(pages) == 0:
-            return
-        self._ids.append(pages)
-        self.last_page = int(pages[-1])
-        if is_run(pages):
-            self._add_run(int(pages[0]) * self.page_size, len(pages) * self.page_size)
-            return
-        breaks = np.flatnonzero(np.diff(pages) != 1) + 1
-        starts = [0, *breaks.tolist()]
-        ends = [*starts[1:], len(pages)]
-        for start, end in zip(starts, ends, strict=True):
-            self._add_run(int(pages[start]) * self.page_size, (end - start) * self.page_size)
+        self._rows.extend(self._row, pages)
 
     def append_page(self, page: int) -> None:
         """Append one page."""
-        self._ids.append_one(page)
-        self.last_page = page
-        self._add_run(page * self.page_size, self.page_size)
+        self._rows.extend(self._row, np.array([page], np.int32))
 
     def truncate(self, num_pages: int) -> Int32Array:
         """Keep the first `num_pages` pages and return the others (a copy); snapshots stay true.
 
         Raises InvariantError when there are fewer pages than that.
         """
-        if not 0 <= num_pages <= len(self._ids):
-            raise InvariantError(f"cannot keep {num_pages} of {len(self._ids)} pages")
-        kept, dropped = self._ids.view(0, num_pages), self._ids.view(num_pages).copy()
-        self._ids, self._runs = IdArray(), []  # fresh: a snapshot may still read the old ones
-        self.last_page = -1
-        self.extend(kept)
-        return dropped
+        ids = self.page_ids
+        if not 0 <= num_pages <= len(ids):
+            raise InvariantError(f"cannot keep {num_pages} of {len(ids)} pages")
+        # a fresh range: a snapshot may still read what comes to stand behind the kept ones
+        self._rows.replace(self._row, ids[:num_pages])
+        if num_pages == 0:
+            self._rows.last_page[self._row] = -1
+        return ids[num_pages:].copy()
 
     def replace_pages(self, pages: Int32Array) -> None:
         """The same positions stand in other pages now (they were moved); snapshots stay true.
 
         Raises InvariantError when the number of pages differs.
         """
-        if len(pages) != len(self._ids):
+        if len(pages) != self.num_pages:
             raise InvariantError(f"{self!r} can't have its pages replaced by {len(pages)}")
-        self._ids, self._runs = IdArray(), []  # fresh: a snapshot may still read the old ones
-        self.extend(pages)
+        self._rows.replace(self._row, pages)
 
     def begin_at(self, first_page: int) -> None:
         """Let an empty table begin at page `first_page` of the sequence."""
-        if len(self._ids):
+        if self.num_pages:
             raise InvariantError(f"{self!r} has begun already")
-        self.first_page = first_page
+        self._rows.first_page[self._row] = first_page
 
     def drop_head(self, first_page: int) -> Int32Array:
         """Forget the pages before page `first_page` of the sequence; returns them (a copy).
 
-        Costs O(runs); snapshots stay true. Raises InvariantError when there are too few pages.
+        Snapshots stay true. Raises InvariantError when there are too few pages.
         """
-        count = first_page - self.first_page
-        if not 0 <= count <= len(self._ids):
-            raise InvariantError(f"{self!r} can't drop {count} pages")
-        left, runs = count * self.page_size, iter(self._runs)
-        kept: list[Run] = []  # a new list: a snapshot may still read the old one
-        for first_slot, num_slots in runs:
-            if left < num_slots:
-                kept = [(first_slot + left, num_slots - left), *runs]
-                break
-            left -= num_slots
-        self._runs = kept
-        self.first_page = first_page
-        return self._ids.drop_head(count)
+        if first_page < self.first_page:
+            raise InvariantError(f"{self!r} can't begin before page {self.first_page}")
+        return self._rows.drop_heads(np.array([self._row]), np.array([first_page]))
 
     def slots(self, first_position: int, count: int) -> Int64Array:
         """Slots of positions [first_position, first_position + count), int64 [count].
 
         Raises InvariantError when the table does not reach them.
         """
-        size = self.page_size
-        first = first_position // size - self.first_page
-        end = -(-(first_position + count) // size) - self.first_page
-        if first < 0 or end > len(self._ids):
+        size, ids, first_page = self.page_size, self.page_ids, self.first_page
+        first = first_position // size - first_page
+        end = -(-(first_position + count) // size) - first_page
+        if first < 0 or end > len(ids):
             raise InvariantError(f"positions [{first_position}, +{count}) are outside the table")
-        bases = self._ids.view(first, end).astype(np.int64) * size
+        bases = ids[first:end].astype(np.int64) * size
         slots = (bases[:, None] + np.arange(size)).reshape(-1)
         offset = first_position % size
         return slots[offset : offset + count]
@@ -170,19 +166,53 @@ class BlockTable:
         page, offset = divmod(position, self.page_size)
         if page < self.first_page:
             raise IndexError(position)
-        return self._ids[page - self.first_page] * self.page_size + offset
+        return int(self.page_ids[page - self.first_page]) * self.page_size + offset
 
     def snapshot(self) -> BlockTableSnapshot:
-        """The table as it stands now, O(1); see Note [Block tables]."""
-        position = self.first_page * self.page_size
-        return BlockTableSnapshot(self._ids.view(), position, self._runs, len(self._runs))
+        """The table as it stands now, amortised O(1); see Note [Block tables]."""
+        rows, row, size = self._rows, self._row, self.page_size
+        found = rows.range_of(row)
+        first, ids = found
+        begin, end = rows.begin.item(row), rows.end.item(row)
+        position = rows.first_page.item(row) * size
+        if begin == end:
+            return BlockTableSnapshot(ids[:0], position, (0, 0), size)
+        if self._looked_in is not found or self._run_end <= begin:
+            self._looked_in, self._run_end, self._looked_end = found, begin + 1, begin + 1
+        if self._run_end == self._looked_end < end:
+            self._follow_run(ids[self._run_end - 1 - first : end - first])
+        pages = ids[begin - first : end - first]
+        run = (pages.item(0) * size, (self._run_end - begin) * size)
+        return BlockTableSnapshot(pages, position, run, size)
 
-    def _add_run(self, first_slot: int, num_slots: int) -> None:
-        runs = self._runs
-        if runs and runs[-1][0] + runs[-1][1] == first_slot:
-            runs[-1] = (runs[-1][0], runs[-1][1] + num_slots)
-        else:
-            runs.append((first_slot, num_slots))
+    def _follow_run(self, ids: Int32Array) -> None:
+        """Look how far the run that reaches ids[0] goes on; `ids` end with the table."""
+        if len(ids) == 2:  # one page more than at the last look
+            self._run_end += ids.item(1) == ids.item(0) + 1
+            self._looked_end += 1
+            return
+        start, step = 0, _LOOK_IDS
+        while start + 1 < len(ids):
+            part = ids[start : start + step]
+            breaks = part[1:] - part[:-1] != 1
+            if breaks.any():
+                self._run_end += int(breaks.argmax())
+                self._looked_end = self._run_end + 1
+                return
+            self._run_end += len(breaks)
+            start += len(breaks)
+            step *= 2
+        self._looked_end = self._run_end
 
     def __repr__(self) -> str:
-        return f"BlockTable(pages={len(self._ids)}, runs={len(self._runs)})"
+        return f"BlockTable(pages={self.num_pages}, first={self.first_page})"
+
+
+def runs_of_pages(pages: Int32Array, page_size: int) -> list[Run]:
+    """The slot ranges of pages in order, neighbours merged."""
+    if len(pages) == 0:
+        return []
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(pages) != 1) + 1))
+    counts = np.diff(starts, append=len(pages))
+    slots = pages[starts].astype(np.int64) * page_size
+    return list(zip(slots.tolist(), (counts * page_size).tolist(), strict=True))

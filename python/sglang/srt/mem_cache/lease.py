@@ -6,14 +6,17 @@ changes and closes them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.base_prefix_cache import PrefixHandle
 from sglang.srt.mem_cache.block_table import BlockTable
 from sglang.srt.mem_cache.kv_layout import ReqPoolIdx
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.segment_state import Ticket
 
 Int64Array = npt.NDArray[np.int64]
@@ -23,35 +26,46 @@ class KVLease:
     """One request's hold on memory: a row, its block tables and a locked prefix; closed once.
 
     `num_tokens` tokens have a slot, the first `num_cached_tokens` of them came from the cache.
+    That number and the tables are kept by the row, in the pool's arrays, and only shown here.
     Invariant while open: every table holds exactly the pages of `num_tokens` tokens.
     """
 
     __slots__ = (
+        "_rows",
         "closed",
         "extra_key",
         "handle",
         "next_share_tokens",
         "num_cached_tokens",
-        "num_tokens",
         "row",
         "tables",
     )
 
     def __init__(
         self,
+        rows: ReqToTokenPool,
         row: ReqPoolIdx,
-        tables: tuple[BlockTable, ...],
         handle: PrefixHandle,
         extra_key: str | None,
     ) -> None:
+        self._rows = rows
         self.row = row
-        self.tables = tables
+        self.tables: tuple[BlockTable, ...] = rows.tables(row)
         self.handle = handle
         self.extra_key = extra_key
-        self.num_tokens = handle.num_tokens
         self.num_cached_tokens = handle.num_tokens
         self.next_share_tokens = 0
         self.closed = False
+        self.num_tokens = handle.num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that have a slot; 0 once the lease is closed."""
+        return 0 if self.closed else self._rows.num_tokens.item(self.row)
+
+    @num_tokens.setter
+    def num_tokens(self, num_tokens: int) -> None:
+        self._rows.num_tokens[self.row] = num_tokens
 
     def __repr__(self) -> str:
         return (
@@ -66,6 +80,26 @@ class PageNeed:
 
     lease: KVLease
     num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """The requests of a decode step as an array; good for as long as the same ones go on.
+
+    `rows` int64 [B] are the rows of `leases`, in their order.
+    """
+
+    leases: tuple[KVLease, ...]
+    rows: Int64Array
+
+    @classmethod
+    def of(cls, leases: Sequence[KVLease]) -> DecodeRows:
+        """Raises InvariantError when a lease is closed."""
+        for lease in leases:
+            if lease.closed:
+                raise InvariantError(f"{lease!r} is closed")
+        rows = np.fromiter((lease.row for lease in leases), np.int64, len(leases))
+        return cls(tuple(leases), rows)
 
 
 @dataclass(frozen=True, slots=True)

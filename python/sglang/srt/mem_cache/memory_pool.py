@@ -13,6 +13,8 @@ from __future__ import annotations
 import heapq
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from sglang.srt.errors import InvariantError
@@ -29,6 +31,10 @@ from sglang.srt.mem_cache.segment_backing.segment_plane import (
     SegmentPlane,
     split_by_segment,
 )
+from sglang.srt.mem_cache.table_rows import TableRows, grown
+from sglang.srt.mem_cache.table_space import TableSpace
+
+Int64Array = npt.NDArray[np.int64]
 
 # More pieces than this in one write and scattered copying is the cheaper way.
 _MAX_COPY_PIECES = 8
@@ -37,12 +43,19 @@ Piece = tuple[int, int, int]
 
 
 class ReqToTokenPool:
-    """Rows 1..size, the lowest free one first; row 0 stands for padding and is never given out."""
+    """Rows 1..size, the lowest free one first; row 0 stands for padding and is never given out.
+
+    What a decode step reads and writes of its requests stands in arrays indexed by row:
+    `num_tokens` int64, the tokens that have a slot (0 for a row that is not taken), and per group
+    the `TableRows` in `groups`. They reach as far as the highest row that was ever taken.
+    """
 
     def __init__(self, size: int, num_groups: int, page_size: int) -> None:
         self.size = size
-        self._num_groups = num_groups
         self._page_size = page_size
+        space = TableSpace()
+        self.groups = tuple(TableRows(space) for _ in range(num_groups))
+        self.num_tokens: Int64Array = np.zeros(0, np.int64)
         self._tables: dict[ReqPoolIdx, tuple[BlockTable, ...]] = {}
         self._returned: list[ReqPoolIdx] = []  # heap of rows below `_fresh` that are free
         self._fresh = 1
@@ -60,13 +73,22 @@ class ReqToTokenPool:
         else:
             row = ReqPoolIdx(self._fresh)
             self._fresh += 1
-        self._tables[row] = tuple(BlockTable(self._page_size) for _ in range(self._num_groups))
+        if row >= len(self.num_tokens):
+            self.num_tokens = grown(self.num_tokens, max(row + 1, 2 * len(self.num_tokens)))
+        for group in self.groups:
+            group.take_row(row)
+        self._tables[row] = tuple(
+            BlockTable(self._page_size, group, int(row)) for group in self.groups
+        )
         return row
 
     def free_row(self, row: ReqPoolIdx) -> None:
         """Give a row and its tables back. Raises InvariantError when it is not taken."""
         if self._tables.pop(row, None) is None:
             raise InvariantError(f"row {row} was freed but is not taken")
+        self.num_tokens[row] = 0
+        for group in self.groups:
+            group.free_row(row)
         heapq.heappush(self._returned, row)
 
     def tables(self, row: ReqPoolIdx) -> tuple[BlockTable, ...]:

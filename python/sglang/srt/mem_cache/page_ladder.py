@@ -100,7 +100,10 @@ class PageLadder:
         )
 
     def _enough(self, need: Sequence[int]) -> bool:
-        return all(n <= free for n, free in zip(need, self.free_pages(), strict=True))
+        for pages, allocator in zip(need, self._allocators, strict=True):
+            if pages > allocator.num_free:
+                return False
+        return True
 
     def _missing(self, need: Sequence[int]) -> list[int]:
         return [max(0, n - free) for n, free in zip(need, self.free_pages(), strict=True)]

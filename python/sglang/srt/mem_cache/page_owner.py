@@ -21,6 +21,7 @@ from sglang.srt.mem_cache.kv_layout import SegmentId, SegmentLayout
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 UInt8Array = npt.NDArray[np.uint8]
+_Places = slice | Int32Array | Int64Array
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
@@ -34,6 +35,12 @@ class PageState(enum.IntEnum):
     FREE = 1
     USED = 2
     CACHED = 3
+
+
+# The states as the arrays hold them: numpy compares with these, and far slower with an enum.
+STATE_CODES = tuple(np.uint8(state) for state in PageState)
+_FEW_SEGMENTS = 8  # updated one by one
+_COUNTED_AT_ONCE = 1024  # segments for which one counter each costs less than to find the lowest
 
 
 class CountsListener(Protocol):
@@ -122,6 +129,12 @@ class PageIndex:
         self._move(pages, PageState.FREE, PageState.USED)
         self.rows[self._at(pages)] = 1
 
+    def take_free(self, pages: Int64Array) -> None:
+        """`take` of distinct pages that the caller has just seen to be free."""
+        self.state[pages] = PageState.USED
+        self.rows[pages] = 1
+        self._count_move(pages, len(pages), PageState.FREE, PageState.USED)
+
     def share(self, pages: Int32Array) -> None:
         """Cached pages also go into another row's table."""
         at = self._at(pages)
@@ -179,60 +192,72 @@ class PageIndex:
 
     def segments_emptied_by(self, pages: Int32Array) -> int:
         """Segments that would be all free if `pages` (all owned) became free; changes nothing."""
-        segments, owned = self._count_by_segment(pages)
+        segments, owned = self._count_by_segment(self._at(pages))
         held = self.counts[PageState.USED, segments] + self.counts[PageState.CACHED, segments]
         return int((held == owned).sum())
 
     # ---- inside ---------------------------------------------------------------------------
 
-    def _at(self, pages: Int32Array) -> slice | Int32Array:
+    def _at(self, pages: Int32Array) -> _Places:
         """What to index page arrays with: a slice where the pages stand in a row, as most do.
 
         A slice is read and written several times faster than an array of indices. Pages that do
         not exist stay an array: indexing with it raises, where a slice would be cut.
         """
-        if len(pages) == 0 or not 0 <= pages[0] <= pages[-1] < len(self.state):
+        if len(pages) == 0:
             return pages
-        first = int(pages[0])
-        return slice(first, first + len(pages)) if is_run(pages) else pages
+        first, last = pages.item(0), pages.item(-1)
+        if 0 <= first <= last < len(self.state) and is_run(pages):
+            return slice(first, first + len(pages))
+        # the kind that numpy would make of it at every use
+        return pages.astype(np.int64, copy=False)
 
-    def _count_by_segment(self, pages: Int32Array) -> tuple[Int64Array, Int64Array]:
-        """Segments that `pages` lie in, ascending, and how many of them in each."""
+    def _count_by_segment(self, at: _Places) -> tuple[Int64Array, Int64Array]:
+        """Segments that the pages at `at` lie in, ascending, and how many of them in each."""
         per_segment = self.layout.pages_per_segment
-        at = self._at(pages)
         if isinstance(at, slice):
             ids = np.arange(at.start // per_segment, (at.stop - 1) // per_segment + 1)
             ends = np.minimum((ids + 1) * per_segment, at.stop)
             return ids, ends - np.maximum(ids * per_segment, at.start)
-        segments = pages // per_segment
-        lowest = int(segments.min())
-        counts = np.bincount(segments - lowest)  # no sort, as np.unique would
-        ids = np.flatnonzero(counts)
-        return ids + lowest, counts[ids]
+        segments = at // per_segment
+        lowest = 0
+        if self._num_segments > _COUNTED_AT_ONCE:
+            lowest = int(segments.min())
+            segments -= lowest
+        counts = np.bincount(segments)  # no sort, as np.unique would
+        ids = counts.nonzero()[0]
+        each = counts[ids]
+        ids += lowest
+        return ids, each
 
     def _move(self, pages: Int32Array, old: PageState, new: PageState) -> None:
         if len(pages) == 0:
             return
         at = self._at(pages)
-        if (self.state[at] != old).any():
+        if np.count_nonzero(self.state[at] != STATE_CODES[old]):
             raise InvariantError(f"pages were not all {old.name} when they became {new.name}")
         self.state[at] = new
-        if len(pages) == 1:
-            segments, moved = [int(pages[0]) // self.layout.pages_per_segment], [1]
-            self.counts[old, segments[0]] -= 1
-            self.counts[new, segments[0]] += 1
+        self._count_move(at, len(pages), old, new)
+
+    def _count_move(self, at: _Places, num_pages: int, old: PageState, new: PageState) -> None:
+        """Let every count follow pages that have changed their state."""
+        self.totals[old] -= num_pages
+        self.totals[new] += num_pages
+        ids, each = self._count_by_segment(at)
+        segments, moved = ids.tolist(), each.tolist()
+        before, after = self.counts[old], self.counts[new]
+        if len(segments) <= _FEW_SEGMENTS:
+            for segment, count in zip(segments, moved, strict=True):
+                before[segment] -= count
+                after[segment] += count
         else:
-            ids, each = self._count_by_segment(pages)
-            self.counts[old, ids] -= each
-            self.counts[new, ids] += each
-            segments, moved = ids.tolist(), each.tolist()
-        self.totals[old] -= len(pages)
-        self.totals[new] += len(pages)
+            before[ids] -= each
+            after[ids] += each
         if self._listener is not None:
             used = (new is PageState.USED) - (old is PageState.USED)
             cached = (new is PageState.CACHED) - (old is PageState.CACHED)
             for segment, count in zip(segments, moved, strict=True):
-                self._listener(SegmentId(segment), used=used * count, cached=cached * count)
+                self._listener(segment, used=used * count, cached=cached * count)
 
     def _grow_to(self, num_segments: int) -> None:
         if num_segments > self.counts.shape[1]:

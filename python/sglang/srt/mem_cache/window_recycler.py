@@ -16,9 +16,11 @@ import numpy.typing as npt
 
 from sglang.srt.mem_cache.allocator import PageAllocator
 from sglang.srt.mem_cache.lease import KVLease
+from sglang.srt.mem_cache.table_rows import TableRows
 from sglang.srt.mem_cache.window_rule import WindowRule
 
 Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
 
 
 class _Leaving(NamedTuple):
@@ -33,10 +35,14 @@ class WindowRecycler:
     """Drops heads of tables. Invariant: a page here still has the row that it was dropped by."""
 
     def __init__(
-        self, rules: Sequence[WindowRule | None], allocators: Sequence[PageAllocator]
+        self,
+        rules: Sequence[WindowRule | None],
+        allocators: Sequence[PageAllocator],
+        tables: Sequence[TableRows],
     ) -> None:
         self._rules = [(g, rule) for g, rule in enumerate(rules) if rule is not None]
         self._allocators = allocators
+        self._tables = tables
         self._leaving: deque[_Leaving] = deque()
         self._launched = 0
         self._completed = 0
@@ -51,10 +57,16 @@ class WindowRecycler:
         for g, rule in self._rules:
             self._drop(g, lease, rule.kept_page(lease.num_tokens, num_tokens))
 
-    def before_decode(self, lease: KVLease) -> None:
-        """As `before_extend` for one decoded token."""
+    def before_decode(self, rows: Int64Array, lengths: Int64Array) -> None:
+        """As `before_extend` for one decoded token of every row; rows[i] has lengths[i] tokens."""
         for g, rule in self._rules:
-            self._drop(g, lease, rule.kept_page_of_decode(lease.num_tokens))
+            kept = rule.kept_pages_of_decode(lengths)
+            pages = self._tables[g].drop_heads(rows, kept)
+            while len(pages):
+                # rows may drop the same cached page: once for each, as rows are counted once a call
+                firsts = np.unique(pages, return_index=True)[1]
+                self._leave(g, pages[firsts])
+                pages = np.delete(pages, firsts)
 
     def note_launched(self, epoch: int) -> None:
         """Forward `epoch` may read what the tables held until now."""
@@ -88,9 +100,11 @@ class WindowRecycler:
 
     def _drop(self, group: int, lease: KVLease, first_page: int) -> None:
         table = lease.tables[group]
-        if first_page <= table.first_page:
-            return
-        pages = table.drop_head(first_page)
+        if first_page > table.first_page:
+            self._leave(group, table.drop_head(first_page))
+
+    def _leave(self, group: int, pages: Int32Array) -> None:
+        """A row has dropped pages: they are free at once, or when no forward reads them."""
         if self._launched > self._completed:
             self._leaving.append(_Leaving(self._launched, group, pages))
         else:

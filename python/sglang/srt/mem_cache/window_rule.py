@@ -58,8 +58,19 @@ class WindowRule:
         The prompt's last chunk may still be under way when the first decode is placed, so its
         border, the last one before `length`, has to stay as well.
         """
-        border = max(0, length - 1) // self.page_size * self.page_size
-        return self.first_page(border)
+        return int(self.kept_pages_of_decode(np.array([length]))[0])
+
+    def kept_pages_of_decode(self, lengths: Int64Array) -> Int64Array:
+        """`kept_page_of_decode` of many lengths, int64 [n]."""
+        borders = np.maximum(lengths - 1, 0)
+        borders -= borders % self.page_size
+        if self.kind is GroupKind.CHUNKED:
+            borders -= borders % self.window
+        else:
+            borders -= self.window - 1
+            np.maximum(borders, 0, out=borders)
+        borders //= self.page_size
+        return borders
 
 
 def window_rules(spec: KVCacheSpec) -> tuple[WindowRule | None, ...]:

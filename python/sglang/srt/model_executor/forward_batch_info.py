@@ -9,7 +9,6 @@ Shape letters: T packed new tokens, B requests, R rows whose logits are wanted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,16 +28,16 @@ Int32Array = npt.NDArray[np.int32]
 class BlockTableView(Protocol):
     """A request's pages of one group, frozen at the moment the batch was built.
 
-    `page_ids` int32 [P] in order; `runs` are (first_slot, num_slots) pairs in order, contiguous
-    in slots, covering at least the batch's seq_len (the last may cover more: clip by seq_len).
-    `first_position` is the token position of the first slot (0 unless a window dropped pages).
+    `page_ids` int32 [P] in order, covering at least the batch's seq_len. `first_run` is the first
+    contiguous slot range, (first_slot, num_slots). `first_position` is the token position of the
+    first slot (0 unless a window dropped pages).
     """
 
     @property
     def page_ids(self) -> Int32Array: ...
 
     @property
-    def runs(self) -> Sequence[tuple[int, int]]: ...
+    def first_run(self) -> tuple[int, int]: ...
 
     @property
     def first_position(self) -> int: ...

@@ -146,8 +146,7 @@ class _Table(NamedTuple):
 
     @classmethod
     def of(cls, view: BlockTableView, page_size: int, segment_tokens: int = 0) -> _Table:
-        # `runs` costs a copy: asked once.
-        first_slot, num_slots = view.runs[0] if len(view.page_ids) else (0, 0)
+        first_slot, num_slots = view.first_run
         if segment_tokens:
             num_slots = min(num_slots, segment_tokens - first_slot % segment_tokens)
         start = view.first_position

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 MAP_NORESERVE: Final = 0x4000  # asm-generic (x86-64, arm64, riscv64, s390x); not in Python's mmap
+MAP_FIXED: Final = 0x10
 PROT_NONE: Final = 0
 MADV_DONTNEED: Final = 4
 MADV_DONTFORK: Final = 10
@@ -64,6 +65,12 @@ class HostCalls:
             raise _os_error("mmap")
         return int(address)
 
+    def reserve_again(self, address: int, length: int) -> None:
+        """Put a fresh reservation in the place of a part of an older one; memory and charge go."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
+        if self._mmap(address, length, PROT_NONE, flags, -1, 0) != address:
+            raise _os_error("mmap")
+
     def release(self, address: int, length: int) -> None:
         """Give the range back to the system, memory and addresses."""
         if self._munmap(address, length) != 0:
@@ -97,6 +104,14 @@ class HostCalls:
             # only the lowest bit has a meaning; the kernel sets no other
             total += sum(vector) * page
         return total
+
+
+def overcommit_is_strict(root: Path = Path("/")) -> bool:
+    """Whether the system charges for memory that may be written, used or not."""
+    try:
+        return (root / "proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    except OSError:
+        return False
 
 
 def _os_error(call: str) -> OSError:

@@ -31,6 +31,7 @@ from sglang.srt.mem_cache.segment_backing.host_calls import (
     MADV_NOHUGEPAGE,
     MADV_POPULATE_WRITE,
     HostCalls,
+    overcommit_is_strict,
     read_smaps_resident,
 )
 from sglang.srt.utils.host_memory import read_host_memory
@@ -305,11 +306,7 @@ def unsupported_reason(root: Path = Path("/")) -> str | None:
     """Why this machine can't hold an elastic range, or None when it can."""
     if sys.platform != "linux":
         return f"the mmap backing needs Linux, this is {sys.platform}"
-    try:
-        policy = (root / "proc/sys/vm/overcommit_memory").read_text().strip()
-    except OSError:
-        policy = "0"
-    if policy == "2":
+    if overcommit_is_strict(root):
         # Reserving inaccessible and opening each segment would work, but every open segment is
         # then a kernel mapping of its own per plane, and closing it gives the charge not back.
         return "the system's strict overcommit (vm.overcommit_memory=2) charges address space"
