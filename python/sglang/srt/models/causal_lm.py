@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.moe import Experts
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -27,7 +28,8 @@ class CausalLM(nn.Module, ABC):
     """A decoder: tokens in, hidden states of the wanted rows out.
 
     `lm_head` turns hidden rows into logits. `merged_projections` says which checkpoint tensors
-    share a parameter: merged name -> ((checkpoint name, shard id), ...).
+    share a parameter: merged name -> ((checkpoint name, shard id), ...). `Experts` say it
+    themselves.
     """
 
     config: ModelConfig
@@ -78,6 +80,10 @@ class CausalLM(nn.Module, ABC):
         for full_name, _ in self.named_parameters():
             owner, _, param_name = full_name.rpartition(".")
             module = self.get_submodule(owner)
+            if isinstance(module, Experts):
+                for below, parameter, expert_shard in module.checkpoint_tensors():
+                    places[f"{owner}.{below}"] = _Place(module, parameter, expert_shard)
+                continue
             parent, _, leaf = owner.rpartition(".")
             for source, shard in self.merged_projections.get(leaf, ((leaf, None),)):
                 prefix = f"{parent}.{source}" if parent else source
