@@ -124,6 +124,7 @@ class Req:
         self.stop_token_ids = frozenset(() if params.ignore_eos else params.stop_token_ids)
         self.seed = seed
         self.stream = message.stream
+        self.include_progress = message.include_progress
         self.extra_key = message.extra_key
         self.priority = message.priority
         self.detok: DetokOptions | None = message.detok

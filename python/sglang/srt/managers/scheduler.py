@@ -40,6 +40,7 @@ from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_control import SchedulerControl
 from sglang.srt.managers.scheduler_limits import SchedulerChannel, SchedulerLimits, Worker
 from sglang.srt.managers.scheduler_output import OutputCollector
+from sglang.srt.managers.scheduler_progress import PrefillProgressLog
 from sglang.srt.managers.scheduler_results import process_result
 from sglang.srt.managers.scheduler_stats import SchedulerCounters
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement, PageNeed
@@ -105,6 +106,7 @@ class Scheduler:
         self._inflight: deque[_StepInFlight] = deque()
         self._drops: list[int] = []  # rows that the sampler may forget
         self._outputs = OutputCollector(limits.stream_interval)
+        self.prefills = PrefillProgressLog(channel.send_progress)
         self._num_arrivals = 0
         self._num_steps = 0
         self._stalled = False  # the last turn had nothing to compute
@@ -254,6 +256,7 @@ class Scheduler:
         for req in self._admission.admit(self._waiting, list(self._running.values())):
             self._running[req.rid] = req
             self.counters.note_admission(req)
+            self.prefills.admitted(req, self._clock())
         while True:
             decodes, extends = self._candidates()
             if not decodes and not extends:
@@ -372,6 +375,7 @@ class Scheduler:
         self._memory.close(lease, req.tokens.view(0, computed), computed)
         self._drops.append(lease.row)
         req.retract()
+        self.prefills.gone(req)
         del self._running[req.rid]
         self._waiting.add(req)
         self.counters.num_retractions += 1
@@ -387,6 +391,7 @@ class Scheduler:
         process_result(step.batch, step.info, result, self._memory, self._limits.context_length)
         self._chunks.observe(step.batch.num_tokens, result.forward_s)
         self.counters.note_result(len(result.token_ids))
+        self.prefills.computed(step.batch.items, self._clock())
         for item in step.batch.items:
             self._outputs.note(item.req)
             self._settle(item.req)
@@ -410,6 +415,7 @@ class Scheduler:
             self._drops.append(req.kv.row)
             req.kv = None
             del self._running[req.rid]
+        self.prefills.gone(req)
         req.move(ReqState.FINISHED)
         del self._by_rid[req.rid]
 

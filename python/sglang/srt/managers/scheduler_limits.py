@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sglang.srt.managers.generation_result import GenerationBatchResult
-from sglang.srt.managers.io_struct import BatchTokenIDOut, ControlReply, ToScheduler
+from sglang.srt.managers.io_struct import (
+    BatchProgressOut,
+    BatchTokenIDOut,
+    ControlReply,
+    ToScheduler,
+)
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -47,6 +52,8 @@ class SchedulerChannel(Protocol):
     def send_outputs(self, outputs: BatchTokenIDOut) -> None: ...
 
     def send_reply(self, reply: ControlReply) -> None: ...
+
+    def send_progress(self, progress: BatchProgressOut) -> None: ...
 
 
 class Worker(Protocol):
