@@ -318,3 +318,8 @@ class ScheduleBatch:
     @property
     def num_tokens(self) -> int:
         return sum(item.num_tokens for item in self.items)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of the extends: all but those that decode."""
+        return sum(item.num_tokens for item in self.items if item.num_tokens > 1)

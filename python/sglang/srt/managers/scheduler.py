@@ -56,6 +56,7 @@ IDLE_POLL_MS = 100
 # Requests wait but nothing can run (growth pauses after a refused map): look again this soon.
 STALLED_POLL_MS = 5
 STEP_TARGET_S = 0.5
+ALONE_STEP_TARGET_S = 1.0  # of a prompt that nobody else waits on, yet
 
 BatchMaker = Callable[[ScheduleBatch, KVPlacement], ForwardBatch]
 
@@ -97,7 +98,11 @@ class Scheduler:
         self._control = SchedulerControl(self, memory, canary)
         self._admission = Admission(memory, limits)
         self._chunks = ChunkSizer(
-            limits.chunk_tokens, limits.page_size, STEP_TARGET_S, adaptive=limits.adaptive_chunk
+            limits.chunk_tokens,
+            limits.page_size,
+            STEP_TARGET_S,
+            ALONE_STEP_TARGET_S,
+            adaptive=limits.adaptive_chunk,
         )
         self._seeds = np.random.default_rng(limits.random_seed)
         self._waiting = WaitingQueue()
@@ -389,7 +394,7 @@ class Scheduler:
         result = step.future.result()
         self._memory.note_completed(step.batch.step)
         process_result(step.batch, step.info, result, self._memory, self._limits.context_length)
-        self._chunks.observe(step.batch.num_tokens, result.forward_s)
+        self._chunks.observe(step.batch.num_prefill_tokens, result.forward_s)
         self.counters.note_result(len(result.token_ids))
         self.prefills.computed(step.batch.items, self._clock())
         for item in step.batch.items:

@@ -24,7 +24,7 @@ class SchedulerLimits:
     budget: the scheduler then replaces the whole.
 
     Tokens unless named otherwise. `chunk_tokens` is the prefill budget of a step,
-    `adaptive_chunk` lets it shrink while others wait. `window_pages[g]` bounds the pages one
+    `adaptive_chunk` lets it shrink to keep steps short. `window_pages[g]` bounds the pages one
     request needs of group g (None: keeps all). `max_queued_requests` None: no bound.
     """
 
