@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -67,7 +68,7 @@ def test_a_short_request_waits_for_the_steps_under_way_only(done: int) -> None:
     times = harness.token_times("short", 8)
     # Two steps of the huge prompt may be under way (overlap), then its own.
     assert times[0] - began < 1.1 * (2 * ALONE_STEP_TARGET_S + STEP_TARGET_S)
-    gaps = [late - early for early, late in zip(times, times[1:], strict=False)]
+    gaps = [late - early for early, late in itertools.pairwise(times)]
     assert max(gaps) < 1.1 * STEP_TARGET_S + ALONE_STEP_TARGET_S
     assert max(gaps[2:]) < 1.1 * STEP_TARGET_S
     huge = harness.scheduler.requests()[0]
