@@ -212,6 +212,14 @@ class TestChunkSizer:
             sizer.observe(1000, 0.1)
         assert sizer.next_budget(shared=False) > 9000
 
+    def test_a_small_quick_step_is_no_reason_to_shrink(self) -> None:
+        sizer = ChunkSizer(2048, 64, 0.5, 1.0, adaptive=True)
+        sizer.observe(32, 0.1)
+        assert sizer.next_budget(shared=False) == 2048
+        sizer.observe(1024, 1.0)
+        sizer.observe(32, 0.1)
+        assert sizer.next_budget(shared=False) == 1024
+
     def test_never_below_a_page(self) -> None:
         sizer = ChunkSizer(2048, 64, 0.5, 1.0, adaptive=True)
         sizer.observe(16, 1000.0)

@@ -129,7 +129,8 @@ class ChunkSizer:
     bounded, but longer, as long steps compute faster.
 
     A prompt's cost per token grows with its length, so a slower step is believed at once and a
-    faster one (a short prompt beside the long one) by and by.
+    faster one (a short prompt beside the long one) by and by. A step well under the target is no
+    reason for shorter ones: its few tokens paid for the weights and for others' decoding.
     """
 
     def __init__(
@@ -148,6 +149,8 @@ class ChunkSizer:
             return
         rate = num_tokens / seconds
         old = self._tokens_per_s
+        if seconds < self._target_s / 2 and (old is None or rate < old):
+            return
         self._tokens_per_s = rate if old is None or rate < old else 0.7 * old + 0.3 * rate
 
     def next_budget(self, *, shared: bool) -> int:
