@@ -69,6 +69,14 @@ nothing (null, and the values in brackets). Null means "not given".
   start when the first one has news.
 - A stream's status is sent with its first event, so a request that is refused before has its
   proper status. Errors after that are the last event before `[DONE]`.
+- A stream that asks for it (`"stream_options": {"include_progress": true}` on the OpenAI
+  endpoints, `"include_progress": true` on `/generate`) carries comments while a long prompt is
+  computed, at most two a second: `: progress {"index": 0, "done_tokens": n, "total_tokens": n,
+  "tokens_per_s": x, "eta_s": x}`. OpenAI's clients skip them. `eta_s` (null: no rate yet) is at
+  the present rate: the rate of full attention falls as the prompt gets longer. The first comment
+  sends the status, so an error after it is an event.
+- `/server_info` lists the same numbers in `prefill` of each of its `requests` (null: not under
+  way); the log has them every five seconds.
 - On `/generate`, stream events repeat the whole text unless `--incremental-streaming-output`. A
   client that reads slowly gets fewer, larger events; nothing is dropped.
 - A client that closes its connection, even only its sending side, ends its request.

@@ -19,6 +19,7 @@ import torch
 from bench_common import BACKINGS, Report, Row, demo_model, parser, percentile, seconds_of, show
 from sglang.srt.environ import Environ
 from sglang.srt.managers.io_struct import (
+    BatchProgressOut,
     BatchTokenIDOut,
     ControlReply,
     ControlReq,
@@ -53,6 +54,9 @@ class MemoryChannel:
 
     def send_reply(self, reply: ControlReply) -> None:
         self.replies.append(reply)
+
+    def send_progress(self, progress: BatchProgressOut) -> None:
+        del progress
 
 
 class Side:

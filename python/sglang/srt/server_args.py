@@ -228,7 +228,7 @@ class ServerArgs:
     chunked_prefill_size: int = flag(
         None,
         "Most prompt tokens that one step computes; -1: prompts are not cut. A given size is "
-        "kept; the default (SGLang's on small devices) shrinks while others wait.",
+        "kept; the default (SGLang's on small devices) shrinks to keep steps short.",
         group=SCHEDULE,
         parse=int,
         default_text="2048",

@@ -26,6 +26,7 @@ def server(shared_server: LiveServer) -> LiveServer:
     service.hold_at.clear()
     service.refusals.clear()
     service.fail_at.clear()
+    service.progress.clear()
     service.answer = ANSWER
     service.context_length = CONTEXT_LENGTH
     service.tokenizer = CharTokenizer()

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -33,6 +34,7 @@ from sglang.srt.managers.io_struct import (
     FinishReason,
     Heartbeat,
     LogprobArrays,
+    PrefillProgress,
     SchedulerReady,
     int32_buffer,
 )
@@ -97,7 +99,8 @@ class FakeService:
 
     `hold_at[prefix]` = k makes requests whose id starts with the prefix wait for ever before
     token k. `refusals[prefix]` is the final FinishReason that such requests get instead of
-    tokens, `fail_at[prefix]` = k lets them fail with 503 after k tokens. `ended` gets
+    tokens, `fail_at[prefix]` = k lets them fail with 503 after k tokens. Requests that ask for
+    progress are first told `progress`. `ended` gets
     (rid, finished?) when a generator is closed.
     """
 
@@ -110,6 +113,7 @@ class FakeService:
         self.hold_at: dict[str, int] = {}
         self.refusals: dict[str, FinishReason] = {}
         self.fail_at: dict[str, int] = {}
+        self.progress: list[PrefillProgress] = []
         self.requests: list[GenerateRequest] = []
         self.started: queue.Queue[str] = queue.Queue()
         self.ended: queue.Queue[tuple[str, bool]] = queue.Queue()
@@ -151,6 +155,8 @@ class FakeService:
     async def _deltas(
         self, request: GenerateRequest, ids: IdArray, start: int, limit: int
     ) -> AsyncGenerator[GenerateDelta, None]:
+        for progress in self.progress if request.include_progress else ():
+            yield replace(_delta("", ids, 0, None), progress=progress)
         refusal = _lookup(self.refusals, request.rid)
         if refusal is not None:
             yield _delta("", ids, 0, refusal)

@@ -19,10 +19,12 @@ from sglang.srt.errors import BackingError
 from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.managers.io_struct import (
     AbortReq,
+    BatchProgressOut,
     BatchTokenIDOut,
     ControlReply,
     ControlReq,
     FinishReason,
+    PrefillProgress,
     TokenizedGenerateReqInput,
     TokenOut,
     ToScheduler,
@@ -174,6 +176,7 @@ class FakeChannel:
     inbox: list[ToScheduler] = field(default_factory=list)
     outs: list[TokenOut] = field(default_factory=list)
     replies: list[ControlReply] = field(default_factory=list)
+    progress: list[PrefillProgress] = field(default_factory=list)
 
     def receive(self, timeout_ms: int) -> Sequence[ToScheduler]:
         assert timeout_ms >= 0
@@ -185,6 +188,9 @@ class FakeChannel:
 
     def send_reply(self, reply: ControlReply) -> None:
         self.replies.append(reply)
+
+    def send_progress(self, progress: BatchProgressOut) -> None:
+        self.progress.extend(progress.news)
 
 
 class Harness:

@@ -179,19 +179,49 @@ class TestVictim:
 
 class TestChunkSizer:
     def test_explicit_size_never_changes(self) -> None:
-        sizer = ChunkSizer(2048, 64, 0.5, adaptive=False)
+        sizer = ChunkSizer(2048, 64, 0.5, 1.0, adaptive=False)
         sizer.observe(2048, 100.0)
         assert sizer.next_budget(shared=True) == 2048
 
-    def test_shrinks_for_others_only(self) -> None:
-        sizer = ChunkSizer(2048, 64, 0.5, adaptive=True)
+    def test_a_prompt_alone_takes_longer_steps_which_are_bounded_too(self) -> None:
+        sizer = ChunkSizer(2048, 64, 0.5, 1.0, adaptive=True)
         assert sizer.next_budget(shared=True) == 2048
         sizer.observe(1000, 1.0)
         assert sizer.next_budget(shared=True) == 448  # 500 tokens, in pages
+        assert sizer.next_budget(shared=False) == 960
+        sizer.observe(10_000, 0.1)
+        assert sizer.next_budget(shared=False) == 2048  # never above the chunk
+
+    def test_steps_stay_near_the_target_as_tokens_get_dearer(self) -> None:
+        sizer = ChunkSizer(2048, 64, 0.5, 1.0, adaptive=True)
+        done, longest = 0, 0.0
+        while done < 1_000_000:
+            budget = sizer.next_budget(shared=False)
+            seconds = budget * (1e-4 + 4e-9 * done)
+            sizer.observe(budget, seconds)
+            longest = max(longest, seconds)
+            done += budget
+        assert 0.9 < longest < 1.05
+
+    def test_a_cheap_step_is_not_believed_at_once(self) -> None:
+        sizer = ChunkSizer(1 << 20, 64, 0.5, 1.0, adaptive=True)
+        sizer.observe(1000, 1.0)
+        sizer.observe(1000, 0.1)
+        assert sizer.next_budget(shared=False) < 4000
+        for _ in range(20):
+            sizer.observe(1000, 0.1)
+        assert sizer.next_budget(shared=False) > 9000
+
+    def test_a_small_quick_step_is_no_reason_to_shrink(self) -> None:
+        sizer = ChunkSizer(2048, 64, 0.5, 1.0, adaptive=True)
+        sizer.observe(32, 0.1)
         assert sizer.next_budget(shared=False) == 2048
+        sizer.observe(1024, 1.0)
+        sizer.observe(32, 0.1)
+        assert sizer.next_budget(shared=False) == 1024
 
     def test_never_below_a_page(self) -> None:
-        sizer = ChunkSizer(2048, 64, 0.5, adaptive=True)
+        sizer = ChunkSizer(2048, 64, 0.5, 1.0, adaptive=True)
         sizer.observe(16, 1000.0)
         assert sizer.next_budget(shared=True) == 64
 

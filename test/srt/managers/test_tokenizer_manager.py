@@ -10,12 +10,14 @@ import pytest
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.io_struct import (
     AbortReq,
+    BatchProgressOut,
     BatchStrOut,
     ControlReply,
     ControlReq,
     DetokOptions,
     FinishReason,
     LogprobArrays,
+    PrefillProgress,
     int32_buffer,
 )
 from sglang.srt.tokenizer.loader import load_tokenizer
@@ -409,3 +411,23 @@ async def test_text_helpers_work_off_the_loop(tokenizer: Tokenizer) -> None:
         assert await r.manager.detokenize(ids) == "the fox"
         with pytest.raises(RequestError, match="no chat template"):
             await r.manager.render_chat([{"role": "user", "content": "hi"}])
+
+
+async def test_progress_reaches_the_one_who_asked_and_ends_with_the_first_token() -> None:
+    async with rig(None) as r:
+        stream = r.manager.generate(request(include_progress=True))
+        first = asyncio.create_task(anext(stream))
+        sent = await r.sent_request()
+        assert sent.include_progress
+        early = PrefillProgress(sent.rid, 1, 3, 10.0, 0.2)
+        r.reply(BatchProgressOut([early, PrefillProgress("unknown", 1, 3, 1.0, None)]))
+        delta = await first
+        assert delta.progress == early
+        assert (delta.text, len(delta.output_ids), delta.finish_reason) == ("", 0, None)
+        second = asyncio.create_task(anext(stream))
+        r.tell(sent.rid, "", [5, 6], LENGTH)
+        r.reply(BatchProgressOut([PrefillProgress(sent.rid, 2, 3, 10.0, 0.1)]))
+        last = await second
+        assert last.progress is None
+        assert last.output_ids.tolist() == [5, 6]
+        assert await collect(stream) == []

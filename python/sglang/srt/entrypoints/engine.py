@@ -197,9 +197,13 @@ def _plain_all(results: Result | list[Result]) -> Result | list[Result]:
     return [_plain(one) for one in results] if isinstance(results, list) else _plain(results)
 
 
-async def _plain_stream(source: AsyncGenerator[Result, None]) -> AsyncGenerator[Result, None]:
+async def _plain_stream(
+    source: AsyncGenerator[Result | bytes, None],
+) -> AsyncGenerator[Result, None]:
+    """The objects of a stream without its comments."""
     try:
         async for result in source:
-            yield _plain(result)
+            if not isinstance(result, bytes):
+                yield _plain(result)
     finally:
         await source.aclose()

@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from sglang.srt.entrypoints.http_errors import ApiShape, dump_json, error_response
 from sglang.srt.entrypoints.request_body import ClientGoneError
 from sglang.srt.errors import RequestError
+from sglang.srt.managers.io_struct import PrefillProgress
 
 T = TypeVar("T")
 
@@ -28,6 +29,15 @@ DONE_EVENT = b"data: [DONE]\n\n"
 def event(content: Any) -> bytes:
     """One server-sent event with a JSON object."""
     return b"data: " + dump_json(content) + b"\n\n"
+
+
+def progress_comment(index: int, progress: PrefillProgress) -> bytes:
+    """How far the prompt of sequence `index` is, as a comment of the stream.
+
+    Clients that do not look for comments skip them, as the specification of server-sent events
+    asks, so that the API's own events stay what its clients know.
+    """
+    return b": progress " + dump_json({"index": index, **progress.as_dict()}) + b"\n\n"
 
 
 async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:

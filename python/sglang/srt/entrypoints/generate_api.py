@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from sglang.srt.entrypoints.event_stream import DONE_EVENT, event
+from sglang.srt.entrypoints.event_stream import DONE_EVENT, event, progress_comment
 from sglang.srt.entrypoints.generate_request_body import GenerateCall
 from sglang.srt.entrypoints.http_errors import ApiShape, stream_error
 from sglang.srt.entrypoints.logprob_format import (
@@ -136,15 +136,18 @@ class GenerateServer:
             async with aclosing(self.stream(request)) as objects:
                 async for content in objects:
                     has_begun = True
-                    yield event(content)
+                    yield content if isinstance(content, bytes) else event(content)
         except RequestError as error:
             if not has_begun:
                 raise
             yield event(stream_error(ApiShape.NATIVE, error))
         yield DONE_EVENT
 
-    async def stream(self, request: GenerateCall) -> AsyncGenerator[dict[str, Any], None]:
-        """The objects of a stream. Raises RequestError, also after the first one."""
+    async def stream(self, request: GenerateCall) -> AsyncGenerator[dict[str, Any] | bytes, None]:
+        """The objects of a stream, and encoded comments of progress if asked for.
+
+        Raises RequestError, also after the first one.
+        """
         began = time.monotonic()
         request = await self._with_prompt_ids(request)
         prompts = [request.call.prompts[i] for i in request.call.prompt_indices]
@@ -153,6 +156,9 @@ class GenerateServer:
         is_first = True
         async with aclosing(self._runner.stream(request.call)) as deltas:
             async for index, delta in deltas:
+                if delta.progress is not None:
+                    yield progress_comment(index, delta.progress)
+                    continue
                 refused = abort_error(delta.finish_reason) if is_first else None
                 if refused is not None:
                     raise refused

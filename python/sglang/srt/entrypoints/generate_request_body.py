@@ -63,6 +63,7 @@ class GenerateBody(msgspec.Struct, frozen=True):
     extra_key: str | list[str | None] | None = None
     cache_salt: str | list[str | None] | None = None
     priority: Int = 0
+    include_progress: bool = False
 
 
 GENERATE_FIELDS = FieldTable(
@@ -174,6 +175,7 @@ def read_generate(fields: Fields) -> GenerateCall:
             token_ids_logprob=picked[i],
             extra_key=prefix_key(extra[i], salt[i]),
             priority=body.priority,
+            include_progress=body.stream and body.include_progress,
         )
         for i in range(count)
     )

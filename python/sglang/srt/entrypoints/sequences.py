@@ -282,7 +282,8 @@ class SequenceRunner:
     ) -> AsyncGenerator[GenerateDelta, None]:
         async with aclosing(self._observed(request)) as deltas:
             async for delta in deltas:
-                has_news.set()
+                if delta.progress is None:
+                    has_news.set()
                 yield delta
 
     async def _follow(
@@ -314,6 +315,9 @@ class SequenceRunner:
         try:
             async with aclosing(self._service.generate(request)) as deltas:
                 async for delta in deltas:
+                    if delta.progress is not None:
+                        yield delta
+                        continue
                     now = time.monotonic()
                     observer.news(delta, len(delta.output_ids), now - previous)
                     previous, last = now, delta

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sglang.srt.managers.io_struct import FinishReason, LogprobArrays
+from sglang.srt.managers.io_struct import FinishReason, LogprobArrays, PrefillProgress
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 IdArray = npt.NDArray[np.int32]
@@ -26,6 +26,7 @@ class GenerateRequest:
 
     `logprob_start_len` is the first prompt position whose log probability is wanted, -1 for none
     of the prompt. `extra_key` keeps requests with different keys from sharing a prefix.
+    `include_progress` asks for deltas that tell how far a long prompt is computed.
     `add_special_tokens` says whether `text` gets the tokenizer's BOS and EOS (False for text
     that a chat template rendered). `sampling_params.n` is not looked at: the doors expand n.
     """
@@ -42,6 +43,7 @@ class GenerateRequest:
     extra_key: str | None = None
     priority: int = 0
     add_special_tokens: bool = True
+    include_progress: bool = False
 
     def forget_prompt(self) -> None:
         """Let go of the prompt, which the scheduler has: a request may run for an hour with it."""
@@ -55,6 +57,7 @@ class GenerateDelta:
     `text` and `output_ids` (int32) are deltas and may be empty, `prompt_tokens`,
     `completion_tokens`, `cached_tokens` and `num_retractions` are totals so far.
     `input_logprobs` comes at most once, `output_logprobs` covers exactly `output_ids`.
+    `progress` is set, and nothing else is new, on a delta that only tells of the prompt's progress.
     """
 
     text: str
@@ -66,6 +69,7 @@ class GenerateDelta:
     finish_reason: FinishReason | None
     input_logprobs: LogprobArrays | None = None
     output_logprobs: LogprobArrays | None = None
+    progress: PrefillProgress | None = None
 
 
 def concat_logprobs(parts: Sequence[LogprobArrays]) -> LogprobArrays | None:

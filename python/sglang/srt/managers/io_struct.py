@@ -87,7 +87,8 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
     tokenizer's end-of-text ids unless `ignore_eos`. `logprob_start_len` is an absolute prompt
     position: log probabilities are wanted for prompt tokens at and after it; it equals n when
     none of the prompt is wanted. `priority` and `extra_key` as in SGLang (`extra_key` also
-    carries `cache_salt`): requests with different keys never share a prefix.
+    carries `cache_salt`): requests with different keys never share a prefix. `include_progress`
+    asks for `PrefillProgress` while the prompt is computed.
     """
 
     bulk_field: ClassVar[str] = "input_ids"  # forty megabytes at ten million tokens: see channel.py
@@ -103,6 +104,7 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
     extra_key: str | None = None
     priority: int = 0
     detok: DetokOptions = DetokOptions()
+    include_progress: bool = False
 
 
 class AbortReq(msgspec.Struct, tag="abort"):
@@ -186,6 +188,34 @@ class BatchStrOut(msgspec.Struct, tag="str_out"):
     outs: list[TextOut]
 
 
+class PrefillProgress(msgspec.Struct, frozen=True, array_like=True):
+    """How far a long prompt is computed.
+
+    `tokens_per_s` is the present rate, `eta_s` the seconds left at that rate (None: no rate yet).
+    """
+
+    rid: str
+    done_tokens: int
+    total_tokens: int
+    tokens_per_s: float
+    eta_s: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What clients see."""
+        return {
+            "done_tokens": self.done_tokens,
+            "total_tokens": self.total_tokens,
+            "tokens_per_s": round(self.tokens_per_s, 1),
+            "eta_s": None if self.eta_s is None else round(self.eta_s, 1),
+        }
+
+
+class BatchProgressOut(msgspec.Struct, tag="progress_out"):
+    """Progress of prompts whose clients asked for it, scheduler -> TokenizerManager."""
+
+    news: list[PrefillProgress]
+
+
 class ControlReply(msgspec.Struct, tag="control_reply"):
     """The answer to a `ControlReq`."""
 
@@ -222,7 +252,7 @@ class SchedulerReady(msgspec.Struct, tag="ready"):
 
 
 ToDetokenizer = Union[BatchTokenIDOut]
-ToTokenizer = Union[BatchStrOut, ControlReply, Heartbeat]
+ToTokenizer = Union[BatchStrOut, BatchProgressOut, ControlReply, Heartbeat]
 
 
 def int32_buffer(ids: Any) -> bytes:

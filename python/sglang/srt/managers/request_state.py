@@ -13,7 +13,7 @@ import numpy as np
 
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta, concat_logprobs
-from sglang.srt.managers.io_struct import FinishReason, LogprobArrays, TextOut
+from sglang.srt.managers.io_struct import FinishReason, LogprobArrays, PrefillProgress, TextOut
 
 
 class RequestState:
@@ -33,6 +33,7 @@ class RequestState:
         self._error: RequestError | None = None
         self._news = asyncio.Event()
         self._last: TextOut | None = None
+        self._progress: PrefillProgress | None = None
         self._text = io.StringIO()
         self._ids = bytearray()
         self._input_logprobs: LogprobArrays | None = None
@@ -49,8 +50,15 @@ class RequestState:
         if out.output_logprobs is not None:
             self._output_logprobs.append(out.output_logprobs)
         self._last = out
+        self._progress = None
         self.finished = out.finish_reason is not None
         self._news.set()
+
+    def put_progress(self, progress: PrefillProgress) -> None:
+        """Note how far the prompt is; only the latest is kept, and none once tokens came."""
+        if self._last is None and not self.finished:
+            self._progress = progress
+            self._news.set()
 
     def fail(self, error: RequestError) -> None:
         """Let the consumer raise `error` at once; nothing comes after it."""
@@ -64,7 +72,11 @@ class RequestState:
         self._news.clear()
         if self._error is not None:
             raise self._error
-        assert self._last is not None  # news are set by `put` and `fail` only
+        if self._progress is not None:
+            delta = self._progress_delta(self._progress)
+            self._progress = None
+            return delta
+        assert self._last is not None  # other news are set by `put` and `fail` only
         last = self._last
         delta = GenerateDelta(
             text=self._text.getvalue(),
@@ -82,6 +94,19 @@ class RequestState:
         self._input_logprobs = None
         self._output_logprobs = []
         return delta
+
+    @staticmethod
+    def _progress_delta(progress: PrefillProgress) -> GenerateDelta:
+        return GenerateDelta(
+            text="",
+            output_ids=np.empty(0, dtype=np.int32),
+            prompt_tokens=progress.total_tokens,
+            completion_tokens=0,
+            cached_tokens=0,
+            num_retractions=0,
+            finish_reason=None,
+            progress=progress,
+        )
 
     def aborted_delta(self, prompt_tokens: int) -> GenerateDelta:
         """The final news of a request that was aborted before the scheduler knew it."""

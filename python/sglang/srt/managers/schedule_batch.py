@@ -124,6 +124,7 @@ class Req:
         self.stop_token_ids = frozenset(() if params.ignore_eos else params.stop_token_ids)
         self.seed = seed
         self.stream = message.stream
+        self.include_progress = message.include_progress
         self.extra_key = message.extra_key
         self.priority = message.priority
         self.detok: DetokOptions | None = message.detok
@@ -317,3 +318,8 @@ class ScheduleBatch:
     @property
     def num_tokens(self) -> int:
         return sum(item.num_tokens for item in self.items)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of the extends: all but those that decode."""
+        return sum(item.num_tokens for item in self.items if item.num_tokens > 1)

@@ -123,29 +123,39 @@ def choose_victim(running: Sequence[Req]) -> Req | None:
 class ChunkSizer:
     """Adapts the prefill budget of a step so that a step stays near a target time.
 
-    Fed with finished steps only (tokens, seconds), asked for the next budget; an explicit
-    --chunked-prefill-size makes it constant (`adaptive` False). Only steps with other requests'
-    tokens at stake are shortened: alone, a prompt takes the full chunk.
+    Fed with finished steps only, asked for the next budget; an explicit --chunked-prefill-size
+    makes it constant (`adaptive` False). A step that others wait on aims at `target_s`, one of a
+    prompt alone at `alone_s`: whoever arrives then waits for the steps under way, so they too are
+    bounded, but longer, as long steps compute faster.
+
+    A prompt's cost per token grows with its length, so a slower step is believed at once and a
+    faster one (a short prompt beside the long one) by and by. A step well under the target is no
+    reason for shorter ones: its few tokens paid for the weights and for others' decoding.
     """
 
-    def __init__(self, max_tokens: int, page_size: int, target_s: float, *, adaptive: bool) -> None:
+    def __init__(
+        self, max_tokens: int, page_size: int, target_s: float, alone_s: float, *, adaptive: bool
+    ) -> None:
         self._max = max_tokens
         self._page = page_size
         self._target_s = target_s
+        self._alone_s = alone_s
         self._adaptive = adaptive
         self._tokens_per_s: float | None = None
 
     def observe(self, num_tokens: int, seconds: float) -> None:
-        """Note a finished step; short ones say nothing about prefill speed."""
+        """Note a finished step by its prefill tokens; few of them say nothing about their speed."""
         if num_tokens < 16 or seconds <= 0:
             return
         rate = num_tokens / seconds
         old = self._tokens_per_s
-        self._tokens_per_s = rate if old is None else 0.7 * old + 0.3 * rate
+        if seconds < self._target_s / 2 and (old is None or rate < old):
+            return
+        self._tokens_per_s = rate if old is None or rate < old else 0.7 * old + 0.3 * rate
 
     def next_budget(self, *, shared: bool) -> int:
         """Prefill tokens of the next step; `shared` when other requests wait on it."""
-        if not self._adaptive or not shared or self._tokens_per_s is None:
+        if not self._adaptive or self._tokens_per_s is None:
             return self._max
-        wanted = int(self._tokens_per_s * self._target_s)
+        wanted = int(self._tokens_per_s * (self._target_s if shared else self._alone_s))
         return max(self._page, min(self._max, wanted - wanted % self._page))

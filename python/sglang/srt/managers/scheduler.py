@@ -40,6 +40,7 @@ from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_control import SchedulerControl
 from sglang.srt.managers.scheduler_limits import SchedulerChannel, SchedulerLimits, Worker
 from sglang.srt.managers.scheduler_output import OutputCollector
+from sglang.srt.managers.scheduler_progress import PrefillProgressLog
 from sglang.srt.managers.scheduler_results import process_result
 from sglang.srt.managers.scheduler_stats import SchedulerCounters
 from sglang.srt.mem_cache.allocation import DecodeRows, KVMemory, KVPlacement, PageNeed
@@ -55,6 +56,7 @@ IDLE_POLL_MS = 100
 # Requests wait but nothing can run (growth pauses after a refused map): look again this soon.
 STALLED_POLL_MS = 5
 STEP_TARGET_S = 0.5
+ALONE_STEP_TARGET_S = 1.0  # of a prompt that nobody else waits on, yet
 
 BatchMaker = Callable[[ScheduleBatch, KVPlacement], ForwardBatch]
 
@@ -96,7 +98,11 @@ class Scheduler:
         self._control = SchedulerControl(self, memory, canary)
         self._admission = Admission(memory, limits)
         self._chunks = ChunkSizer(
-            limits.chunk_tokens, limits.page_size, STEP_TARGET_S, adaptive=limits.adaptive_chunk
+            limits.chunk_tokens,
+            limits.page_size,
+            STEP_TARGET_S,
+            ALONE_STEP_TARGET_S,
+            adaptive=limits.adaptive_chunk,
         )
         self._seeds = np.random.default_rng(limits.random_seed)
         self._waiting = WaitingQueue()
@@ -106,6 +112,7 @@ class Scheduler:
         self._drops: list[int] = []  # rows that the sampler may forget
         self._decode_rows = DecodeRows.of(())  # of the last step that decoded
         self._outputs = OutputCollector(limits.stream_interval)
+        self.prefills = PrefillProgressLog(channel.send_progress)
         self._num_arrivals = 0
         self._num_steps = 0
         self._stalled = False  # the last turn had nothing to compute
@@ -259,6 +266,7 @@ class Scheduler:
         for req in self._admission.admit(self._waiting, list(self._running.values())):
             self._running[req.rid] = req
             self.counters.note_admission(req)
+            self.prefills.admitted(req, self._clock())
         while True:
             decodes, extends = self._candidates()
             if not decodes and not extends:
@@ -380,6 +388,7 @@ class Scheduler:
         self._memory.close(lease, req.tokens.view(0, computed), computed)
         self._drops.append(lease.row)
         req.retract()
+        self.prefills.gone(req)
         del self._running[req.rid]
         self._waiting.add(req)
         self.counters.num_retractions += 1
@@ -393,8 +402,9 @@ class Scheduler:
         result = step.future.result()
         self._memory.note_completed(step.batch.step)
         process_result(step.batch, step.info, result, self._memory, self._limits.context_length)
-        self._chunks.observe(step.batch.num_tokens, result.forward_s)
+        self._chunks.observe(step.batch.num_prefill_tokens, result.forward_s)
         self.counters.note_result(len(result.token_ids))
+        self.prefills.computed(step.batch.items, self._clock())
         for item in step.batch.items:
             self._outputs.note(item.req)
             self._settle(item.req)
@@ -418,6 +428,7 @@ class Scheduler:
             self._drops.append(req.kv.row)
             req.kv = None
             del self._running[req.rid]
+        self.prefills.gone(req)
         req.move(ReqState.FINISHED)
         del self._by_rid[req.rid]
 

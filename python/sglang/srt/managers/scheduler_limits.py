@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sglang.srt.managers.generation_result import GenerationBatchResult
-from sglang.srt.managers.io_struct import BatchTokenIDOut, ControlReply, ToScheduler
+from sglang.srt.managers.io_struct import (
+    BatchProgressOut,
+    BatchTokenIDOut,
+    ControlReply,
+    ToScheduler,
+)
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -19,7 +24,7 @@ class SchedulerLimits:
     budget: the scheduler then replaces the whole.
 
     Tokens unless named otherwise. `chunk_tokens` is the prefill budget of a step,
-    `adaptive_chunk` lets it shrink while others wait. `window_pages[g]` bounds the pages one
+    `adaptive_chunk` lets it shrink to keep steps short. `window_pages[g]` bounds the pages one
     request needs of group g (None: keeps all). `max_queued_requests` None: no bound.
     """
 
@@ -47,6 +52,8 @@ class SchedulerChannel(Protocol):
     def send_outputs(self, outputs: BatchTokenIDOut) -> None: ...
 
     def send_reply(self, reply: ControlReply) -> None: ...
+
+    def send_progress(self, progress: BatchProgressOut) -> None: ...
 
 
 class Worker(Protocol):

@@ -19,6 +19,7 @@ import zmq
 from sglang.srt.environ import Environ
 from sglang.srt.errors import BackingError
 from sglang.srt.managers.io_struct import (
+    BatchProgressOut,
     BatchTokenIDOut,
     ControlReply,
     Heartbeat,
@@ -60,6 +61,9 @@ class SocketChannel:
 
     def send_reply(self, reply: ControlReply) -> None:
         self._tokenizer.send(reply)
+
+    def send_progress(self, progress: BatchProgressOut) -> None:
+        self._tokenizer.send(progress)
 
     def close(self) -> None:
         for socket in (self._inbox, self._detokenizer, self._tokenizer):

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
+from sglang.srt.managers.scheduler_progress import PrefillProgressLog
 from sglang.srt.mem_cache.allocation import KVMemory
 from sglang.srt.mem_cache.memory_report import memory_details
 
@@ -64,6 +65,7 @@ class SchedulerView(Protocol):
     """The part of a scheduler that its state is read from."""
 
     counters: SchedulerCounters
+    prefills: PrefillProgressLog
 
     @property
     def num_running(self) -> int: ...
@@ -74,8 +76,9 @@ class SchedulerView(Protocol):
     def requests(self) -> Sequence[Req]: ...
 
 
-def describe_request(req: Req) -> dict[str, Any]:
-    """One request as /server_info lists it."""
+def describe_request(req: Req, prefills: PrefillProgressLog) -> dict[str, Any]:
+    """One request as /server_info lists it; `prefill` is null when its prompt is not under way."""
+    prefill = prefills.of(req)
     return {
         "rid": req.rid,
         "state": req.state.value,
@@ -83,6 +86,7 @@ def describe_request(req: Req) -> dict[str, Any]:
         "computed_tokens": min(req.num_scheduled, req.known),
         "completion_tokens": req.num_output,
         "num_retractions": req.num_retractions,
+        "prefill": None if prefill is None else prefill.as_dict(),
     }
 
 
@@ -109,6 +113,6 @@ def internal_state(
         "num_running_reqs": scheduler.num_running,
         "num_queue_reqs": scheduler.num_waiting,
         "max_running_requests": limits.max_running_requests,
-        "requests": [describe_request(req) for req in requests[:MAX_LISTED]],
+        "requests": [describe_request(req, scheduler.prefills) for req in requests[:MAX_LISTED]],
         **scheduler.counters.as_dict(),
     }

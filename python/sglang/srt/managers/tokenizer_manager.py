@@ -27,6 +27,7 @@ from sglang.srt.managers import request_validation as validation
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
 from sglang.srt.managers.io_struct import (
     AbortReq,
+    BatchProgressOut,
     BatchStrOut,
     ControlReply,
     ControlReq,
@@ -288,6 +289,7 @@ class TokenizerManager:
             token_ids_logprob=int32_buffer(request.token_ids_logprob) if wants else b"",
             extra_key=request.extra_key,
             priority=request.priority,
+            include_progress=request.include_progress,
             detok=DetokOptions(
                 stop_strings=params.stop,
                 min_new_tokens=params.min_new_tokens,
@@ -380,6 +382,11 @@ class TokenizerManager:
                 state = self._states.get(out.rid)
                 if state is not None:
                     state.put(out)
+        elif isinstance(message, BatchProgressOut):
+            for news in message.news:
+                state = self._states.get(news.rid)
+                if state is not None:
+                    state.put_progress(news)
         elif isinstance(message, Heartbeat):
             self.pulse.beat(message)
         else:

@@ -28,10 +28,11 @@ RETURNS = "it is not returned"
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
-    """`stream_options`."""
+    """`stream_options`; `include_progress` is ours: comments while a long prompt is computed."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_progress: bool | None = None
 
 
 class SharedBody(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from sglang.srt.entrypoints.event_stream import DONE_EVENT, event
+from sglang.srt.entrypoints.event_stream import DONE_EVENT, event, progress_comment
 from sglang.srt.entrypoints.http_errors import ApiShape, bad_field, stream_error
 from sglang.srt.entrypoints.logprob_format import chat_content, formatted_bytes
 from sglang.srt.entrypoints.openai.chat_messages import template_kwargs, template_messages
@@ -97,6 +97,7 @@ class ChatServing(OpenAIServing):
             extra_key=extra_key,
             priority=body.priority,
             add_special_tokens=False,
+            include_progress=body.stream and bool(body.stream_options.include_progress),
         )
         return ChatCall(head, Call(rid, (request,)), body)
 
@@ -143,9 +144,14 @@ class ChatServing(OpenAIServing):
         options = chat.body.stream_options
         usage = UsageCounter(chat.call.prompt_indices, self.options.cache_report)
         begun: set[int] = set()
+        has_sent = False
         try:
             async with aclosing(self.runner.stream(chat.call)) as deltas:
                 async for index, delta in deltas:
+                    if delta.progress is not None:
+                        has_sent = True
+                        yield progress_comment(index, delta.progress)
+                        continue
                     error = abort_error(delta.finish_reason)
                     if error is not None:
                         raise error
@@ -159,7 +165,7 @@ class ChatServing(OpenAIServing):
                         arrays = delta.output_logprobs if content else None
                         yield event(self._chunk(chat, index, content, arrays, end, now))
         except RequestError as error:
-            if not begun:
+            if not (begun or has_sent):
                 raise
             yield event(stream_error(ApiShape.OPENAI, error))
             yield DONE_EVENT

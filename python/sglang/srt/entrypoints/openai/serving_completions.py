@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from sglang.srt.entrypoints.event_stream import DONE_EVENT, event
+from sglang.srt.entrypoints.event_stream import DONE_EVENT, event, progress_comment
 from sglang.srt.entrypoints.generate_request_body import read_id_prompts
 from sglang.srt.entrypoints.http_errors import ApiShape, bad_field, stream_error
 from sglang.srt.entrypoints.logprob_format import CompletionLogprobs, formatted_bytes
@@ -102,6 +102,7 @@ class CompletionServing(OpenAIServing):
                 top_logprobs_num=body.logprobs or 0,
                 extra_key=extra_key,
                 priority=body.priority,
+                include_progress=body.stream and bool(body.stream_options.include_progress),
             )
             for i, prompt in enumerate(prompts)
         )
@@ -151,9 +152,14 @@ class CompletionServing(OpenAIServing):
         usage = UsageCounter(indices, self.options.cache_report)
         formats = [CompletionLogprobs(self.token_text) for _ in indices]
         begun: set[int] = set()
+        has_sent = False
         try:
             async with aclosing(self.runner.stream(completion.call)) as deltas:
                 async for index, delta in deltas:
+                    if delta.progress is not None:
+                        has_sent = True
+                        yield progress_comment(index, delta.progress)
+                        continue
                     error = abort_error(delta.finish_reason)
                     if error is not None:
                         raise error
@@ -167,7 +173,7 @@ class CompletionServing(OpenAIServing):
                     chunk["usage"] = usage.usage() if options.continuous_usage_stats else None
                     yield event(chunk)
         except RequestError as error:
-            if not begun:
+            if not (begun or has_sent):
                 raise
             yield event(stream_error(ApiShape.OPENAI, error))
             yield DONE_EVENT
