@@ -57,6 +57,13 @@ struct KeyBlock {
     }
 };
 
+// Asks for the lines of one head's row. Blocks are asked for one ahead of their use: a block's
+// products would else wait for its own memory.
+inline void prefetch_row(const void* row, int64_t bytes) {
+    const char* line = static_cast<const char*>(row);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at, 0, 2);
+}
+
 inline int64_t num_states(const SglAttention& call, const Task& task) {
     return int64_t{task.rows} * (task.g1 - task.g0) * call.heads_per_group;
 }

@@ -120,12 +120,12 @@ class AmxTask {
         std::fill_n(s_.top, groups * rows_, kLowest);
         std::fill_n(s_.sum, groups * rows_, 0.0f);
         for (int g = task_.g0; g < task_.g1; ++g) pack_queries(g);
-        for (int64_t lo = task_.lo; lo < task_.hi;) {
-            const int64_t hi = block_end(lo, task_.hi);
-            block_.find(call_, task_.table, lo, hi);
-            lo_ = lo;
+        find(task_.lo, &next_);
+        for (lo_ = task_.lo; lo_ < task_.hi;) {
+            block_ = next_;
+            find(lo_ + block_.count, &next_);
             for (int g = task_.g0; g < task_.g1; ++g) attend_group(g);
-            lo = hi;
+            lo_ += block_.count;
         }
         for (int64_t i = 0; i < groups; ++i) {
             std::memcpy(states.acc + i * states_ * dim_, s_.acc + i * rows_ * dim_,
@@ -141,8 +141,21 @@ class AmxTask {
     const int dim_, per_group_;
     const int64_t states_, rows_;
     Scratch s_;
-    KeyBlock block_;
+    KeyBlock block_, next_;
     int64_t lo_ = 0;
+
+    void find(int64_t lo, KeyBlock* block) const {
+        block->count = 0;
+        if (lo < task_.hi) block->find(call_, task_.table, lo, block_end(lo, task_.hi));
+    }
+
+    // Keys n and n + 1 of the block that follows. Spread over a block's work: asked for all at once,
+    // they would only queue, and work and memory would take turns.
+    void prefetch_pair(const uint16_t* plane, int64_t stride, int n) const {
+        if (n + 1 >= next_.count) return;
+        prefetch_row(plane + next_.slots[n] * stride, dim_ * 2);
+        prefetch_row(plane + next_.slots[n + 1] * stride, dim_ * 2);
+    }
 
     void pack_queries(int g) {
         auto* packed = reinterpret_cast<__m512i*>(s_.queries) + (g - task_.g0) * rows_ * dim_ / 32;
@@ -171,7 +184,8 @@ class AmxTask {
             first = s_.key_copy;
             stride = dim_;
         }
-        pack_values(static_cast<const uint16_t*>(call_.v) + g * call_.v_head);
+        const auto* values = static_cast<const uint16_t*>(call_.v) + g * call_.v_head;
+        pack_values(values, keys);
         const int64_t row = (g - task_.g0) * rows_;
         const char* packed = s_.queries + row * dim_ * 2;
         for (int64_t m = 0; m < rows_; m += kTile, packed += kTile * dim_ * 2) {
@@ -180,7 +194,7 @@ class AmxTask {
             if (sight == Sight::kNothing) continue;
             score(first, stride, packed);
             weigh(sight, begin, end, s_.top + row + m, s_.sum + row + m,
-                  s_.acc + (row + m) * dim_);
+                  s_.acc + (row + m) * dim_, m == 0 ? values : nullptr);
             add_values(s_.acc + (row + m) * dim_);
         }
     }
@@ -218,7 +232,7 @@ class AmxTask {
         }
     }
 
-    void pack_values(const uint16_t* values) {
+    void pack_values(const uint16_t* values, const uint16_t* keys) {
         const __m512i low = _mm512_set_epi16(
             47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36,
             4, 35, 3, 34, 2, 33, 1, 32, 0);
@@ -228,6 +242,7 @@ class AmxTask {
             const uint16_t* a = values + block_.slots[n] * call_.v_slot;
             const uint16_t* b = values + block_.slots[n + 1] * call_.v_slot;
             uint32_t* to = s_.value_pairs + n / 2 * dim_;
+            prefetch_pair(keys, call_.k_slot, n);
             for (int d = 0; d < dim_; d += 32) {
                 const __m512i x = n < block_.count ? _mm512_loadu_si512(a + d) : zero;
                 const __m512i y = n + 1 < block_.count ? _mm512_loadu_si512(b + d) : zero;
@@ -262,8 +277,9 @@ class AmxTask {
         _tile_stored(3, s_.scores + 768, 64);
     }
 
-    // Scores to weights in bf16, and the states moved on.
-    void weigh(Sight sight, __m512i begin, __m512i end, float* top, float* sum, float* acc) {
+    // Scores to weights in bf16, and the states moved on. Prefetches the next rows of `ahead`.
+    void weigh(Sight sight, __m512i begin, __m512i end, float* top, float* sum, float* acc,
+               const uint16_t* ahead) {
         const float cap = call_.logit_cap;
         const __m512 scale = _mm512_set1_ps(cap > 0.0f ? call_.scale : call_.scale * kLog2e);
         const __m512 old = _mm512_load_ps(top);
@@ -290,6 +306,7 @@ class AmxTask {
                 const __m512 b = exp2_small(_mm512_sub_ps(_mm512_load_ps(at + kTile), highest));
                 added = _mm512_add_ps(added, _mm512_add_ps(a, b));
                 pairs[i] = pair_up(a, b);
+                if (ahead) prefetch_pair(ahead, call_.v_slot, half * 32 + 2 * i);
             }
             transpose(pairs);
             auto* to = reinterpret_cast<__m512i*>(s_.weights) + half * kTile;

@@ -93,19 +93,24 @@ struct VectorTask {
     const SglAttention& call;
     const Task& task;
     const States& states;
-    KeyBlock block;
+    KeyBlock block, next;
     const T* keys[kKeys];
     const T* values[kKeys];
     alignas(64) float scores[8 * kKeys];
     alignas(64) Isa::F query[8][sgl::kMaxHeadDim / Isa::kLanes];
 
     void run() {
-        for (int64_t lo = task.lo; lo < task.hi;) {
-            const int64_t hi = sgl::block_end(lo, task.hi);
-            block.find(call, task.table, lo, hi);
+        find(task.lo, &next);
+        for (int64_t lo = task.lo; lo < task.hi; lo += block.count) {
+            block = next;
+            find(lo + block.count, &next);
             for (int g = task.g0; g < task.g1; ++g) attend_group(g, lo);
-            lo = hi;
         }
+    }
+
+    void find(int64_t lo, KeyBlock* found) const {
+        found->count = 0;
+        if (lo < task.hi) found->find(call, task.table, lo, sgl::block_end(lo, task.hi));
     }
 
     void attend_group(int g, int64_t lo) {
@@ -114,6 +119,10 @@ struct VectorTask {
         for (int n = 0; n < block.count; ++n) {
             keys[n] = k + block.slots[n] * call.k_slot;
             values[n] = v + block.slots[n] * call.v_slot;
+        }
+        for (int n = 0; n < next.count; ++n) {
+            sgl::prefetch_row(k + next.slots[n] * call.k_slot, call.head_dim * sizeof(T));
+            sgl::prefetch_row(v + next.slots[n] * call.v_slot, call.head_dim * sizeof(T));
         }
         const int per_group = call.heads_per_group;
         for (int m = 0; m < task.rows; ++m) {
@@ -154,7 +163,7 @@ struct VectorTask {
 
 template <class T>
 void run_vector(const SglAttention& call, const Task& task, const States& states) {
-    VectorTask<T> work{call, task, states, {}, {}, {}, {}, {}};
+    VectorTask<T> work{call, task, states, {}, {}, {}, {}, {}, {}};
     work.run();
 }
 
