@@ -87,7 +87,18 @@ TABLE: tuple[Row, ...] = (
 
 # Third-party packages that may be imported inside a function: optional, or slow to import.
 LAZY_PACKAGES = frozenset(
-    {"cuda", "gguf", "jinja2", "numpy", "setproctitle", "torch", "transformers", "uvloop", "yaml"}
+    {
+        "cuda",
+        "gguf",
+        "jinja2",
+        "numpy",
+        "setproctitle",
+        "sgl_kernel",
+        "torch",
+        "transformers",
+        "uvloop",
+        "yaml",
+    }
 )
 
 # Packages that a room must not import at all: the arithmetic and the contracts stay light.

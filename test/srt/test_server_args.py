@@ -52,7 +52,7 @@ def test_defaults_are_sglangs() -> None:
 
 def test_defaults_on_a_cpu() -> None:
     args = parse()
-    assert (args.device, args.attention_backend) == ("cpu", "torch_native")
+    assert (args.device, args.attention_backend) == ("cpu", "auto")
     assert args.mem_fraction_static == 0.7
     assert args.chunked_prefill_size == 2048
     assert args.kv_segment_reserve == 0
@@ -139,7 +139,10 @@ def test_model_overrides_are_an_object() -> None:
         (["--kv-segment-size", "0"], "--kv-segment-size must be at least 1"),
         (["--schedule-policy", "dfs-weight"], "--schedule-policy must be one of fcfs, lpm"),
         (["--device", "cuda"], "--device must be one of cpu"),
-        (["--attention-backend", "fa3"], "--attention-backend must be one of torch_native"),
+        (
+            ["--attention-backend", "fa3"],
+            "--attention-backend must be one of auto, cpu, torch_native",
+        ),
         (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype must be one of"),
         (["--load-format", "bitsandbytes"], "--load-format must be one of"),
         (["--tp-size", "2"], "tensor parallelism is not served yet"),

@@ -164,10 +164,10 @@ class ServerArgs:
     )
     attention_backend: str = flag(
         None,
-        "Which code computes attention.",
+        "Which code computes attention; cpu is that of sgl-kernel.",
         group=DEVICE,
-        choices=("torch_native",),
-        default_text="torch_native",
+        choices=("auto", "cpu", "torch_native"),
+        default_text="cpu where sgl-kernel is installed, else torch_native",
     )
     tp_size: int = flag(
         1,
@@ -385,7 +385,7 @@ class ServerArgs:
             "tokenizer_path": self.model_path,
             "served_model_name": self.model_path,
             "device": "cpu",
-            "attention_backend": "torch_native",
+            "attention_backend": "auto",
             "kv_segment_reserve": 0,
             "log_level_http": self.log_level,
             "random_seed": secrets.randbelow(1 << 30),

@@ -270,7 +270,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "only torch_native attention, PyTorch sampling and the built-in models and loaders exist",
+        "one backend computes all attention; sampling, models and loaders are the built-in ones",
         """
         --prefill-attention-backend V ok:torch_native;
         --decode-attention-backend V ok:torch_native; --sampling-backend V ok:pytorch,auto;

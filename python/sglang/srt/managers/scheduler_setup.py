@@ -281,7 +281,7 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
     )
     limits = _limits(args, plan, page_size, spec)
     logger.info("KV pool ready: %r", memory)
-    ready = _ready(args, plan, limits, memory)
+    ready = _ready(backend.name, plan, limits, memory)
     return SchedulerParts(
         memory, worker, make_batch, limits, ready, publisher, _canary(args, memory)
     )
@@ -356,7 +356,7 @@ def _limits(
 
 
 def _ready(
-    args: ServerArgs, plan: _PoolPlan, limits: SchedulerLimits, memory: KVMemory
+    attention_backend: str, plan: _PoolPlan, limits: SchedulerLimits, memory: KVMemory
 ) -> SchedulerReady:
     return SchedulerReady(
         context_length=limits.context_length,
@@ -368,6 +368,6 @@ def _ready(
         details={
             "explanation": plan.clamp.explanation,
             "kv_backing": memory.manager.backing.name,
-            "attention_backend": args.attention_backend,
+            "attention_backend": attention_backend,
         },
     )

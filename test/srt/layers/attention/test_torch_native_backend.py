@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sglang.srt.errors import InvariantError
+from sglang.srt.layers.attention import registry
 from sglang.srt.layers.attention.registry import get_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import (
     TorchNativeAttnBackend,
@@ -426,7 +427,8 @@ def test_gather_buffer_is_bounded_and_kept() -> None:
     assert backend._scratch["k"] is kept
 
 
-def test_registry() -> None:
+def test_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "has_native_kernels", lambda: False)
     assert get_attention_backend(None, "cpu") is TorchNativeAttnBackend
     assert get_attention_backend("auto", "cpu") is TorchNativeAttnBackend
     assert get_attention_backend("torch_native", "cpu").preferred_page_size == 64
@@ -434,6 +436,8 @@ def test_registry() -> None:
         get_attention_backend("flashinfer", "cpu")
     with pytest.raises(ValueError, match="no attention backend for device 'tpu'"):
         get_attention_backend(None, "tpu")
+    with pytest.raises(ValueError, match="needs the native kernels: pip install"):
+        get_attention_backend("cpu", "cpu")
 
 
 def test_fp8_cache_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.cpu_backend import CpuAttnBackend, has_native_kernels
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.torch_native_table import SegmentTableAttnBackend
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -16,6 +17,13 @@ def get_attention_backend(name: str | None, device: str) -> type[AttentionBacken
     """
     available: dict[str, type[AttentionBackend]] = {}
     if device == "cpu":
+        if has_native_kernels():
+            available[CpuAttnBackend.name] = CpuAttnBackend
+        elif name == CpuAttnBackend.name:
+            raise ValueError(
+                "attention backend 'cpu' needs the native kernels: pip install ./sgl-kernel, "
+                "which takes a C++ compiler"
+            )
         available[TorchNativeAttnBackend.name] = TorchNativeAttnBackend
     if not available:
         raise ValueError(f"no attention backend for device {device!r}; available devices: cpu")

@@ -1,0 +1,185 @@
+"""How near the native attention comes to the machine's ceilings, and how far from torch.
+
+Decode is compared with reading the same bytes in a plain loop, extend with torch's bf16 matrix
+product and its fused attention; all are measured in turns, figures are medians and ratios of
+medians. With --cpu-time one thread's own time is counted instead of the wall's: other processes
+then do not count, but only one thread can be measured. Prints JSON.
+
+    python benchmark/cpu/bench_attention.py [--threads N] [--cpu-time] [--rounds 5] [--long]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from sgl_kernel import AttentionTables, QueryBlocks, cpu_isa, paged_attention, read_sum
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
+
+from bench_common import describe_machine
+
+PAGE = 64
+ROWS = 4096  # distinct random tokens; copied over the whole pool
+
+
+class Shape(NamedTuple):
+    """Requests of so many tokens, of which `new` are computed; K and V heads of bf16."""
+
+    requests: int
+    tokens: int
+    new: int
+    kv_heads: int
+    group: int
+    dim: int
+
+
+DECODE = (
+    Shape(16, 4096, 1, 3, 3, 64),
+    Shape(16, 4096, 1, 8, 4, 128),
+    Shape(1, 1 << 20, 1, 3, 3, 64),
+    Shape(1, 1 << 20, 1, 1, 4, 128),
+)
+LONG = Shape(1, 10_000_000, 1, 1, 4, 128)  # 5 GiB of K and V
+EXTEND = (Shape(1, 2048, 2048, 3, 3, 64), Shape(1, 4096, 2048, 3, 3, 64),
+          Shape(1, 2048, 2048, 8, 4, 128))  # fmt: skip
+
+
+class Problem:
+    """Tensors of a shape, every request's pages in a row."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        pages = -(-shape.tokens // PAGE)
+        slots = (shape.requests * pages + 1) * PAGE
+        self.k, self.v = (self._plane(slots) for _ in range(2))
+        ids = [np.arange(i * pages, (i + 1) * pages, dtype=np.int32) for i in range(shape.requests)]
+        self.tables = AttentionTables(ids, [0] * shape.requests, PAGE)
+        each = np.arange(shape.requests)
+        news = np.full(shape.requests, shape.new)
+        self.blocks = QueryBlocks(each * shape.new, news, shape.tokens - news, each)
+        heads = shape.kv_heads * shape.group
+        self.q = torch.randn(shape.requests * shape.new, heads, shape.dim).bfloat16()
+        self.out = torch.empty_like(self.q)
+
+    def _plane(self, slots: int) -> torch.Tensor:
+        rows = torch.randn(ROWS, self.shape.kv_heads, self.shape.dim).bfloat16()
+        plane = torch.empty(slots, *rows.shape[1:], dtype=torch.bfloat16)
+        for start in range(0, slots, ROWS):
+            plane[start : start + ROWS] = rows[: min(ROWS, slots - start)]
+        return plane
+
+    def attend(self, threads: int) -> None:
+        paged_attention(
+            self.q, self.k, self.v, self.tables, self.blocks, out=self.out,
+            scale=self.shape.dim**-0.5, num_threads=threads,
+        )  # fmt: skip
+
+    def read(self, threads: int) -> None:
+        read_sum(self.k, threads)
+        read_sum(self.v, threads)
+
+
+def medians(
+    calls: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
+) -> dict[str, float]:
+    """Seconds of each call, taken in turns after one round that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            began = clock()
+            call()
+            if turn:
+                taken[name].append(clock() - began)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def measure_decode(
+    shape: Shape, threads: int, rounds: int, clock: Callable[[], float]
+) -> dict[str, Any]:
+    problem = Problem(shape)
+    seconds = medians(
+        {"read": lambda: problem.read(threads), "attend": lambda: problem.attend(threads)},
+        rounds,
+        clock,
+    )
+    num_bytes = shape.requests * shape.tokens * shape.kv_heads * shape.dim * 4
+    return {
+        "shape": shape._asdict(),
+        "read_gb_s": round(problem.k.nbytes * 2 / seconds["read"] / 1e9, 2),
+        "attention_gb_s": round(num_bytes / seconds["attend"] / 1e9, 2),
+        "of_read": round(
+            num_bytes / (problem.k.nbytes * 2) * seconds["read"] / seconds["attend"], 3
+        ),
+        "goal": 0.8,
+    }
+
+
+def measure_extend(
+    shape: Shape, threads: int, rounds: int, clock: Callable[[], float]
+) -> dict[str, Any]:
+    problem = Problem(shape)
+    matrix = torch.randn(2048, 2048).bfloat16()
+    new, prefix = shape.new, shape.tokens - shape.new
+    q = problem.q.transpose(0, 1)[None]
+    own = [
+        plane[prefix : shape.tokens].transpose(0, 1).repeat_interleave(shape.group, 0)[None]
+        for plane in (problem.k, problem.v)
+    ]
+    seconds = medians(
+        {
+            "matmul": lambda: matrix @ matrix,
+            "torch": lambda: torch.nn.functional.scaled_dot_product_attention(
+                q, *own, is_causal=True
+            ),
+            "attend": lambda: problem.attend(threads),
+        },
+        rounds,
+        clock,
+    )
+    flops = 4 * shape.dim * shape.kv_heads * shape.group
+    own_pairs = new * (new + 1) / 2
+    speed = flops * (own_pairs + new * prefix) / seconds["attend"] / 1e9
+    ceiling = 2 * 2048**3 / seconds["matmul"] / 1e9
+    return {
+        "shape": shape._asdict(),
+        "matmul_gflop_s": round(ceiling),
+        "torch_own_chunk_gflop_s": round(flops * own_pairs / seconds["torch"] / 1e9),
+        "attention_gflop_s": round(speed),
+        "of_matmul": round(speed / ceiling, 3),
+        "goal": 0.6,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cpu-time", action="store_true", help="count one thread's own time")
+    parser.add_argument("--long", action="store_true", help="10M tokens too: 5 GiB of memory")
+    args = parser.parse_args()
+    threads = 1 if args.cpu_time else args.threads
+    clock = time.thread_time if args.cpu_time else time.perf_counter
+    torch.set_num_threads(threads)
+    decode = (*DECODE, LONG) if args.long else DECODE
+    report = {
+        "benchmark": "cpu_attention",
+        "settings": {"threads": threads, "rounds": args.rounds, "cpu_time": args.cpu_time},
+        "machine": {**describe_machine(), "isa": cpu_isa().name},
+        "decode": [measure_decode(shape, threads, args.rounds, clock) for shape in decode],
+        "extend": [measure_extend(shape, threads, args.rounds, clock) for shape in EXTEND],
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Attention through the native kernels of sgl-kernel, straight on the KV pool and block tables.
+
+The batch is said once a step in arrays; a layer costs one call. What the kernels do not serve (a
+segment table, V heads of another width) is left to torch_native, which this extends, and so are
+prompts where the processor has no matrix tiles: torch's fused kernel is the faster one there.
+
+Legend: R query rows, H query heads, D head dim, S slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from sglang.srt.layers.attention.base_attn_backend import AttentionLayer
+from sglang.srt.layers.attention.torch_native_backend import (
+    TorchNativeAttnBackend,
+    TorchNativePlan,
+    TorchNativeTuning,
+)
+from sglang.srt.mem_cache.kv_layout import KVCacheSpec
+from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES
+from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
+
+# Queries times keys of one kernel call, so that progress shows in long prefills.
+_PAIRS_PER_CALL = 1 << 31
+
+
+@cache
+def native_kernels() -> ModuleType | None:
+    """The package sgl_kernel with its library loaded; None where it is not installed or built."""
+    try:
+        kernels = import_module("sgl_kernel")
+        kernels.cpu_isa()
+    except ImportError:
+        return None
+    return kernels
+
+
+def has_native_kernels() -> bool:
+    """True when `CpuAttnBackend` can be made."""
+    return native_kernels() is not None
+
+
+@dataclass(frozen=True, slots=True)
+class CpuPlan(TorchNativePlan):
+    """The step's tables by group and query blocks by whether rows are pruned, made when asked."""
+
+    tables: dict[int, Any] = field(default_factory=dict)
+    blocks: dict[bool, list[Any]] = field(default_factory=dict)
+    has_prompts: bool = False
+
+
+class CpuAttnBackend(TorchNativeAttnBackend):
+    """The native kernels where they serve the layer, torch_native for the rest."""
+
+    name: ClassVar[str] = "cpu"
+    preferred_page_size: ClassVar[int] = 64
+
+    def __init__(
+        self,
+        spec: KVCacheSpec,
+        tuning: TorchNativeTuning | None = None,
+        *,
+        pairs_per_call: int = _PAIRS_PER_CALL,
+    ) -> None:
+        super().__init__(spec, tuning)
+        kernels = native_kernels()
+        if kernels is None:
+            raise ValueError("attention backend cpu needs the package sgl-kernel")
+        self._kernels = kernels
+        self._pairs_per_call = pairs_per_call
+        self._dtype = KV_TORCH_DTYPES[spec.dtype]
+        self._serves = kernels.serves_attention(self._dtype, spec.head_dim, spec.v_head_dim)
+        tiles = kernels.cpu_isa() == kernels.Isa.AMX and self._dtype == torch.bfloat16
+        self._native_prompts = tiles and spec.head_dim % 32 == 0
+
+    def plan(self, geometry: BatchGeometry) -> CpuPlan:
+        """Hold the geometry; tables and blocks follow when layers of new shapes ask."""
+        return CpuPlan(geometry, has_prompts=bool((geometry.extend_seq_lens > 1).any()))
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
+        *,
+        rows_pruned: bool,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.forward`. bf16 scores are products of bf16 summed in fp32."""
+        plan: CpuPlan = forward_batch.attn_plan
+        blocks = self._blocks(plan, rows_pruned)
+        prompts = plan.has_prompts and any((part.counts > 1).any() for part in blocks)
+        if not self._serves or (prompts and not self._native_prompts):
+            return super().forward(q, layer, forward_batch, rows_pruned=rows_pruned)
+        pool = forward_batch.token_to_kv_pool
+        heads = q.to(self._dtype).view(-1, layer.num_heads, layer.head_dim)
+        out = torch.empty_like(heads, memory_format=torch.contiguous_format)
+        for part in blocks:
+            self._kernels.paged_attention(
+                heads,
+                pool.get_key_buffer(layer.layer_id),
+                pool.get_value_buffer(layer.layer_id),
+                self._tables(plan, self.group_of_layer[layer.layer_id]),
+                part,
+                out=out,
+                scale=layer.scaling,
+                window=layer.sliding_window,
+                chunk=layer.attention_chunk,
+                logit_cap=layer.logit_cap,
+                num_threads=torch.get_num_threads(),
+            )
+            forward_batch.progress.tick()
+        forward_batch.progress.tick()
+        return out.flatten(1).to(q.dtype)
+
+    def _tables(self, plan: CpuPlan, group: int) -> Any:
+        if group not in plan.tables:
+            views = plan.geometry.block_tables[group]
+            plan.tables[group] = self._kernels.AttentionTables(
+                [view.page_ids for view in views],
+                [view.first_position for view in views],
+                plan.geometry.page_size,
+            )
+        return plan.tables[group]
+
+    def _blocks(self, plan: CpuPlan, pruned: bool) -> list[Any]:
+        if pruned not in plan.blocks:
+            plan.blocks[pruned] = self._make_blocks(plan.geometry, pruned)
+        return plan.blocks[pruned]
+
+    def _make_blocks(self, geometry: BatchGeometry, pruned: bool) -> list[Any]:
+        """The step's queries in calls of bounded work: each row in exactly one block."""
+        requests = np.arange(len(geometry.seq_lens))
+        rows, counts = geometry.q_starts, geometry.extend_seq_lens
+        positions = geometry.extend_prefix_lens
+        if pruned:
+            wanted = geometry.logits_rows
+            requests = np.searchsorted(rows, wanted, side="right") - 1
+            positions = positions[requests] + wanted - rows[requests]
+            rows, counts = np.arange(len(wanted)), np.ones(len(wanted), np.int64)
+        used = counts > 0
+        rows, counts, positions = rows[used], counts[used], positions[used]
+        requests = requests[used]
+        if not len(rows):
+            return []
+        ends = positions + counts
+        if (counts * ends).sum() <= self._pairs_per_call:
+            return [self._kernels.QueryBlocks(rows, counts, positions, requests)]
+        parts = []
+        for row, count, position, request in zip(rows, counts, positions, requests, strict=True):
+            step = max(64, self._pairs_per_call // int(position + count) // 64 * 64)
+            for at in range(0, int(count), step):
+                size = min(step, int(count) - at)
+                spans = ([row + at], [size], [position + at], [request])
+                parts.append(self._kernels.QueryBlocks(*(np.array(x) for x in spans)))
+        return parts

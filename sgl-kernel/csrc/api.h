@@ -1,0 +1,59 @@
+// The C interface: what the Python wrappers pass, on pointers and strides alone.
+//
+// Strides count elements. All offsets are 64-bit: slot times stride passes 2^32. Nothing is kept
+// between calls except the parallel-for that the caller installs once.
+#pragma once
+
+#include <cstdint>
+
+#define SGL_API __attribute__((visibility("default")))
+
+extern "C" {
+
+enum SglDtype : int32_t { SGL_FLOAT32 = 0, SGL_BFLOAT16 = 1, SGL_FLOAT16 = 2 };
+
+// Levels of instructions, each including the ones before it on its architecture.
+enum SglIsa : int32_t { SGL_GENERIC = 0, SGL_AVX2 = 1, SGL_AVX512 = 2, SGL_AMX = 3, SGL_NEON = 4 };
+
+// Attention of packed query rows over the slots of block tables.
+//
+// A block is a range of consecutive queries of one request. The query at position p sees positions
+// [first(p), p], where first(p) is 0, or p - window + 1, or the begin of p's chunk.
+struct SglAttention {
+    const void* q;       // [rows, heads, head_dim] in `dtype`
+    const void* k;       // [slots, kv_heads, head_dim]
+    const void* v;       // [slots, kv_heads, head_dim]
+    void* out;           // [rows, heads, head_dim]
+    float* lse;          // [rows, heads] natural log of the softmax's denominator, or null
+    const float* sinks;  // [heads] a score that every query sees beside its keys, or null
+    int64_t q_row, q_head, k_slot, k_head, v_slot, v_head, out_row, out_head;
+    int64_t num_blocks;
+    const int64_t* block_row;       // [blocks] first row of q
+    const int64_t* block_rows;      // [blocks] queries
+    const int64_t* block_position;  // [blocks] position of the first query
+    const int64_t* block_table;     // [blocks] which of the tables
+    const int64_t* pages;           // [tables] address of the int32 page ids
+    const int64_t* first_position;  // [tables] position of the first page's first slot
+    int64_t page_size;
+    int64_t window;  // 0: none
+    int64_t chunk;   // 0: none
+    int32_t num_kv_heads, heads_per_group, head_dim;
+    int32_t dtype;
+    int32_t isa;  // at most what sgl_cpu_isa() answers
+    int32_t num_threads;
+    float scale, logit_cap;  // cap 0: none
+};
+
+// The best level that this processor and this build have. Asks the system for AMX's registers.
+SGL_API int32_t sgl_cpu_isa();
+
+// Takes libgomp's GOMP_parallel, so that kernels run on the threads that PyTorch uses already.
+// Null: threads are started and joined in each call.
+SGL_API void sgl_set_parallel(void* gomp_parallel);
+
+// 0, or -1 when the arguments are not served (see attention.cpp).
+SGL_API int32_t sgl_attention(const SglAttention* call);
+
+// Sum of `bytes` bytes (a multiple of 64) as 32-bit words: the ceiling that reading is compared to.
+SGL_API uint32_t sgl_read_sum(const void* data, int64_t bytes, int32_t num_threads);
+}

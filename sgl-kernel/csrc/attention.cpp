@@ -1,0 +1,209 @@
+// Cuts an attention call into tasks, runs them on threads and merges what was split over keys.
+//
+// A decoding query is one task over all kv heads, so that K and V are read once and in order; a
+// block of queries becomes tiles, each kv head of a tile a task. When that makes too few tasks for
+// the threads, keys are split, and the parts merge in fp32 at the end.
+//
+// Served: head_dim a multiple of 16 up to kMaxHeadDim, float32, bfloat16 and float16.
+#include "attention.h"
+
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "parallel.h"
+
+namespace sgl {
+namespace {
+
+constexpr int64_t kTileQueries = 64;
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kMinDecodeKeys = 256;   // fewer keys are not worth a merge
+constexpr int64_t kMinExtendKeys = 2048;
+
+// Tasks [first, first + count) share their queries and heads; `state` numbers their first state
+// among the partials of all split groups.
+struct Group {
+    int64_t first, count, state;
+};
+
+struct Plan {
+    std::vector<Task> tasks;
+    std::vector<Group> groups;
+    std::vector<int64_t> group_of;
+    int64_t num_states = 0;   // of split groups, over all their tasks
+    int64_t most_states = 0;  // of one task
+    int64_t most_queries = 0, most_heads = 0;
+};
+
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
+using Bytes = std::unique_ptr<char, Free>;
+
+Bytes allocate(int64_t bytes) {
+    return Bytes(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64)));
+}
+
+struct Kernel {
+    RunTask run;
+    FinishTask finish;
+    bool tiles;
+};
+
+Kernel choose_kernel(const SglAttention& call) {
+#if defined(__x86_64__)
+    const bool tiles = call.dtype == SGL_BFLOAT16 && call.head_dim % 32 == 0;
+    if (call.isa == SGL_AMX && tiles) return {run_task_amx, finish_avx512, true};
+    if (call.isa == SGL_AMX || call.isa == SGL_AVX512)
+        return {run_task_avx512, finish_avx512, false};
+    if (call.isa == SGL_AVX2) return {run_task_avx2, finish_avx2, false};
+#endif
+    return {run_task_generic, finish_generic, false};
+}
+
+// Every block's queries in tiles, before keys are split.
+std::vector<Task> make_tiles(const SglAttention& call) {
+    std::vector<Task> tiles;
+    for (int64_t b = 0; b < call.num_blocks; ++b) {
+        const int64_t rows = call.block_rows[b];
+        for (int64_t at = 0; at < rows; at += kTileQueries) {
+            const int64_t count = std::min(kTileQueries, rows - at);
+            const int64_t position = call.block_position[b] + at;
+            Task tile{call.block_row[b] + at, position, first_seen(call, position),
+                      position + count, call.block_table[b], static_cast<int32_t>(count), 0,
+                      call.num_kv_heads};
+            if (count == 1) {
+                tiles.push_back(tile);
+                continue;
+            }
+            for (int32_t g = 0; g < call.num_kv_heads; ++g) {
+                tile.g0 = g;
+                tile.g1 = g + 1;
+                tiles.push_back(tile);
+            }
+        }
+    }
+    return tiles;
+}
+
+Plan make_plan(const SglAttention& call) {
+    Plan plan;
+    const std::vector<Task> tiles = make_tiles(call);
+    int64_t decode_keys = 0, extend_keys = 0;
+    for (const Task& tile : tiles) (tile.rows == 1 ? decode_keys : extend_keys) += tile.hi - tile.lo;
+    const int64_t wanted = kTasksPerThread * call.num_threads;
+    const bool alone = call.num_threads == 1;
+    const auto part_of = [&](int64_t keys, int64_t least) {
+        return std::max(least, (keys / wanted + kKeys - 1) / kKeys * kKeys);
+    };
+    const int64_t decode_part = part_of(decode_keys, kMinDecodeKeys);
+    const int64_t extend_part = part_of(extend_keys, kMinExtendKeys);
+    for (const Task& tile : tiles) {
+        const int64_t keys = tile.hi - tile.lo;
+        const int64_t part = tile.rows == 1 ? decode_part : extend_part;
+        const int64_t parts = alone ? 1 : (keys + part - 1) / part, states = num_states(call, tile);
+        const int64_t number = static_cast<int64_t>(plan.groups.size());
+        plan.groups.push_back({static_cast<int64_t>(plan.tasks.size()), parts, plan.num_states});
+        for (int64_t i = 0; i < parts; ++i) {
+            Task task = tile;
+            if (parts > 1) {
+                task.lo = tile.lo + i * part;
+                task.hi = std::min(tile.hi, task.lo + part);
+            }
+            plan.tasks.push_back(task);
+            plan.group_of.push_back(number);
+        }
+        if (parts > 1) plan.num_states += parts * states;
+        plan.most_states = std::max(plan.most_states, states);
+        plan.most_queries = std::max<int64_t>(plan.most_queries, tile.rows);
+        plan.most_heads = std::max<int64_t>(plan.most_heads, tile.g1 - tile.g0);
+    }
+    return plan;
+}
+
+int64_t state_bytes(const SglAttention& call, int64_t states) {
+    return states * (call.head_dim + 2) * int64_t{sizeof(float)};
+}
+
+// States [first, first + ...) within memory for `total` of them.
+States states_at(const SglAttention& call, void* memory, int64_t total, int64_t first) {
+    auto* floats = static_cast<float*>(memory);
+    float* top = floats + total * call.head_dim;
+    return {floats + first * call.head_dim, top + first, top + total + first};
+}
+
+void clear(const SglAttention& call, const States& states, int64_t count) {
+    std::fill_n(states.acc, count * call.head_dim, 0.0f);
+    std::fill_n(states.top, count, kLowest);
+    std::fill_n(states.sum, count, 0.0f);
+}
+
+// What one thread needs: a direct task's states, and the kernel's scratch.
+struct Worker {
+    const SglAttention& call;
+    const Plan& plan;
+    const Kernel& kernel;
+    void* partials;
+    Bytes own, scratch;
+
+    Worker(const SglAttention& c, const Plan& p, const Kernel& k, void* all)
+        : call(c), plan(p), kernel(k), partials(all), own(allocate(state_bytes(c, p.most_states))) {
+#if defined(__x86_64__)
+        if (!kernel.tiles) return;
+        scratch = allocate(amx_scratch_bytes(c, p.most_queries, p.most_heads));
+        amx_begin();
+#endif
+    }
+    Worker(Worker&&) = delete;
+    ~Worker() {
+#if defined(__x86_64__)
+        if (kernel.tiles) amx_end();
+#endif
+    }
+
+    void operator()(int64_t index) {
+        const Task& task = plan.tasks[index];
+        const Group& group = plan.groups[plan.group_of[index]];
+        const int64_t count = num_states(call, task);
+        const bool direct = group.count == 1;
+        const int64_t first = group.state + (index - group.first) * count;
+        const States states = direct ? states_at(call, own.get(), plan.most_states, 0)
+                                     : states_at(call, partials, plan.num_states, first);
+        clear(call, states, count);
+        kernel.run(call, task, states, scratch.get());
+        if (direct) kernel.finish(call, task, &states, 1);
+    }
+};
+
+void merge(const SglAttention& call, const Plan& plan, const Kernel& kernel, void* partials,
+           const Group& group) {
+    const Task& task = plan.tasks[group.first];
+    std::vector<States> parts;
+    for (int64_t i = 0; i < group.count; ++i)
+        parts.push_back(states_at(call, partials, plan.num_states,
+                                  group.state + i * num_states(call, task)));
+    kernel.finish(call, task, parts.data(), static_cast<int>(group.count));
+}
+
+}  // namespace
+}  // namespace sgl
+
+extern "C" int32_t sgl_attention(const SglAttention* arguments) {
+    using namespace sgl;
+    const SglAttention& call = *arguments;
+    if (call.head_dim % 16 || call.head_dim < 16 || call.head_dim > kMaxHeadDim) return -1;
+    if (call.dtype < SGL_FLOAT32 || call.dtype > SGL_FLOAT16 || call.num_threads < 1) return -1;
+    const Kernel kernel = choose_kernel(call);
+    const Plan plan = make_plan(call);
+    const Bytes partials = allocate(state_bytes(call, plan.num_states));
+    for_each_index(static_cast<int64_t>(plan.tasks.size()), call.num_threads,
+                   [&] { return Worker(call, plan, kernel, partials.get()); });
+    if (plan.num_states == 0) return 0;
+    for_each_index(static_cast<int64_t>(plan.groups.size()), call.num_threads, [&] {
+        return [&](int64_t g) {
+            if (plan.groups[g].count > 1) merge(call, plan, kernel, partials.get(), plan.groups[g]);
+        };
+    });
+    return 0;
+}

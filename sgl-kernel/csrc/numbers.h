@@ -1,0 +1,68 @@
+// 16-bit floats by their bits, and their conversions without special instructions.
+//
+// In an unnamed namespace on purpose: each instruction set's file gets its own copy, so that the
+// linker can never take one that this processor cannot run.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct Bf16 {
+    uint16_t bits;
+};
+struct Fp16 {
+    uint16_t bits;
+};
+
+inline float from_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint32_t to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(Bf16 x) { return from_bits(uint32_t{x.bits} << 16); }
+inline float to_float(Fp16 x) {
+    const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, rest = x.bits & 0x7fffu;
+    if (rest >= 0x7c00) return from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+    // A power of two moves the exponent's bias, and makes subnormals normal on the way.
+    return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));
+}
+
+inline void store(float value, float* to) { *to = value; }
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline void store(float value, Bf16* to) {
+    const uint32_t bits = to_bits(value);
+    if (value != value) {
+        to->bits = static_cast<uint16_t>(bits >> 16 | 0x40u);
+        return;
+    }
+    to->bits = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+inline void store(float value, Fp16* to) {
+    const uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000u;
+    uint32_t rest = bits & 0x7fffffffu, half;
+    if (rest > 0x7f800000u) {
+        half = 0x7e00u;
+    } else if (rest >= 0x477ff000u) {  // rounds to 65,536 or more
+        half = 0x7c00u;
+    } else if (rest < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded value in the bits
+        half = to_bits(from_bits(rest) + 0.5f) - 0x3f000000u;
+    } else {
+        rest += 0xfffu + (rest >> 13 & 1u);
+        half = (rest - 0x38000000u) >> 13;
+    }
+    to->bits = static_cast<uint16_t>(sign | half);
+}
+
+}  // namespace

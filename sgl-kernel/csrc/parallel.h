@@ -1,0 +1,32 @@
+// Runs a function on some threads: on those of an OpenMP runtime where one was installed.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <utility>
+
+namespace sgl {
+
+void run_on_threads(int num_threads, void (*body)(void*), void* context);
+
+// Calls `task(index)` for every index below `count`, each once, on up to `num_threads` threads.
+// `make_worker()` runs once on each thread and gives the callable that takes the indices.
+template <class MakeWorker>
+void for_each_index(int64_t count, int num_threads, MakeWorker make_worker) {
+    struct Shared {
+        std::atomic<int64_t> next{0};
+        int64_t count;
+        MakeWorker* make;
+    } shared;
+    shared.count = count;
+    shared.make = &make_worker;
+    auto body = [](void* context) {
+        auto* all = static_cast<Shared*>(context);
+        auto worker = (*all->make)();
+        for (int64_t i = all->next++; i < all->count; i = all->next++) worker(i);
+    };
+    const int64_t useful = count < num_threads ? count : num_threads;
+    run_on_threads(static_cast<int>(useful), body, &shared);
+}
+
+}  // namespace sgl

@@ -1,0 +1,213 @@
+// The vector kernel: fp32 arithmetic on K and V of any dtype, compiled once per instruction set.
+//
+// The including file defines `Isa` with `F` (a vector of floats), kLanes, and load() for float,
+// Bf16 and Fp16. Keys stand in the lanes of scores, head elements in the lanes of products. K and V
+// of a block are read once for all J heads of a group.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "attention.h"
+#include "numbers.h"
+
+namespace {
+
+using sgl::kKeys;
+using sgl::kLog2e;
+using sgl::KeyBlock;
+using sgl::States;
+using sgl::Task;
+
+// 2^x for x <= 0, exact to about 2 ulp: the integer part into the exponent, the rest a polynomial.
+inline float exp2_small(float x) {
+    x = x < -126.0f ? -126.0f : x;
+    const float whole = static_cast<float>(static_cast<int32_t>(x - 0.5f));
+    const float t = x - whole;
+    float y = 1.5403530e-4f;
+    y = y * t + 1.3333558e-3f;
+    y = y * t + 9.6181291e-3f;
+    y = y * t + 5.5504109e-2f;
+    y = y * t + 2.4022651e-1f;
+    y = y * t + 6.9314718e-1f;
+    y = y * t + 1.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &y, 4);
+    bits += static_cast<uint32_t>(static_cast<int32_t>(whole)) << 23;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+
+template <class T, int kHeads>
+inline void dot_keys(const Isa::F (*query)[sgl::kMaxHeadDim / Isa::kLanes], const T* key, int dim,
+                     float* scores) {
+    Isa::F total[kHeads] = {};
+    for (int d = 0; d < dim; d += Isa::kLanes) {
+        const Isa::F x = Isa::load(key + d);
+        for (int j = 0; j < kHeads; ++j) total[j] += query[j][d / Isa::kLanes] * x;
+    }
+    for (int j = 0; j < kHeads; ++j) scores[j * kKeys] = Isa::sum(total[j]);
+}
+
+template <class T, int kHeads>
+inline void add_values(const T* const* values, const float* weights, int count, int dim,
+                       float* acc) {
+    for (int d = 0; d < dim; d += Isa::kLanes) {
+        Isa::F total[kHeads];
+        for (int j = 0; j < kHeads; ++j) std::memcpy(&total[j], acc + j * dim + d, sizeof total[j]);
+        for (int n = 0; n < count; ++n) {
+            const Isa::F x = Isa::load(values[n] + d);
+            for (int j = 0; j < kHeads; ++j) total[j] += weights[j * kKeys + n] * x;
+        }
+        for (int j = 0; j < kHeads; ++j) std::memcpy(acc + j * dim + d, &total[j], sizeof total[j]);
+    }
+}
+
+// Turns scores [begin, end) of a head into weights and moves its state on.
+inline void weigh(const SglAttention& call, float* scores, int begin, int end, float* acc,
+                  float* top, float* sum) {
+    const float cap = call.logit_cap, scale = cap > 0.0f ? call.scale : call.scale * kLog2e;
+    float highest = *top;
+    for (int n = begin; n < end; ++n) scores[n] *= scale;
+    if (cap > 0.0f)
+        for (int n = begin; n < end; ++n) scores[n] = cap * kLog2e * std::tanh(scores[n] / cap);
+#pragma omp simd reduction(max : highest)
+    for (int n = begin; n < end; ++n) highest = std::max(highest, scores[n]);
+    float added = 0.0f;
+#pragma omp simd reduction(+ : added)
+    for (int n = begin; n < end; ++n) {
+        scores[n] = exp2_small(scores[n] - highest);
+        added += scores[n];
+    }
+    if (highest > *top) {
+        const float keep = *top <= sgl::kLowest ? 0.0f : exp2_small(*top - highest);
+        for (int d = 0; d < call.head_dim; ++d) acc[d] *= keep;
+        *sum *= keep;
+        *top = highest;
+    }
+    *sum += added;
+}
+
+template <class T>
+struct VectorTask {
+    const SglAttention& call;
+    const Task& task;
+    const States& states;
+    KeyBlock block, next;
+    const T* keys[kKeys];
+    const T* values[kKeys];
+    alignas(64) float scores[8 * kKeys];
+    alignas(64) Isa::F query[8][sgl::kMaxHeadDim / Isa::kLanes];
+
+    void run() {
+        find(task.lo, &next);
+        for (int64_t lo = task.lo; lo < task.hi; lo += block.count) {
+            block = next;
+            find(lo + block.count, &next);
+            for (int g = task.g0; g < task.g1; ++g) attend_group(g, lo);
+        }
+    }
+
+    void find(int64_t lo, KeyBlock* found) const {
+        found->count = 0;
+        if (lo < task.hi) found->find(call, task.table, lo, sgl::block_end(lo, task.hi));
+    }
+
+    void attend_group(int g, int64_t lo) {
+        const T* k = static_cast<const T*>(call.k) + g * call.k_head;
+        const T* v = static_cast<const T*>(call.v) + g * call.v_head;
+        for (int n = 0; n < block.count; ++n) {
+            keys[n] = k + block.slots[n] * call.k_slot;
+            values[n] = v + block.slots[n] * call.v_slot;
+        }
+        for (int n = 0; n < next.count; ++n) {
+            sgl::prefetch_row(k + next.slots[n] * call.k_slot, call.head_dim * sizeof(T));
+            sgl::prefetch_row(v + next.slots[n] * call.v_slot, call.head_dim * sizeof(T));
+        }
+        const int per_group = call.heads_per_group;
+        for (int m = 0; m < task.rows; ++m) {
+            const int64_t position = task.position + m;
+            const int begin = clip(sgl::first_seen(call, position) - lo);
+            const int end = clip(position + 1 - lo);
+            if (begin >= end) continue;
+            const int64_t state = ((g - task.g0) * int64_t{task.rows} + m) * per_group;
+            for (int j = 0; j < per_group;) {
+                const int heads = per_group - j >= 4 ? 4 : per_group - j;
+                const int head = g * per_group + j;
+                if (heads == 4) attend<4>(m, head, state + j, begin, end);
+                if (heads == 3) attend<3>(m, head, state + j, begin, end);
+                if (heads == 2) attend<2>(m, head, state + j, begin, end);
+                if (heads == 1) attend<1>(m, head, state + j, begin, end);
+                j += heads;
+            }
+        }
+    }
+
+    int clip(int64_t n) const { return static_cast<int>(std::clamp<int64_t>(n, 0, block.count)); }
+
+    template <int kHeads>
+    void attend(int m, int head, int64_t state, int begin, int end) {
+        const int dim = call.head_dim;
+        const T* q = static_cast<const T*>(call.q) + (task.row + m) * call.q_row;
+        for (int j = 0; j < kHeads; ++j)
+            for (int d = 0; d < dim; d += Isa::kLanes)
+                query[j][d / Isa::kLanes] = Isa::load(q + (head + j) * call.q_head + d);
+        for (int n = begin; n < end; ++n) dot_keys<T, kHeads>(query, keys[n], dim, scores + n);
+        float* acc = states.acc + state * dim;
+        for (int j = 0; j < kHeads; ++j)
+            weigh(call, scores + j * kKeys, begin, end, acc + j * dim, states.top + state + j,
+                  states.sum + state + j);
+        add_values<T, kHeads>(values + begin, scores + begin, end - begin, dim, acc);
+    }
+};
+
+template <class T>
+void run_vector(const SglAttention& call, const Task& task, const States& states) {
+    VectorTask<T> work{call, task, states, {}, {}, {}, {}, {}, {}};
+    work.run();
+}
+
+inline void run_any(const SglAttention& call, const Task& task, const States& states) {
+    if (call.dtype == SGL_FLOAT32) run_vector<float>(call, task, states);
+    if (call.dtype == SGL_BFLOAT16) run_vector<Bf16>(call, task, states);
+    if (call.dtype == SGL_FLOAT16) run_vector<Fp16>(call, task, states);
+}
+
+// Merges the parts of a task's queries and writes their rows of out and lse.
+template <class T>
+void finish_rows(const SglAttention& call, const Task& task, const States* parts, int num_parts) {
+    const int dim = call.head_dim, per_group = call.heads_per_group;
+    alignas(64) float total[sgl::kMaxHeadDim];
+    int64_t state = 0;
+    for (int g = task.g0; g < task.g1; ++g)
+        for (int64_t row = task.row; row < task.row + task.rows; ++row)
+            for (int j = 0; j < per_group; ++j, ++state) {
+                const int head = g * per_group + j;
+                const float sink = call.sinks ? call.sinks[head] * kLog2e : sgl::kLowest;
+                float top = sink, sum = 0.0f;
+                for (int i = 0; i < num_parts; ++i) top = std::max(top, parts[i].top[state]);
+                if (call.sinks) sum = exp2_small(sink - top);
+                for (int d = 0; d < dim; ++d) total[d] = 0.0f;
+                for (int i = 0; i < num_parts; ++i) {
+                    if (parts[i].top[state] <= sgl::kLowest) continue;  // it saw no key
+                    const float weight = exp2_small(parts[i].top[state] - top);
+                    const float* acc = parts[i].acc + state * dim;
+                    sum += parts[i].sum[state] * weight;
+                    for (int d = 0; d < dim; ++d) total[d] += acc[d] * weight;
+                }
+                T* out = static_cast<T*>(call.out) + row * call.out_row + head * call.out_head;
+                const float scale = sum > 0.0f || sum != sum ? 1.0f / sum : 0.0f;
+                for (int d = 0; d < dim; ++d) store(total[d] * scale, out + d);
+                if (call.lse)
+                    call.lse[row * call.num_kv_heads * per_group + head] =
+                        top / kLog2e + std::log(sum);
+            }
+}
+
+inline void finish_any(const SglAttention& call, const Task& task, const States* parts, int n) {
+    if (call.dtype == SGL_FLOAT32) finish_rows<float>(call, task, parts, n);
+    if (call.dtype == SGL_BFLOAT16) finish_rows<Bf16>(call, task, parts, n);
+    if (call.dtype == SGL_FLOAT16) finish_rows<Fp16>(call, task, parts, n);
+}
+
+}  // namespace

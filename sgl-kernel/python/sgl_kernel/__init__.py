@@ -1,0 +1,15 @@
+"""Native kernels behind thin typed wrappers; what each needs and answers stands in its module."""
+
+from sgl_kernel.attention import AttentionTables, QueryBlocks, paged_attention, serves_attention
+from sgl_kernel.library import Isa, KernelError, cpu_isa, read_sum
+
+__all__ = [
+    "AttentionTables",
+    "Isa",
+    "KernelError",
+    "QueryBlocks",
+    "cpu_isa",
+    "paged_attention",
+    "read_sum",
+    "serves_attention",
+]

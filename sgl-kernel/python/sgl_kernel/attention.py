@@ -1,0 +1,179 @@
+"""Attention of packed queries straight over block tables: decode and extend are one call.
+
+What a step's batch looks like is said once (`AttentionTables`, `QueryBlocks`, arrays that live as
+long as the step); a layer's call then costs one small structure. K and V may be views of any
+stride but the last, with 64-bit offsets.
+
+Sources: online softmax, arXiv 1805.02867; split keys merged exactly, FlashDecoding
+(crfm.stanford.edu/2023/10/12/flashdecoding.html) and arXiv 2205.14135.
+
+Legend: R query rows, H query heads, G kv heads, D head dim, S slots, B requests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sgl_kernel.library import DTYPES, AttentionCall, Isa, KernelError, cpu_isa, library
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+MAX_HEAD_DIM = 512
+
+
+class AttentionTables:
+    """Block tables of B requests: page ids in order, and the position of each first page's slot.
+
+    Holds the page arrays, whose addresses the kernel reads. Raises KernelError for page ids that
+    are not contiguous int32.
+    """
+
+    def __init__(
+        self, pages: Sequence[Int32Array], first_positions: Sequence[int], page_size: int
+    ) -> None:
+        for ids in pages:
+            if ids.dtype != np.int32 or not ids.flags.c_contiguous:
+                raise KernelError("page ids must be contiguous int32")
+        self.page_size = page_size
+        self.pages = tuple(pages)
+        self.addresses = np.array([ids.ctypes.data for ids in pages], np.int64)
+        self.first_positions = np.array(first_positions, np.int64)
+        self.end_positions = self.first_positions + np.array(
+            [len(ids) * page_size for ids in pages], np.int64
+        )
+
+    def __len__(self) -> int:
+        return len(self.pages)
+
+
+@dataclass(frozen=True)
+class QueryBlocks:
+    """Ranges of consecutive queries of one request each.
+
+    Block i's queries are rows [rows[i], rows[i] + counts[i]) of q; the first stands at position
+    positions[i] of request requests[i].
+    """
+
+    rows: Int64Array
+    counts: Int64Array
+    positions: Int64Array
+    requests: Int64Array
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "counts", "positions", "requests"):
+            array = np.ascontiguousarray(getattr(self, name), dtype=np.int64)
+            object.__setattr__(self, name, array)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def serves_attention(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> bool:
+    """True when `paged_attention` computes heads of this type and width."""
+    fits = head_dim % 16 == 0 and 16 <= head_dim <= MAX_HEAD_DIM
+    return dtype in DTYPES and fits and head_dim == v_head_dim
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tables: AttentionTables,
+    blocks: QueryBlocks,
+    *,
+    scale: float,
+    window: int | None = None,
+    chunk: int | None = None,
+    logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    num_threads: int = 1,
+    isa: Isa | None = None,
+) -> torch.Tensor:
+    """Attend with q [R, H, D] over k and v [S, G, D], all of one dtype; returns [R, H, D].
+
+    The query at position p sees [0, p], with `window` only the last `window` of them, with `chunk`
+    those from p - p % chunk on. `logit_cap` c > 0 turns a score s into c * tanh(s / c). `sinks`
+    float32 [H] is a score per head that joins the softmax with no value. `lse` float32 [R, H], if
+    given, receives the natural logarithm of the denominator, sink included. Written are the rows
+    that blocks name, of `out` or else of a new tensor. `isa` lowers the instructions used.
+
+    Every visible position must lie in the tables; checked. Raises KernelError for shapes, types or
+    tables that are not served.
+    """
+    rows, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    _check(q, k, v, tables, blocks, window, chunk)
+    if out is None:
+        out = torch.empty((rows, heads, dim), dtype=q.dtype)
+    elif out.shape != q.shape or out.dtype != q.dtype or out.stride(2) != 1:
+        raise KernelError("out must have the shape and the dtype of q")
+    if not len(blocks):
+        return out
+    best = cpu_isa()
+    call = AttentionCall(
+        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(),
+        lse=_float_rows(lse, (rows, heads), "lse"), sinks=_float_rows(sinks, (heads,), "sinks"),
+        q_row=q.stride(0), q_head=q.stride(1), k_slot=k.stride(0), k_head=k.stride(1),
+        v_slot=v.stride(0), v_head=v.stride(1), out_row=out.stride(0), out_head=out.stride(1),
+        num_blocks=len(blocks),
+        block_row=blocks.rows.ctypes.data, block_rows=blocks.counts.ctypes.data,
+        block_position=blocks.positions.ctypes.data, block_table=blocks.requests.ctypes.data,
+        pages=tables.addresses.ctypes.data, first_position=tables.first_positions.ctypes.data,
+        page_size=tables.page_size, window=window or 0, chunk=chunk or 0,
+        num_kv_heads=kv_heads, heads_per_group=heads // kv_heads, head_dim=dim,
+        dtype=DTYPES[q.dtype], isa=best if isa is None else min(isa, best),
+        num_threads=num_threads, scale=scale, logit_cap=logit_cap,
+    )  # fmt: skip
+    if library().sgl_attention(ctypes.byref(call)):
+        raise KernelError(f"attention does not serve {q.dtype} heads of {dim}")
+    return out
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tables: AttentionTables,
+    blocks: QueryBlocks,
+    window: int | None,
+    chunk: int | None,
+) -> None:
+    if not serves_attention(q.dtype, q.shape[2], v.shape[2]) or q.shape[1] % k.shape[1]:
+        raise KernelError(f"attention does not serve {q.dtype} q {list(q.shape)}")
+    if k.dtype != q.dtype or v.dtype != q.dtype or k.shape[2] != q.shape[2]:
+        raise KernelError("q, k and v must have one dtype and one head width")
+    if q.stride(2) != 1 or k.stride(2) != 1 or v.stride(2) != 1:
+        raise KernelError("heads must be contiguous")
+    if window is not None and chunk is not None:
+        raise KernelError("a layer has a sliding window or chunks, not both")
+    if not len(blocks):
+        return
+    first = blocks.positions
+    if window is not None:
+        first = np.maximum(first - window + 1, 0)
+    elif chunk is not None:
+        first = first - first % chunk
+    else:
+        first = np.zeros_like(first)
+    short = blocks.positions + blocks.counts > tables.end_positions[blocks.requests]
+    if short.any() or (first < tables.first_positions[blocks.requests]).any():
+        raise KernelError("a query sees positions outside its block table")
+    if blocks.rows.min() < 0 or (blocks.rows + blocks.counts).max() > q.shape[0]:
+        raise KernelError("a block names rows that q does not have")
+
+
+def _float_rows(tensor: torch.Tensor | None, shape: tuple[int, ...], name: str) -> int | None:
+    if tensor is None:
+        return None
+    if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+        raise KernelError(f"{name} must be contiguous float32 {list(shape)}")
+    return tensor.data_ptr()

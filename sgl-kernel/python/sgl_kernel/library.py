@@ -1,0 +1,108 @@
+"""The shared library: found beside this file, loaded once, its calls declared for ctypes.
+
+The wrappers call it; it knows no tensor's meaning. Importing the package fails with ImportError
+where the library was not built. Calls release the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+class KernelError(ValueError):
+    """A kernel was called with what it does not serve."""
+
+
+class Isa(IntEnum):
+    """Levels of instructions, as csrc/api.h numbers them."""
+
+    GENERIC = 0
+    AVX2 = 1
+    AVX512 = 2
+    AMX = 3
+    NEON = 4
+
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class AttentionCall(ctypes.Structure):
+    """`SglAttention` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "sinks")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("q_row", "q_head", "k_slot", "k_head", "v_slot", "v_head")
+        ),
+        *((name, ctypes.c_int64) for name in ("out_row", "out_head", "num_blocks")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("block_row", "block_rows", "block_position", "block_table")
+        ),
+        *((name, ctypes.c_void_p) for name in ("pages", "first_position")),
+        *((name, ctypes.c_int64) for name in ("page_size", "window", "chunk")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("num_kv_heads", "heads_per_group", "head_dim", "dtype", "isa")
+        ),
+        ("num_threads", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("logit_cap", ctypes.c_float),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The loaded library, running on PyTorch's OpenMP threads where those are found.
+
+    Raises ImportError when it was not built.
+    """
+    path = Path(__file__).with_name("libsgl_kernel_cpu.so")
+    if not path.exists():
+        raise ImportError(f"the native kernels are not built: there is no {path.name}")
+    lib = ctypes.CDLL(str(path))
+    lib.sgl_cpu_isa.argtypes = ()
+    lib.sgl_cpu_isa.restype = ctypes.c_int32
+    lib.sgl_set_parallel.argtypes = (ctypes.c_void_p,)
+    lib.sgl_set_parallel.restype = None
+    lib.sgl_attention.argtypes = (ctypes.POINTER(AttentionCall),)
+    lib.sgl_attention.restype = ctypes.c_int32
+    lib.sgl_read_sum.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
+    lib.sgl_read_sum.restype = ctypes.c_uint32
+    lib.sgl_set_parallel(_gomp_parallel())
+    return lib
+
+
+def _gomp_parallel() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that PyTorch brings; None without one."""
+    if not sys.platform.startswith("linux"):
+        return None
+    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    found += sorted((Path(torch.__file__).parent.parent / "torch.libs").glob("libgomp*.so*"))
+    for path in found:
+        runtime = ctypes.CDLL(str(path))  # loaded already: the same one again
+        return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
+    return None
+
+
+@cache
+def cpu_isa() -> Isa:
+    """The best level that this processor and the library have."""
+    return Isa(library().sgl_cpu_isa())
+
+
+def read_sum(data: torch.Tensor, num_threads: int) -> int:
+    """Sum of a contiguous tensor's bytes as 32-bit words, modulo 2^32: a read at full speed.
+
+    Raises KernelError when the bytes are not whole lines of 64 or not contiguous.
+    """
+    if not data.is_contiguous() or data.nbytes % 64:
+        raise KernelError("read_sum wants contiguous memory in lines of 64 bytes")
+    return int(library().sgl_read_sum(data.data_ptr(), data.nbytes, num_threads))
