@@ -51,6 +51,7 @@ def cases(draw: st.DrawFn) -> Case:
         window=None if chunked else span,
         chunk=span if chunked else None,
         cap=draw(st.sampled_from([0.0, 0.0, 2.0])),
+        sinks=draw(st.booleans()),
     )
     total = sum(extend for _, extend in lengths)
     rows = sorted(draw(st.sets(st.integers(0, total - 1), max_size=8))) if total else []

@@ -114,6 +114,7 @@ class CpuAttnBackend(TorchNativeAttnBackend):
                 window=layer.sliding_window,
                 chunk=layer.attention_chunk,
                 logit_cap=layer.logit_cap,
+                sinks=None if layer.sinks is None else layer.sinks.float(),
                 num_threads=torch.get_num_threads(),
             )
             forward_batch.progress.tick()
