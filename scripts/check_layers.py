@@ -60,8 +60,9 @@ TABLE: tuple[Row, ...] = (
      " < srt.mem_cache.integrity, srt.mem_cache.group_parts < srt.mem_cache.allocation"
      " < srt.mem_cache.upstream.*, srt.mem_cache.compaction"),
     (2, "DEVICE", "srt.mem_cache.allocation < srt.mem_cache.compaction < srt.mem_cache.reclaim"),
-    (2, "DEVICE", "srt.mem_cache.memory_pool, srt.mem_cache.radix_cache"
+    (2, "DEVICE", "srt.mem_cache.memory_pool, srt.mem_cache.radix_cache, srt.mem_cache.window_index"
      " < srt.mem_cache.canary < srt.mem_cache.allocation"),
+    (2, "DEVICE", "srt.mem_cache.canary < srt.mem_cache.canary_perturb"),
     (2, "DEVICE", "srt.mem_cache.segment_manager < srt.mem_cache.memory_report"
      " < srt.mem_cache.allocation"),
     (3, "DEVICE", "srt.model_executor.forward_mode < srt.managers.schedule_batch"),

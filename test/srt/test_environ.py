@@ -16,9 +16,10 @@ def test_variables_are_read() -> None:
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
             "SGLANG_HEALTH_CHECK_TIMEOUT": "2.5",
             "SGLANG_KV_DEBUG_PROTECT": "True",
+            "SGLANG_KV_CANARY_PERTURB": " mark:0@20",
         }
     )
-    assert environ == Environ(True, 2.5, True)
+    assert environ == Environ(True, 2.5, True, "mark:0@20")
 
 
 def test_off_is_off() -> None:

@@ -21,11 +21,13 @@ class Environ:
     `allow_overwrite_longer_context_len` permits a context above the model's trained length,
     `health_check_timeout_s` bounds `/health_generate`, `kv_debug_protect` makes unmapped KV
     segments inaccessible, so that a stray read faults instead of returning zeros.
+    `kv_canary_perturb` (None: nothing) is damage for `--kv-canary` to find, `kind:group@step`.
     """
 
     allow_overwrite_longer_context_len: bool = False
     health_check_timeout_s: float = 20.0
     kv_debug_protect: bool = False
+    kv_canary_perturb: str | None = None
 
     @classmethod
     def from_os(cls, environ: Mapping[str, str] | None = None) -> Environ:
@@ -40,6 +42,7 @@ class Environ:
             ),
             health_check_timeout_s=_read_seconds(source, "SGLANG_HEALTH_CHECK_TIMEOUT", 20.0),
             kv_debug_protect=_read_bool(source, "SGLANG_KV_DEBUG_PROTECT"),
+            kv_canary_perturb=source.get("SGLANG_KV_CANARY_PERTURB", "").strip() or None,
         )
 
 

@@ -35,6 +35,7 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
+from sglang.srt.mem_cache.canary_perturb import Perturbation
 from sglang.srt.mem_cache.capacity import request_page_bounds
 from sglang.srt.mem_cache.kv_events import EventSink
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, KVGroupSpec, SegmentId
@@ -197,7 +198,13 @@ class Harness:
     """One scheduler with its stand-ins and a clock that the test moves."""
 
     def __init__(
-        self, memory: KVMemory, *, page_size: int, canary: str = "off", **limits: object
+        self,
+        memory: KVMemory,
+        *,
+        page_size: int,
+        canary: str = "off",
+        perturb: str | None = None,
+        **limits: object,
     ) -> None:
         self.now = 0.0
         self._num_asked = 0
@@ -219,7 +226,9 @@ class Harness:
         watcher = None
         if canary != "off":
             values["overlap"] = False
-            watcher = SchedulerCanary(memory.watch(full=canary == "full"))
+            full, groups = canary == "full", memory.spec.num_groups
+            damage = None if perturb is None else Perturbation.parse(perturb, groups, full=full)
+            watcher = SchedulerCanary(memory.watch(full=full), damage)
 
         bounds = request_page_bounds(memory.spec, int(values["chunk_tokens"]))  # type: ignore[call-overload]
         values.setdefault("window_pages", bounds)

@@ -68,13 +68,13 @@ def model(
 class DeviceTower:
     """Scheduler, worker, model and memory of one rank, run turn by turn."""
 
-    def __init__(self, model_path: str, **flags: object) -> None:
+    def __init__(self, model_path: str, *, environ: Environ | None = None, **flags: object) -> None:
         args = ServerArgs.from_kwargs(
             model_path=model_path,
             **{"dtype": "float32", "kv_memory_budget": "64MiB", "random_seed": 5, **flags},
         )
         progress = Progress()
-        self.parts = build_scheduler_parts(args, Environ(), progress)
+        self.parts = build_scheduler_parts(args, environ or Environ(), progress)
         self.channel = FakeChannel()
         self.scheduler: Scheduler = make_scheduler(self.parts, self.channel, progress)
 
@@ -105,8 +105,10 @@ class DeviceTower:
 
 
 @contextmanager
-def tower(model_path: str, **flags: object) -> Iterator[DeviceTower]:
-    made = DeviceTower(model_path, **flags)
+def tower(
+    model_path: str, *, environ: Environ | None = None, **flags: object
+) -> Iterator[DeviceTower]:
+    made = DeviceTower(model_path, environ=environ, **flags)
     try:
         yield made
         made.memory.audit()

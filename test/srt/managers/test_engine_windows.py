@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from sglang.srt.environ import Environ
+from sglang.srt.errors import InvariantError
 from srt.managers.test_engine_tokens import DeviceTower, tower
 from srt.models.hf_models import VOCAB, make_hf_model, save
 
@@ -109,3 +111,29 @@ def test_a_prefix_whose_window_is_gone_is_computed_again(model: Model) -> None:
             assert answer == greedy(reference, prompt)
             assert cached == usable
         engine.memory.audit()
+
+
+def test_the_canary_watches_a_real_model_and_fires_when_told_to(model: Model) -> None:
+    reference, path = model
+    prompts = [BASE, BASE[:130], BASE[7:90]]
+    with tower(path, **FLAGS, kv_canary="full") as engine:
+        for number, prompt in enumerate(prompts):
+            engine.send(f"r{number}", prompt, max_new_tokens=NEW_TOKENS)
+        engine.run()
+        for number, prompt in enumerate(prompts):
+            assert engine.output(f"r{number}") == greedy(reference, prompt)
+        num_groups = engine.memory.spec.num_groups
+    for group in range(num_groups):
+        damaged = DeviceTower(
+            path, environ=Environ(kv_canary_perturb=f"byte:{group}@5"), **FLAGS, kv_canary="full"
+        )
+        damaged.send("r", BASE, max_new_tokens=NEW_TOKENS)
+        with pytest.raises(InvariantError, match=f"^canary: group {group}, .*other bytes"):
+            damaged.run()
+        damaged.parts.worker.close()
+        damaged.memory.close_pool()
+
+
+def test_damage_without_a_canary_is_refused(model: Model) -> None:
+    with pytest.raises(ValueError, match="set --kv-canary"):
+        DeviceTower(model[1], environ=Environ(kv_canary_perturb="mark:0@1"), **FLAGS)

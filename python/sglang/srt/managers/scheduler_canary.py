@@ -6,6 +6,7 @@ and by the audit. See docs/kv_segments.md, Note [Canary].
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,9 @@ from sglang.srt.mem_cache.canary import (
     chain_marks,
     chain_start,
 )
+from sglang.srt.mem_cache.canary_perturb import Perturbation
+
+logger = logging.getLogger(__name__)
 
 
 class _RequestMarks:
@@ -37,15 +41,20 @@ class _RequestMarks:
 
 
 class SchedulerCanary:
-    """Checks what every forward reads, marks what it writes."""
+    """Checks what every forward reads, marks what it writes.
 
-    def __init__(self, canary: KVCanary) -> None:
+    `perturbation` is damage to be done once, in order to see it found; None: none.
+    """
+
+    def __init__(self, canary: KVCanary, perturbation: Perturbation | None = None) -> None:
         self._canary = canary
+        self._perturbation = perturbation
         self._marks: WeakKeyDictionary[Req, _RequestMarks] = WeakKeyDictionary()
 
     def before_forward(self, batch: ScheduleBatch) -> None:
         """All that the batch will read was written by the same tokens; raises InvariantError."""
         self._canary.seal()
+        self._perturb(batch)
         for item in batch.items:
             read = self._marks_of(item.req).upto(item.req, item.start)
             self._canary.check_tables(repr(item.req), item.lease.tables, read)
@@ -64,6 +73,15 @@ class SchedulerCanary:
             if req.kv is not None:
                 marks = self._marks_of(req).upto(req, min(req.num_scheduled, req.known))
                 self._canary.check_tables(repr(req), req.kv.tables, marks)
+
+    def _perturb(self, batch: ScheduleBatch) -> None:
+        wanted = self._perturbation
+        if wanted is None or batch.step < wanted.step:
+            return
+        reads = [(item.lease.tables[wanted.group], item.start) for item in batch.items]
+        if wanted.apply(self._canary, reads):
+            logger.warning("KV canary: step %d was damaged on purpose: %r", batch.step, wanted)
+            self._perturbation = None
 
     def _marks_of(self, req: Req) -> _RequestMarks:
         marks = self._marks.get(req)

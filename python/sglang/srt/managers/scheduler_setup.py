@@ -27,6 +27,7 @@ from sglang.srt.managers.scheduler_kv_events import KVEventPublisher
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
+from sglang.srt.mem_cache.canary_perturb import Perturbation
 from sglang.srt.mem_cache.capacity import (
     ContextClamp,
     budget_from_headroom,
@@ -256,6 +257,7 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
     page_size = args.page_size or backend_class.preferred_page_size
     kv_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
     spec = kv_cache_spec(config, parallel, kv_dtype, page_size)
+    damage = _perturbation(args, environ, spec)
     backing = make_backing(args.kv_backing, debug_protect=environ.kv_debug_protect)
     host = read_host_memory()
     plan = plan_pool(args, spec, backing, host, requested)
@@ -283,7 +285,7 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
     logger.info("KV pool ready: %r", memory)
     ready = _ready(backend.name, plan, limits, memory)
     return SchedulerParts(
-        memory, worker, make_batch, limits, ready, publisher, _canary(args, memory)
+        memory, worker, make_batch, limits, ready, publisher, _canary(args, memory, damage)
     )
 
 
@@ -328,11 +330,23 @@ def open_publisher(config_json: str | None) -> KVEventPublisher | None:
     return publisher
 
 
-def _canary(args: ServerArgs, memory: KVMemory) -> SchedulerCanary | None:
+def _perturbation(args: ServerArgs, environ: Environ, spec: KVCacheSpec) -> Perturbation | None:
+    """Damage for the canary to find; None: none is wanted. Raises ValueError without a canary."""
+    text = environ.kv_canary_perturb
+    if text is None:
+        return None
+    if args.kv_canary == "off":
+        raise ValueError("SGLANG_KV_CANARY_PERTURB is for a canary to find; set --kv-canary")
+    return Perturbation.parse(text, spec.num_groups, full=args.kv_canary == "full")
+
+
+def _canary(
+    args: ServerArgs, memory: KVMemory, damage: Perturbation | None
+) -> SchedulerCanary | None:
     if args.kv_canary == "off":
         return None
     logger.warning("The KV canary (%s) checks every step: it is slow.", args.kv_canary)
-    return SchedulerCanary(memory.watch(full=args.kv_canary == "full"))
+    return SchedulerCanary(memory.watch(full=args.kv_canary == "full"), damage)
 
 
 def _limits(

@@ -24,6 +24,7 @@ from sglang.srt.mem_cache.kv_layout import GroupId
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.page_owner import PageIndex, PageState
 from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.window_index import NO_PAGE
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -71,7 +72,7 @@ class KVCanary:
     """
 
     def __init__(self, indexes: Sequence[PageIndex], pool: MHATokenToKVPool, *, full: bool) -> None:
-        self._indexes = tuple(indexes)
+        self.indexes = tuple(indexes)
         self._pool = pool
         self._full = full
         size = pool.page_size
@@ -98,7 +99,7 @@ class KVCanary:
         for g, pieces in enumerate(self._unsealed):
             if pieces:
                 slots = np.concatenate(pieces)
-                owned = self._indexes[g].state[slots // self._pool.page_size] >= PageState.USED
+                owned = self.indexes[g].state[slots // self._pool.page_size] >= PageState.USED
                 slots = slots[owned]
                 self.sums[g].reshape(-1)[slots] = self._sum_bytes(GroupId(g), slots)
                 pieces.clear()
@@ -119,10 +120,15 @@ class KVCanary:
         self._grow()
         for g, table in enumerate(tables):
             first = min(table.first_page * table.page_size, len(marks))
-            self._check(owner, GroupId(g), table.slots(first, len(marks) - first), first, marks)
+            places = np.arange(first, len(marks))
+            slots = table.slots(first, len(places))
+            self._check(owner, GroupId(g), slots, marks[first:], places)
 
     def check_cache(self, cache: BasePrefixCache) -> None:
-        """Every page of the prefix tree holds the tokens of its place in the tree."""
+        """Every page of the prefix tree holds the tokens of its place in the tree.
+
+        Where an edge has a hole (a window group holds no page there), nothing is to be checked.
+        """
         self.seal()
         self._grow()
         if not isinstance(cache, RadixCache):
@@ -135,33 +141,33 @@ class KVCanary:
             at = ends[node.parent.id]
             marks, ends[node.id] = chain_marks(at, node.tokens.view())
             for g, array in enumerate(node.pages):
-                offsets = np.arange(self._pool.page_size)
-                bases = array.view().astype(np.int64) * self._pool.page_size
-                slots = (bases[:, None] + offsets).reshape(-1)
-                self._check(repr(node), GroupId(g), slots, 0, marks, shown_from=at.position)
+                held = np.flatnonzero(array.view() != NO_PAGE)
+                slots = self._slots_of(array.view()[held])
+                places = self._slots_of(held)  # of the edge's own tokens
+                self._check(repr(node), GroupId(g), slots, marks[places], places + at.position)
 
     def _check(
         self,
         owner: str,
         group: GroupId,
         slots: Int64Array,
-        first: int,
         marks: UInt64Array,
-        shown_from: int = 0,
+        places: Int64Array,
     ) -> None:
-        index = self._indexes[group]
+        """slots[i] carries marks[i] and has an owner; places[i] is its position in the sequence."""
+        index = self.indexes[group]
         pages = slots // self._pool.page_size
         if len(pages) and int(pages.max()) >= len(index.state):
             raise InvariantError(f"canary: group {group}, {owner}: page {pages.max()} never was")
-        wrong = self.marks[group].reshape(-1)[slots] != marks[first:]
-        self._report(wrong, "was written by somebody else", owner, group, slots, first + shown_from)
+        wrong = self.marks[group].reshape(-1)[slots] != marks
+        self._report(wrong, "was written by somebody else", owner, group, slots, places)
         free = index.state[pages] < PageState.USED
-        self._report(free, "has no owner", owner, group, slots, first + shown_from)
+        self._report(free, "has no owner", owner, group, slots, places)
         if self._full:
             found = self._sum_bytes(group, slots)
             changed = found != self.sums[group].reshape(-1)[slots]
             what = "has other bytes than were written"
-            self._report(changed, what, owner, group, slots, first + shown_from)
+            self._report(changed, what, owner, group, slots, places)
 
     def _report(
         self,
@@ -170,24 +176,35 @@ class KVCanary:
         owner: str,
         group: GroupId,
         slots: Int64Array,
-        first: int,
+        places: Int64Array,
     ) -> None:
         at = np.flatnonzero(wrong)
         if len(at) == 0:
             return
-        index = self._indexes[group]
+        index = self.indexes[group]
         page = int(slots[at[0]]) // self._pool.page_size
         same = at[slots[at] // self._pool.page_size == page]
         raise InvariantError(
             f"canary: group {group}, page {page} ({PageState(index.state[page]).name}, node "
             f"{index.node[page]}, rows {index.rows[page]}) {what}: positions "
-            f"{first + same[0]} to {first + same[-1]} of {owner}; {len(at)} slots in all"
+            f"{places[same[0]]} to {places[same[-1]]} of {owner}; {len(at)} slots in all"
         )
+
+    def flip_byte(self, group: int, page: int) -> None:
+        """Change one bit of a page's first key, in the group's first layer (a perturbation)."""
+        layer = self._pool.spec.groups[group].layers[0]
+        first = self._pool.get_key_buffer(layer).narrow(0, page * self._pool.page_size, 1)
+        first.view(torch.uint8)[..., :1] ^= 1
 
     # ---- inside -----------------------------------------------------------------------------
 
+    def _slots_of(self, pages: Int32Array | Int64Array) -> Int64Array:
+        """All slots of whole pages in order, int64 [n * page_size]."""
+        bases = pages.astype(np.int64) * self._pool.page_size
+        return (bases[:, None] + np.arange(self._pool.page_size)).reshape(-1)
+
     def _grow(self) -> None:
-        for g, index in enumerate(self._indexes):
+        for g, index in enumerate(self.indexes):
             missing = len(index.state) - len(self.marks[g])
             if missing > 0:
                 more = np.zeros((missing, self._pool.page_size), np.uint64)
