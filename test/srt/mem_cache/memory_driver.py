@@ -223,11 +223,12 @@ class MemoryDriver:
         self.memory.note_completed(epoch)
         self.readers = [reader for reader in self.readers if reader.epoch > epoch]
 
-    def boundary(self, seconds: float, expected: int = 0) -> None:
-        """A step boundary, and the end of the background work that it began."""
+    def boundary(self, seconds: float, expected: int = 0, *, finish: bool = True) -> None:
+        """A step boundary, and (`finish`) the end of the background work that it began."""
         self.now += seconds
         self.memory.on_step_boundary(self.now, (expected,) * len(self.memory.allocators))
-        finish_background(self.memory)
+        if finish:
+            finish_background(self.memory)
 
     def check(self) -> None:
         """Audit, and read every request's whole content back."""

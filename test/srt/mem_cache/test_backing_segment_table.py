@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import logging
 import sys
+import threading
 import weakref
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import strategies as st
-from hypothesis.stateful import initialize
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import (
@@ -30,8 +29,8 @@ from sglang.srt.mem_cache.segment_backing.base import TableBacking
 from sglang.srt.mem_cache.segment_backing.segment_plane import split_by_segment
 from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
 from sglang.srt.mem_cache.segment_backing.static import StaticBacking
-from srt.mem_cache.memory_driver import MemoryDriver, make_memory
-from srt.mem_cache.test_memory_machine import MemoryMachine, _settings
+from srt.mem_cache.fake_backing import FakeBacking
+from srt.mem_cache.memory_machine import MemoryMachine, machine_settings
 
 G = GroupId(0)
 SPEC = KVCacheSpec(
@@ -242,6 +241,8 @@ class CountingTable(SegmentTableBacking):
         self.failing_maps: set[int] = set()
         self.failing_unmaps: set[int] = set()
         self.num_maps = self.num_unmaps = 0
+        self.gate = threading.Event()  # nothing waits at it here
+        self.gate.set()
 
     def map(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
         self.num_maps += 1
@@ -263,24 +264,12 @@ class TableMachine(MemoryMachine):
 
     num_groups = 2
 
-    @initialize(budget=st.integers(1, 6), reserve=st.integers(0, 1))
-    def start(self, budget: int, reserve: int) -> None:
-        backing = CountingTable()
-        memory, _ = make_memory(
-            num_groups=self.num_groups,
-            budget_segments=budget,
-            max_segments=12,
-            max_requests=5,
-            backing=backing,  # type: ignore[arg-type]
-            reserve_segments=reserve,
-        )
-        self.reserve = reserve
-        self.epoch = 0
-        self.driver = MemoryDriver(memory, backing)  # type: ignore[arg-type]
+    def make_backing(self) -> FakeBacking:
+        return CountingTable()  # type: ignore[return-value]
 
 
 TestTableMemory = TableMachine.TestCase
-TestTableMemory.settings = _settings(15)
+TestTableMemory.settings = machine_settings(15)
 
 
 def test_auto_falls_back_and_says_so(

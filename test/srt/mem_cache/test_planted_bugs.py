@@ -6,6 +6,7 @@ model; a plant that nobody finds fails here, and so does a machine that fails wi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence, Set
 
 import numpy as np
@@ -13,19 +14,42 @@ import pytest
 from hypothesis.stateful import run_state_machine_as_test
 
 from sglang.srt.errors import InvariantError
-from sglang.srt.mem_cache import compaction
+from sglang.srt.mem_cache import compaction, segment_jobs
 from sglang.srt.mem_cache.block_table import BlockTable
 from sglang.srt.mem_cache.kv_layout import GroupId, SegmentId
+from sglang.srt.mem_cache.lease import KVLease
 from sglang.srt.mem_cache.page_owner import PageIndex, PageState
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.radix_tree import RadixTree, TreeNode
 from sglang.srt.mem_cache.reclaim import Reclaim, ReclaimStep
+from sglang.srt.mem_cache.segment_jobs import JobRunner
 from sglang.srt.mem_cache.segment_manager import SegmentManager
+from sglang.srt.mem_cache.window_cache import WindowRadixCache
+from sglang.srt.mem_cache.window_index import WindowPageIndex
+from sglang.srt.mem_cache.window_recycler import WindowRecycler
 from srt.mem_cache.memory_driver import PoisonedBacking
-from srt.mem_cache.moving_machine import MovingMachine, TwoGroupMovingMachine, machine_settings
+from srt.mem_cache.memory_machine import PAGE, machine_settings
+from srt.mem_cache.moving_machine import (
+    ChunkedMovingMachine,
+    ChunkedRanksMovingMachine,
+    MovingMachine,
+    RanksMovingMachine,
+    SlidingMovingMachine,
+    SlidingRanksMovingMachine,
+    TwoGroupMovingMachine,
+)
 
 Plant = Callable[[pytest.MonkeyPatch], None]
-MACHINES = [MovingMachine, TwoGroupMovingMachine]
+MACHINES: list[type[MovingMachine]] = [
+    MovingMachine,
+    TwoGroupMovingMachine,
+    SlidingMovingMachine,
+    ChunkedMovingMachine,
+    RanksMovingMachine,
+    SlidingRanksMovingMachine,
+]
+WINDOWS = [SlidingMovingMachine, ChunkedMovingMachine, SlidingRanksMovingMachine]
+RANKS = [RanksMovingMachine, SlidingRanksMovingMachine, ChunkedRanksMovingMachine]
 
 
 def _given_out_twice(patch: pytest.MonkeyPatch) -> None:
@@ -72,8 +96,8 @@ def _lock_not_counted(patch: pytest.MonkeyPatch) -> None:
     """A handle locks its own node and not the path above it."""
     real = RadixCache._lock
 
-    def lock(self: RadixCache, path: Sequence[TreeNode]) -> None:
-        real(self, path[:1])
+    def lock(self: RadixCache, path: Sequence[TreeNode], priority: int) -> None:
+        real(self, path[:1], priority)
 
     patch.setattr(RadixCache, "_lock", lock)
 
@@ -166,8 +190,87 @@ PLANTS = [
 ]
 
 
-@pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("plant", PLANTS)
+# ---- where a group recycles ---------------------------------------------------------------------
+
+
+def _head_dropped_too_early(patch: pytest.MonkeyPatch) -> None:
+    """A page goes although the next query sees it."""
+    real = WindowRecycler._drop
+
+    def drop(self: WindowRecycler, group: int, lease: KVLease, first_page: int) -> None:
+        real(self, group, lease, min(first_page + 1, lease.tables[group].end_page))
+
+    patch.setattr(WindowRecycler, "_drop", drop)
+
+
+def _recycled_while_read(patch: pytest.MonkeyPatch) -> None:
+    """Dropped pages are free at once, whatever forward may still read them."""
+    patch.setattr(WindowRecycler, "note_launched", lambda self, epoch: None)
+
+
+def _hole_taken_for_a_page(patch: pytest.MonkeyPatch) -> None:
+    """A match goes as far as the tokens do, whatever the window group holds."""
+
+    def usable(self: WindowRadixCache, edges: Sequence[TreeNode], num_tokens: int) -> int:
+        del self, edges
+        return num_tokens // PAGE * PAGE
+
+    patch.setattr(WindowRadixCache, "_usable_point", usable)
+
+
+def _idle_not_counted(patch: pytest.MonkeyPatch) -> None:
+    """A row leaves a cached page, and nobody notes that it can be evicted now."""
+    patch.setattr(WindowPageIndex, "drop_row", PageIndex.drop_row)
+
+
+WINDOW_PLANTS = [
+    _head_dropped_too_early,
+    _recycled_while_read,
+    _hole_taken_for_a_page,
+    _idle_not_counted,
+]
+
+
+# ---- where ranks have to agree ------------------------------------------------------------------
+
+
+def _a_refusal_elsewhere_ignored(patch: pytest.MonkeyPatch) -> None:
+    """A rank keeps what it mapped although another rank was refused."""
+    patch.setattr(JobRunner, "_conform", lambda self, job, result, vote: result)
+
+
+def _a_rank_goes_ahead(patch: pytest.MonkeyPatch) -> None:
+    """Each rank takes its own machine's answer for everybody's."""
+    patch.setattr(segment_jobs, "agree_on", lambda ranks, votes, num_groups: votes)
+
+
+RANK_PLANTS = [_a_refusal_elsewhere_ignored, _a_rank_goes_ahead]
+
+# One bug of each class, sought on every machine; the others everywhere only in the slow run.
+CLASSES = [
+    _given_out_twice,
+    _leaked_by_a_row,
+    _reader_not_counted,
+    _unmapped_while_used,
+    _copy_lost_on_move,
+]
+CASES = [
+    *itertools.product(PLANTS, MACHINES[:1]),
+    *itertools.product(CLASSES, MACHINES[1:]),
+    *itertools.product(WINDOW_PLANTS, WINDOWS[:1]),
+    *itertools.product(RANK_PLANTS, RANKS[:1]),
+]
+SLOW_CASES = [
+    *((plant, machine) for plant in PLANTS for machine in MACHINES[1:] if plant not in CLASSES),
+    *itertools.product(WINDOW_PLANTS, WINDOWS[1:]),
+    *itertools.product(RANK_PLANTS, RANKS[1:]),
+]
+
+
+@pytest.mark.parametrize(
+    ("plant", "machine"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)],
+)
 def test_the_machine_finds_it(
     plant: Plant, machine: type[MovingMachine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,65 +10,29 @@ from dataclasses import dataclass, field
 import pytest
 
 from sglang.srt.errors import BackingError
-from sglang.srt.mem_cache.allocation import KVMemory
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId
 from sglang.srt.mem_cache.rank_agreement import SingleRank, Vote, VoteStatus, agree_on
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 from sglang.srt.mem_cache.segment_state import SegmentState
 from srt.mem_cache.fake_backing import FakeBacking
-from srt.mem_cache.memory_driver import MemoryDriver, PoisonedBacking, make_memory
+from srt.mem_cache.memory_driver import MemoryDriver, make_memory
+from srt.mem_cache.rank_world import (
+    Rank,
+    SlowBacking,
+    World,
+    open_gate_before_waiting,
+    state_of,
+)
 from srt.mem_cache.segment_pools import ONE_GROUP, TWO_GROUPS, small_layouts, snapshot
 
-WAIT_S = 20.0
 GROUPS = pytest.mark.parametrize("num_groups", [1, 2])
 
 
-class World:
-    """The minimum over threads that stand for ranks; a rank that dies ends all others."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.rounds = 0
-        self.pending_rounds = 0
-        self._votes: list[list[int]] = [[] for _ in range(size)]
-        self._barrier = threading.Barrier(size, timeout=WAIT_S)
-
-    def rank(self, number: int) -> Rank:
-        return Rank(self, number)
-
-    def meet(self, number: int, votes: Sequence[int]) -> list[int]:
-        self._votes[number] = list(votes)
-        self._barrier.wait()
-        columns = list(zip(*self._votes, strict=True))  # equally long, or the ranks have parted
-        if number == 0:
-            self.rounds += 1
-            self.pending_rounds += any(len(set(column)) > 1 for column in columns)
-        self._barrier.wait()
-        return [min(column) for column in columns]
-
-    def leave(self) -> None:
-        self._barrier.abort()
-
-
-@dataclass
-class Rank:
-    world: World
-    number: int
-
-    @property
-    def size(self) -> int:
-        return self.world.size
-
-    def agree(self, votes: Sequence[int]) -> list[int]:
-        return self.world.meet(self.number, votes)
-
-
-class MoodyBacking(PoisonedBacking):
+class MoodyBacking(SlowBacking):
     """Its background work ends when the rank's own luck lets it, and fails as luck has it."""
 
     def __init__(self, luck: random.Random, *, fail_maps: float, fail_unmaps: float) -> None:
         super().__init__()
-        self.owner = threading.get_ident()
         self.luck = luck
         self.odds = {"map": fail_maps, "unmap": fail_unmaps}
         self.refusals = 0
@@ -83,8 +46,7 @@ class MoodyBacking(PoisonedBacking):
         super().unmap(group, segments)
 
     def _maybe_refuse(self, kind: str) -> None:
-        if threading.get_ident() == self.owner:
-            self.gate.set()  # a rank that undoes what it did must not wait for itself
+        self._open_for_the_owner()
         self.gate.wait()
         if self.luck.random() < self.odds[kind]:
             self.refusals += 1
@@ -96,20 +58,6 @@ class Trace:
     steps: list[object] = field(default_factory=list)
     refusals: int = 0
     leftovers: int = 0
-
-
-def state_of(memory: KVMemory) -> object:
-    manager = memory.manager
-    return (
-        snapshot(manager),
-        memory.ladder.free_pages(),
-        manager.growth_paused,
-        [ticket.number for ticket in manager.pending()],
-        [
-            [table.page_ids.tolist() for table in lease.tables]
-            for _, lease in sorted(memory.leases.items())
-        ],
-    )
 
 
 def run_program(world: World, number: int, seed: int, num_groups: int) -> Trace:
@@ -170,17 +118,6 @@ def _run(world: World, number: int, seed: int, num_groups: int) -> Trace:
     trace.refusals = backing.refusals
     memory.close_pool()
     return trace
-
-
-def open_gate_before_waiting(manager: SegmentManager, backing: FakeBacking) -> None:
-    """Nobody is left to open a rank's gate while the rank itself waits."""
-    wait = manager.wait
-
-    def patient(ticket: object) -> object:
-        backing.gate.set()
-        return wait(ticket)  # type: ignore[arg-type]
-
-    manager.wait = patient  # type: ignore[method-assign, assignment]
 
 
 @GROUPS
