@@ -84,6 +84,9 @@ TABLE: tuple[Row, ...] = (
      " < srt.entrypoints.*"),
     (7, "", "srt.entrypoints.engine < srt.entrypoints.http_server < launch_server < sglang"),
     (7, "", "kv_report < sglang"),
+    (7, "", "planner.machines < planner.memory_plan < plan_memory < sglang"),
+    (7, "", "planner.known_models < plan_memory"),
+    (7, "", "planner < sglang"),
 )  # fmt: skip
 
 # Third-party packages that may be imported inside a function: optional, or slow to import.

@@ -1,0 +1,154 @@
+"""What models need on published devices: exact numbers, from configs alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang.plan_memory import load_config, main
+from sglang.planner.known_models import KNOWN_MODELS
+from sglang.planner.machines import DEVICES
+from sglang.planner.memory_plan import MemoryPlan, Question, count_weights, make_plan
+from sglang.srt.configs.families import FAMILIES
+from sglang.srt.distributed.parallel_state import ParallelState
+
+
+def plan_of(name: str, **changes: Any) -> MemoryPlan:
+    config = load_config(name)
+    asked = {
+        "config": config,
+        "device": DEVICES["h200"],
+        "tp_size": 8,
+        "context_length": 10_000_000,
+        "kv_dtype": "bfloat16",
+        "dtype": "bfloat16",
+        **changes,
+    }
+    return make_plan(Question(**asked))
+
+
+def test_scout_at_ten_million_tokens_on_eight_devices() -> None:
+    plan = plan_of("llama-4-scout")
+    full, chunked = plan.groups
+    assert plan.bytes_per_token_all_layers == 196_608
+    assert (full.kind, full.num_layers, 8 * full.bytes_per_token) == ("full", 12, 49_152)
+    assert (chunked.kind, chunked.num_layers, chunked.span) == ("chunked", 36, 8192)
+    assert (full.kept_tokens, chunked.kept_tokens) == (10_000_000, 8192)
+    assert plan.kv_bytes == 10_000_000 * 6144 + 8192 * 18_432
+    assert round(plan.kv_bytes / 1e9, 1) == 61.6
+    assert chunked.peak_tokens == 2 * 8192 + 64
+    assert plan.kv_bytes < plan.needed_bytes < 1.02 * plan.kv_bytes
+    assert plan.fits
+
+
+def test_the_dense_table_of_scouts_own_context_is_eighty_gib() -> None:
+    plan = plan_of(
+        "llama-4-scout", context_length=load_config("llama-4-scout").max_position_embeddings
+    )
+    assert plan.dense_table_bytes == 80 << 30
+
+
+def test_fp8_halves_what_is_kept() -> None:
+    assert (
+        2 * plan_of("llama-4-scout", kv_dtype="fp8_e4m3").kv_bytes
+        == plan_of("llama-4-scout").kv_bytes
+    )
+
+
+def test_parameters_are_those_of_the_model() -> None:
+    config = load_config("llama-3.1-8b")
+    layer = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096
+    embedding = 128256 * 4096
+    weights = count_weights(config, ParallelState(), "bfloat16")
+    assert weights.num_params == 32 * layer + 2 * embedding + 4096
+    assert weights.num_active == weights.num_params - embedding
+    assert weights.all_bytes == 2 * weights.num_params
+
+
+def test_experts_that_a_token_does_not_choose_are_not_active() -> None:
+    weights = count_weights(load_config("llama-4-scout"), ParallelState(), "bfloat16")
+    experts = 48 * 16 * 3 * 5120 * 8192
+    embedding = 202048 * 5120
+    assert weights.num_params - weights.num_active == experts * 15 // 16 + embedding
+
+
+def test_work_and_bytes_bound_the_times() -> None:
+    plan = plan_of("llama-3.1-8b", tp_size=1, context_length=1000)
+    head, keys = 128256 * 4096, 32 * 1000 * 1001 // 2
+    flops = 2 * (plan.weights.num_active - head) * 1000 + 4 * 32 * 128 * keys
+    assert plan.prefill_flops == flops
+    assert plan.prefill_s == pytest.approx(flops / 989.5e12)
+    assert plan.decode_s == pytest.approx((plan.weights.active_bytes + plan.kv_bytes) / 4.8e12)
+
+
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+def test_every_known_model_is_of_a_family_that_is_computed(name: str) -> None:
+    assert KNOWN_MODELS[name]["architectures"][0] in FAMILIES
+    assert plan_of(name, tp_size=4, context_length=1000).fits is (name != "llama-4-maverick")
+
+
+def test_json_names_what_would_make_it_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--model-path", "llama-4-scout", "--context-length", "10M", "--tp-size", "8"]
+    assert main([*asked, "--gpu", "h100", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert not answer["fits"]
+    remedies = answer["remedies"]
+    smaller = str(remedies["capacity_tokens"])
+    memory = str(remedies["device_memory_bytes"])
+    for change in (
+        ["--context-length", smaller, "--gpu", "h100"],
+        ["--kv-cache-dtype", "fp8", "--gpu", "h100"],
+        ["--gpu", "h100", "--gpu-memory", memory],
+    ):
+        assert main([*asked, *change, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["fits"], change
+    assert (
+        main([*asked, "--context-length", str(int(smaller) + 8192), "--gpu", "h100", "--json"]) == 0
+    )
+    assert not json.loads(capsys.readouterr().out)["fits"]
+
+
+def test_more_devices_are_found(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--model-path", "llama-3.1-8b-ultralong-4m", "--context-length", "4M", "--gpu", "h200"]
+    assert main([*asked, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["fits"], answer["remedies"]["tp_size"]) == (False, 8)
+
+
+def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--model-path", "llama-4-scout", "--context-length", "10M", "--tp-size", "8"]
+    assert main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  KV held           61.6 GB by a request of the whole context" in lines
+    assert "fits                yes" in lines
+    assert main(["--model-path", "llama-4-scout", "--gpu", "cpu", "--gpu-memory", "24GiB"]) == 0
+    assert "prefill, at least   not known for this device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        (["--model-path", "no-such-model"], "models known by name: llama-4-scout"),
+        (["--model-path", "llama-4-scout", "--tp-size", "3"], "cannot be divided by tp_size 3"),
+        (["--model-path", "llama-4-scout", "--tp-size", "0"], "--tp-size must be at least 1"),
+        (["--model-path", "llama-3.1-8b", "--mem-fraction-static", "1.5"], "is not in (0, 1]"),
+    ],
+)
+def test_an_impossible_question_is_one_line(
+    asked: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(asked) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+def test_a_directory_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(KNOWN_MODELS["llama-3.1-8b"]))
+    assert main(["--model-path", str(tmp_path), "--context-length", "100k", "--json"]) == 0
+    here = json.loads(capsys.readouterr().out)
+    assert main(["--model-path", "llama-3.1-8b", "--context-length", "100k", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == here
