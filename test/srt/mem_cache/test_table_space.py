@@ -85,7 +85,7 @@ def test_a_range_is_given_back_by_its_last_reader(strict: bool) -> None:
 
 
 def test_the_space_lives_as_long_as_a_view() -> None:
-    calls = NarrowCalls(1 << 40)
+    calls = NarrowCalls(1 << 36)
     view = TableSpace(calls, strict=False).take(4).ids[:4]
     gc.collect()
     view[:] = np.arange(4)
@@ -93,7 +93,7 @@ def test_the_space_lives_as_long_as_a_view() -> None:
     assert calls.released == []
     del view
     gc.collect()
-    assert calls.released == [1 << 40]
+    assert calls.released == [1 << 36]
 
 
 def test_less_address_space_is_taken_where_there_is_less() -> None:
@@ -108,7 +108,7 @@ def test_less_address_space_is_taken_where_there_is_less() -> None:
 
 
 def test_memory_that_is_charged_for_can_run_out() -> None:
-    calls = NarrowCalls(1 << 40, most_writable=4 * OS_PAGE)
+    calls = NarrowCalls(1 << 36, most_writable=4 * OS_PAGE)
     space = TableSpace(calls, strict=True)
     with pytest.raises(BackingError, match="no memory for a block table"):
         space.take(5 * SMALLEST)

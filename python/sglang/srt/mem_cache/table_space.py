@@ -29,8 +29,9 @@ from sglang.srt.mem_cache.segment_backing.host_calls import (
 Int32Array = npt.NDArray[np.int32]
 
 ID_BYTES: Final = 4
-# Address space, which is no memory; less where the process may not have so much.
-_SPACE_BITS: Final = (42, 40, 38, 36, 34, 32)
+# Address space, which is no memory: enough for all slots that a machine could hold at page size 1,
+# little enough for thousands of pools in one process. Less where the process may not have so much.
+_SPACE_BITS: Final = (36, 34, 32)
 # A range is so many times as large as the next smaller kind: few copies in a long table's life,
 # and the address space in use is at most so many times the memory in use.
 _GROWTH: Final = 16
