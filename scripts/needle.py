@@ -63,7 +63,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument("--only-margins", action="store_true", help="compute them and end")
     model.add_argument("--model-path", default="", help="another checkpoint; needs the four below")
     for name in ("needle", "question", "answer", "haystack"):
-        model.add_argument(f"--{name}", default="", help="token ids (5,6,7), a text, or @file")
+        model.add_argument(f"--{name}", default="", help="a text, ids:5,6,7 or @file")
     model.add_argument("--keep-within", type=int, help="needles within chunks of so many tokens")
 
     server = parser.add_argument_group("server")
@@ -166,11 +166,10 @@ def _task(args: argparse.Namespace, shape: Shape, server: Server) -> Task:
 
 
 def _token_ids(given: str, server: Server) -> list[int]:
-    """Ids as given, of a text, or of what a file holds."""
+    """The ids themselves, or those of a text; `@` before the name of a file that holds either."""
     text = Path(given[1:]).read_text() if given.startswith("@") else given
-    parts = text.replace(",", " ").split()
-    if all(part.isdigit() for part in parts):
-        return [int(part) for part in parts]
+    if text.startswith("ids:"):
+        return [int(part) for part in text.removeprefix("ids:").replace(",", " ").split()]
     return server.tokenize(text)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import needle
+from e2e.server_process import ServerProcess, demo_model
 
 GIB = 1 << 30
 
@@ -77,3 +78,33 @@ def test_needles_in_a_million_tokens(tmp_path: Path) -> None:
     for cell in report["cells"]:
         assert cell["second_cached_tokens"] >= 1_000_000 - 64
         assert cell["peak"]["rss"] < cell["kv_bytes"] + 3 * GIB
+
+
+def test_another_checkpoint_is_asked_for_what_is_told(
+    server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A trained model, a text needle at the end: right or wrong, it is scored on its tokens."""
+    output = tmp_path / "needle.json"
+    code = needle.main(
+        [
+            "--model-path",
+            demo_model(),
+            "--lengths=200",
+            "--depths=100",
+            "--needle= The magic number is 7391.",
+            "--question= The magic number is",
+            "--answer= 7391",
+            "--haystack=The grass is green. The sky is blue.",
+            f"--url={server.url}",
+            "--output",
+            str(output),
+            "--bandwidth-buffer=32MiB",
+            "--markdown",
+        ]
+    )
+    (cell,) = json.loads(output.read_text())["cells"]
+    assert len(cell["got"]) == len(cell["expected"]) > 1
+    assert (code == 0) == cell["exact"]
+    assert capsys.readouterr().out.startswith("| context | depth | exact |")
+    assert cell["score"] > 0.5
+    assert cell["peak"]["rss"] is None  # another's processes are not looked at
