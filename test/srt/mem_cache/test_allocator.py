@@ -101,6 +101,25 @@ def test_rows_whose_hints_are_free_are_served_before_those_without() -> None:
     assert hints.tolist() == [9, 9, 10_000, 10]
 
 
+def test_rows_without_their_next_page_get_gaps_together() -> None:
+    allocator = make(1, 2, 3)
+    take(allocator, 24)
+    give(allocator, 9, 12, 16, 17, 18, 19, *range(24, 32))
+    # segment 1 has 2 free pages, segment 2 has 4, segment 3 is empty: the fullest are filled up,
+    # and the next one's rows stand apart, with room behind the row that ends before it
+    pages = allocator.alloc_each([10, 12, 10, -1, 10, 10, 10, 10])
+    assert pages.tolist() == [9, 12, 16, 17, 18, 19, 26, 29]
+    assert allocator.alloc_each([27, 30]).tolist() == [27, 30]
+    assert allocator.num_free == 4
+
+
+def test_gaps_are_shared_by_their_length() -> None:
+    allocator = make(1, 2, per_segment=32)
+    take(allocator, 64)
+    give(allocator, *range(33, 49), *range(60, 64), 50)  # 16, 4 and 1 free
+    assert allocator.alloc_each([-1] * 3).tolist() == [37, 43, 61]
+
+
 def test_removed_segments_are_not_used_and_must_be_empty() -> None:
     allocator = make(1, 2)
     assert take(allocator, 2) == [8, 9]

@@ -119,7 +119,8 @@ class PageAllocator:
         state = self.index.state
         # what lies outside is cut to page 0, which is never free, or to the last one
         free: npt.NDArray[np.bool_] = state.take(hints, mode="clip") == _FREE
-        free &= hints < len(state)
+        if state[-1] == _FREE:
+            free &= hints < len(state)
         ordered = hints[free]
         ordered.sort()
         if np.count_nonzero(ordered[1:] == ordered[:-1]):
@@ -152,11 +153,20 @@ class PageAllocator:
     def _spread(self, segment: int, count: int) -> Int64Array:
         """`count` free pages of a segment, each with as much room behind it as there is.
 
-        Gaps get rows by their length, the remainders go to the largest. In a gap the rows stand
-        at even distances; a running row that ends before the gap counts as one of them.
+        One for each of the largest gaps, if these are about as large. Else gaps get rows by their
+        length, the remainders go to the largest. In a gap the rows stand at even distances; a
+        running row that ends before the gap counts as one of them.
         """
         starts, lengths = runs_of(self.index.segment_states(segment) == _FREE)
         starts += segment * self.layout.pages_per_segment
+        if count <= len(starts):
+            chosen = np.argsort(-lengths, kind="stable")[:count]
+            lengths_chosen = lengths[chosen]
+            if lengths_chosen[0] <= 2 * lengths_chosen[-1]:  # no half of one is better than these
+                begins = starts[chosen]
+                grows = self.index.state[begins - 1] == _USED
+                begins += (lengths_chosen - 1) // 2 * grows
+                return begins
         if len(starts) == 1:
             shares = np.array([count])
         else:

@@ -179,18 +179,19 @@ class BlockTable:
             return BlockTableSnapshot(ids[:0], position, (0, 0), size)
         if self._looked_in is not found or self._run_end <= begin:
             self._looked_in, self._run_end, self._looked_end = found, begin + 1, begin + 1
-        if self._run_end == self._looked_end < end:
-            self._follow_run(ids[self._run_end - 1 - first : end - first])
+        looked = self._looked_end
+        if self._run_end == looked < end:
+            if looked + 1 == end:  # one page more than at the last look
+                self._run_end += ids.item(looked - first) == ids.item(looked - first - 1) + 1
+                self._looked_end = end
+            else:
+                self._follow_run(ids[looked - 1 - first : end - first])
         pages = ids[begin - first : end - first]
         run = (pages.item(0) * size, (self._run_end - begin) * size)
         return BlockTableSnapshot(pages, position, run, size)
 
     def _follow_run(self, ids: Int32Array) -> None:
         """Look how far the run that reaches ids[0] goes on; `ids` end with the table."""
-        if len(ids) == 2:  # one page more than at the last look
-            self._run_end += ids.item(1) == ids.item(0) + 1
-            self._looked_end += 1
-            return
         start, step = 0, _LOOK_IDS
         while start + 1 < len(ids):
             part = ids[start : start + step]

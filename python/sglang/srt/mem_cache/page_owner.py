@@ -39,6 +39,10 @@ class PageState(enum.IntEnum):
 
 # The states as the arrays hold them: numpy compares with these, and far slower with an enum.
 STATE_CODES = tuple(np.uint8(state) for state in PageState)
+_USED_CODE = STATE_CODES[PageState.USED]
+# How the used and the cached pages of a segment change with a page's state.
+_AS_USED = tuple(int(state is PageState.USED) for state in PageState)
+_AS_CACHED = tuple(int(state is PageState.CACHED) for state in PageState)
 _FEW_SEGMENTS = 8  # updated one by one
 _COUNTED_AT_ONCE = 1024  # segments for which one counter each costs less than to find the lowest
 
@@ -131,7 +135,7 @@ class PageIndex:
 
     def take_free(self, pages: Int64Array) -> None:
         """`take` of distinct pages that the caller has just seen to be free."""
-        self.state[pages] = PageState.USED
+        self.state[pages] = _USED_CODE
         self.rows[pages] = 1
         self._count_move(pages, len(pages), PageState.FREE, PageState.USED)
 
@@ -254,8 +258,8 @@ class PageIndex:
             before[ids] -= each
             after[ids] += each
         if self._listener is not None:
-            used = (new is PageState.USED) - (old is PageState.USED)
-            cached = (new is PageState.CACHED) - (old is PageState.CACHED)
+            used = _AS_USED[new] - _AS_USED[old]
+            cached = _AS_CACHED[new] - _AS_CACHED[old]
             for segment, count in zip(segments, moved, strict=True):
                 self._listener(segment, used=used * count, cached=cached * count)
 

@@ -257,7 +257,7 @@ class SegmentTable:
         new_used = segment.pages_used + used
         new_cached = segment.pages_cached + cached
         new_free = segment.pages_free - used - cached
-        if min(new_used, new_cached, new_free) < 0:
+        if new_used < 0 or new_cached < 0 or new_free < 0:
             raise InvariantError(f"{segment!r}: used{used:+} cached{cached:+} does not add up")
         segment.pages_used = new_used
         segment.pages_cached = new_cached
@@ -266,7 +266,7 @@ class SegmentTable:
         self.pages_cached += cached
         self.pages_free -= used + cached
         segment.last_use_epoch = epoch
-        if segment.is_empty:
+        if new_used == 0 and new_cached == 0:
             self.empty.setdefault(segment_id, now)
         else:
             self.empty.pop(segment_id, None)
