@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.layers.products import linear
 
 
 def frozen_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -81,7 +81,7 @@ class MergedColumnParallelLinear(_ShardedLinear):
         self._parallel = parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def weight_loader(
         self, param_name: str, loaded: torch.Tensor, shard_id: int | None = None
@@ -176,7 +176,7 @@ class QKVParallelLinear(_ShardedLinear):
         super().__init__(width, hidden_size, width if bias else None, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Views of q, k and v in the output of `forward`."""
@@ -222,8 +222,8 @@ class RowParallelLinear(_ShardedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._parallel.tp_size == 1:
-            return F.linear(x, self.weight, self.bias)
-        total = self._parallel.all_reduce(F.linear(x, self.weight))
+            return linear(x, self.weight, self.bias)
+        total = self._parallel.all_reduce(linear(x, self.weight))
         return total if self.bias is None else total + self.bias
 
     def weight_loader(self, param_name: str, loaded: torch.Tensor) -> None:

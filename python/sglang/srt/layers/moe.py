@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.linear import copy_checked, frozen_parameter
+from sglang.srt.layers.products import linear
 
 
 class Routing(NamedTuple):
@@ -65,7 +65,7 @@ class Router(nn.Module):
             self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def weight_loader(self, param_name: str, loaded: torch.Tensor) -> None:
         """Copy "weight" or "bias"; ValueError for a wrong name or shape."""
@@ -153,10 +153,8 @@ class Experts(nn.Module):
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         up_bias, down_bias = self.gate_up_proj_bias, self.down_proj_bias
-        gate_up = F.linear(
-            x, self.gate_up_proj[expert], None if up_bias is None else up_bias[expert]
-        )
-        output = F.linear(self.act_fn(gate_up), self.down_proj[expert])
+        gate_up = linear(x, self.gate_up_proj[expert], None if up_bias is None else up_bias[expert])
+        output = linear(self.act_fn(gate_up), self.down_proj[expert])
         if down_bias is not None and self._parallel.tp_rank == 0:  # once in the ranks' sum
             output = output + down_bias[expert]
         return output

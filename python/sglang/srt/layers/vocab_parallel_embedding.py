@@ -12,6 +12,7 @@ from torch import nn
 
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.linear import copy_checked, frozen_parameter
+from sglang.srt.layers.products import linear
 
 
 class _VocabShard(nn.Module):
@@ -88,7 +89,7 @@ class ParallelLMHead(_VocabShard):
             self.weight = tied_to.weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(hidden, self.weight)
+        logits = linear(hidden, self.weight)
         if self._parallel.tp_size > 1:
             logits = self._parallel.all_gather(logits, -1)[..., : self.num_embeddings]
         if self.logit_cap == 0.0:

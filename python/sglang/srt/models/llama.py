@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sglang.srt.configs.model_config import ModelConfig
@@ -27,6 +26,7 @@ from sglang.srt.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from sglang.srt.layers.products import linear
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding, get_rope
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -168,8 +168,8 @@ class LlamaAttention(nn.Module):
         """q [R, H*D] of `rows` only, k and v of all rows: the parts of one product."""
         proj = self.qkv_proj
         weight, bias, cut = proj.weight, proj.bias, proj.q_size
-        q = F.linear(x[rows], weight[:cut], None if bias is None else bias[:cut])
-        kv = F.linear(x, weight[cut:], None if bias is None else bias[cut:])
+        q = linear(x[rows], weight[:cut], None if bias is None else bias[:cut])
+        kv = linear(x, weight[cut:], None if bias is None else bias[cut:])
         return q, kv[:, : proj.k_size], kv[:, proj.k_size :]
 
     def _norm_heads(self, x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang.srt.layers.attention import merge
 from sglang.srt.layers.attention.merge import (
     PartialSum,
     band_mask,
@@ -136,3 +137,28 @@ def test_partial_sum_holds_a_bounded_number_of_parts() -> None:
     assert max(held) <= 6
     want, _ = reference(q, k, v)
     torch.testing.assert_close(total.result()[0].double(), want, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shown", ["all", "causal", "band"])
+def test_parts_of_types_that_the_processor_lacks(
+    dtype: torch.dtype, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge, "cpu_multiplies", lambda kind: kind is torch.float32)
+    monkeypatch.setattr(merge, "_WIDENED_KEYS", 64)
+    m, n = (90, 90) if shown == "causal" else (40, 200)
+    q, k, v = tensors(m, n, dtype=dtype)
+    visible = band_mask(m, n, n - m, 50, q.device)
+    if shown == "all":
+        out, lse = partial_attention(q, k, v, 0.25)
+        want, want_lse = reference(q, k, v)
+    elif shown == "causal":
+        out, lse = partial_attention(q, k, v, 0.25, causal=True)
+        want, want_lse = reference(q, k, v, band_mask(m, m, 0, None, q.device))
+    else:
+        out, lse = partial_attention(q, k, v, 0.25, mask=visible)
+        want, want_lse = reference(q, k, v, visible)
+    unit = 2.0**-8 if dtype is torch.bfloat16 else 2.0**-11
+    assert out.dtype is dtype
+    torch.testing.assert_close(out.double(), want, rtol=1.01 * unit, atol=2e-6)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=2e-6)

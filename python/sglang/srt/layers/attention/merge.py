@@ -18,8 +18,14 @@ from typing import cast
 
 import torch
 
+from sglang.srt.layers.products import cpu_multiplies
+
 # A finite floor for log-sum-exps: exp(-inf - floor) is 0, exp(-inf - -inf) would be NaN.
 _LSE_FLOOR = -1e30
+# Where a CPU has no instructions for 16-bit floats, keys and values are widened, so many at a time;
+# for fewer query rows than these that costs more than it saves.
+_WIDENED_KEYS = 1 << 15
+_FEW_ROWS = 8
 
 Partial = tuple[torch.Tensor, torch.Tensor]
 
@@ -66,6 +72,8 @@ def partial_attention(
             mask = band_mask(q.shape[0], k.shape[0], 0, None, q.device)
         return _dense_attention(q, k, v, scale, mask, logit_cap)
     m, g, j, d = q.shape
+    if m * j >= _FEW_ROWS and k.device.type == "cpu" and not cpu_multiplies(k.dtype):
+        return _widened_attention(q, k, v, scale, causal, mask)
     if not causal and mask is None:
         # The group's queries become rows of one head, so K and V are read once per kv head.
         rows = q.permute(1, 0, 2, 3).reshape(1, g, m * j, d)
@@ -81,6 +89,25 @@ def partial_attention(
         blind = torch.isneginf(mask).all(-1)
         lse = lse.masked_fill(blind, float("-inf"))
     return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _widened_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None,
+) -> Partial:
+    """`partial_attention` of 16-bit floats computed in float32, the output rounded once."""
+    wide, parts = q.float(), PartialSum()
+    step = k.shape[0] if causal else _WIDENED_KEYS
+    for n in range(0, k.shape[0], step):
+        some = None if mask is None else mask[:, n : n + step]
+        keys, values = k[n : n + step].float(), v[n : n + step].float()
+        parts.add(partial_attention(wide, keys, values, scale, causal=causal, mask=some))
+    out, lse = parts.result()
+    return out.to(q.dtype), lse
 
 
 def band_mask(

@@ -1,0 +1,91 @@
+"""Products by way of float32 equal float64 to one rounding, however the weight is cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sglang.srt.layers import products
+
+HALF_UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+
+
+def operands(
+    rows: int, out: int, width: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows * 100 + out)
+    x = torch.randn(rows, width, generator=generator)
+    weight, bias = (
+        torch.randn(out, width, generator=generator),
+        torch.randn(out, generator=generator),
+    )
+    return x.to(dtype), (weight / width**0.5).to(dtype), bias.to(dtype)
+
+
+def close_to_one_rounding(
+    found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    want = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert found.dtype is x.dtype
+    unit = HALF_UNIT[x.dtype]
+    torch.testing.assert_close(found.double(), want, rtol=1.01 * unit, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("rows", "out"), [(1, 1), (5, 7), (8, 100), (31, 64), (70, 129)])
+def test_widened_products(
+    rows: int, out: int, with_bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_TILE_ELEMENTS", 32 * 48)  # 32 outputs a tile
+    monkeypatch.setattr(products, "_TILE_ROWS", 16)
+    x, weight, bias = operands(rows, out, 48, dtype)
+    chosen = bias if with_bias else None
+    close_to_one_rounding(products.widened_linear(x, weight, chosen), x, weight, chosen)
+
+
+def test_a_weight_wider_than_a_tile_goes_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_TILE_ELEMENTS", 10)
+    x, weight, bias = operands(9, 5, 48, torch.bfloat16)
+    close_to_one_rounding(products.widened_linear(x, weight, bias), x, weight, bias)
+
+
+def test_leading_dimensions_and_views_are_kept() -> None:
+    x, weight, bias = operands(24, 10, 32, torch.bfloat16)
+    folded = x.view(2, 12, 32)[:, ::2]
+    found = products.widened_linear(folded, weight[2:8], bias[2:8])
+    assert found.shape == (2, 6, 6)
+    close_to_one_rounding(found, folded, weight[2:8], bias[2:8])
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "native", "widened"),
+    [
+        (8, torch.bfloat16, False, True),
+        (7, torch.bfloat16, False, False),
+        (8, torch.bfloat16, True, False),
+        (8, torch.float32, True, False),
+    ],
+)
+def test_only_many_rows_of_what_the_processor_lacks_are_widened(
+    rows: int, dtype: torch.dtype, native: bool, widened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    real = products.widened_linear
+
+    def note(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        calls.append(len(x))
+        return real(x, weight, bias)
+
+    monkeypatch.setattr(products, "cpu_multiplies", lambda _: native)
+    monkeypatch.setattr(products, "widened_linear", note)
+    x, weight, bias = operands(rows, 16, 32, dtype)
+    close_to_one_rounding(products.linear(x, weight, bias), x, weight, bias)
+    assert calls == ([rows] if widened else [])
+
+
+def test_every_processor_multiplies_float32() -> None:
+    assert products.cpu_multiplies(torch.float32)
