@@ -24,6 +24,8 @@ _FREE, _USED = STATE_CODES[PageState.FREE], STATE_CODES[PageState.USED]
 
 # Segments that are searched for one gap large enough before pieces are taken instead.
 _GAP_SEARCH_SEGMENTS = 8
+# So many pages are looked at one by one in less time than array operations take.
+_FEW_ROWS = 8
 
 
 class PageAllocator:
@@ -87,8 +89,8 @@ class PageAllocator:
             left -= len(piece)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def alloc_each(self, hints: Sequence[int] | Int64Array) -> Int32Array | None:
-        """One page for each of several rows; int32 [len(hints)], None when too few are free.
+    def alloc_each(self, hints: Sequence[int] | Int64Array) -> Int64Array | None:
+        """One page for each of several rows; int64 [len(hints)], None when too few are free.
 
         Every free hint is granted, to the first row that has it, before other rows get a gap. The
         others get theirs together: a few array operations, however many they are.
@@ -96,15 +98,18 @@ class PageAllocator:
         if len(hints) > self.index.num_free:
             return None
         pages = np.array(hints, np.int64)
-        if len(pages):
-            granted = self._grantable(pages)
-            num_refused = len(pages) - int(np.count_nonzero(granted))
-            if num_refused == 0:
-                self.index.take_free(pages)
-            else:
+        if len(pages) <= _FEW_ROWS and self._all_grantable(pages.tolist()):
+            self.index.take_free(pages)
+            return pages
+        granted = self._grantable(pages)
+        num_granted = int(np.count_nonzero(granted))
+        if num_granted == len(pages):
+            self.index.take_free(pages)
+        else:
+            if num_granted:
                 self.index.take_free(pages[granted])
-                pages[~granted] = self._take_apart(num_refused)
-        return pages.astype(np.int32)
+            pages[~granted] = self._take_apart(len(pages) - num_granted)
+        return pages
 
     # ---- inside: all that follows knows that enough pages are free --------------------------
 
@@ -114,12 +119,16 @@ class PageAllocator:
         self._take_range(hint, 1)
         return hint
 
+    def _all_grantable(self, hints: list[int]) -> bool:
+        """Whether all hints are free and no two the same: cheaper than arrays for a few."""
+        return len(set(hints)) == len(hints) and all(map(self.index.is_free, hints))
+
     def _grantable(self, hints: Int64Array) -> npt.NDArray[np.bool_]:
         """Which rows can have their hint: it is free and no row before has the same; bool."""
         state = self.index.state
         # what lies outside is cut to page 0, which is never free, or to the last one
         free: npt.NDArray[np.bool_] = state.take(hints, mode="clip") == _FREE
-        if state[-1] == _FREE:
+        if state.item(-1) == PageState.FREE:
             free &= hints < len(state)
         ordered = hints[free]
         ordered.sort()
