@@ -44,6 +44,20 @@ struct SglAttention {
     float scale, logit_cap;  // cap 0: none
 };
 
+// A few rows times a weight [out_features, in_features] transposed, plus a bias: all of one dtype,
+// summed in fp32 and rounded once. Elements of a row are contiguous.
+struct SglLinear {
+    const void* x;       // [rows, in_features]
+    const void* weight;  // [out_features, in_features]
+    const void* bias;    // [out_features], or null
+    void* out;           // [rows, out_features]
+    int64_t x_row, weight_row, out_row;
+    int64_t rows, out_features, in_features;
+    int32_t dtype;
+    int32_t isa;  // at most what sgl_cpu_isa() answers
+    int32_t num_threads;
+};
+
 // The best level that this processor and this build have. Asks the system for AMX's registers.
 SGL_API int32_t sgl_cpu_isa();
 
@@ -53,6 +67,9 @@ SGL_API void sgl_set_parallel(void* gomp_parallel);
 
 // 0, or -1 when the arguments are not served (see attention.cpp).
 SGL_API int32_t sgl_attention(const SglAttention* call);
+
+// 0, or -1 when the arguments are not served (see linear.cpp).
+SGL_API int32_t sgl_linear(const SglLinear* call);
 
 // Sum of `bytes` bytes (a multiple of 64) as 32-bit words: the ceiling that reading is compared to.
 SGL_API uint32_t sgl_read_sum(const void* data, int64_t bytes, int32_t num_threads);

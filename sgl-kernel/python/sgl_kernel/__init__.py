@@ -2,6 +2,7 @@
 
 from sgl_kernel.attention import AttentionTables, QueryBlocks, paged_attention, serves_attention
 from sgl_kernel.library import Isa, KernelError, cpu_isa, read_sum
+from sgl_kernel.linear import linear
 
 __all__ = [
     "AttentionTables",
@@ -9,6 +10,7 @@ __all__ = [
     "KernelError",
     "QueryBlocks",
     "cpu_isa",
+    "linear",
     "paged_attention",
     "read_sum",
     "serves_attention",

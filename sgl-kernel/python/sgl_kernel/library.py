@@ -58,6 +58,17 @@ class AttentionCall(ctypes.Structure):
     )
 
 
+class LinearCall(ctypes.Structure):
+    """`SglLinear` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
+        *((name, ctypes.c_int64) for name in ("x_row", "weight_row", "out_row")),
+        *((name, ctypes.c_int64) for name in ("rows", "out_features", "in_features")),
+        *((name, ctypes.c_int32) for name in ("dtype", "isa", "num_threads")),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The loaded library, running on PyTorch's OpenMP threads where those are found.
@@ -74,6 +85,8 @@ def library() -> ctypes.CDLL:
     lib.sgl_set_parallel.restype = None
     lib.sgl_attention.argtypes = (ctypes.POINTER(AttentionCall),)
     lib.sgl_attention.restype = ctypes.c_int32
+    lib.sgl_linear.argtypes = (ctypes.POINTER(LinearCall),)
+    lib.sgl_linear.restype = ctypes.c_int32
     lib.sgl_read_sum.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
     lib.sgl_read_sum.restype = ctypes.c_uint32
     lib.sgl_set_parallel(_gomp_parallel())

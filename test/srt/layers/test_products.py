@@ -59,32 +59,64 @@ def test_leading_dimensions_and_views_are_kept() -> None:
     close_to_one_rounding(found, folded, weight[2:8], bias[2:8])
 
 
+class Kernels:
+    """Stands in for sgl_kernel and notes how many rows it was given."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        num_threads: int,
+    ) -> torch.Tensor:
+        assert num_threads == torch.get_num_threads()
+        self.rows.append(len(x))
+        return F.linear(x, weight, bias)
+
+
 @pytest.mark.parametrize(
-    ("rows", "dtype", "native", "widened"),
+    ("rows", "dtype", "fast", "kernels", "way"),
     [
-        (8, torch.bfloat16, False, True),
-        (7, torch.bfloat16, False, False),
-        (8, torch.bfloat16, True, False),
-        (8, torch.float32, True, False),
+        (16, torch.bfloat16, False, True, "native"),
+        (1, torch.float32, False, True, "native"),
+        (17, torch.bfloat16, False, True, "widened"),
+        (17, torch.float32, False, True, "torch"),
+        (8, torch.bfloat16, False, False, "widened"),
+        (7, torch.bfloat16, False, False, "torch"),
+        (8, torch.bfloat16, True, True, "torch"),
+        (8, torch.float32, True, True, "torch"),
     ],
 )
-def test_only_many_rows_of_what_the_processor_lacks_are_widened(
-    rows: int, dtype: torch.dtype, native: bool, widened: bool, monkeypatch: pytest.MonkeyPatch
+def test_which_way_a_product_takes(
+    rows: int,
+    dtype: torch.dtype,
+    fast: bool,
+    kernels: bool,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls: list[int] = []
+    native, widened = Kernels(), []
     real = products.widened_linear
 
     def note(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        calls.append(len(x))
+        widened.append(x.numel() // x.shape[-1])
         return real(x, weight, bias)
 
-    monkeypatch.setattr(products, "cpu_multiplies", lambda _: native)
+    monkeypatch.setattr(products, "cpu_multiplies", lambda t: fast or t is torch.float32)
+    monkeypatch.setattr(products, "native_kernels", lambda: native if kernels else None)
     monkeypatch.setattr(products, "widened_linear", note)
     x, weight, bias = operands(rows, 16, 32, dtype)
-    close_to_one_rounding(products.linear(x, weight, bias), x, weight, bias)
-    assert calls == ([rows] if widened else [])
+    found = products.linear(x.view(1, rows, 32), weight, bias)
+    assert found.shape == (1, rows, 16)
+    close_to_one_rounding(found[0], x, weight, bias)
+    assert native.rows == ([rows] if way == "native" else [])
+    assert widened == ([rows] if way == "widened" else [])
 
 
 def test_every_processor_multiplies_float32() -> None:

@@ -1,8 +1,11 @@
-"""Products with weights, for devices that multiply 16-bit floats well and CPUs that do not.
+"""Products with weights: PyTorch's, and on a CPU what is faster there.
 
-A CPU without instructions for bfloat16 or float16 takes their products apart, element by element:
-PyTorch then reaches a seventh of what the same processor does in float32. There a tile of the
-weight is widened, multiplied in float32 and rounded once, which the fast instructions do as well.
+- *A few rows*, as in a decode step, wait for the weight to be read. Where the native kernels are
+  installed they read it once, in its own type, and widen it in registers. Only on CPUs without
+  bfloat16 instructions: on others it was not measured against PyTorch's products.
+- *Many rows of a 16-bit type*, on a CPU without instructions for it: PyTorch takes such products
+  apart, element by element, and reaches a seventh of what the same processor does in float32. There
+  a tile of the weight is widened, multiplied in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -12,7 +15,11 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-# Fewer rows than these cost less as they are: widening reads and writes the weight once more.
+from sglang.srt.layers.native import native_kernels
+
+# Up to so many rows the native kernel is the faster way, see benchmark/cpu/bench_linear.py.
+_NATIVE_ROWS = 16
+# Without the kernel, fewer rows than these cost less as they are: widening writes the weight anew.
 _FEW_ROWS = 8
 _TILE_ELEMENTS = 1 << 20  # of the weight, widened at a time: 4 MiB stay in a CPU's caches
 _TILE_ROWS = 512  # of the input, multiplied with a tile at a time
@@ -23,8 +30,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     Sums are taken in float32 or wider and rounded once.
     """
-    many = x.numel() >= _FEW_ROWS * x.shape[-1]
-    if many and x.device.type == "cpu" and not cpu_multiplies(x.dtype):
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    in_features = x.shape[-1]
+    rows = x.numel() // in_features
+    kernels = None if rows > _NATIVE_ROWS or cpu_multiplies(torch.bfloat16) else native_kernels()
+    if kernels is not None:
+        flat = x.reshape(rows, in_features)
+        threads = torch.get_num_threads()
+        out: torch.Tensor = kernels.linear(flat, weight, bias, num_threads=threads)
+        return out.view(*x.shape[:-1], len(weight))
+    if rows >= _FEW_ROWS and not cpu_multiplies(x.dtype):
         return widened_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -8,10 +8,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sglang.srt.layers.attention.cpu_backend import CpuAttnBackend, native_kernels
+from sglang.srt.layers.attention.cpu_backend import CpuAttnBackend
 from sglang.srt.layers.attention.registry import get_attention_backend, make_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.torch_native_table import SegmentTableAttnBackend
+from sglang.srt.layers.native import native_kernels
 from sglang.srt.mem_cache.kv_layout import GroupKind, KVGroupSpec
 from srt.layers.attention_cases import Case, FakeTable, make_layer, make_spec, make_tables
 

@@ -10,9 +10,6 @@ Legend: R query rows, H query heads, D head dim, S slots.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import import_module
-from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,23 +21,13 @@ from sglang.srt.layers.attention.torch_native_backend import (
     TorchNativePlan,
     TorchNativeTuning,
 )
+from sglang.srt.layers.native import native_kernels
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
 
 # Queries times keys of one kernel call, so that progress shows in long prefills.
 _PAIRS_PER_CALL = 1 << 31
-
-
-@cache
-def native_kernels() -> ModuleType | None:
-    """The package sgl_kernel with its library loaded; None where it is not installed or built."""
-    try:
-        kernels = import_module("sgl_kernel")
-        kernels.cpu_isa()
-    except ImportError:
-        return None
-    return kernels
 
 
 def has_native_kernels() -> bool:

@@ -1,0 +1,96 @@
+"""Products of a few rows: the native kernel, PyTorch's product, and the way by float32.
+
+Measured in turns, figures are medians. "gb_s" counts the weight once, "of_read" is its share of
+what a plain loop reads per second from as much memory. Each shape has as many weights in turn as
+pass the last-level cache, as the layers of a model do. Prints JSON.
+
+    python benchmark/cpu/bench_linear.py [--threads N] [--rounds 7]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from sgl_kernel import cpu_isa, linear, read_sum
+from sglang.srt.layers.products import cpu_multiplies, widened_linear
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
+
+from bench_common import describe_machine
+
+SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576), (2048, 8192))
+ROWS = (1, 2, 4, 8, 16, 32)
+DTYPES = (torch.bfloat16, torch.float32)
+ALL_BYTES = 160 << 20  # of the weights in turn
+
+
+def measure(
+    outs: int, width: int, rows: int, dtype: torch.dtype, threads: int, rounds: int
+) -> dict[str, Any]:
+    copies = -(-ALL_BYTES // (outs * width * dtype.itemsize))
+    weights = [torch.randn(outs, width).div_(width**0.5).to(dtype) for _ in range(copies)]
+    x = torch.randn(rows, width).to(dtype)
+    ways: dict[str, Callable[[torch.Tensor], object]] = {
+        "native": lambda weight: linear(x, weight, num_threads=threads),
+        "torch": lambda weight: F.linear(x, weight),
+        "read": lambda weight: read_sum(weight, threads),
+    }
+    if dtype is not torch.float32:
+        ways["widened"] = lambda weight: widened_linear(x, weight)
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for turn, (name, way) in itertools.product(range(rounds + 1), ways.items()):
+        began = time.perf_counter()
+        for weight in weights:
+            way(weight)
+        if turn:
+            taken[name].append((time.perf_counter() - began) / copies)
+    seconds = {name: statistics.median(values) for name, values in taken.items()}
+    num_bytes = weights[0].nbytes
+    return {
+        "outs": outs,
+        "width": width,
+        "rows": rows,
+        "dtype": str(dtype).removeprefix("torch."),
+        "gb_s": {name: round(num_bytes / value / 1e9, 2) for name, value in seconds.items()},
+        "of_read": round(seconds["read"] / seconds["native"], 3),
+        "torch_over_native": round(seconds["torch"] / seconds["native"], 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    report = {
+        "benchmark": "cpu_linear",
+        "settings": {"threads": args.threads, "rounds": args.rounds},
+        "machine": {
+            **describe_machine(),
+            "isa": cpu_isa().name,
+            "torch_multiplies_bfloat16": cpu_multiplies(torch.bfloat16),
+        },
+        "products": [
+            measure(outs, width, rows, dtype, args.threads, args.rounds)
+            for dtype in DTYPES
+            for outs, width in SHAPES
+            for rows in ROWS
+        ],
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

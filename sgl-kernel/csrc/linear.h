@@ -1,0 +1,18 @@
+// What the files of the products of a few rows share.
+#pragma once
+
+#include <cstdint>
+
+#include "api.h"
+
+namespace sgl {
+
+// Outputs [first, last) of all rows. `x` are the rows as floats, `x_row` apart.
+using Multiply = void (*)(const SglLinear&, const float* x, int64_t x_row, int64_t first,
+                          int64_t last);
+
+void linear_generic(const SglLinear&, const float*, int64_t, int64_t, int64_t);
+void linear_avx2(const SglLinear&, const float*, int64_t, int64_t, int64_t);
+void linear_avx512(const SglLinear&, const float*, int64_t, int64_t, int64_t);
+
+}  // namespace sgl

@@ -1,0 +1,92 @@
+"""Native products of a few rows against float64, at every level of instructions that is here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sgl_kernel = pytest.importorskip("sgl_kernel")
+
+from sgl_kernel import Isa, KernelError, cpu_isa, linear  # noqa: E402
+
+LEVELS = [isa for isa in Isa if isa <= cpu_isa() and (isa != Isa.NEON or cpu_isa() == Isa.NEON)]
+# Half a unit in the last place, relative: the one rounding at the end.
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def operands(
+    rows: int, outs: int, width: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows * 1000 + outs + width)
+    x = torch.randn(rows, width, generator=generator)
+    weight = torch.randn(outs, width, generator=generator) / width**0.5
+    return x.to(dtype), weight.to(dtype), torch.randn(outs, generator=generator).to(dtype)
+
+
+def check(
+    found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    want = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert found.dtype is x.dtype
+    torch.testing.assert_close(
+        found.double(), want, rtol=1.01 * ROUNDING[x.dtype], atol=2e-6 if x.shape[1] < 512 else 1e-5
+    )
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(
+    ("rows", "outs", "width"),
+    [(1, 1, 1), (1, 8, 16), (1, 37, 100), (2, 4, 7), (3, 13, 33), (8, 64, 64), (31, 97, 576)],
+)
+def test_products(rows: int, outs: int, width: int, dtype: torch.dtype, isa: Isa) -> None:
+    x, weight, bias = operands(rows, outs, width, dtype)
+    check(linear(x, weight, isa=isa), x, weight, None)
+    check(linear(x, weight, bias, isa=isa, num_threads=2), x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("rows", [1, 5])
+def test_many_outputs_are_cut_into_tasks(rows: int, dtype: torch.dtype) -> None:
+    x, weight, bias = operands(rows, 5003, 576, dtype)
+    found = linear(x, weight, bias, num_threads=2)
+    check(found, x, weight, bias)
+    assert torch.equal(found, linear(x, weight, bias)), "threads changed a result"
+
+
+def test_strided_rows_and_parts_of_a_weight() -> None:
+    x, weight, bias = operands(8, 40, 64, torch.bfloat16)
+    some, part = x[::2, 16:48], weight[3:30, 16:48]
+    check(linear(some, part, bias[3:30]), some, part, bias[3:30])
+
+
+def test_infinity_and_nan_stay_where_they_are() -> None:
+    x, weight, _ = operands(3, 9, 40, torch.float32)
+    x[1, 39] = float("inf")
+    weight[4, 0] = float("nan")
+    found = linear(x, weight)
+    assert found[:, 4].isnan().all()
+    others = found[:, [0, 1, 2, 3, 5, 6, 7, 8]]
+    assert others[[0, 2]].isfinite().all()
+    assert others[1].isinf().all()
+
+
+def test_no_rows_and_no_outputs() -> None:
+    x, weight, _ = operands(3, 4, 8, torch.float32)
+    assert linear(x[:0], weight).shape == (0, 4)
+    assert linear(x, weight[:0]).shape == (3, 0)
+
+
+def test_what_is_not_served_is_said() -> None:
+    x, weight, bias = operands(2, 4, 8, torch.float32)
+    with pytest.raises(KernelError, match="does not serve"):
+        linear(x.double(), weight.double())
+    with pytest.raises(KernelError, match="does not serve"):
+        linear(x, weight.bfloat16())
+    with pytest.raises(KernelError, match="does not serve"):
+        linear(x, weight[:, :4])
+    with pytest.raises(KernelError, match="contiguous"):
+        linear(x, weight.t().contiguous().t())
+    with pytest.raises(KernelError, match="bias"):
+        linear(x, weight, bias[:3])
