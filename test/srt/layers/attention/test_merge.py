@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sglang.srt.layers.attention.merge import (
     PartialSum,
+    apply_sinks,
     band_mask,
     merge_partials,
     partial_attention,
@@ -124,6 +125,38 @@ def test_many_bf16_parts_stay_as_exact_as_one_rounding() -> None:
     out, _ = total.result()
     assert out.dtype is torch.float32
     assert (out.double() - want).abs().max() < 1e-2 * want.abs().mean()
+
+
+def by_head(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[G, M, J, E] and [G, M, J] as layers have them: copies [M, G * J, E] and [M, G * J]."""
+    rows = out.transpose(0, 1).reshape(out.shape[1], G * J, -1)
+    return rows.float().clone(), lse.transpose(0, 1).reshape(lse.shape[1], G * J).float().clone()
+
+
+@settings(deadline=None, max_examples=25)
+@given(cuts=st.lists(st.integers(1, 59), max_size=20), pending=st.sampled_from([1, 1 << 20]))
+def test_a_sink_counts_once_however_many_parts_there_are(cuts: list[int], pending: int) -> None:
+    """The reference has one more key, whose value is zero, at the end of a float64 softmax."""
+    q, k, v = tensors(3, 60)
+    sinks = torch.tensor([float("-inf"), -2.0, 1.0, 4.0, 6.0, 80.0])  # no share to all of it
+    scores = torch.einsum("mgjd,ngd->mgjn", q.double(), k.double()).flatten(1, 2) * 0.25
+    joined = torch.cat((scores, sinks.double().view(1, -1, 1).expand(3, -1, 1)), -1)
+    weights = joined.softmax(-1)[..., :-1].view(3, G, J, -1)
+    want = torch.einsum("mgjn,nge->mgje", weights, v.double()).flatten(1, 2)
+    total = PartialSum(pending)
+    for a, b in itertools.pairwise(sorted({0, 60, *cuts})):
+        total.add(partial_attention(q, k[a:b], v[a:b], 0.25))
+    out, lse = by_head(*total.result())
+    apply_sinks(out, lse, sinks)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=2e-6)
+    apply_sinks(out, lse, sinks)  # twice is far off wherever the sink has a share
+    assert (out.double() - want)[:, 1:5].abs().amax((0, 2)).gt(1e-4).all()
+
+
+def test_a_sink_alone_takes_everything() -> None:
+    out, lse = torch.zeros(2, 3, 4), torch.full((2, 3), float("-inf"))
+    apply_sinks(out, lse, torch.tensor([-5.0, 0.0, 5.0]))
+    assert (out == 0).all()
 
 
 def test_partial_sum_holds_a_bounded_number_of_parts() -> None:
