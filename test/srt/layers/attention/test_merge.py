@@ -159,6 +159,60 @@ def test_a_sink_alone_takes_everything() -> None:
     assert (out == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("pending", "dtype", "atol"),
+    [
+        (16 << 20, torch.float32, 2e-5),
+        (1, torch.float32, 2e-4),  # merged one by one: the output is rounded with every part
+        (16 << 20, torch.bfloat16, 1e-2),
+        (1, torch.bfloat16, 1e-2),
+    ],
+)
+@pytest.mark.parametrize("length", [1_000_000, 4_000_000, 10_000_000])
+def test_millions_of_positions(length: int, pending: int, dtype: torch.dtype, atol: float) -> None:
+    """Parts over slices of the same few keys, again and again, and one needle among them.
+
+    The exact answer is a sum over the few keys, each weighted by how often it was seen.
+    """
+    few, generator = 4096, torch.Generator().manual_seed(length)
+    q, k, v = tensors(1, few + 1, dtype=dtype)
+    v += 1.0  # what averages to nothing would show no error
+    k[-1] = q[0].float().mean(1) * 4.0
+    score = torch.einsum("mgjd,gd->mgj", q.double(), k[-1].double()).min() * 0.25
+    # the needle weighs about as much as all the rest together
+    k[-1] = k[-1].float() * float(torch.tensor(length).log() / score)
+    counts = torch.zeros(few + 1, dtype=torch.float64)
+    counts[-1] = 1
+    slices = torch.randint(few, (40, 2), generator=generator).sort(1).values.tolist()
+    parts = [(a, b, partial_attention(q, k[a:b], v[a:b], 0.25)) for a, b in slices if a < b]
+    total, left, number = PartialSum(pending), length - 1, 0
+    while left:
+        a, b, part = parts[number % len(parts)]
+        if b - a > left:
+            a, b = 0, left if left <= few else few
+            part = partial_attention(q, k[a:b], v[a:b], 0.25)
+        total.add(part)
+        counts[a:b] += 1
+        left, number = left - (b - a), number + 1
+        if number == 100:
+            total.add(partial_attention(q, k[-1:], v[-1:], 0.25))
+    assert number > length // few
+    assert counts.sum() == length
+    scores = torch.einsum("mgjd,ngd->gmjn", q.double(), k.double()) * 0.25 + counts.log()
+    want = torch.einsum("gmjn,nge->gmje", scores.softmax(-1), v.double())
+    share = scores.softmax(-1)[..., -1]
+    assert share.max() > 0.2
+    out, lse = total.result()
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=0, atol=4e-6)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=atol)
+    rows, sums = by_head(out, lse)
+    sinks = torch.linspace(-4.0, 4.0, G * J) + scores.logsumexp(-1).mean().float()
+    exact, exact_lse = want.transpose(0, 1).flatten(1, 2), scores.logsumexp(-1).transpose(0, 1)
+    apply_sinks(rows, sums, sinks)
+    kept = torch.sigmoid(exact_lse.flatten(1) - sinks.double()).unsqueeze(-1)
+    torch.testing.assert_close(rows.double(), exact * kept, rtol=0, atol=atol)
+
+
 def test_partial_sum_holds_a_bounded_number_of_parts() -> None:
     q, k, v = tensors(4, 64)
     total = PartialSum(pending_bytes=5 * 4 * G * J * D * 4)
