@@ -2,7 +2,8 @@
 //
 // A decoding query is one task over all kv heads, so that K and V are read once and in order; a
 // block of queries becomes tiles, each kv head of a tile a task. When that makes too few tasks for
-// the threads, keys are split, and the parts merge in fp32 at the end.
+// the threads, keys are split, and the parts merge in fp32 at the end. A decoding query's keys are
+// split in any case after some ten thousands: a longer running sum loses what comes late.
 //
 // Served: head_dim a multiple of 16 up to kMaxHeadDim, float32, bfloat16 and float16.
 #include "attention.h"
@@ -20,6 +21,7 @@ constexpr int64_t kTileQueries = 64;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kMinDecodeKeys = 256;   // fewer keys are not worth a merge
 constexpr int64_t kMinExtendKeys = 2048;
+constexpr int64_t kMostDecodeKeys = 1 << 16;
 
 // Tasks [first, first + count) share their queries and heads; `state` numbers their first state
 // among the partials of all split groups.
@@ -97,12 +99,14 @@ Plan make_plan(const SglAttention& call) {
     const auto part_of = [&](int64_t keys, int64_t least) {
         return std::max(least, (keys / wanted + kKeys - 1) / kKeys * kKeys);
     };
-    const int64_t decode_part = part_of(decode_keys, kMinDecodeKeys);
-    const int64_t extend_part = part_of(extend_keys, kMinExtendKeys);
+    const int64_t decode_part =
+        alone ? kMostDecodeKeys : std::min(kMostDecodeKeys, part_of(decode_keys, kMinDecodeKeys));
+    const int64_t extend_part =
+        alone ? std::max<int64_t>(1, extend_keys) : part_of(extend_keys, kMinExtendKeys);
     for (const Task& tile : tiles) {
         const int64_t keys = tile.hi - tile.lo;
         const int64_t part = tile.rows == 1 ? decode_part : extend_part;
-        const int64_t parts = alone ? 1 : (keys + part - 1) / part, states = num_states(call, tile);
+        const int64_t parts = (keys + part - 1) / part, states = num_states(call, tile);
         const int64_t number = static_cast<int64_t>(plan.groups.size());
         plan.groups.push_back({static_cast<int64_t>(plan.tasks.size()), parts, plan.num_states});
         for (int64_t i = 0; i < parts; ++i) {

@@ -49,17 +49,23 @@ inline void dot_keys(const Isa::F (*query)[sgl::kMaxHeadDim / Isa::kLanes], cons
     for (int j = 0; j < kHeads; ++j) scores[j * kKeys] = Isa::sum(total[j]);
 }
 
+// A block is summed on its own first: after millions of keys, one key's share alone is lost in the
+// rounding of all that came before.
 template <class T, int kHeads>
 inline void add_values(const T* const* values, const float* weights, int count, int dim,
                        float* acc) {
     for (int d = 0; d < dim; d += Isa::kLanes) {
-        Isa::F total[kHeads];
-        for (int j = 0; j < kHeads; ++j) std::memcpy(&total[j], acc + j * dim + d, sizeof total[j]);
+        Isa::F total[kHeads] = {};
         for (int n = 0; n < count; ++n) {
             const Isa::F x = Isa::load(values[n] + d);
             for (int j = 0; j < kHeads; ++j) total[j] += weights[j * kKeys + n] * x;
         }
-        for (int j = 0; j < kHeads; ++j) std::memcpy(acc + j * dim + d, &total[j], sizeof total[j]);
+        for (int j = 0; j < kHeads; ++j) {
+            Isa::F sum;
+            std::memcpy(&sum, acc + j * dim + d, sizeof sum);
+            sum += total[j];
+            std::memcpy(acc + j * dim + d, &sum, sizeof sum);
+        }
     }
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +37,17 @@ def greedy(reference: PreTrainedModel, prompt: list[int], count: int) -> list[in
             logits = reference(torch.tensor([tokens]), use_cache=False).logits
             tokens.append(int(logits[0, -1].argmax()))
     return tokens[len(prompt) :]
+
+
+def best_next(reference: PreTrainedModel, prompt: list[int], output: list[int]) -> list[int]:
+    """What transformers takes for the best after every token before an output's, in one pass.
+
+    An output that equals it is the greedy one, token by token.
+    """
+    with torch.inference_mode():
+        logits = reference(torch.tensor([prompt + output]), use_cache=False).logits[0]
+    best: list[int] = logits.argmax(-1)[len(prompt) - 1 : -1].tolist()
+    return best
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +82,55 @@ def test_llama4_equals_transformers(
         assert [engine.output(f"r{number}") for number in range(len(PROMPTS))] == answers
         kinds = [group["kind"] for group in engine.memory.memory_object()["groups"]]
         assert kinds == ["full", "chunked"]
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"use_qk_norm": False},
+    {"attn_temperature_tuning": False},
+    {"num_experts_per_tok": 2},
+    {"interleave_moe_layer_step": 1},
+    {"moe_layers": [0, 3]},
+    {"no_rope_layers": [0, 1, 1, 0]},
+    {"no_rope_layers": [1, 0, 1, 1]},
+    {"layer_types": ["full_attention", "chunked_attention"] * 2},
+    {
+        "no_rope_layers": [1, 1, 0, 1],
+        "num_experts_per_tok": 3,
+        "interleave_moe_layer_step": 1,
+        "use_qk_norm": False,
+    },
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_variants_of_llama4_equal_transformers(
+    answers: list[list[int]], changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Where the last layer is a chunked one, only the wanted rows of it are computed."""
+    reference = make_hf_model("llama4", **changes)
+    path = save(reference, tmp_path)
+    chunked = reference.config.layer_types.count("chunked_attention")
+    for flags in ({"page_size": 1}, {"page_size": 16, "kv_backing": "segment_table"}):
+        with tower(path, **flags, kv_segment_size=64, chunked_prefill_size=17) as engine:
+            for number, prompt in enumerate(PROMPTS):
+                engine.send(f"r{number}", prompt)
+                engine.scheduler.turn()
+            engine.run()
+            outputs = [engine.output(f"r{number}") for number in range(len(PROMPTS))]
+            for prompt, output in zip(PROMPTS, outputs, strict=True):
+                assert len(output) == 64
+                assert output == best_next(reference, prompt, output)
+            assert outputs != answers, "the change matters"
+            groups = engine.memory.memory_object()["groups"]
+            assert {group["kind"]: group["num_layers"] for group in groups} == {
+                "full": 4 - chunked,
+                "chunked": chunked,
+            }
+
+
+def test_some_variant_ends_with_a_chunked_layer() -> None:
+    kinds = {make_hf_model("llama4", **changes).config.layer_types[-1] for changes in VARIANTS}
+    assert kinds == {"full_attention", "chunked_attention"}
 
 
 def test_the_text_part_of_a_multimodal_checkpoint(

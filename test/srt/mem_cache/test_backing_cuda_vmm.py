@@ -188,6 +188,33 @@ def test_whichever_call_fails_everything_is_as_before(
         assert failures >= 5, name
 
 
+@HANDLES
+def test_whichever_call_of_a_discard_fails_no_byte_is_forgotten(handle_bytes: int | None) -> None:
+    """Only handles are released, and one that is refused is kept: no error, and tried again."""
+    for n in range(1, 1000):
+        backing, driver = make(ONE, handle_bytes)
+        backing.map(GroupId(0), ids(1))
+        before = driver.state()
+        backing.prepare(GroupId(0), ids(2, 5))
+        driver.fail_at = n
+        backing.discard(GroupId(0), ids(2, 5))
+        refused = driver.fail_at == 0
+        assert backing.held_bytes == driver.used_bytes
+        assert ("1 stuck" in repr(backing)) == refused
+        assert (driver.state() == before) != refused
+        driver.fail_at = 0
+        backing.map(GroupId(0), ids(2, 5))
+        backing.unmap(GroupId(0), ids(2, 5))
+        assert "0 stuck" in repr(backing)
+        assert driver.state() == before
+        backing.close()
+        assert driver.state() == ({}, [], {})
+        if not refused:
+            break
+    parts = 2 * 2  # layers, planes
+    assert n > parts
+
+
 @SPECS
 def test_whichever_call_of_reserve_fails_nothing_is_held(spec: KVCacheSpec) -> None:
     n = 0

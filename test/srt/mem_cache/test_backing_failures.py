@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from sglang.srt.errors import BackingError
+from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import (
     GroupId,
     KVCacheSpec,
@@ -48,6 +48,8 @@ class FailingCalls(HostCalls):
         self.num_filled = 0
         self.largest_populated = 0
         self.protect_error: int | None = None
+        self.failing_protects: set[int] = set()  # numbers of failing ones; empty: all
+        self.num_protected = 0
         self.reserve_error: int | None = None
 
     def reserve(self, length: int) -> int:
@@ -57,7 +59,9 @@ class FailingCalls(HostCalls):
 
     def protect(self, address: int, length: int, *, accessible: bool) -> None:
         if self.protect_error is not None:
-            raise OSError(self.protect_error, os.strerror(self.protect_error))
+            self.num_protected += 1
+            if not self.failing_protects or self.num_protected in self.failing_protects:
+                raise OSError(self.protect_error, os.strerror(self.protect_error))
         super().protect(address, length, accessible=accessible)
 
     def advise(self, address: int, length: int, advice: int) -> None:
@@ -234,6 +238,75 @@ def test_a_refused_unmap_is_a_backing_error() -> None:
         backing.unmap(G, ids(1))
     calls.advice_error = {}
     backing.unmap(G, ids(1))
+    backing.close()
+
+
+@pytest.mark.parametrize("debug_protect", [False, True])
+@pytest.mark.parametrize("populates", [True, False])
+def test_whichever_call_of_an_unmap_fails_all_of_it_stays_mapped(
+    debug_protect: bool, populates: bool
+) -> None:
+    """Half of the planes without memory is neither mapped nor unmapped; used, it may end us."""
+    calls = FailingCalls()
+    if not populates:
+        calls.advice_error = {MADV_POPULATE_WRITE: errno.EINVAL}
+    layouts = make_layouts()
+    backing = MmapBacking(calls=calls, debug_protect=debug_protect, available_bytes=lambda: PLENTY)
+    backing.reserve(SPEC, layouts)
+    backing.map(G, ids(1, 2, 3, 4))
+    before = backing.resident_bytes()
+    size = layouts[0].slots_per_segment
+    planes = [backing.view(layer, plane) for layer in (0, 1) for plane in Plane]
+    calls.advice_error[MADV_DONTNEED] = errno.EINVAL
+    for failing in range(1, 8 + 1):  # 4 planes x 2 runs
+        for plane in planes:
+            plane[size : 5 * size] = float(failing)
+        calls.num_advised, calls.failing = 0, {failing}
+        with pytest.raises(BackingError, match="can't unmap 3 KV segments"):
+            backing.unmap(G, ids(1, 3, 4))
+        assert backing.resident_bytes() == before
+        for plane in planes:
+            assert plane[2 * size : 3 * size].eq(failing).all()  # nobody asked for segment 2
+    calls.num_advised, calls.failing = 0, {9}
+    backing.unmap(G, ids(1, 3, 4))
+    assert calls.num_advised == 8
+    assert backing.resident_bytes() == layouts[0].fixed_bytes + layouts[0].segment_bytes
+    backing.close()
+
+
+def test_protection_that_can_not_be_lifted_after_a_refused_unmap_is_told() -> None:
+    calls = FailingCalls()
+    backing = MmapBacking(calls=calls, debug_protect=True)
+    backing.reserve(SPEC, make_layouts())
+    backing.map(G, ids(1))
+    calls.advice_error, calls.failing = {MADV_DONTNEED: errno.EINVAL}, {2}
+    calls.protect_error, calls.failing_protects = errno.ENOMEM, {2}
+    with pytest.raises(InvariantError, match="mapped KV memory was lost"):
+        backing.unmap(G, ids(1))
+    backing.close()
+
+
+def test_whichever_protection_of_a_map_fails_nothing_stays() -> None:
+    calls = FailingCalls()
+    layouts = make_layouts()
+    backing = MmapBacking(calls=calls, debug_protect=True)
+    backing.reserve(SPEC, layouts)
+    backing.map(G, ids(2))
+    size = layouts[0].slots_per_segment
+    between = backing.view(1, Plane.VALUE)[2 * size : 3 * size]
+    between.fill_(5.0)
+    before = backing.resident_bytes()
+    calls.protect_error = errno.ENOMEM
+    for failing in range(1, 8 + 1):
+        calls.num_protected, calls.failing_protects = 0, {failing}
+        with pytest.raises(BackingError, match="can't map 3 KV segments"):
+            backing.map(G, ids(1, 3, 4))
+        assert backing.resident_bytes() == before
+        assert between.eq(5.0).all()
+    calls.protect_error = None
+    backing.map(G, ids(1, 3, 4))
+    assert backing.resident_bytes() == (before or 0) + 3 * layouts[0].segment_bytes
+    assert between.eq(5.0).all()
     backing.close()
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
+import mmap
+import os
 import sys
 import threading
 import weakref
@@ -142,6 +145,48 @@ def test_whichever_allocation_fails_nothing_changes(monkeypatch: pytest.MonkeyPa
         if calls < failing:
             break
     assert failures == 2 * 2 * 2  # layers, planes, segments
+
+
+def test_whichever_mapping_the_system_refuses_nothing_is_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of `reserve`, which can be tried again, and of a map, beside segments that keep contents."""
+    real, calls, failing = mmap.mmap, 0, 0
+
+    def refuse(*args: int) -> mmap.mmap:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return real(*args)
+
+    monkeypatch.setattr("sglang.srt.mem_cache.segment_backing.segment_table.mmap.mmap", refuse)
+    backing = SegmentTableBacking(available_bytes=lambda: LOTS)
+    for failing in range(1, 3 * 2 + 1):  # layers, planes
+        calls = 0
+        with pytest.raises(BackingError, match="Cannot allocate memory"):
+            backing.reserve(SPEC, layouts_of(SPEC))
+        assert calls == failing
+        assert backing.resident_bytes() is None
+    calls, failing = 0, 7
+    backing.reserve(SPEC, layouts_of(SPEC))
+    assert calls == 6
+    failing = 0
+    backing.map(G, ids(2))
+    planes = [backing.plane(layer, plane) for layer in (0, 2) for plane in Plane]
+    for number, plane in enumerate(planes):
+        plane.part(2).fill_(number + 1.0)
+    before, pointers = backing.resident_bytes(), [plane.pointers.clone() for plane in planes]
+    for failing in range(1, 2 * 2 * 2 + 1):  # layers, planes, segments
+        calls = 0
+        with pytest.raises(BackingError, match="Cannot allocate memory"):
+            backing.map(G, ids(1, 3))
+        assert calls == failing
+        assert backing.resident_bytes() == before
+        for number, (plane, pointer) in enumerate(zip(planes, pointers, strict=True)):
+            assert torch.equal(plane.pointers, pointer)
+            assert plane.part(2).eq(number + 1.0).all()
+    backing.close()
 
 
 def test_the_machine_is_asked_first_and_what_torch_raises_is_a_refusal(

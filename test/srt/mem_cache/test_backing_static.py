@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import mmap
+import os
 import sys
+import weakref
 
 import pytest
 import torch
@@ -77,8 +81,11 @@ def test_map_checks_ids_and_unmap_is_a_bug() -> None:
     with pytest.raises(InvariantError, match="reserved before"):
         backing.reserve(SPEC, layouts)
     backing.close()
-    with pytest.raises(InvariantError, match="not been reserved"):
-        backing.view(0, Plane.KEY)
+    for unreserved in (backing, StaticBacking()):
+        with pytest.raises(InvariantError, match="not been reserved"):
+            unreserved.view(0, Plane.KEY)
+        with pytest.raises(InvariantError, match="not been reserved"):
+            unreserved.map(G, [SegmentId(1)])
 
 
 def test_more_than_the_machine_has_is_refused_at_start() -> None:
@@ -87,6 +94,34 @@ def test_more_than_the_machine_has_is_refused_at_start() -> None:
         backing.reserve(SPEC, budget_layouts())
     assert backing.resident_bytes() is None
     backing.reserve(SPEC, budget_layouts(6 * MIB))
+    backing.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="takes its memory from torch there")
+def test_whichever_plane_has_no_memory_nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, taken, failing = mmap.mmap, [], 0
+
+    def refuse(*args: int, **options: int) -> mmap.mmap:
+        if len(taken) + 1 == failing:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        pages = real(*args, **options)
+        taken.append(weakref.ref(pages))
+        return pages
+
+    monkeypatch.setattr("sglang.srt.mem_cache.segment_backing.static.mmap.mmap", refuse)
+    layouts = budget_layouts(1 * MIB)
+    backing = StaticBacking()
+    for failing in range(1, 2 * 2 + 1):  # layers, planes
+        taken.clear()
+        with pytest.raises(BackingError, match=r"static KV pool: .*Cannot allocate memory"):
+            backing.reserve(SPEC, layouts)
+        assert len(taken) == failing - 1
+        gc.collect()
+        assert all(pages() is None for pages in taken)
+        assert backing.resident_bytes() is None
+    failing = 0
+    backing.reserve(SPEC, layouts)
+    backing.map(G, [SegmentId(1)])
     backing.close()
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sglang.srt.layers.attention import merge
 from sglang.srt.layers.attention.merge import (
     PartialSum,
+    apply_sinks,
     band_mask,
     merge_partials,
     partial_attention,
@@ -125,6 +126,92 @@ def test_many_bf16_parts_stay_as_exact_as_one_rounding() -> None:
     out, _ = total.result()
     assert out.dtype is torch.float32
     assert (out.double() - want).abs().max() < 1e-2 * want.abs().mean()
+
+
+def by_head(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[G, M, J, E] and [G, M, J] as layers have them: copies [M, G * J, E] and [M, G * J]."""
+    rows = out.transpose(0, 1).reshape(out.shape[1], G * J, -1)
+    return rows.float().clone(), lse.transpose(0, 1).reshape(lse.shape[1], G * J).float().clone()
+
+
+@settings(deadline=None, max_examples=25)
+@given(cuts=st.lists(st.integers(1, 59), max_size=20), pending=st.sampled_from([1, 1 << 20]))
+def test_a_sink_counts_once_however_many_parts_there_are(cuts: list[int], pending: int) -> None:
+    """The reference has one more key, whose value is zero, at the end of a float64 softmax."""
+    q, k, v = tensors(3, 60)
+    sinks = torch.tensor([float("-inf"), -2.0, 1.0, 4.0, 6.0, 80.0])  # no share to all of it
+    scores = torch.einsum("mgjd,ngd->mgjn", q.double(), k.double()).flatten(1, 2) * 0.25
+    joined = torch.cat((scores, sinks.double().view(1, -1, 1).expand(3, -1, 1)), -1)
+    weights = joined.softmax(-1)[..., :-1].view(3, G, J, -1)
+    want = torch.einsum("mgjn,nge->mgje", weights, v.double()).flatten(1, 2)
+    total = PartialSum(pending)
+    for a, b in itertools.pairwise(sorted({0, 60, *cuts})):
+        total.add(partial_attention(q, k[a:b], v[a:b], 0.25))
+    out, lse = by_head(*total.result())
+    apply_sinks(out, lse, sinks)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=2e-6)
+    apply_sinks(out, lse, sinks)  # twice is far off wherever the sink has a share
+    assert (out.double() - want)[:, 1:5].abs().amax((0, 2)).gt(1e-4).all()
+
+
+def test_a_sink_alone_takes_everything() -> None:
+    out, lse = torch.zeros(2, 3, 4), torch.full((2, 3), float("-inf"))
+    apply_sinks(out, lse, torch.tensor([-5.0, 0.0, 5.0]))
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("pending", "dtype", "atol"),
+    [
+        (16 << 20, torch.float32, 2e-5),
+        (1, torch.float32, 2e-4),  # merged one by one: the output is rounded with every part
+        (16 << 20, torch.bfloat16, 1e-2),
+        (1, torch.bfloat16, 1e-2),
+    ],
+)
+@pytest.mark.parametrize("length", [1_000_000, 4_000_000, 10_000_000])
+def test_millions_of_positions(length: int, pending: int, dtype: torch.dtype, atol: float) -> None:
+    """Parts over slices of the same few keys, again and again, and one needle among them.
+
+    The exact answer is a sum over the few keys, each weighted by how often it was seen.
+    """
+    few, generator = 4096, torch.Generator().manual_seed(length)
+    q, k, v = tensors(1, few + 1, dtype=dtype)
+    v += 1.0  # what averages to nothing would show no error
+    k[-1] = q[0].float().mean(1) * 4.0
+    score = torch.einsum("mgjd,gd->mgj", q.double(), k[-1].double()).min() * 0.25
+    # the needle weighs about as much as all the rest together
+    k[-1] = k[-1].float() * float(torch.tensor(length).log() / score)
+    counts = torch.zeros(few + 1, dtype=torch.float64)
+    counts[-1] = 1
+    slices = torch.randint(few, (40, 2), generator=generator).sort(1).values.tolist()
+    parts = [(a, b, partial_attention(q, k[a:b], v[a:b], 0.25)) for a, b in slices if a < b]
+    total, left, number = PartialSum(pending), length - 1, 0
+    while left:
+        a, b, part = parts[number % len(parts)]
+        if b - a > left:
+            a, b = 0, left if left <= few else few
+            part = partial_attention(q, k[a:b], v[a:b], 0.25)
+        total.add(part)
+        counts[a:b] += 1
+        left, number = left - (b - a), number + 1
+        if number == 100:
+            total.add(partial_attention(q, k[-1:], v[-1:], 0.25))
+    assert number > length // few
+    assert counts.sum() == length
+    scores = torch.einsum("mgjd,ngd->gmjn", q.double(), k.double()) * 0.25 + counts.log()
+    want = torch.einsum("gmjn,nge->gmje", scores.softmax(-1), v.double())
+    share = scores.softmax(-1)[..., -1]
+    assert share.max() > 0.2
+    out, lse = total.result()
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=0, atol=4e-6)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=atol)
+    rows, sums = by_head(out, lse)
+    sinks = torch.linspace(-4.0, 4.0, G * J) + scores.logsumexp(-1).mean().float()
+    exact, exact_lse = want.transpose(0, 1).flatten(1, 2), scores.logsumexp(-1).transpose(0, 1)
+    apply_sinks(rows, sums, sinks)
+    kept = torch.sigmoid(exact_lse.flatten(1) - sinks.double()).unsqueeze(-1)
+    torch.testing.assert_close(rows.double(), exact * kept, rtol=0, atol=atol)
 
 
 def test_partial_sum_holds_a_bounded_number_of_parts() -> None:

@@ -27,6 +27,9 @@ _LSE_FLOOR = -1e30
 _WIDENED_KEYS = 1 << 15
 _FEW_ROWS = 8
 
+# Parts that are summed up before they join the others: a sum's error grows with its length.
+_BLOCK = 64
+
 Partial = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -135,13 +138,8 @@ def merge_partials(parts: Sequence[Partial]) -> Partial:
     Returns the merged output and log-sum-exp, both float32; the order of parts matters only to
     rounding. Rows that no part saw come out as 0 and -inf.
     """
-    lses = torch.stack([lse for _, lse in parts])
-    total = torch.logsumexp(lses, 0)
-    weights = torch.exp(lses - total.clamp(min=_LSE_FLOOR)).unsqueeze(-1)
-    merged = parts[0][0] * weights[0]
-    for (out, _), weight in zip(parts[1:], weights[1:], strict=True):
-        merged.addcmul_(out, weight)
-    return merged, total
+    out, lse = _merge(parts)
+    return out, lse.float()
 
 
 def apply_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
@@ -169,15 +167,41 @@ class PartialSum:
         self._parts.append(part)
         self._held += part[0].nbytes
         if self._held > self._pending_bytes and len(self._parts) > 1:
-            merged = merge_partials(self._parts)
+            merged = _merge(self._parts)
             self._parts = [merged]
             self._held = merged[0].nbytes
 
     def result(self) -> Partial:
         """Output and log-sum-exp over all parts: float32, or the only part's dtypes."""
         if len(self._parts) == 1:
-            return self._parts[0]
+            out, lse = self._parts[0]
+            return out, lse.float()
         return merge_partials(self._parts)
+
+
+def _merge(parts: Sequence[Partial]) -> Partial:
+    """`merge_partials` with the log-sum-exp in float64, for merges that go on.
+
+    Over 10M keys it is about 16, where float32 has steps of 1e-6: thousands of merges one after
+    another would add such steps up.
+    """
+    lses = torch.stack([lse for _, lse in parts]).double()
+    total = torch.logsumexp(lses, 0)
+    weights = torch.exp(lses - total.clamp(min=_LSE_FLOOR)).float().unsqueeze(-1)
+    sums = [
+        _weighted_sum(parts[first : first + _BLOCK], weights[first : first + _BLOCK])
+        for first in range(0, len(parts), _BLOCK)
+    ]
+    for block in sums[1:]:
+        sums[0].add_(block)
+    return sums[0], total
+
+
+def _weighted_sum(parts: Sequence[Partial], weights: torch.Tensor) -> torch.Tensor:
+    result = parts[0][0] * weights[0]
+    for (out, _), weight in zip(parts[1:], weights[1:], strict=True):
+        result.addcmul_(out, weight)
+    return result
 
 
 def _dense_attention(

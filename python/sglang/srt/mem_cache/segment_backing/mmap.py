@@ -142,12 +142,19 @@ class MmapBacking:
             ) from error
 
     def unmap(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
-        """See SegmentBacking. The memory is back with the system when this returns."""
+        """See SegmentBacking. The memory is back with the system when this returns.
+
+        After a refusal all of it is there again. Raises InvariantError when debug protection
+        can't be lifted again: a segment that counts as mapped would end the process when used.
+        """
         runs = self._runs(group, segments)
+        done: list[tuple[int, int]] = []
         try:
             for address, length in self._ranges(group, runs):
                 self._discard(address, length)
+                done.append((address, length))
         except OSError as error:
+            self._restore(done)
             raise BackingError(f"can't unmap {len(segments)} KV segments: {error}") from error
 
     def view(self, layer: int, plane: Plane) -> torch.Tensor:
@@ -292,6 +299,18 @@ class MmapBacking:
             # refused only when the process has too many mappings: a debug aid may not fail more
             with suppress(OSError):
                 self._calls.protect(address, length, accessible=False)
+
+    def _restore(self, ranges: list[tuple[int, int]]) -> None:
+        """Put memory under what a refused unmap had given back already."""
+        for address, length in ranges:
+            if self._debug_protect:
+                try:
+                    self._calls.protect(address, length, accessible=True)
+                except OSError as error:
+                    raise InvariantError(f"mapped KV memory was lost: {error}") from error
+            # what can't be had now comes with the first write
+            with suppress(OSError, BackingError):
+                self._populate(address, length)
 
     def _check_headroom(self, wanted_bytes: int) -> None:
         available = self._available()

@@ -77,6 +77,8 @@ class StaticBacking:
 
     def map(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
         """See SegmentBacking. Checks the ids; the memory is there already."""
+        if not self._planes:
+            raise InvariantError("the backing has not been reserved, or it was closed")
         last = self._layouts[group].max_segments - 1
         if any(not 1 <= segment <= last for segment in segments):
             raise InvariantError(f"group {group}: {tuple(segments)} are not all in 1..{last}")
