@@ -206,7 +206,7 @@ class Scheduler:
             # The text side keeps ids unique; answering here would give one id two final outputs.
             logger.error("Ignored a second request with the id %s", message.rid)
             return
-        reason = self._refusal(num_tokens)
+        reason = self._limits.refusal(num_tokens, len(self._waiting))
         if reason is not None:
             self.counters.num_refused += 1
             self._outputs.refuse(message.rid, num_tokens, reason)
@@ -220,22 +220,6 @@ class Scheduler:
         self.counters.prompt_tokens += num_tokens
         self._by_rid[req.rid] = req
         self._waiting.add(req)
-
-    def _refusal(self, num_tokens: int) -> FinishReason | None:
-        limits = self._limits
-        if num_tokens == 0:
-            return FinishReason("abort", message="The prompt is empty.", status_code=400)
-        if num_tokens >= limits.context_length:
-            text = (
-                f"Input length ({num_tokens} tokens) exceeds the maximum allowed length "
-                f"({limits.context_length - 1} tokens)."
-            )
-            return FinishReason("abort", message=text, status_code=400, err_type="BadRequestError")
-        bound = limits.max_queued_requests
-        if bound is not None and len(self._waiting) >= bound:
-            text = f"The request queue is full ({bound} requests)."
-            return FinishReason("abort", message=text, status_code=503)
-        return None
 
     def _abort(self, message: AbortReq) -> None:
         wanted = self.requests() if message.abort_all else [self._by_rid.get(message.rid)]

@@ -12,6 +12,7 @@ from sglang.srt.managers.io_struct import (
     BatchProgressOut,
     BatchTokenIDOut,
     ControlReply,
+    FinishReason,
     ToScheduler,
 )
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -41,6 +42,22 @@ class SchedulerLimits:
     random_seed: int
     max_queued_requests: int | None = None
     log_interval_steps: int = 40
+
+    def refusal(self, num_tokens: int, num_waiting: int) -> FinishReason | None:
+        """Why a prompt of `num_tokens` can't join a queue of `num_waiting`; None when it can."""
+        if num_tokens == 0:
+            return FinishReason("abort", message="The prompt is empty.", status_code=400)
+        if num_tokens >= self.context_length:
+            text = (
+                f"Input length ({num_tokens} tokens) exceeds the maximum allowed length "
+                f"({self.context_length - 1} tokens)."
+            )
+            return FinishReason("abort", message=text, status_code=400, err_type="BadRequestError")
+        bound = self.max_queued_requests
+        if bound is not None and num_waiting >= bound:
+            text = f"The request queue is full ({bound} requests)."
+            return FinishReason("abort", message=text, status_code=503)
+        return None
 
 
 class SchedulerChannel(Protocol):

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.attention.cpu_backend import CpuAttnBackend, native_kernels
+from sglang.srt.layers.attention.cpu_backend import CpuAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.native import native_kernels
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch, ForwardMode
@@ -111,17 +112,12 @@ def make_long(length: int, extend: int, dtype: str) -> Long:
 @pytest.mark.parametrize("extend", [1, 5], ids=["decode", "extend"])
 @pytest.mark.parametrize("length", [1_000_000, 4_000_000, 10_000_000])
 @pytest.mark.parametrize(
-    ("make_backend", "atol"),
-    [
-        # torch's fused kernel loses more of single queries over long runs
-        (TorchNativeAttnBackend, {"float32": 3e-4, "bfloat16": 1.5e-2}),
-        pytest.param(CpuAttnBackend, {"float32": 2e-5, "bfloat16": 1.5e-2}, marks=native),
-    ],
+    "make_backend",
+    [TorchNativeAttnBackend, pytest.param(CpuAttnBackend, marks=native)],
     ids=["torch_native", "cpu"],
 )
 def test_equals_the_weighted_sum(
     make_backend: Callable[[KVCacheSpec], AttentionBackend],
-    atol: dict[str, float],
     length: int,
     extend: int,
     dtype: str,
@@ -130,4 +126,7 @@ def test_equals_the_weighted_sum(
     want, share = long.reference()
     assert 0.02 < share.median() < 0.98, "the needle and the rest both count"
     out = long.run(make_backend(long.spec))
-    torch.testing.assert_close(out.double(), want, rtol=0, atol=atol[dtype])
+    # torch's fused kernel, to which the native backend may leave prompts, loses more over long runs
+    exact = make_backend is CpuAttnBackend and extend == 1
+    atol = 1.5e-2 if dtype == "bfloat16" else 2e-5 if exact else 3e-4
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=atol)
