@@ -9,9 +9,7 @@ import pytest
 import zmq
 
 from sglang.srt.managers.scheduler_kv_replay import KVEventReplay, ReplayBuffer, parse_start
-from srt.managers.kv_event_clients import END, ReplayClient
-
-ANY_PORT = "tcp://127.0.0.1:*"
+from srt.managers.kv_event_clients import ANY_PORT, END, ReplayClient
 
 
 class Pair:
