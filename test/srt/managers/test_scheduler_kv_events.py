@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 import pytest
-import zmq
 
 from sglang.srt.configs.kv_events_config import KVEventsConfig
 from sglang.srt.managers.scheduler_kv_events import KVEventPublisher
@@ -20,45 +19,10 @@ from sglang.srt.mem_cache.kv_events import (
     Stored,
 )
 from srt.managers import scheduler_harness
+from srt.managers.kv_event_clients import ANY_PORT, Subscriber
 from srt.managers.scheduler_harness import Harness
 from srt.mem_cache.event_mirror import PAGE, Mirror, blocks_of, live
 from srt.mem_cache.memory_driver import MemoryDriver, make_memory
-
-ANY_PORT = "tcp://127.0.0.1:*"
-
-
-class Subscriber:
-    """A router's side: topic, number and batch of each message."""
-
-    def __init__(self, endpoint: str | None = None, topic: str = "") -> None:
-        self.context = zmq.Context()
-        self.socket = self.context.socket(zmq.SUB)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt_string(zmq.SUBSCRIBE, topic)
-        if endpoint is None:
-            self.socket.bind(ANY_PORT)
-            self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        else:
-            self.socket.connect(endpoint)
-
-    def receive(self, timeout_ms: int = 10_000) -> tuple[str, int, list[object]] | None:
-        if not self.socket.poll(timeout_ms):
-            return None
-        topic, number, payload = self.socket.recv_multipart()
-        return topic.decode(), int.from_bytes(number, "big"), msgspec.msgpack.decode(payload)
-
-    def join(self, publisher: KVEventPublisher) -> int:
-        """Publish until the first message arrives; its number. A subscription takes a moment."""
-        for _ in range(1000):
-            publisher.publish([Cleared()])
-            message = self.receive(20)
-            if message is not None:
-                return message[1]
-        raise AssertionError("never connected")
-
-    def close(self) -> None:
-        self.socket.close()
-        self.context.term()
 
 
 @pytest.fixture

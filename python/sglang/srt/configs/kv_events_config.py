@@ -9,9 +9,7 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-# Keys of the same option elsewhere that ask for something that does not exist here.
-_REFUSED = {"replay_endpoint": "a replay socket"}
-_IGNORED = ("buffer_steps",)  # belongs to the replay socket
+_WILDCARDS = ("*", "0.0.0.0", "[::]")
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,8 @@ class KVEventsConfig:
 
     `endpoint` is bound when its host is a wildcard or it is an ipc path, else connected to.
     `hwm` messages wait per subscriber, `max_queue_size` batches before the socket, until the
-    oldest are dropped (a gap in the sequence numbers tells).
+    oldest are dropped (a gap in the sequence numbers tells). `replay_endpoint` is always bound and
+    answers from the last `buffer_steps` batches; None: nothing is kept.
     """
 
     publisher: str = "null"
@@ -28,6 +27,8 @@ class KVEventsConfig:
     topic: str = ""
     hwm: int = 100_000
     max_queue_size: int = 100_000
+    replay_endpoint: str | None = None
+    buffer_steps: int = 10_000
 
     PUBLISHERS: ClassVar[tuple[str, ...]] = ("null", "zmq")
 
@@ -41,11 +42,6 @@ class KVEventsConfig:
             raise ValueError(f"{name} is not JSON: {error}") from error
         if not isinstance(given, dict):
             raise ValueError(f"{name} must be a JSON object")
-        for key, what in _REFUSED.items():
-            if given.pop(key, None) is not None:
-                raise ValueError(f"{name}: {key} asks for {what}, which does not exist here")
-        for key in _IGNORED:
-            given.pop(key, None)
         if given.pop("enable_kv_cache_events", True) is False:
             given["publisher"] = "null"
         known = {field.name: field.type for field in fields(cls)}
@@ -59,6 +55,11 @@ class KVEventsConfig:
             raise ValueError(f"{name}: publisher must be one of {allowed}")
         if "://" not in config.endpoint:
             raise ValueError(f"{name}: endpoint must look like tcp://*:5557")
+        if config.replay_endpoint is not None:
+            if "://" not in config.replay_endpoint:
+                raise ValueError(f"{name}: replay_endpoint must look like tcp://*:5558")
+            if _is_same_address(config.endpoint, config.replay_endpoint):
+                raise ValueError(f"{name}: replay_endpoint must be another address than endpoint")
         return config
 
     @property
@@ -70,12 +71,24 @@ class KVEventsConfig:
     def binds(self) -> bool:
         """Whether the endpoint is this side's own address."""
         host = self.endpoint.split("://", 1)[1].rsplit(":", 1)
-        wild = any(mark in host[0] for mark in ("*", "0.0.0.0", "[::]"))
+        wild = any(mark in host[0] for mark in _WILDCARDS)
         return wild or host[-1] == "*" or self.endpoint.startswith(("ipc://", "inproc://"))
+
+
+def _is_same_address(one: str, other: str) -> bool:
+    """Whether two endpoints name one address; a port that the system chooses is never the same."""
+    transport, address = one.split("://", 1)
+    if transport == "tcp" and address.rsplit(":", 1)[-1] in ("*", "0"):
+        return False
+    for mark in _WILDCARDS:
+        one, other = (text.replace(f"//{mark}:", "//*:") for text in (one, other))
+    return one == other
 
 
 def _check(name: str, value: Any, kind: Any) -> None:
     if kind == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ValueError(f"{name} must be a whole number of at least 1")
-    if kind == "str" and not isinstance(value, str):
+    if kind == "str | None" and value is None:
+        return
+    if kind in ("str", "str | None") and not isinstance(value, str):
         raise ValueError(f"{name} must be a string")

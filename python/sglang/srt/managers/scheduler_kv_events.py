@@ -1,7 +1,8 @@
 """Publishes the prefix cache's events on a ZeroMQ PUB socket, from a thread of its own.
 
 The scheduler only appends to a bounded queue; spelling out, encoding and sending happen on the
-thread. Made when `--kv-events-config` asks for it. See docs/kv_segments.md, Note [KV events].
+thread. Made when `--kv-events-config` asks for it; with a `replay_endpoint`, what was sent can be
+asked for again. See docs/kv_segments.md, Note [KV events].
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import msgspec
 import zmq
 
 from sglang.srt.configs.kv_events_config import KVEventsConfig
+from sglang.srt.managers.scheduler_kv_replay import KVEventReplay
 from sglang.srt.mem_cache.kv_events import KVEvent, KVEventBatch
 
 _LINGER_MS = 200
@@ -26,7 +28,8 @@ class KVEventPublisher:
 
     Numbers count from 0, 8 bytes, big-endian. A batch that finds the queue full pushes out the
     oldest one, and a slow subscriber misses messages: the gap in the numbers tells, and whoever
-    sees one has to forget what it knows. Raises ValueError when the endpoint can't be used.
+    sees one has to ask the replay, which goes by the same numbers, or forget what it knows. What
+    the queue dropped, the replay lacks too. Raises ValueError when an endpoint can't be used.
     """
 
     def __init__(self, config: KVEventsConfig, clock: Callable[[], float] = time.time) -> None:
@@ -39,6 +42,9 @@ class KVEventPublisher:
         self._next_number = 0
         self.num_dropped = 0
         self._encoder = msgspec.msgpack.Encoder()
+        self.replay: KVEventReplay | None = None
+        if config.replay_endpoint is not None:
+            self.replay = KVEventReplay(config.replay_endpoint, config.buffer_steps)
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = self._context.socket(zmq.PUB)
         self._socket.setsockopt(zmq.SNDHWM, config.hwm)
@@ -48,6 +54,8 @@ class KVEventPublisher:
         except zmq.ZMQError as error:
             self._socket.close()
             self._context.term()
+            if self.replay is not None:
+                self.replay.close()
             raise ValueError(f"--kv-events-config: {config.endpoint}: {error}") from error
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._thread = threading.Thread(target=self._run, name="kv-events", daemon=True)
@@ -69,6 +77,8 @@ class KVEventPublisher:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+        if self.replay is not None:
+            self.replay.close()
 
     def _run(self) -> None:
         while True:
@@ -78,13 +88,15 @@ class KVEventPublisher:
                     break
                 number, events = self._queue.popleft()
             batch = KVEventBatch(self._clock(), [event.to_wire() for event in events])
-            frames = (self._topic, number.to_bytes(8, "big"), self._encoder.encode(batch))
-            self._socket.send_multipart(frames)
+            payload = self._encoder.encode(batch)
+            if self.replay is not None:  # before it is sent: who hears of it can ask for it
+                self.replay.add(number, payload)
+            self._socket.send_multipart((self._topic, number.to_bytes(8, "big"), payload))
         self._socket.close()
         self._context.term()
 
     def __repr__(self) -> str:
         return (
             f"KVEventPublisher({self.endpoint}, sent={self._next_number - len(self._queue)}, "
-            f"dropped={self.num_dropped})"
+            f"dropped={self.num_dropped}, replay={self.replay})"
         )
