@@ -58,6 +58,33 @@ struct SglLinear {
     int32_t num_threads;
 };
 
+// (x + residual) / sqrt(mean of squares + eps) * (offset + weight), row by row, in fp32 and rounded
+// once. Elements of a row are contiguous.
+struct SglNorm {
+    const void* x;          // [rows, width] in `x_dtype`
+    const float* residual;  // [rows, width], or null
+    float* total;           // [rows, width] receives x + residual; used with `residual` only
+    const void* weight;     // [width] in `dtype`
+    void* out;              // [rows, width] in `dtype`
+    int64_t x_row, residual_row, total_row, out_row;
+    int64_t rows, width;
+    float eps, offset;
+    int32_t x_dtype, dtype;
+    int32_t isa;  // at most what sgl_cpu_isa() answers
+    int32_t num_threads;
+};
+
+// silu(gate) * up, row by row, in fp32 and rounded once. A row of x holds its gates, then its ups.
+struct SglGate {
+    const void* x;  // [rows, 2 width]
+    void* out;      // [rows, width]
+    int64_t x_row, out_row;
+    int64_t rows, width;
+    int32_t dtype;
+    int32_t isa;  // at most what sgl_cpu_isa() answers
+    int32_t num_threads;
+};
+
 // The best level that this processor and this build have. Asks the system for AMX's registers.
 SGL_API int32_t sgl_cpu_isa();
 
@@ -70,6 +97,10 @@ SGL_API int32_t sgl_attention(const SglAttention* call);
 
 // 0, or -1 when the arguments are not served (see linear.cpp).
 SGL_API int32_t sgl_linear(const SglLinear* call);
+
+// 0, or -1 when the arguments are not served (see rows.cpp).
+SGL_API int32_t sgl_norm(const SglNorm* call);
+SGL_API int32_t sgl_silu_and_mul(const SglGate* call);
 
 // Sum of `bytes` bytes (a multiple of 64) as 32-bit words: the ceiling that reading is compared to.
 SGL_API uint32_t sgl_read_sum(const void* data, int64_t bytes, int32_t num_threads);

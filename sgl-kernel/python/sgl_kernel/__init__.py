@@ -3,6 +3,7 @@
 from sgl_kernel.attention import AttentionTables, QueryBlocks, paged_attention, serves_attention
 from sgl_kernel.library import Isa, KernelError, cpu_isa, read_sum
 from sgl_kernel.linear import linear
+from sgl_kernel.rows import rms_norm, silu_and_mul
 
 __all__ = [
     "AttentionTables",
@@ -13,5 +14,7 @@ __all__ = [
     "linear",
     "paged_attention",
     "read_sum",
+    "rms_norm",
     "serves_attention",
+    "silu_and_mul",
 ]

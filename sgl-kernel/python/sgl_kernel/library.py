@@ -69,6 +69,28 @@ class LinearCall(ctypes.Structure):
     )
 
 
+class NormCall(ctypes.Structure):
+    """`SglNorm` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "total", "weight", "out")),
+        *((name, ctypes.c_int64) for name in ("x_row", "residual_row", "total_row", "out_row")),
+        *((name, ctypes.c_int64) for name in ("rows", "width")),
+        *((name, ctypes.c_float) for name in ("eps", "offset")),
+        *((name, ctypes.c_int32) for name in ("x_dtype", "dtype", "isa", "num_threads")),
+    )
+
+
+class GateCall(ctypes.Structure):
+    """`SglGate` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "out")),
+        *((name, ctypes.c_int64) for name in ("x_row", "out_row", "rows", "width")),
+        *((name, ctypes.c_int32) for name in ("dtype", "isa", "num_threads")),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The loaded library, running on PyTorch's OpenMP threads where those are found.
@@ -87,6 +109,10 @@ def library() -> ctypes.CDLL:
     lib.sgl_attention.restype = ctypes.c_int32
     lib.sgl_linear.argtypes = (ctypes.POINTER(LinearCall),)
     lib.sgl_linear.restype = ctypes.c_int32
+    lib.sgl_norm.argtypes = (ctypes.POINTER(NormCall),)
+    lib.sgl_norm.restype = ctypes.c_int32
+    lib.sgl_silu_and_mul.argtypes = (ctypes.POINTER(GateCall),)
+    lib.sgl_silu_and_mul.restype = ctypes.c_int32
     lib.sgl_read_sum.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
     lib.sgl_read_sum.restype = ctypes.c_uint32
     lib.sgl_set_parallel(_gomp_parallel())

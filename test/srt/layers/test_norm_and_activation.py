@@ -3,8 +3,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sglang.srt.layers import activation, layernorm
 from sglang.srt.layers.activation import ClampedGate, GeluTanhAndMul, SiluAndMul
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
+
+
+@pytest.fixture(params=["torch", "as installed"], autouse=True)
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds without the native kernels and with them, where they are."""
+    if request.param == "torch":
+        for module in (activation, layernorm):
+            monkeypatch.setattr(module, "kernels_for", lambda *_: None)
+    else:
+        monkeypatch.setattr(activation, "_FEW_ELEMENTS", 0)
 
 
 def make_norm(dtype: torch.dtype) -> RMSNorm:

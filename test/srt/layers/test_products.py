@@ -81,10 +81,10 @@ class Kernels:
 @pytest.mark.parametrize(
     ("rows", "dtype", "fast", "kernels", "way"),
     [
-        (16, torch.bfloat16, False, True, "native"),
+        (32, torch.bfloat16, False, True, "native"),
         (1, torch.float32, False, True, "native"),
-        (17, torch.bfloat16, False, True, "widened"),
-        (17, torch.float32, False, True, "torch"),
+        (33, torch.bfloat16, False, True, "widened"),
+        (33, torch.float32, False, True, "torch"),
         (8, torch.bfloat16, False, False, "widened"),
         (7, torch.bfloat16, False, False, "torch"),
         (8, torch.bfloat16, True, True, "torch"),
@@ -109,7 +109,7 @@ def test_which_way_a_product_takes(
         return real(x, weight, bias)
 
     monkeypatch.setattr(products, "cpu_multiplies", lambda t: fast or t is torch.float32)
-    monkeypatch.setattr(products, "native_kernels", lambda: native if kernels else None)
+    monkeypatch.setattr(products, "kernels_for", lambda *_: native if kernels else None)
     monkeypatch.setattr(products, "widened_linear", note)
     x, weight, bias = operands(rows, 16, 32, dtype)
     found = products.linear(x.view(1, rows, 32), weight, bias)

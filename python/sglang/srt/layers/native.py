@@ -6,6 +6,10 @@ from functools import cache
 from importlib import import_module
 from types import ModuleType
 
+import torch
+
+_SERVED = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
 
 @cache
 def native_kernels() -> ModuleType | None:
@@ -16,3 +20,11 @@ def native_kernels() -> ModuleType | None:
     except ImportError:
         return None
     return kernels
+
+
+def kernels_for(*tensors: torch.Tensor) -> ModuleType | None:
+    """`native_kernels` where all tensors lie on the CPU in types that they compute, else None."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or tensor.dtype not in _SERVED:
+            return None
+    return native_kernels()

@@ -15,10 +15,10 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from sglang.srt.layers.native import native_kernels
+from sglang.srt.layers.native import kernels_for
 
 # Up to so many rows the native kernel is the faster way, see benchmark/cpu/bench_linear.py.
-_NATIVE_ROWS = 16
+_NATIVE_ROWS = 32
 # Without the kernel, fewer rows than these cost less as they are: widening writes the weight anew.
 _FEW_ROWS = 8
 _TILE_ELEMENTS = 1 << 20  # of the weight, widened at a time: 4 MiB stay in a CPU's caches
@@ -34,7 +34,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return F.linear(x, weight, bias)
     in_features = x.shape[-1]
     rows = x.numel() // in_features
-    kernels = None if rows > _NATIVE_ROWS or cpu_multiplies(torch.bfloat16) else native_kernels()
+    few = rows <= _NATIVE_ROWS and not cpu_multiplies(torch.bfloat16)
+    kernels = kernels_for(x, weight) if few else None
     if kernels is not None:
         flat = x.reshape(rows, in_features)
         threads = torch.get_num_threads()

@@ -1,0 +1,104 @@
+"""Norms and gates of rows: PyTorch's passes against the native kernels, through the layers.
+
+Measured in turns, figures are medians; "speedup" is PyTorch's time over the native one. Prints JSON.
+
+    python benchmark/cpu/bench_rows.py [--threads N] [--rounds 7]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from sgl_kernel import cpu_isa, rms_norm, silu_and_mul
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
+
+from bench_common import describe_machine
+
+ROWS = (1, 16, 2048, 8192)
+WIDTHS = (512, 576, 2048)
+DTYPES = (torch.bfloat16, torch.float32)
+Way = Callable[[], object]
+
+
+def norm_ways(rows: int, width: int, dtype: torch.dtype, threads: int) -> dict[str, Way]:
+    x, residual = torch.randn(rows, width).to(dtype), torch.randn(rows, width)
+    weight = torch.ones(width, dtype=dtype)
+
+    def by_torch() -> torch.Tensor:
+        total = x + residual
+        return F.rms_norm(total, (width,), weight.float(), 1e-5).to(dtype)
+
+    return {
+        "torch": by_torch,
+        "native": lambda: rms_norm(x, weight, 1e-5, residual, num_threads=threads),
+    }
+
+
+def gate_ways(rows: int, width: int, dtype: torch.dtype, threads: int) -> dict[str, Way]:
+    x = torch.randn(rows, 4 * width).to(dtype)
+
+    def by_torch() -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    return {"torch": by_torch, "native": lambda: silu_and_mul(x, num_threads=threads)}
+
+
+def measure(ways: dict[str, Way], rows: int, rounds: int) -> dict[str, Any]:
+    calls = max(1, 4096 // rows)
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            for _ in range(calls):
+                way()
+            if turn:
+                taken[name].append((time.perf_counter() - began) / calls)
+    seconds = {name: statistics.median(values) for name, values in taken.items()}
+    return {
+        "us": {name: round(value * 1e6, 1) for name, value in seconds.items()},
+        "speedup": round(seconds["torch"] / seconds["native"], 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    found = [
+        {
+            "what": what,
+            "rows": rows,
+            "width": width,
+            "dtype": str(dtype).removeprefix("torch."),
+            **measure(make(rows, width, dtype, args.threads), rows, args.rounds),
+        }
+        for what, make in (("residual + norm", norm_ways), ("silu and mul", gate_ways))
+        for dtype in DTYPES
+        for width in WIDTHS
+        for rows in ROWS
+    ]
+    report = {
+        "benchmark": "cpu_rows",
+        "settings": {"threads": args.threads, "rounds": args.rounds},
+        "machine": {**describe_machine(), "isa": cpu_isa().name},
+        "rows": found,
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

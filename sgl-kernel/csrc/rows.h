@@ -1,0 +1,21 @@
+// What the files of the work on single rows share.
+#pragma once
+
+#include <cstdint>
+
+#include "api.h"
+
+namespace sgl {
+
+// Rows [first, last) of a call.
+using NormRows = void (*)(const SglNorm&, int64_t first, int64_t last);
+using SiluRows = void (*)(const SglGate&, int64_t first, int64_t last);
+
+void norm_rows_generic(const SglNorm&, int64_t, int64_t);
+void norm_rows_avx2(const SglNorm&, int64_t, int64_t);
+void norm_rows_avx512(const SglNorm&, int64_t, int64_t);
+void silu_rows_generic(const SglGate&, int64_t, int64_t);
+void silu_rows_avx2(const SglGate&, int64_t, int64_t);
+void silu_rows_avx512(const SglGate&, int64_t, int64_t);
+
+}  // namespace sgl

@@ -1,0 +1,10 @@
+// Work on single rows: AVX2, FMA and F16C.
+#include "row_loops.h"
+
+void sgl::norm_rows_avx2(const SglNorm& call, int64_t first, int64_t last) {
+    norm_any(call, first, last);
+}
+
+void sgl::silu_rows_avx2(const SglGate& call, int64_t first, int64_t last) {
+    silu_any(call, first, last);
+}

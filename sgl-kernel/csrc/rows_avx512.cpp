@@ -1,0 +1,10 @@
+// Work on single rows: AVX-512.
+#include "row_loops.h"
+
+void sgl::norm_rows_avx512(const SglNorm& call, int64_t first, int64_t last) {
+    norm_any(call, first, last);
+}
+
+void sgl::silu_rows_avx512(const SglGate& call, int64_t first, int64_t last) {
+    silu_any(call, first, last);
+}

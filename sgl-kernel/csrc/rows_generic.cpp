@@ -1,0 +1,10 @@
+// Work on single rows: plain C++.
+#include "row_loops.h"
+
+void sgl::norm_rows_generic(const SglNorm& call, int64_t first, int64_t last) {
+    norm_any(call, first, last);
+}
+
+void sgl::silu_rows_generic(const SglGate& call, int64_t first, int64_t last) {
+    silu_any(call, first, last);
+}
