@@ -1,6 +1,6 @@
 """Norms and gates of rows: PyTorch's passes against the native kernels, through the layers.
 
-Measured in turns, figures are medians; "speedup" is PyTorch's time over the native one. Prints JSON.
+Measured in turns, figures are medians; "speedup" is PyTorch's time over the native one. JSON out.
 
     python benchmark/cpu/bench_rows.py [--threads N] [--rounds 7]
 """
