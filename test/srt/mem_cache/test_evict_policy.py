@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import gc
 import random
+import tracemalloc
+
+import pytest
 
 from sglang.srt.mem_cache.evict_policy import (
     LeafQueue,
@@ -11,6 +15,7 @@ from sglang.srt.mem_cache.evict_policy import (
 )
 from sglang.srt.mem_cache.id_array import IdArray
 from sglang.srt.mem_cache.radix_tree import TreeNode
+from sglang.srt.mem_cache.window_cache import SnapshotQueue
 
 
 def node(node_id: int, tick: int = 0, hits: int = 0) -> TreeNode:
@@ -92,3 +97,38 @@ def test_against_sorting() -> None:
             queue.put(each)
         expected = sorted(present.values(), key=lambda n: (n.hits, n.tick))
         assert queue.coldest(3) == expected[:3]
+
+
+def test_a_leaf_that_went_away_is_not_kept_alive() -> None:
+    queue = LeafQueue(lru_key)
+    for number in range(20):
+        gone = node(number)
+        queue.put(gone)
+        queue.discard(gone)
+    del gone
+    queue.put(node(99))
+    gc.collect()
+    alive = [each.id for each in gc.get_objects() if type(each) is TreeNode and each.id < 20]
+    assert alive == []
+
+
+@pytest.mark.parametrize("make", [lambda: LeafQueue(lru_key), SnapshotQueue])
+def test_coming_and_going_leaves_nothing_behind(make: type[SnapshotQueue]) -> None:
+    queue, nodes = make(), [node(number) for number in range(10)]
+
+    def come_and_go(times: int) -> None:
+        for tick in range(times):
+            each = nodes[tick % 10]
+            each.tick = tick
+            queue.put(each)
+            queue.discard(each)
+
+    come_and_go(1000)
+    tracemalloc.start()
+    try:
+        come_and_go(20_000)
+        grown, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(queue) == 0
+    assert grown < 50_000, "entries of 20,000 visits would take over 2 MB"

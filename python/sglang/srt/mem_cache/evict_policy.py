@@ -9,12 +9,12 @@ old time of use. A key may only change while its node is locked, and so not in a
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 
 from sglang.srt.mem_cache.radix_tree import TreeNode
 
 SortKey = tuple[int, ...]
-_Entry = tuple[SortKey, int, TreeNode]
+_Entry = tuple[SortKey, int]
 
 
 def lru_key(node: TreeNode) -> SortKey:
@@ -46,12 +46,16 @@ EVICTION_KEYS: dict[str, Callable[[TreeNode], SortKey]] = {
 
 
 class LeafQueue:
-    """Evictable leaves, coldest first. All operations amortised O(log leaves)."""
+    """Evictable leaves, coldest first. All operations amortised O(log leaves).
+
+    What is left in the heap of a leaf that went away is two numbers: it keeps no node alive.
+    """
 
     def __init__(self, key: Callable[[TreeNode], SortKey]) -> None:
         self._key = key
         self._heap: list[_Entry] = []
-        self._entries: dict[int, _Entry] = {}  # node id -> its one valid entry
+        # node id -> its one valid entry, and the node
+        self._entries: dict[int, tuple[_Entry, TreeNode]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -61,11 +65,11 @@ class LeafQueue:
 
     def put(self, node: TreeNode) -> None:
         """Add a leaf, or move it to where its present key belongs."""
-        entry = (self._key(node), node.id, node)
-        self._entries[node.id] = entry
+        entry = (self._key(node), node.id)
+        self._entries[node.id] = entry, node
         heapq.heappush(self._heap, entry)
-        if len(self._heap) > 2 * len(self._entries) + 64:
-            self._heap = list(self._entries.values())
+        if is_mostly_stale(self._heap, self._entries):
+            self._heap = [valid for valid, _ in self._entries.values()]
             heapq.heapify(self._heap)
 
     def discard(self, node: TreeNode) -> None:
@@ -77,12 +81,18 @@ class LeafQueue:
 
         `same_rank`: only those whose keys differ from the first's in the last, finest part.
         """
-        found: list[_Entry] = []
+        found: list[tuple[_Entry, TreeNode]] = []
         while self._heap and len(found) < count:
             entry = heapq.heappop(self._heap)
-            if self._entries.get(entry[1]) is entry:
-                found.append(entry)
-        for entry in found:
+            held = self._entries.get(entry[1])
+            if held is not None and held[0] is entry:
+                found.append(held)
+        for entry, _ in found:
             heapq.heappush(self._heap, entry)
-        rank = found[0][0][:-1] if found else ()
-        return [node for key, _, node in found if not same_rank or key[:-1] == rank]
+        rank = found[0][0][0][:-1] if found else ()
+        return [node for (key, _), node in found if not same_rank or key[:-1] == rank]
+
+
+def is_mostly_stale(heap: Sized, valid: Sized) -> bool:
+    """Whether a heap with lazy removal holds more stale entries than valid ones, and some more."""
+    return len(heap) > 2 * len(valid) + 64

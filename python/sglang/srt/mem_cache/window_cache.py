@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.base_prefix_cache import HeldWindow, MatchResult, PrefixHandle
+from sglang.srt.mem_cache.evict_policy import is_mostly_stale
 from sglang.srt.mem_cache.kv_events import KVEventRecorder
 from sglang.srt.mem_cache.page_owner import PageIndex, PageState
 from sglang.srt.mem_cache.radix_cache import RadixCache
@@ -50,6 +51,9 @@ class SnapshotQueue:
         if node.id not in self._nodes:
             self._nodes[node.id] = node
             heapq.heappush(self._heap, (node.tick, node.id))
+            if is_mostly_stale(self._heap, self._nodes):
+                self._heap = [(held.tick, number) for number, held in self._nodes.items()]
+                heapq.heapify(self._heap)
 
     def discard(self, node: TreeNode) -> None:
         """Take a node out if it is in."""
