@@ -10,17 +10,17 @@ pass the last-level cache, as the layers of a model do. Prints JSON.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_attention import medians
 
 from sgl_kernel import cpu_isa, linear, read_sum
 from sglang.srt.layers.products import cpu_multiplies, widened_linear
@@ -33,6 +33,11 @@ SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576), (2048,
 ROWS = (1, 2, 4, 8, 16, 32)
 DTYPES = (torch.bfloat16, torch.float32)
 ALL_BYTES = 160 << 20  # of the weights in turn
+
+
+def for_each(way: Callable[[torch.Tensor], object], weights: list[torch.Tensor]) -> None:
+    for weight in weights:
+        way(weight)
 
 
 def measure(
@@ -48,14 +53,10 @@ def measure(
     }
     if dtype is not torch.float32:
         ways["widened"] = lambda weight: widened_linear(x, weight)
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for turn, (name, way) in itertools.product(range(rounds + 1), ways.items()):
-        began = time.perf_counter()
-        for weight in weights:
-            way(weight)
-        if turn:
-            taken[name].append((time.perf_counter() - began) / copies)
-    seconds = {name: statistics.median(values) for name, values in taken.items()}
+    calls = {name: partial(for_each, way, weights) for name, way in ways.items()}
+    seconds = {
+        name: value / copies for name, value in medians(calls, rounds, time.perf_counter).items()
+    }
     num_bytes = weights[0].nbytes
     return {
         "outs": outs,

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_attention import medians
 
 from sgl_kernel import cpu_isa, rms_norm, silu_and_mul
 
@@ -55,17 +56,17 @@ def gate_ways(rows: int, width: int, dtype: torch.dtype, threads: int) -> dict[s
     return {"torch": by_torch, "native": lambda: silu_and_mul(x, num_threads=threads)}
 
 
+def repeat(way: Way, calls: int) -> None:
+    for _ in range(calls):
+        way()
+
+
 def measure(ways: dict[str, Way], rows: int, rounds: int) -> dict[str, Any]:
     calls = max(1, 4096 // rows)
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            for _ in range(calls):
-                way()
-            if turn:
-                taken[name].append((time.perf_counter() - began) / calls)
-    seconds = {name: statistics.median(values) for name, values in taken.items()}
+    repeated = {name: partial(repeat, way, calls) for name, way in ways.items()}
+    seconds = {
+        name: value / calls for name, value in medians(repeated, rounds, time.perf_counter).items()
+    }
     return {
         "us": {name: round(value * 1e6, 1) for name, value in seconds.items()},
         "speedup": round(seconds["torch"] / seconds["native"], 2),

@@ -37,6 +37,18 @@ inline float to_float(Fp16 x) {
     return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));
 }
 
+// 2^t for |t| <= 1/2 and a little beyond, to about 2 ulp.
+inline float exp2_fraction(float t) {
+    float y = 1.5403530e-4f;
+    y = y * t + 1.3333558e-3f;
+    y = y * t + 9.6181291e-3f;
+    y = y * t + 5.5504109e-2f;
+    y = y * t + 2.4022651e-1f;
+    y = y * t + 6.9314718e-1f;
+    y = y * t + 1.0f;
+    return y;
+}
+
 inline void store(float value, float* to) { *to = value; }
 
 // Round to nearest, ties to even; NaN stays NaN.

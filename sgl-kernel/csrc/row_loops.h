@@ -15,14 +15,7 @@ inline float exp_any(float x) {
     float y = x * kLog2e;
     y = y < -127.0f ? -127.0f : y;
     y = y > 128.0f ? 128.0f : y;
-    const float whole = std::floor(y + 0.5f), t = y - whole;
-    float p = 1.5403530e-4f;
-    p = p * t + 1.3333558e-3f;
-    p = p * t + 9.6181291e-3f;
-    p = p * t + 5.5504109e-2f;
-    p = p * t + 2.4022651e-1f;
-    p = p * t + 6.9314718e-1f;
-    p = p * t + 1.0f;
+    const float whole = std::floor(y + 0.5f), p = exp2_fraction(y - whole);
     // in two factors: the exponent alone would leave the range at both ends
     const int32_t k = static_cast<int32_t>(whole), half = k >> 1;
     return p * from_bits(static_cast<uint32_t>(half + 127) << 23) *

@@ -23,14 +23,7 @@ using sgl::Task;
 inline float exp2_small(float x) {
     x = x < -126.0f ? -126.0f : x;
     const float whole = static_cast<float>(static_cast<int32_t>(x - 0.5f));
-    const float t = x - whole;
-    float y = 1.5403530e-4f;
-    y = y * t + 1.3333558e-3f;
-    y = y * t + 9.6181291e-3f;
-    y = y * t + 5.5504109e-2f;
-    y = y * t + 2.4022651e-1f;
-    y = y * t + 6.9314718e-1f;
-    y = y * t + 1.0f;
+    float y = exp2_fraction(x - whole);
     uint32_t bits;
     std::memcpy(&bits, &y, 4);
     bits += static_cast<uint32_t>(static_cast<int32_t>(whole)) << 23;
