@@ -72,9 +72,32 @@ def test_links_and_scripts_in_documents_exist(name: str) -> None:
     document = ROOT / name
     text = document.read_text(encoding="utf-8")
     targets = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    assert [link for link in targets if not (document.parent / link).exists()] == []
+    assert [link for link in targets if not _is_there(document, link)] == []
     scripts = re.findall(r"(?:bash|python) (scripts/\S+?\.(?:sh|py))", text)
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
+
+
+def _is_there(document: Path, link: str) -> bool:
+    """Whether a relative link leads to a file and, where it names one, to a heading of it."""
+    path, _, anchor = link.partition("#")
+    target = document.parent / path if path else document
+    if not target.exists() or not anchor:
+        return target.exists()
+    titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8").lower(), re.MULTILINE)
+    return anchor in {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize(
+    ("link", "there"),
+    [
+        ("README.md", True),
+        ("README.md#no-such-heading", False),
+        ("docs/nowhere.md", False),
+        ("docs/kv_segments.md#note-block-tables", True),
+    ],
+)
+def test_a_link_must_lead_somewhere(link: str, there: bool) -> None:
+    assert _is_there(ROOT / "README.md", link) is there
 
 
 def test_the_readme_shows_both_commands() -> None:
