@@ -120,6 +120,41 @@ def test_gaps_are_shared_by_their_length() -> None:
     assert allocator.alloc_each([-1] * 3).tolist() == [37, 43, 61]
 
 
+def test_places_for_rows_that_come_one_by_one_are_laid_out_together() -> None:
+    allocator = make(1, per_segment=64)
+    found: list[int] = []
+    for _ in range(9):
+        pages = allocator.alloc_each([-1])
+        assert pages is not None
+        found += pages.tolist()
+    assert len(set(found)) == 9
+    room = np.diff(np.append(np.sort(found), 128))
+    assert room.min() >= 3, "each has room to grow, although nobody knew how many would come"
+
+
+def test_a_place_that_a_neighbour_grew_into_is_given_to_nobody() -> None:
+    allocator = make(1, per_segment=32)
+    for _ in range(4):
+        allocator.alloc_each([-1])
+    laid_out = list(allocator._laid_out)
+    assert laid_out
+    (taken,) = take(allocator, 1, hint=laid_out[-1])
+    assert taken == laid_out[-1]
+    (page,) = allocator.alloc_each([-1]).tolist()
+    assert page != taken
+    assert page in laid_out
+
+
+def test_places_are_laid_out_anew_when_pages_came_back() -> None:
+    allocator = make(1, 2, per_segment=16)
+    take(allocator, 16)
+    for _ in range(4):
+        allocator.alloc_each([-1])
+    assert allocator._laid_out
+    give(allocator, 20)  # now segment 1 is the fullest that has a free page
+    assert allocator.alloc_each([-1]).tolist() == [20]
+
+
 def test_removed_segments_are_not_used_and_must_be_empty() -> None:
     allocator = make(1, 2)
     assert take(allocator, 2) == [8, 9]

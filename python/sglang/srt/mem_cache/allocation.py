@@ -18,6 +18,7 @@ from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.allocator import PageAllocator
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, HeldWindow
 from sglang.srt.mem_cache.canary import KVCanary
+from sglang.srt.mem_cache.decode_steps import DecodeSteps
 from sglang.srt.mem_cache.group_parts import make_allocators, make_ladder, make_prefix_cache
 from sglang.srt.mem_cache.integrity import audit
 from sglang.srt.mem_cache.kv_events import EventSink, KVEventRecorder
@@ -41,8 +42,6 @@ from sglang.srt.mem_cache.window_rule import window_rules
 Int32Array = npt.NDArray[np.int32]
 _Pages = TypeVar("_Pages", npt.NDArray[np.int32], npt.NDArray[np.int64])
 
-# Numbers as arrays without dimensions: numpy takes half as long with them as with ints.
-_ZERO, _ONE = np.array(0), np.array(1)
 
 __all__ = ["DecodeRows", "KVLease", "KVMemory", "KVPlacement", "PageNeed"]
 
@@ -65,9 +64,7 @@ class KVMemory:
         prefill_chunk: int = 1,
     ) -> None:
         self.spec = spec
-        self.page_size = size = spec.page_size
-        self._page_size = np.array(size)
-        self._page_mask = np.array(size - 1) if size & (size - 1) == 0 else None
+        self.page_size = spec.page_size
         self.manager = manager
         self.allocators = allocators
         self.cache = cache
@@ -83,6 +80,7 @@ class KVMemory:
             None if max_cached_tokens is None else max_cached_tokens // spec.page_size
         )
         self._growth: Ticket | None = None
+        self._decode_steps: DecodeSteps | None = None  # of the last step that decoded
 
     @classmethod
     def create(
@@ -218,30 +216,23 @@ class KVMemory:
         """
         if not isinstance(needs, DecodeRows):
             needs = _decode_rows(needs)
-        rows, size = needs.rows, self._page_size
-        lengths = self.rows.num_tokens.take(rows)
-        starting = rows
-        if self.page_size > 1:
-            offsets = lengths % size if self._page_mask is None else lengths & self._page_mask
-            starting = rows[offsets == _ZERO]
+        steps = self._decode_steps
+        if steps is None or not steps.foresees(needs):
+            steps = self._decode_steps = DecodeSteps(needs, self.rows, self.page_size)
+        starting = steps.starting
         if self.recycler.active:
-            self.recycler.before_decode(rows, lengths)
-        if len(starting) and not self.ladder.ensure([len(starting)] * len(self.allocators)):
+            self.recycler.before_decode(needs.rows, steps.lengths)
+        if starting.num_rows and not self.ladder.ensure([starting.num_rows] * len(self.allocators)):
             return None
         locs = []
-        for allocator, tables in zip(self.allocators, self.rows.groups, strict=True):
-            if len(starting):
-                hints = tables.last_page.take(starting)
-                hints += _ONE  # 0, the dump page, for an empty table: never free
-                pages = _granted(allocator.alloc_each(hints))
-                tables.append_each(starting, pages)
-            if self.page_size > 1:
-                pages = tables.last_page.take(rows)
-                pages *= size
-                pages += offsets
-            locs.append(pages)
-        lengths += _ONE
-        self.rows.num_tokens[rows] = lengths
+        for group, allocator in enumerate(self.allocators):
+            pages = None
+            if starting.num_rows:
+                hints = steps.hints(group, starting)
+                pages = _granted(allocator.alloc_each(hints, distinct=steps.distinct))
+                self.rows.groups[group].append_each(starting.rows, pages)
+            locs.append(steps.take_slots(group, starting, pages))
+        steps.advance()
         return KVPlacement(tuple(locs), self._growth)
 
     def cache_prefix(

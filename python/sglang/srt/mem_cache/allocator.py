@@ -20,12 +20,15 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 NO_HINT = -1
+_FREE_NUMBER = int(PageState.FREE)
 _FREE, _USED = STATE_CODES[PageState.FREE], STATE_CODES[PageState.USED]
 
 # Segments that are searched for one gap large enough before pieces are taken instead.
 _GAP_SEARCH_SEGMENTS = 8
 # So many pages are looked at one by one in less time than array operations take.
 _FEW_ROWS = 8
+# Places that are laid out for rows to come, at most.
+_MOST_AHEAD = 32
 
 
 class PageAllocator:
@@ -44,6 +47,10 @@ class PageAllocator:
     ) -> None:
         self.layout = layout
         self.index = index_class(layout, listener)
+        # places for rows to come, last one first; good until pages are given back
+        self._laid_out: list[int] = []
+        self._laid_out_at = 0
+        self._ahead = 0
 
     @property
     def num_free(self) -> int:
@@ -89,19 +96,22 @@ class PageAllocator:
             left -= len(piece)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def alloc_each(self, hints: Sequence[int] | Int64Array) -> Int64Array | None:
+    def alloc_each(
+        self, hints: Sequence[int] | Int64Array, *, distinct: bool = False
+    ) -> Int64Array | None:
         """One page for each of several rows; int64 [len(hints)], None when too few are free.
 
         Every free hint is granted, to the first row that has it, before other rows get a gap. The
-        others get theirs together: a few array operations, however many they are.
+        others get theirs together: a few array operations, however many they are. `distinct`: the
+        caller knows that no two hints are the same.
         """
         if len(hints) > self.index.num_free:
             return None
         pages = np.array(hints, np.int64)
-        if len(pages) <= _FEW_ROWS and self._all_grantable(pages.tolist()):
-            self.index.take_free(pages)
-            return pages
-        granted = self._grantable(pages)
+        if len(pages) <= _FEW_ROWS:
+            granted = self._grantable_few(pages.tolist())
+        else:
+            granted = self._free_hints(pages) if distinct else self._grantable(pages)
         num_granted = int(np.count_nonzero(granted))
         if num_granted == len(pages):
             self.index.take_free(pages)
@@ -119,17 +129,19 @@ class PageAllocator:
         self._take_range(hint, 1)
         return hint
 
-    def _all_grantable(self, hints: list[int]) -> bool:
-        """Whether all hints are free and no two the same: cheaper than arrays for a few."""
-        return len(set(hints)) == len(hints) and all(map(self.index.is_free, hints))
+    def _grantable_few(self, hints: list[int]) -> npt.NDArray[np.bool_]:
+        """`_grantable`, cheaper for a few."""
+        state = self.index.state
+        size, seen, granted = len(state), set[int](), []
+        for page in hints:
+            free = page not in seen and 0 <= page < size and state.item(page) == _FREE_NUMBER
+            seen.add(page)
+            granted.append(free)
+        return np.array(granted)
 
     def _grantable(self, hints: Int64Array) -> npt.NDArray[np.bool_]:
         """Which rows can have their hint: it is free and no row before has the same; bool."""
-        state = self.index.state
-        # what lies outside is cut to page 0, which is never free, or to the last one
-        free: npt.NDArray[np.bool_] = state.take(hints, mode="clip") == _FREE
-        if state.item(-1) == PageState.FREE:
-            free &= hints < len(state)
+        free = self._free_hints(hints)
         ordered = hints[free]
         ordered.sort()
         if np.count_nonzero(ordered[1:] == ordered[:-1]):
@@ -138,13 +150,55 @@ class PageAllocator:
             free &= first
         return free
 
+    def _free_hints(self, hints: Int64Array) -> npt.NDArray[np.bool_]:
+        """Which hints are free pages; bool."""
+        state = self.index.state
+        # what lies outside is cut to page 0, which is never free, or to the last one
+        free: npt.NDArray[np.bool_] = state.take(hints, mode="clip") == _FREE
+        if state.item(-1) == PageState.FREE:
+            free &= hints < len(state)
+        return free
+
     def _take_apart(self, count: int) -> Int64Array:
-        """`count` pages for as many rows: all of the fullest segments, then apart in the next."""
+        """`count` pages for as many rows: all of the fullest segments, then apart in the next.
+
+        Rows that come a few at a time, as those of a decode step do, are foreseen: the more of
+        them came since a page was last given back, the more places are laid out at once.
+        """
+        if self._laid_out_at != self.index.num_releases:
+            self._laid_out, self._ahead = [], 0
+            self._laid_out_at = self.index.num_releases
+        pages = self._from_laid_out(count)
+        if pages is None:
+            pages = self._lay_out(count)
+        self.index.take_free(pages)
+        return pages
+
+    def _from_laid_out(self, count: int) -> Int64Array | None:
+        """`count` of the places laid out that are still free; None when there are too few."""
+        if count > len(self._laid_out):
+            return None
+        state, chosen = self.index.state, list[int]()
+        while self._laid_out and len(chosen) < count:
+            page = self._laid_out.pop()
+            if state.item(page) == _FREE_NUMBER:  # no row has grown into it
+                chosen.append(page)
+        return np.array(chosen) if len(chosen) == count else None
+
+    def _lay_out(self, count: int) -> Int64Array:
+        """Free places for `count` rows now, and for more of them in the same segment later."""
         per_segment = self.layout.pages_per_segment
         free = self.index.segment_counts(PageState.FREE)
         segment = int(np.where(free > 0, free, per_segment + 1).argmin())
-        if free[segment] >= count:
-            pages = self._spread(segment, count)
+        room = free.item(segment)
+        self._laid_out = []
+        if room >= count:
+            ahead = min(self._ahead, room - count)
+            pages = self._spread(segment, count + ahead)
+            if ahead:
+                self._laid_out = pages[count:][::-1].tolist()
+                pages = pages[:count]
+            self._ahead = min(2 * self._ahead + count, _MOST_AHEAD)
         else:
             segments = np.flatnonzero(free)
             segments = segments[np.argsort(free[segments], kind="stable")]
@@ -156,7 +210,6 @@ class PageAllocator:
             if len(pages) < count:
                 rest = self._spread(int(segments[whole]), count - len(pages))
                 pages = np.concatenate([pages, rest])
-        self.index.take_free(pages)
         return pages
 
     def _spread(self, segment: int, count: int) -> Int64Array:

@@ -19,7 +19,7 @@ _ONE_BLOCK = np.arange(_RUN_BLOCK, dtype=np.int32)
 _ONE_BLOCK.setflags(write=False)
 
 
-def is_run(ids: Int32Array) -> bool:
+def is_run(ids: Int32Array | npt.NDArray[np.int64]) -> bool:
     """Whether `ids` (at least one) are consecutive ascending numbers; most often O(1) when not."""
     first = int(ids[0])
     if int(ids[-1]) - first != len(ids) - 1:

@@ -65,7 +65,7 @@ class KVLease:
 
     @num_tokens.setter
     def num_tokens(self, num_tokens: int) -> None:
-        self._rows.num_tokens[self.row] = num_tokens
+        self._rows.set_num_tokens(self.row, num_tokens)
 
     def __repr__(self) -> str:
         return (

@@ -56,9 +56,23 @@ class ReqToTokenPool:
         space = TableSpace()
         self.groups = tuple(TableRows(space) for _ in range(num_groups))
         self.num_tokens: Int64Array = np.zeros(0, np.int64)
+        self._recounts = 0
         self._tables: dict[ReqPoolIdx, tuple[BlockTable, ...]] = {}
         self._returned: list[ReqPoolIdx] = []  # heap of rows below `_fresh` that are free
         self._fresh = 1
+
+    @property
+    def changes(self) -> int:
+        """Grows when a row comes, goes, or gets tokens or pages by other ways than decode steps."""
+        changes = self._recounts
+        for group in self.groups:
+            changes += group.changes
+        return changes
+
+    def set_num_tokens(self, row: ReqPoolIdx, num_tokens: int) -> None:
+        """Note how many tokens of a row have a slot."""
+        self.num_tokens[row] = num_tokens
+        self._recounts += 1
 
     def available_size(self) -> int:
         """Rows that `alloc_row` can still give."""

@@ -9,7 +9,6 @@ cache and the facade call this module; it never decides anything.
 from __future__ import annotations
 
 import enum
-from collections import Counter
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -74,6 +73,7 @@ class PageIndex:
         self.rows: Int32Array = np.zeros(0, np.int32)  # [pages]
         self.counts: Int32Array = np.zeros((4, 0), np.int32)  # [PageState, segments]
         self.totals = [0, 0, 0, 0]  # per PageState; UNMAPPED is not counted
+        self.num_releases = 0  # times that pages became free or segments came or went
         self._num_segments = 0
         self._listener = listener
 
@@ -122,6 +122,7 @@ class PageIndex:
         states[:] = PageState.FREE
         self.counts[PageState.FREE, segment] = len(states)
         self.totals[PageState.FREE] += len(states)
+        self.num_releases += 1
 
     def remove_segment(self, segment: int) -> None:
         """Forget a segment before it is unmapped. Raises InvariantError unless all are free."""
@@ -131,6 +132,7 @@ class PageIndex:
         states[:] = PageState.UNMAPPED
         self.counts[PageState.FREE, segment] = 0
         self.totals[PageState.FREE] -= len(states)
+        self.num_releases += 1
 
     # ---- pages change hands ---------------------------------------------------------------
 
@@ -256,11 +258,16 @@ class PageIndex:
 
     def _count_move(self, at: _Places, num_pages: int, old: PageState, new: PageState) -> None:
         """Let every count follow pages that have changed their state."""
+        self.num_releases += new == PageState.FREE
         self.totals[old] -= num_pages
         self.totals[new] += num_pages
         before, after = self.counts[old], self.counts[new]
+        per_segment = self.layout.pages_per_segment
         if num_pages <= _FEW_PAGES and not isinstance(at, slice):
-            counted = Counter(page // self.layout.pages_per_segment for page in at.tolist())
+            counted: dict[SegmentId, int] = {}
+            for page in at.tolist():
+                segment = page // per_segment
+                counted[segment] = counted.get(segment, 0) + 1
             segments, moved = list(counted), list(counted.values())
         else:
             ids, each = self._count_by_segment(at)

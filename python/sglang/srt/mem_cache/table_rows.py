@@ -29,11 +29,13 @@ class TableRows:
     Per row, int64: ids [begin, end) of the space are the table, room is known up to `limit`;
     `first_page` pages of the sequence were dropped before them; `last_page` is the newest page,
     also when it was dropped since, -1 before the first. All are 0 (`last_page` -1) for a row that
-    is not taken.
+    is not taken. `changes` grows whenever a row gets, loses or exchanges pages at its end, decode
+    steps (`append_each`) apart.
     """
 
     def __init__(self, space: TableSpace) -> None:
         self.space = space
+        self.changes = 0
         self.begin: Int64Array = np.zeros(0, np.int64)
         self.end: Int64Array = np.zeros(0, np.int64)
         self.limit: Int64Array = np.zeros(0, np.int64)
@@ -65,20 +67,19 @@ class TableRows:
 
     # ---- growing ----------------------------------------------------------------------------
 
-    def append_each(self, rows: Int64Array, pages: Int64Array) -> None:
-        """Append pages[i] to the table of rows[i]; the rows are distinct.
+    def append_each(self, rows: slice | Int64Array, pages: Int64Array) -> None:
+        """Append pages[i] to the table of the i-th of `rows`, which are distinct.
 
         Raises InvariantError when one is not taken.
         """
-        place = self.end.take(rows)
-        full = place >= self.limit.take(rows)
+        place = self.end[rows]
+        full = place >= self.limit[rows]
         if np.count_nonzero(full):
-            for row in rows[full].tolist():
+            for row in np.arange(len(self.end))[rows][full].tolist():
                 self._make_room(row, 1)
-            place = self.end.take(rows)
+            place = self.end[rows]
         self.space.ids[place] = pages
-        place += _ONE
-        self.end[rows] = place
+        self.end[rows] = place + _ONE
         self.last_page[rows] = pages
 
     def extend(self, row: int, pages: Int32Array) -> None:
@@ -91,10 +92,12 @@ class TableRows:
         self.space.ids[end : end + len(pages)] = pages
         self.end[row] = end + len(pages)
         self.last_page[row] = pages[-1]
+        self.changes += 1
 
     def replace(self, row: int, ids: Int32Array) -> None:
         """Let a table be `ids` from now on, in a fresh range: snapshots stay true."""
         self._move(row, ids, len(ids))
+        self.changes += 1
         if len(ids):
             self.last_page[row] = ids[-1]
 
@@ -162,6 +165,7 @@ class TableRows:
         for array in (self.begin, self.end, self.limit, self.first_page):
             array[row] = 0
         self.last_page[row] = -1
+        self.changes += 1
 
     def _grow_to(self, num_rows: int) -> None:
         size = max(num_rows, 2 * len(self.begin))
