@@ -88,6 +88,8 @@ TABLE: tuple[Row, ...] = (
     (7, "", "planner.machines < planner.memory_plan < plan_memory < sglang"),
     (7, "", "planner.known_models < plan_memory"),
     (7, "", "planner < sglang"),
+    (7, "", "bench.batch_run, bench.module_times < bench_one_batch < sglang"),
+    (7, "", "bench < sglang"),
 )  # fmt: skip
 
 # Third-party packages that may be imported inside a function: optional, or slow to import.

@@ -17,7 +17,7 @@ import torch
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.model_runner import CausalLM, ModelRunner
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 
@@ -30,6 +30,11 @@ class TpModelWorker:
         # Last sampled token of every KV row, written and read on the worker thread only.
         self._relay = np.zeros(num_rows, np.int64)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
+
+    @property
+    def model(self) -> CausalLM:
+        """The loaded model; only this worker's thread may call it while batches are queued."""
+        return self._runner.model
 
     def submit(
         self, forward_batch: ForwardBatch, info: SamplingBatchInfo

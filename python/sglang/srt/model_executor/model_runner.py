@@ -27,7 +27,7 @@ class ModelRunner:
     """Model plus logits processor; stateless between batches."""
 
     def __init__(self, model: CausalLM, logits_processor: LogitsProcessor) -> None:
-        self._model = model
+        self.model = model
         self._logits_processor = logits_processor
 
     def forward(
@@ -41,7 +41,7 @@ class ModelRunner:
         `sample_rows[b]` indexes `logits_rows` (-1: request b samples nothing). Returns float32
         logits [number sampled, vocabulary] and per request its prompt log probabilities.
         """
-        hidden = self._model(forward_batch)
+        hidden = self.model(forward_batch)
         return self._logits_processor(
-            hidden, self._model.lm_head, forward_batch, logprob_specs, sample_rows
+            hidden, self.model.lm_head, forward_batch, logprob_specs, sample_rows
         )
