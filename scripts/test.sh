@@ -3,7 +3,8 @@
 #
 #     bash scripts/test.sh [pytest arguments]
 #
-# The everyday suite leaves out tests marked slow or gpu; `-m slow` on the command line wins.
+# The everyday suite leaves out tests marked slow or gpu; `-m slow` on the command line wins. Files
+# are shared out to a process per core with one compute thread each; `-n 0` runs all in one process.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -12,4 +13,6 @@ bash "$root/scripts/setup.sh" --test --demo-model
 bash "$root/scripts/check.sh"
 printf '==> Tests\n'
 cd "$root"
-exec .venv/bin/python -m pytest -m "not slow and not gpu" "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+    -m "not slow and not gpu" "$@"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 from pathlib import Path
 
 import psutil
@@ -22,12 +21,6 @@ def start(tmp_path: Path, *flags: str) -> ServerProcess:
         server.close()
         raise
     return server
-
-
-@pytest.fixture
-def short_tmp() -> Path:
-    """Socket paths are short; pytest's own directories are not."""
-    return Path(tempfile.mkdtemp(prefix="t"))
 
 
 def gone(processes: list[psutil.Process]) -> bool:

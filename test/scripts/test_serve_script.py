@@ -242,7 +242,9 @@ def test_the_tests_run_in_order_and_end_with_pytest(checkout: Checkout) -> None:
     assert result.returncode == 0, result.stderr
     modules = [text.split()[1] for _, text in checkout.calls() if text.startswith("-m ")]
     assert modules[-4:] == ["ruff", "ruff", "mypy", "pytest"]
-    assert checkout.commands("pytest") == ["-m not slow and not gpu -k some"]
+    assert checkout.commands("pytest") == [
+        "-n auto --maxprocesses 8 --dist loadfile -m not slow and not gpu -k some"
+    ]
 
 
 def test_a_failed_check_stops_before_the_tests(checkout: Checkout) -> None:

@@ -112,18 +112,18 @@ def children() -> set[int]:
     return {child.pid for child in every if "resource_tracker" not in str(child.cmdline())}
 
 
-def test_shutdown_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sockets = tmp_path / "t"
-    sockets.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(sockets))
+def test_shutdown_leaves_nothing(
+    tmp_path: Path, short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(short_tmp))
     before = children()
     engine = make_engine(tmp_path)
     assert len(children() - before) == 2
-    assert list(sockets.iterdir()) != []
+    assert list(short_tmp.iterdir()) != []
     engine.shutdown()
     engine.shutdown()
     assert children() == before
-    assert list(sockets.iterdir()) == []
+    assert list(short_tmp.iterdir()) == []
     with pytest.raises(RequestError, match="shutting down"):
         engine.generate(input_ids=[1])
 
@@ -173,18 +173,17 @@ def test_unknown_attribute_of_the_package() -> None:
         _ = sglang.Motor
 
 
-def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
+def test_a_script_without_a_guard_is_told_so(tmp_path: Path, short_tmp: Path) -> None:
     (tmp_path / "config.json").write_bytes(msgspec.json.encode(TINY_CONFIG))
-    (tmp_path / "t").mkdir()
     script = tmp_path / "script.py"
     script.write_text(
         f"import sglang\nsglang.Engine(model_path={str(tmp_path)!r}, skip_tokenizer_init=True)\n"
     )
     source = str(Path(sglang.__file__ or "").parents[1])
-    environment = {**os.environ, "PYTHONPATH": source, "TMPDIR": str(tmp_path / "t")}
+    environment = {**os.environ, "PYTHONPATH": source, "TMPDIR": str(short_tmp)}
     done = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1
     assert 'put its code under if __name__ == "__main__":' in done.stderr
-    assert list((tmp_path / "t").iterdir()) == []
+    assert list(short_tmp.iterdir()) == []

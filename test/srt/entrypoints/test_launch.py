@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,8 +33,8 @@ class FakeServer:
         model = tmp_path / "model"
         model.mkdir()
         (model / "config.json").write_bytes(msgspec.json.encode(TINY_CONFIG))
-        self.sockets = tmp_path / "t"
-        self.sockets.mkdir()
+        self._sockets = tempfile.TemporaryDirectory(prefix="t")  # their paths must be short
+        self.sockets = Path(self._sockets.name)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
@@ -98,6 +99,7 @@ class FakeServer:
             self.process.kill()
         self._output.close()
         self.process.wait(WAIT_S)
+        self._sockets.cleanup()
 
 
 @contextmanager
