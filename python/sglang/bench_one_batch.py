@@ -4,9 +4,9 @@
 
 Takes every flag of the server beside its own. Each combination of sizes runs once to warm up and
 then `--repeats` times; medians are printed, and with `--result-filename` a line of JSON each is
-appended to a file. `--profile` then runs the first combination's decode steps once more under a
-clock for every module. Exits 1 with one line on stderr when a size does not fit or the engine can't
-be set up.
+appended to a file. `--profile` then runs the first combination's prefill and decode steps once
+more, under a clock for every module. Exits 1 with one line on stderr when a size does not fit or
+the engine can't be set up.
 """
 
 from __future__ import annotations
@@ -81,29 +81,34 @@ def report(figures: dict[str, float | int]) -> str:
 
 
 def profile(runner: BatchRunner, size: BatchSize) -> str:
-    """A table of one run: what each class of modules spent itself, per token that was decoded.
+    """Two tables: what each class of modules spent itself in a whole prefill, and a decode step.
 
-    Prompts of one token keep the prefill out of it, so attention reads short contexts only.
+    Decode steps follow prompts of one token, so their attention reads short contexts only.
     """
-    short = BatchSize(size.batch_size, 1, max(size.output_len, 2))
-    runner.run(short)
-    with ModuleTimes(runner.model) as times:
-        found = runner.run(short)
-    return table(found, times)
+    prompts = BatchSize(size.batch_size, size.input_len, 1)
+    answers = BatchSize(size.batch_size, 1, max(size.output_len, 2))
+    tables = []
+    for run, what in (
+        (prompts, f"Prefill of {size.batch_size} x {size.input_len} tokens"),
+        (answers, f"A decode step of {size.batch_size} rows"),
+    ):
+        runner.run(run)
+        with ModuleTimes(runner.model) as times:
+            found = runner.run(run)
+        tables.append(table(what, found, times))
+    return "\n\n".join(tables)
 
 
-def table(found: BatchTimes, times: ModuleTimes) -> str:
-    """Microseconds a step by class, then what is outside the model; largest first."""
+def table(what: str, found: BatchTimes, times: ModuleTimes) -> str:
+    """Microseconds for each token of the answers by class, then what is outside the model."""
     steps = found.size.output_len
     inside = sorted(times.own.items(), key=lambda item: -item[1].seconds)
     rows = [(name, own.calls / steps, own.seconds / steps) for name, own in inside]
-    forward = sum(found.forward_s) / max(1, len(found.forward_s))
+    forward = sum(found.forward_s) / steps
     wall = found.total_s / steps
     rows.append(("(sampling, rest of the forward)", 1, forward - times.total_seconds / steps))
     rows.append(("(scheduler, beside the forward)", 1, wall - forward))
-    lines = [
-        f"A step of {found.size.batch_size} rows, {1e3 * wall:.2f} ms, with every module timed:"
-    ]
+    lines = [f"{what}, {1e3 * wall:.2f} ms, with every module timed:"]
     lines.append(f"{'own time of':<34}{'calls':>7}{'us':>10}{'share':>8}")
     lines += [
         f"{name:<34}{calls:>7.0f}{1e6 * seconds:>10.0f}{seconds / wall:>8.1%}"

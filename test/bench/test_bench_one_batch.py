@@ -74,7 +74,8 @@ def test_the_command(flags: list[str], tmp_path: Path) -> None:
     assert [(line["run_name"], line["batch_size"]) for line in lines] == [("tiny", 1), ("tiny", 2)]
     text = out.getvalue()
     assert "Batch 2, 8 tokens in, 3 out" in text
-    assert "A step of 1 rows" in text
+    assert "Prefill of 1 x 8 tokens" in text
+    assert "A decode step of 1 rows" in text
     assert "LlamaAttention" in text
     assert "(scheduler, beside the forward)" in text
 

@@ -50,16 +50,24 @@ class BatchTimes:
     """What one batch took, in seconds.
 
     `prefill_s` ends when every request has its first token; `decode_s` are the times of the turns
-    after that, one for each further token; `forward_s` is what the worker computed in each of them,
-    sampling included. `cached_tokens` of the prompts were found in the prefix cache.
+    after that, one for each further token; `forward_s` is what the worker computed in every step,
+    sampling included, `num_prefills` of them before the decode steps. `cached_tokens` of the
+    prompts were found in the prefix cache.
     """
 
     size: BatchSize
     prefill_s: float
     decode_s: tuple[float, ...]
     forward_s: tuple[float, ...]
+    num_prefills: int
     total_s: float
     cached_tokens: int
+
+    @property
+    def median_forward_s(self) -> float:
+        """Of the decode steps; 0 when nothing was decoded."""
+        forward = self.forward_s[self.num_prefills :]
+        return statistics.median(forward) if forward else 0.0
 
     @property
     def median_decode_s(self) -> float:
@@ -78,7 +86,7 @@ class BatchTimes:
             "prefill_throughput": size.batch_size * size.input_len / self.prefill_s,
             "median_decode_latency": decode,
             "median_decode_throughput": size.batch_size / decode if decode else 0.0,
-            "median_decode_forward": statistics.median(self.forward_s) if self.forward_s else 0.0,
+            "median_decode_forward": self.median_forward_s,
             "total_latency": self.total_s,
             "overall_throughput": tokens / self.total_s,
             "cached_tokens": self.cached_tokens,
@@ -162,7 +170,8 @@ class BatchRunner:
             size=size,
             prefill_s=first - began,
             decode_s=tuple(decode[: size.output_len - 1]),
-            forward_s=tuple(self._worker.forward_s[num_prefills:]),
+            forward_s=tuple(self._worker.forward_s),
+            num_prefills=num_prefills,
             total_s=last - began,
             cached_tokens=self._channel.cached_tokens,
         )
