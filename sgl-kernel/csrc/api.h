@@ -85,6 +85,35 @@ struct SglGate {
     int32_t num_threads;
 };
 
+// Heads turned by the angles of their row: pairs of dimensions d and d + head_dim / 2, or 2 d and
+// 2 d + 1 when `interleaved`. out[d] = x[d] cos[d] + x[partner of d] sin[d], in fp32 and rounded once:
+// the sine of a pair's first dimension comes negated. Elements of a row are contiguous.
+struct SglRotate {
+    const void* x;     // [rows, width], width = heads * head_dim
+    const float* cos;  // [rows, head_dim]
+    const float* sin;  // [rows, head_dim]
+    void* out;         // [rows, width]
+    int64_t x_row, angle_row, out_row;
+    int64_t rows, width, head_dim;
+    int32_t interleaved;
+    int32_t dtype;
+    int32_t isa;  // at most what sgl_cpu_isa() answers
+    int32_t num_threads;
+};
+
+// Rows of K and of V into slots of their planes, as bytes. A row, and a slot of each plane, is
+// contiguous; strides count bytes here.
+struct SglStore {
+    const void* k;         // [rows] of `k_bytes`
+    const void* v;         // [rows] of `v_bytes`
+    void* k_plane;         // slot 0
+    void* v_plane;         // slot 0
+    const int64_t* slots;  // [rows] distinct
+    int64_t k_row, v_row, k_slot, v_slot;
+    int64_t rows, k_bytes, v_bytes;
+    int32_t num_threads;
+};
+
 // The best level that this processor and this build have. Asks the system for AMX's registers.
 SGL_API int32_t sgl_cpu_isa();
 
@@ -101,6 +130,8 @@ SGL_API int32_t sgl_linear(const SglLinear* call);
 // 0, or -1 when the arguments are not served (see rows.cpp).
 SGL_API int32_t sgl_norm(const SglNorm* call);
 SGL_API int32_t sgl_silu_and_mul(const SglGate* call);
+SGL_API int32_t sgl_rotate(const SglRotate* call);
+SGL_API int32_t sgl_store(const SglStore* call);
 
 // Sum of `bytes` bytes (a multiple of 64) as 32-bit words: the ceiling that reading is compared to.
 SGL_API uint32_t sgl_read_sum(const void* data, int64_t bytes, int32_t num_threads);

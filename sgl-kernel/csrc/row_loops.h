@@ -1,4 +1,4 @@
-// Norms and gates of rows as plain loops in fp32, which the compiler turns into vectors: compiled
+// Norms, gates and rotations of rows as plain loops in fp32, which the compiler turns into vectors: compiled
 // once per instruction set. A row is read from memory once; its second reading is from the cache.
 #pragma once
 
@@ -88,6 +88,45 @@ inline void silu_any(const SglGate& call, int64_t first, int64_t last) {
     if (call.dtype == SGL_FLOAT32) silu_some<float>(call, first, last);
     if (call.dtype == SGL_BFLOAT16) silu_some<Bf16>(call, first, last);
     if (call.dtype == SGL_FLOAT16) silu_some<Fp16>(call, first, last);
+}
+
+template <class T>
+inline void rotate_head(const T* x, const float* cos, const float* sin, T* out, int64_t dim,
+                        bool interleaved) {
+    const int64_t half = dim / 2;
+    if (interleaved) {
+#pragma omp simd
+        for (int64_t i = 0; i < half; ++i) {
+            const float a = to_float(x[2 * i]), b = to_float(x[2 * i + 1]);
+            store(a * cos[2 * i] + b * sin[2 * i], out + 2 * i);
+            store(b * cos[2 * i + 1] + a * sin[2 * i + 1], out + 2 * i + 1);
+        }
+        return;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = to_float(x[i]), b = to_float(x[half + i]);
+        store(a * cos[i] + b * sin[i], out + i);
+        store(b * cos[half + i] + a * sin[half + i], out + half + i);
+    }
+}
+
+template <class T>
+inline void rotate_some(const SglRotate& call, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+        const T* x = static_cast<const T*>(call.x) + row * call.x_row;
+        T* out = static_cast<T*>(call.out) + row * call.out_row;
+        const float* cos = call.cos + row * call.angle_row;
+        const float* sin = call.sin + row * call.angle_row;
+        for (int64_t d = 0; d < call.width; d += call.head_dim)
+            rotate_head(x + d, cos, sin, out + d, call.head_dim, call.interleaved != 0);
+    }
+}
+
+inline void rotate_any(const SglRotate& call, int64_t first, int64_t last) {
+    if (call.dtype == SGL_FLOAT32) rotate_some<float>(call, first, last);
+    if (call.dtype == SGL_BFLOAT16) rotate_some<Bf16>(call, first, last);
+    if (call.dtype == SGL_FLOAT16) rotate_some<Fp16>(call, first, last);
 }
 
 }  // namespace

@@ -2,12 +2,14 @@
 #include "rows.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "parallel.h"
 
 namespace {
 
 constexpr int64_t kTaskElements = 32 << 10;  // fewer are not worth a thread's waking
+constexpr int64_t kTaskBytes = 256 << 10;    // copied
 
 template <class Call>
 void over_rows(const Call& call, int32_t num_threads, void (*work)(const Call&, int64_t, int64_t)) {
@@ -43,5 +45,39 @@ extern "C" int32_t sgl_silu_and_mul(const SglGate* arguments) {
     if (call.isa == SGL_AVX2) work = sgl::silu_rows_avx2;
 #endif
     over_rows(call, call.num_threads, work);
+    return 0;
+}
+
+extern "C" int32_t sgl_rotate(const SglRotate* arguments) {
+    const SglRotate& call = *arguments;
+    if (!is_dtype(call.dtype) || call.num_threads < 1 || call.width < 1) return -1;
+    if (call.head_dim < 2 || call.head_dim % 2 || call.width % call.head_dim) return -1;
+    sgl::RotateRows work = sgl::rotate_rows_generic;
+#if defined(__x86_64__)
+    if (call.isa >= SGL_AVX512) work = sgl::rotate_rows_avx512;
+    if (call.isa == SGL_AVX2) work = sgl::rotate_rows_avx2;
+#endif
+    over_rows(call, call.num_threads, work);
+    return 0;
+}
+
+extern "C" int32_t sgl_store(const SglStore* arguments) {
+    const SglStore& call = *arguments;
+    if (call.num_threads < 1 || call.k_bytes < 1 || call.v_bytes < 1) return -1;
+    const int64_t rows = std::max<int64_t>(1, kTaskBytes / (call.k_bytes + call.v_bytes));
+    sgl::for_each_index((call.rows + rows - 1) / rows, call.num_threads, [&] {
+        return [&](int64_t i) {
+            const int64_t last = std::min(call.rows, (i + 1) * rows);
+            for (int64_t row = i * rows; row < last; ++row) {
+                const int64_t slot = call.slots[row];
+                std::memcpy(static_cast<char*>(call.k_plane) + slot * call.k_slot,
+                            static_cast<const char*>(call.k) + row * call.k_row,
+                            static_cast<size_t>(call.k_bytes));
+                std::memcpy(static_cast<char*>(call.v_plane) + slot * call.v_slot,
+                            static_cast<const char*>(call.v) + row * call.v_row,
+                            static_cast<size_t>(call.v_bytes));
+            }
+        };
+    });
     return 0;
 }

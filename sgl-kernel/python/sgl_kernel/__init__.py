@@ -3,11 +3,12 @@
 from sgl_kernel.attention import AttentionTables, QueryBlocks, paged_attention, serves_attention
 from sgl_kernel.library import Isa, KernelError, cpu_isa, read_sum
 from sgl_kernel.linear import linear
-from sgl_kernel.rows import rms_norm, silu_and_mul
+from sgl_kernel.rows import KVPlanes, rms_norm, rotate, silu_and_mul
 
 __all__ = [
     "AttentionTables",
     "Isa",
+    "KVPlanes",
     "KernelError",
     "QueryBlocks",
     "cpu_isa",
@@ -15,6 +16,7 @@ __all__ = [
     "paged_attention",
     "read_sum",
     "rms_norm",
+    "rotate",
     "serves_attention",
     "silu_and_mul",
 ]

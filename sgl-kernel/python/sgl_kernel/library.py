@@ -91,6 +91,28 @@ class GateCall(ctypes.Structure):
     )
 
 
+class RotateCall(ctypes.Structure):
+    """`SglRotate` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "cos", "sin", "out")),
+        *((name, ctypes.c_int64) for name in ("x_row", "angle_row", "out_row")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "head_dim")),
+        *((name, ctypes.c_int32) for name in ("interleaved", "dtype", "isa", "num_threads")),
+    )
+
+
+class StoreCall(ctypes.Structure):
+    """`SglStore` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("k", "v", "k_plane", "v_plane", "slots")),
+        *((name, ctypes.c_int64) for name in ("k_row", "v_row", "k_slot", "v_slot")),
+        *((name, ctypes.c_int64) for name in ("rows", "k_bytes", "v_bytes")),
+        ("num_threads", ctypes.c_int32),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The loaded library, running on PyTorch's OpenMP threads where those are found.
@@ -113,6 +135,10 @@ def library() -> ctypes.CDLL:
     lib.sgl_norm.restype = ctypes.c_int32
     lib.sgl_silu_and_mul.argtypes = (ctypes.POINTER(GateCall),)
     lib.sgl_silu_and_mul.restype = ctypes.c_int32
+    lib.sgl_rotate.argtypes = (ctypes.POINTER(RotateCall),)
+    lib.sgl_rotate.restype = ctypes.c_int32
+    lib.sgl_store.argtypes = (ctypes.POINTER(StoreCall),)
+    lib.sgl_store.restype = ctypes.c_int32
     lib.sgl_read_sum.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
     lib.sgl_read_sum.restype = ctypes.c_uint32
     lib.sgl_set_parallel(_gomp_parallel())

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sglang.srt.errors import InvariantError
+from sglang.srt.mem_cache import memory_pool
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVGroupSpec, make_segment_layouts
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from srt.mem_cache.fake_backing import FakeBacking
@@ -40,7 +41,12 @@ def random_kv(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     ],
 )
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_new_tokens_land_in_their_slots_and_nowhere_else(slots: list[int], layer: int) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_new_tokens_land_in_their_slots_and_nowhere_else(
+    slots: list[int], layer: int, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(memory_pool, "native_kernels", lambda: None)
     pool = make_pool()
     k, v = random_kv(len(slots))
     pool.set_kv_buffer(layer, torch.tensor(slots, dtype=torch.int64), k, v)
@@ -69,6 +75,13 @@ def test_ranges_are_found_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found) == 1
     pool.set_kv_buffer(0, torch.tensor([10, 11, 13]), *random_kv(3))
     assert len(found) == 2
+
+
+def test_scattered_slots_outside_the_pool_are_refused() -> None:
+    pool = make_pool()
+    slots = [8, 12, 9, 20, 16, 30, 28, 26, 24, len(pool.get_key_buffer(0))]
+    with pytest.raises(InvariantError, match="outside"):
+        pool.set_kv_buffer(0, torch.tensor(slots), *random_kv(len(slots)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "fp8_e4m3", "fp8_e5m2"])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sglang.srt.layers.native import kernels_for
+from sglang.srt.utils.native import kernels_for
 
 # Below, the native kernel's call from Python costs more than PyTorch's passes over the memory.
 _FEW_ELEMENTS = 1 << 15

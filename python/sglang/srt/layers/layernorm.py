@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sglang.srt.layers.linear import copy_checked, frozen_parameter
-from sglang.srt.layers.native import kernels_for
+from sglang.srt.utils.native import kernels_for
 
 
 class RMSNorm(nn.Module):

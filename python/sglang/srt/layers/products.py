@@ -15,7 +15,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from sglang.srt.layers.native import kernels_for
+from sglang.srt.utils.native import kernels_for
 
 # Up to so many rows the native kernel is the faster way, see benchmark/cpu/bench_linear.py.
 _NATIVE_ROWS = 32

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from sglang.srt.configs.rope_config import RopeConfig
+from sglang.srt.utils.native import kernels_for
 
 
 class RotaryEmbedding(nn.Module):
@@ -91,6 +92,13 @@ class RotaryEmbedding(nn.Module):
         return points * _dynamic_frequencies(points + 1, self.head_dim, self.rope)
 
     def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        kernels = kernels_for(x, cos) if x.dtype == self._dtype else None
+        if kernels is not None:
+            threads = torch.get_num_threads()
+            turned: torch.Tensor = kernels.rotate(
+                x, cos, sin, interleaved=self.interleaved, num_threads=threads
+            )
+            return turned
         heads = x.view(x.shape[0], x.shape[-1] // self.head_dim, self.head_dim)
         if self.interleaved:
             swapped = heads.reshape(*heads.shape[:-1], self.head_dim // 2, 2).flip(-1).flatten(-2)

@@ -33,6 +33,7 @@ from sglang.srt.mem_cache.segment_backing.segment_plane import (
 )
 from sglang.srt.mem_cache.table_rows import TableRows, grown
 from sglang.srt.mem_cache.table_space import TableSpace
+from sglang.srt.utils.native import native_kernels
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -148,6 +149,11 @@ class MHATokenToKVPool:
         layers = range(self.spec.num_layers)
         self._keys = [backing.view(layer, Plane.KEY) for layer in layers]
         self._values = [backing.view(layer, Plane.VALUE) for layer in layers]
+        kernels = native_kernels() if self._keys[0].device.type == "cpu" else None
+        self._native_planes = []
+        if kernels is not None:
+            planes = zip(self._keys, self._values, strict=True)
+            self._native_planes = [kernels.KVPlanes(keys, values) for keys, values in planes]
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor | SegmentPlane:
         """Keys of one layer, [S, G, D] in the KV dtype, zero-copy over all slots."""
@@ -176,15 +182,24 @@ class MHATokenToKVPool:
         row are copied as one range, others one by one. `loc` must not be changed afterwards: its
         ranges are remembered for the other layers of the step.
         """
-        pieces = self._pieces_of(loc)
+        pieces = self._pieces_of(loc, len(self._keys[layer_id]))
+        if pieces is None:
+            self._scatter(layer_id, loc, k.to(self.dtype), v.to(self.dtype))
+            return
         for buffer, new in ((self._keys[layer_id], k), (self._values[layer_id], v)):
             source = new.to(self.dtype).view(self._store_dtype)
             target = buffer.view(self._store_dtype)
-            if pieces is None:
-                target.index_copy_(0, loc, source)
-                continue
             for row, slot, count in pieces:
                 target[slot : slot + count].copy_(source[row : row + count])
+
+    def _scatter(self, layer_id: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write slots that stand apart; `_pieces_of` has seen that they exist."""
+        if self._native_planes:
+            threads = torch.get_num_threads()
+            self._native_planes[layer_id].store(loc, k, v, num_threads=threads)
+            return
+        for buffer, new in ((self._keys[layer_id], k), (self._values[layer_id], v)):
+            buffer.view(self._store_dtype).index_copy_(0, loc, new.view(self._store_dtype))
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Address space of all key planes and of all value planes, in bytes."""
@@ -192,10 +207,16 @@ class MHATokenToKVPool:
         values = sum(buffer.numel() * buffer.element_size() for buffer in self._values)
         return keys, values
 
-    def _pieces_of(self, loc: torch.Tensor) -> list[Piece] | None:
-        """(first row, first slot, count) of the ranges in `loc`, None when there are too many."""
+    def _pieces_of(self, loc: torch.Tensor, num_slots: int) -> list[Piece] | None:
+        """(first row, first slot, count) of the ranges in `loc`, None when there are too many.
+
+        Raises InvariantError, once a step, when such scattered slots are not below `num_slots`.
+        """
         if loc is not self._last_loc:
-            self._last_loc, self._last_pieces = loc, _find_pieces(loc)
+            pieces = _find_pieces(loc)
+            if pieces is None and not (0 <= int(loc.min()) <= int(loc.max()) < num_slots):
+                raise InvariantError(f"new tokens were given slots outside [0, {num_slots})")
+            self._last_loc, self._last_pieces = loc, pieces
         return self._last_pieces
 
     def __repr__(self) -> str:

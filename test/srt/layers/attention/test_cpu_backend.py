@@ -12,8 +12,8 @@ from sglang.srt.layers.attention.cpu_backend import CpuAttnBackend
 from sglang.srt.layers.attention.registry import get_attention_backend, make_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.torch_native_table import SegmentTableAttnBackend
-from sglang.srt.layers.native import native_kernels
 from sglang.srt.mem_cache.kv_layout import GroupKind, KVGroupSpec
+from sglang.srt.utils.native import native_kernels
 from srt.layers.attention_cases import Case, FakeTable, make_layer, make_spec, make_tables
 
 pytestmark = pytest.mark.skipif(native_kernels() is None, reason="sgl-kernel is not installed")

@@ -16,10 +16,10 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.cpu_backend import CpuAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-from sglang.srt.layers.native import native_kernels
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch, ForwardMode
+from sglang.srt.utils.native import native_kernels
 from sglang.srt.utils.progress import Progress
 from srt.layers.attention_cases import DTYPES, FakePool, FakeTable, make_layer, make_spec
 

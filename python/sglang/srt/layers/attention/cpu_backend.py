@@ -21,10 +21,10 @@ from sglang.srt.layers.attention.torch_native_backend import (
     TorchNativePlan,
     TorchNativeTuning,
 )
-from sglang.srt.layers.native import native_kernels
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
+from sglang.srt.utils.native import native_kernels
 
 # Queries times keys of one kernel call, so that progress shows in long prefills.
 _PAIRS_PER_CALL = 1 << 31

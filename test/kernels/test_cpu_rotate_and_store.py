@@ -1,0 +1,95 @@
+"""Native rotation of heads against float64, and native copies into slots against indexing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+sgl_kernel = pytest.importorskip("sgl_kernel")
+
+from sgl_kernel import Isa, KernelError, KVPlanes, cpu_isa, rotate  # noqa: E402
+
+LEVELS = [isa for isa in Isa if isa <= cpu_isa() and (isa != Isa.NEON or cpu_isa() == Isa.NEON)]
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1.01 * 2.0**-8, torch.float16: 1.01 * 2.0**-11}
+
+
+def angles_of(rows: int, dim: int, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and signed sine float32 [rows, dim] of random angles, one a pair."""
+    angles = torch.rand(rows, dim // 2, generator=torch.Generator().manual_seed(rows)) * 7
+    cos, sin = angles.cos(), angles.sin()
+    if interleaved:
+        return cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(1)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("rows", "heads", "dim"), [(1, 1, 2), (3, 2, 6), (5, 9, 64), (70, 3, 128)])
+def test_rotate(
+    rows: int, heads: int, dim: int, interleaved: bool, dtype: torch.dtype, isa: Isa
+) -> None:
+    generator = torch.Generator().manual_seed(heads)
+    whole = torch.randn(rows, heads * dim + 5, generator=generator).to(dtype)
+    x = whole[:, 5:]  # rows apart
+    kept = whole.clone()
+    cos, sin = angles_of(rows, dim, interleaved)
+    out = rotate(x, cos, sin, interleaved=interleaved, isa=isa, num_threads=2)
+    assert out.dtype is dtype
+    parts = x.double().view(rows, heads, dim)
+    if interleaved:
+        partners = parts.view(rows, heads, -1, 2).flip(-1).flatten(-2)
+    else:
+        partners = parts.roll(dim // 2, -1)
+    want = parts * cos.double()[:, None] + partners * sin.double()[:, None]
+    scale = (parts.abs() + partners.abs()).flatten(1)  # the terms may cancel
+    error = (out.double() - want.flatten(1)).abs()
+    assert (error <= ROUNDING[dtype] * want.flatten(1).abs() + 2e-7 * scale).all()
+    assert torch.equal(whole, kept)
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    x, (cos, sin) = torch.randn(33, 128).bfloat16(), angles_of(33, 64, interleaved=False)
+    together = rotate(x, cos, sin, num_threads=2)
+    alone = [rotate(x[i : i + 1], cos[i : i + 1], sin[i : i + 1]) for i in range(33)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_what_rotate_refuses() -> None:
+    x, cos = torch.randn(2, 12), torch.randn(2, 4)
+    with pytest.raises(KernelError, match="heads of 5"):
+        rotate(x, torch.randn(2, 5), torch.randn(2, 5))
+    with pytest.raises(KernelError, match="angles"):
+        rotate(x, cos.double(), cos)
+    with pytest.raises(KernelError, match="angles"):
+        rotate(x, cos, torch.randn(3, 4))
+    with pytest.raises(KernelError, match="float64"):
+        rotate(x.double(), cos, cos)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize(("rows", "heads"), [(1, 1), (7, 3), (3000, 2)])
+def test_store(rows: int, heads: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    both = torch.randint(0, 200, (rows, heads * (16 + 8)), generator=generator).to(dtype)
+    k = both[:, : heads * 16].view(rows, heads, 16)
+    v = both[:, heads * 16 :].view(rows, heads, 8)
+    planes = [torch.zeros(4000, heads, 16, dtype=dtype), torch.zeros(4000, heads, 8, dtype=dtype)]
+    slots = torch.randperm(4000, generator=generator)[:rows]
+    KVPlanes(*planes).store(slots, k, v, num_threads=2)
+    for plane, new in zip(planes, (k, v), strict=True):
+        want = torch.zeros_like(plane)
+        want[slots] = new
+        assert torch.equal(plane, want)
+
+
+def test_what_store_refuses() -> None:
+    planes = KVPlanes(torch.zeros(10, 2, 8), torch.zeros(10, 2, 4))
+    slots, k, v = torch.tensor([3, 1]), torch.zeros(2, 2, 8), torch.zeros(2, 2, 4)
+    for wrong in (k.double(), k[:1], torch.zeros(2, 2, 4), torch.zeros(2, 8, 2).transpose(1, 2)):
+        with pytest.raises(KernelError):
+            planes.store(slots, wrong, v)
+    with pytest.raises(KernelError, match="int64"):
+        planes.store(slots.int(), k, v)
+    with pytest.raises(KernelError, match="contiguous"):
+        KVPlanes(torch.zeros(10, 8, 2).transpose(1, 2), torch.zeros(10, 2, 4))
