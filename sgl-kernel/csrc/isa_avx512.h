@@ -19,6 +19,34 @@ struct Isa {
     static F load(const Fp16* x) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
     }
+    static constexpr int kWide = 1;
+    template <class T>
+    static void load_some(const T* x, F (&out)[1]) { out[0] = load(x); }
+    template <class T>
+    static constexpr bool reorders(T) { return false; }
+    // 32 codes of half a byte, or of a signed byte, as floats.
+    static void halves(const uint8_t* codes, F (&out)[2]) {
+        const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+        const __m128i mask = _mm_set1_epi8(15);
+        const __m128i high = _mm_and_si128(_mm_srli_epi16(both, 4), mask);
+        out[0] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(both, mask)));
+        out[1] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(high));
+    }
+    static void signed_bytes(const int8_t* codes, F (&out)[2]) {
+        for (int i = 0; i < 2; ++i) {
+            const __m128i some =
+                _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * i));
+            out[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(some));
+        }
+    }
+    static void widen(const Fp16* from, int64_t count, float* to) {
+        int64_t i = 0;
+        for (; i + 8 <= count; i += 8) {
+            const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+            _mm256_storeu_ps(to + i, _mm256_cvtph_ps(eight));
+        }
+        for (; i < count; ++i) to[i] = to_float(from[i]);
+    }
     static float sum(F x) { return _mm512_reduce_add_ps(x); }
 };
 

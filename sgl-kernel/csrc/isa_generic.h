@@ -13,6 +13,28 @@ struct Isa {
     static F load(const T* x) {
         return F{to_float(x[0]), to_float(x[1]), to_float(x[2]), to_float(x[3])};
     }
+    static constexpr int kWide = 1;
+    template <class T>
+    static void load_some(const T* x, F (&out)[1]) { out[0] = load(x); }
+    template <class T>
+    static constexpr bool reorders(T) { return false; }
+    // 32 codes of half a byte, or of a signed byte, as floats.
+    static void halves(const uint8_t* codes, F (&out)[8]) {
+        float values[32];
+        for (int i = 0; i < 16; ++i) {
+            values[i] = static_cast<float>(codes[i] & 15);
+            values[16 + i] = static_cast<float>(codes[i] >> 4);
+        }
+        std::memcpy(out, values, sizeof(values));
+    }
+    static void signed_bytes(const int8_t* codes, F (&out)[8]) {
+        float values[32];
+        for (int i = 0; i < 32; ++i) values[i] = static_cast<float>(codes[i]);
+        std::memcpy(out, values, sizeof(values));
+    }
+    static void widen(const Fp16* from, int64_t count, float* to) {
+        for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
+    }
     static float sum(F x) { return (x[0] + x[1]) + (x[2] + x[3]); }
 };
 

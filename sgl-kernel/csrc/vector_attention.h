@@ -1,7 +1,8 @@
 // The vector kernel: fp32 arithmetic on K and V of any dtype, compiled once per instruction set.
 //
-// The including file defines `Isa` with `F` (a vector of floats), kLanes, and load() for float,
-// Bf16 and Fp16. Keys stand in the lanes of scores, head elements in the lanes of products. K and V
+// The including file defines `Isa` with `F` (a vector of floats), kLanes, and load_some() for float,
+// Bf16 and Fp16, which gives kWide vectors; where it reorders() a type, the first has the elements of
+// even index and the second those of odd index. Queries, K and V go through it alike. Keys stand in the lanes of scores, head elements in the lanes of products. K and V
 // of a block are read once for all J heads of a group.
 #pragma once
 
@@ -31,35 +32,83 @@ inline float exp2_small(float x) {
     return y;
 }
 
-template <class T, int kHeads>
-inline void dot_keys(const Isa::F (*query)[sgl::kMaxHeadDim / Isa::kLanes], const T* key, int dim,
-                     float* scores) {
-    Isa::F total[kHeads] = {};
-    for (int d = 0; d < dim; d += Isa::kLanes) {
-        const Isa::F x = Isa::load(key + d);
-        for (int j = 0; j < kHeads; ++j) total[j] += query[j][d / Isa::kLanes] * x;
-    }
-    for (int j = 0; j < kHeads; ++j) scores[j * kKeys] = Isa::sum(total[j]);
+// Sums that grow side by side: each addition waits for the one before it in its own sum only.
+constexpr int kSums = 8;
+constexpr int kStep = Isa::kWide * Isa::kLanes;  // elements of a head that are loaded at a time
+constexpr int kLine = 64;                        // bytes of a cache line
+
+template <class T>
+inline bool begins_line(int d) {
+    return d * static_cast<int>(sizeof(T)) % kLine == 0;
 }
 
-// A block is summed on its own first: after millions of keys, one key's share alone is lost in the
-// rounding of all that came before.
-template <class T, int kHeads>
-inline void add_values(const T* const* values, const float* weights, int count, int dim,
-                       float* acc) {
-    for (int d = 0; d < dim; d += Isa::kLanes) {
-        Isa::F total[kHeads] = {};
-        for (int n = 0; n < count; ++n) {
-            const Isa::F x = Isa::load(values[n] + d);
-            for (int j = 0; j < kHeads; ++j) total[j] += weights[j * kKeys + n] * x;
-        }
-        for (int j = 0; j < kHeads; ++j) {
-            Isa::F sum;
-            std::memcpy(&sum, acc + j * dim + d, sizeof sum);
-            sum += total[j];
-            std::memcpy(acc + j * dim + d, &sum, sizeof sum);
+// Scores of kCount keys with kHeads heads. `ahead` (null: nothing) are rows to ask memory for
+// meanwhile: asked for all at once, most of the requests would be dropped.
+template <class T, int kHeads, int kCount>
+inline void dot_some(const Isa::F (*query)[sgl::kMaxHeadDim / Isa::kLanes], const T* const* keys,
+                     const T* const* ahead, int dim, float* scores) {
+    Isa::F total[kCount][kHeads] = {};
+    for (int d = 0; d < dim; d += kStep) {
+        if (ahead && begins_line<T>(d))
+            for (int n = 0; n < kCount; ++n) __builtin_prefetch(ahead[n] + d);
+        for (int n = 0; n < kCount; ++n) {
+            Isa::F x[Isa::kWide];
+            Isa::load_some(keys[n] + d, x);
+            for (int j = 0; j < kHeads; ++j)
+                for (int w = 0; w < Isa::kWide; ++w)
+                    total[n][j] += query[j][d / Isa::kLanes + w] * x[w];
         }
     }
+    for (int n = 0; n < kCount; ++n)
+        for (int j = 0; j < kHeads; ++j) scores[j * kKeys + n] = Isa::sum(total[n][j]);
+}
+
+template <class T, int kHeads>
+inline void dot_keys(const Isa::F (*query)[sgl::kMaxHeadDim / Isa::kLanes], const T* const* keys,
+                     const T* const* ahead, int count, int dim, float* scores) {
+    constexpr int kCount = kSums / kHeads;
+    int n = 0;
+    for (; n + kCount <= count; n += kCount)
+        dot_some<T, kHeads, kCount>(query, keys + n, ahead ? ahead + n : ahead, dim, scores + n);
+    for (; n < count; ++n)
+        dot_some<T, kHeads, 1>(query, keys + n, ahead ? ahead + n : ahead, dim, scores + n);
+}
+
+// Adds the weighted values of the head's elements [d, d + kSpan * kStep).
+//
+// A block is summed on its own first: after millions of keys, one key's share alone is lost in the
+// rounding of all that came before.
+template <class T, int kHeads, int kSpan>
+inline void add_some(const T* const* values, const T* const* ahead, const float* weights, int count,
+                     int dim, int d, float* acc) {
+    Isa::F total[kHeads][kSpan * Isa::kWide] = {};
+    for (int n = 0; n < count; ++n)
+        for (int i = 0; i < kSpan; ++i) {
+            if (ahead && begins_line<T>(d + i * kStep)) __builtin_prefetch(ahead[n] + d + i * kStep);
+            Isa::F x[Isa::kWide];
+            Isa::load_some(values[n] + d + i * kStep, x);
+            for (int j = 0; j < kHeads; ++j)
+                for (int w = 0; w < Isa::kWide; ++w)
+                    total[j][i * Isa::kWide + w] += weights[j * kKeys + n] * x[w];
+        }
+    for (int j = 0; j < kHeads; ++j)
+        for (int i = 0; i < kSpan * Isa::kWide; ++i) {
+            float* to = acc + j * dim + d + i * Isa::kLanes;
+            Isa::F sum;
+            std::memcpy(&sum, to, sizeof sum);
+            sum += total[j][i];
+            std::memcpy(to, &sum, sizeof sum);
+        }
+}
+
+template <class T, int kHeads>
+inline void add_values(const T* const* values, const T* const* ahead, const float* weights,
+                       int count, int dim, float* acc) {
+    constexpr int kSpan = std::max(1, kSums / kHeads / Isa::kWide);
+    int d = 0;
+    for (; d + kSpan * kStep <= dim; d += kSpan * kStep)
+        add_some<T, kHeads, kSpan>(values, ahead, weights, count, dim, d, acc);
+    for (; d < dim; d += kStep) add_some<T, kHeads, 1>(values, ahead, weights, count, dim, d, acc);
 }
 
 // Turns scores [begin, end) of a head into weights and moves its state on.
@@ -95,6 +144,8 @@ struct VectorTask {
     KeyBlock block, next;
     const T* keys[kKeys];
     const T* values[kKeys];
+    const T* next_keys[kKeys];
+    const T* next_values[kKeys];
     alignas(64) float scores[8 * kKeys];
     alignas(64) Isa::F query[8][sgl::kMaxHeadDim / Isa::kLanes];
 
@@ -104,6 +155,19 @@ struct VectorTask {
             block = next;
             find(lo + block.count, &next);
             for (int g = task.g0; g < task.g1; ++g) attend_group(g, lo);
+        }
+        if (Isa::reorders(T{}))
+            for (int64_t i = 0; i < sgl::num_states(call, task); ++i)
+                restore_order(states.acc + i * call.head_dim);
+    }
+
+    // From the order in which vectors are loaded to the order of the head's elements.
+    void restore_order(float* acc) const {
+        float ordered[kStep];
+        for (int d = 0; d < call.head_dim; d += kStep) {
+            for (int i = 0; i < kStep; ++i)
+                ordered[Isa::kWide * (i % Isa::kLanes) + i / Isa::kLanes] = acc[d + i];
+            std::memcpy(acc + d, ordered, sizeof ordered);
         }
     }
 
@@ -119,10 +183,11 @@ struct VectorTask {
             keys[n] = k + block.slots[n] * call.k_slot;
             values[n] = v + block.slots[n] * call.v_slot;
         }
-        for (int n = 0; n < next.count; ++n) {
-            sgl::prefetch_row(k + next.slots[n] * call.k_slot, call.head_dim * sizeof(T));
-            sgl::prefetch_row(v + next.slots[n] * call.v_slot, call.head_dim * sizeof(T));
+        for (int n = 0; n < kKeys; ++n) {  // what is beyond the last key is asked for again
+            next_keys[n] = next.count ? k + next.slots[n] * call.k_slot : keys[0];
+            next_values[n] = next.count ? v + next.slots[n] * call.v_slot : values[0];
         }
+        bool asks = true;
         const int per_group = call.heads_per_group;
         for (int m = 0; m < task.rows; ++m) {
             const int64_t position = task.position + m;
@@ -133,10 +198,11 @@ struct VectorTask {
             for (int j = 0; j < per_group;) {
                 const int heads = per_group - j >= 4 ? 4 : per_group - j;
                 const int head = g * per_group + j;
-                if (heads == 4) attend<4>(m, head, state + j, begin, end);
-                if (heads == 3) attend<3>(m, head, state + j, begin, end);
-                if (heads == 2) attend<2>(m, head, state + j, begin, end);
-                if (heads == 1) attend<1>(m, head, state + j, begin, end);
+                if (heads == 4) attend<4>(m, head, state + j, begin, end, asks);
+                if (heads == 3) attend<3>(m, head, state + j, begin, end, asks);
+                if (heads == 2) attend<2>(m, head, state + j, begin, end, asks);
+                if (heads == 1) attend<1>(m, head, state + j, begin, end, asks);
+                asks = false;
                 j += heads;
             }
         }
@@ -145,24 +211,29 @@ struct VectorTask {
     int clip(int64_t n) const { return static_cast<int>(std::clamp<int64_t>(n, 0, block.count)); }
 
     template <int kHeads>
-    void attend(int m, int head, int64_t state, int begin, int end) {
+    void attend(int m, int head, int64_t state, int begin, int end, bool asks) {
         const int dim = call.head_dim;
         const T* q = static_cast<const T*>(call.q) + (task.row + m) * call.q_row;
         for (int j = 0; j < kHeads; ++j)
-            for (int d = 0; d < dim; d += Isa::kLanes)
-                query[j][d / Isa::kLanes] = Isa::load(q + (head + j) * call.q_head + d);
-        for (int n = begin; n < end; ++n) dot_keys<T, kHeads>(query, keys[n], dim, scores + n);
+            for (int d = 0; d < dim; d += kStep) {
+                Isa::F x[Isa::kWide];
+                Isa::load_some(q + (head + j) * call.q_head + d, x);
+                std::memcpy(query[j] + d / Isa::kLanes, x, sizeof x);
+            }
+        dot_keys<T, kHeads>(query, keys + begin, asks ? next_keys + begin : nullptr, end - begin, dim,
+                            scores + begin);
         float* acc = states.acc + state * dim;
         for (int j = 0; j < kHeads; ++j)
             weigh(call, scores + j * kKeys, begin, end, acc + j * dim, states.top + state + j,
                   states.sum + state + j);
-        add_values<T, kHeads>(values + begin, scores + begin, end - begin, dim, acc);
+        add_values<T, kHeads>(values + begin, asks ? next_values + begin : nullptr, scores + begin,
+                              end - begin, dim, acc);
     }
 };
 
 template <class T>
 void run_vector(const SglAttention& call, const Task& task, const States& states) {
-    VectorTask<T> work{call, task, states, {}, {}, {}, {}, {}, {}};
+    VectorTask<T> work{call, task, states, {}, {}, {}, {}, {}, {}, {}, {}};
     work.run();
 }
 
