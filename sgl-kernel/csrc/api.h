@@ -58,6 +58,26 @@ struct SglLinear {
     int32_t num_threads;
 };
 
+// A quantised weight [out_features, in_features], and what is done with it. Weight (n, k) is
+// (code * scale + min) * gain, with a scale and a min for each group of inputs.
+struct SglQuantized {
+    const void* x;       // [rows, in_features] in `dtype`; not read by sgl_dequantize
+    const void* bias;    // [out_features] in `dtype`, or null
+    void* out;           // [rows, out_features] in `dtype`; of sgl_dequantize the weight itself
+    const void* codes;   // [out_features] rows: of each 32 inputs 16 bytes with input i in the low
+                         // half and i + 16 in the high half of byte i, or 32 signed bytes
+    const void* scales;  // [out_features, in_features / group] fp16
+    const void* mins;    // the same, or null where all are 0
+    int64_t x_row, out_row, code_row, scale_row;  // code_row in bytes; mins have scales' stride
+    int64_t rows, out_features, in_features;
+    int64_t group;  // 32, or 16 of signed bytes
+    float gain;
+    int32_t bits;  // 4 or 8
+    int32_t dtype;
+    int32_t isa;  // at most what sgl_cpu_isa() answers
+    int32_t num_threads;
+};
+
 // (x + residual) / sqrt(mean of squares + eps) * (offset + weight), row by row, in fp32 and rounded
 // once. Elements of a row are contiguous.
 struct SglNorm {
@@ -126,6 +146,11 @@ SGL_API int32_t sgl_attention(const SglAttention* call);
 
 // 0, or -1 when the arguments are not served (see linear.cpp).
 SGL_API int32_t sgl_linear(const SglLinear* call);
+
+// 0, or -1 when the arguments are not served (see quantized.cpp). The first gives x times the weight
+// transposed plus the bias, summed in fp32 and rounded once.
+SGL_API int32_t sgl_quantized_linear(const SglQuantized* call);
+SGL_API int32_t sgl_dequantize(const SglQuantized* call);
 
 // 0, or -1 when the arguments are not served (see rows.cpp).
 SGL_API int32_t sgl_norm(const SglNorm* call);

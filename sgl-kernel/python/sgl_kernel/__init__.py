@@ -3,6 +3,7 @@
 from sgl_kernel.attention import AttentionTables, QueryBlocks, paged_attention, serves_attention
 from sgl_kernel.library import Isa, KernelError, cpu_isa, read_sum
 from sgl_kernel.linear import linear
+from sgl_kernel.quantized import QuantizedWeight
 from sgl_kernel.rows import KVPlanes, rms_norm, rotate, silu_and_mul
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Isa",
     "KVPlanes",
     "KernelError",
+    "QuantizedWeight",
     "QueryBlocks",
     "cpu_isa",
     "linear",

@@ -69,6 +69,18 @@ class LinearCall(ctypes.Structure):
     )
 
 
+class QuantizedCall(ctypes.Structure):
+    """`SglQuantized` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "out", "codes", "scales", "mins")),
+        *((name, ctypes.c_int64) for name in ("x_row", "out_row", "code_row", "scale_row")),
+        *((name, ctypes.c_int64) for name in ("rows", "out_features", "in_features", "group")),
+        ("gain", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("bits", "dtype", "isa", "num_threads")),
+    )
+
+
 class NormCall(ctypes.Structure):
     """`SglNorm` of csrc/api.h, field by field."""
 
@@ -131,6 +143,9 @@ def library() -> ctypes.CDLL:
     lib.sgl_attention.restype = ctypes.c_int32
     lib.sgl_linear.argtypes = (ctypes.POINTER(LinearCall),)
     lib.sgl_linear.restype = ctypes.c_int32
+    for quantized in (lib.sgl_quantized_linear, lib.sgl_dequantize):
+        quantized.argtypes = (ctypes.POINTER(QuantizedCall),)
+        quantized.restype = ctypes.c_int32
     lib.sgl_norm.argtypes = (ctypes.POINTER(NormCall),)
     lib.sgl_norm.restype = ctypes.c_int32
     lib.sgl_silu_and_mul.argtypes = (ctypes.POINTER(GateCall),)

@@ -1,0 +1,90 @@
+// Products with quantised weights: widens the input, sums its groups, shares the outputs out.
+#include "quantized.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "numbers.h"
+#include "parallel.h"
+
+namespace {
+
+constexpr int64_t kTasksPerThread = 8;     // so that threads end together
+constexpr int64_t kTaskCodes = 32 << 10;   // fewer are not worth a task
+constexpr int64_t kBlock = 32;
+
+template <class T>
+void widen(const SglQuantized& call, float* to) {
+    for (int64_t m = 0; m < call.rows; ++m) {
+        const T* row = static_cast<const T*>(call.x) + m * call.x_row;
+        for (int64_t d = 0; d < call.in_features; ++d)
+            to[m * call.in_features + d] = to_float(row[d]);
+    }
+}
+
+void sum_groups(const SglQuantized& call, const float* x, float* sums) {
+    const int64_t count = call.rows * (call.in_features / call.group);
+    for (int64_t i = 0; i < count; ++i) {
+        float sum = 0.0f;
+        for (int64_t d = 0; d < call.group; ++d) sum += x[i * call.group + d];
+        sums[i] = sum;
+    }
+}
+
+bool is_served(const SglQuantized& call) {
+    if (call.dtype < SGL_FLOAT32 || call.dtype > SGL_FLOAT16 || call.num_threads < 1) return false;
+    if (call.out_features < 1 || call.in_features < kBlock || call.in_features % kBlock)
+        return false;
+    return (call.bits == 4 && call.group == 32) ||
+           (call.bits == 8 && (call.group == 32 || call.group == 16));
+}
+
+int64_t outs_of_a_task(const SglQuantized& call) {
+    const int64_t least = kTaskCodes / call.in_features + 1;
+    return std::max(least, call.out_features / (kTasksPerThread * call.num_threads) + 1);
+}
+
+template <class Work>
+void over_outs(const SglQuantized& call, const Work& work) {
+    const int64_t outs = outs_of_a_task(call);
+    sgl::for_each_index((call.out_features + outs - 1) / outs, call.num_threads, [&] {
+        return [&](int64_t i) { work(i * outs, std::min(call.out_features, (i + 1) * outs)); };
+    });
+}
+
+}  // namespace
+
+extern "C" int32_t sgl_quantized_linear(const SglQuantized* arguments) {
+    const SglQuantized& call = *arguments;
+    if (!is_served(call) || call.rows < 1) return -1;
+    sgl::MultiplyQuantized multiply = sgl::multiply_quantized_generic;
+#if defined(__x86_64__)
+    if (call.isa >= SGL_AVX512 && call.isa != SGL_NEON) multiply = sgl::multiply_quantized_avx512;
+    if (call.isa == SGL_AVX2) multiply = sgl::multiply_quantized_avx2;
+#endif
+    const std::unique_ptr<float[]> x(new float[call.rows * call.in_features]);
+    if (call.dtype == SGL_FLOAT32) widen<float>(call, x.get());
+    if (call.dtype == SGL_BFLOAT16) widen<Bf16>(call, x.get());
+    if (call.dtype == SGL_FLOAT16) widen<Fp16>(call, x.get());
+    std::unique_ptr<float[]> sums;
+    if (call.mins) {
+        sums.reset(new float[call.rows * (call.in_features / call.group)]);
+        sum_groups(call, x.get(), sums.get());
+    }
+    over_outs(call, [&](int64_t first, int64_t last) {
+        multiply(call, x.get(), sums.get(), first, last);
+    });
+    return 0;
+}
+
+extern "C" int32_t sgl_dequantize(const SglQuantized* arguments) {
+    const SglQuantized& call = *arguments;
+    if (!is_served(call)) return -1;
+    sgl::Dequantize dequantize = sgl::dequantize_generic;
+#if defined(__x86_64__)
+    if (call.isa >= SGL_AVX512 && call.isa != SGL_NEON) dequantize = sgl::dequantize_avx512;
+    if (call.isa == SGL_AVX2) dequantize = sgl::dequantize_avx2;
+#endif
+    over_outs(call, [&](int64_t first, int64_t last) { dequantize(call, first, last); });
+    return 0;
+}

@@ -1,0 +1,24 @@
+// What the files of products with quantised weights share.
+#pragma once
+
+#include <cstdint>
+
+#include "api.h"
+
+namespace sgl {
+
+// Outputs [first, last) of all rows. `x` is the input in fp32 [rows, in_features], `sums` the sum of
+// each of its groups [rows, in_features / group], null for weights without minima.
+using MultiplyQuantized = void (*)(const SglQuantized&, const float* x, const float* sums,
+                                   int64_t first, int64_t last);
+// Rows [first, last) of the weight into `out`.
+using Dequantize = void (*)(const SglQuantized&, int64_t first, int64_t last);
+
+void multiply_quantized_generic(const SglQuantized&, const float*, const float*, int64_t, int64_t);
+void multiply_quantized_avx2(const SglQuantized&, const float*, const float*, int64_t, int64_t);
+void multiply_quantized_avx512(const SglQuantized&, const float*, const float*, int64_t, int64_t);
+void dequantize_generic(const SglQuantized&, int64_t, int64_t);
+void dequantize_avx2(const SglQuantized&, int64_t, int64_t);
+void dequantize_avx512(const SglQuantized&, int64_t, int64_t);
+
+}  // namespace sgl

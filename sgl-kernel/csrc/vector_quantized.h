@@ -1,0 +1,148 @@
+// Products with a quantised weight: its codes become fp32 in registers, the input stays as it is.
+//
+// The including file defines `Isa`. Codes are taken 32 at a time; what they are multiplied with is
+// summed for each group alone, so that its scale is applied once. A minimum adds itself times the sum
+// of the group's inputs, which is the same for every output.
+#pragma once
+
+#include "numbers.h"
+#include "quantized.h"
+
+namespace {
+
+constexpr int kBlock = 32;                       // codes taken at a time
+constexpr int kVectors = kBlock / Isa::kLanes;   // that they fill
+constexpr int64_t kScalesAtOnce = 8;             // widened at a time
+
+// The 32 codes of a block: two in a byte, the first 16 in the low halves; or signed bytes.
+template <int kBits>
+inline void load_codes(const uint8_t* codes, int64_t block, Isa::F (&out)[kVectors]) {
+    if (kBits == 4)
+        Isa::halves(codes + block * (kBlock / 2), out);
+    else
+        Isa::signed_bytes(reinterpret_cast<const int8_t*>(codes) + block * kBlock, out);
+}
+
+// Adds the products of one output with kRows rows of the input.
+template <int kBits, int kGroup, int kRows>
+inline void multiply_block(const SglQuantized& call, const float* x, const float* sums, int64_t row,
+                           int64_t out, float (&result)[kRows]) {
+    constexpr int kScales = kBlock / kGroup, kPart = kVectors / kScales;
+    const int64_t width = call.in_features, blocks = width / kBlock, groups = width / kGroup;
+    const uint8_t* codes = static_cast<const uint8_t*>(call.codes) + out * call.code_row;
+    const Fp16* scales = static_cast<const Fp16*>(call.scales) + out * call.scale_row;
+    const float* input = x + row * width;
+    Isa::F total[kRows] = {};
+    float wide[kScalesAtOnce * kScales];
+    for (int64_t first = 0; first < blocks; first += kScalesAtOnce) {
+        const int64_t count = blocks - first < kScalesAtOnce ? blocks - first : kScalesAtOnce;
+        Isa::widen(scales + first * kScales, count * kScales, wide);
+        for (int64_t b = 0; b < count; ++b) {
+            Isa::F code[kVectors];
+            load_codes<kBits>(codes, first + b, code);
+            const float* values = input + (first + b) * kBlock;
+#pragma GCC unroll 4
+            for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 2
+                for (int s = 0; s < kScales; ++s) {
+                    Isa::F part = code[s * kPart] *
+                                  Isa::load(values + m * width + s * kPart * Isa::kLanes);
+#pragma GCC unroll 8
+                    for (int i = s * kPart + 1; i < (s + 1) * kPart; ++i)
+                        part += code[i] * Isa::load(values + m * width + i * Isa::kLanes);
+                    total[m] += part * wide[b * kScales + s];
+                }
+        }
+    }
+    for (int m = 0; m < kRows; ++m) result[m] = Isa::sum(total[m]);
+    if (!call.mins) return;
+    const Fp16* mins = static_cast<const Fp16*>(call.mins) + out * call.scale_row;
+    const int64_t whole = groups - groups % Isa::kLanes;
+    for (int m = 0; m < kRows; ++m) {
+        const float* sum = sums + (row + m) * groups;
+        Isa::F added = {};
+        for (int64_t g = 0; g < whole; g += Isa::kLanes)
+            added += Isa::load(mins + g) * Isa::load(sum + g);
+        result[m] += Isa::sum(added);
+        for (int64_t g = whole; g < groups; ++g) result[m] += to_float(mins[g]) * sum[g];
+    }
+}
+
+template <class T, int kBits, int kGroup, int kRows>
+inline void multiply_rows(const SglQuantized& call, const float* x, const float* sums, int64_t row,
+                          int64_t out) {
+    float result[kRows];
+    multiply_block<kBits, kGroup, kRows>(call, x, sums, row, out, result);
+    const float bias = call.bias ? to_float(static_cast<const T*>(call.bias)[out]) : 0.0f;
+    for (int m = 0; m < kRows; ++m)
+        store(result[m] * call.gain + bias,
+              static_cast<T*>(call.out) + (row + m) * call.out_row + out);
+}
+
+template <class T, int kBits, int kGroup>
+inline void multiply_range(const SglQuantized& call, const float* x, const float* sums,
+                           int64_t first, int64_t last) {
+    for (int64_t out = first; out < last; ++out) {
+        int64_t row = 0;
+        for (; row + 4 <= call.rows; row += 4)
+            multiply_rows<T, kBits, kGroup, 4>(call, x, sums, row, out);
+        for (; row < call.rows; ++row)
+            multiply_rows<T, kBits, kGroup, 1>(call, x, sums, row, out);
+    }
+}
+
+template <class T>
+inline void multiply_typed(const SglQuantized& call, const float* x, const float* sums,
+                           int64_t first, int64_t last) {
+    if (call.bits == 4) multiply_range<T, 4, 32>(call, x, sums, first, last);
+    if (call.bits == 8 && call.group == 32) multiply_range<T, 8, 32>(call, x, sums, first, last);
+    if (call.bits == 8 && call.group == 16) multiply_range<T, 8, 16>(call, x, sums, first, last);
+}
+
+inline void multiply_any(const SglQuantized& call, const float* x, const float* sums, int64_t first,
+                         int64_t last) {
+    if (call.dtype == SGL_FLOAT32) multiply_typed<float>(call, x, sums, first, last);
+    if (call.dtype == SGL_BFLOAT16) multiply_typed<Bf16>(call, x, sums, first, last);
+    if (call.dtype == SGL_FLOAT16) multiply_typed<Fp16>(call, x, sums, first, last);
+}
+
+template <class T, int kBits>
+inline void dequantize_rows(const SglQuantized& call, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+        const uint8_t* codes = static_cast<const uint8_t*>(call.codes) + row * call.code_row;
+        const Fp16* scales = static_cast<const Fp16*>(call.scales) + row * call.scale_row;
+        const Fp16* mins =
+            call.mins ? static_cast<const Fp16*>(call.mins) + row * call.scale_row : nullptr;
+        T* out = static_cast<T*>(call.out) + row * call.out_row;
+        for (int64_t block = 0; block < call.in_features / kBlock; ++block) {
+            Isa::F code[kVectors];
+            load_codes<kBits>(codes, block, code);
+            float values[kBlock];
+            std::memcpy(values, code, sizeof(values));
+            for (int g = 0; g < kBlock; g += static_cast<int>(call.group)) {
+                const int64_t at = (block * kBlock + g) / call.group;
+                const float scale = to_float(scales[at]) * call.gain;
+                const float least = mins ? to_float(mins[at]) * call.gain : 0.0f;
+#pragma omp simd
+                for (int i = g; i < g + call.group; ++i)
+                    store(values[i] * scale + least, out + block * kBlock + i);
+            }
+        }
+    }
+}
+
+template <class T>
+inline void dequantize_typed(const SglQuantized& call, int64_t first, int64_t last) {
+    if (call.bits == 4)
+        dequantize_rows<T, 4>(call, first, last);
+    else
+        dequantize_rows<T, 8>(call, first, last);
+}
+
+inline void dequantize_any(const SglQuantized& call, int64_t first, int64_t last) {
+    if (call.dtype == SGL_FLOAT32) dequantize_typed<float>(call, first, last);
+    if (call.dtype == SGL_BFLOAT16) dequantize_typed<Bf16>(call, first, last);
+    if (call.dtype == SGL_FLOAT16) dequantize_typed<Fp16>(call, first, last);
+}
+
+}  // namespace

@@ -1,0 +1,164 @@
+"""Products with weights that stay quantised: codes become float32 in registers, never in memory.
+
+The input keeps its precision: on AVX2 an 8-bit integer product of a block takes as many
+instructions as a float32 one, few rows wait for memory either way, and so the answer is that of the
+dequantised weight up to the order of additions.
+
+Legend: R rows, N outputs, K inputs, G inputs of a group.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from sgl_kernel.library import DTYPES, Isa, KernelError, QuantizedCall, cpu_isa, library
+
+_BLOCK = 32  # codes that belong together, whatever the group
+
+
+class QuantizedWeight:
+    """A weight [N, K]: (code * scale + min) * gain, with a scale and a min for each G inputs.
+
+    `codes` are uint8 [N, K / 2], of each 32 inputs 16 bytes with input i in the low half and i + 16
+    in the high half of byte i; or int8 [N, K]. `scales` are float16 [N, K / G]; `mins` alike, None
+    where all are 0. G is 32, or 16 of int8 codes. Holds the tensors, whose rows must be contiguous.
+    Raises KernelError for what is not served.
+    """
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        mins: torch.Tensor | None = None,
+        gain: float = 1.0,
+    ) -> None:
+        self.codes, self.scales, self.mins, self.gain = codes, scales, mins, gain
+        self.bits = {torch.uint8: 4, torch.int8: 8}.get(codes.dtype, 0)
+        if not self.bits or codes.dim() != 2 or scales.dim() != 2 or not scales.shape[1]:
+            raise KernelError(f"codes of {codes.dtype} {list(codes.shape)} are not served")
+        self.shape = (len(codes), codes.shape[1] * 8 // self.bits)
+        self.group = self.shape[1] // scales.shape[1]
+        if self.shape[1] % _BLOCK or self.group not in ((32,) if self.bits == 4 else (16, 32)):
+            raise KernelError(f"{self.shape[1]} inputs in groups of {self.group} are not served")
+        for part in (scales,) if mins is None else (scales, mins):
+            if part.dtype != torch.float16 or part.shape != (len(codes), scales.shape[1]):
+                raise KernelError(f"scales must be float16 {[len(codes), scales.shape[1]]}")
+            if part.stride() != (scales.stride(0), 1):
+                raise KernelError("rows of scales must be contiguous, and lie as those of mins")
+        if codes.stride(1) != 1:
+            raise KernelError("rows of codes must be contiguous")
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of codes, scales and mins, in bytes."""
+        return (
+            self.codes.nbytes + self.scales.nbytes + (0 if self.mins is None else self.mins.nbytes)
+        )
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What two weights must share to be joined."""
+        return self.bits, self.group, self.mins is None, self.gain, self.shape[1]
+
+    @classmethod
+    def join(cls, parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """Weights of one layout, one below another, copied. Raises KernelError for others."""
+        first = parts[0]
+        if any(part.layout != first.layout for part in parts):
+            raise KernelError("weights of different layouts can't be joined")
+        mins = [part.mins for part in parts if part.mins is not None]
+        return cls(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scales for part in parts]),
+            torch.cat(mins) if mins else None,
+            first.gain,
+        )
+
+    def columns(self, first: int, last: int) -> QuantizedWeight:
+        """The inputs [first, last), copied. Raises KernelError where they cut a block of 32."""
+        if first % _BLOCK or last % _BLOCK:
+            raise KernelError(f"inputs [{first}, {last}) cut a block")
+        codes = slice(first * self.bits // 8, last * self.bits // 8)
+        groups = slice(first // self.group, last // self.group)
+        mins = None if self.mins is None else self.mins[:, groups].contiguous()
+        return QuantizedWeight(
+            self.codes[:, codes].contiguous(), self.scales[:, groups].contiguous(), mins, self.gain
+        )
+
+    def rows(self, first: int, last: int) -> QuantizedWeight:
+        """The outputs [first, last), without a copy."""
+        part = slice(first, last)
+        mins = None if self.mins is None else self.mins[part]
+        return QuantizedWeight(self.codes[part], self.scales[part], mins, self.gain)
+
+    def take(self, rows: torch.Tensor) -> QuantizedWeight:
+        """The outputs of int64 `rows` [*], copied in their order."""
+        mins = None if self.mins is None else self.mins[rows]
+        return QuantizedWeight(self.codes[rows], self.scales[rows], mins, self.gain)
+
+    def multiply(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        num_threads: int = 1,
+        isa: Isa | None = None,
+    ) -> torch.Tensor:
+        """x [R, K] times the weight transposed, plus bias [N]: [R, N] in the type of x.
+
+        Summed in float32 and rounded once. `isa` lowers the instructions used. Raises KernelError
+        for shapes and types that are not served.
+        """
+        rows, width = x.shape
+        if x.dtype not in DTYPES or width != self.shape[1] or x.stride(1) != 1:
+            raise KernelError(f"a weight of {self.shape} does not serve {x.dtype} {list(x.shape)}")
+        if bias is not None and (
+            bias.dtype != x.dtype or bias.shape != self.shape[:1] or not bias.is_contiguous()
+        ):
+            raise KernelError(f"bias must be contiguous {x.dtype} [{self.shape[0]}]")
+        out = x.new_empty(rows, self.shape[0])
+        if rows and self.shape[0]:
+            call = self._call(out, num_threads, isa)
+            call.x, call.x_row, call.rows = x.data_ptr(), x.stride(0), rows
+            call.bias = None if bias is None else bias.data_ptr()
+            if library().sgl_quantized_linear(ctypes.byref(call)):
+                raise KernelError(f"a weight of {self.shape} does not serve {list(x.shape)}")
+        return out
+
+    def dequantize(
+        self, dtype: torch.dtype, *, num_threads: int = 1, isa: Isa | None = None
+    ) -> torch.Tensor:
+        """The weight as numbers: [N, K] in `dtype`."""
+        out = torch.empty(self.shape, dtype=dtype)
+        self.dequantize_into(out, num_threads=num_threads, isa=isa)
+        return out
+
+    def dequantize_into(
+        self, out: torch.Tensor, *, num_threads: int = 1, isa: Isa | None = None
+    ) -> None:
+        """Write the weight into out [N, K], whose rows are contiguous.
+
+        Raises KernelError for another shape or a type that is not served.
+        """
+        if out.dtype not in DTYPES or tuple(out.shape) != self.shape or out.stride(1) != 1:
+            raise KernelError(f"a weight of {self.shape} is no {out.dtype} {list(out.shape)}")
+        if self.shape[0]:
+            call = self._call(out, num_threads, isa)
+            if library().sgl_dequantize(ctypes.byref(call)):
+                raise KernelError(f"a weight of {self.shape} is not served")
+
+    def _call(self, out: torch.Tensor, num_threads: int, isa: Isa | None) -> QuantizedCall:
+        best = cpu_isa()
+        return QuantizedCall(
+            None, None, out.data_ptr(), self.codes.data_ptr(), self.scales.data_ptr(),
+            None if self.mins is None else self.mins.data_ptr(),
+            0, out.stride(0), self.codes.stride(0), self.scales.stride(0),
+            0, *self.shape, self.group, self.gain, self.bits, DTYPES[out.dtype],
+            best if isa is None else min(isa, best), num_threads,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"QuantizedWeight({self.shape}, bits={self.bits}, group={self.group})"

@@ -1,0 +1,130 @@
+"""Native products with quantised weights against float64, at every level of instructions here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+sgl_kernel = pytest.importorskip("sgl_kernel")
+
+from sgl_kernel import Isa, KernelError, QuantizedWeight, cpu_isa  # noqa: E402
+
+LEVELS = [isa for isa in Isa if isa <= cpu_isa() and (isa != Isa.NEON or cpu_isa() == Isa.NEON)]
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1.01 * 2.0**-8, torch.float16: 1.01 * 2.0**-11}
+LAYOUTS = {  # bits, group, with minima
+    "4": (4, 32, False),
+    "4+min": (4, 32, True),
+    "8": (8, 32, False),
+    "8+min": (8, 32, True),
+    "8/16": (8, 16, False),
+}
+
+
+def make(layout: str, outs: int, width: int, gain: float = 1.0) -> QuantizedWeight:
+    bits, group, with_mins = LAYOUTS[layout]
+    generator = torch.Generator().manual_seed(outs * width)
+    groups = (outs, width // group)
+    if bits == 4:
+        codes = torch.randint(0, 256, (outs, width // 2), generator=generator).to(torch.uint8)
+    else:
+        codes = torch.randint(-128, 128, (outs, width), generator=generator).to(torch.int8)
+    scales = torch.rand(groups, generator=generator).half() + 0.1
+    mins = torch.randn(groups, generator=generator).half() if with_mins else None
+    return QuantizedWeight(codes, scales, mins, gain)
+
+
+def numbers(weight: QuantizedWeight) -> torch.Tensor:
+    """float64 [N, K], written down from what the class says."""
+    codes = weight.codes.double()
+    if weight.bits == 4:
+        blocks = weight.codes.view(len(codes), -1, 16)
+        codes = torch.cat((blocks & 15, blocks >> 4), -1).flatten(1).double()
+    wide = codes * weight.scales.double().repeat_interleave(weight.group, 1)
+    if weight.mins is not None:
+        wide += weight.mins.double().repeat_interleave(weight.group, 1)
+    return wide * weight.gain
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(
+    ("rows", "outs", "width"), [(1, 1, 32), (1, 67, 576), (5, 9, 288), (33, 40, 320)]
+)
+def test_products(
+    rows: int, outs: int, width: int, dtype: torch.dtype, layout: str, isa: Isa
+) -> None:
+    weight = make(layout, outs, width, gain=0.25)
+    generator = torch.Generator().manual_seed(rows)
+    whole = torch.randn(rows, width + 3, generator=generator).to(dtype)
+    x, bias = whole[:, 3:], torch.randn(outs, generator=generator).to(dtype)
+    out = weight.multiply(x, bias, num_threads=2, isa=isa)
+    assert out.dtype is dtype
+    wide = numbers(weight)
+    want = x.double() @ wide.t() + bias.double()
+    terms = x.double().abs() @ wide.abs().t() + bias.double().abs()
+    error = (out.double() - want).abs()
+    assert (error <= ROUNDING[dtype] * want.abs() + 1e-6 * terms).all()
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_numbers(dtype: torch.dtype, layout: str, isa: Isa) -> None:
+    weight = make(layout, 37, 96, gain=0.5)
+    out = weight.dequantize(dtype, num_threads=2, isa=isa)
+    torch.testing.assert_close(out.double(), numbers(weight), rtol=ROUNDING[dtype], atol=128 * 2e-7)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_a_row_does_not_depend_on_its_neighbours(layout: str) -> None:
+    weight, x = make(layout, 50, 576), torch.randn(13, 576).bfloat16()
+    together = weight.multiply(x, num_threads=2)
+    alone = torch.cat([weight.multiply(x[i : i + 1]) for i in range(13)])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_parts(layout: str) -> None:
+    weight = make(layout, 24, 128)
+    wide = numbers(weight)
+    assert torch.equal(numbers(weight.rows(3, 9)), wide[3:9])
+    assert torch.equal(numbers(weight.take(torch.tensor([5, 0, 5]))), wide[[5, 0, 5]])
+    assert torch.equal(numbers(weight.columns(32, 96)), wide[:, 32:96])
+    joined = QuantizedWeight.join([weight.rows(0, 5), weight.rows(5, 24)])
+    assert torch.equal(numbers(joined), wide)
+    x = torch.randn(2, 128)
+    assert torch.equal(weight.rows(3, 9).multiply(x), weight.multiply(x)[:, 3:9])
+    bytes_each = weight.bits / 8 + 2 / weight.group * (1 if weight.mins is None else 2)
+    assert weight.nbytes == 24 * 128 * bytes_each
+
+
+def test_nothing_to_multiply() -> None:
+    weight = make("4", 8, 64)
+    assert weight.multiply(torch.empty(0, 64)).shape == (0, 8)
+    assert weight.rows(0, 0).multiply(torch.zeros(2, 64)).shape == (2, 0)
+
+
+def test_what_is_refused() -> None:
+    weight = make("4", 8, 64)
+    for x in (torch.zeros(2, 32), torch.zeros(2, 64, dtype=torch.float64), torch.zeros(64, 2).t()):
+        with pytest.raises(KernelError, match="does not serve"):
+            weight.multiply(x)
+    with pytest.raises(KernelError, match="bias"):
+        weight.multiply(torch.zeros(2, 64), torch.zeros(7))
+    with pytest.raises(KernelError, match="cut a block"):
+        weight.columns(16, 64)
+    with pytest.raises(KernelError, match="joined"):
+        QuantizedWeight.join([weight, make("8", 8, 64)])
+    with pytest.raises(KernelError, match="is no"):
+        weight.dequantize_into(torch.zeros(7, 64))
+    codes, scales = weight.codes, weight.scales
+    for wrong in (
+        (codes.int(), scales, None),
+        (codes, scales.float(), None),
+        (codes, scales[:, :1], None),  # groups of 64
+        (codes[:, :8], scales[:, :1], None),  # half a block
+        (codes, scales, scales[:4]),
+    ):
+        with pytest.raises(KernelError):
+            QuantizedWeight(*wrong)
