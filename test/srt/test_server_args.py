@@ -196,7 +196,7 @@ def test_a_refused_flag_may_ask_for_what_is_the_case(
 def test_flags_that_must_not_pass_silently_are_refused() -> None:
     refused = {name for spec in REFUSED for name in spec.names}
     assert refused >= {
-        *("--quantization", "--enable-lora", "--speculative-algorithm", "--disaggregation-mode"),
+        *("--torchao-config", "--enable-lora", "--speculative-algorithm", "--disaggregation-mode"),
         *("--enable-hierarchical-cache", "--pp-size", "--dp-size", "--grammar-backend"),
         *("--reasoning-parser", "--tool-call-parser", "--ssl-keyfile"),
     }
@@ -222,7 +222,7 @@ def test_help_shows_the_working_flags_by_group(capsys: pytest.CaptureFixture[str
     for spec in specs_of(ServerArgs):
         assert spec.name in text
         assert f"\n{spec.group}:\n" in text
-    assert "--quantization" not in text
+    assert "--torchao-config" not in text
 
 
 def test_a_config_file_gives_flags_and_the_command_line_wins(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_bad_keywords_raise(
 
 
 def test_keywords_that_change_nothing_pass(caplog: pytest.LogCaptureFixture) -> None:
-    ServerArgs.from_kwargs(model_path="m", pp_size=1, enable_lora=False, quantization=None)
+    ServerArgs.from_kwargs(model_path="m", pp_size=1, enable_lora=False, torchao_config=None)
     assert not caplog.records
     ServerArgs.from_kwargs(model_path="m", disable_cuda_graph=True)
     assert "--disable-cuda-graph" in caplog.text

@@ -169,6 +169,14 @@ class ServerArgs:
         choices=("auto", "cpu", "torch_native"),
         default_text="cpu where sgl-kernel is installed, else torch_native",
     )
+    quantization: str | None = flag(
+        None,
+        "Weights that stay quantised in memory, on a CPU: gguf those of a GGUF file, int8 any "
+        "checkpoint's, rounded to bytes at load; none makes numbers of all.",
+        group=DEVICE,
+        choices=("gguf", "int8", "none"),
+        default_text="gguf for a GGUF file where sgl-kernel is installed, else none",
+    )
     tp_size: int = flag(
         1,
         "Tensor-parallel ranks; only 1 is served so far.",

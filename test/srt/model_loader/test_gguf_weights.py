@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from sglang.srt.layers.weights import WeightOwner
 from sglang.srt.model_loader.gguf_weights import hf_weight_name
+from sglang.srt.utils.native import native_kernels
 from srt.model_loader.gguf_files import write_gguf
 from srt.model_loader.test_loader import assert_same, hf_weights, load
 from srt.models.hf_models import make_hf_model
 
 TYPES = gguf.GGMLQuantizationType
+native = pytest.mark.skipif(native_kernels() is None, reason="sgl-kernel is not installed")
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,43 @@ def test_every_type_that_gguf_quantises(tmp_path: Path, quant: gguf.GGMLQuantiza
     held = write_gguf(tmp_path / "m.gguf", make_hf_model("llama"), quant)
     assert_same(hf_weights(load(tmp_path / "m.gguf")), held)
     assert_same(hf_weights(load(tmp_path, load_format="gguf")), held)
+
+
+@native
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_codes_that_are_kept_are_the_same_numbers(tmp_path: Path, quant: str, tied: bool) -> None:
+    hf = make_hf_model("qwen2", tie_word_embeddings=tied)
+    held = write_gguf(tmp_path / "m.gguf", hf, TYPES[quant])
+    model = load(tmp_path / "m.gguf", quantization="gguf")
+    owners = [module for module in model.modules() if isinstance(module, WeightOwner)]
+    kept = [owner for owner in owners if owner.quantized is not None]
+    assert len(kept) == len(owners) - tied, "a tied head has the embedding's"
+    found = hf_weights(model)
+    assert found.keys() == held.keys()
+    for name, tensor in held.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+@native
+def test_types_without_codes_are_numbers_beside_those_with(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", make_hf_model("llama"), TYPES.F16)
+    model = load(tmp_path / "m.gguf", quantization="gguf")
+    assert all(m.quantized is None for m in model.modules() if isinstance(m, WeightOwner))
+
+
+@native
+def test_a_checkpoint_in_numbers_can_be_rounded_to_bytes(tmp_path: Path) -> None:
+    hf = make_hf_model("llama")
+    hf.save_pretrained(tmp_path)
+    plain, rounded = load(tmp_path), load(tmp_path, quantization="int8")
+    want, found = hf_weights(plain), hf_weights(rounded)
+    for name, tensor in want.items():
+        step = tensor.abs().max() / 127
+        assert (found[name] - tensor).abs().max() <= step, name
+    changed = [name for name, tensor in want.items() if not torch.equal(found[name], tensor)]
+    assert any("q_proj" in name for name in changed)
+    assert not any("norm" in name for name in changed)
 
 
 @pytest.mark.parametrize(
@@ -39,9 +79,12 @@ def test_every_type_that_gguf_quantises(tmp_path: Path, quant: gguf.GGMLQuantiza
         ("qwen3", {"head_dim": 32}),
     ],
 )
-def test_rows_of_q_and_k_are_put_back(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kept", ["none", pytest.param("gguf", marks=native)])
+def test_rows_of_q_and_k_are_put_back(
+    tmp_path: Path, family: str, changes: dict[str, Any], kept: str
+) -> None:
     held = write_gguf(tmp_path / "m.gguf", make_hf_model(family, **changes), TYPES.Q8_0)
-    assert_same(hf_weights(load(tmp_path / "m.gguf")), held)
+    assert_same(hf_weights(load(tmp_path / "m.gguf", quantization=kept)), held)
 
 
 def test_tied_output_when_the_file_has_none(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.layers.weights import WeightOwner
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models.causal_lm import CausalLM
 from srt.models.hf_models import make_hf_model, save
@@ -17,7 +18,12 @@ from srt.models.hf_models import make_hf_model, save
 
 def load(path: Path | str, **arguments: Any) -> CausalLM:
     config = ModelConfig.from_path(str(path))
-    fields = {"dtype": torch.float32, "parallel": ParallelState(), "show_progress": False}
+    fields = {
+        "dtype": torch.float32,
+        "parallel": ParallelState(),
+        "show_progress": False,
+        "quantization": "none",
+    }
     return load_model(config, **{**fields, **arguments})
 
 
@@ -33,7 +39,11 @@ def hf_weights(model: CausalLM) -> dict[str, torch.Tensor]:
         ),
     }
     weights = {}
-    for name, tensor in model.named_parameters():
+    for name, parameter in model.named_parameters():
+        tensor = parameter
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, WeightOwner) and owner.quantized is not None and not len(parameter):
+            tensor = owner.quantized.take(torch.arange(owner.quantized.shape[0]), parameter.dtype)
         merged = next((m for m in parts if m in name), None)
         if merged is None:
             weights[name] = tensor

@@ -83,21 +83,36 @@ def read_gguf_rows(
     Raises ValueError for a quantisation type that the gguf package can't dequantise.
     """
     width = info.shape[-1]
-    row_bytes = info.num_bytes // (math.prod(info.shape) // width)
+    data = _read_rows(path, info, first, num_rows)
+    plain = _PLAIN_TYPES.get(info.quant_type.name)
+    if plain is not None:
+        return data.reshape(-1).view(plain).astype(np.float32).reshape(num_rows, width)
+    try:
+        values = gguf.quants.dequantize(data, info.quant_type)
+    except NotImplementedError as error:
+        name = info.quant_type.name
+        raise ValueError(f"tensor {info.name} has type {name}, which is not supported") from error
+    return np.asarray(values, dtype=np.float32).reshape(num_rows, width)
+
+
+def read_gguf_bytes(path: str | Path, info: GGUFTensorInfo) -> npt.NDArray[np.uint8]:
+    """A tensor's rows as the file has them, uint8 [rows, bytes of a row].
+
+    Raises ValueError when the file ends before the tensor does.
+    """
+    return _read_rows(path, info, 0, math.prod(info.shape) // info.shape[-1])
+
+
+def _read_rows(
+    path: str | Path, info: GGUFTensorInfo, first: int, num_rows: int
+) -> npt.NDArray[np.uint8]:
+    row_bytes = info.num_bytes // (math.prod(info.shape) // info.shape[-1])
     with Path(path).open("rb") as file:
         file.seek(info.offset + first * row_bytes)
         data = np.fromfile(file, dtype=np.uint8, count=num_rows * row_bytes)
     if data.size != num_rows * row_bytes:
         raise ValueError(f"{Path(path).name} is truncated inside tensor {info.name}")
-    plain = _PLAIN_TYPES.get(info.quant_type.name)
-    if plain is not None:
-        return data.view(plain).astype(np.float32).reshape(num_rows, width)
-    try:
-        values = gguf.quants.dequantize(data.reshape(num_rows, row_bytes), info.quant_type)
-    except NotImplementedError as error:
-        name = info.quant_type.name
-        raise ValueError(f"tensor {info.name} has type {name}, which is not supported") from error
-    return np.asarray(values, dtype=np.float32).reshape(num_rows, width)
+    return data.reshape(num_rows, row_bytes)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sglang.srt.layers.linear import copy_checked, frozen_parameter
+from sglang.srt.layers.weights import copy_checked, frozen_parameter
 from sglang.srt.utils.native import kernels_for
 
 

@@ -16,25 +16,17 @@ import torch
 from torch import nn
 
 from sglang.srt.distributed.parallel_state import ParallelState
-from sglang.srt.layers.products import linear
+from sglang.srt.layers.quantization.matrix import QUANTIZED_BLOCK
+from sglang.srt.layers.weights import (
+    LoadedWeight,
+    WeightOwner,
+    copy_checked,
+    frozen_parameter,
+    narrow_rows,
+)
 
 
-def frozen_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    """An uninitialised parameter without gradient on the current default device."""
-    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
-
-
-def copy_checked(target: torch.Tensor, source: torch.Tensor, what: str) -> None:
-    """Copy `source` into `target`, converting the dtype; ValueError when the shapes differ."""
-    if target.shape != source.shape:
-        raise ValueError(
-            f"{what}: the checkpoint has shape {tuple(source.shape)}, "
-            f"the model needs {tuple(target.shape)}"
-        )
-    target.copy_(source)
-
-
-class _ShardedLinear(nn.Module):
+class _ShardedLinear(WeightOwner):
     """Weight [out of this rank, in of this rank] and optional bias."""
 
     bias: nn.Parameter | None
@@ -42,20 +34,23 @@ class _ShardedLinear(nn.Module):
     def __init__(
         self, out_features: int, in_features: int, bias_features: int | None, dtype: torch.dtype
     ) -> None:
-        super().__init__()
-        self.weight = frozen_parameter(out_features, in_features, dtype=dtype)
+        super().__init__(out_features, in_features, dtype)
         if bias_features is None:
             self.register_parameter("bias", None)
         else:
             self.bias = frozen_parameter(bias_features, dtype=dtype)
 
-    def _parameter(self, param_name: str) -> torch.Tensor:
-        """The tensor called "weight" or "bias"; ValueError for anything this layer lacks."""
+    def _load(self, param_name: str, first: int, source: LoadedWeight, what: str) -> None:
+        """Take rows of "weight" or entries of "bias" from `first` on.
+
+        Raises ValueError for anything that this layer lacks, and other shapes.
+        """
         if param_name == "weight":
-            return self.weight.data
-        if param_name == "bias" and self.bias is not None:
-            return self.bias.data
-        raise ValueError(f"{type(self).__name__} has no parameter {param_name!r}")
+            self.load_rows(first, source, what)
+        elif param_name == "bias" and self.bias is not None and isinstance(source, torch.Tensor):
+            copy_checked(self.bias.data[first : first + len(source)], source, what)
+        else:
+            raise ValueError(f"{type(self).__name__} has no parameter {param_name!r}")
 
 
 class MergedColumnParallelLinear(_ShardedLinear):
@@ -81,10 +76,10 @@ class MergedColumnParallelLinear(_ShardedLinear):
         self._parallel = parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        return self.product(x, self.bias)
 
     def weight_loader(
-        self, param_name: str, loaded: torch.Tensor, shard_id: int | None = None
+        self, param_name: str, loaded: LoadedWeight, shard_id: int | None = None
     ) -> None:
         """Copy this rank's part of projection `shard_id` (None: all, concatenated in order).
 
@@ -95,8 +90,10 @@ class MergedColumnParallelLinear(_ShardedLinear):
             expected = sum(self.output_sizes)
             if loaded.shape[0] != expected:
                 raise ValueError(f"{param_name}: {loaded.shape[0]} rows instead of {expected}")
-            for i, part in enumerate(torch.split(loaded, list(self.output_sizes))):
-                self.weight_loader(param_name, part, i)
+            first = 0
+            for i, size in enumerate(self.output_sizes):
+                self.weight_loader(param_name, narrow_rows(loaded, first, size), i)
+                first += size
             return
         if not 0 <= shard_id < len(self.output_sizes):
             raise ValueError(f"{type(self).__name__} has no shard {shard_id!r}")
@@ -106,10 +103,9 @@ class MergedColumnParallelLinear(_ShardedLinear):
                 f"the model needs {self.output_sizes[shard_id]}"
             )
         size = self.shard_sizes[shard_id]
+        source = narrow_rows(loaded, self._parallel.tp_rank * size, size)
         offset = sum(self.shard_sizes[:shard_id])
-        target = self._parameter(param_name).narrow(0, offset, size)
-        source = loaded.narrow(0, self._parallel.tp_rank * size, size)
-        copy_checked(target, source, f"{param_name} of shard {shard_id}")
+        self._load(param_name, offset, source, f"{param_name} of shard {shard_id}")
 
 
 class ColumnParallelLinear(MergedColumnParallelLinear):
@@ -176,14 +172,25 @@ class QKVParallelLinear(_ShardedLinear):
         super().__init__(width, hidden_size, width if bias else None, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        return self.product(x, self.bias)
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """[*, hidden] -> [*, q_size]: the queries' part of `forward`."""
+        bias = None if self.bias is None else self.bias[: self.q_size]
+        return self.product(x, bias, 0, self.q_size)
+
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[*, hidden] -> [*, k_size] and [*, v_size]: the other parts of `forward`."""
+        bias = None if self.bias is None else self.bias[self.q_size :]
+        both = self.product(x, bias, self.q_size)
+        return both[..., : self.k_size], both[..., self.k_size :]
 
     def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Views of q, k and v in the output of `forward`."""
         q, k, v = torch.split(qkv, [self.q_size, self.k_size, self.v_size], dim=-1)
         return q, k, v
 
-    def weight_loader(self, param_name: str, loaded: torch.Tensor, shard_id: str) -> None:
+    def weight_loader(self, param_name: str, loaded: LoadedWeight, shard_id: str) -> None:
         """Copy this rank's heads of `shard_id` ("q", "k" or "v") from a whole checkpoint tensor.
 
         Raises ValueError for a wrong name, shape or shard.
@@ -196,8 +203,8 @@ class QKVParallelLinear(_ShardedLinear):
                 f"{param_name} of {shard_id}: the checkpoint has {loaded.shape[0]} rows, "
                 f"the model needs {total}"
             )
-        target = self._parameter(param_name).narrow(0, offset, rows)
-        copy_checked(target, loaded.narrow(0, first, rows), f"{param_name} of {shard_id}")
+        source = narrow_rows(loaded, first, rows)
+        self._load(param_name, offset, source, f"{param_name} of {shard_id}")
 
 
 class RowParallelLinear(_ShardedLinear):
@@ -222,22 +229,37 @@ class RowParallelLinear(_ShardedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._parallel.tp_size == 1:
-            return linear(x, self.weight, self.bias)
-        total = self._parallel.all_reduce(linear(x, self.weight))
+            return self.product(x, self.bias)
+        total = self._parallel.all_reduce(self.product(x))
         return total if self.bias is None else total + self.bias
 
-    def weight_loader(self, param_name: str, loaded: torch.Tensor) -> None:
+    def weight_loader(self, param_name: str, loaded: LoadedWeight) -> None:
         """Copy this rank's columns of "weight", or the whole "bias".
 
         Raises ValueError for a wrong name or shape.
         """
-        target = self._parameter(param_name)
         if param_name == "weight":
             if loaded.shape[-1] != self.input_size:
                 raise ValueError(
                     f"weight: the checkpoint has {loaded.shape[-1]} columns, "
                     f"the model needs {self.input_size}"
                 )
-            shard = target.shape[1]
-            loaded = loaded.narrow(1, self._parallel.tp_rank * shard, shard)
-        copy_checked(target, loaded, param_name)
+            loaded = self._columns(loaded)
+            if loaded.shape[0] != len(self.weight):
+                raise ValueError(
+                    f"weight: the checkpoint has {loaded.shape[0]} rows, "
+                    f"the model needs {len(self.weight)}"
+                )
+        self._load(param_name, 0, loaded, param_name)
+
+    def _columns(self, loaded: LoadedWeight) -> LoadedWeight:
+        """This rank's columns; as numbers where they cut a quantised block."""
+        shard = self.weight.shape[1]
+        first = self._parallel.tp_rank * shard
+        if not isinstance(loaded, torch.Tensor):
+            if self._parallel.tp_size == 1:
+                return loaded
+            if shard % QUANTIZED_BLOCK == 0:
+                return loaded.columns(first, first + shard)
+            loaded = loaded.dequantize(self.weight.dtype)
+        return loaded.narrow(1, first, shard)

@@ -21,8 +21,8 @@ from torch import nn
 
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.activation import SiluAndMul
-from sglang.srt.layers.linear import copy_checked, frozen_parameter
 from sglang.srt.layers.products import linear
+from sglang.srt.layers.weights import copy_checked, frozen_parameter
 
 
 class Routing(NamedTuple):

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -60,15 +61,36 @@ def widened_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`linear` by way of float32, with at most a tile of the weight widened at any time."""
-    out_features, in_features = weight.shape
-    rows = x.reshape(-1, in_features).float()
+
+    def fill(tile: torch.Tensor, first: int) -> None:
+        tile.copy_(weight[first : first + len(tile)])
+
+    out = tiled_linear(x.reshape(-1, weight.shape[1]), weight.shape, fill, bias, torch.float32)
+    return out.view(*x.shape[:-1], len(weight))
+
+
+def tiled_linear(
+    x: torch.Tensor,
+    shape: Sequence[int],
+    fill: Callable[[torch.Tensor, int], None],
+    bias: torch.Tensor | None,
+    tile_dtype: torch.dtype,
+) -> torch.Tensor:
+    """x [R, in] times a weight of `shape` [out, in] that exists a tile at a time: [R, out].
+
+    `fill(tile, first)` writes the outputs from `first` on into `tile` [outputs, in], whose type is
+    `tile_dtype`; products are taken in that type, the result comes in the type of x.
+    """
+    out_features, in_features = shape
+    rows = x.to(tile_dtype)
     result = x.new_empty(len(rows), out_features)
     width = min(out_features, max(1, _TILE_ELEMENTS // in_features))
     tile_room = rows.new_empty(width, in_features)
     part_room = rows.new_empty(min(len(rows), _TILE_ROWS) * width)
     for first in range(0, out_features, width):
         last = min(first + width, out_features)
-        tile = tile_room[: last - first].copy_(weight[first:last])
+        tile = tile_room[: last - first]
+        fill(tile, first)
         for begin in range(0, len(rows), _TILE_ROWS):
             some = rows[begin : begin + _TILE_ROWS]
             part = part_room[: len(some) * len(tile)].view(len(some), len(tile))
@@ -76,4 +98,4 @@ def widened_linear(
             if bias is not None:
                 part += bias[first:last]
             result[begin : begin + len(some), first:last] = part
-    return result.view(*x.shape[:-1], out_features)
+    return result

@@ -6,31 +6,30 @@ chosen. Models build both, the loader fills them, `LogitsProcessor` calls the he
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from sglang.srt.distributed.parallel_state import ParallelState
-from sglang.srt.layers.linear import copy_checked, frozen_parameter
-from sglang.srt.layers.products import linear
+from sglang.srt.layers.weights import LoadedWeight, WeightOwner, narrow_rows
 
 
-class _VocabShard(nn.Module):
+class _VocabShard(WeightOwner):
     """Rows [first, first + rows_here) of a [num_embeddings, hidden] table."""
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, parallel: ParallelState, dtype: torch.dtype
     ) -> None:
-        super().__init__()
+        rows = -(-num_embeddings // parallel.tp_size)
+        super().__init__(rows, embedding_dim, dtype)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self._parallel = parallel
-        rows = -(-num_embeddings // parallel.tp_size)
         self._first = parallel.tp_rank * rows
         self._filled = max(0, min(rows, num_embeddings - self._first))
-        self.weight = frozen_parameter(rows, embedding_dim, dtype=dtype)
 
-    def weight_loader(self, param_name: str, loaded: torch.Tensor) -> None:
+    def weight_loader(self, param_name: str, loaded: LoadedWeight) -> None:
         """Copy this rank's rows of the whole table; ValueError for a wrong name or shape."""
         if param_name != "weight":
             raise ValueError(f"{type(self).__name__} has no parameter {param_name!r}")
@@ -39,9 +38,11 @@ class _VocabShard(nn.Module):
                 f"weight: the checkpoint has shape {tuple(loaded.shape)}, "
                 f"the model needs {(self.num_embeddings, self.embedding_dim)}"
             )
-        here = self.weight.data
-        copy_checked(here[: self._filled], loaded.narrow(0, self._first, self._filled), "weight")
-        here[self._filled :].zero_()
+        if self._filled < len(self.weight):
+            if not isinstance(loaded, torch.Tensor):
+                loaded = loaded.dequantize(self.weight.dtype)
+            self.weight.data[self._filled :].zero_()
+        self.load_rows(0, narrow_rows(loaded, self._first, self._filled), "weight")
 
 
 class VocabParallelEmbedding(_VocabShard):
@@ -59,11 +60,16 @@ class VocabParallelEmbedding(_VocabShard):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self._parallel.tp_size == 1:
-            return F.embedding(input_ids, self.weight)
+            return self._look_up(input_ids)
         local = input_ids - self._first
         foreign = (local < 0) | (local >= self._filled)
-        part = F.embedding(local.masked_fill(foreign, 0), self.weight)
+        part = self._look_up(local.masked_fill(foreign, 0))
         return self._parallel.all_reduce(part.masked_fill(foreign.unsqueeze(-1), 0))
+
+    def _look_up(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.quantized is not None:
+            return self.quantized.take(rows, self.weight.dtype)
+        return F.embedding(rows, self.weight)
 
 
 class ParallelLMHead(_VocabShard):
@@ -85,11 +91,20 @@ class ParallelLMHead(_VocabShard):
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, parallel, dtype)
         self.logit_cap = logit_cap
+        # In a tuple: the embedding's module belongs to the model, not to the head.
+        self._table: tuple[WeightOwner, ...] = ()
         if tied_to is not None:
             self.weight = tied_to.weight
+            self._table = (tied_to,)
+
+    def quantize(self, kernels: ModuleType) -> None:
+        """See `WeightOwner.quantize`; a tied head leaves it to the embedding."""
+        if not self._table:
+            super().quantize(kernels)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = linear(hidden, self.weight)
+        table = self._table[0] if self._table else self
+        logits = table.product(hidden)
         if self._parallel.tp_size > 1:
             logits = self._parallel.all_gather(logits, -1)[..., : self.num_embeddings]
         if self.logit_cap == 0.0:

@@ -252,6 +252,7 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
         parallel=parallel,
         device=args.device,
         seed=args.random_seed,
+        quantization=args.quantization,
     )
     backend_class = get_attention_backend(args.attention_backend, args.device)
     page_size = args.page_size or backend_class.preferred_page_size

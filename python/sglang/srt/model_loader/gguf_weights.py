@@ -1,18 +1,28 @@
-"""Reads the tensors of a GGUF file under their Hugging Face names, dequantised one at a time.
+"""Reads the tensors of a GGUF file under their Hugging Face names, one at a time.
 
-The loader walks it like any other `WeightSource`. Llama files store the rows of q and k so that
-rotary pairs are neighbours; they are put back into halves here, as our rotation wants them.
+The loader walks it like any other `WeightSource`. Matrices keep their codes where the native
+kernels can multiply with them; everything else becomes numbers. Llama files store rows of q and k
+so that rotary pairs are neighbours; they are put back into halves here, as our rotation wants them.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from sglang.srt.configs.gguf_file import GGUFTensorInfo, read_gguf_header, read_gguf_rows
+from sglang.srt.configs.gguf_file import (
+    GGUFTensorInfo,
+    read_gguf_bytes,
+    read_gguf_header,
+    read_gguf_rows,
+)
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.quantization.gguf_blocks import BlockCodes, is_served, take_apart
+from sglang.srt.layers.quantization.matrix import QuantizedWeight
+from sglang.srt.layers.weights import LoadedWeight
 from sglang.srt.model_loader.weight_files import WeightIterator, WeightSource
 
 _BLOCK_FLOATS = 1 << 22  # rows are dequantised in blocks of about 16 MiB in float32
@@ -51,30 +61,56 @@ def hf_weight_name(name: str) -> str:
     return f"{_TOP_NAMES[stem]}.{kind}" if stem in _TOP_NAMES else name
 
 
-def gguf_weights(config: ModelConfig, dtype: torch.dtype) -> WeightSource:
-    """All weights of the file at `config.path`, in `dtype`.
+def gguf_weights(
+    config: ModelConfig, dtype: torch.dtype, kernels: ModuleType | None = None
+) -> WeightSource:
+    """All weights of the file at `config.path`.
 
-    Raises ValueError for a damaged file; walking it also for a quantisation type that the gguf
-    package can't dequantise.
+    With `kernels`, the package sgl_kernel, matrices in types that it multiplies with come as its
+    `QuantizedWeight`; all else comes in `dtype`. Raises ValueError for a damaged file; walking it
+    also for a quantisation type that the gguf package can't dequantise.
     """
     header = read_gguf_header(config.path)
     infos = [info for name, info in header.tensors.items() if name not in _NOT_WEIGHTS]
-    return WeightSource(_walk(header.path, infos, config, dtype), len(infos))
+    return WeightSource(_walk(header.path, infos, config, dtype, kernels), len(infos))
 
 
 def _walk(
-    path: Path, infos: list[GGUFTensorInfo], config: ModelConfig, dtype: torch.dtype
+    path: Path,
+    infos: list[GGUFTensorInfo],
+    config: ModelConfig,
+    dtype: torch.dtype,
+    kernels: ModuleType | None,
 ) -> WeightIterator:
     # Only the llama architecture (Mistral included) reorders rows in its files.
     heads_of = {}
     if config.model_type in ("llama", "mistral"):
         heads_of = {".attn_q.": config.num_heads, ".attn_k.": config.num_kv_heads}
     for info in infos:
-        tensor = _dequantize(path, info, dtype)
+        order = None
         for part, heads in heads_of.items():
             if part in info.name:
-                tensor = _unpermute(tensor, heads, info.name)
-        yield hf_weight_name(info.name), tensor
+                order = _unpermuted(info.shape[0], heads, info.name)
+        tensor: LoadedWeight
+        if kernels is not None and len(info.shape) == 2 and _is_kept(info):
+            kept = take_apart(info.quant_type.name, read_gguf_bytes(path, info))
+            tensor = _quantized(kernels, kept)
+            yield hf_weight_name(info.name), tensor if order is None else tensor.take(order)
+            continue
+        tensor = _dequantize(path, info, dtype)
+        yield hf_weight_name(info.name), tensor if order is None else tensor[order]
+
+
+def _is_kept(info: GGUFTensorInfo) -> bool:
+    return is_served(info.quant_type.name, info.shape[-1])
+
+
+def _quantized(kernels: ModuleType, kept: BlockCodes) -> QuantizedWeight:
+    mins = None if kept.mins is None else torch.from_numpy(kept.mins)
+    weight: QuantizedWeight = kernels.QuantizedWeight(
+        torch.from_numpy(kept.codes), torch.from_numpy(kept.scales), mins, kept.gain
+    )
+    return weight
 
 
 def _dequantize(path: Path, info: GGUFTensorInfo, dtype: torch.dtype) -> torch.Tensor:
@@ -88,10 +124,12 @@ def _dequantize(path: Path, info: GGUFTensorInfo, dtype: torch.dtype) -> torch.T
     return tensor
 
 
-def _unpermute(tensor: torch.Tensor, num_heads: int, name: str) -> torch.Tensor:
-    """Rows (or bias entries) of each head from interleaved pairs back to two halves."""
-    if tensor.shape[0] % (2 * num_heads):
-        raise ValueError(f"tensor {name}: {tensor.shape[0]} rows are not {num_heads} heads")
-    half = tensor.shape[0] // num_heads // 2
-    pairs = tensor.view(num_heads, half, 2, *tensor.shape[1:])
-    return pairs.transpose(1, 2).reshape(tensor.shape)
+def _unpermuted(num_rows: int, num_heads: int, name: str) -> torch.Tensor:
+    """Where the file has each row (or bias entry): of each head's halves, int64 [num_rows].
+
+    In the file the rows of a head are interleaved pairs of its two halves.
+    """
+    if num_rows % (2 * num_heads):
+        raise ValueError(f"tensor {name}: {num_rows} rows are not {num_heads} heads")
+    pairs = torch.arange(num_rows).view(num_heads, num_rows // num_heads // 2, 2)
+    return pairs.transpose(1, 2).reshape(-1)

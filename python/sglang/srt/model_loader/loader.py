@@ -12,6 +12,7 @@ import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -19,6 +20,8 @@ from tqdm import tqdm
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.layers.quantization.choice import choose_quantization
+from sglang.srt.layers.weights import WeightOwner
 from sglang.srt.model_loader.gguf_weights import gguf_weights
 from sglang.srt.model_loader.weight_files import (
     WeightIterator,
@@ -30,6 +33,7 @@ from sglang.srt.model_loader.weight_files import (
 )
 from sglang.srt.models.causal_lm import CausalLM
 from sglang.srt.models.registry import resolve_model_class
+from sglang.srt.utils.native import native_kernels
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 _DUMMY_STD = 0.02
@@ -44,17 +48,24 @@ def load_model(
     device: str | torch.device = "cpu",
     show_progress: bool = True,
     seed: int = 0,
+    quantization: str | None = None,
 ) -> CausalLM:
     """The model of `config` with weights in `dtype` on `device`, in eval mode, without gradients.
 
     `load_format` is one of `LOAD_FORMATS`; `auto` takes GGUF for a .gguf file, else safetensors,
     else files of torch.save. `dummy` needs no weight files: random values that depend on `seed`
-    alone. Raises ValueError, one line, for a wrong format, missing files, damaged files, and
-    missing or unexpected weights.
+    alone. `quantization` is a name that `choose_quantization` knows, None its choice. Raises
+    ValueError, one line, for a wrong format, missing files, damaged files, missing or unexpected
+    weights, and a quantisation that can't be had.
     """
+    kept = choose_quantization(quantization, is_gguf=config.is_gguf, device=device)
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"unknown load format {load_format!r}; one of {', '.join(LOAD_FORMATS)}")
-    source = None if load_format == "dummy" else open_weights(config, load_format, dtype)
+    kernels = None if kept == "none" else native_kernels()
+    if load_format == "dummy":
+        source = None
+    else:
+        source = open_weights(config, load_format, dtype, kernels if kept == "gguf" else None)
     model_class = resolve_model_class(config.architecture)
     with torch.device(device):
         model = model_class(config, parallel, dtype)
@@ -63,16 +74,28 @@ def load_model(
             fill_with_dummy_weights(model, seed)
         else:
             _load(model, source, show_progress)
+        if kept == "int8" and kernels is not None:
+            for module in model.modules():
+                if isinstance(module, WeightOwner):
+                    module.quantize(kernels)
     return model.requires_grad_(False).eval()
 
 
-def open_weights(config: ModelConfig, load_format: str, dtype: torch.dtype) -> WeightSource:
-    """Find the files that `load_format` (not `dummy`) means; see `load_model` for errors."""
+def open_weights(
+    config: ModelConfig,
+    load_format: str,
+    dtype: torch.dtype,
+    kernels: ModuleType | None = None,
+) -> WeightSource:
+    """Find the files that `load_format` (not `dummy`) means; see `load_model` for errors.
+
+    `kernels`, the package sgl_kernel: a GGUF file's matrices keep their codes for it.
+    """
     if config.is_gguf != (load_format == "gguf") and load_format != "auto":
         kind = "a GGUF file" if config.is_gguf else "a Hugging Face directory"
         raise ValueError(f"{config.path} is {kind}; --load-format {load_format} can't read it")
     if config.is_gguf:
-        return gguf_weights(config, dtype)
+        return gguf_weights(config, dtype, kernels)
     folder = Path(config.path)
     if load_format in ("auto", "safetensors"):
         files = find_safetensors(folder)

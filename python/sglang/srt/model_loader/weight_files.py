@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sglang.srt.layers.weights import LoadedWeight
+
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PT_INDEX = "pytorch_model.bin.index.json"
 # Files that trainers leave beside a model and that hold no weights of it.
 _NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt"})
 
-WeightIterator = Iterator[tuple[str, torch.Tensor]]
+WeightIterator = Iterator[tuple[str, LoadedWeight]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class WeightSource:
     Walking raises ValueError, one line naming the file, when a file turns out to be damaged.
     """
 
-    weights: Iterable[tuple[str, torch.Tensor]]
+    weights: Iterable[tuple[str, LoadedWeight]]
     num_weights: int | None
 
 

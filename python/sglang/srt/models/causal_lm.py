@@ -17,6 +17,7 @@ from torch import nn
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.moe import Experts
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+from sglang.srt.layers.weights import LoadedWeight, WeightOwner
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 MergedProjections = Mapping[str, tuple[tuple[str, Any], ...]]
@@ -43,8 +44,10 @@ class CausalLM(nn.Module, ABC):
         Side effect: K and V of all T tokens are in the pool; `progress` was ticked per layer.
         """
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, LoadedWeight]]) -> None:
         """Copy every (checkpoint name, whole tensor) into this rank's parameters.
+
+        Tensors that come quantised stay so in layers that can keep them.
 
         A tensor is let go before the next is asked for. Raises ValueError that names missing,
         unexpected, repeated and wrongly shaped tensors; rotary frequency buffers and the copy of
@@ -104,7 +107,9 @@ class _Place:
     param_name: str
     shard_id: Any
 
-    def load(self, tensor: torch.Tensor) -> None:
+    def load(self, tensor: LoadedWeight) -> None:
+        if not isinstance(tensor, torch.Tensor) and not isinstance(self.module, WeightOwner):
+            tensor = tensor.dequantize(self.module.get_parameter(self.param_name).dtype)
         if self.shard_id is None:
             self.module.weight_loader(self.param_name, tensor)
         else:

@@ -17,6 +17,7 @@ from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.activation import GeluTanhAndMul
 from sglang.srt.layers.layernorm import GemmaRMSNorm
 from sglang.srt.layers.rotary_embedding import get_rope
+from sglang.srt.layers.weights import LoadedWeight
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.llama import (
     DecoderOptions,
@@ -124,6 +125,6 @@ class Gemma3ForCausalLM(LlamaForCausalLM):
 class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
     """The text part of a multimodal checkpoint."""
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, LoadedWeight]]) -> None:
         """As `CausalLM.load_weights`, without the prefix of text names and without vision."""
         super().load_weights(text_weights(weights))

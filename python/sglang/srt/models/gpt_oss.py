@@ -14,9 +14,9 @@ from sglang.srt.configs.model_traits import MoEConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.errors import InvariantError
 from sglang.srt.layers.activation import ClampedGate
-from sglang.srt.layers.linear import copy_checked, frozen_parameter
 from sglang.srt.layers.moe import ExpertLayout, Experts, Router, route_by_softmax
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
+from sglang.srt.layers.weights import copy_checked, frozen_parameter
 from sglang.srt.models.llama import (
     DecoderOptions,
     LlamaAttention,

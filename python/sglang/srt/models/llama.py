@@ -26,7 +26,6 @@ from sglang.srt.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
-from sglang.srt.layers.products import linear
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding, get_rope
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -145,7 +144,8 @@ class LlamaAttention(nn.Module):
             q_positions = positions
         else:
             rows = forward_batch.logits_rows
-            q, k, v = self._project_pruned(x, rows)
+            q = self.qkv_proj.queries(x[rows])
+            k, v = self.qkv_proj.keys_values(x)
             q_positions = positions[rows]
         # Keys first: the angles of all positions are at hand from the layer before.
         k = self.place_keys(k, positions)
@@ -161,16 +161,6 @@ class LlamaAttention(nn.Module):
     def place_keys(self, k: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """As `place_queries`, for k [*, G*D]."""
         return self.rotary_emb.rotate(positions, self._norm_heads(k, self.k_norm))
-
-    def _project_pruned(
-        self, x: torch.Tensor, rows: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [R, H*D] of `rows` only, k and v of all rows: the parts of one product."""
-        proj = self.qkv_proj
-        weight, bias, cut = proj.weight, proj.bias, proj.q_size
-        q = linear(x[rows], weight[:cut], None if bias is None else bias[:cut])
-        kv = linear(x, weight[cut:], None if bias is None else bias[cut:])
-        return q, kv[:, : proj.k_size], kv[:, proj.k_size :]
 
     def _norm_heads(self, x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
         """Normalise each head of x [*, heads * D]; as it is when the family has no such norm."""

@@ -21,6 +21,7 @@ from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.attention_temperature import AttentionTemperature
 from sglang.srt.layers.moe import ExpertLayout, Experts, Router, route_by_sigmoid
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding, get_rope
+from sglang.srt.layers.weights import LoadedWeight
 from sglang.srt.models.llama import (
     DecoderOptions,
     LlamaAttention,
@@ -147,6 +148,6 @@ class Llama4ForCausalLM(LlamaForCausalLM):
 class Llama4ForConditionalGeneration(Llama4ForCausalLM):
     """The text part of a multimodal checkpoint."""
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, LoadedWeight]]) -> None:
         """As `CausalLM.load_weights`, without the prefix of text names and without vision."""
         super().load_weights(text_weights(weights))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 
-import torch
+from sglang.srt.layers.weights import LoadedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -14,8 +14,8 @@ _VISION_PREFIXES = ("vision_model.", "vision_tower.", "multi_modal_projector.")
 
 
 def text_weights(
-    weights: Iterable[tuple[str, torch.Tensor]],
-) -> Iterator[tuple[str, torch.Tensor]]:
+    weights: Iterable[tuple[str, LoadedWeight]],
+) -> Iterator[tuple[str, LoadedWeight]]:
     """(name, tensor) without the prefix of text names and without vision.
 
     Side effect: logs how many were passed over.

@@ -1,0 +1,112 @@
+"""Products with quantised weights: by codes, and with the same weight in bfloat16.
+
+"engine" is what a layer does (codes up to 32 rows, then a tile of numbers at a time), "codes" the
+kernel alone, "bfloat16" what a layer does with numbers, "native bfloat16" its kernel alone.
+Measured in turns, medians, microseconds a product; "speedup" is bfloat16 over engine, "gb_s" the
+codes and scales read per second, "of_read" that as a share of what a plain loop reads. Each shape
+has as many weights in turn as pass the last-level cache, as the layers of a model do. Prints JSON.
+
+    python benchmark/cpu/bench_quantized.py [--threads N] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_attention import medians
+
+from sgl_kernel import QuantizedWeight, cpu_isa, read_sum
+from sgl_kernel import linear as native_linear
+from sglang.srt.layers.products import linear
+from sglang.srt.layers.quantization.matrix import QuantizedMatrix
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
+
+from bench_common import describe_machine
+
+SHAPES = ((960, 576), (3072, 576), (576, 1536), (49152, 576), (2048, 8192))
+ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
+LAYOUTS = {"4 bits, min": (4, True), "8 bits": (8, False)}
+ALL_BYTES = 96 << 20  # of the codes in turn
+GROUP = 32
+
+
+def make(bits: int, with_mins: bool, outs: int, width: int) -> QuantizedWeight:
+    dtype = torch.uint8 if bits == 4 else torch.int8
+    codes = torch.randint(0, 100, (outs, width * bits // 8)).to(dtype)
+    scales = torch.rand(outs, width // GROUP).half()
+    return QuantizedWeight(codes, scales, -scales if with_mins else None, gain=2.0**-10)
+
+
+def for_each(way: Callable[[int], object], count: int) -> None:
+    for i in range(count):
+        way(i)
+
+
+def measure(layout: str, outs: int, width: int, threads: int, rounds: int) -> list[dict[str, Any]]:
+    bits, with_mins = LAYOUTS[layout]
+    first = make(bits, with_mins, outs, width)
+    count = -(-ALL_BYTES // first.nbytes)
+    weights = [first, *(make(bits, with_mins, outs, width) for _ in range(count - 1))]
+    matrices = [QuantizedMatrix([weight]) for weight in weights]
+    wide = [torch.randn(outs, width).bfloat16() for _ in range(-(-count // 3))]
+    found = []
+    for rows in ROWS:
+        x = torch.randn(rows, width).bfloat16()
+        ways: dict[str, Callable[[int], object]] = {
+            "engine": lambda i, x=x: matrices[i].product(x),
+            "codes": lambda i, x=x: weights[i].multiply(x, num_threads=threads),
+            "bfloat16": lambda i, x=x: linear(x, wide[i % len(wide)]),
+            "native bfloat16": lambda i, x=x: native_linear(
+                x, wide[i % len(wide)], num_threads=threads
+            ),
+        }
+        if rows > 64:
+            del ways["codes"], ways["native bfloat16"]
+        if first.codes.nbytes % 64 == 0:
+            ways["read"] = lambda i: read_sum(weights[i].codes, threads)
+        some = max(1, count // max(1, rows // 8))
+        calls = {name: partial(for_each, way, some) for name, way in ways.items()}
+        times = medians(calls, rounds, time.perf_counter)
+        us = {name: round(value / some * 1e6, 1) for name, value in times.items()}
+        row: dict[str, Any] = {"layout": layout, "outs": outs, "width": width, "rows": rows}
+        row["us"] = us
+        row["speedup"] = round(us["bfloat16"] / us["engine"], 2)
+        if "codes" in us:
+            row["gb_s"] = round(first.nbytes / us["codes"] / 1e3, 2)
+        if "codes" in us and "read" in us:
+            share = us["read"] * first.nbytes / first.codes.nbytes / us["codes"]
+            row["of_read"] = round(share, 3)
+        found.append(row)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    products = []
+    for layout in LAYOUTS:
+        for outs, width in SHAPES:
+            products += measure(layout, outs, width, args.threads, args.rounds)
+    report = {
+        "benchmark": "cpu_quantized",
+        "settings": {"threads": args.threads, "rounds": args.rounds},
+        "machine": {**describe_machine(), "isa": cpu_isa().name},
+        "products": products,
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Weights that stay quantised in memory."""

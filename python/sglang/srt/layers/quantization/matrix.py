@@ -1,0 +1,144 @@
+"""A layer's weight that stays quantised: products with it, and rows of it as numbers.
+
+A few rows of input go through the native kernel, which reads every code once. Many go through a
+tile of the weight at a time, turned into numbers and multiplied by PyTorch: the work of that is
+then small beside the product's. Both compute with the same numbers, so an answer does not depend on
+how many rows shared a step beyond the rounding that every product has.
+
+Legend: N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Protocol, Self
+
+import torch
+
+from sglang.srt.layers.products import cpu_multiplies, tiled_linear
+
+# Up to so many rows the native kernel is the faster way, see benchmark/cpu/bench_quantized.py.
+_NATIVE_ROWS = 32
+QUANTIZED_BLOCK = 32  # inputs that can't be cut apart
+
+
+class QuantizedWeight(Protocol):
+    """What is needed of `sgl_kernel.QuantizedWeight`."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def layout(self) -> tuple[object, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self: ...
+
+    def rows(self, first: int, last: int) -> Self: ...
+
+    def columns(self, first: int, last: int) -> Self: ...
+
+    def take(self, rows: torch.Tensor) -> Self: ...
+
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, num_threads: int = 1
+    ) -> torch.Tensor: ...
+
+    def dequantize(self, dtype: torch.dtype, *, num_threads: int = 1) -> torch.Tensor: ...
+
+    def dequantize_into(self, out: torch.Tensor, *, num_threads: int = 1) -> None: ...
+
+
+class QuantizedMatrix:
+    """A weight [N, K] of parts that stand one below another, joined where their layouts allow."""
+
+    def __init__(self, parts: Sequence[QuantizedWeight]) -> None:
+        joined = []
+        for _, group in itertools.groupby(parts, key=lambda part: part.layout):
+            some = list(group)
+            joined.append(some[0] if len(some) == 1 else type(some[0]).join(some))
+        self._parts = tuple(joined)
+        starts = itertools.accumulate((part.shape[0] for part in joined), initial=0)
+        *self._starts, num_rows = starts
+        self.shape = (num_rows, joined[0].shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all parts, in bytes."""
+        return sum(part.nbytes for part in self._parts)
+
+    def product(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        first: int = 0,
+        last: int | None = None,
+    ) -> torch.Tensor:
+        """x [*, K] times the outputs [first, last) transposed: [*, last - first].
+
+        `last` None: to the end. `bias` is that of these outputs. Summed in float32 or wider, in
+        the type of x.
+        """
+        last = self.shape[0] if last is None else last
+        flat = x.reshape(-1, self.shape[1])
+        if len(flat) <= _NATIVE_ROWS:
+            out = self._native(flat, bias, first, last)
+        else:
+            tile_dtype = x.dtype if cpu_multiplies(x.dtype) else torch.float32
+            out = tiled_linear(
+                flat,
+                (last - first, self.shape[1]),
+                lambda tile, begin: self._fill(tile, first + begin),
+                bias,
+                tile_dtype,
+            )
+        return out.view(*x.shape[:-1], last - first)
+
+    def take(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The rows of int64 `rows` [*] as numbers: [*, K] in `dtype`."""
+        flat = rows.reshape(-1)
+        if len(self._parts) == 1:
+            out = self._parts[0].take(flat).dequantize(dtype)
+        else:
+            out = torch.empty(len(flat), self.shape[1], dtype=dtype)
+            for start, part in zip(self._starts, self._parts, strict=True):
+                here = (flat >= start) & (flat < start + part.shape[0])
+                out[here] = part.take(flat[here] - start).dequantize(dtype)
+        return out.view(*rows.shape, self.shape[1])
+
+    def _native(
+        self, flat: torch.Tensor, bias: torch.Tensor | None, first: int, last: int
+    ) -> torch.Tensor:
+        threads = torch.get_num_threads()
+        outs = []
+        for begin, part in self._parts_of(first, last):
+            end = begin + part.shape[0]
+            some = None if bias is None else bias[begin - first : end - first]
+            outs.append(part.multiply(flat, some, num_threads=threads))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+    def _fill(self, tile: torch.Tensor, first: int) -> None:
+        """Write the outputs from `first` on into tile [outputs, K]."""
+        threads = torch.get_num_threads()
+        for begin, part in self._parts_of(first, first + len(tile)):
+            rows = tile[begin - first : begin - first + part.shape[0]]
+            part.dequantize_into(rows, num_threads=threads)
+
+    def _parts_of(self, first: int, last: int) -> list[tuple[int, QuantizedWeight]]:
+        """(first output, part) of the pieces that make up the outputs [first, last)."""
+        found = []
+        for start, part in zip(self._starts, self._parts, strict=True):
+            end = start + part.shape[0]
+            if start >= first and end <= last:
+                found.append((start, part))
+            elif start < last and end > first:
+                begin = max(start, first)
+                found.append((begin, part.rows(begin - start, min(end, last) - start)))
+        return found
+
+    def __repr__(self) -> str:
+        return f"QuantizedMatrix({self.shape}, {self.nbytes} bytes)"

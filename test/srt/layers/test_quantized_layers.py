@@ -1,0 +1,198 @@
+"""Layers whose weights stay quantised compute as if they were numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from sglang.srt.layers.quantization.choice import choose_quantization
+from sglang.srt.layers.quantization.int8 import quantize_int8
+from sglang.srt.layers.quantization.matrix import QuantizedMatrix, QuantizedWeight
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.utils.native import native_kernels
+
+kernels = native_kernels()
+if kernels is None:
+    pytest.skip("sgl-kernel is not installed", allow_module_level=True)
+KERNELS = kernels
+
+
+def eight_bits(outs: int, width: int, seed: int = 0) -> QuantizedWeight:
+    weight = torch.randn(outs, width, generator=torch.Generator().manual_seed(seed))
+    codes, scales, gain = quantize_int8(weight)
+    found: QuantizedWeight = KERNELS.QuantizedWeight(codes, scales, gain=gain)
+    return found
+
+
+def four_bits(outs: int, width: int, seed: int = 0) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (outs, width // 2), generator=generator).to(torch.uint8)
+    scales = torch.rand(outs, width // 32, generator=generator).half() / 8
+    found: QuantizedWeight = KERNELS.QuantizedWeight(codes, scales, -8 * scales)
+    return found
+
+
+def close(found: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(found.double(), want.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 32, 33, 200])
+def test_parts_of_different_layouts_are_one_matrix(rows: int) -> None:
+    parts = [four_bits(40, 96), four_bits(8, 96, 1), eight_bits(16, 96, 2)]
+    matrix = QuantizedMatrix(parts)
+    wide = torch.cat([part.dequantize(torch.float32) for part in parts])
+    assert matrix.shape == (64, 96)
+    assert matrix.nbytes == sum(part.nbytes for part in parts)
+    x, bias = torch.randn(rows, 96), torch.randn(64)
+    close(matrix.product(x, bias), F.linear(x, wide, bias))
+    for first, last in ((0, 40), (3, 64), (41, 50), (48, 64)):
+        found = matrix.product(x, bias[first:last], first, last)
+        close(found, F.linear(x, wide[first:last], bias[first:last]))
+    ids = torch.tensor([[63, 0], [47, 48]])
+    assert torch.equal(matrix.take(ids, torch.float32), wide[ids])
+
+
+def test_leading_dimensions_and_half_precision() -> None:
+    matrix = QuantizedMatrix([four_bits(48, 64)])
+    wide = four_bits(48, 64).dequantize(torch.float32)
+    x = torch.randn(2, 30, 64).bfloat16()
+    out = matrix.product(x)
+    assert out.shape == (2, 30, 48)
+    assert out.dtype is torch.bfloat16
+    torch.testing.assert_close(out.float(), x.float() @ wide.t(), rtol=0.01, atol=0.05)
+    assert matrix.product(x[:0]).shape == (0, 30, 48)
+
+
+def linear_pair() -> tuple[QKVParallelLinear, QKVParallelLinear, dict[str, QuantizedWeight]]:
+    def make() -> QKVParallelLinear:
+        return QKVParallelLinear(
+            64, 16, 4, 2, bias=True, parallel=ParallelState(), dtype=torch.float32
+        )
+
+    return make(), make(), {"q": four_bits(64, 64), "k": four_bits(32, 64), "v": eight_bits(32, 64)}
+
+
+def test_a_fused_layer_keeps_the_codes_of_its_parts() -> None:
+    layer, plain, parts = linear_pair()
+    for name in ("v", "q", "k"):  # files have their own order
+        bias = torch.randn(parts[name].shape[0])
+        for one, weight in ((layer, parts[name]), (plain, parts[name].dequantize(torch.float32))):
+            one.weight_loader("weight", weight, name)
+            one.weight_loader("bias", bias, name)
+    assert layer.quantized is not None
+    assert len(layer.weight) == 0
+    assert plain.quantized is None
+    x = torch.randn(5, 64)
+    close(layer(x), plain(x))
+    close(layer.queries(x), plain.queries(x))
+    for found, want in zip(layer.keys_values(x), plain.keys_values(x), strict=True):
+        close(found, want)
+
+
+def test_one_part_in_numbers_makes_numbers_of_all() -> None:
+    layer, plain, parts = linear_pair()
+    for name, part in parts.items():
+        weight = part.dequantize(torch.float32)
+        layer.weight_loader("weight", weight if name == "k" else part, name)
+        plain.weight_loader("weight", weight, name)
+    assert layer.quantized is None
+    assert torch.equal(layer.weight, plain.weight)
+
+
+@pytest.mark.parametrize("tp_rank", [0, 1])
+@pytest.mark.parametrize("width", [128, 64, 96])  # a rank's columns: 64, 32 and 48, which cuts
+def test_ranks_take_their_rows_and_columns(tp_rank: int, width: int) -> None:
+    parallel = ParallelState(tp_rank=tp_rank, tp_size=2)
+    weight = four_bits(24, width)
+    wide = weight.dequantize(torch.float32)
+    rows = MergedColumnParallelLinear(width, (16, 8), parallel=parallel, dtype=torch.float32)
+    rows.weight_loader("weight", weight)
+    first, second = tp_rank * 8, 16 + tp_rank * 4
+    x = torch.randn(3, width)
+    close(rows(x), x @ torch.cat((wide[first : first + 8], wide[second : second + 4])).t())
+    columns = RowParallelLinear(width, 24, parallel=parallel, dtype=torch.float32)
+    columns.weight_loader("weight", weight)
+    assert (columns.quantized is None) == (width == 96)
+    here = slice(tp_rank * width // 2, (tp_rank + 1) * width // 2)
+    close(columns.product(x[:, here]), x[:, here] @ wide[:, here].t())
+
+
+def test_a_wrong_width_is_refused() -> None:
+    layer = MergedColumnParallelLinear(64, (16,), parallel=ParallelState(), dtype=torch.float32)
+    with pytest.raises(ValueError, match="96 columns, not 64"):
+        layer.weight_loader("weight", four_bits(16, 96), 0)
+
+
+def test_a_tied_head_and_its_embedding_share_the_codes() -> None:
+    parallel = ParallelState()
+    table = VocabParallelEmbedding(50, 64, parallel=parallel, dtype=torch.float32)
+    head = ParallelLMHead(50, 64, parallel=parallel, dtype=torch.float32, tied_to=table)
+    table.weight_loader("weight", four_bits(50, 64))
+    wide = four_bits(50, 64).dequantize(torch.float32)
+    ids, x = torch.tensor([3, 49, 3]), torch.randn(2, 64)
+    assert torch.equal(table(ids), wide[ids])
+    close(head(x), x @ wide.t())
+    assert head.quantized is None, "it has none of its own"
+
+
+def test_a_rank_with_padded_rows_has_numbers() -> None:
+    parallel = ParallelState(tp_rank=1, tp_size=2)
+    head = ParallelLMHead(51, 64, parallel=parallel, dtype=torch.float32)
+    head.weight_loader("weight", four_bits(51, 64))
+    wide = four_bits(51, 64).dequantize(torch.float32)
+    assert head.quantized is None
+    assert torch.equal(head.weight[:25], wide[26:])
+    assert not head.weight[25:].any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_int8_is_within_half_a_step(scale: float) -> None:
+    weight = torch.randn(37, 96, dtype=torch.float64) * scale
+    weight[3, 32:64] = 0.0
+    codes, scales, gain = quantize_int8(weight.float())
+    steps = scales.double().repeat_interleave(32, 1) * gain
+    error = (codes.double() * steps - weight).abs()
+    # the largest magnitude of a group may be cut by what its scale was rounded down
+    assert (error <= 0.5 * steps + 127 * steps * 2.0**-11).all()
+    assert not codes[3, 32:64].any()
+
+
+def test_int8_of_a_layer() -> None:
+    layer = RowParallelLinear(64, 24, parallel=ParallelState(), dtype=torch.float32)
+    weight = torch.randn(24, 64)
+    layer.weight_loader("weight", weight)
+    layer.quantize(KERNELS)
+    assert layer.quantized is not None
+    assert layer.quantized.nbytes == 24 * (64 + 2 * 2)
+    x = torch.randn(4, 64)
+    assert (layer(x) - x @ weight.t()).abs().max() < 0.2
+    odd = RowParallelLinear(40, 24, parallel=ParallelState(), dtype=torch.float32)
+    odd.weight_loader("weight", torch.randn(24, 40))
+    odd.quantize(KERNELS)
+    assert odd.quantized is None
+
+
+def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_quantization(None, is_gguf=True, device="cpu") == "gguf"
+    assert choose_quantization(None, is_gguf=False, device="cpu") == "none"
+    assert choose_quantization("int8", is_gguf=False, device="cpu") == "int8"
+    assert choose_quantization("none", is_gguf=True, device="cpu") == "none"
+    for name, device, message in (
+        ("gguf", "cpu", "this model is none"),
+        ("fp8", "cpu", "must be one of"),
+        ("int8", "meta", "on a CPU only"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choose_quantization(name, is_gguf=False, device=device)
+    module = "sglang.srt.layers.quantization.choice.native_kernels"
+    monkeypatch.setattr(module, lambda: None)
+    assert choose_quantization(None, is_gguf=True, device="cpu") == "none"
+    with pytest.raises(ValueError, match="needs the native kernels"):
+        choose_quantization("gguf", is_gguf=True, device="cpu")
