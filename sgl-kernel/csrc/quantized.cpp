@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kTasksPerThread = 8;     // so that threads end together
 constexpr int64_t kTaskCodes = 32 << 10;   // fewer are not worth a task
 constexpr int64_t kBlock = 32;
+constexpr int64_t kOutsAtOnce = 8;         // ranges are multiples of it
 
 template <class T>
 void widen(const SglQuantized& call, float* to) {
@@ -41,7 +42,8 @@ bool is_served(const SglQuantized& call) {
 
 int64_t outs_of_a_task(const SglQuantized& call) {
     const int64_t least = kTaskCodes / call.in_features + 1;
-    return std::max(least, call.out_features / (kTasksPerThread * call.num_threads) + 1);
+    const int64_t fair = call.out_features / (kTasksPerThread * call.num_threads) + 1;
+    return (std::max(least, fair) + kOutsAtOnce - 1) / kOutsAtOnce * kOutsAtOnce;
 }
 
 template <class Work>

@@ -1,9 +1,12 @@
-// Products with a quantised weight: its codes become fp32 in registers, the input stays as it is.
+// Products with a quantised weight: its codes become fp32 in registers (for many rows in the first
+// cache), the input stays as it is.
 //
 // The including file defines `Isa`. Codes are taken 32 at a time; what they are multiplied with is
 // summed for each group alone, so that its scale is applied once. A minimum adds itself times the sum
 // of the group's inputs, which is the same for every output.
 #pragma once
+
+#include <memory>
 
 #include "numbers.h"
 #include "quantized.h"
@@ -13,6 +16,8 @@ namespace {
 constexpr int kBlock = 32;                       // codes taken at a time
 constexpr int kVectors = kBlock / Isa::kLanes;   // that they fill
 constexpr int64_t kScalesAtOnce = 8;             // widened at a time
+constexpr int kOuts = 4;                         // outputs that are floats at a time
+constexpr int64_t kManyRows = 6;                 // that make it worth while
 
 // The 32 codes of a block: two in a byte, the first 16 in the low halves; or signed bytes.
 template <int kBits>
@@ -79,9 +84,74 @@ inline void multiply_rows(const SglQuantized& call, const float* x, const float*
               static_cast<T*>(call.out) + (row + m) * call.out_row + out);
 }
 
+// One output's weights as floats, without the gain.
+template <int kBits, int kGroup>
+inline void widen_output(const SglQuantized& call, int64_t out, float* to) {
+    constexpr int kScales = kBlock / kGroup, kPart = kVectors / kScales;
+    const uint8_t* codes = static_cast<const uint8_t*>(call.codes) + out * call.code_row;
+    const Fp16* scales = static_cast<const Fp16*>(call.scales) + out * call.scale_row;
+    const Fp16* mins =
+        call.mins ? static_cast<const Fp16*>(call.mins) + out * call.scale_row : nullptr;
+    const int64_t blocks = call.in_features / kBlock;
+    float scale[kScalesAtOnce * kScales], least[kScalesAtOnce * kScales] = {};
+    for (int64_t first = 0; first < blocks; first += kScalesAtOnce) {
+        const int64_t count = blocks - first < kScalesAtOnce ? blocks - first : kScalesAtOnce;
+        Isa::widen(scales + first * kScales, count * kScales, scale);
+        if (mins) Isa::widen(mins + first * kScales, count * kScales, least);
+        for (int64_t b = 0; b < count; ++b) {
+            Isa::F code[kVectors];
+            load_codes<kBits>(codes, first + b, code);
+#pragma GCC unroll 8
+            for (int i = 0; i < kVectors; ++i) {
+                const int64_t g = b * kScales + i / kPart;
+                const Isa::F value = code[i] * scale[g] + least[g];
+                std::memcpy(to + (first + b) * kBlock + i * Isa::kLanes, &value, sizeof value);
+            }
+        }
+    }
+}
+
+// Products of kRows rows with the kOuts outputs below `last` whose weights are floats in `wide`.
+template <class T, int kRows>
+inline void multiply_wide(const SglQuantized& call, const float* x, const float* wide, int64_t row,
+                          int64_t out, int64_t last) {
+    const int64_t width = call.in_features;
+    Isa::F total[kRows][kOuts] = {};
+    for (int64_t d = 0; d < width; d += Isa::kLanes) {
+        Isa::F part[kOuts];
+        for (int n = 0; n < kOuts; ++n) part[n] = Isa::load(wide + n * width + d);
+        for (int m = 0; m < kRows; ++m) {
+            const Isa::F value = Isa::load(x + (row + m) * width + d);
+            for (int n = 0; n < kOuts; ++n) total[m][n] += value * part[n];
+        }
+    }
+    const T* bias = static_cast<const T*>(call.bias);
+    for (int m = 0; m < kRows; ++m)
+        for (int n = 0; n < kOuts && out + n < last; ++n)
+            store(Isa::sum(total[m][n]) * call.gain + (bias ? to_float(bias[out + n]) : 0.0f),
+                  static_cast<T*>(call.out) + (row + m) * call.out_row + out + n);
+}
+
+// Many rows: the codes of a few outputs become floats once for all of them.
+template <class T, int kBits, int kGroup>
+inline void multiply_many(const SglQuantized& call, const float* x, int64_t first, int64_t last) {
+    const std::unique_ptr<float[]> wide(new float[kOuts * call.in_features]());
+    for (int64_t out = first; out < last; out += kOuts) {
+        for (int64_t n = out; n < out + kOuts && n < last; ++n)
+            widen_output<kBits, kGroup>(call, n, wide.get() + (n - out) * call.in_features);
+        int64_t row = 0;
+        for (; row + 2 <= call.rows; row += 2) multiply_wide<T, 2>(call, x, wide.get(), row, out, last);
+        if (row < call.rows) multiply_wide<T, 1>(call, x, wide.get(), row, out, last);
+    }
+}
+
 template <class T, int kBits, int kGroup>
 inline void multiply_range(const SglQuantized& call, const float* x, const float* sums,
                            int64_t first, int64_t last) {
+    if (call.rows >= kManyRows) {
+        multiply_many<T, kBits, kGroup>(call, x, first, last);
+        return;
+    }
     for (int64_t out = first; out < last; ++out) {
         int64_t row = 0;
         for (; row + 4 <= call.rows; row += 4)
