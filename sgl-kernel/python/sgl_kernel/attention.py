@@ -48,6 +48,27 @@ class AttentionTables:
         self.end_positions = self.first_positions + np.array(
             [len(ids) * page_size for ids in pages], np.int64
         )
+        # What was found to see only positions of these tables: every layer of a step asks the same.
+        self._checked: dict[tuple[int, int | None, int | None, int], QueryBlocks] = {}
+
+    def check(self, blocks: QueryBlocks, rows: int, window: int | None, chunk: int | None) -> None:
+        """Raises KernelError unless all that `blocks` of `rows` rows see lies in the tables."""
+        key = (id(blocks), window, chunk, rows)
+        if self._checked.get(key) is blocks:
+            return
+        first = blocks.positions
+        if window is not None:
+            first = np.maximum(first - window + 1, 0)
+        elif chunk is not None:
+            first = first - first % chunk
+        else:
+            first = np.zeros_like(first)
+        short = blocks.positions + blocks.counts > self.end_positions[blocks.requests]
+        if short.any() or (first < self.first_positions[blocks.requests]).any():
+            raise KernelError("a query sees positions outside its block table")
+        if blocks.rows.min() < 0 or (blocks.rows + blocks.counts).max() > rows:
+            raise KernelError("a block names rows that q does not have")
+        self._checked[key] = blocks
 
     def __len__(self) -> int:
         return len(self.pages)
@@ -155,20 +176,8 @@ def _check(
         raise KernelError("heads must be contiguous")
     if window is not None and chunk is not None:
         raise KernelError("a layer has a sliding window or chunks, not both")
-    if not len(blocks):
-        return
-    first = blocks.positions
-    if window is not None:
-        first = np.maximum(first - window + 1, 0)
-    elif chunk is not None:
-        first = first - first % chunk
-    else:
-        first = np.zeros_like(first)
-    short = blocks.positions + blocks.counts > tables.end_positions[blocks.requests]
-    if short.any() or (first < tables.first_positions[blocks.requests]).any():
-        raise KernelError("a query sees positions outside its block table")
-    if blocks.rows.min() < 0 or (blocks.rows + blocks.counts).max() > q.shape[0]:
-        raise KernelError("a block names rows that q does not have")
+    if len(blocks):
+        tables.check(blocks, q.shape[0], window, chunk)
 
 
 def _float_rows(tensor: torch.Tensor | None, shape: tuple[int, ...], name: str) -> int | None:

@@ -11,7 +11,7 @@ Shape letters: T packed new tokens, S slots of a group's whole space, G kv heads
 from __future__ import annotations
 
 import heapq
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -142,6 +142,7 @@ class MHATokenToKVPool:
         self._store_dtype = torch.uint8 if self.dtype.itemsize == 1 else self.dtype
         self._group_of_layer = spec.group_of_layer()
         self._take_planes(backing)
+        self._native_planes: dict[int, Any] = {}  # of layers that stored scattered slots
         self._last_loc: torch.Tensor | None = None
         self._last_pieces: list[Piece] | None = None
 
@@ -149,11 +150,6 @@ class MHATokenToKVPool:
         layers = range(self.spec.num_layers)
         self._keys = [backing.view(layer, Plane.KEY) for layer in layers]
         self._values = [backing.view(layer, Plane.VALUE) for layer in layers]
-        kernels = native_kernels() if self._keys[0].device.type == "cpu" else None
-        self._native_planes = []
-        if kernels is not None:
-            planes = zip(self._keys, self._values, strict=True)
-            self._native_planes = [kernels.KVPlanes(keys, values) for keys, values in planes]
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor | SegmentPlane:
         """Keys of one layer, [S, G, D] in the KV dtype, zero-copy over all slots."""
@@ -194,9 +190,13 @@ class MHATokenToKVPool:
 
     def _scatter(self, layer_id: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write slots that stand apart; `_pieces_of` has seen that they exist."""
-        if self._native_planes:
-            threads = torch.get_num_threads()
-            self._native_planes[layer_id].store(loc, k, v, num_threads=threads)
+        kernels = native_kernels() if k.device.type == "cpu" else None
+        if kernels is not None:
+            planes = self._native_planes.get(layer_id)
+            if planes is None:
+                planes = kernels.KVPlanes(self._keys[layer_id], self._values[layer_id])
+                self._native_planes[layer_id] = planes
+            planes.store(loc, k, v, num_threads=torch.get_num_threads())
             return
         for buffer, new in ((self._keys[layer_id], k), (self._values[layer_id], v)):
             buffer.view(self._store_dtype).index_copy_(0, loc, new.view(self._store_dtype))
