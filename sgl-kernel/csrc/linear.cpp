@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <memory>
 
-#include "numbers.h"
+#include "choose.h"
+#include "input_rows.h"
 #include "parallel.h"
 
 namespace {
@@ -12,23 +13,6 @@ namespace {
 constexpr int64_t kOutsAtOnce = 8;         // ranges are multiples of it
 constexpr int64_t kTasksPerThread = 8;     // so that threads end together
 constexpr int64_t kTaskBytes = 32 << 10;   // of the weight; less is not worth a task
-
-sgl::Multiply choose(int32_t isa) {
-#if defined(__x86_64__)
-    if (isa >= SGL_AVX512 && isa != SGL_NEON) return sgl::linear_avx512;
-    if (isa == SGL_AVX2) return sgl::linear_avx2;
-#endif
-    return sgl::linear_generic;
-}
-
-template <class T>
-void widen(const SglLinear& call, float* to) {
-    for (int64_t m = 0; m < call.rows; ++m) {
-        const T* row = static_cast<const T*>(call.x) + m * call.x_row;
-        for (int64_t d = 0; d < call.in_features; ++d)
-            to[m * call.in_features + d] = to_float(row[d]);
-    }
-}
 
 int64_t outs_of_a_task(const SglLinear& call) {
     const int64_t row_bytes = call.in_features * (call.dtype == SGL_FLOAT32 ? 4 : 2);
@@ -48,12 +32,11 @@ extern "C" int32_t sgl_linear(const SglLinear* arguments) {
     std::unique_ptr<float[]> wide;
     if (call.dtype != SGL_FLOAT32) {
         wide.reset(new float[call.rows * call.in_features]);
-        if (call.dtype == SGL_BFLOAT16) widen<Bf16>(call, wide.get());
-        if (call.dtype == SGL_FLOAT16) widen<Fp16>(call, wide.get());
+        widen_rows(call.x, call.dtype, call.x_row, call.rows, call.in_features, wide.get());
         x = wide.get();
         x_row = call.in_features;
     }
-    const sgl::Multiply multiply = choose(call.isa);
+    const sgl::Multiply multiply = SGL_CHOOSE(call.isa, sgl::linear);
     const int64_t outs = outs_of_a_task(call);
     sgl::for_each_index((call.out_features + outs - 1) / outs, call.num_threads, [&] {
         return [&](int64_t i) {

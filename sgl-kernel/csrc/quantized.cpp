@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <memory>
 
-#include "numbers.h"
+#include "choose.h"
+#include "input_rows.h"
 #include "parallel.h"
 
 namespace {
@@ -13,15 +14,6 @@ constexpr int64_t kTasksPerThread = 8;     // so that threads end together
 constexpr int64_t kTaskCodes = 32 << 10;   // fewer are not worth a task
 constexpr int64_t kBlock = 32;
 constexpr int64_t kOutsAtOnce = 8;         // ranges are multiples of it
-
-template <class T>
-void widen(const SglQuantized& call, float* to) {
-    for (int64_t m = 0; m < call.rows; ++m) {
-        const T* row = static_cast<const T*>(call.x) + m * call.x_row;
-        for (int64_t d = 0; d < call.in_features; ++d)
-            to[m * call.in_features + d] = to_float(row[d]);
-    }
-}
 
 void sum_groups(const SglQuantized& call, const float* x, float* sums) {
     const int64_t count = call.rows * (call.in_features / call.group);
@@ -59,15 +51,9 @@ void over_outs(const SglQuantized& call, const Work& work) {
 extern "C" int32_t sgl_quantized_linear(const SglQuantized* arguments) {
     const SglQuantized& call = *arguments;
     if (!is_served(call) || call.rows < 1) return -1;
-    sgl::MultiplyQuantized multiply = sgl::multiply_quantized_generic;
-#if defined(__x86_64__)
-    if (call.isa >= SGL_AVX512 && call.isa != SGL_NEON) multiply = sgl::multiply_quantized_avx512;
-    if (call.isa == SGL_AVX2) multiply = sgl::multiply_quantized_avx2;
-#endif
+    const sgl::MultiplyQuantized multiply = SGL_CHOOSE(call.isa, sgl::multiply_quantized);
     const std::unique_ptr<float[]> x(new float[call.rows * call.in_features]);
-    if (call.dtype == SGL_FLOAT32) widen<float>(call, x.get());
-    if (call.dtype == SGL_BFLOAT16) widen<Bf16>(call, x.get());
-    if (call.dtype == SGL_FLOAT16) widen<Fp16>(call, x.get());
+    widen_rows(call.x, call.dtype, call.x_row, call.rows, call.in_features, x.get());
     std::unique_ptr<float[]> sums;
     if (call.mins) {
         sums.reset(new float[call.rows * (call.in_features / call.group)]);
@@ -82,11 +68,7 @@ extern "C" int32_t sgl_quantized_linear(const SglQuantized* arguments) {
 extern "C" int32_t sgl_dequantize(const SglQuantized* arguments) {
     const SglQuantized& call = *arguments;
     if (!is_served(call)) return -1;
-    sgl::Dequantize dequantize = sgl::dequantize_generic;
-#if defined(__x86_64__)
-    if (call.isa >= SGL_AVX512 && call.isa != SGL_NEON) dequantize = sgl::dequantize_avx512;
-    if (call.isa == SGL_AVX2) dequantize = sgl::dequantize_avx2;
-#endif
+    const sgl::Dequantize dequantize = SGL_CHOOSE(call.isa, sgl::dequantize);
     over_outs(call, [&](int64_t first, int64_t last) { dequantize(call, first, last); });
     return 0;
 }

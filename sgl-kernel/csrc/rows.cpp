@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "choose.h"
 #include "parallel.h"
 
 namespace {
@@ -12,9 +13,9 @@ constexpr int64_t kTaskElements = 32 << 10;  // fewer are not worth a thread's w
 constexpr int64_t kTaskBytes = 256 << 10;    // copied
 
 template <class Call>
-void over_rows(const Call& call, int32_t num_threads, void (*work)(const Call&, int64_t, int64_t)) {
+void over_rows(const Call& call, void (*work)(const Call&, int64_t, int64_t)) {
     const int64_t rows = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, call.width));
-    sgl::for_each_index((call.rows + rows - 1) / rows, num_threads, [&] {
+    sgl::for_each_index((call.rows + rows - 1) / rows, call.num_threads, [&] {
         return [&](int64_t i) { work(call, i * rows, std::min(call.rows, (i + 1) * rows)); };
     });
 }
@@ -27,24 +28,14 @@ extern "C" int32_t sgl_norm(const SglNorm* arguments) {
     const SglNorm& call = *arguments;
     if (!is_dtype(call.x_dtype) || !is_dtype(call.dtype) || call.num_threads < 1) return -1;
     if (call.width < 1 || (call.residual && !call.total)) return -1;
-    sgl::NormRows work = sgl::norm_rows_generic;
-#if defined(__x86_64__)
-    if (call.isa >= SGL_AVX512) work = sgl::norm_rows_avx512;
-    if (call.isa == SGL_AVX2) work = sgl::norm_rows_avx2;
-#endif
-    over_rows(call, call.num_threads, work);
+    over_rows(call, SGL_CHOOSE(call.isa, sgl::norm_rows));
     return 0;
 }
 
 extern "C" int32_t sgl_silu_and_mul(const SglGate* arguments) {
     const SglGate& call = *arguments;
     if (!is_dtype(call.dtype) || call.num_threads < 1 || call.width < 1) return -1;
-    sgl::SiluRows work = sgl::silu_rows_generic;
-#if defined(__x86_64__)
-    if (call.isa >= SGL_AVX512) work = sgl::silu_rows_avx512;
-    if (call.isa == SGL_AVX2) work = sgl::silu_rows_avx2;
-#endif
-    over_rows(call, call.num_threads, work);
+    over_rows(call, SGL_CHOOSE(call.isa, sgl::silu_rows));
     return 0;
 }
 
@@ -52,12 +43,7 @@ extern "C" int32_t sgl_rotate(const SglRotate* arguments) {
     const SglRotate& call = *arguments;
     if (!is_dtype(call.dtype) || call.num_threads < 1 || call.width < 1) return -1;
     if (call.head_dim < 2 || call.head_dim % 2 || call.width % call.head_dim) return -1;
-    sgl::RotateRows work = sgl::rotate_rows_generic;
-#if defined(__x86_64__)
-    if (call.isa >= SGL_AVX512) work = sgl::rotate_rows_avx512;
-    if (call.isa == SGL_AVX2) work = sgl::rotate_rows_avx2;
-#endif
-    over_rows(call, call.num_threads, work);
+    over_rows(call, SGL_CHOOSE(call.isa, sgl::rotate_rows));
     return 0;
 }
 
