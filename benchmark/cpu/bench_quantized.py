@@ -1,6 +1,6 @@
 """Products with quantised weights: by codes, and with the same weight in bfloat16.
 
-"engine" is what a layer does (codes up to 32 rows, then a tile of numbers at a time), "codes" the
+"engine" is what a layer does (codes up to 64 rows, then a tile of numbers at a time), "codes" the
 kernel alone, "bfloat16" what a layer does with numbers, "native bfloat16" its kernel alone.
 Measured in turns, medians, microseconds a product; "speedup" is bfloat16 over engine, "gb_s" the
 codes and scales read per second, "of_read" that as a share of what a plain loop reads. Each shape

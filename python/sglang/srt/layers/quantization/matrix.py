@@ -19,7 +19,7 @@ import torch
 from sglang.srt.layers.products import cpu_multiplies, tiled_linear
 
 # Up to so many rows the native kernel is the faster way, see benchmark/cpu/bench_quantized.py.
-_NATIVE_ROWS = 32
+_NATIVE_ROWS = 64
 QUANTIZED_BLOCK = 32  # inputs that can't be cut apart
 
 
