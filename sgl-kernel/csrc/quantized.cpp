@@ -55,7 +55,7 @@ extern "C" int32_t sgl_quantized_linear(const SglQuantized* arguments) {
     const std::unique_ptr<float[]> x(new float[call.rows * call.in_features]);
     widen_rows(call.x, call.dtype, call.x_row, call.rows, call.in_features, x.get());
     std::unique_ptr<float[]> sums;
-    if (call.mins) {
+    if (call.mins && call.rows < sgl::kManyRows) {
         sums.reset(new float[call.rows * (call.in_features / call.group)]);
         sum_groups(call, x.get(), sums.get());
     }

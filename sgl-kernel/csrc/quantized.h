@@ -7,8 +7,12 @@
 
 namespace sgl {
 
-// Outputs [first, last) of all rows. `x` is the input in fp32 [rows, in_features], `sums` the sum of
-// each of its groups [rows, in_features / group], null for weights without minima.
+// From so many rows on the codes of a few outputs become floats once for all of them.
+constexpr int64_t kManyRows = 6;
+
+// Outputs [first, last) of all rows. `x` is the input in fp32 [rows, in_features]. `sums` is the sum of
+// each of its groups [rows, in_features / group], read for fewer than kManyRows rows and a weight with
+// minima only.
 using MultiplyQuantized = void (*)(const SglQuantized&, const float* x, const float* sums,
                                    int64_t first, int64_t last);
 // Rows [first, last) of the weight into `out`.

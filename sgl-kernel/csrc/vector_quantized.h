@@ -17,7 +17,6 @@ constexpr int kBlock = 32;                       // codes taken at a time
 constexpr int kVectors = kBlock / Isa::kLanes;   // that they fill
 constexpr int64_t kScalesAtOnce = 8;             // widened at a time
 constexpr int kOuts = 4;                         // outputs that are floats at a time
-constexpr int64_t kManyRows = 6;                 // that make it worth while
 
 // The 32 codes of a block: two in a byte, the first 16 in the low halves; or signed bytes.
 template <int kBits>
@@ -148,7 +147,7 @@ inline void multiply_many(const SglQuantized& call, const float* x, int64_t firs
 template <class T, int kBits, int kGroup>
 inline void multiply_range(const SglQuantized& call, const float* x, const float* sums,
                            int64_t first, int64_t last) {
-    if (call.rows >= kManyRows) {
+    if (call.rows >= sgl::kManyRows) {
         multiply_many<T, kBits, kGroup>(call, x, first, last);
         return;
     }
@@ -176,37 +175,22 @@ inline void multiply_any(const SglQuantized& call, const float* x, const float* 
     if (call.dtype == SGL_FLOAT16) multiply_typed<Fp16>(call, x, sums, first, last);
 }
 
-template <class T, int kBits>
+template <class T, int kBits, int kGroup>
 inline void dequantize_rows(const SglQuantized& call, int64_t first, int64_t last) {
+    const std::unique_ptr<float[]> wide(new float[call.in_features]);
     for (int64_t row = first; row < last; ++row) {
-        const uint8_t* codes = static_cast<const uint8_t*>(call.codes) + row * call.code_row;
-        const Fp16* scales = static_cast<const Fp16*>(call.scales) + row * call.scale_row;
-        const Fp16* mins =
-            call.mins ? static_cast<const Fp16*>(call.mins) + row * call.scale_row : nullptr;
+        widen_output<kBits, kGroup>(call, row, wide.get());
         T* out = static_cast<T*>(call.out) + row * call.out_row;
-        for (int64_t block = 0; block < call.in_features / kBlock; ++block) {
-            Isa::F code[kVectors];
-            load_codes<kBits>(codes, block, code);
-            float values[kBlock];
-            std::memcpy(values, code, sizeof(values));
-            for (int g = 0; g < kBlock; g += static_cast<int>(call.group)) {
-                const int64_t at = (block * kBlock + g) / call.group;
-                const float scale = to_float(scales[at]) * call.gain;
-                const float least = mins ? to_float(mins[at]) * call.gain : 0.0f;
 #pragma omp simd
-                for (int i = g; i < g + call.group; ++i)
-                    store(values[i] * scale + least, out + block * kBlock + i);
-            }
-        }
+        for (int64_t d = 0; d < call.in_features; ++d) store(wide[d] * call.gain, out + d);
     }
 }
 
 template <class T>
 inline void dequantize_typed(const SglQuantized& call, int64_t first, int64_t last) {
-    if (call.bits == 4)
-        dequantize_rows<T, 4>(call, first, last);
-    else
-        dequantize_rows<T, 8>(call, first, last);
+    if (call.bits == 4) dequantize_rows<T, 4, 32>(call, first, last);
+    if (call.bits == 8 && call.group == 32) dequantize_rows<T, 8, 32>(call, first, last);
+    if (call.bits == 8 && call.group == 16) dequantize_rows<T, 8, 16>(call, first, last);
 }
 
 inline void dequantize_any(const SglQuantized& call, int64_t first, int64_t last) {

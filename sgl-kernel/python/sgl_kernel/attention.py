@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sgl_kernel.library import DTYPES, AttentionCall, Isa, KernelError, cpu_isa, library
+from sgl_kernel.library import DTYPES, AttentionCall, Isa, KernelError, allowed_isa, library
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -139,7 +139,6 @@ def paged_attention(
         raise KernelError("out must have the shape and the dtype of q")
     if not len(blocks):
         return out
-    best = cpu_isa()
     call = AttentionCall(
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(),
         lse=_float_rows(lse, (rows, heads), "lse"), sinks=_float_rows(sinks, (heads,), "sinks"),
@@ -151,7 +150,7 @@ def paged_attention(
         pages=tables.addresses.ctypes.data, first_position=tables.first_positions.ctypes.data,
         page_size=tables.page_size, window=window or 0, chunk=chunk or 0,
         num_kv_heads=kv_heads, heads_per_group=heads // kv_heads, head_dim=dim,
-        dtype=DTYPES[q.dtype], isa=best if isa is None else min(isa, best),
+        dtype=DTYPES[q.dtype], isa=allowed_isa(isa),
         num_threads=num_threads, scale=scale, logit_cap=logit_cap,
     )  # fmt: skip
     if library().sgl_attention(ctypes.byref(call)):

@@ -178,6 +178,11 @@ def cpu_isa() -> Isa:
     return Isa(library().sgl_cpu_isa())
 
 
+def allowed_isa(isa: Isa | None) -> Isa:
+    """The level that a call may use: no more than the processor has, nor than `isa`, if given."""
+    return cpu_isa() if isa is None else min(isa, cpu_isa())
+
+
 def read_sum(data: torch.Tensor, num_threads: int) -> int:
     """Sum of a contiguous tensor's bytes as 32-bit words, modulo 2^32: a read at full speed.
 

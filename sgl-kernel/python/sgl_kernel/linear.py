@@ -12,7 +12,7 @@ import ctypes
 
 import torch
 
-from sgl_kernel.library import DTYPES, Isa, KernelError, LinearCall, cpu_isa, library
+from sgl_kernel.library import DTYPES, Isa, KernelError, LinearCall, allowed_isa, library
 
 
 def linear(
@@ -42,11 +42,10 @@ def linear(
     out = x.new_empty(rows, outs)
     if rows == 0 or outs == 0:
         return out
-    best = cpu_isa()
     call = LinearCall(
         x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
         x.stride(0), weight.stride(0), outs, rows, outs, width,
-        DTYPES[x.dtype], best if isa is None else min(isa, best), num_threads,
+        DTYPES[x.dtype], allowed_isa(isa), num_threads,
     )  # fmt: skip
     if library().sgl_linear(ctypes.byref(call)):
         raise KernelError(f"linear does not serve {list(x.shape)} by {list(weight.shape)}")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sgl_kernel.library import DTYPES, Isa, KernelError, QuantizedCall, cpu_isa, library
+from sgl_kernel.library import DTYPES, Isa, KernelError, QuantizedCall, allowed_isa, library
 
 _BLOCK = 32  # codes that belong together, whatever the group
 
@@ -151,13 +151,12 @@ class QuantizedWeight:
                 raise KernelError(f"a weight of {self.shape} is not served")
 
     def _call(self, out: torch.Tensor, num_threads: int, isa: Isa | None) -> QuantizedCall:
-        best = cpu_isa()
         return QuantizedCall(
             None, None, out.data_ptr(), self.codes.data_ptr(), self.scales.data_ptr(),
             None if self.mins is None else self.mins.data_ptr(),
             0, out.stride(0), self.codes.stride(0), self.scales.stride(0),
             0, *self.shape, self.group, self.gain, self.bits, DTYPES[out.dtype],
-            best if isa is None else min(isa, best), num_threads,
+            allowed_isa(isa), num_threads,
         )  # fmt: skip
 
     def __repr__(self) -> str:

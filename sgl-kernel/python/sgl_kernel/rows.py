@@ -20,7 +20,7 @@ from sgl_kernel.library import (
     NormCall,
     RotateCall,
     StoreCall,
-    cpu_isa,
+    allowed_isa,
     library,
 )
 
@@ -51,13 +51,12 @@ def rms_norm(
         if residual.dtype != torch.float32 or residual.shape != x.shape or residual.stride(1) != 1:
             raise KernelError(f"the residual must be float32 {list(x.shape)}")
         total = torch.empty(rows, width, dtype=torch.float32)
-    best = cpu_isa()
     call = NormCall(
         x.data_ptr(), None if residual is None else residual.data_ptr(),
         None if total is None else total.data_ptr(), weight.data_ptr(), out.data_ptr(),
         x.stride(0), 0 if residual is None else residual.stride(0), width, width, rows, width,
         eps, offset, DTYPES[x.dtype], DTYPES[weight.dtype],
-        best if isa is None else min(isa, best), num_threads,
+        allowed_isa(isa), num_threads,
     )  # fmt: skip
     if library().sgl_norm(ctypes.byref(call)):
         raise KernelError(f"rms_norm does not serve {list(x.shape)}")
@@ -73,10 +72,9 @@ def silu_and_mul(x: torch.Tensor, *, num_threads: int = 1, isa: Isa | None = Non
     if x.dtype not in DTYPES or x.stride(1) != 1 or x.shape[1] % 2:
         raise KernelError(f"silu_and_mul does not serve {x.dtype} {list(x.shape)}")
     out = torch.empty(rows, width, dtype=x.dtype)
-    best = cpu_isa()
     call = GateCall(
         x.data_ptr(), out.data_ptr(), x.stride(0), width, rows, width, DTYPES[x.dtype],
-        best if isa is None else min(isa, best), num_threads,
+        allowed_isa(isa), num_threads,
     )  # fmt: skip
     if library().sgl_silu_and_mul(ctypes.byref(call)):
         raise KernelError(f"silu_and_mul does not serve {list(x.shape)}")
@@ -108,11 +106,10 @@ def rotate(
         if not angles.is_contiguous():
             raise KernelError("angles must be contiguous")
     out = torch.empty(rows, width, dtype=x.dtype)
-    best = cpu_isa()
     call = RotateCall(
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), x.stride(0), dim, width,
         rows, width, dim, interleaved, DTYPES[x.dtype],
-        best if isa is None else min(isa, best), num_threads,
+        allowed_isa(isa), num_threads,
     )  # fmt: skip
     if library().sgl_rotate(ctypes.byref(call)):
         raise KernelError(f"rotate does not serve {list(x.shape)}")
