@@ -20,7 +20,6 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 NO_HINT = -1
-_FREE_NUMBER = int(PageState.FREE)
 _FREE, _USED = STATE_CODES[PageState.FREE], STATE_CODES[PageState.USED]
 
 # Segments that are searched for one gap large enough before pieces are taken instead.
@@ -131,12 +130,10 @@ class PageAllocator:
 
     def _grantable_few(self, hints: list[int]) -> npt.NDArray[np.bool_]:
         """`_grantable`, cheaper for a few."""
-        state = self.index.state
-        size, seen, granted = len(state), set[int](), []
+        seen, granted = set[int](), []
         for page in hints:
-            free = page not in seen and 0 <= page < size and state.item(page) == _FREE_NUMBER
+            granted.append(page not in seen and self.index.is_free(page))
             seen.add(page)
-            granted.append(free)
         return np.array(granted)
 
     def _grantable(self, hints: Int64Array) -> npt.NDArray[np.bool_]:
@@ -178,10 +175,10 @@ class PageAllocator:
         """`count` of the places laid out that are still free; None when there are too few."""
         if count > len(self._laid_out):
             return None
-        state, chosen = self.index.state, list[int]()
+        chosen: list[int] = []
         while self._laid_out and len(chosen) < count:
             page = self._laid_out.pop()
-            if state.item(page) == _FREE_NUMBER:  # no row has grown into it
+            if self.index.is_free(page):  # no row has grown into it
                 chosen.append(page)
         return np.array(chosen) if len(chosen) == count else None
 
