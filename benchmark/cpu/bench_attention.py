@@ -10,23 +10,16 @@ then do not count, but only one thread can be measured. Prints JSON.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from cpu_report import parser, print_report
 
-from sgl_kernel import AttentionTables, QueryBlocks, cpu_isa, paged_attention, read_sum
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
-
-from bench_common import describe_machine
+from sgl_kernel import AttentionTables, QueryBlocks, paged_attention, read_sum
 
 PAGE = 64
 ROWS = 4096  # distinct random tokens; copied over the whole pool
@@ -161,24 +154,20 @@ def measure_extend(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cpu-time", action="store_true", help="count one thread's own time")
-    parser.add_argument("--long", action="store_true", help="10M tokens too: 5 GiB of memory")
-    args = parser.parse_args()
+    flags = parser(__doc__, rounds=5)
+    flags.add_argument("--cpu-time", action="store_true", help="count one thread's own time")
+    flags.add_argument("--long", action="store_true", help="10M tokens too: 5 GiB of memory")
+    args = flags.parse_args()
     threads = 1 if args.cpu_time else args.threads
     clock = time.thread_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(threads)
     decode = (*DECODE, LONG) if args.long else DECODE
-    report = {
-        "benchmark": "cpu_attention",
-        "settings": {"threads": threads, "rounds": args.rounds, "cpu_time": args.cpu_time},
-        "machine": {**describe_machine(), "isa": cpu_isa().name},
+    settings = {"threads": threads, "rounds": args.rounds, "cpu_time": args.cpu_time}
+    parts = {
         "decode": [measure_decode(shape, threads, args.rounds, clock) for shape in decode],
         "extend": [measure_extend(shape, threads, args.rounds, clock) for shape in EXTEND],
     }
-    print(json.dumps(report, indent=2))
+    print_report("cpu_attention", settings, parts)
 
 
 if __name__ == "__main__":

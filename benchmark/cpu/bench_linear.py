@@ -9,25 +9,18 @@ pass the last-level cache, as the layers of a model do. Prints JSON.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from bench_attention import medians
+from cpu_report import parser, print_report
 
-from sgl_kernel import cpu_isa, linear, read_sum
+from sgl_kernel import linear, read_sum
 from sglang.srt.layers.products import cpu_multiplies, widened_linear
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
-
-from bench_common import describe_machine
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576), (2048, 8192))
 ROWS = (1, 2, 4, 8, 16, 32)
@@ -70,27 +63,18 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
+    args = parser(__doc__, rounds=7).parse_args()
     torch.set_num_threads(args.threads)
-    report = {
-        "benchmark": "cpu_linear",
-        "settings": {"threads": args.threads, "rounds": args.rounds},
-        "machine": {
-            **describe_machine(),
-            "isa": cpu_isa().name,
-            "torch_multiplies_bfloat16": cpu_multiplies(torch.bfloat16),
-        },
-        "products": [
-            measure(outs, width, rows, dtype, args.threads, args.rounds)
-            for dtype in DTYPES
-            for outs, width in SHAPES
-            for rows in ROWS
-        ],
-    }
-    print(json.dumps(report, indent=2))
+    products = [
+        measure(outs, width, rows, dtype, args.threads, args.rounds)
+        for dtype in DTYPES
+        for outs, width in SHAPES
+        for rows in ROWS
+    ]
+    multiplies = cpu_multiplies(torch.bfloat16)
+    print_report(
+        "cpu_linear", vars(args), {"products": products}, torch_multiplies_bfloat16=multiplies
+    )
 
 
 if __name__ == "__main__":

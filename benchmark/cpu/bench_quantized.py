@@ -11,26 +11,19 @@ has as many weights in turn as pass the last-level cache, as the layers of a mod
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from bench_attention import medians
+from cpu_report import parser, print_report
 
-from sgl_kernel import QuantizedWeight, cpu_isa, read_sum
+from sgl_kernel import QuantizedWeight, read_sum
 from sgl_kernel import linear as native_linear
 from sglang.srt.layers.products import linear
 from sglang.srt.layers.quantization.matrix import QuantizedMatrix
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
-
-from bench_common import describe_machine
 
 SHAPES = ((960, 576), (3072, 576), (576, 1536), (49152, 576), (2048, 8192))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
@@ -90,22 +83,13 @@ def measure(layout: str, outs: int, width: int, threads: int, rounds: int) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = parser(__doc__, rounds=5).parse_args()
     torch.set_num_threads(args.threads)
     products = []
     for layout in LAYOUTS:
         for outs, width in SHAPES:
             products += measure(layout, outs, width, args.threads, args.rounds)
-    report = {
-        "benchmark": "cpu_quantized",
-        "settings": {"threads": args.threads, "rounds": args.rounds},
-        "machine": {**describe_machine(), "isa": cpu_isa().name},
-        "products": products,
-    }
-    print(json.dumps(report, indent=2))
+    print_report("cpu_quantized", vars(args), {"products": products})
 
 
 if __name__ == "__main__":

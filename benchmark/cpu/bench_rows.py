@@ -7,24 +7,17 @@ Measured in turns, figures are medians; "speedup" is PyTorch's time over the nat
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from bench_attention import medians
+from cpu_report import parser, print_report
 
-from sgl_kernel import cpu_isa, rms_norm, silu_and_mul
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
-
-from bench_common import describe_machine
+from sgl_kernel import rms_norm, silu_and_mul
 
 ROWS = (1, 16, 2048, 8192)
 WIDTHS = (512, 576, 2048)
@@ -74,10 +67,7 @@ def measure(ways: dict[str, Way], rows: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
+    args = parser(__doc__, rounds=7).parse_args()
     torch.set_num_threads(args.threads)
     found = [
         {
@@ -92,13 +82,7 @@ def main() -> None:
         for width in WIDTHS
         for rows in ROWS
     ]
-    report = {
-        "benchmark": "cpu_rows",
-        "settings": {"threads": args.threads, "rounds": args.rounds},
-        "machine": {**describe_machine(), "isa": cpu_isa().name},
-        "rows": found,
-    }
-    print(json.dumps(report, indent=2))
+    print_report("cpu_rows", vars(args), {"rows": found})
 
 
 if __name__ == "__main__":
