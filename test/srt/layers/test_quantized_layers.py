@@ -43,7 +43,7 @@ def close(found: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(found.double(), want.double(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 32, 33, 200])
+@pytest.mark.parametrize("rows", [1, 5, 6, 32, 33, 64, 65, 200])
 def test_parts_of_different_layouts_are_one_matrix(rows: int) -> None:
     parts = [four_bits(40, 96), four_bits(8, 96, 1), eight_bits(16, 96, 2)]
     matrix = QuantizedMatrix(parts)
@@ -68,6 +68,10 @@ def test_leading_dimensions_and_half_precision() -> None:
     assert out.dtype is torch.bfloat16
     torch.testing.assert_close(out.float(), x.float() @ wide.t(), rtol=0.01, atol=0.05)
     assert matrix.product(x[:0]).shape == (0, 30, 48)
+    many = torch.randn(3, 30, 64).bfloat16()  # by tiles of numbers
+    out = matrix.product(many)
+    assert out.dtype is torch.bfloat16
+    torch.testing.assert_close(out.float(), many.float() @ wide.t(), rtol=0.01, atol=0.05)
 
 
 def linear_pair() -> tuple[QKVParallelLinear, QKVParallelLinear, dict[str, QuantizedWeight]]:
