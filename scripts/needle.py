@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import importlib.util
 import json
 import shlex
 import sys
@@ -82,6 +84,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--model-path needs --needle, --question, --answer and --haystack")
     if args.only_write and not args.checkpoint:
         parser.error("--only-write needs --checkpoint")
+    if args.heat_map and not importlib.util.find_spec("matplotlib"):
+        parser.error("--heat-map needs matplotlib: pip install matplotlib")
     return args
 
 
@@ -112,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_server(args, shape))
         task = _task(args, shape, server)
-        bandwidth = read_bandwidth(args.bandwidth_buffer)
-        report["read_bandwidth_bytes_per_s"] = bandwidth
+        bandwidth = functools.partial(read_bandwidth, args.bandwidth_buffer)
         settings = Settings(
             body=args.body,
             shared=args.shared,

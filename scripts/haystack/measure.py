@@ -7,7 +7,7 @@ prompt then shows what a prefix hit takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,6 +70,7 @@ class Cell:
     ttft_s: float
     cached_tokens: int
     decode_tokens_per_s: float | None
+    read_bandwidth_bytes_per_s: float | None
     decode_bound_tokens_per_s: float | None
     second_ttft_s: float | None
     second_cached_tokens: int | None
@@ -110,11 +111,17 @@ class Cell:
 
 
 def measure_length(
-    server: Server, task: Task, length: int, settings: Settings, bandwidth: float | None
+    server: Server,
+    task: Task,
+    length: int,
+    settings: Settings,
+    bandwidth: Callable[[], float] | None,
 ) -> Iterator[Cell]:
     """The cells of one length, in the order of the task's depths.
 
-    `bandwidth`: bytes per second that the machine reads, for the bound of decoding; None without.
+    `bandwidth` measures the bytes per second that the machine reads, for the bound of decoding. It
+    is asked before and after each answer, because shared machines change within a minute, and the
+    larger figure counts. None: no bound.
     """
     prompts = task.shared_prompts(length) if settings.shared else task.prompts(length)
     for turn, (depth, prompt) in enumerate(zip(task.depths, prompts, strict=True)):
@@ -130,8 +137,9 @@ def _measure(
     depth: float,
     prompt: Prompt,
     settings: Settings,
-    bandwidth: float | None,
+    bandwidth: Callable[[], float] | None,
 ) -> Cell:
+    fastest = bandwidth() if bandwidth else None
     wanted = len(prompt.answer)
     filler = task.haystack.tokens(32, task.seed + 1)
     second: Answer | None = None
@@ -143,7 +151,9 @@ def _measure(
             second = generate(server.url, prompt.ids, wanted, settings.body)
         info = server.info()
     cost, tokens = KVCost.of(info), len(prompt.ids)
-    bound = bandwidth / (cost.growing * tokens) if bandwidth and cost.growing else None
+    if bandwidth and fastest:
+        fastest = max(fastest, bandwidth())
+    bound = fastest / (cost.growing * tokens) if fastest and cost.growing else None
     return Cell(
         length=length,
         depth=depth,
@@ -154,6 +164,7 @@ def _measure(
         ttft_s=answer.ttft_s,
         cached_tokens=answer.cached_tokens,
         decode_tokens_per_s=answer.decode_tokens_per_s,
+        read_bandwidth_bytes_per_s=fastest,
         decode_bound_tokens_per_s=bound,
         second_ttft_s=second.ttft_s if second else None,
         second_cached_tokens=second.cached_tokens if second else None,

@@ -23,6 +23,15 @@ def ask(folder: Path, *arguments: str) -> dict[str, Any]:
     return report
 
 
+def test_a_picture_that_nothing_can_draw_is_refused_before_the_server_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        needle.main(["--lengths=64k", "--heat-map=found.png"])
+    assert "--heat-map needs matplotlib" in capsys.readouterr().err
+
+
 def test_needles_in_64k_tokens(tmp_path: Path) -> None:
     """Every depth is a full prefill, and the same prompt again a prefix hit up to a page."""
     report = ask(
@@ -39,6 +48,9 @@ def test_needles_in_64k_tokens(tmp_path: Path) -> None:
         assert cell["cached_tokens"] == 0
         assert 64_000 - 64 <= cell["second_cached_tokens"] < 64_000
         assert cell["mapped_bytes"] < 256 << 20
+        speed = cell["read_bandwidth_bytes_per_s"]
+        assert cell["decode_bound_tokens_per_s"] == pytest.approx(speed / cell["kv_bytes"])
+    assert len({cell["read_bandwidth_bytes_per_s"] for cell in report["cells"]}) > 1  # each its own
     # Only the global layer keeps every token.
     full, chunked = (report["cells"][0][key] for key in ("kv_bytes", "dense_kv_bytes"))
     assert (full, chunked) == (64_000 * 512, 64_000 * 1024)

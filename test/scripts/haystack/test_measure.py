@@ -24,6 +24,7 @@ CELL = Cell(
     ttft_s=2.0,
     cached_tokens=0,
     decode_tokens_per_s=30.0,
+    read_bandwidth_bytes_per_s=None,
     decode_bound_tokens_per_s=40.0,
     second_ttft_s=0.1,
     second_cached_tokens=960,
