@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from cpu_report import parser, print_report
 
+from cpu_report import parser, print_report
 from sgl_kernel import AttentionTables, QueryBlocks, paged_attention, read_sum
 
 PAGE = 64

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from bench_attention import medians
 from cpu_report import parser, print_report
-
 from sgl_kernel import linear, read_sum
 from sglang.srt.layers.products import cpu_multiplies, widened_linear
 

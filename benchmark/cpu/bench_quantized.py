@@ -17,9 +17,9 @@ from functools import partial
 from typing import Any
 
 import torch
+
 from bench_attention import medians
 from cpu_report import parser, print_report
-
 from sgl_kernel import QuantizedWeight, read_sum
 from sgl_kernel import linear as native_linear
 from sglang.srt.layers.products import linear

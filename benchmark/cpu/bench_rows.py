@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from bench_attention import medians
 from cpu_report import parser, print_report
-
 from sgl_kernel import rms_norm, silu_and_mul
 
 ROWS = (1, 16, 2048, 8192)
