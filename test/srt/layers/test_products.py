@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,8 +64,12 @@ def test_leading_dimensions_and_views_are_kept() -> None:
 class Kernels:
     """Stands in for sgl_kernel and notes how many rows it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, isa: str) -> None:
         self.rows: list[int] = []
+        self._isa = isa
+
+    def cpu_isa(self) -> SimpleNamespace:
+        return SimpleNamespace(name=self._isa)
 
     def linear(
         self,
@@ -79,27 +85,30 @@ class Kernels:
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype", "fast", "kernels", "way"),
+    ("rows", "dtype", "fast", "isa", "way"),
     [
-        (32, torch.bfloat16, False, True, "native"),
-        (1, torch.float32, False, True, "native"),
-        (33, torch.bfloat16, False, True, "widened"),
-        (33, torch.float32, False, True, "torch"),
-        (8, torch.bfloat16, False, False, "widened"),
-        (7, torch.bfloat16, False, False, "torch"),
-        (8, torch.bfloat16, True, True, "torch"),
-        (8, torch.float32, True, True, "torch"),
+        (32, torch.bfloat16, False, "AVX2", "native"),
+        (1, torch.float32, False, "AVX2", "native"),
+        (33, torch.bfloat16, False, "AVX2", "widened"),
+        (33, torch.float32, False, "AVX2", "torch"),
+        (8, torch.bfloat16, False, None, "widened"),
+        (7, torch.bfloat16, False, None, "torch"),
+        (1, torch.bfloat16, True, "AVX512", "native"),
+        (2, torch.bfloat16, True, "AVX512", "torch"),
+        (1, torch.bfloat16, True, "AMX", "torch"),
+        (1, torch.float32, True, "AVX512", "torch"),
+        (8, torch.bfloat16, True, None, "torch"),
     ],
 )
 def test_which_way_a_product_takes(
     rows: int,
     dtype: torch.dtype,
     fast: bool,
-    kernels: bool,
+    isa: str | None,
     way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    native, widened = Kernels(), []
+    native, widened = Kernels(isa or ""), []
     real = products.widened_linear
 
     def note(
@@ -109,7 +118,7 @@ def test_which_way_a_product_takes(
         return real(x, weight, bias)
 
     monkeypatch.setattr(products, "cpu_multiplies", lambda t: fast or t is torch.float32)
-    monkeypatch.setattr(products, "kernels_for", lambda *_: native if kernels else None)
+    monkeypatch.setattr(products, "kernels_for", lambda *_: native if isa else None)
     monkeypatch.setattr(products, "widened_linear", note)
     x, weight, bias = operands(rows, 16, 32, dtype)
     found = products.linear(x.view(1, rows, 32), weight, bias)
