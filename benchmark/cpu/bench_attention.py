@@ -10,6 +10,7 @@ then do not count, but only one thread can be measured. Prints JSON.
 
 from __future__ import annotations
 
+import mmap
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from cpu_report import parser, print_report
 from sgl_kernel import AttentionTables, QueryBlocks, paged_attention, read_sum
 
 PAGE = 64
+HUGE_PAGE = 2 << 20  # bytes, or a multiple of what the system has
 ROWS = 4096  # distinct random tokens; copied over the whole pool
 
 
@@ -39,12 +41,22 @@ class Shape(NamedTuple):
 DECODE = (
     Shape(16, 4096, 1, 3, 3, 64),
     Shape(16, 4096, 1, 8, 4, 128),
+    Shape(1, 1 << 20, 1, 1, 1, 128),
     Shape(1, 1 << 20, 1, 3, 3, 64),
     Shape(1, 1 << 20, 1, 1, 4, 128),
 )
 LONG = Shape(1, 10_000_000, 1, 1, 4, 128)  # 5 GiB of K and V
 EXTEND = (Shape(1, 2048, 2048, 3, 3, 64), Shape(1, 4096, 2048, 3, 3, 64),
           Shape(1, 2048, 2048, 8, 4, 128))  # fmt: skip
+
+
+def huge_pages(count: int) -> torch.Tensor:
+    """Elements of bf16 in huge pages where the system has them, as the pool's segments lie."""
+    room = mmap.mmap(-1, count * 2 + 2 * HUGE_PAGE)
+    room.madvise(mmap.MADV_HUGEPAGE)
+    elements = torch.frombuffer(room, dtype=torch.bfloat16)
+    first = -elements.data_ptr() % HUGE_PAGE // 2
+    return elements[first : first + count]
 
 
 class Problem:
@@ -66,7 +78,7 @@ class Problem:
 
     def _plane(self, slots: int) -> torch.Tensor:
         rows = torch.randn(ROWS, self.shape.kv_heads, self.shape.dim).bfloat16()
-        plane = torch.empty(slots, *rows.shape[1:], dtype=torch.bfloat16)
+        plane = huge_pages(slots * rows[0].numel()).view(slots, *rows.shape[1:])
         for start in range(0, slots, ROWS):
             plane[start : start + ROWS] = rows[: min(ROWS, slots - start)]
         return plane
