@@ -12,8 +12,16 @@ extern "C" {
 
 enum SglDtype : int32_t { SGL_FLOAT32 = 0, SGL_BFLOAT16 = 1, SGL_FLOAT16 = 2 };
 
-// Levels of instructions, each including the ones before it on its architecture.
-enum SglIsa : int32_t { SGL_GENERIC = 0, SGL_AVX2 = 1, SGL_AVX512 = 2, SGL_AMX = 3, SGL_NEON = 4 };
+// Levels of instructions, each including the ones before it on its architecture. AVX512_BF16 has the
+// dot products of bfloat16 and of bytes (VNNI).
+enum SglIsa : int32_t {
+    SGL_GENERIC = 0,
+    SGL_AVX2 = 1,
+    SGL_AVX512 = 2,
+    SGL_AVX512_BF16 = 3,
+    SGL_AMX = 4,
+    SGL_NEON = 5
+};
 
 // Attention of packed query rows over the slots of block tables.
 //

@@ -57,7 +57,7 @@ Kernel choose_kernel(const SglAttention& call) {
 #if defined(__x86_64__)
     const bool tiles = call.dtype == SGL_BFLOAT16 && call.head_dim % 32 == 0;
     if (call.isa == SGL_AMX && tiles) return {run_task_amx, finish_avx512, true};
-    if (call.isa == SGL_AMX || call.isa == SGL_AVX512)
+    if (call.isa >= SGL_AVX512 && call.isa != SGL_NEON)
         return {run_task_avx512, finish_avx512, false};
     if (call.isa == SGL_AVX2) return {run_task_avx2, finish_avx2, false};
 #endif

@@ -11,13 +11,19 @@
 
 namespace {
 
+bool has_dot_products() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    if (!(ecx & (1u << 11))) return false;  // AVX-512-VNNI
+    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
+    return eax & (1u << 5);  // AVX-512-BF16
+}
+
 bool has_amx_bf16() {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
     const bool tile = edx & (1u << 24), bf16 = edx & (1u << 22);
-    if (!tile || !bf16) return false;
-    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
-    return eax & (1u << 5);  // AVX-512-BF16, which packs the tiles
+    return tile && bf16;
 }
 
 // The tiles' 8 KiB of state are given to a process only when it asks (Linux, x86/xstate).
@@ -37,7 +43,8 @@ int32_t find_isa() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (!avx512) return SGL_AVX2;
-    return has_amx_bf16() && may_use_tiles() ? SGL_AMX : SGL_AVX512;
+    if (!has_dot_products()) return SGL_AVX512;
+    return has_amx_bf16() && may_use_tiles() ? SGL_AMX : SGL_AVX512_BF16;
 }
 
 }  // namespace

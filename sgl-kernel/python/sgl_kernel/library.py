@@ -25,8 +25,9 @@ class Isa(IntEnum):
     GENERIC = 0
     AVX2 = 1
     AVX512 = 2
-    AMX = 3
-    NEON = 4
+    AVX512_BF16 = 3
+    AMX = 4
+    NEON = 5
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
