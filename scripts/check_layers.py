@@ -28,9 +28,11 @@ Row = tuple[int, str, str]
 TABLE: tuple[Row, ...] = (
     (0, "", "srt.errors, srt.environ < srt.utils.*"),
     (1, "", "srt.sampling.sampling_params < srt.managers.io_struct"),
-    (1, "", "srt.configs.flag_spec < srt.configs.flag_tables, srt.configs.flag_parser"),
+    (1, "", "srt.configs.flag_spec < srt.configs.door_args, srt.configs.flag_tables,"
+     " srt.configs.flag_parser"),
     (1, "", "srt.configs.kv_events_config < srt.configs.flag_checks"),
-    (1, "", "srt.configs.flag_tables, srt.configs.flag_parser, srt.configs.flag_checks"
+    (1, "", "srt.configs.door_args, srt.configs.flag_tables, srt.configs.flag_parser,"
+     " srt.configs.flag_checks"
      " < srt.server_args"),
     (1, "", "srt.configs.gguf_file < srt.configs.gguf_config < srt.configs.model_config"),
     (1, "", "srt.configs.rope_config < srt.configs.model_traits"
@@ -72,7 +74,8 @@ TABLE: tuple[Row, ...] = (
     (3, "DEVICE", "srt.managers.schedule_batch < srt.model_executor.forward_batch_info"
      " < srt.sampling.sampling_batch_info"),
     (4, "DEVICE", "srt.distributed.* < srt.layers.* < srt.models.* < srt.model_loader.*"),
-    (5, "DEVICE", "srt.model_executor.model_runner < srt.managers.tp_worker"),
+    (5, "DEVICE", "srt.model_executor.decode_tapes < srt.model_executor.model_runner"
+     " < srt.managers.tp_worker"),
     (6, "DEVICE", "srt.managers.scheduler*"),
     (6, "TEXT", "srt.tokenizer.* < srt.managers.incremental_text"),
     (6, "TEXT", "srt.managers.generate_request, srt.managers.incremental_text"

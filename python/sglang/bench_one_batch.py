@@ -81,7 +81,8 @@ def report(figures: dict[str, float | int]) -> str:
 
 
 def profile(runner: BatchRunner, size: BatchSize) -> str:
-    """Two tables: what each class of modules spent itself in a whole prefill, and a decode step.
+    """Tables: what each class of modules spent itself in a whole prefill, and a decode step, and
+    what the native calls of a recorded decode step took, if such steps are recorded.
 
     Decode steps follow prompts of one token, so their attention reads short contexts only.
     """
@@ -93,10 +94,29 @@ def profile(runner: BatchRunner, size: BatchSize) -> str:
         (answers, f"A decode step of {size.batch_size} rows"),
     ):
         runner.run(run)
-        with ModuleTimes(runner.model) as times:
+        with runner.without_tapes(), ModuleTimes(runner.model) as times:
             found = runner.run(run)
         tables.append(table(what, found, times))
+    runner.run(answers)
+    calls = runner.tape_times(answers)
+    if calls:
+        tables.append(tape_table(f"A recorded decode step of {size.batch_size} rows", calls))
     return "\n\n".join(tables)
+
+
+def tape_table(what: str, calls: Sequence[tuple[str, float]]) -> str:
+    """Microseconds of a recorded step by kind of call."""
+    total = sum(seconds for _, seconds in calls)
+    kinds: dict[str, list[float]] = {}
+    for name, seconds in calls:
+        kinds.setdefault(name, []).append(seconds)
+    lines = [f"{what}, {1e3 * total:.2f} ms in native calls:"]
+    lines.append(f"{'calls of':<34}{'calls':>7}{'us':>10}{'share':>8}")
+    for name, found in sorted(kinds.items(), key=lambda kind: -sum(kind[1])):
+        lines.append(
+            f"{name:<34}{len(found):>7}{1e6 * sum(found):>10.0f}{sum(found) / total:>8.1%}"
+        )
+    return "\n".join(lines)
 
 
 def table(what: str, found: BatchTimes, times: ModuleTimes) -> str:

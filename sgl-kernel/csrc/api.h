@@ -76,8 +76,9 @@ struct SglQuantized {
                          // half and i + 16 in the high half of byte i, or 32 signed bytes
     const void* scales;  // [out_features, in_features / group] fp16
     const void* mins;    // the same, or null where all are 0
+    const int64_t* ids;  // of sgl_dequantize: out row i is that of output ids[i]; null: of output i
     int64_t x_row, out_row, code_row, scale_row;  // code_row in bytes; mins have scales' stride
-    int64_t rows, out_features, in_features;
+    int64_t rows, out_features, in_features;  // sgl_dequantize gives `rows` rows with `ids`
     int64_t group;  // 32, or 16 of signed bytes
     float gain;
     int32_t bits;  // 4 or 8
@@ -90,11 +91,12 @@ struct SglQuantized {
 // once. Elements of a row are contiguous.
 struct SglNorm {
     const void* x;          // [rows, width] in `x_dtype`
-    const float* residual;  // [rows, width], or null
-    float* total;           // [rows, width] receives x + residual; used with `residual` only
+    const float* residual;  // [rows, width], or null: none is added
+    float* total;           // [rows, width] receives x + residual; may be null without `residual`
     const void* weight;     // [width] in `dtype`
     void* out;              // [rows, width] in `dtype`
     int64_t x_row, residual_row, total_row, out_row;
+    int64_t group, x_group;  // row r of x begins at (r / group) * x_group + (r % group) * x_row
     int64_t rows, width;
     float eps, offset;
     int32_t x_dtype, dtype;
@@ -142,6 +144,70 @@ struct SglStore {
     int32_t num_threads;
 };
 
+// Rows of a table by their number, as bytes: out[i] = table[ids[i]]. Strides count bytes.
+struct SglGather {
+    const void* table;
+    void* out;           // [rows] of `bytes`
+    const int64_t* ids;  // [rows] in the table
+    int64_t table_row, out_row;
+    int64_t rows, bytes;
+};
+
+// Cosines and sines of positions times frequencies, taken in double: what SglRotate reads. Pair i is
+// dimensions i and half + i, or 2 i and 2 i + 1 when `interleaved`; the sine of the first is negated.
+struct SglAngles {
+    const int64_t* positions;   // [rows]
+    const double* frequencies;  // [half] radians for each position
+    float* cos;                 // [rows, 2 half]
+    float* sin;                 // [rows, 2 half]
+    int64_t rows, half;
+    double scaling;  // of cosines and sines
+    int32_t interleaved;
+};
+
+// Rows as floats.
+struct SglWiden {
+    const void* x;  // [rows, width] in `dtype`
+    float* out;     // [rows, width] contiguous
+    int64_t x_row;
+    int64_t rows, width;
+    int32_t dtype;
+    int32_t num_threads;
+};
+
+// The highest of each row and the first place where it stands. A NaN makes the row's highest NaN and
+// its place 0.
+struct SglHighest {
+    const float* x;  // [rows, width]
+    float* highest;  // [rows]
+    int64_t* place;  // [rows]
+    int64_t x_row;
+    int64_t rows, width;
+    int32_t isa;  // at most what sgl_cpu_isa() answers
+    int32_t num_threads;
+};
+
+enum SglOp : int32_t {
+    SGL_OP_ATTENTION = 0,
+    SGL_OP_LINEAR = 1,
+    SGL_OP_QUANTIZED_LINEAR = 2,
+    SGL_OP_DEQUANTIZE = 3,
+    SGL_OP_NORM = 4,
+    SGL_OP_SILU_AND_MUL = 5,
+    SGL_OP_ROTATE = 6,
+    SGL_OP_STORE = 7,
+    SGL_OP_GATHER = 8,
+    SGL_OP_ANGLES = 9,
+    SGL_OP_WIDEN = 10,
+    SGL_OP_HIGHEST = 11
+};
+
+// A call of a tape: the function of `op` with the structure that it takes.
+struct SglStep {
+    const void* call;
+    int64_t op;
+};
+
 // The best level that this processor and this build have. Asks the system for AMX's registers.
 SGL_API int32_t sgl_cpu_isa();
 
@@ -165,6 +231,15 @@ SGL_API int32_t sgl_norm(const SglNorm* call);
 SGL_API int32_t sgl_silu_and_mul(const SglGate* call);
 SGL_API int32_t sgl_rotate(const SglRotate* call);
 SGL_API int32_t sgl_store(const SglStore* call);
+SGL_API int32_t sgl_gather(const SglGather* call);
+SGL_API int32_t sgl_angles(const SglAngles* call);
+SGL_API int32_t sgl_widen(const SglWiden* call);
+SGL_API int32_t sgl_highest(const SglHighest* call);
+
+// Makes the calls of a tape in order, on threads that do not sleep from one to the next. The number of
+// calls made: `count`, or the index of one that is not served. `seconds` [count] receives what each
+// took, unless null.
+SGL_API int64_t sgl_run(const SglStep* steps, int64_t count, int32_t num_threads, double* seconds);
 
 // Sum of `bytes` bytes (a multiple of 64) as 32-bit words: the ceiling that reading is compared to.
 SGL_API uint32_t sgl_read_sum(const void* data, int64_t bytes, int32_t num_threads);

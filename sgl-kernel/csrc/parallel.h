@@ -1,4 +1,4 @@
-// Runs a function on some threads: on those of an OpenMP runtime where one was installed.
+// Runs a function on some threads: on the team of a running tape, else on those of OpenMP.
 #pragma once
 
 #include <atomic>
@@ -8,6 +8,20 @@
 namespace sgl {
 
 void run_on_threads(int num_threads, void (*body)(void*), void* context);
+
+// While it lives, the calls of this thread run on threads that wait for them without sleeping, which
+// makes a call cost about a microsecond. One team works at a time in a process; for another thread, or
+// with a single thread, nothing changes.
+class Team {
+  public:
+    explicit Team(int num_threads);
+    ~Team();
+    Team(const Team&) = delete;
+    Team& operator=(const Team&) = delete;
+
+  private:
+    bool leads_ = false;
+};
 
 // Calls `task(index)` for every index below `count`, each once, on up to `num_threads` threads.
 // `make_worker()` runs once on each thread and gives the callable that takes the indices.

@@ -39,10 +39,10 @@ int64_t outs_of_a_task(const SglQuantized& call) {
 }
 
 template <class Work>
-void over_outs(const SglQuantized& call, const Work& work) {
+void over_outs(const SglQuantized& call, int64_t count, const Work& work) {
     const int64_t outs = outs_of_a_task(call);
-    sgl::for_each_index((call.out_features + outs - 1) / outs, call.num_threads, [&] {
-        return [&](int64_t i) { work(i * outs, std::min(call.out_features, (i + 1) * outs)); };
+    sgl::for_each_index((count + outs - 1) / outs, call.num_threads, [&] {
+        return [&](int64_t i) { work(i * outs, std::min(count, (i + 1) * outs)); };
     });
 }
 
@@ -59,7 +59,7 @@ extern "C" int32_t sgl_quantized_linear(const SglQuantized* arguments) {
         sums.reset(new float[call.rows * (call.in_features / call.group)]);
         sum_groups(call, x.get(), sums.get());
     }
-    over_outs(call, [&](int64_t first, int64_t last) {
+    over_outs(call, call.out_features, [&](int64_t first, int64_t last) {
         multiply(call, x.get(), sums.get(), first, last);
     });
     return 0;
@@ -69,6 +69,7 @@ extern "C" int32_t sgl_dequantize(const SglQuantized* arguments) {
     const SglQuantized& call = *arguments;
     if (!is_served(call)) return -1;
     const sgl::Dequantize dequantize = SGL_CHOOSE(call.isa, sgl::dequantize);
-    over_outs(call, [&](int64_t first, int64_t last) { dequantize(call, first, last); });
+    const int64_t count = call.ids ? call.rows : call.out_features;
+    over_outs(call, count, [&](int64_t first, int64_t last) { dequantize(call, first, last); });
     return 0;
 }

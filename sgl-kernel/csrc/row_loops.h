@@ -27,7 +27,8 @@ inline float silu(float x) { return x / (1.0f + exp_any(-x)); }
 template <class X, class W>
 inline void norm_row(const SglNorm& call, int64_t row) {
     const int64_t width = call.width;
-    const X* x = static_cast<const X*>(call.x) + row * call.x_row;
+    const X* x = static_cast<const X*>(call.x) + row / call.group * call.x_group +
+                 row % call.group * call.x_row;
     const W* weight = static_cast<const W*>(call.weight);
     W* out = static_cast<W*>(call.out) + row * call.out_row;
     float squares = 0.0f;
@@ -45,6 +46,11 @@ inline void norm_row(const SglNorm& call, int64_t row) {
         for (int64_t d = 0; d < width; ++d)
             store(total[d] * scale * (call.offset + to_float(weight[d])), out + d);
         return;
+    }
+    if (call.total) {
+        float* total = call.total + row * call.total_row;
+#pragma omp simd
+        for (int64_t d = 0; d < width; ++d) total[d] = to_float(x[d]);
     }
 #pragma omp simd reduction(+ : squares)
     for (int64_t d = 0; d < width; ++d) squares += to_float(x[d]) * to_float(x[d]);
@@ -127,6 +133,33 @@ inline void rotate_any(const SglRotate& call, int64_t first, int64_t last) {
     if (call.dtype == SGL_FLOAT32) rotate_some<float>(call, first, last);
     if (call.dtype == SGL_BFLOAT16) rotate_some<Bf16>(call, first, last);
     if (call.dtype == SGL_FLOAT16) rotate_some<Fp16>(call, first, last);
+}
+
+// Two passes: which is the highest, then where it stands. A block without it is passed over whole.
+inline void highest_some(const SglHighest& call, int64_t first, int64_t last) {
+    constexpr int64_t kBlock = 256;
+    for (int64_t row = first; row < last; ++row) {
+        const float* x = call.x + row * call.x_row;
+        float highest = -INFINITY;
+        int bad = 0;
+#pragma omp simd reduction(max : highest) reduction(| : bad)
+        for (int64_t d = 0; d < call.width; ++d) {
+            highest = x[d] > highest ? x[d] : highest;
+            bad |= x[d] != x[d];
+        }
+        int64_t place = 0;
+        for (int64_t begin = 0; !bad && begin < call.width; begin += kBlock) {
+            const int64_t end = begin + kBlock < call.width ? begin + kBlock : call.width;
+            int found = 0;
+#pragma omp simd reduction(| : found)
+            for (int64_t d = begin; d < end; ++d) found |= x[d] == highest;
+            if (!found) continue;
+            for (place = begin; x[place] != highest;) ++place;
+            break;
+        }
+        call.highest[row] = bad ? NAN : highest;
+        call.place[row] = place;
+    }
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ namespace sgl {
 // Rows [first, last) of a call.
 using NormRows = void (*)(const SglNorm&, int64_t first, int64_t last);
 using SiluRows = void (*)(const SglGate&, int64_t first, int64_t last);
+using HighestRows = void (*)(const SglHighest&, int64_t first, int64_t last);
 using RotateRows = void (*)(const SglRotate&, int64_t first, int64_t last);
 
 void norm_rows_generic(const SglNorm&, int64_t, int64_t);
@@ -21,5 +22,8 @@ void silu_rows_avx512(const SglGate&, int64_t, int64_t);
 void rotate_rows_generic(const SglRotate&, int64_t, int64_t);
 void rotate_rows_avx2(const SglRotate&, int64_t, int64_t);
 void rotate_rows_avx512(const SglRotate&, int64_t, int64_t);
+void highest_rows_generic(const SglHighest&, int64_t, int64_t);
+void highest_rows_avx2(const SglHighest&, int64_t, int64_t);
+void highest_rows_avx512(const SglHighest&, int64_t, int64_t);
 
 }  // namespace sgl

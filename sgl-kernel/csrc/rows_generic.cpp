@@ -12,3 +12,7 @@ void sgl::silu_rows_generic(const SglGate& call, int64_t first, int64_t last) {
 void sgl::rotate_rows_generic(const SglRotate& call, int64_t first, int64_t last) {
     rotate_any(call, first, last);
 }
+
+void sgl::highest_rows_generic(const SglHighest& call, int64_t first, int64_t last) {
+    highest_some(call, first, last);
+}

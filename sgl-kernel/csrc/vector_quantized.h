@@ -179,7 +179,7 @@ template <class T, int kBits, int kGroup>
 inline void dequantize_rows(const SglQuantized& call, int64_t first, int64_t last) {
     const std::unique_ptr<float[]> wide(new float[call.in_features]);
     for (int64_t row = first; row < last; ++row) {
-        widen_output<kBits, kGroup>(call, row, wide.get());
+        widen_output<kBits, kGroup>(call, call.ids ? call.ids[row] : row, wide.get());
         T* out = static_cast<T*>(call.out) + row * call.out_row;
 #pragma omp simd
         for (int64_t d = 0; d < call.in_features; ++d) store(wide[d] * call.gain, out + d);

@@ -13,6 +13,7 @@ from sglang.bench.batch_run import BatchRunner, BatchSize
 from sglang.bench_one_batch import main
 from sglang.srt.environ import Environ
 from sglang.srt.server_args import prepare_server_args
+from sglang.srt.utils.native import native_kernels
 from srt.models.hf_models import make_hf_model
 
 
@@ -78,6 +79,11 @@ def test_the_command(flags: list[str], tmp_path: Path) -> None:
     assert "A decode step of 1 rows" in text
     assert "LlamaAttention" in text
     assert "(scheduler, beside the forward)" in text
+    if native_kernels() is not None:
+        rows = text.partition("A recorded decode step of 1 rows")[2].splitlines()[2:]
+        calls = {row.split()[0]: int(row.split()[1]) for row in rows}
+        assert calls["attention"] == 3
+        assert calls["linear"] == 4 * 3 + 1
 
 
 def test_what_can_not_be_run_is_one_line(

@@ -131,3 +131,16 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(KernelError):
             QuantizedWeight(*wrong)
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_some_rows_as_numbers(layout: str, isa: Isa) -> None:
+    weight = make(layout, 37, 96, gain=0.5)
+    ids = torch.tensor([36, 0, 5, 5])
+    out = weight.dequantize_rows(ids, torch.float32, num_threads=2, isa=isa)
+    assert torch.equal(out, weight.dequantize(torch.float32, isa=isa)[ids])
+    with pytest.raises(KernelError, match="int64"):
+        weight.dequantize_rows(ids.int(), torch.float32)
+    with pytest.raises(KernelError, match="float64"):
+        weight.dequantize_rows(ids, torch.float64)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,6 +35,8 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.progress import Progress
+
+_TAPE_TURNS = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,29 @@ class BatchRunner:
         if not isinstance(model, nn.Module):
             raise InvariantError(f"{type(model).__name__} is no module of torch")
         return model
+
+    @contextmanager
+    def without_tapes(self) -> Iterator[None]:
+        """Decode steps go through the model's modules, one call after another."""
+        runner = self._parts.worker.runner
+        tapes, runner.tapes = runner.tapes, None
+        try:
+            yield
+        finally:
+            runner.tapes = tapes
+
+    def tape_times(self, size: BatchSize) -> list[tuple[str, float]]:
+        """The native calls of the recorded decode step of this batch size, with their seconds.
+
+        Medians of several turns. Empty when such steps are not recorded.
+        """
+        tapes = self._parts.worker.runner.tapes
+        if tapes is None:
+            return []
+        turns = [tapes.times(size.batch_size) for _ in range(_TAPE_TURNS)]
+        names = [name for name, _ in turns[0]]
+        seconds = [[seconds for _, seconds in turn] for turn in turns]
+        return list(zip(names, map(statistics.median, zip(*seconds, strict=True)), strict=True))
 
     def check(self, size: BatchSize) -> None:
         """Raises ValueError, one line, when the engine can't run a batch of this size at once."""

@@ -16,17 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.configs import flag_parser
+from sglang.srt.configs.door_args import DoorArgs
 from sglang.srt.configs.flag_checks import check_combinations
 from sglang.srt.configs.flag_spec import FlagSpec, derived, flag, specs_of
 from sglang.srt.configs.flag_tables import OTHER_FLAGS
 from sglang.srt.utils.sizes import parse_bytes, parse_count, parse_count_or_auto
 
-MODEL = "Model and tokenizer"
-HTTP = "HTTP server"
 DEVICE = "Device and numerics"
 SCHEDULE = "Memory and scheduling"
 SEGMENTS = "Segmented KV memory (not in SGLang)"
-API = "API"
 LOGGING = "Logging and health"
 
 MIN_REQUEST_LIMIT = 32 << 20
@@ -35,116 +33,12 @@ _DTYPE_NAMES = {"half": "float16", "float": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
-class ServerArgs:
+class ServerArgs(DoorArgs):
     """All settings of a server or an engine, resolved and validated.
 
     Building one raises ValueError with one line when a value or a combination cannot be served.
     A field that is still None is derived later or means no limit, as the flag's help says.
     """
-
-    # ---- model and tokenizer
-    model_path: str = flag(
-        dataclasses.MISSING,
-        "A Hugging Face model directory or a .gguf file.",
-        group=MODEL,
-        aliases=("--model",),
-        metavar="PATH",
-    )
-    tokenizer_path: str = flag(
-        None, "Where the tokenizer is.", group=MODEL, default_text="the model path", metavar="PATH"
-    )
-    load_format: str = flag(
-        "auto",
-        "Format of the weights; dummy gives random weights.",
-        group=MODEL,
-        choices=("auto", "safetensors", "pt", "gguf", "dummy"),
-    )
-    trust_remote_code: bool = flag(
-        False, "Allow Python code that comes with the model's tokenizer.", group=MODEL
-    )
-    context_length: int | None = flag(
-        None,
-        "Longest prompt plus output in tokens (human-readable: 128k, 1M). Clamped, with a "
-        "warning, to what the KV memory can hold; above the model's trained length it needs "
-        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1.",
-        group=MODEL,
-        parse=parse_count,
-        default_text="the model's",
-        metavar="TOKENS",
-        minimum=1,
-    )
-    json_model_override_args: str = flag(
-        "{}", "A JSON object that replaces fields of the model's config.", group=MODEL
-    )
-    skip_tokenizer_init: bool = flag(
-        False, "Load no tokenizer: requests bring input_ids and get output_ids.", group=MODEL
-    )
-
-    # ---- HTTP server
-    host: str = flag("127.0.0.1", "Address to listen on.", group=HTTP)
-    port: int = flag(30000, "Port to listen on.", group=HTTP, parse=int, minimum=1, maximum=65535)
-    api_key: str | None = flag(
-        None, "Bearer key that every endpoint except health asks for.", group=HTTP, metavar="KEY"
-    )
-    admin_api_key: str | None = flag(
-        None,
-        "Bearer key that /set_kv_budget, /compact_kv and /flush_cache ask for instead.",
-        group=HTTP,
-        default_text="the --api-key",
-        metavar="KEY",
-    )
-    max_request_bytes: int | None = flag(
-        None,
-        "Largest request body (bytes with units), enforced while reading. Not in SGLang.",
-        group=HTTP,
-        parse=parse_bytes,
-        default_text="16 bytes x effective context + 1 MiB, at least 32 MiB",
-        metavar="BYTES",
-        minimum=1,
-    )
-    skip_server_warmup: bool = flag(
-        False, "Say ready without generating a first token.", group=HTTP
-    )
-
-    # ---- API
-    served_model_name: str = flag(
-        None,
-        "The model name that /v1/models and /model_info show.",
-        group=API,
-        default_text="the model path",
-        metavar="NAME",
-    )
-    chat_template: str | None = flag(
-        None, "A Jinja chat template: a file, or the template itself.", group=API
-    )
-    sampling_defaults: str = flag(
-        "model",
-        "Where sampling defaults come from: the model's generation_config, or OpenAI's.",
-        group=API,
-        choices=("model", "openai"),
-    )
-    enable_cache_report: bool = flag(
-        False, "Report cached prompt tokens in the usage of OpenAI replies.", group=API
-    )
-    stream_interval: int = flag(
-        1,
-        "Tokens between two events of a stream.",
-        group=API,
-        parse=int,
-        metavar="TOKENS",
-        minimum=1,
-    )
-    incremental_streaming_output: bool = flag(
-        False, "Streams of /generate carry only the new text and ids of each event.", group=API
-    )
-    max_prompt_logprob_tokens: int = flag(
-        32768,
-        "Most prompt tokens whose log probabilities one request may ask for. Not in SGLang.",
-        group=API,
-        parse=parse_count,
-        metavar="TOKENS",
-        minimum=0,
-    )
 
     # ---- device and numerics
     device: str = flag(
@@ -176,6 +70,30 @@ class ServerArgs:
         group=DEVICE,
         choices=("gguf", "int8", "none"),
         default_text="gguf for a GGUF file where sgl-kernel is installed, else none",
+    )
+    disable_cuda_graph: bool = flag(
+        False,
+        "Compute decode steps call by call. Without it their native calls are recorded once and "
+        "made again together.",
+        group=DEVICE,
+    )
+    cuda_graph_max_bs: int = flag(
+        64,
+        "Most requests of a decode step that is recorded.",
+        group=DEVICE,
+        aliases=("--cuda-graph-max-bs-decode",),
+        parse=int,
+        metavar="N",
+        minimum=1,
+    )
+    cpu_threads: int | None = flag(
+        None,
+        "Threads that compute the model on a CPU. Not in SGLang.",
+        group=DEVICE,
+        parse=int,
+        default_text="one for each core that the process may use",
+        metavar="N",
+        minimum=1,
     )
     tp_size: int = flag(
         1,

@@ -12,7 +12,6 @@ Legend: R query rows, H query heads, G kv heads, D head dim, S slots, B requests
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sgl_kernel.library import DTYPES, AttentionCall, Isa, KernelError, allowed_isa, library
+from sgl_kernel.library import DTYPES, AttentionCall, Isa, KernelError, Op, allowed_isa
+from sgl_kernel.tape import empty, make
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -38,18 +38,33 @@ class AttentionTables:
     def __init__(
         self, pages: Sequence[Int32Array], first_positions: Sequence[int], page_size: int
     ) -> None:
-        for ids in pages:
-            if ids.dtype != np.int32 or not ids.flags.c_contiguous:
-                raise KernelError("page ids must be contiguous int32")
         self.page_size = page_size
-        self.pages = tuple(pages)
-        self.addresses = np.array([ids.ctypes.data for ids in pages], np.int64)
-        self.first_positions = np.array(first_positions, np.int64)
-        self.end_positions = self.first_positions + np.array(
-            [len(ids) * page_size for ids in pages], np.int64
+        self.addresses, self.first_positions, self.end_positions = np.zeros(
+            (3, len(pages)), np.int64
         )
         # What was found to see only positions of these tables: every layer of a step asks the same.
         self._checked: dict[tuple[int, int | None, int | None, int], QueryBlocks] = {}
+        self.renew(pages, first_positions)
+
+    def renew(self, pages: Sequence[Int32Array], first_positions: Sequence[int]) -> None:
+        """Let the same tables stand for other pages, in place: what reads them sees the new ones.
+
+        Checks again what was checked before. Raises KernelError for another number of tables, page
+        ids that are not contiguous int32, and blocks that see positions outside.
+        """
+        if len(pages) != len(self.addresses):
+            raise KernelError(f"{len(pages)} tables instead of {len(self.addresses)}")
+        for i, ids in enumerate(pages):
+            if ids.dtype != np.int32 or not ids.flags.c_contiguous:
+                raise KernelError("page ids must be contiguous int32")
+            self.addresses[i] = ids.ctypes.data
+        self.pages = tuple(pages)
+        self.first_positions[:] = first_positions
+        self.end_positions[:] = [len(ids) * self.page_size for ids in pages]
+        self.end_positions += self.first_positions
+        checked, self._checked = self._checked, {}
+        for (_, window, chunk, rows), blocks in checked.items():
+            self.check(blocks, rows, window, chunk)
 
     def check(self, blocks: QueryBlocks, rows: int, window: int | None, chunk: int | None) -> None:
         """Raises KernelError unless all that `blocks` of `rows` rows see lies in the tables."""
@@ -134,7 +149,7 @@ def paged_attention(
     kv_heads = k.shape[1]
     _check(q, k, v, tables, blocks, window, chunk)
     if out is None:
-        out = torch.empty((rows, heads, dim), dtype=q.dtype)
+        out = empty((rows, heads, dim), q.dtype)
     elif out.shape != q.shape or out.dtype != q.dtype or out.stride(2) != 1:
         raise KernelError("out must have the shape and the dtype of q")
     if not len(blocks):
@@ -153,8 +168,7 @@ def paged_attention(
         dtype=DTYPES[q.dtype], isa=allowed_isa(isa),
         num_threads=num_threads, scale=scale, logit_cap=logit_cap,
     )  # fmt: skip
-    if library().sgl_attention(ctypes.byref(call)):
-        raise KernelError(f"attention does not serve {q.dtype} heads of {dim}")
+    make(Op.ATTENTION, call, q, k, v, out, lse, sinks, tables, blocks)
     return out
 
 

@@ -75,6 +75,7 @@ class QuantizedCall(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "bias", "out", "codes", "scales", "mins")),
+        ("ids", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("x_row", "out_row", "code_row", "scale_row")),
         *((name, ctypes.c_int64) for name in ("rows", "out_features", "in_features", "group")),
         ("gain", ctypes.c_float),
@@ -88,7 +89,7 @@ class NormCall(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "residual", "total", "weight", "out")),
         *((name, ctypes.c_int64) for name in ("x_row", "residual_row", "total_row", "out_row")),
-        *((name, ctypes.c_int64) for name in ("rows", "width")),
+        *((name, ctypes.c_int64) for name in ("group", "x_group", "rows", "width")),
         *((name, ctypes.c_float) for name in ("eps", "offset")),
         *((name, ctypes.c_int32) for name in ("x_dtype", "dtype", "isa", "num_threads")),
     )
@@ -126,6 +127,85 @@ class StoreCall(ctypes.Structure):
     )
 
 
+class GatherCall(ctypes.Structure):
+    """`SglGather` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("table", "out", "ids")),
+        *((name, ctypes.c_int64) for name in ("table_row", "out_row", "rows", "bytes")),
+    )
+
+
+class AnglesCall(ctypes.Structure):
+    """`SglAngles` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("positions", "frequencies", "cos", "sin")),
+        *((name, ctypes.c_int64) for name in ("rows", "half")),
+        ("scaling", ctypes.c_double),
+        ("interleaved", ctypes.c_int32),
+    )
+
+
+class WidenCall(ctypes.Structure):
+    """`SglWiden` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "out")),
+        *((name, ctypes.c_int64) for name in ("x_row", "rows", "width")),
+        *((name, ctypes.c_int32) for name in ("dtype", "num_threads")),
+    )
+
+
+class HighestCall(ctypes.Structure):
+    """`SglHighest` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "highest", "place")),
+        *((name, ctypes.c_int64) for name in ("x_row", "rows", "width")),
+        *((name, ctypes.c_int32) for name in ("isa", "num_threads")),
+    )
+
+
+class Step(ctypes.Structure):
+    """`SglStep` of csrc/api.h, field by field."""
+
+    _fields_ = (("call", ctypes.c_void_p), ("op", ctypes.c_int64))
+
+
+class Op(IntEnum):
+    """What a step of a tape calls, as csrc/api.h numbers it."""
+
+    ATTENTION = 0
+    LINEAR = 1
+    QUANTIZED_LINEAR = 2
+    DEQUANTIZE = 3
+    NORM = 4
+    SILU_AND_MUL = 5
+    ROTATE = 6
+    STORE = 7
+    GATHER = 8
+    ANGLES = 9
+    WIDEN = 10
+    HIGHEST = 11
+
+
+_CALLS = {
+    "attention": AttentionCall,
+    "linear": LinearCall,
+    "quantized_linear": QuantizedCall,
+    "dequantize": QuantizedCall,
+    "norm": NormCall,
+    "silu_and_mul": GateCall,
+    "rotate": RotateCall,
+    "store": StoreCall,
+    "gather": GatherCall,
+    "angles": AnglesCall,
+    "widen": WidenCall,
+    "highest": HighestCall,
+}
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The loaded library, running on PyTorch's OpenMP threads where those are found.
@@ -140,21 +220,17 @@ def library() -> ctypes.CDLL:
     lib.sgl_cpu_isa.restype = ctypes.c_int32
     lib.sgl_set_parallel.argtypes = (ctypes.c_void_p,)
     lib.sgl_set_parallel.restype = None
-    lib.sgl_attention.argtypes = (ctypes.POINTER(AttentionCall),)
-    lib.sgl_attention.restype = ctypes.c_int32
-    lib.sgl_linear.argtypes = (ctypes.POINTER(LinearCall),)
-    lib.sgl_linear.restype = ctypes.c_int32
-    for quantized in (lib.sgl_quantized_linear, lib.sgl_dequantize):
-        quantized.argtypes = (ctypes.POINTER(QuantizedCall),)
-        quantized.restype = ctypes.c_int32
-    lib.sgl_norm.argtypes = (ctypes.POINTER(NormCall),)
-    lib.sgl_norm.restype = ctypes.c_int32
-    lib.sgl_silu_and_mul.argtypes = (ctypes.POINTER(GateCall),)
-    lib.sgl_silu_and_mul.restype = ctypes.c_int32
-    lib.sgl_rotate.argtypes = (ctypes.POINTER(RotateCall),)
-    lib.sgl_rotate.restype = ctypes.c_int32
-    lib.sgl_store.argtypes = (ctypes.POINTER(StoreCall),)
-    lib.sgl_store.restype = ctypes.c_int32
+    for name, call in _CALLS.items():
+        function = getattr(lib, f"sgl_{name}")
+        function.argtypes = (ctypes.POINTER(call),)
+        function.restype = ctypes.c_int32
+    lib.sgl_run.argtypes = (
+        ctypes.POINTER(Step),
+        ctypes.c_int64,
+        ctypes.c_int32,
+        ctypes.POINTER(ctypes.c_double),
+    )
+    lib.sgl_run.restype = ctypes.c_int64
     lib.sgl_read_sum.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
     lib.sgl_read_sum.restype = ctypes.c_uint32
     lib.sgl_set_parallel(_gomp_parallel())

@@ -8,11 +8,10 @@ Legend: R rows, N outputs, K inputs.
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
-from sgl_kernel.library import DTYPES, Isa, KernelError, LinearCall, allowed_isa, library
+from sgl_kernel.library import DTYPES, Isa, KernelError, LinearCall, Op, allowed_isa
+from sgl_kernel.tape import empty, make
 
 
 def linear(
@@ -39,7 +38,7 @@ def linear(
         bias.dtype != x.dtype or bias.shape != (outs,) or not bias.is_contiguous()
     ):
         raise KernelError(f"bias must be contiguous {x.dtype} [{outs}]")
-    out = x.new_empty(rows, outs)
+    out = empty((rows, outs), x.dtype)
     if rows == 0 or outs == 0:
         return out
     call = LinearCall(
@@ -47,6 +46,5 @@ def linear(
         x.stride(0), weight.stride(0), outs, rows, outs, width,
         DTYPES[x.dtype], allowed_isa(isa), num_threads,
     )  # fmt: skip
-    if library().sgl_linear(ctypes.byref(call)):
-        raise KernelError(f"linear does not serve {list(x.shape)} by {list(weight.shape)}")
+    make(Op.LINEAR, call, x, weight, bias)
     return out

@@ -9,12 +9,12 @@ Legend: R rows, N outputs, K inputs, G inputs of a group.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 
-from sgl_kernel.library import DTYPES, Isa, KernelError, QuantizedCall, allowed_isa, library
+from sgl_kernel.library import DTYPES, Isa, KernelError, Op, QuantizedCall, allowed_isa
+from sgl_kernel.tape import empty, make
 
 _BLOCK = 32  # codes that belong together, whatever the group
 
@@ -119,13 +119,12 @@ class QuantizedWeight:
             bias.dtype != x.dtype or bias.shape != self.shape[:1] or not bias.is_contiguous()
         ):
             raise KernelError(f"bias must be contiguous {x.dtype} [{self.shape[0]}]")
-        out = x.new_empty(rows, self.shape[0])
+        out = empty((rows, self.shape[0]), x.dtype)
         if rows and self.shape[0]:
             call = self._call(out, num_threads, isa)
             call.x, call.x_row, call.rows = x.data_ptr(), x.stride(0), rows
             call.bias = None if bias is None else bias.data_ptr()
-            if library().sgl_quantized_linear(ctypes.byref(call)):
-                raise KernelError(f"a weight of {self.shape} does not serve {list(x.shape)}")
+            make(Op.QUANTIZED_LINEAR, call, x, bias, *self._parts)
         return out
 
     def dequantize(
@@ -147,13 +146,31 @@ class QuantizedWeight:
             raise KernelError(f"a weight of {self.shape} is no {out.dtype} {list(out.shape)}")
         if self.shape[0]:
             call = self._call(out, num_threads, isa)
-            if library().sgl_dequantize(ctypes.byref(call)):
-                raise KernelError(f"a weight of {self.shape} is not served")
+            make(Op.DEQUANTIZE, call, out, *self._parts)
+
+    def dequantize_rows(
+        self, ids: torch.Tensor, dtype: torch.dtype, *, num_threads: int = 1, isa: Isa | None = None
+    ) -> torch.Tensor:
+        """The outputs of contiguous int64 `ids` [R], each in [0, N), as numbers: [R, K]."""
+        if ids.dtype != torch.int64 or ids.dim() != 1 or not ids.is_contiguous():
+            raise KernelError("ids must be contiguous int64")
+        out = empty((len(ids), self.shape[1]), dtype)
+        if dtype not in DTYPES:
+            raise KernelError(f"a weight of {self.shape} is not served as {dtype}")
+        if len(ids):
+            call = self._call(out, num_threads, isa)
+            call.ids, call.rows = ids.data_ptr(), len(ids)
+            make(Op.DEQUANTIZE, call, ids, *self._parts)
+        return out
+
+    @property
+    def _parts(self) -> tuple[torch.Tensor | None, ...]:
+        return self.codes, self.scales, self.mins
 
     def _call(self, out: torch.Tensor, num_threads: int, isa: Isa | None) -> QuantizedCall:
         return QuantizedCall(
             None, None, out.data_ptr(), self.codes.data_ptr(), self.scales.data_ptr(),
-            None if self.mins is None else self.mins.data_ptr(),
+            None if self.mins is None else self.mins.data_ptr(), None,
             0, out.stride(0), self.codes.stride(0), self.scales.stride(0),
             0, *self.shape, self.group, self.gain, self.bits, DTYPES[out.dtype],
             allowed_isa(isa), num_threads,

@@ -8,21 +8,24 @@ Legend: R rows, D width, H heads, G kv heads, S slots.
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from sgl_kernel.library import (
     DTYPES,
+    AnglesCall,
     GateCall,
+    GatherCall,
+    HighestCall,
     Isa,
     KernelError,
     NormCall,
+    Op,
     RotateCall,
     StoreCall,
+    WidenCall,
     allowed_isa,
-    library,
 )
+from sgl_kernel.tape import empty, make
 
 
 def rms_norm(
@@ -32,34 +35,40 @@ def rms_norm(
     residual: torch.Tensor | None = None,
     *,
     offset: float = 0.0,
+    keep: bool = False,
     num_threads: int = 1,
     isa: Isa | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Normalise x [R, D], or x + residual: (norm [R, D] in the weight's type, the float32 sum).
 
-    The factor is offset + weight [D]; `residual` is float32 [R, D], and without one the second is
-    None. `isa` lowers the instructions used. Raises KernelError for what is not served.
+    The factor is offset + weight [D]; `residual` is float32 [R, D]. Without one the second is x in
+    float32 when `keep`, else None. x may be [T, H, D] instead, its heads at any strides, for
+    R = T * H rows. `isa` lowers the instructions used. Raises KernelError for what is not served.
     """
-    rows, width = x.shape
-    if x.dtype not in DTYPES or weight.dtype not in DTYPES or x.stride(1) != 1:
+    width = x.shape[-1]
+    rows = x.numel() // width
+    group, x_group = (rows, 0) if x.dim() == 2 else (x.shape[1], x.stride(0))
+    if x.dtype not in DTYPES or weight.dtype not in DTYPES or x.stride(-1) != 1:
         raise KernelError(f"rms_norm does not serve {x.dtype} by {weight.dtype}")
     if weight.shape != (width,) or not weight.is_contiguous():
         raise KernelError(f"the weight must be contiguous [{width}]")
-    out = torch.empty(rows, width, dtype=weight.dtype)
+    out = empty((rows, width), weight.dtype)
     total = None
     if residual is not None:
-        if residual.dtype != torch.float32 or residual.shape != x.shape or residual.stride(1) != 1:
+        fits = residual.shape == (rows, width) and residual.stride(1) == 1
+        if residual.dtype != torch.float32 or not fits:
             raise KernelError(f"the residual must be float32 {list(x.shape)}")
-        total = torch.empty(rows, width, dtype=torch.float32)
+    if residual is not None or keep:
+        total = empty((rows, width), torch.float32)
     call = NormCall(
         x.data_ptr(), None if residual is None else residual.data_ptr(),
         None if total is None else total.data_ptr(), weight.data_ptr(), out.data_ptr(),
-        x.stride(0), 0 if residual is None else residual.stride(0), width, width, rows, width,
+        x.stride(-2), 0 if residual is None else residual.stride(0), width, width,
+        group or 1, x_group, rows, width,
         eps, offset, DTYPES[x.dtype], DTYPES[weight.dtype],
         allowed_isa(isa), num_threads,
     )  # fmt: skip
-    if library().sgl_norm(ctypes.byref(call)):
-        raise KernelError(f"rms_norm does not serve {list(x.shape)}")
+    make(Op.NORM, call, x, residual, weight)
     return out, total
 
 
@@ -71,13 +80,12 @@ def silu_and_mul(x: torch.Tensor, *, num_threads: int = 1, isa: Isa | None = Non
     rows, width = x.shape[0], x.shape[1] // 2
     if x.dtype not in DTYPES or x.stride(1) != 1 or x.shape[1] % 2:
         raise KernelError(f"silu_and_mul does not serve {x.dtype} {list(x.shape)}")
-    out = torch.empty(rows, width, dtype=x.dtype)
+    out = empty((rows, width), x.dtype)
     call = GateCall(
         x.data_ptr(), out.data_ptr(), x.stride(0), width, rows, width, DTYPES[x.dtype],
         allowed_isa(isa), num_threads,
     )  # fmt: skip
-    if library().sgl_silu_and_mul(ctypes.byref(call)):
-        raise KernelError(f"silu_and_mul does not serve {list(x.shape)}")
+    make(Op.SILU_AND_MUL, call, x)
     return out
 
 
@@ -105,15 +113,94 @@ def rotate(
             raise KernelError(f"angles must be float32 [{rows}, {dim}]")
         if not angles.is_contiguous():
             raise KernelError("angles must be contiguous")
-    out = torch.empty(rows, width, dtype=x.dtype)
+    out = empty((rows, width), x.dtype)
     call = RotateCall(
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), x.stride(0), dim, width,
         rows, width, dim, interleaved, DTYPES[x.dtype],
         allowed_isa(isa), num_threads,
     )  # fmt: skip
-    if library().sgl_rotate(ctypes.byref(call)):
-        raise KernelError(f"rotate does not serve {list(x.shape)}")
+    make(Op.ROTATE, call, x, cos, sin)
     return out
+
+
+def angles(
+    positions: torch.Tensor,
+    frequencies: torch.Tensor,
+    *,
+    scaling: float = 1.0,
+    interleaved: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine float32 [R, D] of contiguous int64 positions [R], as `rotate` takes them.
+
+    `frequencies` float64 [D / 2] are radians for each position; both results are `scaling` times as
+    large. Angles and their functions are taken in float64. Raises KernelError for other types.
+    """
+    if positions.dtype != torch.int64 or frequencies.dtype != torch.float64:
+        raise KernelError("positions must be int64 and frequencies float64")
+    if not positions.is_contiguous() or not frequencies.is_contiguous():
+        raise KernelError("positions and frequencies must be contiguous")
+    rows, half = len(positions), len(frequencies)
+    cos, sin = (empty((rows, 2 * half), torch.float32) for _ in range(2))
+    call = AnglesCall(
+        positions.data_ptr(), frequencies.data_ptr(), cos.data_ptr(), sin.data_ptr(), rows, half,
+        scaling, interleaved,
+    )  # fmt: skip
+    make(Op.ANGLES, call, positions, frequencies)
+    return cos, sin
+
+
+def gather(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of table [N, D]: row i of the result [R, D] is that of contiguous int64 ids[i].
+
+    Every id must be in [0, N), which the caller has made sure of. Raises KernelError for others
+    shapes and types.
+    """
+    if ids.dtype != torch.int64 or ids.dim() != 1 or not ids.is_contiguous():
+        raise KernelError("ids must be contiguous int64")
+    if table.dim() != 2 or table.stride(1) != 1:
+        raise KernelError("rows of the table must be contiguous")
+    width, size = table.shape[1], table.element_size()
+    out = empty((len(ids), width), table.dtype)
+    call = GatherCall(
+        table.data_ptr(), out.data_ptr(), ids.data_ptr(), table.stride(0) * size, width * size,
+        len(ids), width * size,
+    )  # fmt: skip
+    make(Op.GATHER, call, table, ids)
+    return out
+
+
+def widen(x: torch.Tensor, *, num_threads: int = 1) -> torch.Tensor:
+    """x [R, D] in float32. Raises KernelError for types that are not served."""
+    rows, width = x.shape
+    if x.dtype not in DTYPES or x.stride(1) != 1:
+        raise KernelError(f"widen does not serve {x.dtype}")
+    out = empty((rows, width), torch.float32)
+    call = WidenCall(
+        x.data_ptr(), out.data_ptr(), x.stride(0), rows, width, DTYPES[x.dtype], num_threads
+    )
+    make(Op.WIDEN, call, x)
+    return out
+
+
+def highest(
+    x: torch.Tensor, *, num_threads: int = 1, isa: Isa | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest of each row of float32 x [R, D], and int64 [R], where it stands first.
+
+    A row with a NaN has NaN as its highest, at 0. `isa` lowers the instructions used. Raises
+    KernelError for other types.
+    """
+    rows, width = x.shape
+    if x.dtype != torch.float32 or x.stride(1) != 1 or not width:
+        raise KernelError(f"highest does not serve {x.dtype} {list(x.shape)}")
+    values = empty((rows,), torch.float32)
+    places = empty((rows,), torch.int64)
+    call = HighestCall(
+        x.data_ptr(), values.data_ptr(), places.data_ptr(), x.stride(0), rows, width,
+        allowed_isa(isa), num_threads,
+    )  # fmt: skip
+    make(Op.HIGHEST, call, x)
+    return values, places
 
 
 class KVPlanes:
@@ -157,5 +244,4 @@ class KVPlanes:
             k_data, v_data, *self._addresses, slots.data_ptr(), k_row, v_row, *self._slot_bytes,
             rows, *self._row_bytes, num_threads,
         )  # fmt: skip
-        if library().sgl_store(ctypes.byref(call)):
-            raise KernelError(f"store does not serve {list(k.shape)}")
+        make(Op.STORE, call, slots, k, v, *self.planes)

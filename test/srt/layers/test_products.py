@@ -68,6 +68,9 @@ class Kernels:
         self.rows: list[int] = []
         self._isa = isa
 
+    def is_recording(self) -> bool:
+        return False
+
     def cpu_isa(self) -> SimpleNamespace:
         return SimpleNamespace(name=self._isa)
 

@@ -20,8 +20,7 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
     (
         "there are no CUDA graphs and no compiled graphs here",
         """
-        --disable-cuda-graph; --disable-cuda-graph-padding; --cuda-graph-max-bs V;
-        --cuda-graph-max-bs-decode V; --cuda-graph-max-bs-prefill V; --cuda-graph-bs V*;
+        --disable-cuda-graph-padding; --cuda-graph-max-bs-prefill V; --cuda-graph-bs V*;
         --cuda-graph-bs-decode V*; --cuda-graph-bs-prefill V*; --cuda-graph-backend-decode V;
         --cuda-graph-backend-prefill V; --enable-cudagraph-gc; --enable-profile-cuda-graph;
         --enable-breakable-cuda-graph; --debug-cuda-graph; --enable-piecewise-cuda-graph;

@@ -19,8 +19,8 @@ class SiluAndMul(nn.Module):
     """silu(gate) * up."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kernels = kernels_for(x) if x.numel() >= _FEW_ELEMENTS else None
-        if kernels is not None:
+        kernels = kernels_for(x)
+        if kernels is not None and (x.numel() >= _FEW_ELEMENTS or kernels.is_recording()):
             flat = x.reshape(-1, x.shape[-1])
             out: torch.Tensor = kernels.silu_and_mul(flat, num_threads=torch.get_num_threads())
             return out.view(*x.shape[:-1], x.shape[-1] // 2)

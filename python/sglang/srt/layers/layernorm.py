@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
         kernels = kernels_for(x, self.weight)
         if kernels is not None and (residual is None or residual.dtype is torch.float32):
             out, total = kernels.rms_norm(
-                x.reshape(-1, x.shape[-1]),
+                x if x.dim() == 3 else x.reshape(-1, x.shape[-1]),
                 self.weight,
                 self.eps,
                 None if residual is None else residual.reshape(-1, x.shape[-1]),
@@ -59,6 +59,21 @@ class RMSNorm(nn.Module):
             return self._norm(x)
         total = x + residual
         return self._norm(total), total
+
+    def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Norm of x [*, hidden_size] in the weight's type, and x in float32: a new residual."""
+        kernels = kernels_for(x, self.weight)
+        if kernels is None:
+            return self._norm(x), x.float()
+        out, residual = kernels.rms_norm(
+            x.reshape(-1, x.shape[-1]),
+            self.weight,
+            self.eps,
+            offset=self.weight_offset,
+            keep=True,
+            num_threads=torch.get_num_threads(),
+        )
+        return out.view(x.shape), residual.view(x.shape)
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight if x.dtype == self.weight.dtype else self.weight.to(x.dtype)

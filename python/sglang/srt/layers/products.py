@@ -39,8 +39,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     in_features = x.shape[-1]
     rows = x.numel() // in_features
     kernels = kernels_for(x, weight) if rows <= _NATIVE_ROWS else None
-    if kernels is not None and rows > _most_native_rows(kernels.cpu_isa().name, x.dtype):
-        kernels = None
+    if kernels is not None and not kernels.is_recording():
+        most = _most_native_rows(kernels.cpu_isa().name, x.dtype)
+        kernels = kernels if rows <= most else None
     if kernels is not None:
         flat = x.reshape(rows, in_features)
         threads = torch.get_num_threads()

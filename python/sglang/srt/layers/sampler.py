@@ -28,6 +28,7 @@ from sglang.srt.layers.sampling_row import SamplingRow
 from sglang.srt.managers.io_struct import LogprobArrays
 from sglang.srt.model_executor.forward_batch_info import LogprobSpec
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.native import kernels_for
 
 _MASK64 = (1 << 64) - 1
 _FIRST_CANDIDATES = 256
@@ -91,9 +92,14 @@ class Sampler:
                 state.hide_stop_tokens(logits[i])
         if not states:
             return SampleOutput(torch.empty(0, dtype=torch.int64), [], ())
-        invalid = _clean(logits)
-        best, tokens = logits.max(-1)
-        logits -= best.unsqueeze(-1)
+        best, tokens = _highest(logits)
+        invalid = _clean(logits, best)
+        if invalid:
+            best, tokens = _highest(logits)
+        if not all(state.params.greedy for state in states) or any(
+            spec is not None and spec.output for spec in logprob_specs
+        ):
+            logits -= best.unsqueeze(-1)
         self._choose(logits, tokens, states, positions)
         logprobs = [
             _output_logprobs(logits[i : i + 1], tokens[i : i + 1], spec)
@@ -186,10 +192,23 @@ def _most_likely(
         count = min(limit, 8 * count)
 
 
-def _clean(logits: torch.Tensor) -> tuple[int, ...]:
-    """Make every row's maximum finite, in place; the indices of the rows that needed it."""
-    best = logits.amax(-1)
-    invalid = (~torch.isfinite(best)).nonzero().flatten().tolist()
+def _highest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's maximum and the first token that has it; NaN for a row with a NaN."""
+    kernels = kernels_for(logits)
+    if kernels is None:
+        best, tokens = logits.max(-1)
+        return best, tokens
+    # One thread: waking others takes longer, and PyTorch's would spin into the next step.
+    found: tuple[torch.Tensor, torch.Tensor] = kernels.highest(logits)
+    return found
+
+
+def _clean(logits: torch.Tensor, best: torch.Tensor) -> tuple[int, ...]:
+    """Make every row's maximum finite, in place; the indices of the rows that needed it.
+
+    `best` [B] are the maxima before.
+    """
+    invalid = [i for i, value in enumerate(best.tolist()) if not math.isfinite(value)]
     for i in invalid:
         row = logits[i]
         largest = torch.finfo(row.dtype).max

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.weights import LoadedWeight, WeightOwner, narrow_rows
+from sglang.srt.utils.native import kernels_for
 
 
 class _VocabShard(WeightOwner):
@@ -69,6 +70,10 @@ class VocabParallelEmbedding(_VocabShard):
     def _look_up(self, rows: torch.Tensor) -> torch.Tensor:
         if self.quantized is not None:
             return self.quantized.take(rows, self.weight.dtype)
+        kernels = kernels_for(self.weight)
+        if kernels is not None and kernels.is_recording():
+            gathered: torch.Tensor = kernels.gather(self.weight, rows)
+            return gathered
         return F.embedding(rows, self.weight)
 
 

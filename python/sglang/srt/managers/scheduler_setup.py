@@ -17,6 +17,7 @@ from sglang.srt.configs.kv_events_config import KVEventsConfig
 from sglang.srt.configs.model_config import ModelConfig, resolve_context_length
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.environ import Environ
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.registry import get_attention_backend, make_attention_backend
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.sampler import Sampler
@@ -44,11 +45,14 @@ from sglang.srt.mem_cache.kv_layout import (
     trim_layouts_to_budget,
 )
 from sglang.srt.mem_cache.segment_backing import SegmentBacking, make_backing
+from sglang.srt.model_executor.decode_tapes import CausalLM, DecodeTapes
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.cpu_cores import usable_cores
 from sglang.srt.utils.host_memory import HostMemory, read_host_memory
+from sglang.srt.utils.native import native_kernels
 from sglang.srt.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -85,6 +89,14 @@ def resolve_dtype(requested: str, checkpoint: str) -> str:
     if requested != "auto":
         return requested
     return "bfloat16" if checkpoint in ("float32", "float16") else checkpoint
+
+
+def compute_threads(requested: int | None, present: int) -> int:
+    """Threads of the model's products: the requested number, else at most one for each core.
+
+    `present` is what the process has otherwise, OMP_NUM_THREADS included.
+    """
+    return min(present, usable_cores()) if requested is None else requested
 
 
 def resolve_max_running_requests(
@@ -237,6 +249,8 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
     Raises ValueError with one line for anything the user has to change, BackingError or OSError
     for what the machine refuses.
     """
+    if args.device == "cpu":
+        torch.set_num_threads(compute_threads(args.cpu_threads, torch.get_num_threads()))
     config = ModelConfig.from_path(
         args.model_path,
         overrides=args.model_overrides(),
@@ -279,8 +293,9 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
             progress=progress,
         )
 
+    tapes = _decode_tapes(args, model, backend)
     worker = TpModelWorker(
-        ModelRunner(model, LogitsProcessor()), Sampler(), plan.max_running_requests + 1
+        ModelRunner(model, LogitsProcessor(), tapes), Sampler(), plan.max_running_requests + 1
     )
     limits = _limits(args, plan, page_size, spec)
     logger.info("KV pool ready: %r", memory)
@@ -288,6 +303,16 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
     return SchedulerParts(
         memory, worker, make_batch, limits, ready, publisher, _canary(args, memory, damage)
     )
+
+
+def _decode_tapes(
+    args: ServerArgs, model: CausalLM, backend: AttentionBackend
+) -> DecodeTapes | None:
+    """What decode steps are recorded on; None where they can't be or the user wants none."""
+    kernels = native_kernels() if backend.records_steps else None
+    if kernels is None or args.disable_cuda_graph:
+        return None
+    return DecodeTapes(model, kernels, args.cuda_graph_max_bs)
 
 
 def _make_memory(

@@ -36,6 +36,11 @@ class TpModelWorker:
         """The loaded model; only this worker's thread may call it while batches are queued."""
         return self._runner.model
 
+    @property
+    def runner(self) -> ModelRunner:
+        """What computes; the same holds for it as for the model."""
+        return self._runner
+
     def submit(
         self, forward_batch: ForwardBatch, info: SamplingBatchInfo
     ) -> Future[GenerationBatchResult]:

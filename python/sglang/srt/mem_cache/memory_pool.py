@@ -213,11 +213,18 @@ class MHATokenToKVPool:
         Raises InvariantError, once a step, when such scattered slots are not below `num_slots`.
         """
         if loc is not self._last_loc:
+            kernels = native_kernels()
+            if kernels is not None and kernels.is_recording():
+                return None  # where they stand will be another matter when the tape is played
             pieces = _find_pieces(loc)
-            if pieces is None and not (0 <= int(loc.min()) <= int(loc.max()) < num_slots):
-                raise InvariantError(f"new tokens were given slots outside [0, {num_slots})")
+            if pieces is None:
+                _check_slots(loc, num_slots)
             self._last_loc, self._last_pieces = loc, pieces
         return self._last_pieces
+
+    def check_slots(self, group: int, loc: torch.Tensor) -> None:
+        """Raises InvariantError unless every slot of int64 `loc` is one of the group's."""
+        _check_slots(loc, self.layouts[group].num_slots)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(layers={self.spec.num_layers}, dtype={self.spec.dtype})"
@@ -271,6 +278,11 @@ def make_kv_pool(
     """The pool that fits the backing."""
     kind = SegmentTableKVPool if isinstance(backing, TableBacking) else MHATokenToKVPool
     return kind(spec, layouts, backing)
+
+
+def _check_slots(loc: torch.Tensor, num_slots: int) -> None:
+    if len(loc) and not 0 <= int(loc.min()) <= int(loc.max()) < num_slots:
+        raise InvariantError(f"new tokens were given slots outside [0, {num_slots})")
 
 
 def _find_pieces(loc: torch.Tensor) -> list[Piece] | None:

@@ -12,6 +12,7 @@ import torch
 
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+from sglang.srt.model_executor.decode_tapes import DecodeTapes
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, LogprobSpec
 
 
@@ -24,10 +25,16 @@ class CausalLM(Protocol):
 
 
 class ModelRunner:
-    """Model plus logits processor; stateless between batches."""
+    """Model plus logits processor. `tapes` None: every step is computed call by call."""
 
-    def __init__(self, model: CausalLM, logits_processor: LogitsProcessor) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        logits_processor: LogitsProcessor,
+        tapes: DecodeTapes | None = None,
+    ) -> None:
         self.model = model
+        self.tapes = tapes
         self._logits_processor = logits_processor
 
     def forward(
@@ -39,8 +46,13 @@ class ModelRunner:
         """Compute K, V and the wanted logits of a batch.
 
         `sample_rows[b]` indexes `logits_rows` (-1: request b samples nothing). Returns float32
-        logits [number sampled, vocabulary] and per request its prompt log probabilities.
+        logits [number sampled, vocabulary], to be read before the next call, and per request its
+        prompt log probabilities.
         """
+        if self.tapes is not None and list(sample_rows) == list(range(forward_batch.num_tokens)):
+            logits = self.tapes.compute(forward_batch)
+            if logits is not None:
+                return LogitsProcessorOutput(logits, [None] * forward_batch.batch_size)
         hidden = self.model(forward_batch)
         return self._logits_processor(
             hidden, self.model.lm_head, forward_batch, logprob_specs, sample_rows

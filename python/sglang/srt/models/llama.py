@@ -140,19 +140,27 @@ class LlamaAttention(nn.Module):
         """Attend from x [T, hidden]: [T, hidden], or [R, hidden] when `rows_pruned`."""
         positions = forward_batch.positions
         if not rows_pruned:
-            q, k, v = self.qkv_proj.split(self.qkv_proj(x))
-            q_positions = positions
+            q, k, v = self.place(self.qkv_proj(x), positions)
         else:
             rows = forward_batch.logits_rows
             q = self.qkv_proj.queries(x[rows])
             k, v = self.qkv_proj.keys_values(x)
-            q_positions = positions[rows]
-        # Keys first: the angles of all positions are at hand from the layer before.
-        k = self.place_keys(k, positions)
-        q = self.place_queries(q, q_positions)
+            # Keys first: the angles of all positions are at hand from the layer before.
+            k = self.place_keys(k, positions)
+            q = self.place_queries(q, positions[rows])
         attended = self.attn(q, k, v, forward_batch, rows_pruned=rows_pruned)
         output: torch.Tensor = self.o_proj(attended)
         return output
+
+    def place(
+        self, qkv: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v of the projections' output, q and k placed at int64 `positions` [T]."""
+        q, k, v = self.qkv_proj.split(qkv)
+        if self.q_norm is not None or self.k_norm is not None:
+            return self.place_queries(q, positions), self.place_keys(k, positions), v
+        heads = self.rotary_emb.rotate(positions, qkv[:, : q.shape[1] + k.shape[1]])
+        return heads[:, : q.shape[1]], heads[:, q.shape[1] :], v
 
     def place_queries(self, q: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """q [*, H*D] normalised and turned to its positions int64 [*]."""
@@ -167,7 +175,7 @@ class LlamaAttention(nn.Module):
         if norm is None:
             return x
         num_heads = x.shape[1] // self.head_dim
-        normed: torch.Tensor = norm(x.reshape(-1, num_heads, self.head_dim))
+        normed: torch.Tensor = norm(x.view(-1, num_heads, self.head_dim))
         return normed.flatten(1)
 
 
@@ -203,8 +211,7 @@ class LlamaDecoderLayer(nn.Module):
         The residual stream is float32; the first layer's x is its beginning.
         """
         if residual is None:
-            residual = x.float()
-            x = self.input_layernorm(x)
+            x, residual = self.input_layernorm.begin(x)
         else:
             x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, forward_batch, rows_pruned=rows_pruned)

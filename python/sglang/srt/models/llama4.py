@@ -51,6 +51,13 @@ class Llama4Attention(LlamaAttention):
         self.norm_eps = config.rms_norm_eps if config.weightless_qk_norm else None
         self.temperature = temperature
 
+    def place(
+        self, qkv: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `LlamaAttention.place`; queries and keys are not placed alike here."""
+        q, k, v = self.qkv_proj.split(qkv)
+        return self.place_queries(q, positions), self.place_keys(k, positions), v
+
     def place_queries(self, q: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if self.turns:
             return self.place_keys(q, positions)

@@ -47,13 +47,13 @@ def read_host_memory(root: Path = Path("/")) -> HostMemory:
     Files that are missing or unreadable set no bound. A cgroup's page cache that is inactive
     counts as available, as the kernel drops it on demand. Swap is left out.
     """
-    meminfo = parse_meminfo(_read(root / "proc/meminfo") or "")
+    meminfo = parse_meminfo(read_text(root / "proc/meminfo") or "")
     if "MemTotal" not in meminfo or "MemAvailable" not in meminfo:
         memory = psutil.virtual_memory()
         return HostMemory(int(memory.total), int(memory.available), "MemAvailable")
     available, bound_by = meminfo["MemAvailable"], "MemAvailable"
-    mounts = parse_cgroup_mounts(_read(root / "proc/self/mountinfo") or "")
-    paths = parse_cgroup_paths(_read(root / "proc/self/cgroup") or "")
+    mounts = parse_cgroup_mounts(read_text(root / "proc/self/mountinfo") or "")
+    paths = parse_cgroup_paths(read_text(root / "proc/self/cgroup") or "")
     for mount in mounts:
         path = paths.get(mount.version)
         if path is None:
@@ -129,11 +129,11 @@ def _cgroup_bytes_left(directory: Path, version: int) -> int | None:
         usage_name = "memory.current"
     else:
         limit_names, usage_name = ("memory.limit_in_bytes",), "memory.usage_in_bytes"
-    limits = [_number(_read(directory / name)) for name in limit_names]
-    usage = _number(_read(directory / usage_name))
+    limits = [_number(read_text(directory / name)) for name in limit_names]
+    usage = _number(read_text(directory / usage_name))
     if usage is None:
         return None
-    stat = _parse_stat(_read(directory / "memory.stat") or "")
+    stat = _parse_stat(read_text(directory / "memory.stat") or "")
     # of v1: the least limit of all ancestors, also of those that no mount shows
     limits.append(stat.get("hierarchical_memory_limit"))
     reclaimable = stat.get("inactive_file" if version == 2 else "total_inactive_file", 0)
@@ -160,7 +160,8 @@ def _number(text: str | None) -> int | None:
     return int(word) if word.isdigit() else None
 
 
-def _read(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
+    """What a file holds; None when it can't be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
 
@@ -39,6 +40,7 @@ class AttentionBackend(ABC):
 
     name: ClassVar[str]
     preferred_page_size: ClassVar[int] = 64
+    records_steps: ClassVar[bool] = False  # has `may_record` and `renew`
 
     def __init__(self, spec: KVCacheSpec) -> None:
         self.spec = spec
@@ -47,6 +49,19 @@ class AttentionBackend(ABC):
     @abstractmethod
     def plan(self, geometry: BatchGeometry) -> Any:
         """Prepare a step; pure. The result travels as `ForwardBatch.attn_plan`."""
+
+    def may_record(self, geometry: BatchGeometry) -> bool:
+        """Whether a step's attention is the same calls for every step of as many requests."""
+        del geometry
+        return False
+
+    def renew(self, plan: Any, geometry: BatchGeometry) -> None:
+        """Make a recorded step's plan that of another step, in place.
+
+        Both steps are such as `may_record` allows, of equally many requests. Raises what `forward`
+        raises for tables too short.
+        """
+        raise InvariantError(f"{self.name} records no steps, {plan!r} of {len(geometry.seq_lens)}")
 
     @abstractmethod
     def forward(

@@ -49,6 +49,7 @@ class CpuAttnBackend(TorchNativeAttnBackend):
 
     name: ClassVar[str] = "cpu"
     preferred_page_size: ClassVar[int] = 64
+    records_steps: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -88,9 +89,9 @@ class CpuAttnBackend(TorchNativeAttnBackend):
             return super().forward(q, layer, forward_batch, rows_pruned=rows_pruned)
         pool = forward_batch.token_to_kv_pool
         heads = q.to(self._dtype).view(-1, layer.num_heads, layer.head_dim)
-        out = torch.empty_like(heads, memory_format=torch.contiguous_format)
+        out: torch.Tensor | None = None
         for part in blocks:
-            self._kernels.paged_attention(
+            out = self._kernels.paged_attention(
                 heads,
                 pool.get_key_buffer(layer.layer_id),
                 pool.get_value_buffer(layer.layer_id),
@@ -106,7 +107,21 @@ class CpuAttnBackend(TorchNativeAttnBackend):
             )
             forward_batch.progress.tick()
         forward_batch.progress.tick()
-        return out.flatten(1).to(q.dtype)
+        return q.flatten(1) if out is None else out.flatten(1).to(q.dtype)
+
+    def may_record(self, geometry: BatchGeometry) -> bool:
+        """One token for each request, in one call. See `AttentionBackend`."""
+        short = int(geometry.seq_lens.sum()) <= self._pairs_per_call
+        return self._serves and short and bool((geometry.extend_seq_lens == 1).all())
+
+    def renew(self, plan: CpuPlan, geometry: BatchGeometry) -> None:
+        """See `AttentionBackend.renew`."""
+        for blocks in plan.blocks.values():
+            for part in blocks:
+                part.positions[:] = geometry.extend_prefix_lens
+        for group, tables in plan.tables.items():
+            views = geometry.block_tables[group]
+            tables.renew([view.page_ids for view in views], [view.first_position for view in views])
 
     def _tables(self, plan: CpuPlan, group: int) -> Any:
         if group not in plan.tables:

@@ -50,6 +50,8 @@ class QuantizedWeight(Protocol):
 
     def dequantize(self, dtype: torch.dtype, *, num_threads: int = 1) -> torch.Tensor: ...
 
+    def dequantize_rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
+
     def dequantize_into(self, out: torch.Tensor, *, num_threads: int = 1) -> None: ...
 
 
@@ -102,7 +104,7 @@ class QuantizedMatrix:
         """The rows of int64 `rows` [*] as numbers: [*, K] in `dtype`."""
         flat = rows.reshape(-1)
         if len(self._parts) == 1:
-            out = self._parts[0].take(flat).dequantize(dtype)
+            out = self._parts[0].dequantize_rows(flat, dtype)
         else:
             out = torch.empty(len(flat), self.shape[1], dtype=dtype)
             for start, part in zip(self._starts, self._parts, strict=True):
