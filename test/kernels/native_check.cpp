@@ -1,0 +1,192 @@
+// The kernels of a build against double arithmetic, without Python: for processors that are emulated.
+//
+// Every call of the C interface that computes, at the level of sgl_cpu_isa(), in fp32 and bf16 and
+// with one and three threads. Prints a line for each and exits 1 when one is too far off.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "api.h"
+
+namespace {
+
+std::mt19937 random_bits(7);
+int failures = 0;
+
+float draw() { return std::normal_distribution<float>()(random_bits); }
+
+// Numbers in one of two types, and what they are worth.
+struct Numbers {
+    int32_t dtype;
+    std::vector<float> wide;
+    std::vector<uint16_t> narrow;
+
+    Numbers(int32_t type, size_t count, bool random = true) : dtype(type), wide(count), narrow(count) {
+        for (size_t i = 0; random && i < count; ++i) set(i, draw());
+    }
+    void set(size_t i, float value) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        narrow[i] = static_cast<uint16_t>((bits + 0x8000u) >> 16);
+        wide[i] = value;
+    }
+    double at(size_t i) const {
+        if (dtype == SGL_FLOAT32) return wide[i];
+        const uint32_t bits = uint32_t{narrow[i]} << 16;
+        float value;
+        std::memcpy(&value, &bits, 4);
+        return value;
+    }
+    void* data() { return dtype == SGL_FLOAT32 ? static_cast<void*>(wide.data()) : narrow.data(); }
+};
+
+// Results come in the type of their inputs: bf16 has 8 bits of precision.
+void compare(const char* what, const Numbers& found, const std::vector<double>& want) {
+    double worst = 0;
+    for (size_t i = 0; i < want.size(); ++i) {
+        const double error = std::fabs(found.at(i) - want[i]) / (1.0 + std::fabs(want[i]));
+        worst = error > worst || error != error ? error : worst;
+    }
+    const bool good = worst <= (found.dtype == SGL_FLOAT32 ? 2e-5 : 1e-2);
+    failures += !good;
+    std::printf("%-18s %s %.1e %s\n", what, found.dtype == SGL_FLOAT32 ? "fp32" : "bf16", worst,
+                good ? "ok" : "WRONG");
+}
+
+void check_linear(int32_t dtype, int32_t threads) {
+    const int64_t outs = 37, width = 67;
+    for (int64_t rows : {1, 5}) {
+        Numbers x(dtype, rows * width), weight(dtype, outs * width), bias(dtype, outs);
+        Numbers out(dtype, rows * outs, false);
+        SglLinear call{x.data(), weight.data(), bias.data(), out.data(), width, width, outs, rows,
+                       outs, width, dtype, sgl_cpu_isa(), threads};
+        failures += sgl_linear(&call) != 0;
+        std::vector<double> want(rows * outs);
+        for (int64_t m = 0; m < rows; ++m)
+            for (int64_t n = 0; n < outs; ++n) {
+                double sum = bias.at(n);
+                for (int64_t d = 0; d < width; ++d)
+                    sum += x.at(m * width + d) * weight.at(n * width + d);
+                want[m * outs + n] = sum;
+            }
+        compare("linear", out, want);
+    }
+}
+
+void check_quantized(int32_t dtype, int32_t bits, int32_t threads) {
+    const int64_t outs = 19, width = 96, group = 32, groups = width / group;
+    std::vector<uint8_t> codes(outs * width * bits / 8);
+    for (auto& code : codes) code = static_cast<uint8_t>(random_bits());
+    std::vector<uint16_t> scales(outs * groups), mins(outs * groups);
+    for (auto& scale : scales) scale = 0x3000;  // 2^-3 in fp16
+    for (auto& least : mins) least = random_bits() % 2 ? 0xb800 : 0x3800;  // -1/2 or 1/2
+    for (int64_t rows : {1, 9}) {
+        Numbers x(dtype, rows * width), out(dtype, rows * outs, false);
+        SglQuantized call{};
+        call.x = x.data(), call.out = out.data(), call.codes = codes.data();
+        call.scales = scales.data(), call.mins = mins.data();
+        call.x_row = width, call.out_row = outs, call.code_row = width * bits / 8;
+        call.scale_row = groups, call.rows = rows, call.out_features = outs;
+        call.in_features = width, call.group = group, call.gain = 0.5f, call.bits = bits;
+        call.dtype = dtype, call.isa = sgl_cpu_isa(), call.num_threads = threads;
+        failures += sgl_quantized_linear(&call) != 0;
+        std::vector<double> want(rows * outs);
+        for (int64_t n = 0; n < outs; ++n)
+            for (int64_t d = 0; d < width; ++d) {
+                const uint8_t* row = codes.data() + n * call.code_row;
+                double code = static_cast<int8_t>(row[bits == 8 ? d : 0]);
+                if (bits == 4) {
+                    const uint8_t both = row[d / 32 * 16 + d % 16];
+                    code = d % 32 < 16 ? both & 15 : both >> 4;
+                }
+                const double least = mins[n * groups + d / group] == 0x3800 ? 0.5 : -0.5;
+                const double weight = (code * 0.125 + least) * 0.5;
+                for (int64_t m = 0; m < rows; ++m)
+                    want[m * outs + n] += x.at(m * width + d) * weight;
+            }
+        compare(bits == 4 ? "quantized 4" : "quantized 8", out, want);
+    }
+}
+
+void check_attention(int32_t dtype, int64_t rows, int32_t threads) {
+    const int64_t heads = 4, kv_heads = 2, dim = 32, page = 16, keys = 70, row = heads * dim;
+    std::vector<int32_t> pages = {3, 1, 6, 2, 5};
+    const int64_t slots = 8 * page, slot = kv_heads * dim;
+    Numbers q(dtype, rows * row), k(dtype, slots * slot), v(dtype, slots * slot);
+    Numbers out(dtype, rows * row, false);
+    const int64_t zero = 0, position = keys - rows, table = reinterpret_cast<int64_t>(pages.data());
+    SglAttention call{};
+    call.q = q.data(), call.k = k.data(), call.v = v.data(), call.out = out.data();
+    call.q_row = call.out_row = row, call.q_head = call.out_head = dim;
+    call.k_slot = call.v_slot = slot, call.k_head = call.v_head = dim;
+    call.num_blocks = 1, call.block_row = &zero, call.block_rows = &rows;
+    call.block_position = &position, call.block_table = &zero, call.pages = &table;
+    call.first_position = &zero, call.page_size = page;
+    call.num_kv_heads = kv_heads, call.heads_per_group = heads / kv_heads, call.head_dim = dim;
+    call.dtype = dtype, call.isa = sgl_cpu_isa(), call.num_threads = threads, call.scale = 0.2f;
+    failures += sgl_attention(&call) != 0;
+    std::vector<double> want(rows * row);
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t h = 0; h < heads; ++h) {
+            double total = 0;
+            for (int64_t p = 0; p <= position + m; ++p) {
+                const int64_t at = (pages[p / page] * page + p % page) * slot + h / 2 * dim;
+                double score = 0;
+                for (int64_t d = 0; d < dim; ++d)
+                    score += q.at(m * row + h * dim + d) * k.at(at + d);
+                const double weight = std::exp(0.2 * score);
+                total += weight;
+                for (int64_t d = 0; d < dim; ++d)
+                    want[m * row + h * dim + d] += weight * v.at(at + d);
+            }
+            for (int64_t d = 0; d < dim; ++d) want[m * row + h * dim + d] /= total;
+        }
+    compare(rows == 1 ? "attention decode" : "attention extend", out, want);
+}
+
+void check_rows(int32_t dtype, int32_t threads) {
+    const int64_t rows = 3, width = 38;
+    Numbers x(dtype, rows * 2 * width), weight(dtype, width), out(dtype, rows * width, false);
+    std::vector<double> want(rows * width);
+    SglNorm norm{};
+    norm.x = x.data(), norm.weight = weight.data(), norm.out = out.data();
+    norm.x_row = 2 * width, norm.out_row = width, norm.group = rows, norm.rows = rows;
+    norm.width = width, norm.eps = 1e-5f, norm.x_dtype = norm.dtype = dtype;
+    norm.isa = sgl_cpu_isa(), norm.num_threads = threads;
+    failures += sgl_norm(&norm) != 0;
+    for (int64_t m = 0; m < rows; ++m) {
+        double squares = 0;
+        for (int64_t d = 0; d < width; ++d) squares += std::pow(x.at(2 * m * width + d), 2);
+        for (int64_t d = 0; d < width; ++d)
+            want[m * width + d] =
+                x.at(2 * m * width + d) * weight.at(d) / std::sqrt(squares / width + 1e-5);
+    }
+    compare("norm", out, want);
+    SglGate gate{x.data(), out.data(), 2 * width, width, rows, width, dtype, sgl_cpu_isa(), threads};
+    failures += sgl_silu_and_mul(&gate) != 0;
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t d = 0; d < width; ++d) {
+            const double g = x.at(2 * m * width + d);
+            want[m * width + d] = g / (1 + std::exp(-g)) * x.at((2 * m + 1) * width + d);
+        }
+    compare("silu and mul", out, want);
+}
+
+}  // namespace
+
+int main() {
+    std::printf("level %d\n", sgl_cpu_isa());
+    for (int32_t dtype : {SGL_FLOAT32, SGL_BFLOAT16})
+        for (int32_t threads : {1, 3}) {
+            check_linear(dtype, threads);
+            check_quantized(dtype, 4, threads);
+            check_quantized(dtype, 8, threads);
+            check_attention(dtype, 1, threads);
+            check_attention(dtype, 23, threads);
+            check_rows(dtype, threads);
+        }
+    std::printf("%d failures\n", failures);
+    return failures ? 1 : 0;
+}
