@@ -57,7 +57,8 @@ def test_the_states_of_a_request_are_the_codes() -> None:
 
 
 def test_every_note_that_the_code_cites_is_written() -> None:
-    notes = (ROOT / "docs" / "kv_segments.md").read_text(encoding="utf-8")
+    documents = [ROOT / "docs" / name for name in ("kv_segments.md", "structures.md")]
+    notes = "".join(document.read_text(encoding="utf-8") for document in documents)
     cited = {
         " ".join(name.split())
         for path in (ROOT / "python").rglob("*.py")

@@ -295,8 +295,8 @@ def test_bad_keywords_raise(
 def test_keywords_that_change_nothing_pass(caplog: pytest.LogCaptureFixture) -> None:
     ServerArgs.from_kwargs(model_path="m", pp_size=1, enable_lora=False, torchao_config=None)
     assert not caplog.records
-    ServerArgs.from_kwargs(model_path="m", disable_cuda_graph=True)
-    assert "--disable-cuda-graph" in caplog.text
+    ServerArgs.from_kwargs(model_path="m", disable_cuda_graph_padding=True)
+    assert "--disable-cuda-graph-padding" in caplog.text
 
 
 def test_a_direct_instance_is_validated_too() -> None:
