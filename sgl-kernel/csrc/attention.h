@@ -89,6 +89,8 @@ using FinishTask = void (*)(const SglAttention&, const Task&, const States* part
 void run_task_generic(const SglAttention&, const Task&, const States&, void*);
 void run_task_avx2(const SglAttention&, const Task&, const States&, void*);
 void run_task_avx512(const SglAttention&, const Task&, const States&, void*);
+// Tasks of one query in bf16 heads of a multiple of 32.
+void run_decode_dots(const SglAttention&, const Task&, const States&, void*);
 void run_task_amx(const SglAttention&, const Task&, const States&, void*);
 void finish_generic(const SglAttention&, const Task&, const States*, int);
 void finish_avx2(const SglAttention&, const Task&, const States*, int);

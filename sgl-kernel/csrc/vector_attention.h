@@ -50,7 +50,7 @@ inline void dot_some(const Isa::F (*query)[sgl::kMaxHeadDim / Isa::kLanes], cons
     Isa::F total[kCount][kHeads] = {};
     for (int d = 0; d < dim; d += kStep) {
         if (ahead && begins_line<T>(d))
-            for (int n = 0; n < kCount; ++n) __builtin_prefetch(ahead[n] + d);
+            for (int n = 0; n < kCount; ++n) __builtin_prefetch(ahead[n] + d, 0, 2);
         for (int n = 0; n < kCount; ++n) {
             Isa::F x[Isa::kWide];
             Isa::load_some(keys[n] + d, x);
@@ -84,7 +84,7 @@ inline void add_some(const T* const* values, const T* const* ahead, const float*
     Isa::F total[kHeads][kSpan * Isa::kWide] = {};
     for (int n = 0; n < count; ++n)
         for (int i = 0; i < kSpan; ++i) {
-            if (ahead && begins_line<T>(d + i * kStep)) __builtin_prefetch(ahead[n] + d + i * kStep);
+            if (ahead && begins_line<T>(d + i * kStep)) __builtin_prefetch(ahead[n] + d + i * kStep, 0, 2);
             Isa::F x[Isa::kWide];
             Isa::load_some(values[n] + d + i * kStep, x);
             for (int j = 0; j < kHeads; ++j)

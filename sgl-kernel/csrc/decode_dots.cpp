@@ -1,0 +1,238 @@
+// One query per task with AVX-512's dot products of bf16: K and V are multiplied as they lie.
+//
+// A score is a dot product along the head; sixteen keys' sums are added up across lanes together, which
+// takes a third of the work of adding up each. Values are taken two keys at a time, interleaved so that
+// a pair of weights in bf16 meets a pair of elements. A block is summed on its own first, as in
+// vector_attention.h.
+#include <immintrin.h>
+
+#include <cmath>
+
+#include "attention.h"
+
+namespace {
+
+using sgl::kKeys;
+using sgl::kLog2e;
+using sgl::KeyBlock;
+using sgl::States;
+using sgl::Task;
+
+constexpr int kLanes = 16;
+constexpr int kPair = 2 * kLanes;  // elements of a vector of bf16
+constexpr int kSpan = 2 * kPair;   // elements of a head whose values are summed at a time
+constexpr int kMostHeads = 4;      // of a group, at a time
+
+inline __m512bh load_pairs(const uint16_t* x) {
+    return reinterpret_cast<__m512bh>(_mm512_loadu_si512(x));
+}
+
+// 2^x for x <= 0; 0 for -inf, NaN for NaN.
+inline __m512 exp2_small(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
+    const __m512 whole = _mm512_roundscale_ps(x, 8), t = _mm512_sub_ps(x, whole);
+    __m512 y = _mm512_set1_ps(1.3333558e-3f);
+    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(9.6181291e-3f));
+    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(5.5504109e-2f));
+    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(2.4022651e-1f));
+    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(6.9314718e-1f));
+    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(y, whole);
+}
+
+// Lane i of the result is the sum of all lanes of x[i].
+inline __m512 sum_each(__m512* x) {
+    for (int i = 0; i < 8; ++i)
+        x[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]),
+                             _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    for (int i = 0; i < 4; ++i) {
+        const __m512d a = _mm512_castps_pd(x[2 * i]), b = _mm512_castps_pd(x[2 * i + 1]);
+        x[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (int i = 0; i < 2; ++i)
+        x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88),
+                         _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
+}
+
+class DotTask {
+  public:
+    DotTask(const SglAttention& call, const Task& task, const States& states)
+        : call_(call), task_(task), states_(states), dim_(call.head_dim) {}
+
+    void run() {
+        find(task_.lo, &next_);
+        for (lo_ = task_.lo; lo_ < task_.hi; lo_ += block_.count) {
+            block_ = next_;
+            find(lo_ + block_.count, &next_);
+            const int begin = clip(sgl::first_seen(call_, task_.position) - lo_);
+            const int end = clip(task_.position + 1 - lo_);
+            if (begin >= end) continue;
+            for (int g = task_.g0; g < task_.g1; ++g) attend_group(g, begin, end);
+        }
+    }
+
+  private:
+    const SglAttention& call_;
+    const Task& task_;
+    const States& states_;
+    const int dim_;
+    KeyBlock block_, next_;
+    int64_t lo_ = 0;
+    const uint16_t* keys_[kKeys];
+    const uint16_t* values_[kKeys];
+    const uint16_t* next_keys_[kKeys];
+    const uint16_t* next_values_[kKeys];
+    alignas(64) float scores_[kMostHeads][kKeys];
+    alignas(64) uint32_t weights_[kMostHeads][kKeys / 2];  // pairs of bf16
+
+    int clip(int64_t n) const { return static_cast<int>(std::clamp<int64_t>(n, 0, block_.count)); }
+
+    void find(int64_t lo, KeyBlock* found) const {
+        found->count = 0;
+        if (lo < task_.hi) found->find(call_, task_.table, lo, sgl::block_end(lo, task_.hi));
+    }
+
+    void attend_group(int g, int begin, int end) {
+        const auto* k = static_cast<const uint16_t*>(call_.k) + g * call_.k_head;
+        const auto* v = static_cast<const uint16_t*>(call_.v) + g * call_.v_head;
+        for (int n = 0; n < kKeys; ++n) {  // slots beyond the last repeat the first
+            keys_[n] = k + block_.slots[n] * call_.k_slot;
+            values_[n] = v + block_.slots[n] * call_.v_slot;
+            next_keys_[n] = next_.count ? k + next_.slots[n] * call_.k_slot : keys_[0];
+            next_values_[n] = next_.count ? v + next_.slots[n] * call_.v_slot : values_[0];
+        }
+        const int per_group = call_.heads_per_group;
+        bool asks = true;
+        for (int j = 0; j < per_group; asks = false) {
+            const int count = std::min(kMostHeads, per_group - j);
+            const int64_t state = int64_t{g - task_.g0} * per_group + j;
+            const auto* q = static_cast<const uint16_t*>(call_.q) + task_.row * call_.q_row +
+                            (g * per_group + j) * call_.q_head;
+            for (int i = 0; i < count; ++i) {
+                score(q + i * call_.q_head, end, asks && i == 0, scores_[i]);
+                weigh(i, begin, end, state + i);
+            }
+            float* acc = states_.acc + state * dim_;
+            if (count == 4) add_values<4>(begin, end, asks, acc);
+            if (count == 3) add_values<3>(begin, end, asks, acc);
+            if (count == 2) add_values<2>(begin, end, asks, acc);
+            if (count == 1) add_values<1>(begin, end, asks, acc);
+            j += count;
+        }
+    }
+
+    // Scores of the keys below `end`, sixteen at a time. Rows to come are asked for meanwhile.
+    void score(const uint16_t* q, int end, bool asks, float* scores) const {
+        for (int first = 0; first < end; first += kLanes) {
+            __m512 total[kLanes];
+            for (int n = 0; n < kLanes; ++n) total[n] = _mm512_setzero_ps();
+            for (int d = 0; d < dim_; d += kPair) {
+                const __m512bh query = load_pairs(q + d);
+#pragma GCC unroll 16
+                for (int n = 0; n < kLanes; ++n) {
+                    if (asks) __builtin_prefetch(next_keys_[first + n] + d, 0, 2);
+                    total[n] = _mm512_dpbf16_ps(total[n], query, load_pairs(keys_[first + n] + d));
+                }
+            }
+            _mm512_store_ps(scores + first, sum_each(total));
+        }
+    }
+
+    // Scores of a head to weights, and its state moved on.
+    void weigh(int head, int begin, int end, int64_t state) {
+        const float cap = call_.logit_cap, scale = cap > 0.0f ? call_.scale : call_.scale * kLog2e;
+        float* scores = scores_[head];
+        if (cap > 0.0f)
+            for (int n = begin; n < end; ++n)
+                scores[n] = cap * kLog2e * std::tanh(scores[n] * scale / cap);
+        const __m512 factor = _mm512_set1_ps(cap > 0.0f ? 1.0f : scale);
+        __m512 x[kKeys / kLanes], highest = _mm512_set1_ps(states_.top[state]);
+        for (int i = 0; i < kKeys / kLanes; ++i) {
+            const __m512 value = _mm512_mul_ps(_mm512_load_ps(scores + i * kLanes), factor);
+            x[i] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen(i, begin, end), value);
+            highest = _mm512_max_ps(x[i], highest);
+        }
+        const float old = states_.top[state], top = _mm512_reduce_max_ps(highest);
+        __m512 added = _mm512_setzero_ps();
+        for (int i = 0; i < kKeys / kLanes; ++i) {
+            x[i] = exp2_small(_mm512_sub_ps(x[i], _mm512_set1_ps(top)));
+            x[i] = _mm512_maskz_mov_ps(seen(i, begin, end), x[i]);
+            added = _mm512_add_ps(added, x[i]);
+        }
+        for (int i = 0; i < kKeys / kLanes; i += 2)
+            _mm512_store_si512(weights_[head] + i * kLanes / 2,
+                               (__m512i)_mm512_cvtne2ps_pbh(x[i + 1], x[i]));
+        if (top > old) {
+            const float keep = old <= sgl::kLowest ? 0.0f : std::exp2(old - top);
+            float* acc = states_.acc + state * dim_;
+            for (int d = 0; d < dim_; d += kLanes)
+                _mm512_storeu_ps(acc + d,
+                                 _mm512_mul_ps(_mm512_loadu_ps(acc + d), _mm512_set1_ps(keep)));
+            states_.sum[state] *= keep;
+            states_.top[state] = top;
+        }
+        states_.sum[state] += _mm512_reduce_add_ps(added);
+    }
+
+    // Of lanes [16 i, 16 i + 16): those of the keys [begin, end).
+    static __mmask16 seen(int i, int begin, int end) {
+        const int from = std::clamp(begin - i * kLanes, 0, kLanes);
+        const int to = std::clamp(end - i * kLanes, 0, kLanes);
+        return static_cast<__mmask16>(((1u << to) - 1) & ~((1u << from) - 1));
+    }
+
+    template <int kHeads>
+    void add_values(int begin, int end, bool asks, float* acc) const {
+        for (int d = 0; d < dim_; d += kSpan) {
+            if (d + kSpan <= dim_) add_span<kHeads, kSpan / kPair>(begin, end, asks, d, acc);
+            else add_span<kHeads, 1>(begin, end, asks, d, acc);
+        }
+    }
+
+    // Adds the weighted values of the head's elements [d, d + kVectors * kPair).
+    template <int kHeads, int kVectors>
+    void add_span(int begin, int end, bool asks, int d, float* acc) const {
+        const __m512i low = _mm512_set_epi16(
+            47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+            35, 3, 34, 2, 33, 1, 32, 0);
+        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(kLanes));
+        __m512 total[kHeads][2 * kVectors];
+        for (int j = 0; j < kHeads; ++j)
+            for (int i = 0; i < 2 * kVectors; ++i) total[j][i] = _mm512_setzero_ps();
+        for (int n = begin & ~1; n < end; n += 2) {
+            // A key that is not seen has weight 0, but its row may hold anything.
+            const uint16_t* a = values_[n < begin ? n + 1 : n] + d;
+            const uint16_t* b = values_[n + 1 < end ? n + 1 : n] + d;
+            __m512bh pairs[2 * kVectors];
+            for (int i = 0; i < kVectors; ++i) {
+                if (asks) {
+                    __builtin_prefetch(next_values_[n] + d + i * kPair, 0, 2);
+                    __builtin_prefetch(next_values_[n + 1] + d + i * kPair, 0, 2);
+                }
+                const __m512i x = _mm512_loadu_si512(a + i * kPair);
+                const __m512i y = _mm512_loadu_si512(b + i * kPair);
+                pairs[2 * i] = (__m512bh)_mm512_permutex2var_epi16(x, low, y);
+                pairs[2 * i + 1] = (__m512bh)_mm512_permutex2var_epi16(x, high, y);
+            }
+            for (int j = 0; j < kHeads; ++j) {
+                const __m512i weight = _mm512_set1_epi32(static_cast<int>(weights_[j][n / 2]));
+                for (int i = 0; i < 2 * kVectors; ++i)
+                    total[j][i] = _mm512_dpbf16_ps(total[j][i], (__m512bh)weight, pairs[i]);
+            }
+        }
+        for (int j = 0; j < kHeads; ++j)
+            for (int i = 0; i < 2 * kVectors; ++i) {
+                float* to = acc + j * dim_ + d + i * kLanes;
+                _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), total[j][i]));
+            }
+    }
+};
+
+}  // namespace
+
+void sgl::run_decode_dots(const SglAttention& call, const Task& task, const States& states, void*) {
+    DotTask(call, task, states).run();
+}
