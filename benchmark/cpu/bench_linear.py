@@ -2,14 +2,14 @@
 
 Measured in turns, figures are medians. "gb_s" counts the weight once, "of_read" is its share of
 what a plain loop reads per second from as much memory. Each shape has as many weights in turn as
-pass the last-level cache, as the layers of a model do. Prints JSON.
+pass the last-level cache, as the layers of a model do. With --cpu-time one thread's own time is
+counted instead of the wall's. Prints JSON.
 
-    python benchmark/cpu/bench_linear.py [--threads N] [--rounds 7]
+    python benchmark/cpu/bench_linear.py [--threads N] [--cpu-time] [--rounds 7]
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from bench_attention import medians
-from cpu_report import parser, print_report
+from cpu_report import Clock, clock_and_threads, parser, print_report
 from sgl_kernel import linear, read_sum
 from sglang.srt.layers.products import cpu_multiplies, widened_linear
 
-SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576), (2048, 8192))
-ROWS = (1, 2, 4, 8, 16, 32)
+SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576), (2048, 8192),
+          (4096, 14336))  # fmt: skip
+ROWS = (1, 2, 4, 8, 16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float32)
 ALL_BYTES = 160 << 20  # of the weights in turn
 
@@ -34,7 +35,13 @@ def for_each(way: Callable[[torch.Tensor], object], weights: list[torch.Tensor])
 
 
 def measure(
-    outs: int, width: int, rows: int, dtype: torch.dtype, threads: int, rounds: int
+    outs: int,
+    width: int,
+    rows: int,
+    dtype: torch.dtype,
+    threads: int,
+    rounds: int,
+    clock: Clock,
 ) -> dict[str, Any]:
     copies = -(-ALL_BYTES // (outs * width * dtype.itemsize))
     weights = [torch.randn(outs, width).div_(width**0.5).to(dtype) for _ in range(copies)]
@@ -47,9 +54,7 @@ def measure(
     if dtype is not torch.float32:
         ways["widened"] = lambda weight: widened_linear(x, weight)
     calls = {name: partial(for_each, way, weights) for name, way in ways.items()}
-    seconds = {
-        name: value / copies for name, value in medians(calls, rounds, time.perf_counter).items()
-    }
+    seconds = {name: value / copies for name, value in medians(calls, rounds, clock).items()}
     num_bytes = weights[0].nbytes
     return {
         "outs": outs,
@@ -57,16 +62,17 @@ def measure(
         "rows": rows,
         "dtype": str(dtype).removeprefix("torch."),
         "gb_s": {name: round(num_bytes / value / 1e9, 2) for name, value in seconds.items()},
+        "gflop_s": round(2 * rows * outs * width / seconds["native"] / 1e9, 1),
         "of_read": round(seconds["read"] / seconds["native"], 3),
         "torch_over_native": round(seconds["torch"] / seconds["native"], 2),
     }
 
 
 def main() -> None:
-    args = parser(__doc__, rounds=7).parse_args()
-    torch.set_num_threads(args.threads)
+    args = parser(__doc__, rounds=7, cpu_time=True).parse_args()
+    clock, threads = clock_and_threads(args)
     products = [
-        measure(outs, width, rows, dtype, args.threads, args.rounds)
+        measure(outs, width, rows, dtype, threads, args.rounds, clock)
         for dtype in DTYPES
         for outs, width in SHAPES
         for rows in ROWS

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,24 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
 
 from bench_common import describe_machine
 
+Clock = Callable[[], float]
 
-def parser(doc: str, rounds: int) -> argparse.ArgumentParser:
-    """--threads (PyTorch's) and --rounds; described by the first line of `doc`."""
+
+def parser(doc: str, rounds: int, cpu_time: bool = False) -> argparse.ArgumentParser:
+    """--threads (PyTorch's), --rounds, --cpu-time if wanted; with the first line of `doc`."""
     found = argparse.ArgumentParser(description=doc.splitlines()[0])
     found.add_argument("--threads", type=int, default=torch.get_num_threads())
     found.add_argument("--rounds", type=int, default=rounds)
+    if cpu_time:
+        found.add_argument("--cpu-time", action="store_true", help="count one thread's own time")
     return found
+
+
+def clock_and_threads(args: argparse.Namespace) -> tuple[Clock, int]:
+    """What the flags ask for, of PyTorch too: one thread's own time, or the wall's of --threads."""
+    threads = 1 if args.cpu_time else args.threads
+    torch.set_num_threads(threads)
+    return time.thread_time if args.cpu_time else time.perf_counter, threads
 
 
 def print_report(

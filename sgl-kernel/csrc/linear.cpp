@@ -1,4 +1,5 @@
-// Products of a few rows: widens the rows once, then gives each thread ranges of the outputs.
+// Products of a few rows: gives each thread ranges of the outputs. Where there are no dot instructions
+// for them, the rows are widened once.
 #include "linear.h"
 
 #include <algorithm>
@@ -14,19 +15,22 @@ constexpr int64_t kOutsAtOnce = 8;         // ranges are multiples of it
 constexpr int64_t kTasksPerThread = 8;     // so that threads end together
 constexpr int64_t kTaskBytes = 32 << 10;   // of the weight; less is not worth a task
 
-int64_t outs_of_a_task(const SglLinear& call) {
+int64_t outs_of_a_task(const SglLinear& call, int64_t at_once) {
     const int64_t row_bytes = call.in_features * (call.dtype == SGL_FLOAT32 ? 4 : 2);
     const int64_t least = kTaskBytes / std::max<int64_t>(1, row_bytes) + 1;
     const int64_t fair = call.out_features / (kTasksPerThread * call.num_threads) + 1;
-    return (std::max(least, fair) + kOutsAtOnce - 1) / kOutsAtOnce * kOutsAtOnce;
+    return (std::max(least, fair) + at_once - 1) / at_once * at_once;
 }
 
-}  // namespace
+template <class Work>
+void over_outs(const SglLinear& call, int64_t at_once, const Work& work) {
+    const int64_t outs = outs_of_a_task(call, at_once);
+    sgl::for_each_index((call.out_features + outs - 1) / outs, call.num_threads, [&] {
+        return [&](int64_t i) { work(i * outs, std::min(call.out_features, (i + 1) * outs)); };
+    });
+}
 
-extern "C" int32_t sgl_linear(const SglLinear* arguments) {
-    const SglLinear& call = *arguments;
-    if (call.dtype < SGL_FLOAT32 || call.dtype > SGL_FLOAT16 || call.num_threads < 1) return -1;
-    if (call.rows < 1 || call.out_features < 1 || call.in_features < 1) return -1;
+void multiply_widened(const SglLinear& call) {
     const auto* x = static_cast<const float*>(call.x);
     int64_t x_row = call.x_row;
     std::unique_ptr<float[]> wide;
@@ -37,11 +41,26 @@ extern "C" int32_t sgl_linear(const SglLinear* arguments) {
         x_row = call.in_features;
     }
     const sgl::Multiply multiply = SGL_CHOOSE(call.isa, sgl::linear);
-    const int64_t outs = outs_of_a_task(call);
-    sgl::for_each_index((call.out_features + outs - 1) / outs, call.num_threads, [&] {
-        return [&](int64_t i) {
-            multiply(call, x, x_row, i * outs, std::min(call.out_features, (i + 1) * outs));
-        };
+    over_outs(call, kOutsAtOnce, [&](int64_t first, int64_t last) {
+        multiply(call, x, x_row, first, last);
     });
+}
+
+}  // namespace
+
+extern "C" int32_t sgl_linear(const SglLinear* arguments) {
+    const SglLinear& call = *arguments;
+    if (call.dtype < SGL_FLOAT32 || call.dtype > SGL_FLOAT16 || call.num_threads < 1) return -1;
+    if (call.rows < 1 || call.out_features < 1 || call.in_features < 1) return -1;
+#if defined(__x86_64__)
+    const bool dots = call.isa >= SGL_AVX512_BF16 && call.isa <= SGL_AMX;
+    if (dots && call.dtype == SGL_BFLOAT16) {
+        over_outs(call, sgl::kDotOuts, [&](int64_t first, int64_t last) {
+            sgl::linear_dots(call, first, last);
+        });
+        return 0;
+    }
+#endif
+    multiply_widened(call);
     return 0;
 }

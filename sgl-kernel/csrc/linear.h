@@ -15,4 +15,8 @@ void linear_generic(const SglLinear&, const float*, int64_t, int64_t, int64_t);
 void linear_avx2(const SglLinear&, const float*, int64_t, int64_t, int64_t);
 void linear_avx512(const SglLinear&, const float*, int64_t, int64_t, int64_t);
 
+// The same of bfloat16 rows as they are. Ranges had best be multiples of kDotOuts.
+constexpr int64_t kDotOuts = 6;
+void linear_dots(const SglLinear&, int64_t first, int64_t last);
+
 }  // namespace sgl

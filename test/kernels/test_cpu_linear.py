@@ -55,6 +55,25 @@ def test_many_outputs_are_cut_into_tasks(rows: int, dtype: torch.dtype) -> None:
     assert torch.equal(found, linear(x, weight, bias)), "threads changed a result"
 
 
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 33])
+@pytest.mark.parametrize("outs", [5, 8, 13])
+def test_wide_rows(outs: int, rows: int, isa: Isa) -> None:
+    """More inputs than the kernels take at a time."""
+    x, weight, bias = operands(rows, outs, 4871, torch.bfloat16)
+    check(linear(x, weight, bias, isa=isa), x, weight, bias)
+
+
+@pytest.mark.parametrize("width", [40, 576, 4871])
+def test_dot_products_of_a_row_do_not_depend_on_the_others(width: int) -> None:
+    if not Isa.AVX512_BF16 <= cpu_isa() <= Isa.AMX:
+        pytest.skip("no dot products of bfloat16")
+    x, weight, bias = operands(33, 23, width, torch.bfloat16)
+    alone = torch.cat([linear(row[None], weight, bias) for row in x])
+    for count in (2, 3, 4, 5, 8, 33):
+        assert torch.equal(linear(x[:count], weight, bias), alone[:count])
+
+
 def test_strided_rows_and_parts_of_a_weight() -> None:
     x, weight, bias = operands(8, 40, 64, torch.bfloat16)
     some, part = x[::2, 16:48], weight[3:30, 16:48]

@@ -1,9 +1,10 @@
 """Products with weights: PyTorch's, and on a CPU what is faster there.
 
 - *A few rows*, as in a decode step, wait for the weight to be read. Where the native kernels are
-  installed they read it once, in its own type, and widen it in registers. Where the processor has
-  bfloat16 dot instructions, PyTorch is faster from a few rows on; beside matrix tiles (AMX) the
-  kernel was not measured, and PyTorch's products stay, as those of other types do there.
+  installed they read it once, in its own type. With bfloat16 dot instructions the kernel is faster
+  up to more rows. Without them it widens the weight in registers, and where PyTorch takes bfloat16
+  apart with AVX-512 it is faster for one row only. Beside matrix tiles (AMX) the kernel was not
+  measured, and PyTorch's products stay.
 - *Many rows of a 16-bit type*, on a CPU without instructions for it: PyTorch takes such products
   apart, element by element, and reaches a seventh of what the same processor does in float32. There
   a tile of the weight is widened, multiplied in float32 and rounded once.
@@ -21,8 +22,13 @@ from sglang.srt.utils.native import kernels_for
 
 # Up to so many rows the native kernel is the faster way, see benchmark/cpu/bench_linear.py.
 _NATIVE_ROWS = 32
-# The same where PyTorch multiplies bfloat16 with dot instructions.
-_NATIVE_ROWS_BESIDE_DOTS = 1
+# The same where PyTorch multiplies bfloat16 too, by the instructions that the kernel has.
+_NATIVE_ROWS_BESIDE = {
+    ("AVX512", torch.bfloat16): 1,
+    ("AVX512_BF16", torch.bfloat16): 64,
+    ("AVX512_BF16", torch.float32): 8,
+}
+_MOST_NATIVE_ROWS = max(_NATIVE_ROWS, *_NATIVE_ROWS_BESIDE.values())
 # Without the kernel, fewer rows than these cost less as they are: widening writes the weight anew.
 _FEW_ROWS = 8
 _TILE_ELEMENTS = 1 << 20  # of the weight, widened at a time: 4 MiB stay in a CPU's caches
@@ -38,7 +44,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return F.linear(x, weight, bias)
     in_features = x.shape[-1]
     rows = x.numel() // in_features
-    kernels = kernels_for(x, weight) if rows <= _NATIVE_ROWS else None
+    kernels = kernels_for(x, weight) if rows <= _MOST_NATIVE_ROWS else None
     if kernels is not None and not kernels.is_recording():
         most = _most_native_rows(kernels.cpu_isa().name, x.dtype)
         kernels = kernels if rows <= most else None
@@ -55,8 +61,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def _most_native_rows(isa: str, dtype: torch.dtype) -> int:
     if not cpu_multiplies(torch.bfloat16):
         return _NATIVE_ROWS
-    measured = isa != "AMX" and dtype is torch.bfloat16
-    return _NATIVE_ROWS_BESIDE_DOTS if measured else 0
+    return _NATIVE_ROWS_BESIDE.get((isa, dtype), 0)
 
 
 @cache
