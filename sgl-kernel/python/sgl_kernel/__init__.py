@@ -1,6 +1,12 @@
 """Native kernels behind thin typed wrappers; what each needs and answers stands in its module."""
 
-from sgl_kernel.attention import AttentionTables, QueryBlocks, paged_attention, serves_attention
+from sgl_kernel.attention import (
+    AttentionTables,
+    QueryBlocks,
+    has_prompt_kernel,
+    paged_attention,
+    serves_attention,
+)
 from sgl_kernel.library import Isa, KernelError, cpu_isa, read_sum
 from sgl_kernel.linear import linear
 from sgl_kernel.quantized import QuantizedWeight
@@ -14,6 +20,7 @@ __all__ = [
     "QuantizedWeight",
     "QueryBlocks",
     "cpu_isa",
+    "has_prompt_kernel",
     "linear",
     "paged_attention",
     "read_sum",
