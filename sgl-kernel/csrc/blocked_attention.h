@@ -2,10 +2,10 @@
 // all states of a task, and products run over six states and a panel of vectors held in registers.
 //
 // The including file defines `Isa` and `Math`. Numbers are packed in cells of 4 bytes, as `Cells`
-// says: one float, or a pair of bf16 that are neighbours along the sum, head elements of q and K and
-// keys of weights and V. Scores have keys in their lanes, results the head's elements.
+// says: one float, or a pair of bf16 that are neighbours along the sum, which are head elements of
+// q and K and keys of weights and V. Scores have keys in their lanes, results the head's elements.
 //
-// Legend: as in attention.h; M states of a task's one kv head, C cells of a head, W lanes of a panel.
+// Legend: as in attention.h; M states of a task's one kv head, C cells of a head.
 #pragma once
 
 #include <cmath>
@@ -39,7 +39,9 @@ struct FloatCells {
     static constexpr bool kShort = false;  // whether weights lose their last bits anyway
 
     static Isa::F head(const T* x) { return Isa::load(x); }
-    static void values(const T* const* rows, int d, Isa::F* out) { out[0] = Isa::load(rows[0] + d); }
+    static void values(const T* const* rows, int d, Isa::F* out) {
+        out[0] = Isa::load(rows[0] + d);
+    }
     static Isa::F weights(const Isa::F* x) { return x[0]; }
     static Isa::F add_product(Isa::F sum, Isa::F a, Isa::F b) { return sum + a * b; }
 };
@@ -101,7 +103,7 @@ inline void transpose(Isa::F (&rows)[Isa::kLanes]) {
     }
 }
 
-// sums[r][v] += cells of row r, spread one after another, times the vectors of a panel [.., kWide].
+// sums[r] += the sum over c of cell c of row r, in all lanes, times row c of a panel.
 template <class Cells, int kCount, int kVectors>
 inline void add_products(const float* rows, int64_t row, const float* panel, int64_t begin,
                          int64_t end, Isa::F (&sums)[kCount][kVectors]) {
@@ -137,10 +139,8 @@ class BlockedTask {
         std::memset(s_.sums, 0, static_cast<size_t>(count_) * sizeof(Isa::F));
         std::memset(s_.missing, 0, static_cast<size_t>(dim_) * 4);
         pack_queries();
-        find(task_.lo, &next_);
         for (lo_ = task_.lo; lo_ < task_.hi; lo_ += block_.count) {
-            block_ = next_;
-            find(lo_ + block_.count, &next_);
+            block_.find(call_, task_.table, lo_, sgl::block_end(lo_, task_.hi));
             list_rows();
             pack_keys();
             pack_values();
@@ -165,15 +165,10 @@ class BlockedTask {
     const bool rewrites_;  // scores, before they are multiplied with scale_
     const float scale_;
     sgl::BlockedScratch s_;
-    sgl::KeyBlock block_, next_;
+    sgl::KeyBlock block_;
     int64_t lo_ = 0;
     const T* keys_[sgl::kKeys];
     const T* values_[sgl::kKeys];
-
-    void find(int64_t lo, sgl::KeyBlock* found) const {
-        found->count = 0;
-        if (lo < task_.hi) found->find(call_, task_.table, lo, sgl::block_end(lo, task_.hi));
-    }
 
     void list_rows() {
         const T* k = static_cast<const T*>(call_.k) + task_.g0 * call_.k_head;
@@ -202,7 +197,8 @@ class BlockedTask {
             float* to = s_.keys + int64_t{n / kPanel} * kPanel * cells_ + n % kPanel;
             for (int c = 0; c < cells_; c += Isa::kLanes) {
                 Isa::F rows[Isa::kLanes];
-                for (int i = 0; i < Isa::kLanes; ++i) rows[i] = Cells::head(keys_[n + i] + c * kPer);
+                for (int i = 0; i < Isa::kLanes; ++i)
+                    rows[i] = Cells::head(keys_[n + i] + c * kPer);
                 transpose(rows);
                 for (int i = 0; i < Isa::kLanes; ++i)
                     store_cells(rows[i], to + int64_t{c + i} * kPanel);

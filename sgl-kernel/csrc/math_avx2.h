@@ -19,7 +19,7 @@ struct Math {
     static bool any_above(F x, F bound) {
         return _mm256_movemask_ps(_mm256_cmp_ps(x, bound, _CMP_GT_OQ)) != 0;
     }
-    static F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static F round(F x) { return _mm256_round_ps(x, 8); }  // to nearest
     // y * 2^whole; 0 of y = 1 and the least power.
     static constexpr float kLeastPower = -127.0f;
     static F times_power(F y, F whole) {

@@ -20,7 +20,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sgl_kernel.library import DTYPES, AttentionCall, Isa, KernelError, allowed_isa, cpu_isa, library
+from sgl_kernel.library import (
+    DTYPES,
+    AttentionCall,
+    Isa,
+    KernelError,
+    allowed_isa,
+    cpu_isa,
+    library,
+)
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
