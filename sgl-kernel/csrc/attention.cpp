@@ -18,6 +18,8 @@ namespace sgl {
 namespace {
 
 constexpr int64_t kTileQueries = 64;
+constexpr int64_t kTileStates = 384;  // of the blocked kernel: what was packed serves all of them
+constexpr int64_t kRowsAtOnce = 6;    // of the blocked kernel
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kMinDecodeKeys = 256;   // fewer keys are not worth a merge
 constexpr int64_t kMinExtendKeys = 2048;
@@ -48,29 +50,55 @@ Bytes allocate(int64_t bytes) {
 }
 
 struct Kernel {
-    RunTask run;
+    RunTask run_one, run_many;  // tasks of one query, and of more
     FinishTask finish;
-    bool tiles;
+    enum { kPlain, kBlocked, kTiles } many;
+
+    RunTask run(const Task& task) const { return task.rows == 1 ? run_one : run_many; }
 };
 
 Kernel choose_kernel(const SglAttention& call) {
 #if defined(__x86_64__)
-    const bool tiles = call.dtype == SGL_BFLOAT16 && call.head_dim % 32 == 0;
-    if (call.isa == SGL_AMX && tiles) return {run_task_amx, finish_avx512, true};
+    const bool pairs = call.dtype == SGL_BFLOAT16 && call.head_dim % 32 == 0;
+    if (call.isa == SGL_AMX && pairs)
+        return {run_task_amx, run_task_amx, finish_avx512, Kernel::kTiles};
+    if (call.isa >= SGL_AVX512_BF16 && call.isa != SGL_NEON && pairs)
+        return {run_decode_dots, run_blocked_dots, finish_avx512, Kernel::kBlocked};
     if (call.isa >= SGL_AVX512 && call.isa != SGL_NEON)
-        return {run_task_avx512, finish_avx512, false};
-    if (call.isa == SGL_AVX2) return {run_task_avx2, finish_avx2, false};
+        return {run_task_avx512, run_blocked_avx512, finish_avx512, Kernel::kBlocked};
+    if (call.isa == SGL_AVX2)
+        return {run_task_avx2, run_blocked_avx2, finish_avx2, Kernel::kBlocked};
 #endif
-    return {run_task_generic, finish_generic, false};
+    return {run_task_generic, run_task_generic, finish_generic, Kernel::kPlain};
+}
+
+// Queries that a tile should have: many, yet in enough tiles to give each thread some.
+int64_t tile_queries(const SglAttention& call, const Kernel& kernel) {
+    if (kernel.many != Kernel::kBlocked) return kTileQueries;
+    int64_t rows = 0;
+    for (int64_t b = 0; b < call.num_blocks; ++b) rows += call.block_rows[b];
+    const int64_t fair = rows * call.num_kv_heads / (kTasksPerThread * call.num_threads);
+    const int64_t most = std::max(kRowsAtOnce, kTileStates / call.heads_per_group);
+    const int64_t least = std::min(kTileQueries, most);
+    return std::clamp(fair, least, most);
+}
+
+// Rows of a block's tiles, about as many as wanted and with no small rest.
+int64_t even_rows(int64_t rows, int64_t wanted) {
+    const int64_t tiles = std::max<int64_t>(1, (rows + wanted / 2) / wanted);
+    return ((rows + tiles - 1) / tiles + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
 }
 
 // Every block's queries in tiles, before keys are split.
-std::vector<Task> make_tiles(const SglAttention& call) {
+std::vector<Task> make_tiles(const SglAttention& call, const Kernel& kernel) {
+    const int64_t wanted = tile_queries(call, kernel);
     std::vector<Task> tiles;
     for (int64_t b = 0; b < call.num_blocks; ++b) {
         const int64_t rows = call.block_rows[b];
-        for (int64_t at = 0; at < rows; at += kTileQueries) {
-            const int64_t count = std::min(kTileQueries, rows - at);
+        const int64_t tile_rows =
+            kernel.many == Kernel::kBlocked ? even_rows(rows, wanted) : wanted;
+        for (int64_t at = 0; at < rows; at += tile_rows) {
+            const int64_t count = std::min(tile_rows, rows - at);
             const int64_t position = call.block_position[b] + at;
             Task tile{call.block_row[b] + at, position, first_seen(call, position),
                       position + count, call.block_table[b], static_cast<int32_t>(count), 0,
@@ -89,9 +117,9 @@ std::vector<Task> make_tiles(const SglAttention& call) {
     return tiles;
 }
 
-Plan make_plan(const SglAttention& call) {
+Plan make_plan(const SglAttention& call, const Kernel& kernel) {
     Plan plan;
-    const std::vector<Task> tiles = make_tiles(call);
+    const std::vector<Task> tiles = make_tiles(call, kernel);
     int64_t decode_keys = 0, extend_keys = 0;
     for (const Task& tile : tiles) (tile.rows == 1 ? decode_keys : extend_keys) += tile.hi - tile.lo;
     const int64_t wanted = kTasksPerThread * call.num_threads;
@@ -154,7 +182,10 @@ struct Worker {
     Worker(const SglAttention& c, const Plan& p, const Kernel& k, void* all)
         : call(c), plan(p), kernel(k), partials(all), own(allocate(state_bytes(c, p.most_states))) {
 #if defined(__x86_64__)
-        if (!kernel.tiles) return;
+        if (kernel.many == Kernel::kBlocked)
+            scratch = allocate(BlockedScratch().lay_out(
+                p.most_queries * c.heads_per_group, c.head_dim, nullptr));
+        if (kernel.many != Kernel::kTiles) return;
         scratch = allocate(amx_scratch_bytes(c, p.most_queries, p.most_heads));
         amx_begin();
 #endif
@@ -162,7 +193,7 @@ struct Worker {
     Worker(Worker&&) = delete;
     ~Worker() {
 #if defined(__x86_64__)
-        if (kernel.tiles) amx_end();
+        if (kernel.many == Kernel::kTiles) amx_end();
 #endif
     }
 
@@ -175,7 +206,7 @@ struct Worker {
         const States states = direct ? states_at(call, own.get(), plan.most_states, 0)
                                      : states_at(call, partials, plan.num_states, first);
         clear(call, states, count);
-        kernel.run(call, task, states, scratch.get());
+        kernel.run(task)(call, task, states, scratch.get());
         if (direct) kernel.finish(call, task, &states, 1);
     }
 };
@@ -199,7 +230,7 @@ extern "C" int32_t sgl_attention(const SglAttention* arguments) {
     if (call.head_dim % 16 || call.head_dim < 16 || call.head_dim > kMaxHeadDim) return -1;
     if (call.dtype < SGL_FLOAT32 || call.dtype > SGL_FLOAT16 || call.num_threads < 1) return -1;
     const Kernel kernel = choose_kernel(call);
-    const Plan plan = make_plan(call);
+    const Plan plan = make_plan(call, kernel);
     const Bytes partials = allocate(state_bytes(call, plan.num_states));
     for_each_index(static_cast<int64_t>(plan.tasks.size()), call.num_threads,
                    [&] { return Worker(call, plan, kernel, partials.get()); });

@@ -74,13 +74,41 @@ inline int64_t first_seen(const SglAttention& call, int64_t position) {
     return call.window ? std::max<int64_t>(0, position - call.window + 1) : 0;
 }
 
+// Memory of the blocked kernel (see blocked_attention.h), for M states of one kv head.
+struct BlockedScratch {
+    static constexpr int kMostLanes = 16;
+    float* queries;  // [M, cells of a head]
+    float* keys;     // [panels, cells of a head, lanes of a panel]
+    float* values;   // [panels, cells of keys, lanes of a panel], the last as narrow as it is
+    float* weights;  // [M, cells of keys]
+    float* sums;     // [M, lanes]
+    float* missing;  // [D] zeros, in place of rows beyond the last key
+
+    // Lays out at `base` and returns the size; a null base only measures.
+    int64_t lay_out(int64_t states, int64_t dim, char* base) {
+        int64_t at = 0;
+        const auto take = [&](int64_t cells) {
+            auto* place = reinterpret_cast<float*>(base + at);
+            at += (cells * 4 + 63) / 64 * 64;
+            return place;
+        };
+        queries = take(states * dim);
+        keys = take(kKeys * dim);
+        values = take(kKeys * dim);
+        weights = take(states * kKeys);
+        sums = take(states * kMostLanes);
+        missing = take(dim);
+        return at;
+    }
+};
+
 // Where a block that begins at `lo` ends: at a multiple of kKeys, so that pages are read whole.
 inline int64_t block_end(int64_t lo, int64_t hi) { return std::min(hi, lo - lo % kKeys + kKeys); }
 
 }  // namespace
 
 // Attends one task. `states` are the task's own, from 0 on; `scratch` are the thread's own bytes,
-// as many as scratch_bytes() of the kernel says, 64-byte aligned.
+// as many as the kernel wants, 64-byte aligned.
 using RunTask = void (*)(const SglAttention&, const Task&, const States&, void* scratch);
 
 // Merges the parts of a task's queries (each with the task's states) into out and lse.
@@ -92,6 +120,9 @@ void run_task_avx512(const SglAttention&, const Task&, const States&, void*);
 // Tasks of one query in bf16 heads of a multiple of 32.
 void run_decode_dots(const SglAttention&, const Task&, const States&, void*);
 void run_task_amx(const SglAttention&, const Task&, const States&, void*);
+void run_blocked_avx2(const SglAttention&, const Task&, const States&, void*);
+void run_blocked_avx512(const SglAttention&, const Task&, const States&, void*);
+void run_blocked_dots(const SglAttention&, const Task&, const States&, void*);
 void finish_generic(const SglAttention&, const Task&, const States*, int);
 void finish_avx2(const SglAttention&, const Task&, const States*, int);
 void finish_avx512(const SglAttention&, const Task&, const States*, int);

@@ -39,8 +39,10 @@ class Problem:
     cap: float = 0.0
     sinks: bool = False
     shuffled: bool = True
+    scale: float | None = None
 
     def __post_init__(self) -> None:
+        self.scale = self.scale or self.dim**-0.5
         torch.manual_seed(len(self.lengths) + self.dim)
         counts = [-(-(a + b) // self.page_size) for a, b in self.lengths]
         order = np.arange(1, sum(counts) + 1)
@@ -74,7 +76,7 @@ class Problem:
     def run(self, isa: Isa, num_threads: int) -> tuple[torch.Tensor, torch.Tensor]:
         lse = torch.empty(self.q.shape[:2])
         out = paged_attention(
-            self.q, self.k, self.v, self.tables, self.blocks, scale=self.dim**-0.5,
+            self.q, self.k, self.v, self.tables, self.blocks, scale=self.scale,
             window=self.window, chunk=self.chunk, logit_cap=self.cap, sinks=self.sink_scores,
             lse=lse, num_threads=num_threads, isa=isa,
         )  # fmt: skip
@@ -86,7 +88,7 @@ class Problem:
             k = self.k[slots].double().transpose(0, 1).repeat_interleave(self.group, 0)
             v = self.v[slots].double().transpose(0, 1).repeat_interleave(self.group, 0)
             q = self.q[row : row + new].double().transpose(0, 1)
-            scores = q @ k.transpose(1, 2) * self.dim**-0.5
+            scores = q @ k.transpose(1, 2) * self.scale
             if self.cap:
                 scores = self.cap * torch.tanh(scores / self.cap)
             at = torch.arange(prefix, prefix + new).unsqueeze(1)
@@ -162,6 +164,33 @@ def test_long_requests_are_split_over_keys(dtype: torch.dtype) -> None:
     check(Problem([(5000, 20)], dtype=dtype, kv_heads=1, group=2, page_size=64, sinks=True))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dim", [32, 48, 96, 160, 256])
+def test_prompts_of_every_width(dtype: torch.dtype, dim: int) -> None:
+    check(Problem([(77, 131)], dim=dim, dtype=dtype, kv_heads=2, page_size=64))
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+def test_long_prompts(group: int) -> None:
+    lengths = [(0, 517), (1001, 389), (40, 1)]
+    for dtype in (torch.float32, torch.bfloat16):
+        check(Problem(lengths, group=group, kv_heads=1, dtype=dtype, page_size=64))
+        check(Problem(lengths, group=group, kv_heads=1, dtype=dtype, window=130, cap=3.0))
+        check(Problem(lengths, group=group, kv_heads=1, dtype=dtype, chunk=200, sinks=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_prompts_of_a_few_tokens(dtype: torch.dtype) -> None:
+    """States that don't fill the registers, in any number."""
+    lengths = [(prefix, new) for prefix in (0, 61, 130) for new in range(1, 8)]
+    check(Problem(lengths, group=1, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_negative_scales(dtype: torch.dtype) -> None:
+    check(Problem(MIXED, dtype=dtype, scale=-0.1))
+
+
 def test_large_scores_do_not_overflow() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         problem = Problem([(500, 1), (90, 30)], dtype=dtype, page_size=64)
@@ -182,6 +211,16 @@ def test_a_visible_nan_shows() -> None:
             out, _ = problem.run(isa, 1)
             assert out[0].isnan().all()
             assert not out[1].isnan().any()
+
+
+def test_a_nan_in_a_prompt_shows_from_its_token_on() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        problem = Problem([(90, 100)], dtype=dtype)
+        problem.k[problem.slots[0][120]] = float("nan")
+        for isa in LEVELS:
+            out, _ = problem.run(isa, 1)
+            assert not out[:30].isnan().any()
+            assert out[30:].isnan().all()
 
 
 def test_slots_beyond_four_gib() -> None:

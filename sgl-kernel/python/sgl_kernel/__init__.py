@@ -1,6 +1,12 @@
 """Native kernels behind thin typed wrappers; what each needs and answers stands in its module."""
 
-from sgl_kernel.attention import AttentionTables, QueryBlocks, paged_attention, serves_attention
+from sgl_kernel.attention import (
+    AttentionTables,
+    QueryBlocks,
+    has_prompt_kernel,
+    paged_attention,
+    serves_attention,
+)
 from sgl_kernel.library import Isa, KernelError, Op, cpu_isa, read_sum
 from sgl_kernel.linear import linear
 from sgl_kernel.quantized import QuantizedWeight
@@ -30,6 +36,7 @@ __all__ = [
     "angles",
     "cpu_isa",
     "gather",
+    "has_prompt_kernel",
     "highest",
     "is_recording",
     "linear",

@@ -19,7 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sgl_kernel.library import DTYPES, AttentionCall, Isa, KernelError, Op, allowed_isa
+from sgl_kernel.library import (
+    DTYPES,
+    AttentionCall,
+    Isa,
+    KernelError,
+    Op,
+    allowed_isa,
+    cpu_isa,
+)
 from sgl_kernel.tape import empty, make
 
 Int32Array = npt.NDArray[np.int32]
@@ -115,6 +123,15 @@ def serves_attention(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> bool
     """True when `paged_attention` computes heads of this type and width."""
     fits = head_dim % 16 == 0 and 16 <= head_dim <= MAX_HEAD_DIM
     return dtype in DTYPES and fits and head_dim == v_head_dim
+
+
+def has_prompt_kernel() -> bool:
+    """True when this processor's level has a kernel for many queries at once.
+
+    Prompts are faster there than in PyTorch's fused attention, for every type and width that is
+    served. The levels without take queries one by one.
+    """
+    return Isa.AVX2 <= cpu_isa() <= Isa.AMX
 
 
 def paged_attention(

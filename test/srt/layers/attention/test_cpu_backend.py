@@ -80,6 +80,28 @@ def test_what_the_kernels_do_not_serve_is_left_to_torch() -> None:
     check(Case(spec, lengths, make_tables(lengths, 4, [1]), make_layer(spec), logits_rows=[0, 9]))
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_prompts_are_left_to_torch_without_a_kernel_for_them(
+    monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    calls = []
+    torch_forward = TorchNativeAttnBackend.forward
+
+    def forward(*args: object, **named: object) -> torch.Tensor:
+        calls.append(args)
+        return torch_forward(*args, **named)
+
+    monkeypatch.setattr(native_kernels(), "has_prompt_kernel", lambda: native)
+    monkeypatch.setattr(TorchNativeAttnBackend, "forward", forward)
+    spec = make_spec(page_size=16, head_dim=32, dtype="bfloat16")
+    for lengths, of_torch in (([(30, 1), (0, 9)], not native), ([(30, 1), (7, 1)], False)):
+        case = Case(spec, lengths, make_tables(lengths, 16, []), make_layer(spec))
+        calls.clear()
+        out = case.run(CpuAttnBackend(spec))
+        assert bool(calls) == of_torch
+        torch.testing.assert_close(out.double(), case.reference(), rtol=0, atol=2e-2)
+
+
 def test_a_window_group_whose_head_was_dropped() -> None:
     groups = (KVGroupSpec(layers=(0,)), KVGroupSpec((1,), GroupKind.SLIDING, 40))
     spec = make_spec(page_size=16, head_dim=32, groups=groups)

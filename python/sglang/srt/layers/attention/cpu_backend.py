@@ -2,7 +2,7 @@
 
 The batch is said once a step in arrays; a layer costs one call. What the kernels do not serve (a
 segment table, V heads of another width) is left to torch_native, which this extends, and so are
-prompts where the processor has no matrix tiles: torch's fused kernel is the faster one there.
+steps with prompts where the kernels have none for them: torch's fused one is the faster one there.
 
 Legend: R query rows, H query heads, D head dim, S slots.
 """
@@ -66,8 +66,7 @@ class CpuAttnBackend(TorchNativeAttnBackend):
         self._pairs_per_call = pairs_per_call
         self._dtype = KV_TORCH_DTYPES[spec.dtype]
         self._serves = kernels.serves_attention(self._dtype, spec.head_dim, spec.v_head_dim)
-        tiles = kernels.cpu_isa() == kernels.Isa.AMX and self._dtype == torch.bfloat16
-        self._native_prompts = tiles and spec.head_dim % 32 == 0
+        self._native_prompts = kernels.has_prompt_kernel()
 
     def plan(self, geometry: BatchGeometry) -> CpuPlan:
         """Hold the geometry; tables and blocks follow when layers of new shapes ask."""
