@@ -46,11 +46,30 @@ void over_outs(const SglQuantized& call, const Work& work) {
     });
 }
 
+int32_t multiply_rounded(const SglQuantized& call) {
+#if defined(__x86_64__)
+    if (call.isa < SGL_AVX512_BF16 || call.isa > SGL_AMX) return -1;
+    const std::unique_ptr<float[]> wide(new float[call.rows * call.in_features]);
+    widen_rows(call.x, call.dtype, call.x_row, call.rows, call.in_features, wide.get());
+    const int64_t parts = (call.in_features + 127) / 128;
+    const std::unique_ptr<sgl::RoundedInputs[]> x(new sgl::RoundedInputs[call.rows * parts]);
+    sgl::round_inputs(wide.get(), call.rows, call.in_features, call.group == 16, x.get());
+    over_outs(call, [&](int64_t first, int64_t last) {
+        sgl::multiply_rounded(call, x.get(), first, last);
+    });
+    return 0;
+#else
+    (void)call;
+    return -1;
+#endif
+}
+
 }  // namespace
 
 extern "C" int32_t sgl_quantized_linear(const SglQuantized* arguments) {
     const SglQuantized& call = *arguments;
     if (!is_served(call) || call.rows < 1) return -1;
+    if (call.round_inputs) return multiply_rounded(call);
     const sgl::MultiplyQuantized multiply = SGL_CHOOSE(call.isa, sgl::multiply_quantized);
     const std::unique_ptr<float[]> x(new float[call.rows * call.in_features]);
     widen_rows(call.x, call.dtype, call.x_row, call.rows, call.in_features, x.get());
