@@ -86,36 +86,50 @@ struct Codes {
     }
 };
 
-// M rows times the kOuts outputs from `out` on, or those below `last`: [kRows, kOuts].
+// Adds what four blocks of output `out` give: `part` counts them.
+template <int kBits, int kScales, bool kMins, int M>
+inline void add_part(const SglQuantized& call, const RoundedInputs* x, int64_t parts, int64_t part,
+                     int64_t out, __m512 (&sum)[M]) {
+    const int64_t first = part * kBlocks;
+    const char* ahead = static_cast<const char*>(call.codes) + out * call.code_row +
+                        first * kBlock * kBits / 8 + kAhead;
+    for (int line = 0; line < kBits / 4; ++line) _mm_prefetch(ahead + 64 * line, _MM_HINT_T1);
+    const int64_t some = std::min<int64_t>(kBlocks, call.in_features / kBlock - first);
+    const Codes<kBits, kScales, kMins> codes(call, out, first, some);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) sum[m] = codes.add(sum[m], x[m * parts + part]);
+}
+
+// M rows times the kOuts outputs from `out` on, or those below `last`: [kRows, kOuts]. One row waits
+// for the codes, so it reads an output's one after the other; more stay near while outputs change.
 template <int kBits, int kScales, bool kMins, int M>
 void multiply_block(const SglQuantized& call, const RoundedInputs* x, int64_t out, int64_t last,
                     float* result) {
-    const int64_t blocks = call.in_features / kBlock, parts = (blocks + kBlocks - 1) / kBlocks;
-    __m512 total[kRows][kOuts];
+    const int64_t parts = (call.in_features / kBlock + kBlocks - 1) / kBlocks;
+    __m512 total[kOuts][M];
 #pragma GCC unroll 4
-    for (int n = 0; n < kOuts; ++n) {
-        const int64_t which = std::min<int64_t>(out + n, last - 1);
-        const char* codes = static_cast<const char*>(call.codes) + which * call.code_row;
-        __m512 sum[M];
+    for (int n = 0; n < kOuts; ++n)
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) sum[m] = _mm512_setzero_ps();
-        for (int64_t part = 0; part < parts; ++part) {
-            const int64_t first = part * kBlocks;
-            _mm_prefetch(codes + first * kBlock * kBits / 8 + kAhead, _MM_HINT_T1);
-            if (kBits == 8)
-                _mm_prefetch(codes + first * kBlock + kAhead + 64, _MM_HINT_T1);
-            const Codes<kBits, kScales, kMins> some(call, which, first,
-                                                    std::min<int64_t>(kBlocks, blocks - first));
+        for (int m = 0; m < M; ++m) total[n][m] = _mm512_setzero_ps();
+    const auto which = [&](int n) { return std::min<int64_t>(out + n, last - 1); };
+    const auto add = [&](int n, int64_t part) __attribute__((always_inline)) {
+        add_part<kBits, kScales, kMins>(call, x, parts, part, which(n), total[n]);
+    };
+    if (M == 1) {
 #pragma GCC unroll 4
-            for (int m = 0; m < M; ++m) sum[m] = some.add(sum[m], x[m * parts + part]);
-        }
+        for (int n = 0; n < kOuts; ++n)
+            for (int64_t part = 0; part < parts; ++part) add(n, part);
+    } else {
+        for (int64_t part = 0; part < parts; ++part)
 #pragma GCC unroll 4
-        for (int m = 0; m < kRows; ++m) total[m][n] = sum[m < M ? m : M - 1];
+            for (int n = 0; n < kOuts; ++n) add(n, part);
     }
     __m512 quarters[kRows];
 #pragma GCC unroll 4
-    for (int m = 0; m < kRows; ++m)
-        quarters[m] = add_quarters(total[m][0], total[m][1], total[m][2], total[m][3]);
+    for (int m = 0; m < kRows; ++m) {
+        const int row = m < M ? m : M - 1;
+        quarters[m] = add_quarters(total[0][row], total[1][row], total[2][row], total[3][row]);
+    }
     _mm512_storeu_ps(result, add_four(quarters[0], quarters[1], quarters[2], quarters[3]));
 }
 
