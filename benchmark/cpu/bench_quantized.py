@@ -5,8 +5,8 @@ kernel alone, "rounded" the same with inputs rounded to bytes, where the process
 "bfloat16" what a layer does with numbers, "native bfloat16" its kernel alone.
 Measured in turns, medians, microseconds a product; "speedup" is bfloat16 over engine, "gb_s" the
 codes and scales read per second, "of_read" that as a share of what a plain loop reads. Each shape
-has as many weights in turn as pass the last-level cache, as the layers of a model do. With --cpu-time
-one thread's own time is counted instead of the wall's. Prints JSON.
+has as many weights in turn as pass the last-level cache, as the layers of a model do. With
+--cpu-time one thread's own time is counted instead of the wall's. Prints JSON.
 
     python benchmark/cpu/bench_quantized.py [--threads N] [--cpu-time] [--rounds 5]
 """

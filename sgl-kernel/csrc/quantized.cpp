@@ -51,11 +51,11 @@ int32_t multiply_rounded(const SglQuantized& call) {
     if (call.isa < SGL_AVX512_BF16 || call.isa > SGL_AMX) return -1;
     const std::unique_ptr<float[]> wide(new float[call.rows * call.in_features]);
     widen_rows(call.x, call.dtype, call.x_row, call.rows, call.in_features, wide.get());
-    const int64_t parts = (call.in_features + 127) / 128;
-    const std::unique_ptr<sgl::RoundedInputs[]> x(new sgl::RoundedInputs[call.rows * parts]);
-    sgl::round_inputs(wide.get(), call.rows, call.in_features, call.group == 16, x.get());
+    const std::unique_ptr<char[]> x(new char[sgl::rounded_bytes(call) + 64]);
+    char* lines = x.get() + -reinterpret_cast<uintptr_t>(x.get()) % 64;
+    sgl::round_inputs(call, wide.get(), lines);
     over_outs(call, [&](int64_t first, int64_t last) {
-        sgl::multiply_rounded(call, x.get(), first, last);
+        sgl::multiply_rounded(call, lines, first, last);
     });
     return 0;
 #else

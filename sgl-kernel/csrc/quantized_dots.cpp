@@ -14,11 +14,30 @@
 
 namespace {
 
-using sgl::RoundedInputs;
-
 constexpr int kBlock = 32, kBlocks = 4;  // codes of a block, blocks at a time
 constexpr int kOuts = 4, kRows = 4;      // sums that are added up at a time
 constexpr int64_t kAhead = 8 << 10;      // bytes of the codes asked for ahead
+
+// 128 inputs of a row are so many lines of 64 bytes, in the order in which four blocks of codes come:
+// bytes of the first 16 inputs of each block, of the others, scales. A lane is 4 bytes. For codes + 128
+// -128 times the sum of each lane follows; for minima its sum times its scale. Where a block has one
+// scale, both halves' lanes are summed together.
+struct Lines {
+    int scales;
+    bool offsets, minima;
+
+    constexpr int count() const { return 3 + scales * (offsets + minima); }
+    constexpr int offset(int which) const { return 3 + which; }
+    constexpr int sum(int which) const { return 3 + scales * offsets + which; }
+};
+
+Lines lines_of(const SglQuantized& call) {
+    return {call.group == 16 ? 2 : 1, call.bits == 8, call.mins != nullptr};
+}
+
+int64_t parts_of(const SglQuantized& call) {
+    return (call.in_features / kBlock + kBlocks - 1) / kBlocks;
+}
 
 // The lowest scale of each block, or the one after it, in the lanes of its quarter.
 template <int kScales, int kWhich>
@@ -32,9 +51,10 @@ inline __m512 spread(__m128i halves) {
     return _mm512_cvtph_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(halves), order));
 }
 
-// Four blocks of an output: codes as RoundedInputs has the bytes, scales and minima for its lanes.
+// Four blocks of an output: codes as Lines has the inputs, scales and minima for each lane.
 template <int kBits, int kScales, bool kMins>
 struct Codes {
+    static constexpr Lines kLines{kScales, kBits == 8, kMins};
     __m512i bytes[2];
     __m512 scale[kScales], least[kScales];
 
@@ -68,19 +88,19 @@ struct Codes {
     }
 
     // The sum that grew so far, and what `x` adds to it.
-    __m512 add(__m512 sum, const RoundedInputs& x) const {
+    __m512 add(__m512 sum, const char* x) const {
         __m512i dots = _mm512_setzero_si512();
-        const __m512 scale_x = _mm512_loadu_ps(x.scale);
+        const __m512 scale_x = _mm512_loadu_ps(x + 2 * 64);
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
             const bool starts = i == 0 || kScales == 2, ends = i == 1 || kScales == 2;
             const int s = kScales == 2 ? i : 0;
             if (starts)
-                dots = kBits == 4 ? _mm512_setzero_si512() : _mm512_loadu_si512(x.offset[s]);
-            dots = _mm512_dpbusd_epi32(dots, bytes[i], _mm512_loadu_si512(x.bytes[i]));
+                dots = kBits == 4 ? _mm512_setzero_si512() : _mm512_loadu_si512(x + kLines.offset(s) * 64);
+            dots = _mm512_dpbusd_epi32(dots, bytes[i], _mm512_loadu_si512(x + i * 64));
             if (!ends) continue;
             sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scale[s] * scale_x, sum);
-            if (kMins) sum = _mm512_fmadd_ps(least[s], _mm512_loadu_ps(x.sum[s]), sum);
+            if (kMins) sum = _mm512_fmadd_ps(least[s], _mm512_loadu_ps(x + kLines.sum(s) * 64), sum);
         }
         return sum;
     }
@@ -88,7 +108,7 @@ struct Codes {
 
 // Adds what four blocks of output `out` give: `part` counts them.
 template <int kBits, int kScales, bool kMins, int M>
-inline void add_part(const SglQuantized& call, const RoundedInputs* x, int64_t parts, int64_t part,
+inline void add_part(const SglQuantized& call, const char* x, int64_t parts, int64_t part,
                      int64_t out, __m512 (&sum)[M]) {
     const int64_t first = part * kBlocks;
     const char* ahead = static_cast<const char*>(call.codes) + out * call.code_row +
@@ -97,15 +117,16 @@ inline void add_part(const SglQuantized& call, const RoundedInputs* x, int64_t p
     const int64_t some = std::min<int64_t>(kBlocks, call.in_features / kBlock - first);
     const Codes<kBits, kScales, kMins> codes(call, out, first, some);
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) sum[m] = codes.add(sum[m], x[m * parts + part]);
+    for (int m = 0; m < M; ++m)
+        sum[m] = codes.add(sum[m], x + (m * parts + part) * codes.kLines.count() * 64);
 }
 
 // M rows times the kOuts outputs from `out` on, or those below `last`: [kRows, kOuts]. One row waits
 // for the codes, so it reads an output's one after the other; more stay near while outputs change.
 template <int kBits, int kScales, bool kMins, int M>
-void multiply_block(const SglQuantized& call, const RoundedInputs* x, int64_t out, int64_t last,
+void multiply_block(const SglQuantized& call, const char* x, int64_t out, int64_t last,
                     float* result) {
-    const int64_t parts = (call.in_features / kBlock + kBlocks - 1) / kBlocks;
+    const int64_t parts = parts_of(call);
     __m512 total[kOuts][M];
 #pragma GCC unroll 4
     for (int n = 0; n < kOuts; ++n)
@@ -144,8 +165,8 @@ inline void finish(const SglQuantized& call, const float* result, int64_t row, i
 }
 
 template <int kBits, int kScales, bool kMins>
-void multiply_range(const SglQuantized& call, const RoundedInputs* x, int64_t first, int64_t last) {
-    const int64_t parts = (call.in_features / kBlock + kBlocks - 1) / kBlocks;
+void multiply_range(const SglQuantized& call, const char* x, int64_t first, int64_t last) {
+    const int64_t row_bytes = parts_of(call) * lines_of(call).count() * 64;
     for (int64_t out = first; out < last; out += kOuts)
         for (int64_t row = 0; row < call.rows; row += kRows) {
             const int64_t rows = std::min<int64_t>(kRows, call.rows - row);
@@ -154,7 +175,7 @@ void multiply_range(const SglQuantized& call, const RoundedInputs* x, int64_t fi
                                   : rows == 2 ? multiply_block<kBits, kScales, kMins, 2>
                                               : multiply_block<kBits, kScales, kMins, 1>;
             float result[kRows * kOuts];
-            multiply(call, x + row * parts, out, last, result);
+            multiply(call, x + row * row_bytes, out, last, result);
             if (call.dtype == SGL_FLOAT32) finish<float>(call, result, row, rows, out, last);
             if (call.dtype == SGL_BFLOAT16) finish<Bf16>(call, result, row, rows, out, last);
             if (call.dtype == SGL_FLOAT16) finish<Fp16>(call, result, row, rows, out, last);
@@ -162,7 +183,7 @@ void multiply_range(const SglQuantized& call, const RoundedInputs* x, int64_t fi
 }
 
 template <int kBits, int kScales>
-void multiply_layout(const SglQuantized& call, const RoundedInputs* x, int64_t first, int64_t last) {
+void multiply_layout(const SglQuantized& call, const char* x, int64_t first, int64_t last) {
     if (call.mins)
         multiply_range<kBits, kScales, true>(call, x, first, last);
     else
@@ -170,7 +191,7 @@ void multiply_layout(const SglQuantized& call, const RoundedInputs* x, int64_t f
 }
 
 // 32 inputs into quarter `at` of `to`; its scale.
-inline float round_block(const float* x, int at, RoundedInputs& to) {
+inline float round_block(const float* x, int64_t at, char* to) {
     const __m512 halves[2] = {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)};
     const __m512 top = _mm512_max_ps(_mm512_abs_ps(halves[0]), _mm512_abs_ps(halves[1]));
     const float largest = _mm512_reduce_max_ps(top);
@@ -182,41 +203,51 @@ inline float round_block(const float* x, int at, RoundedInputs& to) {
     for (int i = 0; i < 2; ++i) {
         const __m512i rounded = _mm512_cvtps_epi32(halves[i] * _mm512_set1_ps(inverse));
         const __m128i bytes = inverse ? _mm512_cvtepi32_epi8(rounded) : _mm_setzero_si128();
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to.bytes[i] + 16 * at), bytes);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 64 * i + 16 * at), bytes);
     }
     if (!finite) return __builtin_nanf("");
     return inverse ? largest / 127.0f : 0.0f;
 }
 
+// What the lanes of the bytes at `to` add up to, as `lines` has it.
+inline void sum_lanes(const Lines& lines, char* to) {
+    const __m512i ones = _mm512_set1_epi8(1), zero = _mm512_setzero_si512();
+    const __m512 scale = _mm512_loadu_ps(to + 2 * 64);
+    __m512i sum[2];
+    for (int i = 0; i < 2; ++i)
+        sum[i] = _mm512_dpbusd_epi32(zero, ones, _mm512_loadu_si512(to + 64 * i));
+    if (lines.scales == 1) sum[0] = _mm512_add_epi32(sum[0], sum[1]);
+    for (int s = 0; s < lines.scales; ++s) {
+        if (lines.offsets)
+            _mm512_storeu_si512(to + 64 * lines.offset(s),
+                                _mm512_sub_epi32(zero, _mm512_slli_epi32(sum[s], 7)));
+        if (lines.minima)
+            _mm512_storeu_ps(to + 64 * lines.sum(s), _mm512_cvtepi32_ps(sum[s]) * scale);
+    }
+}
+
 }  // namespace
 
-void sgl::round_inputs(const float* x, int64_t rows, int64_t in_features, bool halves_apart,
-                       RoundedInputs* to) {
-    const int64_t blocks = in_features / kBlock;
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t first = 0; first < blocks; first += kBlocks, ++to) {
-            std::memset(to->bytes, 0, sizeof to->bytes);
-            for (int64_t b = 0; b < kBlocks; ++b) {
-                const int64_t block = first + b;
-                const float* from = x + row * in_features + block * kBlock;
-                const float scale = block < blocks ? round_block(from, static_cast<int>(b), *to) : 0.0f;
-                _mm_storeu_ps(to->scale + 4 * b, _mm_set1_ps(scale));
+int64_t sgl::rounded_bytes(const SglQuantized& call) {
+    return call.rows * parts_of(call) * lines_of(call).count() * 64;
+}
+
+void sgl::round_inputs(const SglQuantized& call, const float* x, char* to) {
+    const Lines lines = lines_of(call);
+    const int64_t blocks = call.in_features / kBlock;
+    for (int64_t row = 0; row < call.rows; ++row)
+        for (int64_t first = 0; first < blocks; first += kBlocks, to += lines.count() * 64) {
+            std::memset(to, 0, 3 * 64);
+            const float* from = x + row * call.in_features + first * kBlock;
+            for (int64_t b = 0; b < kBlocks && first + b < blocks; ++b) {
+                const __m128 scale = _mm_set1_ps(round_block(from + b * kBlock, b, to));
+                _mm_storeu_ps(reinterpret_cast<float*>(to + 2 * 64) + 4 * b, scale);
             }
-            const __m512i ones = _mm512_set1_epi8(1), zero = _mm512_setzero_si512();
-            __m512i sum[2];
-            for (int i = 0; i < 2; ++i)
-                sum[i] = _mm512_dpbusd_epi32(zero, ones, _mm512_loadu_si512(to->bytes[i]));
-            if (!halves_apart) sum[0] = _mm512_add_epi32(sum[0], sum[1]);
-            for (int i = 0; i < 2; ++i) {
-                _mm512_storeu_si512(to->offset[i],
-                                    _mm512_sub_epi32(zero, _mm512_slli_epi32(sum[i], 7)));
-                _mm512_storeu_ps(to->sum[i],
-                                 _mm512_cvtepi32_ps(sum[i]) * _mm512_loadu_ps(to->scale));
-            }
+            sum_lanes(lines, to);
         }
 }
 
-void sgl::multiply_rounded(const SglQuantized& call, const RoundedInputs* x, int64_t first,
+void sgl::multiply_rounded(const SglQuantized& call, const char* x, int64_t first,
                            int64_t last) {
     if (call.bits == 4) multiply_layout<4, 1>(call, x, first, last);
     if (call.bits == 8 && call.group == 32) multiply_layout<8, 1>(call, x, first, last);
