@@ -1,17 +1,18 @@
 """Products with quantised weights: by codes, and with the same weight in bfloat16.
 
 "engine" is what a layer does (codes up to 64 rows, then a tile of numbers at a time), "codes" the
-kernel alone, "bfloat16" what a layer does with numbers, "native bfloat16" its kernel alone.
+kernel alone, "rounded" the same with inputs rounded to bytes, where the processor multiplies those,
+"bfloat16" what a layer does with numbers, "native bfloat16" its kernel alone.
 Measured in turns, medians, microseconds a product; "speedup" is bfloat16 over engine, "gb_s" the
 codes and scales read per second, "of_read" that as a share of what a plain loop reads. Each shape
-has as many weights in turn as pass the last-level cache, as the layers of a model do. Prints JSON.
+has as many weights in turn as pass the last-level cache, as the layers of a model do. With
+--cpu-time one thread's own time is counted instead of the wall's. Prints JSON.
 
-    python benchmark/cpu/bench_quantized.py [--threads N] [--rounds 5]
+    python benchmark/cpu/bench_quantized.py [--threads N] [--cpu-time] [--rounds 5]
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,14 +20,15 @@ from typing import Any
 import torch
 
 from bench_attention import medians
-from cpu_report import parser, print_report
-from sgl_kernel import QuantizedWeight, read_sum
+from cpu_report import Clock, clock_and_threads, parser, print_report
+from sgl_kernel import QuantizedWeight, has_byte_dots, read_sum
 from sgl_kernel import linear as native_linear
 from sglang.srt.layers.products import linear
 from sglang.srt.layers.quantization.matrix import QuantizedMatrix
 
 SHAPES = ((960, 576), (3072, 576), (576, 1536), (49152, 576), (2048, 8192))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
+NATIVE = ("codes", "rounded", "native bfloat16")
 LAYOUTS = {"4 bits, min": (4, True), "8 bits": (8, False)}
 ALL_BYTES = 96 << 20  # of the codes in turn
 GROUP = 32
@@ -44,7 +46,9 @@ def for_each(way: Callable[[int], object], count: int) -> None:
         way(i)
 
 
-def measure(layout: str, outs: int, width: int, threads: int, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    layout: str, outs: int, width: int, threads: int, rounds: int, clock: Clock
+) -> list[dict[str, Any]]:
     bits, with_mins = LAYOUTS[layout]
     first = make(bits, with_mins, outs, width)
     count = -(-ALL_BYTES // first.nbytes)
@@ -57,18 +61,21 @@ def measure(layout: str, outs: int, width: int, threads: int, rounds: int) -> li
         ways: dict[str, Callable[[int], object]] = {
             "engine": lambda i, x=x: matrices[i].product(x),
             "codes": lambda i, x=x: weights[i].multiply(x, num_threads=threads),
+            "rounded": lambda i, x=x: weights[i].multiply(
+                x, num_threads=threads, round_inputs=True
+            ),
             "bfloat16": lambda i, x=x: linear(x, wide[i % len(wide)]),
             "native bfloat16": lambda i, x=x: native_linear(
                 x, wide[i % len(wide)], num_threads=threads
             ),
         }
-        if rows > 64:
-            del ways["codes"], ways["native bfloat16"]
+        for name in NATIVE if rows > 64 else () if has_byte_dots() else ("rounded",):
+            del ways[name]
         if first.codes.nbytes % 64 == 0:
             ways["read"] = lambda i: read_sum(weights[i].codes, threads)
         some = max(1, count // max(1, rows // 8))
         calls = {name: partial(for_each, way, some) for name, way in ways.items()}
-        times = medians(calls, rounds, time.perf_counter)
+        times = medians(calls, rounds, clock)
         us = {name: round(value / some * 1e6, 1) for name, value in times.items()}
         row: dict[str, Any] = {"layout": layout, "outs": outs, "width": width, "rows": rows}
         row["us"] = us
@@ -78,17 +85,19 @@ def measure(layout: str, outs: int, width: int, threads: int, rounds: int) -> li
         if "codes" in us and "read" in us:
             share = us["read"] * first.nbytes / first.codes.nbytes / us["codes"]
             row["of_read"] = round(share, 3)
+        if "rounded" in us:
+            row["codes_over_rounded"] = round(us["codes"] / us["rounded"], 2)
         found.append(row)
     return found
 
 
 def main() -> None:
-    args = parser(__doc__, rounds=5).parse_args()
-    torch.set_num_threads(args.threads)
+    args = parser(__doc__, rounds=5, cpu_time=True).parse_args()
+    clock, threads = clock_and_threads(args)
     products = []
     for layout in LAYOUTS:
         for outs, width in SHAPES:
-            products += measure(layout, outs, width, args.threads, args.rounds)
+            products += measure(layout, outs, width, threads, args.rounds, clock)
     print_report("cpu_quantized", vars(args), {"products": products})
 
 

@@ -46,11 +46,30 @@ void over_outs(const SglQuantized& call, int64_t count, const Work& work) {
     });
 }
 
+int32_t multiply_rounded(const SglQuantized& call) {
+#if defined(__x86_64__)
+    if (call.isa < SGL_AVX512_BF16 || call.isa > SGL_AMX) return -1;
+    const std::unique_ptr<float[]> wide(new float[call.rows * call.in_features]);
+    widen_rows(call.x, call.dtype, call.x_row, call.rows, call.in_features, wide.get());
+    const std::unique_ptr<char[]> x(new char[sgl::rounded_bytes(call) + 64]);
+    char* lines = x.get() + -reinterpret_cast<uintptr_t>(x.get()) % 64;
+    sgl::round_inputs(call, wide.get(), lines);
+    over_outs(call, [&](int64_t first, int64_t last) {
+        sgl::multiply_rounded(call, lines, first, last);
+    });
+    return 0;
+#else
+    (void)call;
+    return -1;
+#endif
+}
+
 }  // namespace
 
 extern "C" int32_t sgl_quantized_linear(const SglQuantized* arguments) {
     const SglQuantized& call = *arguments;
     if (!is_served(call) || call.rows < 1) return -1;
+    if (call.round_inputs) return multiply_rounded(call);
     const sgl::MultiplyQuantized multiply = SGL_CHOOSE(call.isa, sgl::multiply_quantized);
     const std::unique_ptr<float[]> x(new float[call.rows * call.in_features]);
     widen_rows(call.x, call.dtype, call.x_row, call.rows, call.in_features, x.get());

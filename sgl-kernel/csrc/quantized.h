@@ -18,6 +18,12 @@ using MultiplyQuantized = void (*)(const SglQuantized&, const float* x, const fl
 // Rows [first, last) of the weight into `out`.
 using Dequantize = void (*)(const SglQuantized&, int64_t first, int64_t last);
 
+// The inputs rounded to bytes, for multiply_rounded: room for them, and how they get there from fp32
+// [rows, in_features]. Inputs and codes meet in quantized_dots.cpp, which says how they lie.
+int64_t rounded_bytes(const SglQuantized&);
+void round_inputs(const SglQuantized&, const float* x, char* to);
+void multiply_rounded(const SglQuantized&, const char* x, int64_t first, int64_t last);
+
 void multiply_quantized_generic(const SglQuantized&, const float*, const float*, int64_t, int64_t);
 void multiply_quantized_avx2(const SglQuantized&, const float*, const float*, int64_t, int64_t);
 void multiply_quantized_avx512(const SglQuantized&, const float*, const float*, int64_t, int64_t);

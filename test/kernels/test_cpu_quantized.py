@@ -7,10 +7,11 @@ import torch
 
 sgl_kernel = pytest.importorskip("sgl_kernel")
 
-from sgl_kernel import Isa, KernelError, QuantizedWeight, cpu_isa  # noqa: E402
+from sgl_kernel import Isa, KernelError, QuantizedWeight, cpu_isa, has_byte_dots  # noqa: E402
 
 LEVELS = [isa for isa in Isa if isa <= cpu_isa() and (isa != Isa.NEON or cpu_isa() == Isa.NEON)]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1.01 * 2.0**-8, torch.float16: 1.01 * 2.0**-11}
+with_byte_dots = pytest.mark.skipif(not has_byte_dots(), reason="no dot products of bytes")
 LAYOUTS = {  # bits, group, with minima
     "4": (4, 32, False),
     "4+min": (4, 32, True),
@@ -65,6 +66,65 @@ def test_products(
     terms = x.double().abs() @ wide.abs().t() + bias.double().abs()
     error = (out.double() - want).abs()
     assert (error <= ROUNDING[dtype] * want.abs() + 1e-6 * terms).all()
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """float64 [R, K], each 32 inputs as multiples of their largest over 127."""
+    blocks = x.float().view(len(x), -1, 32)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    most = torch.tensor(127.0)  # a number over a tensor would go by the reciprocal
+    codes = torch.where(largest > 0, blocks * (most / largest), blocks).round()
+    return (codes.double() * (largest / 127).double()).flatten(1)
+
+
+@with_byte_dots
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(
+    ("rows", "outs", "width"),
+    [(1, 1, 32), (1, 67, 576), (2, 5, 96), (3, 8, 128), (5, 9, 288), (33, 40, 320)],
+)
+def test_products_of_rounded_inputs(
+    rows: int, outs: int, width: int, dtype: torch.dtype, layout: str
+) -> None:
+    weight = make(layout, outs, width, gain=0.25)
+    generator = torch.Generator().manual_seed(rows)
+    whole = torch.randn(rows, width + 3, generator=generator).to(dtype)
+    x, bias = whole[:, 3:], torch.randn(outs, generator=generator).to(dtype)
+    x[0, :32] = 0
+    out = weight.multiply(x, bias, num_threads=2, round_inputs=True).double()
+    wide, near = numbers(weight), rounded(x)
+    want = near @ wide.t() + bias.double()
+    terms = near.abs() @ wide.abs().t() + bias.double().abs()
+    assert ((out - want).abs() <= ROUNDING[dtype] * want.abs() + 1e-6 * terms).all()
+    # Half a step of 1 / 127 for each input, against the inputs as they are.
+    step = x.double().view(rows, -1, 32).abs().amax(-1).repeat_interleave(32, 1) / 254
+    exact = x.double() @ wide.t() + bias.double()
+    room = 1.001 * step @ wide.abs().t() + ROUNDING[dtype] * exact.abs() + 1e-6 * terms
+    assert ((out - exact).abs() <= room).all()
+
+
+@with_byte_dots
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_rounded_rows_do_not_depend_on_their_neighbours(layout: str) -> None:
+    weight, x = make(layout, 50, 576), torch.randn(9, 576).bfloat16()
+    alone = torch.cat([weight.multiply(row[None], round_inputs=True) for row in x])
+    assert torch.equal(weight.multiply(x, num_threads=2, round_inputs=True), alone)
+
+
+@with_byte_dots
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_rounded_rows_keep_what_is_not_finite(layout: str) -> None:
+    weight, x = make(layout, 6, 96), torch.randn(3, 96)
+    x[0, 40], x[2, 95] = float("nan"), float("inf")
+    out = weight.multiply(x, round_inputs=True)
+    assert not out[[0, 2]].isfinite().any()
+    assert out[1].isfinite().all()
+
+
+def test_rounding_wants_its_instructions() -> None:
+    with pytest.raises(KernelError, match="dot products"):
+        make("4", 8, 64).multiply(torch.zeros(2, 64), isa=Isa.GENERIC, round_inputs=True)
 
 
 @pytest.mark.parametrize("isa", LEVELS)

@@ -7,7 +7,7 @@ from sgl_kernel.attention import (
     paged_attention,
     serves_attention,
 )
-from sgl_kernel.library import Isa, KernelError, Op, cpu_isa, read_sum
+from sgl_kernel.library import Isa, KernelError, Op, cpu_isa, has_byte_dots, read_sum
 from sgl_kernel.linear import linear
 from sgl_kernel.quantized import QuantizedWeight
 from sgl_kernel.rows import (
@@ -36,6 +36,7 @@ __all__ = [
     "angles",
     "cpu_isa",
     "gather",
+    "has_byte_dots",
     "has_prompt_kernel",
     "highest",
     "is_recording",

@@ -79,7 +79,10 @@ class QuantizedCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("x_row", "out_row", "code_row", "scale_row")),
         *((name, ctypes.c_int64) for name in ("rows", "out_features", "in_features", "group")),
         ("gain", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("bits", "dtype", "isa", "num_threads")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("bits", "dtype", "isa", "num_threads", "round_inputs")
+        ),
     )
 
 
@@ -258,6 +261,11 @@ def cpu_isa() -> Isa:
 def allowed_isa(isa: Isa | None) -> Isa:
     """The level that a call may use: no more than the processor has, nor than `isa`, if given."""
     return cpu_isa() if isa is None else min(isa, cpu_isa())
+
+
+def has_byte_dots(isa: Isa | None = None) -> bool:
+    """Whether rounded inputs are multiplied as bytes here, with no more than `isa`, if given."""
+    return Isa.AVX512_BF16 <= allowed_isa(isa) <= Isa.AMX
 
 
 def read_sum(data: torch.Tensor, num_threads: int) -> int:

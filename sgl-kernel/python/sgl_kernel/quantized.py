@@ -1,8 +1,8 @@
 """Products with weights that stay quantised: codes become float32 in registers, never in memory.
 
-The input keeps its precision: on AVX2 an 8-bit integer product of a block takes as many
-instructions as a float32 one, few rows wait for memory either way, and so the answer is that of the
-dequantised weight up to the order of additions.
+The input keeps its precision unless a call asks otherwise: on AVX2 an 8-bit integer product of a
+block takes as many instructions as a float32 one, few rows wait for memory either way, and so the
+answer is that of the dequantised weight up to the order of additions.
 
 Legend: R rows, N outputs, K inputs, G inputs of a group.
 """
@@ -13,7 +13,15 @@ from collections.abc import Sequence
 
 import torch
 
-from sgl_kernel.library import DTYPES, Isa, KernelError, Op, QuantizedCall, allowed_isa
+from sgl_kernel.library import (
+    DTYPES,
+    Isa,
+    KernelError,
+    Op,
+    QuantizedCall,
+    allowed_isa,
+    has_byte_dots,
+)
 from sgl_kernel.tape import empty, make
 
 _BLOCK = 32  # codes that belong together, whatever the group
@@ -106,11 +114,14 @@ class QuantizedWeight:
         *,
         num_threads: int = 1,
         isa: Isa | None = None,
+        round_inputs: bool = False,
     ) -> torch.Tensor:
         """x [R, K] times the weight transposed, plus bias [N]: [R, N] in the type of x.
 
-        Summed in float32 and rounded once. `isa` lowers the instructions used. Raises KernelError
-        for shapes and types that are not served.
+        Summed in float32 and rounded once. `isa` lowers the instructions used. `round_inputs`
+        multiplies integers: each 32 inputs are rounded to multiples of their largest over 127
+        first. Raises KernelError for shapes and types that are not served, and for `round_inputs`
+        without `has_byte_dots`.
         """
         rows, width = x.shape
         if x.dtype not in DTYPES or width != self.shape[1] or x.stride(1) != 1:
@@ -119,10 +130,13 @@ class QuantizedWeight:
             bias.dtype != x.dtype or bias.shape != self.shape[:1] or not bias.is_contiguous()
         ):
             raise KernelError(f"bias must be contiguous {x.dtype} [{self.shape[0]}]")
+        if round_inputs and not has_byte_dots(isa):
+            raise KernelError("rounded inputs are not served without dot products of bytes")
         out = empty((rows, self.shape[0]), x.dtype)
         if rows and self.shape[0]:
             call = self._call(out, num_threads, isa)
             call.x, call.x_row, call.rows = x.data_ptr(), x.stride(0), rows
+            call.round_inputs = round_inputs
             call.bias = None if bias is None else bias.data_ptr()
             make(Op.QUANTIZED_LINEAR, call, x, bias, *self._parts)
         return out
@@ -173,7 +187,7 @@ class QuantizedWeight:
             None if self.mins is None else self.mins.data_ptr(), None,
             0, out.stride(0), self.codes.stride(0), self.scales.stride(0),
             0, *self.shape, self.group, self.gain, self.bits, DTYPES[out.dtype],
-            allowed_isa(isa), num_threads,
+            allowed_isa(isa), num_threads, False,
         )  # fmt: skip
 
     def __repr__(self) -> str:
