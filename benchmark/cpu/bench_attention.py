@@ -1,11 +1,14 @@
 """How near the native attention comes to the machine's ceilings, and how far from torch.
 
-Decode is compared with reading the same bytes in a plain loop, extend with torch's bf16 matrix
-product and its fused attention; all are measured in turns, figures are medians and ratios of
-medians. With --cpu-time one thread's own time is counted instead of the wall's: other processes
-then do not count, but only one thread can be measured. Prints JSON.
+Decode is compared with reading the same bytes in a plain loop, extend with torch's matrix product
+of the same type and its fused attention; all are measured in turns, figures are medians and ratios
+of medians. With --cpu-time one thread's own time is counted instead of the wall's: other processes
+then do not count, but only one thread can be measured. --isa lowers the kernels' instructions;
+torch's are lowered by ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS. Prints
+JSON.
 
     python benchmark/cpu/bench_attention.py [--threads N] [--cpu-time] [--rounds 5] [--long]
+        [--only extend] [--dtype float32] [--isa AVX2]
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import numpy as np
 import torch
 
 from cpu_report import parser, print_report
-from sgl_kernel import AttentionTables, QueryBlocks, paged_attention, read_sum
+from sgl_kernel import AttentionTables, Isa, QueryBlocks, cpu_isa, paged_attention, read_sum
 
 PAGE = 64
 HUGE_PAGE = 2 << 20  # bytes, or a multiple of what the system has
@@ -28,7 +31,7 @@ ROWS = 4096  # distinct random tokens; copied over the whole pool
 
 
 class Shape(NamedTuple):
-    """Requests of so many tokens, of which `new` are computed; K and V heads of bf16."""
+    """Requests of so many tokens, of which `new` are computed."""
 
     requests: int
     tokens: int
@@ -50,20 +53,27 @@ EXTEND = (Shape(1, 2048, 2048, 3, 3, 64), Shape(1, 4096, 2048, 3, 3, 64),
           Shape(1, 2048, 2048, 8, 4, 128))  # fmt: skip
 
 
-def huge_pages(count: int) -> torch.Tensor:
-    """Elements of bf16 in huge pages where the system has them, as the pool's segments lie."""
-    room = mmap.mmap(-1, count * 2 + 2 * HUGE_PAGE)
+class Kind(NamedTuple):
+    """What all shapes are measured in."""
+
+    dtype: torch.dtype
+    isa: Isa
+
+
+def huge_pages(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Elements in huge pages where the system has them, as the pool's segments lie."""
+    room = mmap.mmap(-1, count * dtype.itemsize + 2 * HUGE_PAGE)
     room.madvise(mmap.MADV_HUGEPAGE)
-    elements = torch.frombuffer(room, dtype=torch.bfloat16)
-    first = -elements.data_ptr() % HUGE_PAGE // 2
+    elements = torch.frombuffer(room, dtype=dtype)
+    first = -elements.data_ptr() % HUGE_PAGE // dtype.itemsize
     return elements[first : first + count]
 
 
 class Problem:
     """Tensors of a shape, every request's pages in a row."""
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+    def __init__(self, shape: Shape, kind: Kind) -> None:
+        self.shape, self.kind = shape, kind
         pages = -(-shape.tokens // PAGE)
         slots = (shape.requests * pages + 1) * PAGE
         self.k, self.v = (self._plane(slots) for _ in range(2))
@@ -73,12 +83,12 @@ class Problem:
         news = np.full(shape.requests, shape.new)
         self.blocks = QueryBlocks(each * shape.new, news, shape.tokens - news, each)
         heads = shape.kv_heads * shape.group
-        self.q = torch.randn(shape.requests * shape.new, heads, shape.dim).bfloat16()
+        self.q = torch.randn(shape.requests * shape.new, heads, shape.dim).to(kind.dtype)
         self.out = torch.empty_like(self.q)
 
     def _plane(self, slots: int) -> torch.Tensor:
-        rows = torch.randn(ROWS, self.shape.kv_heads, self.shape.dim).bfloat16()
-        plane = huge_pages(slots * rows[0].numel()).view(slots, *rows.shape[1:])
+        rows = torch.randn(ROWS, self.shape.kv_heads, self.shape.dim).to(self.kind.dtype)
+        plane = huge_pages(slots * rows[0].numel(), rows.dtype).view(slots, *rows.shape[1:])
         for start in range(0, slots, ROWS):
             plane[start : start + ROWS] = rows[: min(ROWS, slots - start)]
         return plane
@@ -86,7 +96,7 @@ class Problem:
     def attend(self, threads: int) -> None:
         paged_attention(
             self.q, self.k, self.v, self.tables, self.blocks, out=self.out,
-            scale=self.shape.dim**-0.5, num_threads=threads,
+            scale=self.shape.dim**-0.5, num_threads=threads, isa=self.kind.isa,
         )  # fmt: skip
 
     def read(self, threads: int) -> None:
@@ -109,15 +119,15 @@ def medians(
 
 
 def measure_decode(
-    shape: Shape, threads: int, rounds: int, clock: Callable[[], float]
+    shape: Shape, kind: Kind, threads: int, rounds: int, clock: Callable[[], float]
 ) -> dict[str, Any]:
-    problem = Problem(shape)
+    problem = Problem(shape, kind)
     seconds = medians(
         {"read": lambda: problem.read(threads), "attend": lambda: problem.attend(threads)},
         rounds,
         clock,
     )
-    num_bytes = shape.requests * shape.tokens * shape.kv_heads * shape.dim * 4
+    num_bytes = shape.requests * shape.tokens * problem.k[0].nbytes * 2
     return {
         "shape": shape._asdict(),
         "read_gb_s": round(problem.k.nbytes * 2 / seconds["read"] / 1e9, 2),
@@ -130,10 +140,10 @@ def measure_decode(
 
 
 def measure_extend(
-    shape: Shape, threads: int, rounds: int, clock: Callable[[], float]
+    shape: Shape, kind: Kind, threads: int, rounds: int, clock: Callable[[], float]
 ) -> dict[str, Any]:
-    problem = Problem(shape)
-    matrix = torch.randn(2048, 2048).bfloat16()
+    problem = Problem(shape, kind)
+    matrix = torch.randn(2048, 2048).to(kind.dtype)
     new, prefix = shape.new, shape.tokens - shape.new
     q = problem.q.transpose(0, 1)[None]
     own = [
@@ -169,16 +179,22 @@ def main() -> None:
     flags = parser(__doc__, rounds=5)
     flags.add_argument("--cpu-time", action="store_true", help="count one thread's own time")
     flags.add_argument("--long", action="store_true", help="10M tokens too: 5 GiB of memory")
+    flags.add_argument("--only", choices=("decode", "extend"), help="measure that alone")
+    flags.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    flags.add_argument("--isa", choices=[isa.name for isa in Isa], default=cpu_isa().name)
     args = flags.parse_args()
     threads = 1 if args.cpu_time else args.threads
     clock = time.thread_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(threads)
-    decode = (*DECODE, LONG) if args.long else DECODE
-    settings = {"threads": threads, "rounds": args.rounds, "cpu_time": args.cpu_time}
-    parts = {
-        "decode": [measure_decode(shape, threads, args.rounds, clock) for shape in decode],
-        "extend": [measure_extend(shape, threads, args.rounds, clock) for shape in EXTEND],
-    }
+    kind = Kind(getattr(torch, args.dtype), Isa[args.isa])
+    settings = {"threads": threads, "rounds": args.rounds, "cpu_time": args.cpu_time,
+                "dtype": args.dtype, "isa": args.isa}  # fmt: skip
+    parts = {}
+    if args.only != "extend":
+        shapes = (*DECODE, LONG) if args.long else DECODE
+        parts["decode"] = [measure_decode(x, kind, threads, args.rounds, clock) for x in shapes]
+    if args.only != "decode":
+        parts["extend"] = [measure_extend(x, kind, threads, args.rounds, clock) for x in EXTEND]
     print_report("cpu_attention", settings, parts)
 
 

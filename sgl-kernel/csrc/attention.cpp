@@ -1,7 +1,7 @@
 // Cuts an attention call into tasks, runs them on threads and merges what was split over keys.
 //
 // A decoding query is one task over all kv heads, so that K and V are read once and in order; a
-// block of queries becomes tiles, each kv head of a tile a task. When that makes too few tasks for
+// block of queries becomes tiles, each kv head of a tile a task, which has a kernel of its own. When that makes too few tasks for
 // the threads, keys are split, and the parts merge in fp32 at the end. A decoding query's keys are
 // split in any case after some ten thousands: a longer running sum loses what comes late.
 //

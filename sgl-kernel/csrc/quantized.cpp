@@ -54,7 +54,7 @@ int32_t multiply_rounded(const SglQuantized& call) {
     const std::unique_ptr<char[]> x(new char[sgl::rounded_bytes(call) + 64]);
     char* lines = x.get() + -reinterpret_cast<uintptr_t>(x.get()) % 64;
     sgl::round_inputs(call, wide.get(), lines);
-    over_outs(call, [&](int64_t first, int64_t last) {
+    over_outs(call, call.out_features, [&](int64_t first, int64_t last) {
         sgl::multiply_rounded(call, lines, first, last);
     });
     return 0;
