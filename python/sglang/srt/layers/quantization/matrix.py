@@ -2,8 +2,9 @@
 
 A few rows of input go through the native kernel, which reads every code once. Many go through a
 tile of the weight at a time, turned into numbers and multiplied by PyTorch: the work of that is
-then small beside the product's. Both compute with the same numbers, so an answer does not depend on
-how many rows shared a step beyond the rounding that every product has.
+then small beside the product's. In float32 both compute with the same numbers. Inputs of 16 bits,
+which are rounded already, are rounded once more to bytes for a few rows where the processor
+multiplies bytes; see docs/quantized_weights.md.
 
 Legend: N outputs, K inputs.
 """
@@ -12,15 +13,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import cache
 from typing import Protocol, Self
 
 import torch
 
 from sglang.srt.layers.products import cpu_multiplies, tiled_linear
+from sglang.srt.utils.native import native_kernels
 
 # Up to so many rows the native kernel is the faster way, see benchmark/cpu/bench_quantized.py.
 _NATIVE_ROWS = 64
 QUANTIZED_BLOCK = 32  # inputs that can't be cut apart
+
+
+@cache
+def _has_byte_dots() -> bool:
+    kernels = native_kernels()
+    return kernels is not None and bool(kernels.has_byte_dots())
 
 
 class QuantizedWeight(Protocol):
@@ -45,7 +54,12 @@ class QuantizedWeight(Protocol):
     def take(self, rows: torch.Tensor) -> Self: ...
 
     def multiply(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, num_threads: int = 1
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        num_threads: int = 1,
+        round_inputs: bool = False,
     ) -> torch.Tensor: ...
 
     def dequantize(self, dtype: torch.dtype, *, num_threads: int = 1) -> torch.Tensor: ...
@@ -116,11 +130,12 @@ class QuantizedMatrix:
         self, flat: torch.Tensor, bias: torch.Tensor | None, first: int, last: int
     ) -> torch.Tensor:
         threads = torch.get_num_threads()
+        rounds = flat.dtype is not torch.float32 and _has_byte_dots()
         outs = []
         for begin, part in self._parts_of(first, last):
             end = begin + part.shape[0]
             some = None if bias is None else bias[begin - first : end - first]
-            outs.append(part.multiply(flat, some, num_threads=threads))
+            outs.append(part.multiply(flat, some, num_threads=threads, round_inputs=rounds))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def _fill(self, tile: torch.Tensor, first: int) -> None:
