@@ -182,7 +182,7 @@ def test_long_prompts(group: int) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_prompts_of_a_few_tokens(dtype: torch.dtype) -> None:
     """States that don't fill the registers, in any number."""
-    lengths = [(prefix, new) for prefix in (0, 61, 130) for new in range(1, 8)]
+    lengths = [(prefix, new) for prefix in (0, 61, 130) for new in range(1, 12)]
     check(Problem(lengths, group=1, dtype=dtype))
 
 
