@@ -1,9 +1,10 @@
 // Cuts an attention call into tasks, runs them on threads and merges what was split over keys.
 //
 // A decoding query is one task over all kv heads, so that K and V are read once and in order; a
-// block of queries becomes tiles, each kv head of a tile a task, which has a kernel of its own. When that makes too few tasks for
-// the threads, keys are split, and the parts merge in fp32 at the end. A decoding query's keys are
-// split in any case after some ten thousands: a longer running sum loses what comes late.
+// block of queries becomes tiles, each kv head of a tile a task. The two have kernels of their own.
+// When that makes too few tasks for the threads, keys are split, and the parts merge in fp32 at the
+// end. A decoding query's keys are split in any case after some ten thousands: a longer running sum
+// loses what comes late.
 //
 // Served: head_dim a multiple of 16 up to kMaxHeadDim, float32, bfloat16 and float16.
 #include "attention.h"
