@@ -98,9 +98,8 @@ class ThreadRanks:
             thread.submit(self._or_leave, act, rank) for rank, thread in enumerate(self._threads)
         ]
         errors = [error for run in runs if (error := run.exception()) is not None]
-        for error in errors:
-            if not isinstance(error, RankLostError):
-                raise error
+        # Who only waited for a rank that has left has nothing to say.
+        errors.sort(key=lambda error: isinstance(error.__cause__, threading.BrokenBarrierError))
         if errors:
             raise errors[0]
         return [run.result() for run in runs]

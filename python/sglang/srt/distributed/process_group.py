@@ -153,9 +153,7 @@ def connect_ranks(rendezvous: Rendezvous, rank: int, size: int, timeout_s: float
         raise RankLostError(f"rank {rank} found not all of {size} ranks: {text}") from error
 
 
-def _gloo_maker(
-    store: Any, rank: int, size: int, timeout: timedelta
-) -> Callable[[str], Any]:
+def _gloo_maker(store: Any, rank: int, size: int, timeout: timedelta) -> Callable[[str], Any]:
     def make(name: str) -> Any:
         options = _dist.ProcessGroupGloo._Options()
         options._devices = [_dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
