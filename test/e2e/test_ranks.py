@@ -16,11 +16,12 @@ from srt.models.hf_models import VOCAB, hf_greedy, make_hf_model, save
 
 TIMEOUT_S = 5
 NEW_TOKENS = 12
+LONG = {"max_position_embeddings": 2048}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save(make_hf_model("llama"), tmp_path_factory.mktemp("llama"))
+    return save(make_hf_model("llama", **LONG), tmp_path_factory.mktemp("llama"))
 
 
 def start(model: str, tmp: Path) -> ServerProcess:
@@ -54,9 +55,7 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
 
 
-def assert_nothing_is_left(
-    server: ServerProcess, children: list[psutil.Process], tmp: Path
-) -> None:
+def assert_nothing_is_left(children: list[psutil.Process], tmp: Path) -> None:
     assert wait_until(lambda: gone(children))
     assert list(tmp.iterdir()) == [], "sockets, the board and directories are removed"
 
@@ -66,9 +65,9 @@ def test_two_processes_answer_as_transformers_until_one_is_killed(
 ) -> None:
     """One server for all, as its start is what takes the time."""
     rng = np.random.default_rng(4)
-    # the second prompt needs more than one frame of the broadcast
-    prompts = [rng.integers(0, VOCAB, n).tolist() for n in (3, 400, 90)]
-    reference = make_hf_model("llama")
+    # the second prompt is more than one frame of the broadcast
+    prompts = [rng.integers(0, VOCAB, n).tolist() for n in (3, 1100, 90)]
+    reference = make_hf_model("llama", **LONG)
     expected = [hf_greedy(reference, prompt, NEW_TOKENS) for prompt in prompts]
     with ThreadPoolExecutor(len(prompts)) as threads:
         assert list(threads.map(lambda prompt: ask(server, prompt), prompts)) == expected
@@ -86,8 +85,8 @@ def test_two_processes_answer_as_transformers_until_one_is_killed(
 
     children = server.children()
     with ThreadPoolExecutor(1) as threads:
-        reply = threads.submit(ask, server, prompts[0], 100_000)
-        wait_until(lambda: bool(server.requests()))
+        reply = threads.submit(ask, server, prompts[0], 2000)
+        assert wait_until(lambda: bool(server.requests()))
         second.kill()
         assert server.wait_exit(TIMEOUT_S + 10) != 0
         assert reply.exception() is not None

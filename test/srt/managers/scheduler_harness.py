@@ -89,6 +89,7 @@ class ChecksumWorker:
         self._rules = window_rules(pool.spec)
         self._relay = np.zeros(rows + 2, np.int64)
         self.max_tokens_in_step = 0
+        self.step_time: Callable[[], float] = lambda: 0.001
         self.steps: list[tuple[int, ...]] = []  # tokens per request of every step
 
     def submit(
@@ -119,7 +120,7 @@ class ChecksumWorker:
         token_ids = np.array(sampled, np.int64)
         self._relay[np.asarray(info.rows, np.int64)] = token_ids
         return GenerationBatchResult(
-            token_ids, [None] * len(sampled), [None] * batch.batch_size, 0.001
+            token_ids, [None] * len(sampled), [None] * batch.batch_size, self.step_time()
         )
 
     def _sample(self, geometry: BatchGeometry, request: int) -> int:

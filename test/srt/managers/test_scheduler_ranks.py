@@ -136,7 +136,8 @@ def run_program(
     )
     open_gate_before_waiting(memory.manager, backing)
     harness = Harness(memory, page_size=4, chunk_tokens=16, control=control, adaptive_chunk=True)
-    harness.now = 1000.0 * rank  # nobody asks this rank's clock
+    harness.now = 1000.0 * rank  # nobody asks the second rank's clock, nor how fast it computes
+    harness.worker.step_time = lambda: luck.choice((0.001, 1.0, 3.0))
     trace = Trace()
     for number in range(150):
         backing.gate.clear() if luck.random() < 0.6 else backing.gate.set()
