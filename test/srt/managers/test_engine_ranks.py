@@ -7,8 +7,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from sglang.srt.managers.io_struct import (
+    LogprobArrays,
+    TokenizedGenerateReqInput,
+    TokenOut,
+    int32_buffer,
+)
+from sglang.srt.sampling.sampling_params import SamplingParams
 from srt.managers.rank_towers import rank_towers
 from srt.managers.test_engine_tokens import PROMPTS, DeviceTower, tower
 from srt.models.hf_models import make_hf_model, save
@@ -51,6 +59,53 @@ def test_two_ranks_answer_as_one(model: Model, flags: dict[str, object]) -> None
     path, expected, _ = model
     with rank_towers(2, path, **flags) as ranks:
         assert ranks.run(answer_all) == expected
+
+
+def test_four_ranks_share_two_kv_heads(model: Model) -> None:
+    path, expected, _ = model
+    with rank_towers(4, path, page_size=16) as ranks:
+        assert ranks.run(answer_all) == expected
+
+
+def test_random_tokens_and_log_probabilities_are_those_of_one_rank(model: Model) -> None:
+    path, _, _ = model
+
+    def sample_all(engine: DeviceTower) -> list[TokenOut]:
+        if engine.rank == 0:
+            for number, prompt in enumerate(PROMPTS):
+                request = TokenizedGenerateReqInput(
+                    rid=f"r{number}",
+                    input_ids=memoryview(int32_buffer(prompt)),
+                    sampling_params=SamplingParams(
+                        max_new_tokens=8, temperature=0.9, top_p=0.9, frequency_penalty=0.5
+                    ),
+                    return_logprob=True,
+                    logprob_start_len=len(prompt) // 2,
+                    top_logprobs_num=2,
+                )
+                engine.channel.inbox.append(request)
+        engine.scheduler.turn()
+        engine.run()
+        return engine.channel.outs
+
+    with tower(path) as engine:
+        alone = sample_all(engine)
+    with rank_towers(2, path) as ranks:
+        together = ranks.run(sample_all)  # every rank has the very same numbers
+    assert [(out.rid, out.output_ids) for out in together] == [
+        (out.rid, out.output_ids) for out in alone
+    ]
+    for one, other in zip(alone, together, strict=True):
+        for name in ("input_logprobs", "output_logprobs"):
+            assert (getattr(one, name) is None) == (getattr(other, name) is None)
+            if getattr(one, name) is not None:
+                assert _numbers(getattr(one, name)) == pytest.approx(
+                    _numbers(getattr(other, name)), abs=2e-4, nan_ok=True
+                )
+
+
+def _numbers(arrays: LogprobArrays) -> list[float]:
+    return np.frombuffer(arrays.logprobs + arrays.top_logprobs, "<f4").tolist()
 
 
 def test_a_second_round_hits_the_cache_on_both_ranks(model: Model) -> None:
