@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sglang.srt.distributed.communicator import RankLinks
-from sglang.srt.distributed.process_group import FRAME_BYTES, connect_ranks
+from sglang.srt.distributed.process_group import FRAME_BYTES, GLOO_DIRECT_BYTES, connect_ranks
 from sglang.srt.errors import RankLostError
 from sglang.srt.utils.rendezvous import RankBoard, Rendezvous
 
@@ -21,11 +21,11 @@ T = TypeVar("T")
 PATIENT_S, HASTY_S = 60.0, 0.7
 
 
-def connect(tmp_path: Path, timeout_s: float) -> list[RankLinks]:
-    places = Rendezvous.for_ranks(2, str(tmp_path))
-    with ThreadPoolExecutor(2) as threads:
+def connect(tmp_path: Path, timeout_s: float, size: int = 2) -> list[RankLinks]:
+    places = Rendezvous.for_ranks(size, str(tmp_path))
+    with ThreadPoolExecutor(size) as threads:
         runs = [
-            threads.submit(connect_ranks, place, rank, 2, timeout_s)
+            threads.submit(connect_ranks, place, rank, size, timeout_s)
             for rank, place in enumerate(places)
         ]
         return [run.result() for run in runs]
@@ -49,6 +49,28 @@ def test_sums_have_the_same_bits_everywhere(links: list[RankLinks], dtype: torch
     )
     assert torch.equal(sums[0], sums[1])
     assert torch.equal(sums[0], parts[0].to(dtype) + parts[1].to(dtype))
+
+
+def test_large_tensors_go_in_rings(links: list[RankLinks]) -> None:
+    count = GLOO_DIRECT_BYTES // 4 + 1
+    parts = [torch.arange(float(count)), torch.ones(count)]
+    sums = on_both(links, lambda link: link.compute.all_reduce(parts[link.rank].clone()))
+    assert torch.equal(sums[0], torch.arange(float(count)) + 1)
+    assert torch.equal(sums[0], sums[1])
+    whole = on_both(links, lambda link: link.compute.all_gather(parts[link.rank], 0))
+    assert torch.equal(whole[0], torch.cat(parts))
+    assert torch.equal(whole[0], whole[1])
+
+
+def test_16_bit_sums_of_three_ranks_are_rounded_once(tmp_path: Path) -> None:
+    links = connect(tmp_path, PATIENT_S, 3)
+    numbers = [1.0, 2.0**-8, 2.0**-8]  # the second alone is lost beside the first
+    with ThreadPoolExecutor(3) as threads:
+        sums = threads.map(
+            lambda link: link.compute.all_reduce(torch.tensor([numbers[link.rank]]).bfloat16()),
+            links,
+        )
+        assert [float(one) for one in sums] == [1 + 2.0**-7] * 3
 
 
 def test_a_view_is_summed_without_its_neighbours(links: list[RankLinks]) -> None:

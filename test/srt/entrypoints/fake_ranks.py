@@ -1,8 +1,9 @@
 """Ranks without a model: each does what the variable FAKE_RANKS says, such as "ready die,ready".
 
 Words of rank n stand at place n, separated by commas: "ready", "fail" and "lost" send such a
-message and the last two exit; "die" waits for the file named by FAKE_RANKS_GO and exits with 7; a
-rank whose words are over waits for ever.
+message and the last two exit; "die" exits with 7. "die" and "lost" first wait for the file named
+by FAKE_RANKS_GO, which "fail" makes: another rank is only missed once it is gone. A rank whose
+words are over waits for ever.
 """
 
 from __future__ import annotations
@@ -34,21 +35,28 @@ def run_rank(
     set_up_child(f"fake rank {tp_rank}", server_args.log_level)
     assert (rendezvous.listener is not None) == (tp_rank == 0)
     assert RankBoard(rendezvous.board_path, server_args.tp_size).begin(tp_rank, 0) == 1
+    go = Path(os.environ["FAKE_RANKS_GO"])
     for word in os.environ["FAKE_RANKS"].split(",")[tp_rank].split():
         if word == "ready":
             ready_pipe.send(("ready", SchedulerReady(100 + tp_rank, 100, 100, 1, 99, 64)))
         elif word == "fail":
             ready_pipe.send(("error", "the weights are made of cheese"))
+            go.touch()
             sys.exit(1)
         elif word == "lost":
+            _wait_for(go)
             ready_pipe.send(("lost", "the other rank is gone"))
             sys.exit(1)
         elif word == "die":
-            while not Path(os.environ["FAKE_RANKS_GO"]).exists():
-                threading.Event().wait(0.01)
+            _wait_for(go)
             ready_pipe.send(("error", "the invariant does not hold"))
             sys.exit(7)
     threading.Event().wait()
+
+
+def _wait_for(path: Path) -> None:
+    while not path.exists():
+        threading.Event().wait(0.01)
 
 
 def run_detokenizer(server_args: ServerArgs, ipc: IpcNames) -> None:
