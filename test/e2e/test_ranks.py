@@ -110,6 +110,15 @@ def test_a_rank_that_hangs_ends_the_server_in_time(
 
 
 @pytest.mark.slow
+def test_a_polite_end_is_clean(server: ServerProcess, short_tmp: Path) -> None:
+    children = server.children()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait_exit() == 0, server.text
+    assert "Traceback" not in server.text
+    assert_nothing_is_left(children, short_tmp)
+
+
+@pytest.mark.slow
 def test_a_model_that_can_not_be_divided_is_one_clear_line(tmp_path: Path) -> None:
     odd = make_hf_model("llama", hidden_size=48, num_attention_heads=3, num_key_value_heads=3)
     server = ServerProcess(
