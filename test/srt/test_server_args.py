@@ -87,7 +87,7 @@ def test_segment_size_auto_is_none() -> None:
 def test_aliases_mean_the_same() -> None:
     args = prepare_server_args(["--model", "x", "--tp", "1"])
     assert args.model_path == "x"
-    assert prepare_server_args(["--model=x", "--tensor-parallel-size=1"]).tp_size == 1
+    assert prepare_server_args(["--model=x", "--tensor-parallel-size=2"]).tp_size == 2
 
 
 def test_dtype_names_are_resolved() -> None:
@@ -145,7 +145,8 @@ def test_model_overrides_are_an_object() -> None:
         ),
         (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype must be one of"),
         (["--load-format", "bitsandbytes"], "--load-format must be one of"),
-        (["--tp-size", "2"], "tensor parallelism is not served yet"),
+        (["--tp-size", "0"], "--tp-size must be at least 1"),
+        (["--dist-timeout", "0"], "--dist-timeout must be at least 1"),
         (["--json-model-override-args", "{"], "--json-model-override-args is not JSON"),
         (["--json-model-override-args", "[]"], "must be a JSON object"),
         (["--skip-tokenizer-init", "--chat-template", "x"], "needs a tokenizer"),

@@ -28,3 +28,10 @@ class BackingError(Exception):
 
 class InvariantError(Exception):
     """A count or an ownership does not add up: a bug, never a client's doing."""
+
+
+class RankLostError(InvariantError):
+    """Tensor-parallel ranks can't go on together: one is gone, hangs, or decided otherwise.
+
+    Ends the process like any broken invariant; the message names the rank where it is known.
+    """

@@ -97,11 +97,19 @@ class ServerArgs(DoorArgs):
     )
     tp_size: int = flag(
         1,
-        "Tensor-parallel ranks; only 1 is served so far.",
+        "Tensor-parallel ranks, a process each on this machine.",
         group=DEVICE,
         aliases=("--tensor-parallel-size", "--tp"),
         parse=int,
         metavar="N",
+        minimum=1,
+    )
+    dist_timeout: int = flag(
+        600,
+        "Seconds that a rank waits for the others, at start and in a step, before the server ends.",
+        group=DEVICE,
+        parse=int,
+        metavar="SECONDS",
         minimum=1,
     )
     random_seed: int = flag(

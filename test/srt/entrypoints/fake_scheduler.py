@@ -44,6 +44,7 @@ def run_fake_scheduler(
     ipc: IpcNames,
     ready_pipe: Connection,
     tp_rank: int = 0,
+    rendezvous: object = None,
 ) -> None:
     assert isinstance(environ, Environ)
     set_up_child(f"fake-scheduler {tp_rank}", server_args.log_level)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from sglang.srt.distributed.communicator import Communicator
 from sglang.srt.errors import BackingError
 from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.managers.io_struct import (
@@ -34,12 +35,14 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
+from sglang.srt.managers.scheduler_ranks import make_turns
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
 from sglang.srt.mem_cache.canary_perturb import Perturbation
 from sglang.srt.mem_cache.capacity import request_page_bounds
 from sglang.srt.mem_cache.kv_events import EventSink
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, KVGroupSpec, SegmentId
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.rank_agreement import RankAgreement
 from sglang.srt.mem_cache.segment_backing import SegmentBacking
 from sglang.srt.mem_cache.window_rule import WindowRule, window_rules
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
@@ -86,6 +89,7 @@ class ChecksumWorker:
         self._rules = window_rules(pool.spec)
         self._relay = np.zeros(rows + 2, np.int64)
         self.max_tokens_in_step = 0
+        self.step_time: Callable[[], float] = lambda: 0.001
         self.steps: list[tuple[int, ...]] = []  # tokens per request of every step
 
     def submit(
@@ -116,7 +120,7 @@ class ChecksumWorker:
         token_ids = np.array(sampled, np.int64)
         self._relay[np.asarray(info.rows, np.int64)] = token_ids
         return GenerationBatchResult(
-            token_ids, [None] * len(sampled), [None] * batch.batch_size, 0.001
+            token_ids, [None] * len(sampled), [None] * batch.batch_size, self.step_time()
         )
 
     def _sample(self, geometry: BatchGeometry, request: int) -> int:
@@ -195,7 +199,10 @@ class FakeChannel:
 
 
 class Harness:
-    """One scheduler with its stand-ins and a clock that the test moves."""
+    """One scheduler with its stand-ins and a clock that the test moves.
+
+    `control`: it is one of several ranks; its own inbox and clock count on rank 0 alone.
+    """
 
     def __init__(
         self,
@@ -204,6 +211,7 @@ class Harness:
         page_size: int,
         canary: str = "off",
         perturb: str | None = None,
+        control: Communicator | None = None,
         **limits: object,
     ) -> None:
         self.now = 0.0
@@ -254,6 +262,7 @@ class Harness:
             progress=progress,
             clock=lambda: self.now,
             canary=watcher,
+            turns=make_turns(self.channel, lambda: self.now, control),
         )
 
     def send(self, rid: str, prompt: Sequence[int], max_new: int = 8, **kwargs: object) -> None:
@@ -369,6 +378,7 @@ def make_memory(
     event_sink: EventSink | None = None,
     reserve: int = 0,
     backing: SegmentBacking | None = None,
+    ranks: RankAgreement | None = None,
 ) -> KVMemory:
     """Real memory on tiny mmap segments: two layers, one head, two floats wide.
 
@@ -406,4 +416,5 @@ def make_memory(
         eviction_policy=eviction_policy,
         event_sink=event_sink,
         prefill_chunk=chunk_tokens,
+        ranks=ranks,
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sglang.srt.distributed.communicator import RankLinks
 from sglang.srt.environ import Environ
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, int32_buffer
 from sglang.srt.managers.scheduler import Scheduler
@@ -66,23 +67,36 @@ def model(
 
 
 class DeviceTower:
-    """Scheduler, worker, model and memory of one rank, run turn by turn."""
+    """Scheduler, worker, model and memory of one rank, run turn by turn.
 
-    def __init__(self, model_path: str, *, environ: Environ | None = None, **flags: object) -> None:
+    `links`: the rank is one of several; what it is sent counts on rank 0 alone.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        environ: Environ | None = None,
+        links: RankLinks | None = None,
+        **flags: object,
+    ) -> None:
+        self.rank = 0 if links is None else links.rank
         args = ServerArgs.from_kwargs(
             model_path=model_path,
             **{"dtype": "float32", "kv_memory_budget": "64MiB", "random_seed": 5, **flags},
         )
         progress = Progress()
-        self.parts = build_scheduler_parts(args, environ or Environ(), progress)
+        self.parts = build_scheduler_parts(args, environ or Environ(), progress, links)
         self.channel = FakeChannel()
-        self.scheduler: Scheduler = make_scheduler(self.parts, self.channel, progress)
+        self.scheduler: Scheduler = make_scheduler(self.parts, self.channel, progress, links)
 
     @property
     def memory(self) -> KVMemory:
         return self.parts.memory
 
     def send(self, rid: str, prompt: list[int], **params: object) -> None:
+        if self.rank:
+            return
         values = {"max_new_tokens": NEW_TOKENS, "temperature": 0.0, **params}
         self.channel.inbox.append(
             TokenizedGenerateReqInput(

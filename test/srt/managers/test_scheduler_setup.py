@@ -6,7 +6,10 @@ import logging
 
 import pytest
 
+from sglang.srt.environ import Environ
 from sglang.srt.managers.scheduler_setup import (
+    agreed_memory,
+    build_scheduler_parts,
     cap_budget,
     plan_pool,
     prefill_chunk_tokens,
@@ -17,6 +20,8 @@ from sglang.srt.managers.scheduler_setup import (
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVGroupSpec, make_segment_layouts
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.host_memory import HostMemory
+from sglang.srt.utils.progress import Progress
+from srt.distributed.thread_ranks import ThreadRanks
 from srt.mem_cache.fake_backing import FakeBacking
 
 GIB = 1 << 30
@@ -100,3 +105,22 @@ def test_ten_million_tokens_are_clamped_to_what_fits(caplog: pytest.LogCaptureFi
 def test_a_budget_below_one_segment_is_refused_with_the_arithmetic() -> None:
     with pytest.raises(ValueError, match=r"cannot hold one request.*budget of 1,048,576 bytes"):
         plan_pool(args(kv_memory_budget="1MiB"), SMOL, FakeBacking(), HOST, 8192)
+
+
+def test_ranks_share_what_the_least_of_them_sees() -> None:
+    assert agreed_memory(None, lambda: HOST) is HOST
+    ranks = ThreadRanks(2)
+    seen = [
+        HostMemory(30 * GIB, 20 * GIB, "MemAvailable"),
+        HostMemory(24 * GIB, 14 * GIB, "a cgroup"),
+    ]
+    agreed = ranks.run(lambda rank: agreed_memory(ranks.links(rank), lambda: seen[rank]))
+    assert [(host.total_bytes, host.available_bytes) for host in agreed] == [
+        (24 * GIB, 7 * GIB)
+    ] * 2
+    ranks.close()
+
+
+def test_several_ranks_need_links() -> None:
+    with pytest.raises(ValueError, match="--tp-size 2: only a server or an Engine"):
+        build_scheduler_parts(args(tp_size=2), Environ(), Progress())

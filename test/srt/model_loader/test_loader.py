@@ -1,18 +1,21 @@
 """load_model: formats, shards, names, damage, ranks, dummy weights."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.weights import WeightOwner
-from sglang.srt.model_loader.loader import load_model
+from sglang.srt.model_loader.loader import load_model, open_weights
 from sglang.srt.models.causal_lm import CausalLM
+from sglang.srt.models.registry import resolve_model_class
 from srt.models.hf_models import make_hf_model, save
 
 
@@ -268,6 +271,55 @@ def test_ranks_together_hold_the_model(tmp_path: Path) -> None:
         )
         for leaf, whole in (("q_proj", q), ("k_proj", k), ("v_proj", v)):
             assert torch.equal(whole, state[f"{prefix}self_attn.{leaf}.{kind}"])
+
+
+class _Allocations(TorchDispatchMode):
+    """Notes the storages that operations make, by address; views of `known` tensors make none."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.made: dict[int, int] = {}  # the largest at each address, in bytes
+
+    def know(self, tensor: torch.Tensor) -> None:
+        """This one is a window on a file."""
+        self._known.add(tensor.untyped_storage().data_ptr())
+        self.made.pop(tensor.untyped_storage().data_ptr(), None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            storage = result.untyped_storage()
+            at = storage.data_ptr()
+            if at not in self._known:
+                self.made[at] = max(self.made.get(at, 0), storage.nbytes())
+        return result
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "llama4", "gpt_oss"])
+def test_a_rank_holds_its_own_slices_and_no_whole_tensor(tmp_path: Path, family: str) -> None:
+    """What the files give are windows on them; what is made of these is no larger than a part."""
+    path = save(make_hf_model(family), tmp_path)
+    config = ModelConfig.from_path(path)
+    model = resolve_model_class(config.architecture)(config, ParallelState(1, 4), torch.float32)
+    watch = _Allocations(list(model.parameters()))
+    largest_whole = 0
+
+    def windows() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal largest_whole
+        for name, tensor in open_weights(config, "safetensors", torch.float32).weights:
+            assert isinstance(tensor, torch.Tensor)
+            maps = Path("/proc/self/maps").read_text().splitlines()
+            ranges = [line.split()[0].split("-") for line in maps if path in line]
+            at = tensor.data_ptr()
+            assert any(int(first, 16) <= at < int(last, 16) for first, last in ranges), name
+            watch.know(tensor)
+            largest_whole = max(largest_whole, tensor.nbytes)
+            yield name, tensor
+
+    with watch, torch.no_grad():
+        model.load_weights(windows())
+    assert max(watch.made.values(), default=0) * 2 <= largest_whole
 
 
 def test_dummy_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:

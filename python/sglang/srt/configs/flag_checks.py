@@ -10,8 +10,6 @@ from sglang.srt.configs.kv_events_config import KVEventsConfig
 
 def check_combinations(args: Any) -> None:
     """Raise ValueError with one line when two flags of a `ServerArgs` contradict each other."""
-    if args.tp_size != 1:
-        raise ValueError(f"--tp-size {args.tp_size}: tensor parallelism is not served yet; use 1")
     try:
         overrides = json.loads(args.json_model_override_args)
     except json.JSONDecodeError as error:

@@ -32,9 +32,9 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "one process computes the model, so there is no communication to tune",
+        "ranks are processes of one machine and find each other by themselves",
         """
-        --nccl-port V; --dist-init-addr|--nccl-init-addr V; --dist-timeout V; --base-gpu-id V;
+        --nccl-port V; --dist-init-addr|--nccl-init-addr V; --base-gpu-id V;
         --gpu-id-step V; --disable-custom-all-reduce; --enable-mscclpp; --enable-torch-symm-mem;
         --enable-nccl-nvls; --enable-symm-mem; --enable-p2p-check; --enable-quant-communications;
         --enable-flashinfer-allreduce-fusion; --enable-aiter-allreduce-fusion;

@@ -1,4 +1,7 @@
-"""The two child processes of a server or an engine: started, waited for, watched, ended.
+"""The child processes of a server or an engine: started, waited for, watched, ended.
+
+A scheduler for each tensor-parallel rank, and the detokenizer. The first that ends by itself ends
+all; what it said last is told with its name.
 
 Children are spawned, never forked, and named by their entry functions, so that this process
 imports neither torch nor the scheduler.
@@ -11,7 +14,7 @@ import importlib
 import logging
 import multiprocessing
 import multiprocessing.connection
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -27,6 +30,7 @@ from sglang.srt.utils.process import (
     describe_exit,
     stop_children,
 )
+from sglang.srt.utils.rendezvous import Rendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +50,7 @@ def run_entry(entry: str, *args: Any) -> None:
 
 
 class ServerProcesses:
-    """The scheduler, the detokenizer and the directory of their sockets.
+    """The schedulers, one for each rank, the detokenizer and the directory of their sockets.
 
     `scheduler` and `detokenizer` are "module:function" with the signatures of the real ones.
     Nothing runs before `start`; `stop` may be called in any state and leaves nothing behind.
@@ -63,23 +67,26 @@ class ServerProcesses:
         self._directory = IpcDirectory()
         self._starter = ChildStarter()
         self._watch: ProcessWatch | None = None
-        self._last_error: str | None = None
         spawn = multiprocessing.get_context("spawn")
-        self._ready_receiver, self._ready_sender = spawn.Pipe(duplex=False)
-        self._children: dict[str, SpawnProcess] = {
-            "scheduler": spawn.Process(
+        self._children: dict[str, SpawnProcess] = {}
+        self._ranks: dict[str, _RankPipe] = {}
+        size = server_args.tp_size
+        self._places = Rendezvous.for_ranks(size, self._directory.path) if size > 1 else ()
+        for rank, place in enumerate(self._places or (None,)):
+            name = "scheduler" if place is None else f"scheduler TP{rank}"
+            pipe = self._ranks[name] = _RankPipe(*spawn.Pipe(duplex=False))
+            self._children[name] = spawn.Process(
                 target=run_entry,
-                args=(scheduler, server_args, environ, self.ipc, self._ready_sender, 0),
-                name="sglang-scheduler",
+                args=(scheduler, server_args, environ, self.ipc, pipe.sender, rank, place),
+                name=f"sglang-scheduler-{rank}",
                 daemon=True,
-            ),
-            "detokenizer": spawn.Process(
-                target=run_entry,
-                args=(detokenizer, server_args, self.ipc),
-                name="sglang-detokenizer",
-                daemon=True,
-            ),
-        }
+            )
+        self._children["detokenizer"] = spawn.Process(
+            target=run_entry,
+            args=(detokenizer, server_args, self.ipc),
+            name="sglang-detokenizer",
+            daemon=True,
+        )
 
     @property
     def ipc(self) -> IpcNames:
@@ -95,20 +102,26 @@ class ServerProcesses:
         """Start the children; returns at once."""
         for process in self._children.values():
             self._starter.start(process)
-        # The child has its own copy; with ours closed, its death ends the pipe.
-        self._ready_sender.close()
+        # The children have their own copies; with ours closed, a death ends its pipe.
+        for pipe in self._ranks.values():
+            pipe.sender.close()
+        _close_listeners(self._places)
 
     def wait_ready(self) -> SchedulerReady:
-        """Block until the scheduler is ready. Raises StartError when a child fails or ends."""
+        """Block until every rank is ready; returns what the first one said.
+
+        Raises StartError when a child fails or ends.
+        """
         sentinels = {process.sentinel: name for name, process in self._children.items()}
         while True:
-            done = multiprocessing.connection.wait([self._ready_receiver, *sentinels])
-            if self._ready_receiver in done:
-                ready = self._read_pipe()
-                if ready is not None:
-                    return ready
-                if self._last_error is not None:
-                    raise StartError(f"The scheduler cannot start: {self._last_error}")
+            missing = [pipe for pipe in self._ranks.values() if pipe.ready is None]
+            if not missing:
+                return next(pipe.ready for pipe in self._ranks.values() if pipe.ready is not None)
+            open_ends = [pipe.receiver for pipe in missing if not pipe.ended]
+            done = multiprocessing.connection.wait([*open_ends, *sentinels])
+            self._read_pipes()
+            for name, error in self._errors():
+                raise StartError(f"The {name} cannot start: {error}")
             for sentinel, name in sentinels.items():
                 if sentinel in done:
                     process = self._children[name]
@@ -121,26 +134,28 @@ class ServerProcesses:
         self._watch.start()
 
     def _describe(self, ended: ChildExit) -> str:
-        if ended.name == "scheduler":
-            self._read_pipe()
-        if self._last_error is None:
-            return str(ended)
-        return f"{ended} Its last error: {self._last_error}"
+        """How a child ended and what the ranks said last, its own words first."""
+        self._read_pipes()
+        errors = dict(self._errors())
+        own = errors.pop(ended.name, None)
+        words = [str(ended)]
+        if own is not None:
+            words.append(f"Its last error: {own}")
+        words += [f"The last error of {name}: {error}" for name, error in errors.items()]
+        return " ".join(words)
 
-    def _read_pipe(self) -> SchedulerReady | None:
-        """What the scheduler said last: its readiness, or an error that is kept."""
-        try:
-            while self._ready_receiver.poll():
-                kind, content = self._ready_receiver.recv()
-                if kind == "ready" and isinstance(content, SchedulerReady):
-                    return content
-                self._last_error = str(content)
-        except (EOFError, OSError):
-            return None
-        return None
+    def _read_pipes(self) -> None:
+        for pipe in self._ranks.values():
+            pipe.read()
+
+    def _errors(self) -> list[tuple[str, str]]:
+        """(name, error) of the ranks that said one; who only missed another rank comes last."""
+        said = [(name, pipe) for name, pipe in self._ranks.items() if pipe.error is not None]
+        said.sort(key=lambda pair: pair[1].missed_another)
+        return [(name, str(pipe.error)) for name, pipe in said]
 
     def stop(self) -> None:
-        """End the children and remove the sockets; blocks until both are gone."""
+        """End the children and remove the sockets; blocks until all are gone."""
         if self._watch is not None:
             self._watch.stop()
         self._end_children(STOP_GRACE_S)
@@ -157,11 +172,43 @@ class ServerProcesses:
         started = {name: p for name, p in self._children.items() if p.pid is not None}
         stop_children(started, grace_s)
         self._starter.close()
-        for end in (self._ready_receiver, self._ready_sender):
-            _close(end)
+        for pipe in self._ranks.values():
+            pipe.close()
+        _close_listeners(self._places)
         self._directory.remove()
 
 
-def _close(end: Connection) -> None:
-    if not end.closed:
-        end.close()
+class _RankPipe:
+    """What one rank's scheduler has told on its pipe so far."""
+
+    def __init__(self, receiver: Connection, sender: Connection) -> None:
+        self.receiver = receiver
+        self.sender = sender
+        self.ready: SchedulerReady | None = None
+        self.error: str | None = None
+        self.missed_another = False  # the error is that another rank was lost
+        self.ended = False
+
+    def read(self) -> None:
+        """Take what has come; never blocks."""
+        try:
+            while not self.ended and self.receiver.poll():
+                kind, content = self.receiver.recv()
+                if kind == "ready" and isinstance(content, SchedulerReady):
+                    self.ready = content
+                else:
+                    self.error, self.missed_another = str(content), kind == "lost"
+        except (EOFError, OSError):
+            self.ended = True
+
+    def close(self) -> None:
+        """Close both ends; a second call does nothing."""
+        for end in (self.receiver, self.sender):
+            if not end.closed:
+                end.close()
+
+
+def _close_listeners(places: Sequence[Rendezvous]) -> None:
+    for place in places:
+        if place.listener is not None:
+            place.listener.close()

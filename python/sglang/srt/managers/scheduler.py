@@ -38,9 +38,16 @@ from sglang.srt.managers.schedule_policy import ChunkSizer, choose_victim, share
 from sglang.srt.managers.scheduler_admission import Admission, WaitingQueue
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_control import SchedulerControl
-from sglang.srt.managers.scheduler_limits import SchedulerChannel, SchedulerLimits, Worker
+from sglang.srt.managers.scheduler_limits import (
+    SchedulerChannel,
+    SchedulerLimits,
+    TurnInputs,
+    TurnSource,
+    Worker,
+)
 from sglang.srt.managers.scheduler_output import OutputCollector
 from sglang.srt.managers.scheduler_progress import PrefillProgressLog
+from sglang.srt.managers.scheduler_ranks import OwnTurns
 from sglang.srt.managers.scheduler_results import process_result
 from sglang.srt.managers.scheduler_stats import SchedulerCounters
 from sglang.srt.mem_cache.allocation import DecodeRows, KVMemory, KVPlacement, PageNeed
@@ -71,8 +78,9 @@ class _StepInFlight:
 class Scheduler:
     """Decides, allocates, launches and collects; one instance per rank, one thread.
 
-    `make_batch` builds the compute side's view of a batch, `clock` gives monotonic seconds. All
-    collaborators are passed in, so a test runs it turn by turn with stand-ins.
+    `make_batch` builds the compute side's view of a batch, `clock` gives monotonic seconds, `turns`
+    (None: this rank is alone) what turns are decided from. All collaborators are passed in, so a
+    test runs it turn by turn with stand-ins.
     """
 
     def __init__(
@@ -86,7 +94,9 @@ class Scheduler:
         progress: Progress,
         clock: Callable[[], float],
         canary: SchedulerCanary | None = None,
+        turns: TurnSource | None = None,
     ) -> None:
+        self._turns = turns or OwnTurns(channel, clock)
         self._memory = memory
         self._worker = worker
         self._make_batch = make_batch
@@ -151,17 +161,16 @@ class Scheduler:
 
     def turn(self) -> None:
         """Receive, launch at most one step, collect what is due, tell the news."""
-        self._receive()
+        inputs = self._turns.next(self._poll_ms())
         began = self._clock()
-        self._reply(self._control.step(began))
+        self._take(inputs)
         launched = self._launch_next()
         while len(self._inflight) > (1 if launched and self._limits.overlap else 0):
             self._collect()
-        now = self._clock()
         if launched:
-            self.counters.note_step(now - began)
+            self.counters.note_step(self._clock() - began)
         self._stalled = not launched and not self._inflight
-        self._memory.on_step_boundary(now, self._pages_expected())
+        self._memory.on_step_boundary(inputs.now, self._pages_expected())
         self._progress.tick()
         self._flush_outputs()
 
@@ -183,12 +192,16 @@ class Scheduler:
 
     # ---- messages ----
 
-    def _receive(self) -> None:
+    def _take(self, inputs: TurnInputs) -> None:
         """Take what has come; a message and the frame with its prompt are gone after this."""
-        for message in self._channel.receive(self._poll_ms()):
-            self._dispatch(message)
+        for num_tokens, seconds in inputs.step_times:
+            self._chunks.observe(num_tokens, seconds)
+        for message in inputs.messages:
+            self._dispatch(message, inputs.now)
+        inputs.messages.clear()
+        self._reply(self._control.step(inputs.now))
 
-    def _dispatch(self, message: ToScheduler) -> None:
+    def _dispatch(self, message: ToScheduler, now: float) -> None:
         if isinstance(message, TokenizedGenerateReqInput):
             self._add_request(message)
         elif isinstance(message, AbortReq):
@@ -198,7 +211,7 @@ class Scheduler:
             if req is not None:
                 self._end(req, FinishReason("stop"))
         else:
-            self._reply(self._control.answer(message, self._clock()))
+            self._reply(self._control.answer(message, now))
 
     def _add_request(self, message: TokenizedGenerateReqInput) -> None:
         num_tokens = message.input_ids.nbytes // 4
@@ -316,7 +329,7 @@ class Scheduler:
         if not items:
             return None
         self._num_steps += 1
-        return ScheduleBatch(self._num_steps, tuple(items)), _concat(parts)
+        return ScheduleBatch(self._num_steps, tuple(items)), KVPlacement.concat(parts)
 
     def _submit(self, batch: ScheduleBatch, placement: KVPlacement) -> None:
         info = SamplingBatchInfo.from_schedule_batch(batch, self._drops)
@@ -330,6 +343,8 @@ class Scheduler:
             req.num_inflight += 1
             req.num_pending += int(item.sample)
         self._memory.note_launched(batch.step)
+        for slots in placement.out_cache_loc:
+            self._turns.note_decided(slots)
         future = self._worker.submit(forward_batch, info)
         self._inflight.append(_StepInFlight(batch, info, future))
 
@@ -386,7 +401,8 @@ class Scheduler:
         result = step.future.result()
         self._memory.note_completed(step.batch.step)
         process_result(step.batch, step.info, result, self._memory, self._limits.context_length)
-        self._chunks.observe(step.batch.num_prefill_tokens, result.forward_s)
+        self._turns.note_step(step.batch.num_prefill_tokens, result.forward_s)
+        self._turns.note_decided(result.token_ids)
         self.counters.note_result(len(result.token_ids))
         self.prefills.computed(step.batch.items, self._clock())
         for item in step.batch.items:
@@ -435,12 +451,3 @@ class Scheduler:
 
 def _need(item: ScheduledReq) -> PageNeed:
     return PageNeed(item.lease, item.num_tokens)
-
-
-def _concat(parts: Sequence[KVPlacement]) -> KVPlacement:
-    """Placements of one step's parts as one, in order."""
-    if len(parts) == 1:
-        return parts[0]
-    groups = range(len(parts[0].out_cache_loc))
-    locs = tuple(np.concatenate([part.out_cache_loc[g] for part in parts]) for g in groups)
-    return KVPlacement(locs, parts[-1].ticket)

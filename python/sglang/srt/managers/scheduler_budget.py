@@ -1,9 +1,8 @@
 """Operations on the pool that take several turns: a budget change, a compaction.
 
 Each is a small state machine that `SchedulerControl` steps once a turn with the queue drained,
-while requests go on in between; its reply is made when it ends. What depends on a clock (the
-deadline) is decided here, on the rank that heard the message. See docs/kv_segments.md,
-Note [A budget that moves].
+while requests go on in between; its reply is made when it ends. The deadline goes by the time of
+the turn, which all ranks share. See docs/kv_segments.md, Note [A budget that moves].
 """
 
 from __future__ import annotations

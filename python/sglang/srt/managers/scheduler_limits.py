@@ -7,6 +7,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
 from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.managers.io_struct import (
     BatchProgressOut,
@@ -71,6 +75,35 @@ class SchedulerChannel(Protocol):
     def send_reply(self, reply: ControlReply) -> None: ...
 
     def send_progress(self, progress: BatchProgressOut) -> None: ...
+
+
+class TurnInputs(msgspec.Struct, array_like=True):
+    """All that a turn is decided from beside the state that ranks share: the same on every rank.
+
+    `now` in seconds of rank 0's monotonic clock; `messages` in the order in which they came;
+    `step_times` the (prefill tokens, seconds) of steps that rank 0 collected since the last turn,
+    for the size of chunks. `digest` stands for what rank 0 has decided so far. `meet`: all ranks
+    show that they are there.
+    """
+
+    now: float
+    messages: list[ToScheduler]
+    step_times: list[tuple[int, float]] = []
+    digest: int = 0
+    meet: bool = False
+
+
+class TurnSource(Protocol):
+    """Where a scheduler's turns come from: its own channel, or rank 0. See Note [Ranks]."""
+
+    def next(self, poll_ms: int) -> TurnInputs:
+        """What the next turn is decided from; rank 0 waits up to `poll_ms` for a message."""
+
+    def note_step(self, num_prefill_tokens: int, seconds: float) -> None:
+        """A step was collected; its time comes back with the inputs of the next turn."""
+
+    def note_decided(self, values: npt.NDArray[np.int64]) -> None:
+        """Something that all ranks have to decide alike was decided."""
 
 
 class Worker(Protocol):

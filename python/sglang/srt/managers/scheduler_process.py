@@ -1,23 +1,27 @@
 """The scheduler's process: sockets, signs of life, the loop, and what it says when it dies.
 
-Started by the launcher with multiprocessing spawn. A failure at start is told on the ready pipe
-in one line; a broken invariant later writes the pools' state and ends the process, which the
-parent notices.
+Started by the launcher with multiprocessing spawn, once for each rank; rank 0 has the sockets. A
+failure at start is told on the ready pipe in one line; a broken invariant or a lost rank later
+writes the pools' state, says why on the same pipe and ends the process, which the parent notices.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 import zmq
 
+from sglang.srt.distributed.communicator import RankLinks
+from sglang.srt.distributed.process_group import connect_ranks
 from sglang.srt.environ import Environ
-from sglang.srt.errors import BackingError
+from sglang.srt.errors import BackingError, RankLostError
 from sglang.srt.managers.io_struct import (
     BatchProgressOut,
     BatchTokenIDOut,
@@ -30,11 +34,14 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_health import HeartbeatThread, WatchdogThread
+from sglang.srt.managers.scheduler_limits import SchedulerChannel
+from sglang.srt.managers.scheduler_ranks import SilentChannel, make_turns
 from sglang.srt.managers.scheduler_setup import SchedulerParts, build_scheduler_parts
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.channel import Receiver, Sender
 from sglang.srt.utils.process import set_up_child
 from sglang.srt.utils.progress import Progress
+from sglang.srt.utils.rendezvous import Rendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -76,44 +83,79 @@ def run_scheduler_process(
     ipc: IpcNames,
     ready_pipe: Connection,
     tp_rank: int = 0,
+    rendezvous: Rendezvous | None = None,
 ) -> None:
     """Serve until the parent ends this process.
 
-    Sends ("ready", SchedulerReady) or ("error", one line) on `ready_pipe`. Exits with 1 after an
-    error, having logged the state of the pools.
+    `rendezvous` is where the other ranks are met, None with one rank. Sends ("ready",
+    SchedulerReady) or, then and when it fails later, ("error", one line) on `ready_pipe`, ("lost",
+    one line) when it is another rank that failed. Exits with 1 after an error, having logged the
+    state of the pools.
     """
-    set_up_child(f"sglang::scheduler TP{tp_rank}", server_args.log_level)
+    set_up_child(f"sglang::scheduler TP{tp_rank}", _log_level(server_args.log_level, tp_rank))
     context: zmq.Context[Any] = zmq.Context()
     progress = Progress()
-    channel = SocketChannel(context, ipc)
+    channel = SocketChannel(context, ipc) if tp_rank == 0 else SilentChannel()
     try:
-        parts = build_scheduler_parts(server_args, environ, progress)
-    except (ValueError, OSError, MemoryError, BackingError) as error:
-        ready_pipe.send(("error", f"{error}"))
-        ready_pipe.close()
-        sys.exit(1)
-    scheduler = make_scheduler(parts, channel, progress)
-    threads = _start_threads(server_args, scheduler, context, ipc, progress)
+        links = _connect(server_args, tp_rank, rendezvous)
+        parts = build_scheduler_parts(server_args, environ, progress, links)
+    except (ValueError, OSError, MemoryError, BackingError, RankLostError) as error:
+        _tell(ready_pipe, error, f"{error}")
+        _leave(rendezvous)
+    scheduler = make_scheduler(parts, channel, progress, links)
+    threads = _start_threads(server_args, scheduler, progress)
+    if tp_rank == 0:
+        threads.append(_start_heartbeat(scheduler, context, ipc, progress))
     ready_pipe.send(("ready", parts.ready))
-    ready_pipe.close()
     try:
         while True:
             scheduler.turn()
-    except Exception:
+    except Exception as error:
         # The one place where everything is caught: whatever broke, the state has to be seen.
         logger.exception("The scheduler failed")
         logger.error("Requests at that moment: %r", list(scheduler.requests()))
         logger.error("Memory at that moment: %r", parts.memory)
+        _tell(ready_pipe, error, f"{type(error).__name__}: {error}")
         for thread in threads:
             thread.close()
         if parts.publisher is not None:
             parts.publisher.close()
-        sys.stderr.flush()
+        _leave(rendezvous)
+
+
+def _connect(
+    server_args: ServerArgs, tp_rank: int, rendezvous: Rendezvous | None
+) -> RankLinks | None:
+    if rendezvous is None:
+        return None
+    return connect_ranks(rendezvous, tp_rank, server_args.tp_size, server_args.dist_timeout)
+
+
+def _tell(ready_pipe: Connection, error: Exception, text: str) -> None:
+    with contextlib.suppress(OSError):  # the parent may have gone
+        ready_pipe.send(("lost" if isinstance(error, RankLostError) else "error", text))
+
+
+def _log_level(wanted: str, tp_rank: int) -> str:
+    """Ranks do the same, so one of them tells; what goes wrong is told by each."""
+    return "warning" if tp_rank and wanted == "info" else wanted
+
+
+def _leave(rendezvous: Rendezvous | None) -> NoReturn:
+    """Exit with 1; at once where a thread may wait for ranks that will not come."""
+    sys.stderr.flush()
+    if rendezvous is None:
         sys.exit(1)
+    os._exit(1)
 
 
-def make_scheduler(parts: SchedulerParts, channel: SocketChannel, progress: Progress) -> Scheduler:
-    """Join the parts that were set up with their sockets."""
+def make_scheduler(
+    parts: SchedulerParts,
+    channel: SchedulerChannel,
+    progress: Progress,
+    links: RankLinks | None = None,
+) -> Scheduler:
+    """Join the parts that were set up with their sockets, and with the other ranks."""
     return Scheduler(
         memory=parts.memory,
         worker=parts.worker,
@@ -123,16 +165,23 @@ def make_scheduler(parts: SchedulerParts, channel: SocketChannel, progress: Prog
         progress=progress,
         clock=time.monotonic,
         canary=parts.canary,
+        turns=make_turns(channel, time.monotonic, None if links is None else links.control),
     )
 
 
 def _start_threads(
-    server_args: ServerArgs,
-    scheduler: Scheduler,
-    context: zmq.Context[Any],
-    ipc: IpcNames,
-    progress: Progress,
-) -> tuple[HeartbeatThread, WatchdogThread]:
+    server_args: ServerArgs, scheduler: Scheduler, progress: Progress
+) -> list[HeartbeatThread | WatchdogThread]:
+    watchdog = WatchdogThread(
+        lambda: (progress.count, scheduler.busy), server_args.watchdog_timeout, time.monotonic
+    )
+    watchdog.start()
+    return [watchdog]
+
+
+def _start_heartbeat(
+    scheduler: Scheduler, context: zmq.Context[Any], ipc: IpcNames, progress: Progress
+) -> HeartbeatThread:
     sender: Sender[ToTokenizer] = Sender(context, ipc.tokenizer)
 
     def read() -> Heartbeat:
@@ -145,9 +194,5 @@ def _start_threads(
         )
 
     heartbeat = HeartbeatThread(read, sender.send)
-    watchdog = WatchdogThread(
-        lambda: (progress.count, scheduler.busy), server_args.watchdog_timeout, time.monotonic
-    )
     heartbeat.start()
-    watchdog.start()
-    return heartbeat, watchdog
+    return heartbeat

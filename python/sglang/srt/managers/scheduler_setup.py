@@ -15,6 +15,7 @@ import torch
 
 from sglang.srt.configs.kv_events_config import KVEventsConfig
 from sglang.srt.configs.model_config import ModelConfig, resolve_context_length
+from sglang.srt.distributed.communicator import RankLinks
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.environ import Environ
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -91,12 +92,28 @@ def resolve_dtype(requested: str, checkpoint: str) -> str:
     return "bfloat16" if checkpoint in ("float32", "float16") else checkpoint
 
 
-def compute_threads(requested: int | None, present: int) -> int:
-    """Threads of the model's products: the requested number, else at most one for each core.
+def compute_threads(requested: int | None, present: int, num_ranks: int = 1) -> int:
+    """Threads of one rank's products: the requested number, else its share of the cores.
 
     `present` is what the process has otherwise, OMP_NUM_THREADS included.
     """
-    return min(present, usable_cores()) if requested is None else requested
+    if requested is not None:
+        return requested
+    return max(1, min(present, usable_cores() // num_ranks))
+
+
+def agreed_memory(links: RankLinks | None, read: Callable[[], HostMemory]) -> HostMemory:
+    """What the machine has for one rank: the same on all ranks, read once all have loaded.
+
+    `links` None: the rank is alone. Ranks share one machine, so each gets its part of what is
+    left, and the least that any of them sees counts. Blocks until all ranks have called.
+    """
+    if links is None:
+        return read()
+    links.control.agree((0,))  # nobody's weights are still to come
+    host = read()
+    total, available = links.control.agree((host.total_bytes, host.available_bytes // links.size))
+    return HostMemory(total, available, host.bound_by)
 
 
 def resolve_max_running_requests(
@@ -243,21 +260,29 @@ def prefill_chunk_tokens(args: ServerArgs) -> int:
     return min(args.chunked_prefill_size, args.max_prefill_tokens)
 
 
-def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress) -> SchedulerParts:
-    """Load the model and make the pool, in this order.
+def build_scheduler_parts(
+    args: ServerArgs, environ: Environ, progress: Progress, links: RankLinks | None = None
+) -> SchedulerParts:
+    """Load this rank's part of the model and make its pool, in this order.
 
-    Raises ValueError with one line for anything the user has to change, BackingError or OSError
-    for what the machine refuses.
+    `links` to the other ranks, which build theirs at the same time; None with one rank. Raises
+    ValueError with one line for anything the user has to change, BackingError or OSError for what
+    the machine refuses, RankLostError when another rank does not come.
     """
+    if links is None and args.tp_size > 1:
+        raise ValueError(f"--tp-size {args.tp_size}: only a server or an Engine has several ranks")
     if args.device == "cpu":
-        torch.set_num_threads(compute_threads(args.cpu_threads, torch.get_num_threads()))
+        threads = compute_threads(args.cpu_threads, torch.get_num_threads(), args.tp_size)
+        torch.set_num_threads(threads)
     config = ModelConfig.from_path(
         args.model_path,
         overrides=args.model_overrides(),
         trust_remote_code=args.trust_remote_code,
     )
     requested = resolve_context_length(config, args.context_length, environ)
-    parallel = ParallelState(tp_rank=0, tp_size=args.tp_size)
+    parallel = (
+        ParallelState() if links is None else ParallelState(links.rank, links.size, links.compute)
+    )
     dtype = resolve_dtype(args.dtype, config.torch_dtype)
     model = load_model(
         config,
@@ -265,6 +290,7 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
         dtype=DTYPES[dtype],
         parallel=parallel,
         device=args.device,
+        show_progress=parallel.tp_rank == 0,
         seed=args.random_seed,
         quantization=args.quantization,
     )
@@ -274,13 +300,14 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
     spec = kv_cache_spec(config, parallel, kv_dtype, page_size)
     damage = _perturbation(args, environ, spec)
     backing = make_backing(args.kv_backing, debug_protect=environ.kv_debug_protect)
-    host = read_host_memory()
+    host = agreed_memory(links, read_host_memory)
     plan = plan_pool(args, spec, backing, host, requested)
     if plan.clamp.is_clamped:
         logger.warning("Context length clamped: %s.", plan.clamp.explanation)
-    publisher = open_publisher(args.kv_events_config)
+    # All ranks cache alike; one of them tells.
+    publisher = open_publisher(args.kv_events_config if parallel.tp_rank == 0 else None)
     sink = None if publisher is None else publisher.publish
-    memory = _make_memory(args, spec, backing, plan, host.total_bytes, sink)
+    memory = _make_memory(args, spec, backing, plan, host.total_bytes, sink, links)
     backend = make_attention_backend(backend_class, memory.kv_pool)
 
     def make_batch(batch: ScheduleBatch, placement: KVPlacement) -> ForwardBatch:
@@ -308,9 +335,12 @@ def build_scheduler_parts(args: ServerArgs, environ: Environ, progress: Progress
 def _decode_tapes(
     args: ServerArgs, model: CausalLM, backend: AttentionBackend
 ) -> DecodeTapes | None:
-    """What decode steps are recorded on; None where they can't be or the user wants none."""
+    """What decode steps are recorded on; None where they can't be or the user wants none.
+
+    Not with several ranks: a recording that is given up half-way would repeat collectives.
+    """
     kernels = native_kernels() if backend.records_steps else None
-    if kernels is None or args.disable_cuda_graph:
+    if kernels is None or args.disable_cuda_graph or args.tp_size > 1:
         return None
     return DecodeTapes(model, kernels, args.cuda_graph_max_bs)
 
@@ -322,7 +352,10 @@ def _make_memory(
     plan: _PoolPlan,
     machine_bytes: int,
     event_sink: EventSink | None,
+    links: RankLinks | None,
 ) -> KVMemory:
+    ranks = None if links is None else links.control
+    now_ms = int(time.monotonic() * 1e3)
     return KVMemory.create(
         spec,
         backing,
@@ -339,7 +372,8 @@ def _make_memory(
         eviction_policy=args.radix_eviction_policy,
         event_sink=event_sink,
         prefill_chunk=prefill_chunk_tokens(args),
-        now=time.monotonic(),
+        now=(now_ms if ranks is None else ranks.agree((now_ms,))[0]) / 1e3,
+        ranks=ranks,
     )
 
 

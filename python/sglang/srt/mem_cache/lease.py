@@ -111,3 +111,12 @@ class KVPlacement:
 
     out_cache_loc: tuple[Int64Array, ...]
     ticket: Ticket | None
+
+    @classmethod
+    def concat(cls, parts: Sequence[KVPlacement]) -> KVPlacement:
+        """Placements of one step's parts (at least one) as one, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        groups = range(len(parts[0].out_cache_loc))
+        locs = tuple(np.concatenate([part.out_cache_loc[g] for part in parts]) for g in groups)
+        return cls(locs, parts[-1].ticket)

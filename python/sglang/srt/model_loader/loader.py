@@ -125,6 +125,9 @@ def fill_with_dummy_weights(model: nn.Module, seed: int) -> None:
 
 
 def _load(model: CausalLM, source: WeightSource, show_progress: bool) -> None:
+    if not show_progress:
+        model.load_weights(source.weights)
+        return
     # The bar's default lock is a named semaphore between processes, which a terminated process
     # leaves behind; one process draws this bar.
     tqdm.set_lock(threading.RLock())
@@ -133,7 +136,6 @@ def _load(model: CausalLM, source: WeightSource, show_progress: bool) -> None:
         desc="Loading weights",
         unit=" tensors",
         file=sys.stderr,
-        disable=not show_progress,
         dynamic_ncols=True,
     ) as bar:
         model.load_weights(_counted(source, bar.update))

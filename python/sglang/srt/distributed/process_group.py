@@ -1,0 +1,204 @@
+"""`Communicator` over a process group of torch.distributed, and how ranks of one machine connect.
+
+The group is an object that was passed in: nothing is registered with torch.distributed, so
+there is no default group to pick by mistake. Gloo on a CPU; a NCCL group has the same methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from sglang.srt.distributed.communicator import RankLinks
+from sglang.srt.errors import RankLostError
+from sglang.srt.utils.rendezvous import LOOPBACK, RankBoard, Rendezvous
+
+_dist: Any = dist  # its type stubs lack half of what is used here
+
+# Bytes of a broadcast's first frame, its length included: a usual message is one frame.
+FRAME_BYTES = 4096
+_LENGTH_BYTES = 8
+
+# Over loopback sockets latency counts: below this a direct exchange was 2 to 4 times as fast as
+# gloo's rings (2 and 3 ranks, 256 bytes to 512 KiB).
+GLOO_DIRECT_BYTES = 1 << 20
+
+CONTROL, COMPUTE = 0, 1
+_GROUP_NAMES = ("control", "compute")
+
+
+class Roll(Protocol):
+    """Where a collective is announced, so that a missing rank can be named; see `RankBoard`."""
+
+    def begin(self, rank: int, group: int) -> int: ...
+
+    def behind(self, group: int, number: int) -> Sequence[int]: ...
+
+
+class GroupCommunicator:
+    """The collectives of one process group, `group` (CONTROL or COMPUTE) on the `roll`.
+
+    `timeout_s` is the group's own, told in errors. Where a rank would send no more than
+    `direct_bytes`, ranks send each other their tensors and each adds up for itself.
+    """
+
+    def __init__(
+        self, process_group: Any, roll: Roll, group: int, timeout_s: float, direct_bytes: int
+    ) -> None:
+        self._group = process_group
+        self._direct_bytes = direct_bytes
+        self._roll = roll
+        self._number = group
+        self._timeout_s = timeout_s
+        self.rank: int = process_group.rank()
+        self.size: int = process_group.size()
+        self._minimum = _dist.AllreduceOptions()
+        self._minimum.reduceOp = _dist.ReduceOp.MIN
+        self._from_first = _dist.BroadcastOptions()
+        self._from_first.rootRank = 0
+        self._from_first.rootTensor = 0
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Communicator`; may be in place."""
+        tensor = tensor.contiguous()
+        if not tensor.numel():
+            return tensor
+        with self._announced("all_reduce"):
+            if self._is_direct(tensor):
+                return _sum_in_order(self._exchange(tensor))
+            self._group.allreduce([tensor]).wait()
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """See `Communicator`."""
+        tensor = tensor.contiguous()
+        if not tensor.numel():
+            return torch.cat([tensor] * self.size, dim)
+        with self._announced("all_gather"):
+            if self._is_direct(tensor):
+                return torch.cat(self._exchange(tensor), dim)
+            parts = [torch.empty_like(tensor) for _ in range(self.size)]
+            self._group.allgather([parts], [tensor]).wait()
+        return torch.cat(parts, dim)
+
+    def broadcast(self, data: bytes | None) -> memoryview:
+        """See `Communicator`; one frame, and a second one for what does not fit in it."""
+        frame = torch.zeros(FRAME_BYTES, dtype=torch.uint8)
+        head = frame.numpy().data
+        room = FRAME_BYTES - _LENGTH_BYTES
+        if self.rank == 0:
+            if data is None:
+                raise ValueError("rank 0 broadcasts something")
+            head[:_LENGTH_BYTES] = len(data).to_bytes(_LENGTH_BYTES, "little")
+            head[_LENGTH_BYTES : _LENGTH_BYTES + min(room, len(data))] = data[:room]
+        self._send_from_first(frame)
+        length = int.from_bytes(head[:_LENGTH_BYTES], "little")
+        if length <= room:
+            return memoryview(data) if data is not None else head[_LENGTH_BYTES:][:length]
+        whole = torch.empty(length, dtype=torch.uint8)
+        view = whole.numpy().data
+        if data is not None:
+            view[:] = data
+        else:
+            view[:room] = head[_LENGTH_BYTES:]
+        self._send_from_first(whole[room:])
+        return view
+
+    def agree(self, votes: Sequence[int]) -> Sequence[int]:
+        """See `Communicator`."""
+        numbers = torch.tensor(votes, dtype=torch.int64)
+        if len(votes):
+            with self._announced("agreement"):
+                self._group.allreduce([numbers], self._minimum).wait()
+        agreed: list[int] = numbers.tolist()
+        return agreed
+
+    def _is_direct(self, tensor: torch.Tensor) -> bool:
+        return tensor.nbytes * (self.size - 1) <= self._direct_bytes
+
+    def _exchange(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor, each sent straight to all others: one hop instead of a ring's."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        parts = [
+            tensor if rank == self.rank else torch.empty_like(tensor) for rank in range(self.size)
+        ]
+        works = [self._group.recv([parts[rank]], rank, 0) for rank in others]
+        works += [self._group.send([tensor], rank, 0) for rank in others]
+        for work in works:
+            work.wait()
+        return parts
+
+    def _send_from_first(self, tensor: torch.Tensor) -> None:
+        with self._announced("broadcast"):
+            self._group.broadcast([tensor], self._from_first).wait()
+
+    @contextmanager
+    def _announced(self, what: str) -> Iterator[None]:
+        """Note the collective on the roll; say who is missing when it fails."""
+        number = self._roll.begin(self.rank, self._number)
+        try:
+            yield
+        except RuntimeError as error:
+            behind = self._roll.behind(self._number, number)
+            who = ", ".join(f"rank {rank}" for rank in behind) or "another rank"
+            missing = "has not come to" if behind else "was lost during"
+            raise RankLostError(
+                f"{who} {missing} {what} {number} of the {_GROUP_NAMES[self._number]} group, "
+                f"in which rank {self.rank} waits (--dist-timeout is {self._timeout_s:g} s): "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+
+
+def _sum_in_order(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The sum in the order of ranks, the same bits on all; 16-bit numbers are rounded once."""
+    dtype = parts[0].dtype
+    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    total = parts[0].to(wide, copy=True)
+    for part in parts[1:]:
+        total += part
+    return total.to(dtype)
+
+
+def connect_ranks(rendezvous: Rendezvous, rank: int, size: int, timeout_s: float) -> RankLinks:
+    """Both groups of this rank over gloo; blocks until every rank has come.
+
+    Raises RankLostError when one does not within `timeout_s` seconds.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    board = RankBoard(rendezvous.board_path, size)
+    listener = rendezvous.listener
+    try:
+        store = _dist.TCPStore(
+            LOOPBACK,
+            rendezvous.port,
+            size,
+            is_master=rank == 0,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=None if listener is None else listener.detach(),
+        )
+        make = _gloo_maker(store, rank, size, timeout)
+        return RankLinks(
+            *(
+                GroupCommunicator(make(name), board, group, timeout_s, GLOO_DIRECT_BYTES)
+                for group, name in enumerate(_GROUP_NAMES)
+            )
+        )
+    except RuntimeError as error:
+        text = str(error).splitlines()[0]
+        raise RankLostError(f"rank {rank} found not all of {size} ranks: {text}") from error
+
+
+def _gloo_maker(store: Any, rank: int, size: int, timeout: timedelta) -> Callable[[str], Any]:
+    def make(name: str) -> Any:
+        options = _dist.ProcessGroupGloo._Options()
+        options._devices = [_dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+        options._timeout = timeout
+        return _dist.ProcessGroupGloo(_dist.PrefixStore(name, store), rank, size, options)
+
+    return make
