@@ -7,6 +7,7 @@ then the context is clamped to what the budget can hold.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ logger = logging.getLogger(__name__)
 
 # A segment of about this many bytes maps in a few milliseconds and wastes little at its end.
 AUTO_SEGMENT_BYTES = 32 << 20
+
+_SWITCH_INTERVAL_S = 1e-4
 
 DTYPES = {
     "float32": torch.float32,
@@ -274,6 +277,9 @@ def build_scheduler_parts(
     if args.device == "cpu":
         threads = compute_threads(args.cpu_threads, torch.get_num_threads(), args.tp_size)
         torch.set_num_threads(threads)
+        # The worker comes back from native code while the scheduler's thread prepares the next
+        # step: by default it would be kept from the interpreter for up to 5 ms.
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
     config = ModelConfig.from_path(
         args.model_path,
         overrides=args.model_overrides(),
