@@ -228,8 +228,8 @@ class KVPlanes:
     ) -> None:
         """Write row i of k and v [R, G, D] into slot slots[i] of their planes.
 
-        Rows are of the type of their plane. Into planes of fp8 they may be wider floats, both of one
-        type: rounded to the nearest, beyond the largest finite number to that one, NaN kept.
+        Rows are of the type of their plane. Into planes of fp8 they may be wider floats, both of
+        one type: rounded to the nearest, beyond the largest finite number to that one, NaN kept.
         `slots` int64 [R] must be distinct and in [0, S), which the caller has made sure of: a
         step's slots are the same for every layer. Raises KernelError for other shapes or types.
         """

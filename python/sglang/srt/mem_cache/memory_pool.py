@@ -192,8 +192,9 @@ class MHATokenToKVPool:
         """Write slots that stand apart; `_pieces_of` has seen that they exist."""
         kernels = native_kernels() if k.device.type == "cpu" else None
         if kernels is not None:
-            if not self._is_fp8:  # which the kernel rounds to itself, so that a tape can
-                k, v = k.to(self.dtype), v.to(self.dtype)
+            # The kernel rounds to fp8 itself, so that a tape can.
+            if not self._is_fp8 or k.dtype != v.dtype:
+                k, v = round_to(k, self.dtype), round_to(v, self.dtype)
             planes = self._native_planes.get(layer_id)
             if planes is None:
                 planes = kernels.KVPlanes(self._keys[layer_id], self._values[layer_id])

@@ -136,7 +136,7 @@ class TorchNativeAttnBackend(AttentionBackend):
         *,
         rows_pruned: bool,
     ) -> torch.Tensor:
-        """See `AttentionBackend.forward`. Scores have the KV dtype's precision; over fp8 that of q."""
+        """See `AttentionBackend.forward`. Scores are in the KV dtype, over fp8 in that of q."""
         pool = forward_batch.token_to_kv_pool
         k: torch.Tensor = pool.get_key_buffer(layer.layer_id)
         v: torch.Tensor = pool.get_value_buffer(layer.layer_id)
