@@ -8,7 +8,7 @@ torch's are lowered by ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_IN
 JSON.
 
     python benchmark/cpu/bench_attention.py [--threads N] [--cpu-time] [--rounds 5] [--long]
-        [--only extend] [--dtype float32] [--isa AVX2]
+        [--only extend] [--dtype float32] [--kv-dtype fp8_e4m3] [--isa AVX2]
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cpu_report import parser, print_report
 from sgl_kernel import AttentionTables, Isa, QueryBlocks, cpu_isa, paged_attention, read_sum
 
 PAGE = 64
+KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 HUGE_PAGE = 2 << 20  # bytes, or a multiple of what the system has
 ROWS = 4096  # distinct random tokens; copied over the whole pool
 
@@ -58,6 +59,7 @@ class Kind(NamedTuple):
 
     dtype: torch.dtype
     isa: Isa
+    kv_dtype: torch.dtype
 
 
 def huge_pages(count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -87,7 +89,7 @@ class Problem:
         self.out = torch.empty_like(self.q)
 
     def _plane(self, slots: int) -> torch.Tensor:
-        rows = torch.randn(ROWS, self.shape.kv_heads, self.shape.dim).to(self.kind.dtype)
+        rows = torch.randn(ROWS, self.shape.kv_heads, self.shape.dim).to(self.kind.kv_dtype)
         plane = huge_pages(slots * rows[0].numel(), rows.dtype).view(slots, *rows.shape[1:])
         for start in range(0, slots, ROWS):
             plane[start : start + ROWS] = rows[: min(ROWS, slots - start)]
@@ -181,14 +183,17 @@ def main() -> None:
     flags.add_argument("--long", action="store_true", help="10M tokens too: 5 GiB of memory")
     flags.add_argument("--only", choices=("decode", "extend"), help="measure that alone")
     flags.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    flags.add_argument("--kv-dtype", choices=KV_DTYPES, help="of K and V; by default that of q")
     flags.add_argument("--isa", choices=[isa.name for isa in Isa], default=cpu_isa().name)
     args = flags.parse_args()
     threads = 1 if args.cpu_time else args.threads
     clock = time.thread_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(threads)
-    kind = Kind(getattr(torch, args.dtype), Isa[args.isa])
+    dtype = getattr(torch, args.dtype)
+    kind = Kind(dtype, Isa[args.isa], KV_DTYPES.get(args.kv_dtype, dtype))
     settings = {"threads": threads, "rounds": args.rounds, "cpu_time": args.cpu_time,
-                "dtype": args.dtype, "isa": args.isa}  # fmt: skip
+                "dtype": args.dtype, "kv_dtype": args.kv_dtype or args.dtype,
+                "isa": args.isa}  # fmt: skip
     parts = {}
     if args.only != "extend":
         shapes = (*DECODE, LONG) if args.long else DECODE

@@ -10,7 +10,14 @@
 
 extern "C" {
 
-enum SglDtype : int32_t { SGL_FLOAT32 = 0, SGL_BFLOAT16 = 1, SGL_FLOAT16 = 2 };
+// The two of a byte are for K and V alone. E4M3 has no infinities, and NaN where all bits are set.
+enum SglDtype : int32_t {
+    SGL_FLOAT32 = 0,
+    SGL_BFLOAT16 = 1,
+    SGL_FLOAT16 = 2,
+    SGL_FP8_E4M3 = 3,
+    SGL_FP8_E5M2 = 4
+};
 
 // Levels of instructions, each including the ones before it on its architecture. AVX512_BF16 has the
 // dot products of bfloat16 and of bytes (VNNI).
@@ -29,9 +36,9 @@ enum SglIsa : int32_t {
 // [first(p), p], where first(p) is 0, or p - window + 1, or the begin of p's chunk.
 struct SglAttention {
     const void* q;       // [rows, heads, head_dim] in `dtype`
-    const void* k;       // [slots, kv_heads, head_dim]
-    const void* v;       // [slots, kv_heads, head_dim]
-    void* out;           // [rows, heads, head_dim]
+    const void* k;       // [slots, kv_heads, head_dim] in `kv_dtype`
+    const void* v;       // [slots, kv_heads, head_dim] in `kv_dtype`
+    void* out;           // [rows, heads, head_dim] in `dtype`
     float* lse;          // [rows, heads] natural log of the softmax's denominator, or null
     const float* sinks;  // [heads] a score that every query sees beside its keys, or null
     int64_t q_row, q_head, k_slot, k_head, v_slot, v_head, out_row, out_head;
@@ -47,6 +54,7 @@ struct SglAttention {
     int64_t chunk;   // 0: none
     int32_t num_kv_heads, heads_per_group, head_dim;
     int32_t dtype;
+    int32_t kv_dtype;  // `dtype` or one of a byte
     int32_t isa;  // at most what sgl_cpu_isa() answers
     int32_t num_threads;
     float scale, logit_cap;  // cap 0: none
@@ -132,16 +140,19 @@ struct SglRotate {
     int32_t num_threads;
 };
 
-// Rows of K and of V into slots of their planes, as bytes. A row, and a slot of each plane, is
-// contiguous; strides count bytes here.
+// Rows of K and of V into slots of their planes: as bytes, or rounded to planes of fp8, to the nearest,
+// ties to even; what is beyond the largest finite number becomes that number, NaN stays NaN. A row,
+// and a slot of each plane, is contiguous; strides count bytes here.
 struct SglStore {
-    const void* k;         // [rows] of `k_bytes`
-    const void* v;         // [rows] of `v_bytes`
-    void* k_plane;         // slot 0
-    void* v_plane;         // slot 0
+    const void* k;         // [rows]
+    const void* v;         // [rows]
+    void* k_plane;         // slot 0, of `k_bytes` as every slot
+    void* v_plane;         // slot 0, of `v_bytes` as every slot
     const int64_t* slots;  // [rows] distinct
     int64_t k_row, v_row, k_slot, v_slot;
     int64_t rows, k_bytes, v_bytes;
+    int32_t x_dtype;      // of k and v, where they are rounded
+    int32_t plane_dtype;  // an fp8 that rows are rounded to; -1: they are copied
     int32_t num_threads;
 };
 

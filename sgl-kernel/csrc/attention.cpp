@@ -6,7 +6,8 @@
 // end. A decoding query's keys are split in any case after some ten thousands: a longer running sum
 // loses what comes late.
 //
-// Served: head_dim a multiple of 16 up to kMaxHeadDim, float32, bfloat16 and float16.
+// Served: head_dim a multiple of 16 up to kMaxHeadDim, float32, bfloat16 and float16, K and V of the
+// same type or of fp8, whose blocks are widened as they are read (wide_rows.h).
 #include "attention.h"
 
 #include <cstdlib>
@@ -61,7 +62,7 @@ struct Kernel {
 Kernel choose_kernel(const SglAttention& call) {
 #if defined(__x86_64__)
     const bool pairs = call.dtype == SGL_BFLOAT16 && call.head_dim % 32 == 0;
-    if (call.isa == SGL_AMX && pairs)
+    if (call.isa == SGL_AMX && pairs && !wide_bytes(call))
         return {run_task_amx, run_task_amx, finish_avx512, Kernel::kTiles};
     if (call.isa >= SGL_AVX512_BF16 && call.isa != SGL_NEON && pairs)
         return {run_decode_dots, run_blocked_dots, finish_avx512, Kernel::kBlocked};
@@ -182,9 +183,11 @@ struct Worker {
 
     Worker(const SglAttention& c, const Plan& p, const Kernel& k, void* all)
         : call(c), plan(p), kernel(k), partials(all), own(allocate(state_bytes(c, p.most_states))) {
+        const int64_t wide = wide_bytes(c);
+        if (wide) scratch = allocate(wide);
 #if defined(__x86_64__)
         if (kernel.many == Kernel::kBlocked)
-            scratch = allocate(BlockedScratch().lay_out(
+            scratch = allocate(wide + BlockedScratch().lay_out(
                 p.most_queries * c.heads_per_group, c.head_dim, nullptr));
         if (kernel.many != Kernel::kTiles) return;
         scratch = allocate(amx_scratch_bytes(c, p.most_queries, p.most_heads));
@@ -230,6 +233,7 @@ extern "C" int32_t sgl_attention(const SglAttention* arguments) {
     const SglAttention& call = *arguments;
     if (call.head_dim % 16 || call.head_dim < 16 || call.head_dim > kMaxHeadDim) return -1;
     if (call.dtype < SGL_FLOAT32 || call.dtype > SGL_FLOAT16 || call.num_threads < 1) return -1;
+    if (call.kv_dtype != call.dtype && !wide_bytes(call)) return -1;
     const Kernel kernel = choose_kernel(call);
     const Plan plan = make_plan(call, kernel);
     const Bytes partials = allocate(state_bytes(call, plan.num_states));

@@ -64,6 +64,12 @@ inline void prefetch_row(const void* row, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at, 0, 2);
 }
 
+// Bytes of a block's rows of one kv head, K and V, in floats; 0 where they are read in their planes.
+inline int64_t wide_bytes(const SglAttention& call) {
+    const bool is_fp8 = call.kv_dtype == SGL_FP8_E4M3 || call.kv_dtype == SGL_FP8_E5M2;
+    return is_fp8 ? 2 * int64_t{kKeys} * call.head_dim * 4 : 0;
+}
+
 inline int64_t num_states(const SglAttention& call, const Task& task) {
     return int64_t{task.rows} * (task.g1 - task.g0) * call.heads_per_group;
 }
@@ -108,7 +114,7 @@ inline int64_t block_end(int64_t lo, int64_t hi) { return std::min(hi, lo - lo %
 }  // namespace
 
 // Attends one task. `states` are the task's own, from 0 on; `scratch` are the thread's own bytes,
-// as many as the kernel wants, 64-byte aligned.
+// as many as the kernel wants after the wide_bytes() of the call, 64-byte aligned.
 using RunTask = void (*)(const SglAttention&, const Task&, const States&, void* scratch);
 
 // Merges the parts of a task's queries (each with the task's states) into out and lse.

@@ -5,8 +5,8 @@
 #include "vector_attention.h"
 
 void sgl::run_task_avx512(const SglAttention& call, const Task& task, const States& states,
-                           void*) {
-    run_any(call, task, states);
+                           void* scratch) {
+    run_any(call, task, states, scratch);
 }
 
 void sgl::run_blocked_avx512(const SglAttention& call, const Task& task, const States& states,

@@ -3,8 +3,8 @@
 #include "vector_attention.h"
 
 void sgl::run_task_generic(const SglAttention& call, const Task& task, const States& states,
-                           void*) {
-    run_any(call, task, states);
+                           void* scratch) {
+    run_any(call, task, states, scratch);
 }
 
 void sgl::finish_generic(const SglAttention& call, const Task& task, const States* parts, int count) {

@@ -13,6 +13,7 @@
 
 #include "attention.h"
 #include "numbers.h"
+#include "wide_rows.h"
 
 namespace {
 
@@ -131,8 +132,8 @@ class BlockedTask {
           cells_(call.head_dim / Cells::kPer), per_group_(call.heads_per_group),
           count_(sgl::num_states(call, task)),
           rewrites_(call.logit_cap > 0.0f || call.scale <= 0.0f),
-          scale_(rewrites_ ? 1.0f : call.scale * sgl::kLog2e) {
-        s_.lay_out(count_, dim_, static_cast<char*>(memory));
+          scale_(rewrites_ ? 1.0f : call.scale * sgl::kLog2e), wide_(memory) {
+        s_.lay_out(count_, dim_, static_cast<char*>(memory) + sgl::wide_bytes(call));
     }
 
     void run() {
@@ -164,6 +165,7 @@ class BlockedTask {
     const int64_t count_;
     const bool rewrites_;  // scores, before they are multiplied with scale_
     const float scale_;
+    void* wide_;  // memory of widened rows, where planes are of fp8
     sgl::BlockedScratch s_;
     sgl::KeyBlock block_;
     int64_t lo_ = 0;
@@ -173,12 +175,14 @@ class BlockedTask {
     void list_rows() {
         const T* k = static_cast<const T*>(call_.k) + task_.g0 * call_.k_head;
         const T* v = static_cast<const T*>(call_.v) + task_.g0 * call_.v_head;
-        for (int n = 0; n < sgl::kKeys; ++n) {
-            const bool there = n < block_.count;
-            const T* missing = reinterpret_cast<const T*>(s_.missing);
-            keys_[n] = there ? k + block_.slots[n] * call_.k_slot : missing;
-            values_[n] = there ? v + block_.slots[n] * call_.v_slot : missing;
+        const bool is_fp8 = sgl::wide_bytes(call_) != 0;
+        if (is_fp8) widen_block<T>(call_, task_.g0, block_, nullptr, wide_, keys_, values_);
+        for (int n = 0; !is_fp8 && n < block_.count; ++n) {
+            keys_[n] = k + block_.slots[n] * call_.k_slot;
+            values_[n] = v + block_.slots[n] * call_.v_slot;
         }
+        for (int n = block_.count; n < sgl::kKeys; ++n)
+            keys_[n] = values_[n] = reinterpret_cast<const T*>(s_.missing);
     }
 
     void pack_queries() {

@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "attention.h"
+#include "wide_rows.h"
 
 namespace {
 
@@ -23,7 +24,7 @@ constexpr int kPair = 2 * kLanes;  // elements of a vector of bf16
 constexpr int kSpan = 2 * kPair;   // elements of a head whose values are summed at a time
 constexpr int kMostHeads = 4;      // of a group, at a time
 
-inline __m512bh load_pairs(const uint16_t* x) {
+inline __m512bh load_pairs(const Bf16* x) {
     return reinterpret_cast<__m512bh>(_mm512_loadu_si512(x));
 }
 
@@ -59,8 +60,8 @@ inline __m512 sum_each(__m512* x) {
 
 class DotTask {
   public:
-    DotTask(const SglAttention& call, const Task& task, const States& states)
-        : call_(call), task_(task), states_(states), dim_(call.head_dim) {}
+    DotTask(const SglAttention& call, const Task& task, const States& states, void* wide)
+        : call_(call), task_(task), states_(states), wide_(wide), dim_(call.head_dim) {}
 
     void run() {
         find(task_.lo, &next_);
@@ -78,13 +79,14 @@ class DotTask {
     const SglAttention& call_;
     const Task& task_;
     const States& states_;
+    void* wide_;  // memory of widened rows, where planes are of fp8
     const int dim_;
     KeyBlock block_, next_;
     int64_t lo_ = 0;
-    const uint16_t* keys_[kKeys];
-    const uint16_t* values_[kKeys];
-    const uint16_t* next_keys_[kKeys];
-    const uint16_t* next_values_[kKeys];
+    const Bf16* keys_[kKeys];
+    const Bf16* values_[kKeys];
+    const Bf16* next_keys_[kKeys];
+    const Bf16* next_values_[kKeys];
     alignas(64) float scores_[kMostHeads][kKeys];
     alignas(64) uint32_t weights_[kMostHeads][kKeys / 2];  // pairs of bf16
 
@@ -95,21 +97,30 @@ class DotTask {
         if (lo < task_.hi) found->find(call_, task_.table, lo, sgl::block_end(lo, task_.hi));
     }
 
-    void attend_group(int g, int begin, int end) {
-        const auto* k = static_cast<const uint16_t*>(call_.k) + g * call_.k_head;
-        const auto* v = static_cast<const uint16_t*>(call_.v) + g * call_.v_head;
+    // Returns whether memory is still to be asked for the rows of the next block.
+    bool list_rows(int g) {
+        if (sgl::wide_bytes(call_)) {
+            widen_block<Bf16>(call_, g, block_, &next_, wide_, keys_, values_);
+            return false;
+        }
+        const auto* k = static_cast<const Bf16*>(call_.k) + g * call_.k_head;
+        const auto* v = static_cast<const Bf16*>(call_.v) + g * call_.v_head;
         for (int n = 0; n < kKeys; ++n) {  // slots beyond the last repeat the first
             keys_[n] = k + block_.slots[n] * call_.k_slot;
             values_[n] = v + block_.slots[n] * call_.v_slot;
             next_keys_[n] = next_.count ? k + next_.slots[n] * call_.k_slot : keys_[0];
             next_values_[n] = next_.count ? v + next_.slots[n] * call_.v_slot : values_[0];
         }
+        return true;
+    }
+
+    void attend_group(int g, int begin, int end) {
         const int per_group = call_.heads_per_group;
-        bool asks = true;
+        bool asks = list_rows(g);
         for (int j = 0; j < per_group; asks = false) {
             const int count = std::min(kMostHeads, per_group - j);
             const int64_t state = int64_t{g - task_.g0} * per_group + j;
-            const auto* q = static_cast<const uint16_t*>(call_.q) + task_.row * call_.q_row +
+            const auto* q = static_cast<const Bf16*>(call_.q) + task_.row * call_.q_row +
                             (g * per_group + j) * call_.q_head;
             for (int i = 0; i < count; ++i) {
                 score(q + i * call_.q_head, end, asks && i == 0, scores_[i]);
@@ -125,7 +136,7 @@ class DotTask {
     }
 
     // Scores of the keys below `end`, sixteen at a time. Rows to come are asked for meanwhile.
-    void score(const uint16_t* q, int end, bool asks, float* scores) const {
+    void score(const Bf16* q, int end, bool asks, float* scores) const {
         for (int first = 0; first < end; first += kLanes) {
             __m512 total[kLanes];
             for (int n = 0; n < kLanes; ++n) total[n] = _mm512_setzero_ps();
@@ -204,8 +215,8 @@ class DotTask {
             for (int i = 0; i < 2 * kVectors; ++i) total[j][i] = _mm512_setzero_ps();
         for (int n = begin & ~1; n < end; n += 2) {
             // A key that is not seen has weight 0, but its row may hold anything.
-            const uint16_t* a = values_[n < begin ? n + 1 : n] + d;
-            const uint16_t* b = values_[n + 1 < end ? n + 1 : n] + d;
+            const Bf16* a = values_[n < begin ? n + 1 : n] + d;
+            const Bf16* b = values_[n + 1 < end ? n + 1 : n] + d;
             __m512bh pairs[2 * kVectors];
             for (int i = 0; i < kVectors; ++i) {
                 if (asks) {
@@ -233,6 +244,7 @@ class DotTask {
 
 }  // namespace
 
-void sgl::run_decode_dots(const SglAttention& call, const Task& task, const States& states, void*) {
-    DotTask(call, task, states).run();
+void sgl::run_decode_dots(const SglAttention& call, const Task& task, const States& states,
+                          void* scratch) {
+    DotTask(call, task, states, scratch).run();
 }

@@ -1,4 +1,4 @@
-// 16-bit floats by their bits, and their conversions without special instructions.
+// Floats of 16 and of 8 bits by their bits, and their conversions without special instructions.
 //
 // In an unnamed namespace on purpose: each instruction set's file gets its own copy, so that the
 // linker can never take one that this processor cannot run.
@@ -14,6 +14,14 @@ struct Bf16 {
 };
 struct Fp16 {
     uint16_t bits;
+};
+
+// fp8: 4 bits of exponent with NaN and no infinity, or the upper byte of an Fp16.
+struct E4m3 {
+    uint8_t bits;
+};
+struct E5m2 {
+    uint8_t bits;
 };
 
 inline float from_bits(uint32_t bits) {
@@ -35,6 +43,23 @@ inline float to_float(Fp16 x) {
     if (rest >= 0x7c00) return from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
     // A power of two moves the exponent's bias, and makes subnormals normal on the way.
     return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));
+}
+
+// Subnormals are counted out: multiplied, they would be subnormal floats, which some processors
+// take a hundred times as long for.
+inline float to_float(E4m3 x) {
+    const uint32_t sign = uint32_t{x.bits & 0x80u} << 24, rest = x.bits & 0x7fu;
+    const float small = static_cast<float>(static_cast<int32_t>(rest)) * 0x1p-9f;
+    uint32_t bits = rest < 8 ? to_bits(small) : (rest << 20) + 0x3c000000u;
+    bits = rest == 0x7f ? 0x7fc00000u : bits;
+    return from_bits(sign | bits);
+}
+inline float to_float(E5m2 x) {
+    const uint32_t sign = uint32_t{x.bits & 0x80u} << 24, rest = x.bits & 0x7fu;
+    const float small = static_cast<float>(static_cast<int32_t>(rest)) * 0x1p-16f;
+    uint32_t bits = rest < 4 ? to_bits(small) : (rest << 21) + 0x38000000u;
+    bits = rest >= 0x7c ? 0x7f800000u | rest << 21 : bits;
+    return from_bits(sign | bits);
 }
 
 // 2^t for |t| <= 1/2 and a little beyond, to about 2 ulp.
@@ -75,6 +100,31 @@ inline void store(float value, Fp16* to) {
         half = (rest - 0x38000000u) >> 13;
     }
     to->bits = static_cast<uint16_t>(sign | half);
+}
+
+// To the nearest float with kBits bits of fraction, ties to even, as the code of an fp8 without its
+// sign. kLeast are the bits of the smallest normal one, kMost those of the largest finite one.
+template <int kBits, uint32_t kLeast, uint32_t kMost>
+inline uint32_t round_fp8(uint32_t rest) {
+    constexpr int kDrop = 23 - kBits;
+    rest = rest > kMost ? kMost : rest;
+    const uint32_t even = rest + (1u << (kDrop - 1)) - 1 + (rest >> kDrop & 1u);
+    const uint32_t normal = (even - kLeast + (1u << 23)) >> kDrop;
+    // Added to this power, a subnormal's last bit stands last in the sum: the addition rounds.
+    constexpr uint32_t kPower = kLeast + (uint32_t{kDrop} << 23);
+    const uint32_t small = to_bits(from_bits(rest) + from_bits(kPower)) - kPower;
+    return rest < kLeast ? small : normal;
+}
+
+inline void store(float value, E4m3* to) {
+    const uint32_t bits = to_bits(value), rest = bits & 0x7fffffffu;
+    const uint32_t code = round_fp8<3, 0x3c800000u, 0x43e00000u>(rest);  // 2^-6, 448
+    to->bits = static_cast<uint8_t>((bits >> 24 & 0x80u) | (rest > 0x7f800000u ? 0x7fu : code));
+}
+inline void store(float value, E5m2* to) {
+    const uint32_t bits = to_bits(value), rest = bits & 0x7fffffffu;
+    const uint32_t code = round_fp8<2, 0x38800000u, 0x47600000u>(rest);  // 2^-14, 57,344
+    to->bits = static_cast<uint8_t>((bits >> 24 & 0x80u) | (rest > 0x7f800000u ? 0x7fu : code));
 }
 
 }  // namespace

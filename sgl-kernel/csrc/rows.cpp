@@ -7,6 +7,7 @@
 
 #include "choose.h"
 #include "input_rows.h"
+#include "numbers.h"
 #include "parallel.h"
 
 namespace {
@@ -20,6 +21,48 @@ void over_rows(const Call& call, void (*work)(const Call&, int64_t, int64_t)) {
     sgl::for_each_index((call.rows + rows - 1) / rows, call.num_threads, [&] {
         return [&](int64_t i) { work(call, i * rows, std::min(call.rows, (i + 1) * rows)); };
     });
+}
+
+// One plane's part of a store: rows of `bytes`, `from_row` apart, into slots `slot_bytes` apart.
+struct StoreSide {
+    const void* from;
+    void* plane;
+    int64_t from_row, slot_bytes, bytes;
+
+    const char* row(int64_t number) const {
+        return static_cast<const char*>(from) + number * from_row;
+    }
+    char* slot(int64_t number) const { return static_cast<char*>(plane) + number * slot_bytes; }
+};
+
+void copy_rows(const SglStore& call, const StoreSide& side, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row)
+        std::memcpy(side.slot(call.slots[row]), side.row(row), static_cast<size_t>(side.bytes));
+}
+
+template <class X, class Plane>
+void round_rows(const SglStore& call, const StoreSide& side, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+        const X* from = reinterpret_cast<const X*>(side.row(row));
+        Plane* to = reinterpret_cast<Plane*>(side.slot(call.slots[row]));
+#pragma omp simd
+        for (int64_t d = 0; d < side.bytes; ++d) store(to_float(from[d]), to + d);
+    }
+}
+
+using StoreRows = void (*)(const SglStore&, const StoreSide&, int64_t, int64_t);
+
+template <class Plane>
+StoreRows rounding_of(int32_t x_dtype) {
+    if (x_dtype == SGL_FLOAT32) return round_rows<float, Plane>;
+    if (x_dtype == SGL_BFLOAT16) return round_rows<Bf16, Plane>;
+    return x_dtype == SGL_FLOAT16 ? round_rows<Fp16, Plane> : nullptr;
+}
+
+StoreRows storing_of(const SglStore& call) {
+    if (call.plane_dtype == -1) return copy_rows;
+    if (call.plane_dtype == SGL_FP8_E4M3) return rounding_of<E4m3>(call.x_dtype);
+    return call.plane_dtype == SGL_FP8_E5M2 ? rounding_of<E5m2>(call.x_dtype) : nullptr;
 }
 
 bool is_dtype(int32_t dtype) { return dtype >= SGL_FLOAT32 && dtype <= SGL_FLOAT16; }
@@ -98,20 +141,16 @@ extern "C" int32_t sgl_widen(const SglWiden* arguments) {
 
 extern "C" int32_t sgl_store(const SglStore* arguments) {
     const SglStore& call = *arguments;
-    if (call.num_threads < 1 || call.k_bytes < 1 || call.v_bytes < 1) return -1;
+    const StoreRows work = storing_of(call);
+    if (!work || call.num_threads < 1 || call.k_bytes < 1 || call.v_bytes < 1) return -1;
+    const StoreSide k{call.k, call.k_plane, call.k_row, call.k_slot, call.k_bytes};
+    const StoreSide v{call.v, call.v_plane, call.v_row, call.v_slot, call.v_bytes};
     const int64_t rows = std::max<int64_t>(1, kTaskBytes / (call.k_bytes + call.v_bytes));
     sgl::for_each_index((call.rows + rows - 1) / rows, call.num_threads, [&] {
         return [&](int64_t i) {
             const int64_t last = std::min(call.rows, (i + 1) * rows);
-            for (int64_t row = i * rows; row < last; ++row) {
-                const int64_t slot = call.slots[row];
-                std::memcpy(static_cast<char*>(call.k_plane) + slot * call.k_slot,
-                            static_cast<const char*>(call.k) + row * call.k_row,
-                            static_cast<size_t>(call.k_bytes));
-                std::memcpy(static_cast<char*>(call.v_plane) + slot * call.v_slot,
-                            static_cast<const char*>(call.v) + row * call.v_row,
-                            static_cast<size_t>(call.v_bytes));
-            }
+            work(call, k, i * rows, last);
+            work(call, v, i * rows, last);
         };
     });
     return 0;

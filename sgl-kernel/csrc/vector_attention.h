@@ -11,6 +11,7 @@
 
 #include "attention.h"
 #include "numbers.h"
+#include "wide_rows.h"
 
 namespace {
 
@@ -141,6 +142,7 @@ struct VectorTask {
     const SglAttention& call;
     const Task& task;
     const States& states;
+    void* wide;  // memory of widened rows, where planes are of fp8
     KeyBlock block, next;
     const T* keys[kKeys];
     const T* values[kKeys];
@@ -176,7 +178,12 @@ struct VectorTask {
         if (lo < task.hi) found->find(call, task.table, lo, sgl::block_end(lo, task.hi));
     }
 
-    void attend_group(int g, int64_t lo) {
+    // Returns whether memory is still to be asked for the rows of the next block.
+    bool list_rows(int g) {
+        if (sgl::wide_bytes(call)) {
+            widen_block<T>(call, g, block, &next, wide, keys, values);
+            return false;
+        }
         const T* k = static_cast<const T*>(call.k) + g * call.k_head;
         const T* v = static_cast<const T*>(call.v) + g * call.v_head;
         for (int n = 0; n < block.count; ++n) {
@@ -187,7 +194,11 @@ struct VectorTask {
             next_keys[n] = next.count ? k + next.slots[n] * call.k_slot : keys[0];
             next_values[n] = next.count ? v + next.slots[n] * call.v_slot : values[0];
         }
-        bool asks = true;
+        return true;
+    }
+
+    void attend_group(int g, int64_t lo) {
+        bool asks = list_rows(g);
         const int per_group = call.heads_per_group;
         for (int m = 0; m < task.rows; ++m) {
             const int64_t position = task.position + m;
@@ -232,15 +243,15 @@ struct VectorTask {
 };
 
 template <class T>
-void run_vector(const SglAttention& call, const Task& task, const States& states) {
-    VectorTask<T> work{call, task, states, {}, {}, {}, {}, {}, {}, {}, {}};
+void run_vector(const SglAttention& call, const Task& task, const States& states, void* wide) {
+    VectorTask<T> work{call, task, states, wide, {}, {}, {}, {}, {}, {}, {}, {}};
     work.run();
 }
 
-inline void run_any(const SglAttention& call, const Task& task, const States& states) {
-    if (call.dtype == SGL_FLOAT32) run_vector<float>(call, task, states);
-    if (call.dtype == SGL_BFLOAT16) run_vector<Bf16>(call, task, states);
-    if (call.dtype == SGL_FLOAT16) run_vector<Fp16>(call, task, states);
+inline void run_any(const SglAttention& call, const Task& task, const States& states, void* wide) {
+    if (call.dtype == SGL_FLOAT32) run_vector<float>(call, task, states, wide);
+    if (call.dtype == SGL_BFLOAT16) run_vector<Bf16>(call, task, states, wide);
+    if (call.dtype == SGL_FLOAT16) run_vector<Fp16>(call, task, states, wide);
 }
 
 // Merges the parts of a task's queries and writes their rows of out and lse.

@@ -1,7 +1,7 @@
 // The kernels of a build against double arithmetic, without Python: for processors that are emulated.
 //
-// Every call of the C interface that computes, at the level of sgl_cpu_isa(), in fp32 and bf16 and
-// with one and three threads. Prints a line for each and exits 1 when one is too far off.
+// Every call of the C interface that computes, at the level of sgl_cpu_isa(), in fp32 and bf16 (with K
+// and V of fp8 too, rounded by a store) and with one and three threads. Prints a line for each and exits 1 when one is too far off.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -110,22 +110,63 @@ void check_quantized(int32_t dtype, int32_t bits, int32_t threads) {
     }
 }
 
-void check_attention(int32_t dtype, int64_t rows, int32_t threads) {
+double fp8_at(int32_t dtype, uint8_t code) {
+    const int bits = dtype == SGL_FP8_E4M3 ? 3 : 2, bias = dtype == SGL_FP8_E4M3 ? 7 : 15;
+    const int power = (code & 127) >> bits, rest = code & ((1 << bits) - 1);
+    const double fraction = std::ldexp(rest, -bits);
+    const double size = power ? std::ldexp(1 + fraction, power - bias)
+                              : std::ldexp(fraction, 1 - bias);
+    return code & 128 ? -size : size;
+}
+
+// Rounds to nearby codes, which `numbers` become. fp8 has 2 or 3 bits of fraction.
+std::vector<uint8_t> round_rows(Numbers& numbers, int64_t rows, int32_t to, int32_t threads) {
+    const int64_t width = static_cast<int64_t>(numbers.wide.size()) / rows;
+    std::vector<uint8_t> codes(rows * width), others(rows * width);
+    std::vector<int64_t> slots(rows);
+    for (int64_t i = 0; i < rows; ++i) slots[i] = rows - 1 - i;
+    const int64_t bytes = numbers.dtype == SGL_FLOAT32 ? 4 : 2;
+    std::vector<uint8_t> turned(rows * width * bytes);
+    for (int64_t i = 0; i < rows; ++i)
+        std::memcpy(turned.data() + slots[i] * width * bytes,
+                    static_cast<char*>(numbers.data()) + i * width * bytes, width * bytes);
+    SglStore call{turned.data(), turned.data(), codes.data(), others.data(), slots.data(),
+                  width * bytes, width * bytes, width, width, rows, width, width,
+                  numbers.dtype, to, threads};
+    failures += sgl_store(&call) != 0 || codes != others;
+    for (size_t i = 0; i < codes.size(); ++i) {
+        const double value = fp8_at(to, codes[i]), was = numbers.at(i);
+        const double most = to == SGL_FP8_E4M3 ? 1 / 16.0 : 1 / 8.0;
+        failures += std::fabs(value - was) > most * std::fabs(was) + 1e-3;
+        numbers.set(i, static_cast<float>(value));
+    }
+    return codes;
+}
+
+// `kv_dtype` is `dtype` or an fp8.
+void check_attention(int32_t dtype, int32_t kv_dtype, int64_t rows, int32_t threads) {
     const int64_t heads = 4, kv_heads = 2, dim = 32, page = 16, keys = 70, row = heads * dim;
     std::vector<int32_t> pages = {3, 1, 6, 2, 5};
     const int64_t slots = 8 * page, slot = kv_heads * dim;
     Numbers q(dtype, rows * row), k(dtype, slots * slot), v(dtype, slots * slot);
     Numbers out(dtype, rows * row, false);
+    std::vector<uint8_t> k_codes, v_codes;
+    if (kv_dtype != dtype) {
+        k_codes = round_rows(k, slots, kv_dtype, threads);
+        v_codes = round_rows(v, slots, kv_dtype, threads);
+    }
     const int64_t zero = 0, position = keys - rows, table = reinterpret_cast<int64_t>(pages.data());
     SglAttention call{};
     call.q = q.data(), call.k = k.data(), call.v = v.data(), call.out = out.data();
+    if (kv_dtype != dtype) call.k = k_codes.data(), call.v = v_codes.data();
     call.q_row = call.out_row = row, call.q_head = call.out_head = dim;
     call.k_slot = call.v_slot = slot, call.k_head = call.v_head = dim;
     call.num_blocks = 1, call.block_row = &zero, call.block_rows = &rows;
     call.block_position = &position, call.block_table = &zero, call.pages = &table;
     call.first_position = &zero, call.page_size = page;
     call.num_kv_heads = kv_heads, call.heads_per_group = heads / kv_heads, call.head_dim = dim;
-    call.dtype = dtype, call.isa = sgl_cpu_isa(), call.num_threads = threads, call.scale = 0.2f;
+    call.dtype = dtype, call.kv_dtype = kv_dtype, call.isa = sgl_cpu_isa();
+    call.num_threads = threads, call.scale = 0.2f;
     failures += sgl_attention(&call) != 0;
     std::vector<double> want(rows * row);
     for (int64_t m = 0; m < rows; ++m)
@@ -143,7 +184,10 @@ void check_attention(int32_t dtype, int64_t rows, int32_t threads) {
             }
             for (int64_t d = 0; d < dim; ++d) want[m * row + h * dim + d] /= total;
         }
-    compare(rows == 1 ? "attention decode" : "attention extend", out, want);
+    if (kv_dtype == dtype)
+        compare(rows == 1 ? "attention decode" : "attention extend", out, want);
+    else
+        compare(rows == 1 ? "decode over fp8" : "extend over fp8", out, want);
 }
 
 void check_rows(int32_t dtype, int32_t threads) {
@@ -183,8 +227,10 @@ int main() {
             check_linear(dtype, threads);
             check_quantized(dtype, 4, threads);
             check_quantized(dtype, 8, threads);
-            check_attention(dtype, 1, threads);
-            check_attention(dtype, 23, threads);
+            for (int32_t kv_dtype : {dtype, int32_t{SGL_FP8_E4M3}, int32_t{SGL_FP8_E5M2}}) {
+                check_attention(dtype, kv_dtype, 1, threads);
+                check_attention(dtype, kv_dtype, 23, threads);
+            }
             check_rows(dtype, threads);
         }
     std::printf("%d failures\n", failures);

@@ -21,6 +21,7 @@ from sgl_kernel import (  # noqa: E402
 )
 
 LEVELS = [isa for isa in Isa if isa <= cpu_isa() and (isa != Isa.NEON or cpu_isa() == Isa.NEON)]
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -34,6 +35,7 @@ class Problem:
     dim: int = 64
     page_size: int = 16
     dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None  # None: that of q
     window: int | None = None
     chunk: int | None = None
     cap: float = 0.0
@@ -51,16 +53,19 @@ class Problem:
         pages = np.split(order.astype(np.int32), np.cumsum(counts)[:-1])
         self.tables = AttentionTables(pages, [0] * len(pages), self.page_size)
         shape = ((sum(counts) + 1) * self.page_size, self.kv_heads, self.dim)
-        self.k = torch.full(shape, float("nan")).to(self.dtype)
-        self.v = self.k.clone()
+        kv_dtype = self.kv_dtype or self.dtype
+        k, v = torch.full((2, *shape), float("nan")).to(kv_dtype).unbind()
+        self.k, self.v = k, v
+        if kv_dtype.itemsize == 1:  # torch indexes bytes, but not all that a byte may mean
+            k, v = k.view(torch.uint8), v.view(torch.uint8)
         self.slots = []
         for ids, (prefix, new) in zip(pages, self.lengths, strict=True):
             at = np.arange(prefix + new)
             slots = torch.from_numpy(
                 ids[at // self.page_size] * self.page_size + at % self.page_size
             )
-            self.k[slots] = torch.randn(len(at), *shape[1:]).to(self.dtype)
-            self.v[slots] = torch.randn(len(at), *shape[1:]).to(self.dtype)
+            k[slots] = torch.randn(len(at), *shape[1:]).to(kv_dtype).view(k.dtype)
+            v[slots] = torch.randn(len(at), *shape[1:]).to(kv_dtype).view(v.dtype)
             self.slots.append(slots)
         news = np.array([new for _, new in self.lengths])
         self.heads = self.kv_heads * self.group
@@ -85,8 +90,8 @@ class Problem:
     def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
         outs, lses, row = [], [], 0
         for (prefix, new), slots in zip(self.lengths, self.slots, strict=True):
-            k = self.k[slots].double().transpose(0, 1).repeat_interleave(self.group, 0)
-            v = self.v[slots].double().transpose(0, 1).repeat_interleave(self.group, 0)
+            k = self.k.double()[slots].transpose(0, 1).repeat_interleave(self.group, 0)
+            v = self.v.double()[slots].transpose(0, 1).repeat_interleave(self.group, 0)
             q = self.q[row : row + new].double().transpose(0, 1)
             scores = q @ k.transpose(1, 2) * self.scale
             if self.cap:
@@ -158,6 +163,40 @@ def test_sinks_and_soft_caps(dtype: torch.dtype) -> None:
     check(Problem(MIXED, dtype=dtype, cap=2.0, window=70))
 
 
+@pytest.mark.parametrize("kv_dtype", FP8)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dim", [32, 48, 64, 96, 128])
+def test_keys_and_values_of_a_byte(dtype: torch.dtype, kv_dtype: torch.dtype, dim: int) -> None:
+    check(Problem(MIXED, dtype=dtype, kv_dtype=kv_dtype, dim=dim, group=4))
+
+
+@pytest.mark.parametrize("kv_dtype", FP8)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_all_kinds_of_layers_over_a_byte(dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+    types = {"dtype": dtype, "kv_dtype": kv_dtype}
+    for page_size in (1, 64):
+        for window, chunk in ((5, None), (100, None), (None, 40)):
+            check(Problem(MIXED, **types, window=window, chunk=chunk, page_size=page_size))
+    check(Problem(MIXED, **types, sinks=True, group=1))
+    check(Problem(MIXED, **types, cap=2.0, window=70, group=5))
+    check(Problem([(6000, 1), (5000, 20)], **types, kv_heads=1, group=2, page_size=64))
+
+
+@pytest.mark.parametrize("kv_dtype", FP8)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_number_of_a_byte(dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+    """One key whose value is every finite code: attention gives it back as it is."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(kv_dtype).float()
+    finite = torch.where(numbers.isfinite(), numbers, 0.0)
+    planes = finite.to(kv_dtype).view(1, 1, 256)
+    tables = AttentionTables([np.zeros(1, np.int32)], [0], 1)
+    blocks = QueryBlocks(np.zeros(1), np.ones(1), np.zeros(1), np.zeros(1))
+    q = torch.zeros(1, 1, 256, dtype=dtype)
+    for isa in LEVELS:
+        out = paged_attention(q, planes, planes, tables, blocks, scale=1.0, isa=isa)
+        assert torch.equal(out.float().flatten(), finite)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_requests_are_split_over_keys(dtype: torch.dtype) -> None:
     check(Problem([(6000, 1), (200, 1)], dtype=dtype, kv_heads=1, group=2, page_size=64))
@@ -213,6 +252,18 @@ def test_a_visible_nan_shows() -> None:
             assert not out[1].isnan().any()
 
 
+@pytest.mark.parametrize("kv_dtype", FP8)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_visible_nan_of_a_byte_shows(dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+    for news in (1, 30):
+        problem = Problem([(200, news), (200, news)], dtype=dtype, kv_dtype=kv_dtype)
+        problem.v.view(torch.uint8)[problem.slots[0][100]] = 0xFF
+        for isa in LEVELS:
+            out, _ = problem.run(isa, 1)
+            assert out[:news].isnan().all()
+            assert not out[news:].isnan().any()
+
+
 def test_a_nan_in_a_prompt_shows_from_its_token_on() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         problem = Problem([(90, 100)], dtype=dtype)
@@ -244,6 +295,10 @@ def test_a_wrong_call_is_refused() -> None:
     q, k, v, tables, blocks = problem.q, problem.k, problem.v, problem.tables, problem.blocks
     with pytest.raises(KernelError, match="one dtype"):
         paged_attention(q, k.half(), v, tables, blocks, scale=1.0)
+    with pytest.raises(KernelError, match="one fp8"):
+        paged_attention(q, k.to(FP8[0]), v.to(FP8[1]), tables, blocks, scale=1.0)
+    with pytest.raises(KernelError, match="does not serve"):
+        paged_attention(q.to(FP8[0]), k.to(FP8[0]), v.to(FP8[0]), tables, blocks, scale=1.0)
     with pytest.raises(KernelError, match="does not serve"):
         paged_attention(q[..., :24], k[..., :24], v[..., :24], tables, blocks, scale=1.0)
     with pytest.raises(KernelError, match="not both"):

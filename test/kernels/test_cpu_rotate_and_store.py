@@ -83,6 +83,55 @@ def test_store(rows: int, heads: int, dtype: torch.dtype) -> None:
         assert torch.equal(plane, want)
 
 
+def all_sources(dtype: torch.dtype) -> torch.Tensor:
+    """Every bf16 or fp16; as float32 every bf16 and those just beside the ties of fp8."""
+    codes = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    if dtype != torch.float32:
+        return codes.view(dtype)
+    wide = codes.view(torch.bfloat16).float()
+    bits = wide.view(torch.int32)
+    return torch.cat((wide, (bits + 1).view(torch.float32), (bits - 1).view(torch.float32)))
+
+
+@pytest.mark.parametrize("plane_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_store_rounds_to_a_byte(dtype: torch.dtype, plane_dtype: torch.dtype) -> None:
+    """As torch does after a clamp; NaN stays NaN."""
+    x = all_sources(dtype).view(-1, 2, 64)
+    rows = len(x)
+    slots = torch.randperm(rows + 5, generator=torch.Generator().manual_seed(1))[:rows]
+    planes = [torch.zeros(rows + 5, 2, 64, dtype=plane_dtype) for _ in range(2)]
+    KVPlanes(*planes).store(slots, x, x.flip(2).contiguous(), num_threads=2)
+    most = torch.finfo(plane_dtype).max
+    want = x.float().clamp(-most, most).to(plane_dtype)
+    for plane, expected in zip(planes, (want, want.view(torch.uint8).flip(2)), strict=True):
+        found = plane.view(torch.uint8)[slots].view(plane_dtype)
+        expected = expected.view(plane_dtype)
+        nan = expected.float().isnan()
+        assert torch.equal(found.float().isnan(), nan)
+        same = found.view(torch.uint8) == expected.view(torch.uint8)
+        assert (same | nan).all()
+
+
+def test_a_byte_is_stored_as_it_is() -> None:
+    x = torch.arange(256, dtype=torch.uint8).view(2, 2, 64).view(torch.float8_e4m3fn)
+    planes = [torch.zeros(9, 2, 64, dtype=torch.float8_e4m3fn) for _ in range(2)]
+    KVPlanes(*planes).store(torch.tensor([7, 3]), x, x)
+    for plane in planes:
+        assert torch.equal(plane.view(torch.uint8)[[7, 3]], x.view(torch.uint8))
+
+
+def test_what_a_byte_is_not_rounded_from() -> None:
+    planes = KVPlanes(*(torch.zeros(9, 2, 8, dtype=torch.float8_e5m2) for _ in range(2)))
+    slots, x = torch.tensor([3, 1]), torch.zeros(2, 2, 8)
+    for k, v in ((x.double(), x.double()), (x, x.half()), (x.to(torch.float8_e4m3fn), x)):
+        with pytest.raises(KernelError, match="does not fit"):
+            planes.store(slots, k, v)
+    mixed = KVPlanes(planes.planes[0], torch.zeros(9, 2, 8))
+    with pytest.raises(KernelError, match="does not fit"):
+        mixed.store(slots, x, x)
+
+
 def test_what_store_refuses() -> None:
     planes = KVPlanes(torch.zeros(10, 2, 8), torch.zeros(10, 2, 4))
     slots, k, v = torch.tensor([3, 1]), torch.zeros(2, 2, 8), torch.zeros(2, 2, 4)

@@ -94,6 +94,7 @@ def test_dtype_names_are_resolved() -> None:
     args = parse("--dtype", "half", "--kv-cache-dtype", "bf16")
     assert (args.dtype, args.kv_cache_dtype) == ("float16", "bfloat16")
     assert parse("--dtype", "float").dtype == "float32"
+    assert parse("--kv-cache-dtype", "fp8_e5m2").kv_cache_dtype == "fp8_e5m2"
 
 
 def test_a_seed_is_drawn_once_and_kept() -> None:
@@ -143,7 +144,7 @@ def test_model_overrides_are_an_object() -> None:
             ["--attention-backend", "fa3"],
             "--attention-backend must be one of auto, cpu, torch_native",
         ),
-        (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype must be one of"),
+        (["--kv-cache-dtype", "fp4_e2m1"], "--kv-cache-dtype must be one of"),
         (["--load-format", "bitsandbytes"], "--load-format must be one of"),
         (["--tp-size", "0"], "--tp-size must be at least 1"),
         (["--dist-timeout", "0"], "--dist-timeout must be at least 1"),

@@ -52,9 +52,10 @@ class ServerArgs(DoorArgs):
     )
     kv_cache_dtype: str = flag(
         "auto",
-        "Type of the KV cache; auto is the type of the activations.",
+        "Type of the KV cache; auto is the type of the activations. The two of fp8 halve what a "
+        "token takes in bfloat16; numbers are rounded to them unscaled.",
         group=DEVICE,
-        choices=("auto", "bf16", "bfloat16", "float16", "float32"),
+        choices=("auto", "bf16", "bfloat16", "float16", "float32", "fp8_e4m3", "fp8_e5m2"),
     )
     attention_backend: str = flag(
         None,

@@ -21,6 +21,7 @@ import torch
 
 from sgl_kernel.library import (
     DTYPES,
+    FP8_DTYPES,
     AttentionCall,
     Isa,
     KernelError,
@@ -119,10 +120,15 @@ class QueryBlocks:
         return len(self.rows)
 
 
-def serves_attention(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> bool:
-    """True when `paged_attention` computes heads of this type and width."""
-    fits = head_dim % 16 == 0 and 16 <= head_dim <= MAX_HEAD_DIM
-    return dtype in DTYPES and fits and head_dim == v_head_dim
+def serves_attention(
+    dtype: torch.dtype, head_dim: int, v_head_dim: int, kv_dtype: torch.dtype | None = None
+) -> bool:
+    """True when `paged_attention` computes heads of this type and width over K and V of `kv_dtype`.
+
+    K and V are of the type of q, as None says, or of fp8.
+    """
+    fits = head_dim % 16 == 0 and 16 <= head_dim <= MAX_HEAD_DIM and head_dim == v_head_dim
+    return dtype in DTYPES and fits and (kv_dtype in (None, dtype) or kv_dtype in FP8_DTYPES)
 
 
 def has_prompt_kernel() -> bool:
@@ -151,8 +157,9 @@ def paged_attention(
     num_threads: int = 1,
     isa: Isa | None = None,
 ) -> torch.Tensor:
-    """Attend with q [R, H, D] over k and v [S, G, D], all of one dtype; returns [R, H, D].
+    """Attend with q [R, H, D] over k and v [S, G, D]; returns [R, H, D] in the dtype of q.
 
+    k and v are of that dtype or both of one fp8, whose numbers are taken as they are, unscaled.
     The query at position p sees [0, p], with `window` only the last `window` of them, with `chunk`
     those from p - p % chunk on. `logit_cap` c > 0 turns a score s into c * tanh(s / c). `sinks`
     float32 [H] is a score per head that joins the softmax with no value. `lse` float32 [R, H], if
@@ -182,7 +189,7 @@ def paged_attention(
         pages=tables.addresses.ctypes.data, first_position=tables.first_positions.ctypes.data,
         page_size=tables.page_size, window=window or 0, chunk=chunk or 0,
         num_kv_heads=kv_heads, heads_per_group=heads // kv_heads, head_dim=dim,
-        dtype=DTYPES[q.dtype], isa=allowed_isa(isa),
+        dtype=DTYPES[q.dtype], kv_dtype=(DTYPES | FP8_DTYPES)[k.dtype], isa=allowed_isa(isa),
         num_threads=num_threads, scale=scale, logit_cap=logit_cap,
     )  # fmt: skip
     make(Op.ATTENTION, call, q, k, v, out, lse, sinks, tables, blocks)
@@ -200,8 +207,10 @@ def _check(
 ) -> None:
     if not serves_attention(q.dtype, q.shape[2], v.shape[2]) or q.shape[1] % k.shape[1]:
         raise KernelError(f"attention does not serve {q.dtype} q {list(q.shape)}")
-    if k.dtype != q.dtype or v.dtype != q.dtype or k.shape[2] != q.shape[2]:
-        raise KernelError("q, k and v must have one dtype and one head width")
+    if k.dtype != v.dtype or (k.dtype != q.dtype and k.dtype not in FP8_DTYPES):
+        raise KernelError("q, k and v must have one dtype, or k and v one fp8")
+    if k.shape[2] != q.shape[2]:
+        raise KernelError("q, k and v must have one head width")
     if q.stride(2) != 1 or k.stride(2) != 1 or v.stride(2) != 1:
         raise KernelError("heads must be contiguous")
     if window is not None and chunk is not None:

@@ -31,6 +31,7 @@ class Isa(IntEnum):
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FP8_DTYPES = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 4}  # of K and V alone
 
 
 class AttentionCall(ctypes.Structure):
@@ -51,8 +52,9 @@ class AttentionCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("page_size", "window", "chunk")),
         *(
             (name, ctypes.c_int32)
-            for name in ("num_kv_heads", "heads_per_group", "head_dim", "dtype", "isa")
+            for name in ("num_kv_heads", "heads_per_group", "head_dim", "dtype", "kv_dtype")
         ),
+        ("isa", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("logit_cap", ctypes.c_float),
@@ -126,7 +128,7 @@ class StoreCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("k", "v", "k_plane", "v_plane", "slots")),
         *((name, ctypes.c_int64) for name in ("k_row", "v_row", "k_slot", "v_slot")),
         *((name, ctypes.c_int64) for name in ("rows", "k_bytes", "v_bytes")),
-        ("num_threads", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("x_dtype", "plane_dtype", "num_threads")),
     )
 
 

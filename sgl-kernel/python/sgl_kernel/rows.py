@@ -12,6 +12,7 @@ import torch
 
 from sgl_kernel.library import (
     DTYPES,
+    FP8_DTYPES,
     AnglesCall,
     GateCall,
     GatherCall,
@@ -216,6 +217,8 @@ class KVPlanes:
                 raise KernelError(f"slots of {list(plane.shape)} must be contiguous")
         self._shapes = (k_plane.shape[1:], v_plane.shape[1:])
         self._dtypes = (k_plane.dtype, v_plane.dtype)
+        same = k_plane.dtype == v_plane.dtype
+        self._fp8 = FP8_DTYPES.get(k_plane.dtype) if same else None  # that rows may be rounded to
         self._addresses = (k_plane.data_ptr(), v_plane.data_ptr())
         self._slot_bytes = tuple(p.stride(0) * p.element_size() for p in self.planes)
         self._row_bytes = tuple(p.shape[1] * p.shape[2] * p.element_size() for p in self.planes)
@@ -225,6 +228,8 @@ class KVPlanes:
     ) -> None:
         """Write row i of k and v [R, G, D] into slot slots[i] of their planes.
 
+        Rows are of the type of their plane. Into planes of fp8 they may be wider floats, both of
+        one type: rounded to the nearest, beyond the largest finite number to that one, NaN kept.
         `slots` int64 [R] must be distinct and in [0, S), which the caller has made sure of: a
         step's slots are the same for every layer. Raises KernelError for other shapes or types.
         """
@@ -232,8 +237,10 @@ class KVPlanes:
         if slots.dtype != torch.int64 or not slots.is_contiguous():
             raise KernelError("slots must be contiguous int64")
         sources = []
+        rounds = k.dtype == v.dtype and k.dtype in DTYPES and self._fp8 is not None
         for new, shape, dtype in zip((k, v), self._shapes, self._dtypes, strict=True):
-            if new.dtype != dtype or len(new) != rows or new.shape[1:] != shape:
+            fits = new.dtype == dtype or rounds
+            if not fits or len(new) != rows or new.shape[1:] != shape:
                 raise KernelError(f"{new.dtype} {list(new.shape)} does not fit the plane's slots")
             row, head, element = new.stride()
             if element != 1 or (head != shape[1] and shape[0] > 1):
@@ -242,6 +249,7 @@ class KVPlanes:
         (k_data, k_row), (v_data, v_row) = sources
         call = StoreCall(
             k_data, v_data, *self._addresses, slots.data_ptr(), k_row, v_row, *self._slot_bytes,
-            rows, *self._row_bytes, num_threads,
+            rows, *self._row_bytes, DTYPES[k.dtype] if rounds else 0,
+            self._fp8 if rounds else -1, num_threads,
         )  # fmt: skip
         make(Op.STORE, call, slots, k, v, *self.planes)

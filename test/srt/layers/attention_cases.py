@@ -13,6 +13,8 @@ from torch import nn
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVGroupSpec
+from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES as DTYPES
+from sglang.srt.mem_cache.segment_backing.segment_plane import raw
 from sglang.srt.model_executor.forward_batch_info import (
     BatchGeometry,
     ForwardBatch,
@@ -21,7 +23,7 @@ from sglang.srt.model_executor.forward_batch_info import (
 )
 from sglang.srt.utils.progress import Progress
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+__all__ = ["DTYPES", "Case", "FakePool", "FakeTable", "make_layer", "make_spec", "make_tables"]
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class FakePool:
     def set_kv_buffer(
         self, layer_id: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> None:
-        self.k[layer_id][loc] = k.to(self.k[layer_id].dtype)
-        self.v[layer_id][loc] = v.to(self.v[layer_id].dtype)
+        raw(self.k[layer_id])[loc] = raw(k.to(self.k[layer_id].dtype))
+        raw(self.v[layer_id])[loc] = raw(v.to(self.v[layer_id].dtype))
 
 
 @dataclass
@@ -106,7 +108,9 @@ class Case:
         )
         pool = self.make_pool(spec, num_slots)
         total = sum(extend for _, extend in self.lengths)
-        q_dtype = self.q_dtype or dtype
+        # K and V of fp8 come in what a model computes in, as numbers that need no rounding.
+        computed = dtype if dtype.itemsize > 1 else self.q_dtype or torch.float32
+        q_dtype = self.q_dtype or computed
         new_q, new_k, new_v, locs = [], [], [], []
         self.keys.clear()
         self.values.clear()
@@ -116,7 +120,7 @@ class Case:
             new_q.append(torch.randn(extend, layer.num_heads, spec.head_dim, generator=generator))
             k = torch.randn(prefix + extend, spec.kv_heads, spec.head_dim, generator=generator)
             v = torch.randn(prefix + extend, spec.kv_heads, spec.v_head_dim, generator=generator)
-            k, v = k.to(dtype), v.to(dtype)
+            k, v = k.to(dtype).to(computed), v.to(dtype).to(computed)
             kept = table.first_position
             old = table.slots(kept, prefix) if prefix > kept else torch.empty(0, dtype=torch.long)
             pool.set_kv_buffer(layer.layer_id, old, k[kept:prefix], v[kept:prefix])

@@ -95,6 +95,49 @@ def test_values_are_cast_to_the_kv_dtype(dtype: str, slots: list[int]) -> None:
     assert torch.equal(values[slots].float(), v.to(pool.dtype).float())
 
 
+@pytest.mark.parametrize(("dtype", "most"), [("fp8_e4m3", 448.0), ("fp8_e5m2", 57344.0)])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slots", [[8, 9, 10, 11], list(range(8, 30, 2))])
+@pytest.mark.parametrize("native", [True, False])
+def test_fp8_saturates(
+    dtype: str,
+    most: float,
+    source: torch.dtype,
+    slots: list[int],
+    native: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not native:
+        monkeypatch.setattr(memory_pool, "native_kernels", lambda: None)
+    pool = make_pool(dtype)
+    k, v = (x.to(source) for x in random_kv(len(slots)))
+    k[1, 0] = torch.tensor([6e4, -float("inf"), float("nan"), -0.0], dtype=source)
+    pool.set_kv_buffer(0, torch.tensor(slots), k, v)
+    found = pool.get_key_buffer(0).float()[slots]
+    assert found[1, 0, :2].tolist() == [most, -most]
+    assert found[1, 0, 2].isnan()
+    assert pool.get_key_buffer(0).view(torch.uint8)[slots[1], 0, 3] == 0x80
+    assert torch.equal(found[2:], k[2:].to(pool.dtype).float())
+    assert torch.equal(pool.get_value_buffer(0).float()[slots], v.to(pool.dtype).float())
+
+
+def test_fp8_slots_outside_the_pool_are_refused() -> None:
+    pool = make_pool("fp8_e4m3")
+    outside = len(pool.get_key_buffer(0))
+    for slots in ([8, outside], list(range(outside - 3, outside + 1))):
+        with pytest.raises(InvariantError, match="outside"):
+            pool.set_kv_buffer(0, torch.tensor(slots), *random_kv(len(slots)))
+
+
+def test_fp8_halves_what_a_token_takes() -> None:
+    sizes = {
+        dtype: KVCacheSpec((KVGroupSpec((0, 1)),), 2, 64, 48, dtype, 16).bytes_per_token
+        for dtype in ("bfloat16", "fp8_e4m3", "fp8_e5m2")
+    }
+    assert sizes["bfloat16"] == 2 * 2 * 2 * (64 + 48)
+    assert sizes["fp8_e4m3"] == sizes["fp8_e5m2"] == sizes["bfloat16"] // 2
+
+
 def test_sizes_and_groups() -> None:
     pool = make_pool()
     slots = [layout.num_slots for layout in pool.layouts]

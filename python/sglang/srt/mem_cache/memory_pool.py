@@ -29,6 +29,8 @@ from sglang.srt.mem_cache.segment_backing.base import (
 from sglang.srt.mem_cache.segment_backing.segment_plane import (
     SegmentPart,
     SegmentPlane,
+    raw,
+    round_to,
     split_by_segment,
 )
 from sglang.srt.mem_cache.table_rows import TableRows, grown
@@ -138,10 +140,9 @@ class MHATokenToKVPool:
         self.layouts = layouts
         self.page_size = spec.page_size
         self.dtype = KV_TORCH_DTYPES[spec.dtype]
-        # fp8 is copied as bytes: torch moves any dtype that way, and a copy never rounds
-        self._store_dtype = torch.uint8 if self.dtype.itemsize == 1 else self.dtype
         self._group_of_layer = spec.group_of_layer()
         self._take_planes(backing)
+        self._is_fp8 = self.dtype.itemsize == 1
         self._native_planes: dict[int, Any] = {}  # of layers that stored scattered slots
         self._last_loc: torch.Tensor | None = None
         self._last_pieces: list[Piece] | None = None
@@ -172,7 +173,7 @@ class MHATokenToKVPool:
     def set_kv_buffer(
         self, layer_id: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> None:
-        """Write new tokens: slot loc[t] of `layer_id` gets k[t] and v[t], cast to the KV dtype.
+        """Write new tokens: slot loc[t] of `layer_id` gets k[t] and v[t], rounded to the KV dtype.
 
         `loc` int64 [T] of distinct slots, `k` [T, G, D], `v` [T, G, D of V]. Slots that stand in a
         row are copied as one range, others one by one. `loc` must not be changed afterwards: its
@@ -180,11 +181,10 @@ class MHATokenToKVPool:
         """
         pieces = self._pieces_of(loc, len(self._keys[layer_id]))
         if pieces is None:
-            self._scatter(layer_id, loc, k.to(self.dtype), v.to(self.dtype))
+            self._scatter(layer_id, loc, k, v)
             return
         for buffer, new in ((self._keys[layer_id], k), (self._values[layer_id], v)):
-            source = new.to(self.dtype).view(self._store_dtype)
-            target = buffer.view(self._store_dtype)
+            source, target = raw(round_to(new, self.dtype)), raw(buffer)
             for row, slot, count in pieces:
                 target[slot : slot + count].copy_(source[row : row + count])
 
@@ -192,6 +192,9 @@ class MHATokenToKVPool:
         """Write slots that stand apart; `_pieces_of` has seen that they exist."""
         kernels = native_kernels() if k.device.type == "cpu" else None
         if kernels is not None:
+            # The kernel rounds to fp8 itself, so that a tape can.
+            if not self._is_fp8 or k.dtype != v.dtype:
+                k, v = round_to(k, self.dtype), round_to(v, self.dtype)
             planes = self._native_planes.get(layer_id)
             if planes is None:
                 planes = kernels.KVPlanes(self._keys[layer_id], self._values[layer_id])
@@ -199,7 +202,7 @@ class MHATokenToKVPool:
             planes.store(loc, k, v, num_threads=torch.get_num_threads())
             return
         for buffer, new in ((self._keys[layer_id], k), (self._values[layer_id], v)):
-            buffer.view(self._store_dtype).index_copy_(0, loc, new.view(self._store_dtype))
+            raw(buffer).index_copy_(0, loc, raw(round_to(new, self.dtype)))
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Address space of all key planes and of all value planes, in bytes."""
@@ -210,13 +213,15 @@ class MHATokenToKVPool:
     def _pieces_of(self, loc: torch.Tensor, num_slots: int) -> list[Piece] | None:
         """(first row, first slot, count) of the ranges in `loc`, None when there are too many.
 
+        None too where the kernel that scatters is the one that rounds to fp8 fast.
         Raises InvariantError, once a step, when such scattered slots are not below `num_slots`.
         """
         if loc is not self._last_loc:
             kernels = native_kernels()
             if kernels is not None and kernels.is_recording():
                 return None  # where they stand will be another matter when the tape is played
-            pieces = _find_pieces(loc)
+            scatters = self._is_fp8 and kernels is not None and loc.device.type == "cpu"
+            pieces = None if scatters else _find_pieces(loc)
             if pieces is None:
                 _check_slots(loc, num_slots)
             self._last_loc, self._last_pieces = loc, pieces
@@ -262,8 +267,8 @@ class SegmentTableKVPool(MHATokenToKVPool):
             layout = self.layouts[self._group_of_layer[layer_id]]
             self._last_parts = split_by_segment(loc, layout.slots_per_segment)
             self._last_loc = loc
-        self._key_planes[layer_id].store(self._last_parts, k.to(self.dtype))
-        self._value_planes[layer_id].store(self._last_parts, v.to(self.dtype))
+        self._key_planes[layer_id].store(self._last_parts, round_to(k, self.dtype))
+        self._value_planes[layer_id].store(self._last_parts, round_to(v, self.dtype))
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Bytes that all keys and all values would take, were every segment mapped."""

@@ -121,6 +121,30 @@ def test_queries_of_another_type_than_the_cache() -> None:
     torch.testing.assert_close(out.double(), case.reference(), rtol=0, atol=3e-2)
 
 
+@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize(
+    ("q_dtype", "atol"), [(torch.float32, 4e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
+)
+def test_fp8_cache(dtype: str, q_dtype: torch.dtype, atol: float) -> None:
+    """Computed in the type of the queries."""
+    lengths = [(300, 1), (0, 130), (64, 64), (999, 1)]
+    for dim in (32, 48, 80, 128):
+        spec = make_spec(page_size=64, head_dim=dim, dtype=dtype)
+        tables = make_tables(lengths, 64, [1, 3])
+        for window in (None, 100):
+            case = Case(
+                spec, lengths, tables, make_layer(spec, window=window), logits_rows=[0, 130]
+            )
+            case.q_dtype = q_dtype
+            backend = CpuAttnBackend(spec)
+            assert backend._serves
+            out = case.run(backend)
+            assert out.dtype == q_dtype
+            torch.testing.assert_close(out.double(), case.reference(), rtol=0, atol=atol)
+            pruned = case.run(backend, pruned=True).double()
+            torch.testing.assert_close(pruned, case.reference()[[0, 130]], rtol=0, atol=atol)
+
+
 def test_an_empty_batch() -> None:
     spec = make_spec(page_size=16, head_dim=32)
     case = Case(spec, [], [], make_layer(spec))

@@ -438,8 +438,3 @@ def test_registry(monkeypatch: pytest.MonkeyPatch) -> None:
         get_attention_backend(None, "tpu")
     with pytest.raises(ValueError, match="needs the native kernels: pip install"):
         get_attention_backend("cpu", "cpu")
-
-
-def test_fp8_cache_is_refused() -> None:
-    with pytest.raises(ValueError, match="cannot read fp8_e4m3"):
-        TorchNativeAttnBackend(make_spec(dtype="fp8_e4m3"))

@@ -199,3 +199,15 @@ def test_gathered_pages_come_in_the_order_asked() -> None:
     plane.gather_pages(torch.from_numpy(pages), target)
     assert target.flatten().tolist() == [float(2 * p + i) for p in pages for i in (0, 1)]
     assert plane[torch.tensor([23, 0, 8, 9])].flatten().tolist() == [23.0, 0.0, 8.0, 9.0]
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("run_pages", [[], [1], [1, 3, 40]])
+def test_fp8_cache(dtype: str, run_pages: list[int]) -> None:
+    lengths = [(300, 1), (0, 130), (290, 40), (33, 1), (31, 1), (29, 1)]
+    spec = make_spec(page_size=16, dtype=dtype)
+    tables = make_tables(lengths, 16, run_pages)
+    for changes in ({}, {"window": 21}, {"cap": 2.0}):
+        case = Case(spec, lengths, tables, make_layer(spec, **changes), logits_rows=[0, 131])
+        for tuning in (None, TINY, NO_GATHER):
+            check(case, 3, tuning)

@@ -64,8 +64,12 @@ class CpuAttnBackend(TorchNativeAttnBackend):
             raise ValueError("attention backend cpu needs the package sgl-kernel")
         self._kernels = kernels
         self._pairs_per_call = pairs_per_call
-        self._dtype = KV_TORCH_DTYPES[spec.dtype]
-        self._serves = kernels.serves_attention(self._dtype, spec.head_dim, spec.v_head_dim)
+        kv_dtype = KV_TORCH_DTYPES[spec.dtype]
+        # What queries are computed in; None: as they come, over K and V of fp8.
+        self._dtype = None if kv_dtype.itemsize == 1 else kv_dtype
+        self._serves = kernels.serves_attention(
+            self._dtype or torch.float32, spec.head_dim, spec.v_head_dim, kv_dtype
+        )
         self._native_prompts = kernels.has_prompt_kernel()
 
     def plan(self, geometry: BatchGeometry) -> CpuPlan:
@@ -87,7 +91,7 @@ class CpuAttnBackend(TorchNativeAttnBackend):
         if not self._serves or (prompts and not self._native_prompts):
             return super().forward(q, layer, forward_batch, rows_pruned=rows_pruned)
         pool = forward_batch.token_to_kv_pool
-        heads = q.to(self._dtype).view(-1, layer.num_heads, layer.head_dim)
+        heads = q.to(self._dtype or q.dtype).view(-1, layer.num_heads, layer.head_dim)
         out: torch.Tensor | None = None
         for part in blocks:
             out = self._kernels.paged_attention(

@@ -40,7 +40,7 @@ from sglang.srt.layers.attention.torch_native_plan import (
     make_layer_plan,
 )
 from sglang.srt.mem_cache.kv_layout import DTYPE_BYTES, MAX_SLOTS, KVCacheSpec
-from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane
+from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane, raw
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
 
 
@@ -108,15 +108,17 @@ class Output(NamedTuple):
 
 
 class TorchNativeAttnBackend(AttentionBackend):
-    """Attention on a CPU through torch alone; bf16, fp16 and fp32 K and V."""
+    """Attention on a CPU through torch alone; bf16, fp16, fp32 and fp8 K and V.
+
+    fp8 is widened to the type of the queries as it is read, so many rows at a time as a gather has.
+    """
 
     name: ClassVar[str] = "torch_native"
     preferred_page_size: ClassVar[int] = 64
 
     def __init__(self, spec: KVCacheSpec, tuning: TorchNativeTuning | None = None) -> None:
-        if spec.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"attention backend torch_native cannot read {spec.dtype} K and V")
         super().__init__(spec)
+        self._is_fp8 = DTYPE_BYTES[spec.dtype] == 1
         self._tuning = tuning or TorchNativeTuning()
         # Gather buffers of K and V, grown to what was needed; used within one piece only.
         self._scratch: dict[str, torch.Tensor] = {}
@@ -134,7 +136,7 @@ class TorchNativeAttnBackend(AttentionBackend):
         *,
         rows_pruned: bool,
     ) -> torch.Tensor:
-        """See `AttentionBackend.forward`. Scores are computed in the KV dtype's precision."""
+        """See `AttentionBackend.forward`. Scores are in the KV dtype, over fp8 in that of q."""
         pool = forward_batch.token_to_kv_pool
         k: torch.Tensor = pool.get_key_buffer(layer.layer_id)
         v: torch.Tensor = pool.get_value_buffer(layer.layer_id)
@@ -142,8 +144,9 @@ class TorchNativeAttnBackend(AttentionBackend):
         work = self._layer_plan(plan, layer, rows_pruned)
         rows, groups = q.shape[0], layer.num_kv_heads
         per_group = layer.num_heads // groups
-        heads = q.to(k.dtype).view(rows, groups, per_group, layer.head_dim)
-        out = Output.of_layer(layer, rows, k.dtype)
+        dtype = q.dtype if self._is_fp8 else k.dtype
+        heads = q.to(dtype).view(rows, groups, per_group, layer.head_dim)
+        out = Output.of_layer(layer, rows, dtype)
         for batch in work.batches:
             self._attend_batch(heads, layer, batch, k, v, out)
         if work.singles:
@@ -168,13 +171,15 @@ class TorchNativeAttnBackend(AttentionBackend):
         tuning, heads = self._tuning, layer.num_heads
         k_bytes = layer.num_kv_heads * layer.head_dim * DTYPE_BYTES[self.spec.dtype]
         widest = layer.num_kv_heads * max(layer.head_dim, layer.v_head_dim)
-        gather_tokens = tuning.gather_bytes // (widest * DTYPE_BYTES[self.spec.dtype])
-        query_block, max_keys = tuning.query_block, MAX_SLOTS
+        # fp8 counts as what it may be widened to, and is not read in place.
+        row_bytes = widest * (4 if self._is_fp8 else DTYPE_BYTES[self.spec.dtype])
+        gather_tokens = tuning.gather_bytes // row_bytes
+        query_block, max_keys = tuning.query_block, gather_tokens if self._is_fp8 else MAX_SLOTS
         # A batch of fewer than four queries saves little.
         batch_tokens = gather_tokens // 4 if k_bytes <= tuning.batch_row_bytes else 0
         pair_budget = tuning.piece_work // (heads * (layer.head_dim + layer.v_head_dim))
         if _needs_dense(layer):
-            max_keys, batch_tokens = tuning.dense_bytes // (4 * widest), 0
+            max_keys, batch_tokens = min(max_keys, tuning.dense_bytes // (4 * widest)), 0
             pair_budget = min(pair_budget, tuning.dense_bytes // (4 * heads))
             # Causal and band pieces have up to two keys a query.
             query_block = max(1, min(query_block, math.isqrt(pair_budget // 2)))
@@ -200,7 +205,7 @@ class TorchNativeAttnBackend(AttentionBackend):
         queries = heads[batch.rows]
         planes = []
         for plane, which in ((k, "k"), (v, "v")):
-            gathered = self._gather(plane, batch.pages, which)
+            gathered = self._gather(plane, batch.pages, which).to(heads.dtype)
             gathered.index_fill_(0, batch.padding, 0.0)
             planes.append(gathered.view(len(queries), -1, *plane.shape[1:]).transpose(1, 2))
         mask = batch.mask.expand(-1, -1, queries.shape[2], -1)
@@ -219,7 +224,7 @@ class TorchNativeAttnBackend(AttentionBackend):
         """One query against one slot run each, with as little Python as possible."""
         if _needs_dense(layer):
             for row, first, count in work.singles:
-                keys, values = k.narrow(0, first, count), v.narrow(0, first, count)
+                keys, values = (x.narrow(0, first, count).to(heads.dtype) for x in (k, v))
                 part = partial_attention(
                     heads[row : row + 1],
                     keys,
@@ -238,8 +243,8 @@ class TorchNativeAttnBackend(AttentionBackend):
         queries = heads.unsqueeze(1)
         for row, first, count in work.singles:
             shape = (1, groups, count, dim)
-            keys = k.as_strided(shape, k_strides, k_base + first * k_slot)
-            values = v.as_strided(shape, v_strides, v_base + first * v_slot)
+            keys = k.as_strided(shape, k_strides, k_base + first * k_slot).to(heads.dtype)
+            values = v.as_strided(shape, v_strides, v_base + first * v_slot).to(heads.dtype)
             results.append(flash_attention(queries[row], keys, values, scale))
         out.put(work.single_rows, results)
 
@@ -258,8 +263,8 @@ class TorchNativeAttnBackend(AttentionBackend):
             total.add(
                 partial_attention(
                     heads,
-                    self._keys(k, piece, "k"),
-                    self._keys(v, piece, "v"),
+                    self._keys(k, piece, "k").to(heads.dtype),
+                    self._keys(v, piece, "v").to(heads.dtype),
                     layer.scaling,
                     causal=piece.visibility is Visibility.CAUSAL,
                     mask=self._mask(layer, item, piece),
@@ -282,8 +287,8 @@ class TorchNativeAttnBackend(AttentionBackend):
     def _gather(self, plane: torch.Tensor, pages: torch.Tensor, which: str) -> torch.Tensor:
         """All rows of `pages` int64 [P], one after another: [P * page_size, G, D] of scratch."""
         target = self._gather_target(plane, len(pages), which)
-        paged = plane.view(-1, self.spec.page_size, *plane.shape[1:])
-        torch.index_select(paged, 0, pages, out=target)
+        paged = raw(plane).view(-1, self.spec.page_size, *plane.shape[1:])
+        torch.index_select(paged, 0, pages, out=raw(target))
         return target.view(-1, *plane.shape[1:])
 
     def _gather_target(

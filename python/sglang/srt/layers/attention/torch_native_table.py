@@ -52,8 +52,8 @@ class SegmentTableAttnBackend(TorchNativeAttnBackend):
         for row, first, count in work.singles:
             part = partial_attention(
                 heads[row : row + 1],
-                k.narrow(0, first, count),
-                v.narrow(0, first, count),
+                k.narrow(0, first, count).to(heads.dtype),
+                v.narrow(0, first, count).to(heads.dtype),
                 layer.scaling,
                 logit_cap=layer.logit_cap,
             )

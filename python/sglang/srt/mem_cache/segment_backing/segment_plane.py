@@ -28,6 +28,23 @@ class SegmentPart(NamedTuple):
     local: torch.Tensor | tuple[int, int]
 
 
+def round_to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` in the KV dtype; what is beyond the largest number of fp8 becomes that number.
+
+    NaN stays NaN. torch alone would make NaN or infinity of it, which one later query after another
+    would spread.
+    """
+    if x.dtype != dtype and dtype.itemsize == 1:
+        most = torch.finfo(dtype).max
+        x = x.clamp(-most, most)
+    return x.to(dtype)
+
+
+def raw(x: torch.Tensor) -> torch.Tensor:
+    """`x` as it is copied: fp8 as bytes, since torch moves any dtype so and a copy never rounds."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
+
+
 def split_by_segment(places: torch.Tensor, per_segment: int) -> list[SegmentPart]:
     """Cut int64 [T] slots (or pages) of a group's whole space by segment, lowest segment first."""
     if not len(places):
@@ -109,10 +126,11 @@ class SegmentPlane:
 
     def gather_pages(self, pages: torch.Tensor, target: torch.Tensor) -> None:
         """Copy pages int64 [P] into `target` [P, page_size, G, D], segment by segment."""
+        target = raw(target)
         for segment, rows, local in split_by_segment(
             pages, self.slots_per_segment // self.page_size
         ):
-            paged = self.part(segment).view(-1, self.page_size, *self.shape[1:])
+            paged = raw(self.part(segment)).view(-1, self.page_size, *self.shape[1:])
             if isinstance(rows, tuple) and isinstance(local, tuple):
                 target.narrow(0, *rows).copy_(paged.narrow(0, *local))
             else:
@@ -122,11 +140,9 @@ class SegmentPlane:
 
     def store(self, parts: list[SegmentPart], source: torch.Tensor) -> None:
         """Write `source` [T, G, D] of the KV dtype to the slots that `parts` were cut from."""
-        as_bytes = self.dtype.itemsize == 1  # fp8 is copied as bytes: torch moves any dtype so
-        rows_of = source.view(torch.uint8) if as_bytes else source
+        rows_of = raw(source)
         for segment, rows, local in parts:
-            part = self.part(segment)
-            target = part.view(torch.uint8) if as_bytes else part
+            target = raw(self.part(segment))
             if isinstance(rows, tuple) and isinstance(local, tuple):
                 target.narrow(0, *local).copy_(rows_of.narrow(0, *rows))
             else:
@@ -137,17 +153,18 @@ class SegmentPlane:
     def __getitem__(self, slots: torch.Tensor) -> torch.Tensor:
         """A copy of any slots int64 [T]: [T, G, D]. For tools and tests."""
         result = torch.empty((len(slots), *self.shape[1:]), dtype=self.dtype, device=self.device)
+        target = raw(result)
         for segment, rows, local in split_by_segment(slots, self.slots_per_segment):
-            part = self.part(segment)
+            part = raw(self.part(segment))
             if isinstance(rows, tuple) and isinstance(local, tuple):
-                result.narrow(0, *rows).copy_(part.narrow(0, *local))
+                target.narrow(0, *rows).copy_(part.narrow(0, *local))
             else:
-                result[rows] = part[local]
+                target[rows] = part[local]
         return result
 
     def __setitem__(self, slots: torch.Tensor, source: torch.Tensor) -> None:
         """Write any slots int64 [T] from [T, G, D]. For tools and tests."""
-        self.store(split_by_segment(slots, self.slots_per_segment), source.to(self.dtype))
+        self.store(split_by_segment(slots, self.slots_per_segment), round_to(source, self.dtype))
 
     def __repr__(self) -> str:
         return f"SegmentPlane({self.shape}, {self.dtype}, {len(self._parts)} segments)"
