@@ -66,9 +66,9 @@ def test_a_second_round_hits_the_cache_and_answers_the_same(llama: str) -> None:
         assert cached["r2"] == 128
 
 
-@pytest.mark.parametrize("backing", ["mmap", "segment_table"])
-def test_the_canary_reads_bytes(llama: str, backing: str) -> None:
-    flags = {"kv_backing": backing, "page_size": 16, "kv_segment_size": 64, "kv_canary": "full"}
+@pytest.mark.parametrize(("backing", "mode"), [("mmap", "full"), ("segment_table", "chain")])
+def test_the_canary_reads_bytes(llama: str, backing: str, mode: str) -> None:
+    flags = {"kv_backing": backing, "page_size": 16, "kv_segment_size": 64, "kv_canary": mode}
     with tower(llama, kv_cache_dtype="fp8_e4m3", **flags) as engine:
         assert answer_all(engine) == answers(llama, "fp8_e4m3", **TORCH)
 
