@@ -8,7 +8,9 @@
 
 #include <cmath>
 
+#include "add_lanes.h"
 #include "attention.h"
+#include "exp2_avx512.h"
 #include "wide_rows.h"
 
 namespace {
@@ -28,34 +30,11 @@ inline __m512bh load_pairs(const Bf16* x) {
     return reinterpret_cast<__m512bh>(_mm512_loadu_si512(x));
 }
 
-// 2^x for x <= 0; 0 for -inf, NaN for NaN.
-inline __m512 exp2_small(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
-    const __m512 whole = _mm512_roundscale_ps(x, 8), t = _mm512_sub_ps(x, whole);
-    __m512 y = _mm512_set1_ps(1.3333558e-3f);
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(9.6181291e-3f));
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(5.5504109e-2f));
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(2.4022651e-1f));
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(6.9314718e-1f));
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, whole);
-}
-
 // Lane i of the result is the sum of all lanes of x[i].
-inline __m512 sum_each(__m512* x) {
-    for (int i = 0; i < 8; ++i)
-        x[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]),
-                             _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
-    for (int i = 0; i < 4; ++i) {
-        const __m512d a = _mm512_castps_pd(x[2 * i]), b = _mm512_castps_pd(x[2 * i + 1]);
-        x[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    }
-    for (int i = 0; i < 2; ++i)
-        x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0x88),
-                             _mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88),
-                         _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
+inline __m512 sum_each(const __m512* x) {
+    return add_four(add_quarters(x[0], x[1], x[2], x[3]), add_quarters(x[4], x[5], x[6], x[7]),
+                    add_quarters(x[8], x[9], x[10], x[11]),
+                    add_quarters(x[12], x[13], x[14], x[15]));
 }
 
 class DotTask {
