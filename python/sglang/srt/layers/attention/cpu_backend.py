@@ -76,7 +76,8 @@ class CpuAttnBackend(TorchNativeAttnBackend):
             self._dtype or torch.float32, spec.head_dim, spec.v_head_dim, kv_dtype
         )
         self._native_prompts = kernels.has_prompt_kernel()
-        self._has_tiles = kernels.cpu_isa() == kernels.Isa.AMX
+        in_tiles = self._dtype is torch.bfloat16 and spec.head_dim % 32 == 0
+        self._has_tiles = in_tiles and kernels.cpu_isa() == kernels.Isa.AMX
 
     def plan(self, geometry: BatchGeometry) -> CpuPlan:
         """Hold the geometry; tables and blocks follow when layers of new shapes ask."""
