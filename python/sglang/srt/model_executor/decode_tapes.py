@@ -30,7 +30,7 @@ _ARENA_BYTES = 1 << 30  # of address space; a step commits what it writes
 
 
 class CausalLM(Protocol):
-    """What a tape needs of a model."""
+    """What every architecture offers to those who run it."""
 
     lm_head: ParallelLMHead
 

@@ -6,22 +6,11 @@ Owns the loaded model and nothing of a request. Called by the worker on its own 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
-
-import torch
 
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
-from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+from sglang.srt.model_executor.decode_tapes import CausalLM as CausalLM
 from sglang.srt.model_executor.decode_tapes import DecodeTapes
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, LogprobSpec
-
-
-class CausalLM(Protocol):
-    """What every architecture offers the runner."""
-
-    lm_head: ParallelLMHead
-
-    def __call__(self, forward_batch: ForwardBatch) -> torch.Tensor: ...
 
 
 class ModelRunner:
