@@ -231,7 +231,7 @@ def test_pages_move_within_a_segment_table(monkeypatch: pytest.MonkeyPatch) -> N
     expected = [
         plane[torch.from_numpy(before)] for layer in range(2) for plane in pool.get_kv_buffer(layer)
     ]
-    monkeypatch.setattr("sglang.srt.mem_cache.compaction.COPY_BUFFER_BYTES", 2 * 4 * 2 * 8 * 2)
+    monkeypatch.setattr("sglang.srt.mem_cache.page_copy.COPY_BUFFER_BYTES", 2 * 4 * 2 * 8 * 2)
     copy_pages(pool, group, sources, targets)
     found = [
         plane[torch.from_numpy(after)] for layer in range(2) for plane in pool.get_kv_buffer(layer)
