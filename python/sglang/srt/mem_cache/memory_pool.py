@@ -161,6 +161,11 @@ class MHATokenToKVPool:
         self._keys = [backing.view(layer, Plane.KEY) for layer in layers]
         self._values = [backing.view(layer, Plane.VALUE) for layer in layers]
 
+    @property
+    def is_on_host(self) -> bool:
+        """Whether K and V stand in the host's memory, where this thread's copies need no stream."""
+        return self.get_key_buffer(0).device.type == "cpu"
+
     def get_key_buffer(self, layer_id: int) -> torch.Tensor | SegmentPlane:
         """Keys of one layer, [S, G, D] in the KV dtype, zero-copy over all slots."""
         return self._keys[layer_id]
