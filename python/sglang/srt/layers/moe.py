@@ -27,7 +27,8 @@ from sglang.srt.layers.quantization.matrix import rounds_inputs
 from sglang.srt.layers.weights import copy_checked, frozen_parameter
 from sglang.srt.utils.native import kernels_for
 
-# Up to so many tokens one native call is the faster way, see benchmark/cpu/bench_experts.py.
+# Up to so many tokens one native call is the faster way, or up to so many for each expert on the
+# average where dot instructions or codes are multiplied; see benchmark/cpu/bench_experts.py.
 _NATIVE_ROWS = 32
 
 
@@ -137,12 +138,22 @@ class Experts(ExpertWeights):
 
         `added` [T, H], the same on every rank, joins the sum.
         """
-        kernels = _kernels_for_few(x) if x.dtype is self.gate_up_proj.dtype else None
-        mixture = None if kernels is None else self._native(kernels)
-        if mixture is not None and len(x):
-            return self._add_ranks(mixture, x, routing, added)
+        kernels = kernels_for(x) if x.dtype is self.gate_up_proj.dtype else None
+        if kernels is not None and self._has_few(kernels, *routing.experts.shape):
+            mixture = self._native(kernels)
+            if mixture is not None:
+                return self._add_ranks(mixture, x, routing, added)
         total = self._parallel.all_reduce(self._one_by_one(x, routing)).to(x.dtype)
         return total if added is None else total + added
+
+    def _has_few(self, kernels: ModuleType, rows: int, num_chosen: int) -> bool:
+        """Whether so many tokens are few enough for the native call, all or for each expert."""
+        if rows <= _NATIVE_ROWS or kernels.is_recording():
+            return rows > 0
+        isa = kernels.cpu_isa()
+        by_dots = self.gate_up_proj.dtype is torch.bfloat16 and isa == kernels.Isa.AVX512_BF16
+        few = rows * num_chosen <= _NATIVE_ROWS * self.num_experts
+        return few and (by_dots or self.gate is not None)
 
     def _add_ranks(
         self, mixture: Any, x: torch.Tensor, routing: Routing, added: torch.Tensor | None
