@@ -21,6 +21,7 @@ class Environ:
     `allow_overwrite_longer_context_len` permits a context above the model's trained length,
     `health_check_timeout_s` bounds `/health_generate`, `kv_debug_protect` makes unmapped KV
     segments inaccessible, so that a stray read faults instead of returning zeros.
+    `disable_native_kernels` computes with PyTorch alone, as where sgl-kernel is not installed.
     `kv_canary_perturb` (None: nothing) is damage for `--kv-canary` to find, `kind:group@step`.
     """
 
@@ -28,6 +29,7 @@ class Environ:
     health_check_timeout_s: float = 20.0
     kv_debug_protect: bool = False
     kv_canary_perturb: str | None = None
+    disable_native_kernels: bool = False
 
     @classmethod
     def from_os(cls, environ: Mapping[str, str] | None = None) -> Environ:
@@ -42,6 +44,7 @@ class Environ:
             ),
             health_check_timeout_s=_read_seconds(source, "SGLANG_HEALTH_CHECK_TIMEOUT", 20.0),
             kv_debug_protect=_read_bool(source, "SGLANG_KV_DEBUG_PROTECT"),
+            disable_native_kernels=_read_bool(source, "SGLANG_DISABLE_NATIVE_KERNELS"),
             kv_canary_perturb=source.get("SGLANG_KV_CANARY_PERTURB", "").strip() or None,
         )
 
