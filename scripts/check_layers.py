@@ -76,8 +76,9 @@ TABLE: tuple[Row, ...] = (
      " < srt.managers.schedule_policy"),
     (3, "DEVICE", "srt.managers.schedule_batch < srt.model_executor.forward_batch_info"
      " < srt.sampling.sampling_batch_info"),
-    (4, "DEVICE", "srt.distributed.communicator < srt.distributed.parallel_state,"
-     " srt.distributed.process_group < srt.layers.* < srt.models.* < srt.model_loader.*"),
+    (4, "DEVICE", "srt.distributed.communicator < srt.distributed.parallel_state"
+     " < srt.distributed.rank_grid, srt.distributed.process_group"
+     " < srt.layers.* < srt.models.* < srt.model_loader.*"),
     (5, "DEVICE", "srt.model_executor.decode_tapes < srt.model_executor.model_runner"
      " < srt.managers.tp_worker"),
     (6, "DEVICE", "srt.managers.scheduler*"),

@@ -105,6 +105,15 @@ class ServerArgs(DoorArgs):
         metavar="N",
         minimum=1,
     )
+    kv_parallel_size: int = flag(
+        1,
+        "Ranks over which the KV of each request is spread, for each tensor-parallel rank. "
+        "Not in SGLang.",
+        group=DEVICE,
+        parse=int,
+        metavar="N",
+        minimum=1,
+    )
     dist_timeout: int = flag(
         600,
         "Seconds that a rank waits for the others, at start and in a step, before the server ends.",
@@ -340,6 +349,11 @@ class ServerArgs(DoorArgs):
         a warning for each flag that is accepted without effect.
         """
         return cls(**flag_parser.values_from_kwargs(specs_of(cls), OTHER_FLAGS, kwargs))
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that compute one model: a process each."""
+        return self.tp_size * self.kv_parallel_size
 
     def request_byte_limit(self, context_length: int) -> int:
         """Largest request body in bytes, given the effective context in tokens."""

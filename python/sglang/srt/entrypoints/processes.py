@@ -70,7 +70,7 @@ class ServerProcesses:
         spawn = multiprocessing.get_context("spawn")
         self._children: dict[str, SpawnProcess] = {}
         self._ranks: dict[str, _RankPipe] = {}
-        size = server_args.tp_size
+        size = server_args.num_ranks
         self._places = Rendezvous.for_ranks(size, self._directory.path) if size > 1 else ()
         for rank, place in enumerate(self._places or (None,)):
             name = "scheduler" if place is None else f"scheduler TP{rank}"

@@ -142,6 +142,7 @@ def plan_pool(
         granule_bytes=backing.granule_bytes,
         machine_bytes=host.total_bytes,
         budget_bytes=budget,
+        kv_parallel=args.kv_parallel_size,
     )
     budget = cap_budget(budget, args.max_total_tokens, layouts)
     if not backing.elastic:

@@ -128,7 +128,7 @@ def _connect(
 ) -> RankLinks | None:
     if rendezvous is None:
         return None
-    return connect_ranks(rendezvous, tp_rank, server_args.tp_size, server_args.dist_timeout)
+    return connect_ranks(rendezvous, tp_rank, server_args.num_ranks, server_args.dist_timeout)
 
 
 def _tell(ready_pipe: Connection, error: Exception, text: str) -> None:

@@ -18,6 +18,7 @@ from sglang.srt.configs.kv_events_config import KVEventsConfig
 from sglang.srt.configs.model_config import ModelConfig, resolve_context_length
 from sglang.srt.distributed.communicator import RankLinks
 from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.distributed.rank_grid import RankGrid
 from sglang.srt.environ import Environ
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.registry import get_attention_backend, make_attention_backend
@@ -40,7 +41,7 @@ from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
 from sglang.srt.mem_cache.canary_perturb import Perturbation
 from sglang.srt.mem_cache.capacity import request_page_bounds
 from sglang.srt.mem_cache.kv_events import EventSink
-from sglang.srt.mem_cache.kv_layout import KVCacheSpec
+from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVRanks
 from sglang.srt.mem_cache.segment_backing import SegmentBacking, make_backing
 from sglang.srt.model_executor.decode_tapes import CausalLM, DecodeTapes
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -123,8 +124,10 @@ def build_scheduler_parts(
     ValueError with one line for anything the user has to change, BackingError or OSError for what
     the machine refuses, RankLostError when another rank does not come.
     """
-    if links is None and args.tp_size > 1:
-        raise ValueError(f"--tp-size {args.tp_size}: only a server or an Engine has several ranks")
+    if links is None and args.num_ranks > 1:
+        sizes = {"--tp-size": args.tp_size, "--kv-parallel-size": args.kv_parallel_size}
+        several = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        raise ValueError(f"{several}: only a server or an Engine has several ranks")
     _set_threads(args)
     config = ModelConfig.from_path(
         args.model_path,
@@ -132,15 +135,14 @@ def build_scheduler_parts(
         trust_remote_code=args.trust_remote_code,
     )
     requested = resolve_context_length(config, args.context_length, environ)
-    parallel = (
-        ParallelState() if links is None else ParallelState(links.rank, links.size, links.compute)
-    )
+    grid = RankGrid.of(links, args.kv_parallel_size)
+    is_first = links is None or links.rank == 0
     dtype = resolve_dtype(args.dtype, config.torch_dtype)
-    model = _load(args, config, parallel, DTYPES[dtype])
+    model = _load(args, config, grid.parallel, DTYPES[dtype], show_progress=is_first)
     backend_class = get_attention_backend(args.attention_backend, args.device)
     page_size = args.page_size or backend_class.preferred_page_size
     kv_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
-    spec = kv_cache_spec(config, parallel, kv_dtype, page_size)
+    spec = kv_cache_spec(config, grid.parallel, kv_dtype, page_size)
     damage = _perturbation(args, environ, spec)
     backing = make_backing(args.kv_backing, debug_protect=environ.kv_debug_protect)
     host = agreed_memory(links, read_host_memory)
@@ -148,17 +150,23 @@ def build_scheduler_parts(
     if plan.clamp.is_clamped:
         logger.warning("Context length clamped: %s.", plan.clamp.explanation)
     # All ranks cache alike; one of them tells.
-    publisher = open_publisher(args.kv_events_config if parallel.tp_rank == 0 else None)
+    publisher = open_publisher(args.kv_events_config if is_first else None)
     sink = None if publisher is None else publisher.publish
-    memory = _make_memory(args, spec, backing, plan, host.total_bytes, sink, links)
-    backend = make_attention_backend(backend_class, memory.kv_pool)
+    memory = _make_memory(args, spec, backing, plan, host.total_bytes, sink, links, grid.kv_ranks)
+    if args.kv_parallel_size > 1 and not any(
+        map(memory.kv_pool.share.is_shared, range(spec.num_groups))
+    ):
+        logger.warning(
+            "--kv-parallel-size spreads nothing: no layer of this model keeps all tokens"
+        )
+    backend = make_attention_backend(backend_class, memory.kv_pool, grid.kv_group)
     tapes = _decode_tapes(args, model, backend)
     worker = TpModelWorker(
         ModelRunner(model, LogitsProcessor(), tapes), Sampler(), plan.max_running_requests + 1
     )
     limits = _limits(args, plan, page_size, spec)
     logger.info("KV pool ready: %r", memory)
-    ready = _ready(backend.name, plan, limits, memory)
+    ready = _ready(backend_class.name, plan, limits, memory)
     return SchedulerParts(
         memory,
         worker,
@@ -173,14 +181,21 @@ def build_scheduler_parts(
 def _set_threads(args: ServerArgs) -> None:
     if args.device != "cpu":
         return
-    torch.set_num_threads(compute_threads(args.cpu_threads, torch.get_num_threads(), args.tp_size))
+    torch.set_num_threads(
+        compute_threads(args.cpu_threads, torch.get_num_threads(), args.num_ranks)
+    )
     # The worker comes back from native code while the scheduler's thread prepares the next
     # step: by default it would be kept from the interpreter for up to 5 ms.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
 def _load(
-    args: ServerArgs, config: ModelConfig, parallel: ParallelState, dtype: torch.dtype
+    args: ServerArgs,
+    config: ModelConfig,
+    parallel: ParallelState,
+    dtype: torch.dtype,
+    *,
+    show_progress: bool,
 ) -> CausalLM:
     return load_model(
         config,
@@ -188,7 +203,7 @@ def _load(
         dtype=dtype,
         parallel=parallel,
         device=args.device,
-        show_progress=parallel.tp_rank == 0,
+        show_progress=show_progress,
         seed=args.random_seed,
         quantization=args.quantization,
     )
@@ -197,7 +212,12 @@ def _load(
 def _batch_maker(
     memory: KVMemory, backend: AttentionBackend, page_size: int, progress: Progress
 ) -> BatchMaker:
+    share = memory.kv_pool.share
+
     def make_batch(batch: ScheduleBatch, placement: KVPlacement) -> ForwardBatch:
+        slots = enumerate(placement.out_cache_loc)
+        places = tuple(share.write_slots(group, loc) for group, loc in slots)
+        placement = KVPlacement(places, placement.ticket)
         return ForwardBatch.from_schedule_batch(
             batch,
             placement,
@@ -218,7 +238,7 @@ def _decode_tapes(
     Not with several ranks: a recording that is given up half-way would repeat collectives.
     """
     kernels = native_kernels() if backend.records_steps else None
-    if kernels is None or args.disable_cuda_graph or args.tp_size > 1:
+    if kernels is None or args.disable_cuda_graph or args.num_ranks > 1:
         return None
     return DecodeTapes(model, kernels, args.cuda_graph_max_bs)
 
@@ -231,6 +251,7 @@ def _make_memory(
     machine_bytes: int,
     event_sink: EventSink | None,
     links: RankLinks | None,
+    kv_ranks: KVRanks,
 ) -> KVMemory:
     ranks = None if links is None else links.control
     now_ms = int(time.monotonic() * 1e3)
@@ -252,6 +273,7 @@ def _make_memory(
         prefill_chunk=prefill_chunk_tokens(args),
         now=(now_ms if ranks is None else ranks.agree((now_ms,))[0]) / 1e3,
         ranks=ranks,
+        kv_ranks=kv_ranks,
     )
 
 

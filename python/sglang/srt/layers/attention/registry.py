@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang.srt.distributed.communicator import Communicator
+from sglang.srt.distributed.communicator import TensorCommunicator
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.cpu_backend import CpuAttnBackend, has_native_kernels
 from sglang.srt.layers.attention.kv_parallel_backend import KVParallelAttnBackend
@@ -38,7 +38,9 @@ def get_attention_backend(name: str | None, device: str) -> type[AttentionBacken
 
 
 def make_attention_backend(
-    backend: type[AttentionBackend], pool: MHATokenToKVPool, kv_group: Communicator | None = None
+    backend: type[AttentionBackend],
+    pool: MHATokenToKVPool,
+    kv_group: TensorCommunicator | None = None,
 ) -> AttentionBackend:
     """An instance that reads `pool`; a segment table takes another class than contiguous memory.
 
