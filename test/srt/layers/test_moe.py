@@ -7,8 +7,8 @@ import torch
 
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.expert_weights import ExpertLayout
 from sglang.srt.layers.moe import (
-    ExpertLayout,
     Experts,
     Router,
     Routing,
@@ -36,6 +36,14 @@ class Checkpoint:
                 for e in range(E)
                 for part, whole in (("gate", self.gate), ("up", self.up), ("down", self.down))
             }
+        if layout is ExpertLayout.STACKED:
+            tensors = {
+                f"{part}_proj.weight": whole
+                for part, whole in (("gate", self.gate), ("up", self.up), ("down", self.down))
+            }
+            gate_bias, up_bias = self.gate_up_bias.chunk(2, 1)
+            biases = {"gate": gate_bias, "up": up_bias, "down": self.down_bias}
+            return tensors | {f"{part}_proj.bias": b for part, b in biases.items() if bias}
         tensors = {
             "gate_up_proj": torch.cat([self.gate, self.up], 1).transpose(1, 2).contiguous(),
             "down_proj": self.down.transpose(1, 2).contiguous(),
@@ -113,6 +121,7 @@ def inputs(num_tokens: int, num_chosen: int = 2) -> tuple[torch.Tensor, Routing]
         (ExpertLayout.MERGED, True),
         (ExpertLayout.INTERLEAVED, True),
         (ExpertLayout.SEPARATE, False),
+        (ExpertLayout.STACKED, True),
     ],
 )
 def test_equals_one_token_and_expert_at_a_time(

@@ -19,7 +19,8 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.model_traits import MoEConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.attention_temperature import AttentionTemperature
-from sglang.srt.layers.moe import ExpertLayout, Experts, Router, route_by_sigmoid
+from sglang.srt.layers.expert_weights import ExpertLayout
+from sglang.srt.layers.moe import Experts, Router, route_by_sigmoid
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding, get_rope
 from sglang.srt.layers.weights import LoadedWeight
 from sglang.srt.models.llama import (
@@ -87,7 +88,7 @@ class Llama4MoE(nn.Module):
             moe.num_experts,
             hidden,
             moe.intermediate_size,
-            layout=ExpertLayout.MERGED,
+            layout=ExpertLayout.STACKED if config.is_gguf else ExpertLayout.MERGED,
             scale_inputs=True,
             parallel=parallel,
             dtype=dtype,
