@@ -76,7 +76,8 @@ TABLE: tuple[Row, ...] = (
      " < srt.managers.schedule_policy"),
     (3, "DEVICE", "srt.managers.schedule_batch < srt.model_executor.forward_batch_info"
      " < srt.sampling.sampling_batch_info"),
-    (4, "DEVICE", "srt.distributed.communicator < srt.distributed.parallel_state"
+    (4, "DEVICE", "srt.distributed.communicator, srt.distributed.store_board"
+     " < srt.distributed.parallel_state"
      " < srt.distributed.rank_grid, srt.distributed.process_group"
      " < srt.layers.* < srt.models.* < srt.model_loader.*"),
     (5, "DEVICE", "srt.model_executor.decode_tapes < srt.model_executor.model_runner"
@@ -86,7 +87,8 @@ TABLE: tuple[Row, ...] = (
     (6, "TEXT", "srt.managers.generate_request, srt.managers.incremental_text"
      " < srt.managers.detokenizer < srt.managers.detokenizer_manager"),
     (6, "TEXT", "srt.managers.generate_request, srt.tokenizer.*"
-     " < srt.managers.request_state, srt.managers.request_validation, srt.managers.scheduler_pulse,"
+     " < srt.managers.request_state, srt.managers.request_validation, srt.managers.replica_choice,"
+     " srt.managers.scheduler_pulse,"
      " srt.managers.metrics"
      " < srt.managers.tokenizer_manager, srt.managers.detokenizer_manager"),
     (6, "TEXT", "srt.managers.generate_request, srt.managers.tokenizer_manager"

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang.srt.configs.kv_events_config import KVEventsConfig
 from sglang.srt.configs.model_config import ModelConfig, resolve_context_length
-from sglang.srt.distributed.communicator import RankLinks
+from sglang.srt.distributed.communicator import Communicator, RankLinks
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.distributed.rank_grid import RankGrid
 from sglang.srt.environ import Environ
@@ -27,7 +26,7 @@ from sglang.srt.layers.sampler import Sampler
 from sglang.srt.managers.io_struct import SchedulerReady
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
-from sglang.srt.managers.scheduler_kv_events import KVEventPublisher
+from sglang.srt.managers.scheduler_kv_events import KVEventPublisher, open_publisher
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.managers.scheduler_pool_plan import (
     AUTO_SEGMENT_BYTES,
@@ -36,6 +35,7 @@ from sglang.srt.managers.scheduler_pool_plan import (
     plan_pool,
     prefill_chunk_tokens,
 )
+from sglang.srt.managers.scheduler_start import agreed_memory
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
 from sglang.srt.mem_cache.canary_perturb import Perturbation
@@ -49,9 +49,10 @@ from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.cpu_cores import usable_cores
-from sglang.srt.utils.host_memory import HostMemory, read_host_memory
+from sglang.srt.utils.host_memory import read_host_memory
 from sglang.srt.utils.native import native_kernels
 from sglang.srt.utils.progress import Progress
+from sglang.srt.utils.rendezvous import ALONE, RankPlace
 
 logger = logging.getLogger(__name__)
 
@@ -101,26 +102,19 @@ def compute_threads(requested: int | None, present: int, num_ranks: int = 1) -> 
     return max(1, min(present, usable_cores() // num_ranks))
 
 
-def agreed_memory(links: RankLinks | None, read: Callable[[], HostMemory]) -> HostMemory:
-    """What the machine has for one rank: the same on all ranks, read once all have loaded.
-
-    `links` None: the rank is alone. Ranks share one machine, so each gets its part of what is
-    left, and the least that any of them sees counts. Blocks until all ranks have called.
-    """
-    if links is None:
-        return read()
-    links.control.agree((0,))  # nobody's weights are still to come
-    host = read()
-    total, available = links.control.agree((host.total_bytes, host.available_bytes // links.size))
-    return HostMemory(total, available, host.bound_by)
-
-
 def build_scheduler_parts(
-    args: ServerArgs, environ: Environ, progress: Progress, links: RankLinks | None = None
+    args: ServerArgs,
+    environ: Environ,
+    progress: Progress,
+    links: RankLinks | None = None,
+    *,
+    everyone: Communicator | None = None,
+    place: RankPlace | None = None,
 ) -> SchedulerParts:
     """Load this rank's part of the model and make its pool, in this order.
 
-    `links` to the other ranks, which build theirs at the same time; None with one rank. Raises
+    `links` to the other ranks, which build theirs at the same time; None with one rank. `everyone`
+    are all schedulers of the server, `place` (None: by the links) is this one's among them. Raises
     ValueError with one line for anything the user has to change, BackingError or OSError for what
     the machine refuses, RankLostError when another rank does not come.
     """
@@ -128,7 +122,11 @@ def build_scheduler_parts(
         sizes = {"--tp-size": args.tp_size, "--kv-parallel-size": args.kv_parallel_size}
         several = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
         raise ValueError(f"{several}: only a server or an Engine has several ranks")
-    _set_threads(args)
+    if links is not None:
+        place = place or RankPlace(links.rank, links.size, num_here=links.size)
+        everyone = everyone or links.control
+    place = place or ALONE
+    _set_threads(args, place.num_here)
     config = ModelConfig.from_path(
         args.model_path,
         overrides=args.model_overrides(),
@@ -136,21 +134,20 @@ def build_scheduler_parts(
     )
     requested = resolve_context_length(config, args.context_length, environ)
     grid = RankGrid.of(links, args.kv_parallel_size)
-    is_first = links is None or links.rank == 0
     dtype = resolve_dtype(args.dtype, config.torch_dtype)
-    model = _load(args, config, grid.parallel, DTYPES[dtype], show_progress=is_first)
+    model = _load(args, config, grid.parallel, DTYPES[dtype], show_progress=place.number == 0)
     backend_class = get_attention_backend(args.attention_backend, args.device)
     page_size = args.page_size or backend_class.preferred_page_size
     kv_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
     spec = kv_cache_spec(config, grid.parallel, kv_dtype, page_size)
     damage = _perturbation(args, environ, spec)
     backing = make_backing(args.kv_backing, debug_protect=environ.kv_debug_protect)
-    host = agreed_memory(links, read_host_memory)
+    host = agreed_memory(everyone, place.num_here, read_host_memory)
     plan = plan_pool(args, spec, backing, host, requested)
     if plan.clamp.is_clamped:
         logger.warning("Context length clamped: %s.", plan.clamp.explanation)
     # All ranks cache alike; one of them tells.
-    publisher = open_publisher(args.kv_events_config if is_first else None)
+    publisher = open_publisher(args.kv_events_config if place.tp_rank == 0 else None, place)
     sink = None if publisher is None else publisher.publish
     memory = _make_memory(args, spec, backing, plan, host.total_bytes, sink, links, grid.kv_ranks)
     if args.kv_parallel_size > 1 and not any(
@@ -178,12 +175,10 @@ def build_scheduler_parts(
     )
 
 
-def _set_threads(args: ServerArgs) -> None:
+def _set_threads(args: ServerArgs, num_here: int) -> None:
     if args.device != "cpu":
         return
-    torch.set_num_threads(
-        compute_threads(args.cpu_threads, torch.get_num_threads(), args.num_ranks)
-    )
+    torch.set_num_threads(compute_threads(args.cpu_threads, torch.get_num_threads(), num_here))
     # The worker comes back from native code while the scheduler's thread prepares the next
     # step: by default it would be kept from the interpreter for up to 5 ms.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -275,19 +270,6 @@ def _make_memory(
         ranks=ranks,
         kv_ranks=kv_ranks,
     )
-
-
-def open_publisher(config_json: str | None) -> KVEventPublisher | None:
-    """The publisher of cache events that the flag asks for, None when it asks for none.
-
-    Raises ValueError when its endpoint can't be used.
-    """
-    config = KVEventsConfig.from_json(config_json or "{}")
-    if not config.enabled:
-        return None
-    publisher = KVEventPublisher(config)
-    logger.info("Publishing cache events: %r", publisher)
-    return publisher
 
 
 def _perturbation(args: ServerArgs, environ: Environ, spec: KVCacheSpec) -> Perturbation | None:
