@@ -19,13 +19,20 @@ from sglang.srt.configs.model_config import ModelConfig, resolve_context_length
 from sglang.srt.distributed.communicator import RankLinks
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.environ import Environ
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.registry import get_attention_backend, make_attention_backend
 from sglang.srt.layers.logits_processor import LogitsProcessor
-from sglang.srt.layers.sampler import Sampler
 from sglang.srt.managers.io_struct import SchedulerReady
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
+from sglang.srt.managers.scheduler_device import (
+    auto_min_slots,
+    make_recorder,
+    make_sampler,
+    open_backing,
+    plan_of_device,
+    prefill_chunk_tokens,
+    reserve_of,
+)
 from sglang.srt.managers.scheduler_kv_events import KVEventPublisher
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.managers.tp_worker import TpModelWorker
@@ -37,6 +44,7 @@ from sglang.srt.mem_cache.capacity import (
     effective_context_length,
     request_page_bounds,
 )
+from sglang.srt.mem_cache.device_budget import DeviceMemoryPlan
 from sglang.srt.mem_cache.kv_events import EventSink
 from sglang.srt.mem_cache.kv_layout import (
     GroupKind,
@@ -46,15 +54,14 @@ from sglang.srt.mem_cache.kv_layout import (
     make_segment_layouts,
     trim_layouts_to_budget,
 )
-from sglang.srt.mem_cache.segment_backing import SegmentBacking, make_backing
-from sglang.srt.model_executor.decode_tapes import CausalLM, DecodeTapes
+from sglang.srt.mem_cache.segment_backing import SegmentBacking
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.cpu_cores import usable_cores
-from sglang.srt.utils.host_memory import HostMemory, read_host_memory
-from sglang.srt.utils.native import native_kernels
+from sglang.srt.utils.device import DeviceRuntime, make_runtime
+from sglang.srt.utils.host_memory import HostMemory
 from sglang.srt.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -84,14 +91,16 @@ class SchedulerParts:
     canary: SchedulerCanary | None = None
 
 
-def resolve_dtype(requested: str, checkpoint: str) -> str:
+def resolve_dtype(requested: str, checkpoint: str, device: str = "cpu") -> str:
     """The type of weights and activations: the requested one, or for "auto" the checkpoint's.
 
-    As in SGLang, auto never computes in float32; on a CPU 16 bits means bfloat16, which has
-    hardware products where float16 has none.
+    As in SGLang, auto never computes in float32 but in float16; on a CPU 16 bits means bfloat16,
+    which has hardware products where float16 has none.
     """
     if requested != "auto":
         return requested
+    if device != "cpu":
+        return "float16" if checkpoint == "float32" else checkpoint
     return "bfloat16" if checkpoint in ("float32", "float16") else checkpoint
 
 
@@ -157,14 +166,19 @@ def kv_cache_spec(
     )
 
 
-def resolve_budget(args: ServerArgs, available_bytes: int) -> int:
-    """The KV budget in bytes before --max-total-tokens: the explicit one, else the fraction.
+def resolve_budget(
+    args: ServerArgs, available_bytes: int, device_plan: DeviceMemoryPlan | None = None
+) -> int:
+    """The KV budget in bytes before --max-total-tokens: the explicit one, else the default.
 
+    The default is what `device_plan` leaves, on a host (None) the fraction of what is available.
     An explicit budget above what the machine has left is taken with a warning: it is a bound, and
     mapping checks the machine each time.
     """
     if args.kv_memory_budget is None:
-        return budget_from_headroom(available_bytes, args.mem_fraction_static)
+        if device_plan is not None:
+            return device_plan.budget_bytes
+        return budget_from_headroom(available_bytes, args.mem_fraction_static or 0.7)
     if args.kv_memory_budget > available_bytes:
         logger.warning(
             "--kv-memory-budget (%d bytes) is more than the %d bytes that the machine has left; "
@@ -213,17 +227,20 @@ def plan_pool(
     backing: SegmentBacking,
     host: HostMemory,
     requested_context: int,
+    device_plan: DeviceMemoryPlan | None = None,
+    min_slots: int = 1,
 ) -> _PoolPlan:
     """Budget, clamped context and rows from the arguments and what the machine has left; pure.
 
+    `min_slots`: fewest tokens of a segment whose size is chosen automatically.
     Raises ValueError when the budget cannot hold even one segment.
     """
-    budget = resolve_budget(args, host.available_bytes)
+    budget = resolve_budget(args, host.available_bytes, device_plan)
     layouts = make_segment_layouts(
         spec,
         slots_per_segment=args.kv_segment_size,
         auto_segment_bytes=AUTO_SEGMENT_BYTES,
-        auto_min_slots=1,
+        auto_min_slots=min_slots,
         granule_bytes=backing.granule_bytes,
         machine_bytes=host.total_bytes,
         budget_bytes=budget,
@@ -235,7 +252,7 @@ def plan_pool(
         spec,
         layouts,
         budget_bytes=budget,
-        reserve_segments=args.kv_segment_reserve,
+        reserve_segments=reserve_of(args, backing),
         requested=requested_context,
         prefill_chunk=prefill_chunk_tokens(args),
     )
@@ -256,30 +273,29 @@ def plan_pool(
     return _PoolPlan(budget, clamp, rows)
 
 
-def prefill_chunk_tokens(args: ServerArgs) -> int:
-    """Most prompt tokens of a step: the chunk, or --max-prefill-tokens when prompts are whole."""
-    if args.chunked_prefill_size == -1:
-        return args.max_prefill_tokens
-    return min(args.chunked_prefill_size, args.max_prefill_tokens)
-
-
 def build_scheduler_parts(
-    args: ServerArgs, environ: Environ, progress: Progress, links: RankLinks | None = None
+    args: ServerArgs,
+    environ: Environ,
+    progress: Progress,
+    links: RankLinks | None = None,
+    runtime: DeviceRuntime | None = None,
 ) -> SchedulerParts:
     """Load this rank's part of the model and make its pool, in this order.
 
-    `links` to the other ranks, which build theirs at the same time; None with one rank. Raises
-    ValueError with one line for anything the user has to change, BackingError or OSError for what
-    the machine refuses, RankLostError when another rank does not come.
+    `links` to the other ranks, which build theirs at the same time; None with one rank. `runtime`
+    stands for the device that the arguments name; None: that one. Raises ValueError with one line
+    for anything the user has to change, BackingError or OSError for what the machine refuses,
+    RankLostError when another rank does not come.
     """
     if links is None and args.tp_size > 1:
         raise ValueError(f"--tp-size {args.tp_size}: only a server or an Engine has several ranks")
-    if args.device == "cpu":
+    runtime = runtime or make_runtime(args.device)
+    if not runtime.is_async:
         threads = compute_threads(args.cpu_threads, torch.get_num_threads(), args.tp_size)
         torch.set_num_threads(threads)
-        # The worker comes back from native code while the scheduler's thread prepares the next
-        # step: by default it would be kept from the interpreter for up to 5 ms.
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    # The worker comes back from native code while the scheduler's thread prepares the next
+    # step: by default it would be kept from the interpreter for up to 5 ms.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     config = ModelConfig.from_path(
         args.model_path,
         overrides=args.model_overrides(),
@@ -289,13 +305,14 @@ def build_scheduler_parts(
     parallel = (
         ParallelState() if links is None else ParallelState(links.rank, links.size, links.compute)
     )
-    dtype = resolve_dtype(args.dtype, config.torch_dtype)
+    dtype = resolve_dtype(args.dtype, config.torch_dtype, args.device)
+    free_before = runtime.read_memory().available_bytes
     model = load_model(
         config,
         load_format=args.load_format,
         dtype=DTYPES[dtype],
         parallel=parallel,
-        device=args.device,
+        device=runtime.device,
         show_progress=parallel.tp_rank == 0,
         seed=args.random_seed,
         quantization=args.quantization,
@@ -305,15 +322,21 @@ def build_scheduler_parts(
     kv_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
     spec = kv_cache_spec(config, parallel, kv_dtype, page_size)
     damage = _perturbation(args, environ, spec)
-    backing = make_backing(args.kv_backing, debug_protect=environ.kv_debug_protect)
-    host = agreed_memory(links, read_host_memory)
-    plan = plan_pool(args, spec, backing, host, requested)
+    runtime.synchronize()  # the weights were copied elsewhere than on the compute stream
+    backing = open_backing(args, runtime, debug_protect=environ.kv_debug_protect)
+    host = agreed_memory(links, runtime.read_memory)
+    device_plan = plan_of_device(
+        args, runtime, free_before, config, spec, backend_class, backing.granule_bytes
+    )
+    min_slots = auto_min_slots(runtime)
+    plan = plan_pool(args, spec, backing, host, requested, device_plan, min_slots)
     if plan.clamp.is_clamped:
         logger.warning("Context length clamped: %s.", plan.clamp.explanation)
     # All ranks cache alike; one of them tells.
     publisher = open_publisher(args.kv_events_config if parallel.tp_rank == 0 else None)
     sink = None if publisher is None else publisher.publish
-    memory = _make_memory(args, spec, backing, plan, host.total_bytes, sink, links)
+    memory = _make_memory(args, spec, backing, plan, host.total_bytes, sink, links, min_slots)
+    memory.kv_pool.serve(runtime)
     backend = make_attention_backend(backend_class, memory.kv_pool)
 
     def make_batch(batch: ScheduleBatch, placement: KVPlacement) -> ForwardBatch:
@@ -326,29 +349,17 @@ def build_scheduler_parts(
             progress=progress,
         )
 
-    tapes = _decode_tapes(args, model, backend)
-    worker = TpModelWorker(
-        ModelRunner(model, LogitsProcessor(), tapes), Sampler(), plan.max_running_requests + 1
+    runner = ModelRunner(
+        model, LogitsProcessor(), make_recorder(args, model, backend, runtime, memory.kv_pool)
     )
+    worker = TpModelWorker(runner, make_sampler(runtime), plan.max_running_requests + 1, runtime)
+    runtime.synchronize()
     limits = _limits(args, plan, page_size, spec)
     logger.info("KV pool ready: %r", memory)
     ready = _ready(backend.name, plan, limits, memory)
     return SchedulerParts(
         memory, worker, make_batch, limits, ready, publisher, _canary(args, memory, damage)
     )
-
-
-def _decode_tapes(
-    args: ServerArgs, model: CausalLM, backend: AttentionBackend
-) -> DecodeTapes | None:
-    """What decode steps are recorded on; None where they can't be or the user wants none.
-
-    Not with several ranks: a recording that is given up half-way would repeat collectives.
-    """
-    kernels = native_kernels() if backend.records_steps else None
-    if kernels is None or args.disable_cuda_graph or args.tp_size > 1:
-        return None
-    return DecodeTapes(model, kernels, args.cuda_graph_max_bs)
 
 
 def _make_memory(
@@ -359,6 +370,7 @@ def _make_memory(
     machine_bytes: int,
     event_sink: EventSink | None,
     links: RankLinks | None,
+    min_slots: int,
 ) -> KVMemory:
     ranks = None if links is None else links.control
     now_ms = int(time.monotonic() * 1e3)
@@ -370,7 +382,8 @@ def _make_memory(
         max_requests=plan.max_running_requests,
         slots_per_segment=args.kv_segment_size,
         auto_segment_bytes=AUTO_SEGMENT_BYTES,
-        reserve_segments=args.kv_segment_reserve,
+        auto_min_slots=min_slots,
+        reserve_segments=reserve_of(args, backing),
         idle_release_s=args.kv_idle_release_seconds,
         prefix_idle_s=args.prefix_cache_idle_seconds,
         max_cached_tokens=args.max_cached_tokens,

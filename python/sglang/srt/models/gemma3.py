@@ -78,8 +78,10 @@ class Gemma3Model(LlamaModel):
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings times sqrt(hidden), a factor that the model knows in its weights' type."""
         embedded = super().embed(input_ids)
-        factor = torch.tensor(embedded.shape[-1] ** 0.5, dtype=embedded.dtype)
-        return embedded * factor.to(embedded.device)
+        # A tensor without dimensions of the host joins any device's: as a number, not as a copy.
+        return embedded * torch.tensor(
+            embedded.shape[-1] ** 0.5, dtype=embedded.dtype, device="cpu"
+        )
 
 
 class Gemma3ForCausalLM(LlamaForCausalLM):
