@@ -38,6 +38,7 @@ TABLE: tuple[Row, ...] = (
     (1, "", "srt.configs.rope_config < srt.configs.model_traits"
      " < srt.configs.families.* < srt.configs.model_config"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.capacity"),
+    (2, "DEVICE", "srt.mem_cache.device_budget"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.segment_backing.*"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.segment_state"),
     (2, "DEVICE", "srt.mem_cache.segment_backing.*, srt.mem_cache.segment_state,"
@@ -80,7 +81,8 @@ TABLE: tuple[Row, ...] = (
      " < srt.distributed.parallel_state"
      " < srt.distributed.rank_grid, srt.distributed.process_group"
      " < srt.layers.* < srt.models.* < srt.model_loader.*"),
-    (5, "DEVICE", "srt.model_executor.decode_tapes < srt.model_executor.model_runner"
+    (5, "DEVICE", "srt.model_executor.decode_tapes < srt.model_executor.cuda_graph_runner,"
+     " srt.model_executor.model_runner"
      " < srt.managers.tp_worker"),
     (6, "DEVICE", "srt.managers.scheduler*"),
     (6, "TEXT", "srt.tokenizer.* < srt.managers.incremental_text"),
@@ -122,6 +124,7 @@ LAZY_PACKAGES = frozenset(
 BANNED: tuple[tuple[str, frozenset[str]], ...] = (
     ("srt.mem_cache.kv_layout", frozenset({"torch", "transformers"})),
     ("srt.mem_cache.capacity", frozenset({"torch", "transformers"})),
+    ("srt.mem_cache.device_budget", frozenset({"torch", "transformers"})),
     ("srt.server_args", frozenset({"torch", "transformers"})),
     ("srt.configs.*", frozenset({"torch", "transformers"})),
     ("srt.managers.io_struct", frozenset({"torch", "transformers"})),

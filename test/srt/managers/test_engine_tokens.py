@@ -24,6 +24,7 @@ from sglang.srt.managers.scheduler_setup import build_scheduler_parts
 from sglang.srt.mem_cache.allocation import KVMemory
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.device import DeviceRuntime
 from sglang.srt.utils.progress import Progress
 from srt.managers.scheduler_harness import FakeChannel
 from srt.models.hf_models import FAMILIES, VOCAB, hf_greedy, make_hf_model, save
@@ -78,6 +79,7 @@ class DeviceTower:
         *,
         environ: Environ | None = None,
         links: RankLinks | None = None,
+        runtime: DeviceRuntime | None = None,
         **flags: object,
     ) -> None:
         self.rank = 0 if links is None else links.rank
@@ -86,7 +88,7 @@ class DeviceTower:
             **{"dtype": "float32", "kv_memory_budget": "64MiB", "random_seed": 5, **flags},
         )
         progress = Progress()
-        self.parts = build_scheduler_parts(args, environ or Environ(), progress, links)
+        self.parts = build_scheduler_parts(args, environ or Environ(), progress, links, runtime)
         self.channel = FakeChannel()
         self.scheduler: Scheduler = make_scheduler(self.parts, self.channel, progress, links)
 
@@ -120,9 +122,13 @@ class DeviceTower:
 
 @contextmanager
 def tower(
-    model_path: str, *, environ: Environ | None = None, **flags: object
+    model_path: str,
+    *,
+    environ: Environ | None = None,
+    runtime: DeviceRuntime | None = None,
+    **flags: object,
 ) -> Iterator[DeviceTower]:
-    made = DeviceTower(model_path, environ=environ, **flags)
+    made = DeviceTower(model_path, environ=environ, runtime=runtime, **flags)
     try:
         yield made
         made.memory.audit()
