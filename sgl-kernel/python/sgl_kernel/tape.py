@@ -142,6 +142,11 @@ def _storage_of(tensor: torch.Tensor) -> int:
 class _ViewsOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
     """Lets through operations that compute nothing: a tape would not have them."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch asks. A yes would import its compiler, a second's work, at the first step."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
