@@ -38,13 +38,13 @@ def test_dtype(requested: str, checkpoint: str, result: str) -> None:
 
 
 def test_ranks_share_what_the_least_of_them_sees() -> None:
-    assert agreed_memory(None, lambda: HOST) is HOST
+    assert agreed_memory(None, 1, lambda: HOST) is HOST
     ranks = ThreadRanks(2)
     seen = [
         HostMemory(30 * GIB, 20 * GIB, "MemAvailable"),
         HostMemory(24 * GIB, 14 * GIB, "a cgroup"),
     ]
-    agreed = ranks.run(lambda rank: agreed_memory(ranks.links(rank), lambda: seen[rank]))
+    agreed = ranks.run(lambda rank: agreed_memory(ranks.links(rank).control, 2, lambda: seen[rank]))
     assert [(host.total_bytes, host.available_bytes) for host in agreed] == [
         (24 * GIB, 7 * GIB)
     ] * 2

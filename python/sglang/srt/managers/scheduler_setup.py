@@ -14,44 +14,51 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang.srt.configs.kv_events_config import KVEventsConfig
 from sglang.srt.configs.model_config import ModelConfig, resolve_context_length
-from sglang.srt.distributed.communicator import RankLinks
+from sglang.srt.distributed.communicator import Communicator, RankLinks
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.distributed.rank_grid import RankGrid
 from sglang.srt.environ import Environ
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.registry import get_attention_backend, make_attention_backend
 from sglang.srt.layers.logits_processor import LogitsProcessor
-from sglang.srt.layers.sampler import Sampler
 from sglang.srt.managers.io_struct import SchedulerReady
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
-from sglang.srt.managers.scheduler_kv_events import KVEventPublisher
+from sglang.srt.managers.scheduler_device import (
+    auto_min_slots,
+    make_recorder,
+    make_sampler,
+    open_backing,
+    plan_of_device,
+    prefill_chunk_tokens,
+    reserve_of,
+)
+from sglang.srt.managers.scheduler_kv_events import KVEventPublisher, open_publisher
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.managers.scheduler_pool_plan import (
     AUTO_SEGMENT_BYTES,
     PoolPlan,
     kv_cache_spec,
     plan_pool,
-    prefill_chunk_tokens,
 )
+from sglang.srt.managers.scheduler_start import agreed_memory
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
 from sglang.srt.mem_cache.canary_perturb import Perturbation
 from sglang.srt.mem_cache.capacity import request_page_bounds
 from sglang.srt.mem_cache.kv_events import EventSink
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVRanks
-from sglang.srt.mem_cache.segment_backing import SegmentBacking, make_backing
-from sglang.srt.model_executor.decode_tapes import CausalLM, DecodeTapes
+from sglang.srt.mem_cache.segment_backing import SegmentBacking
+from sglang.srt.model_executor.decode_tapes import CausalLM
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.cpu_cores import usable_cores
-from sglang.srt.utils.host_memory import HostMemory, read_host_memory
-from sglang.srt.utils.native import native_kernels
+from sglang.srt.utils.device import DeviceRuntime, make_runtime
 from sglang.srt.utils.progress import Progress
+from sglang.srt.utils.rendezvous import ALONE, RankPlace
 
 logger = logging.getLogger(__name__)
 
@@ -80,14 +87,16 @@ class SchedulerParts:
     canary: SchedulerCanary | None = None
 
 
-def resolve_dtype(requested: str, checkpoint: str) -> str:
+def resolve_dtype(requested: str, checkpoint: str, device: str = "cpu") -> str:
     """The type of weights and activations: the requested one, or for "auto" the checkpoint's.
 
-    As in SGLang, auto never computes in float32; on a CPU 16 bits means bfloat16, which has
-    hardware products where float16 has none.
+    As in SGLang, auto never computes in float32 but in float16; on a CPU 16 bits means bfloat16,
+    which has hardware products where float16 has none.
     """
     if requested != "auto":
         return requested
+    if device != "cpu":
+        return "float16" if checkpoint == "float32" else checkpoint
     return "bfloat16" if checkpoint in ("float32", "float16") else checkpoint
 
 
@@ -101,34 +110,34 @@ def compute_threads(requested: int | None, present: int, num_ranks: int = 1) -> 
     return max(1, min(present, usable_cores() // num_ranks))
 
 
-def agreed_memory(links: RankLinks | None, read: Callable[[], HostMemory]) -> HostMemory:
-    """What the machine has for one rank: the same on all ranks, read once all have loaded.
-
-    `links` None: the rank is alone. Ranks share one machine, so each gets its part of what is
-    left, and the least that any of them sees counts. Blocks until all ranks have called.
-    """
-    if links is None:
-        return read()
-    links.control.agree((0,))  # nobody's weights are still to come
-    host = read()
-    total, available = links.control.agree((host.total_bytes, host.available_bytes // links.size))
-    return HostMemory(total, available, host.bound_by)
-
-
 def build_scheduler_parts(
-    args: ServerArgs, environ: Environ, progress: Progress, links: RankLinks | None = None
+    args: ServerArgs,
+    environ: Environ,
+    progress: Progress,
+    links: RankLinks | None = None,
+    *,
+    everyone: Communicator | None = None,
+    place: RankPlace | None = None,
+    runtime: DeviceRuntime | None = None,
 ) -> SchedulerParts:
     """Load this rank's part of the model and make its pool, in this order.
 
-    `links` to the other ranks, which build theirs at the same time; None with one rank. Raises
-    ValueError with one line for anything the user has to change, BackingError or OSError for what
-    the machine refuses, RankLostError when another rank does not come.
+    `links` to the other ranks, which build theirs at the same time; None with one rank. `everyone`
+    are all schedulers of the server, `place` (None: by the links) is this one's among them.
+    `runtime` stands for the device that the arguments name; None: that one. Raises ValueError with
+    one line for anything the user has to change, BackingError or OSError for what the machine
+    refuses, RankLostError when another rank does not come.
     """
     if links is None and args.num_ranks > 1:
         sizes = {"--tp-size": args.tp_size, "--kv-parallel-size": args.kv_parallel_size}
         several = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
         raise ValueError(f"{several}: only a server or an Engine has several ranks")
-    _set_threads(args)
+    if links is not None:
+        place = place or RankPlace(links.rank, links.size, num_here=links.size)
+        everyone = everyone or links.control
+    place = place or ALONE
+    runtime = runtime or make_runtime(args.device)
+    _set_threads(args, runtime, place.num_here)
     config = ModelConfig.from_path(
         args.model_path,
         overrides=args.model_overrides(),
@@ -136,23 +145,32 @@ def build_scheduler_parts(
     )
     requested = resolve_context_length(config, args.context_length, environ)
     grid = RankGrid.of(links, args.kv_parallel_size)
-    is_first = links is None or links.rank == 0
-    dtype = resolve_dtype(args.dtype, config.torch_dtype)
-    model = _load(args, config, grid.parallel, DTYPES[dtype], show_progress=is_first)
+    dtype = resolve_dtype(args.dtype, config.torch_dtype, args.device)
+    free_before = runtime.read_memory().available_bytes
+    show = place.number == 0
+    model = _load(args, config, grid.parallel, DTYPES[dtype], runtime, show_progress=show)
     backend_class = get_attention_backend(args.attention_backend, args.device)
     page_size = args.page_size or backend_class.preferred_page_size
     kv_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
     spec = kv_cache_spec(config, grid.parallel, kv_dtype, page_size)
     damage = _perturbation(args, environ, spec)
-    backing = make_backing(args.kv_backing, debug_protect=environ.kv_debug_protect)
-    host = agreed_memory(links, read_host_memory)
-    plan = plan_pool(args, spec, backing, host, requested)
+    runtime.synchronize()  # the weights were copied elsewhere than on the compute stream
+    backing = open_backing(args, runtime, debug_protect=environ.kv_debug_protect)
+    host = agreed_memory(everyone, place.num_here, runtime.read_memory)
+    device_plan = plan_of_device(
+        args, runtime, free_before, config, spec, backend_class, backing.granule_bytes
+    )
+    min_slots = auto_min_slots(runtime)
+    plan = plan_pool(args, spec, backing, host, requested, device_plan, min_slots)
     if plan.clamp.is_clamped:
         logger.warning("Context length clamped: %s.", plan.clamp.explanation)
     # All ranks cache alike; one of them tells.
-    publisher = open_publisher(args.kv_events_config if is_first else None)
+    publisher = open_publisher(args.kv_events_config if place.tp_rank == 0 else None, place)
     sink = None if publisher is None else publisher.publish
-    memory = _make_memory(args, spec, backing, plan, host.total_bytes, sink, links, grid.kv_ranks)
+    memory = _make_memory(
+        args, spec, backing, plan, host.total_bytes, sink, links, grid.kv_ranks, min_slots
+    )
+    memory.kv_pool.serve(runtime)
     if args.kv_parallel_size > 1 and not any(
         map(memory.kv_pool.share.is_shared, range(spec.num_groups))
     ):
@@ -160,10 +178,14 @@ def build_scheduler_parts(
             "--kv-parallel-size spreads nothing: no layer of this model keeps all tokens"
         )
     backend = make_attention_backend(backend_class, memory.kv_pool, grid.kv_group)
-    tapes = _decode_tapes(args, model, backend)
+    recorder = make_recorder(args, model, backend, runtime, memory.kv_pool)
     worker = TpModelWorker(
-        ModelRunner(model, LogitsProcessor(), tapes), Sampler(), plan.max_running_requests + 1
+        ModelRunner(model, LogitsProcessor(), recorder),
+        make_sampler(runtime),
+        plan.max_running_requests + 1,
+        runtime,
     )
+    runtime.synchronize()
     limits = _limits(args, plan, page_size, spec)
     logger.info("KV pool ready: %r", memory)
     ready = _ready(backend_class.name, plan, limits, memory)
@@ -178,12 +200,10 @@ def build_scheduler_parts(
     )
 
 
-def _set_threads(args: ServerArgs) -> None:
-    if args.device != "cpu":
-        return
-    torch.set_num_threads(
-        compute_threads(args.cpu_threads, torch.get_num_threads(), args.num_ranks)
-    )
+def _set_threads(args: ServerArgs, runtime: DeviceRuntime, num_here: int) -> None:
+    if not runtime.is_async:
+        threads = compute_threads(args.cpu_threads, torch.get_num_threads(), num_here)
+        torch.set_num_threads(threads)
     # The worker comes back from native code while the scheduler's thread prepares the next
     # step: by default it would be kept from the interpreter for up to 5 ms.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -194,6 +214,7 @@ def _load(
     config: ModelConfig,
     parallel: ParallelState,
     dtype: torch.dtype,
+    runtime: DeviceRuntime,
     *,
     show_progress: bool,
 ) -> CausalLM:
@@ -202,7 +223,7 @@ def _load(
         load_format=args.load_format,
         dtype=dtype,
         parallel=parallel,
-        device=args.device,
+        device=runtime.device,
         show_progress=show_progress,
         seed=args.random_seed,
         quantization=args.quantization,
@@ -230,19 +251,6 @@ def _batch_maker(
     return make_batch
 
 
-def _decode_tapes(
-    args: ServerArgs, model: CausalLM, backend: AttentionBackend
-) -> DecodeTapes | None:
-    """What decode steps are recorded on; None where they can't be or the user wants none.
-
-    Not with several ranks: a recording that is given up half-way would repeat collectives.
-    """
-    kernels = native_kernels() if backend.records_steps else None
-    if kernels is None or args.disable_cuda_graph or args.num_ranks > 1:
-        return None
-    return DecodeTapes(model, kernels, args.cuda_graph_max_bs)
-
-
 def _make_memory(
     args: ServerArgs,
     spec: KVCacheSpec,
@@ -252,6 +260,7 @@ def _make_memory(
     event_sink: EventSink | None,
     links: RankLinks | None,
     kv_ranks: KVRanks,
+    min_slots: int,
 ) -> KVMemory:
     ranks = None if links is None else links.control
     now_ms = int(time.monotonic() * 1e3)
@@ -263,7 +272,8 @@ def _make_memory(
         max_requests=plan.max_running_requests,
         slots_per_segment=args.kv_segment_size,
         auto_segment_bytes=AUTO_SEGMENT_BYTES,
-        reserve_segments=args.kv_segment_reserve,
+        auto_min_slots=min_slots,
+        reserve_segments=reserve_of(args, backing),
         idle_release_s=args.kv_idle_release_seconds,
         prefix_idle_s=args.prefix_cache_idle_seconds,
         max_cached_tokens=args.max_cached_tokens,
@@ -275,19 +285,6 @@ def _make_memory(
         ranks=ranks,
         kv_ranks=kv_ranks,
     )
-
-
-def open_publisher(config_json: str | None) -> KVEventPublisher | None:
-    """The publisher of cache events that the flag asks for, None when it asks for none.
-
-    Raises ValueError when its endpoint can't be used.
-    """
-    config = KVEventsConfig.from_json(config_json or "{}")
-    if not config.enabled:
-        return None
-    publisher = KVEventPublisher(config)
-    logger.info("Publishing cache events: %r", publisher)
-    return publisher
 
 
 def _perturbation(args: ServerArgs, environ: Environ, spec: KVCacheSpec) -> Perturbation | None:

@@ -6,6 +6,7 @@ from sglang.srt.distributed.communicator import TensorCommunicator
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.cpu_backend import CpuAttnBackend, has_native_kernels
 from sglang.srt.layers.attention.kv_parallel_backend import KVParallelAttnBackend
+from sglang.srt.layers.attention.torch_device_backend import TorchDeviceAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.torch_native_table import SegmentTableAttnBackend
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -27,8 +28,12 @@ def get_attention_backend(name: str | None, device: str) -> type[AttentionBacken
                 "which takes a C++ compiler"
             )
         available[TorchNativeAttnBackend.name] = TorchNativeAttnBackend
+    elif device == "cuda":
+        available[TorchDeviceAttnBackend.name] = TorchDeviceAttnBackend
     if not available:
-        raise ValueError(f"no attention backend for device {device!r}; available devices: cpu")
+        raise ValueError(
+            f"no attention backend for device {device!r}; available devices: cpu, cuda"
+        )
     if name is None or name == "auto":
         return next(iter(available.values()))
     if name not in available:
