@@ -172,6 +172,20 @@ class HighestCall(ctypes.Structure):
     )
 
 
+class QkvCall(ctypes.Structure):
+    """`SglQkv` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        ("product", ctypes.c_void_p),
+        ("norms", ctypes.c_void_p * 2),
+        ("rotates", ctypes.c_void_p * 2),
+        ("store", ctypes.c_void_p),
+        ("columns", ctypes.c_int64 * 2),
+        *((name, ctypes.c_int64) for name in ("k_columns", "v_columns", "head_dim", "v_dim")),
+        ("product_op", ctypes.c_int64),
+    )
+
+
 class Step(ctypes.Structure):
     """`SglStep` of csrc/api.h, field by field."""
 
@@ -182,6 +196,7 @@ class Op(IntEnum):
     """What a step of a tape calls, as csrc/api.h numbers it."""
 
     ATTENTION = 0
+    QKV = 15
     LINEAR = 1
     QUANTIZED_LINEAR = 2
     DEQUANTIZE = 3
@@ -197,6 +212,7 @@ class Op(IntEnum):
 
 _CALLS = {
     "attention": AttentionCall,
+    "qkv": QkvCall,
     "linear": LinearCall,
     "quantized_linear": QuantizedCall,
     "dequantize": QuantizedCall,

@@ -348,7 +348,7 @@ def _decode_tapes(
     kernels = native_kernels() if backend.records_steps else None
     if kernels is None or args.disable_cuda_graph or args.tp_size > 1:
         return None
-    return DecodeTapes(model, kernels, args.cuda_graph_max_bs)
+    return DecodeTapes(model, kernels, args.cuda_graph_max_bs, fuses=args.enable_fused_qk_norm_rope)
 
 
 def _make_memory(
