@@ -3,13 +3,15 @@
 // A decoding query is one task over all kv heads, so that K and V are read once and in order; a
 // block of queries becomes tiles, each kv head of a tile a task. The two have kernels of their own.
 // When that makes too few tasks for the threads, keys are split, and the parts merge in fp32 at the
-// end. A decoding query's keys are split in any case after some ten thousands: a longer running sum
-// loses what comes late.
+// end. Keys are split in any case after some ten thousands, since a longer running sum loses what comes
+// late: a decoding query's into parts as well, a tile's within its task, whose states begin anew and are
+// added to those of the keys before.
 //
 // Served: head_dim a multiple of 16 up to kMaxHeadDim, float32, bfloat16 and float16, K and V of the
 // same type or of fp8, whose blocks are widened as they are read (wide_rows.h).
 #include "attention.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <vector>
@@ -25,7 +27,8 @@ constexpr int64_t kRowsAtOnce = 6;    // of the blocked kernel
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kMinDecodeKeys = 256;   // fewer keys are not worth a merge
 constexpr int64_t kMinExtendKeys = 2048;
-constexpr int64_t kMostDecodeKeys = 1 << 16;
+constexpr int64_t kMostDecodeKeys = 1 << 16;  // of a part
+constexpr int64_t kMostKeys = 1 << 13;        // of a tile's running sum
 
 // Tasks [first, first + count) share their queries and heads; `state` numbers their first state
 // among the partials of all split groups.
@@ -38,6 +41,7 @@ struct Plan {
     std::vector<Group> groups;
     std::vector<int64_t> group_of;
     int64_t num_states = 0;   // of split groups, over all their tasks
+    bool begins_anew = false;  // whether a task has too many keys for one sum
     int64_t most_states = 0;  // of one task
     int64_t most_queries = 0, most_heads = 0;
 };
@@ -130,7 +134,8 @@ Plan make_plan(const SglAttention& call, const Kernel& kernel) {
         return std::max(least, (keys / wanted + kKeys - 1) / kKeys * kKeys);
     };
     const int64_t decode_part =
-        alone ? kMostDecodeKeys : std::min(kMostDecodeKeys, part_of(decode_keys, kMinDecodeKeys));
+        alone ? kMostDecodeKeys
+              : std::min(kMostDecodeKeys, part_of(decode_keys, kMinDecodeKeys));
     const int64_t extend_part =
         alone ? std::max<int64_t>(1, extend_keys) : part_of(extend_keys, kMinExtendKeys);
     for (const Task& tile : tiles) {
@@ -146,6 +151,7 @@ Plan make_plan(const SglAttention& call, const Kernel& kernel) {
                 task.hi = std::min(tile.hi, task.lo + part);
             }
             plan.tasks.push_back(task);
+            plan.begins_anew |= task.rows > 1 && task.hi - task.lo > kMostKeys;
             plan.group_of.push_back(number);
         }
         if (parts > 1) plan.num_states += parts * states;
@@ -173,16 +179,32 @@ void clear(const SglAttention& call, const States& states, int64_t count) {
     std::fill_n(states.sum, count, 0.0f);
 }
 
-// What one thread needs: a direct task's states, and the kernel's scratch.
+// Adds states of some keys to those of others, both as kernels leave them.
+void add_states(const SglAttention& call, const States& more, int64_t count, const States& to) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (more.top[i] <= kLowest) continue;  // it saw no key
+        const float top = std::max(to.top[i], more.top[i]);
+        const float keep = std::exp2(to.top[i] - top), weight = std::exp2(more.top[i] - top);
+        float* acc = to.acc + i * call.head_dim;
+        const float* added = more.acc + i * call.head_dim;
+        for (int d = 0; d < call.head_dim; ++d) acc[d] = acc[d] * keep + added[d] * weight;
+        to.sum[i] = to.sum[i] * keep + more.sum[i] * weight;
+        to.top[i] = top;
+    }
+}
+
+// What one thread needs: a direct task's states, those of its present keys where it has too many for one
+// sum, and the kernel's scratch.
 struct Worker {
     const SglAttention& call;
     const Plan& plan;
     const Kernel& kernel;
     void* partials;
-    Bytes own, scratch;
+    Bytes own, present, scratch;
 
     Worker(const SglAttention& c, const Plan& p, const Kernel& k, void* all)
         : call(c), plan(p), kernel(k), partials(all), own(allocate(state_bytes(c, p.most_states))) {
+        if (p.begins_anew) present = allocate(state_bytes(c, p.most_states));
         const int64_t wide = wide_bytes(c);
         if (wide) scratch = allocate(wide);
 #if defined(__x86_64__)
@@ -210,8 +232,23 @@ struct Worker {
         const States states = direct ? states_at(call, own.get(), plan.most_states, 0)
                                      : states_at(call, partials, plan.num_states, first);
         clear(call, states, count);
-        kernel.run(task)(call, task, states, scratch.get());
+        attend(task, states, count);
         if (direct) kernel.finish(call, task, &states, 1);
+    }
+
+    void attend(const Task& task, const States& states, int64_t count) const {
+        const RunTask run = kernel.run(task);
+        if (task.rows == 1 || task.hi - task.lo <= kMostKeys)
+            return run(call, task, states, scratch.get());
+        const States some = states_at(call, present.get(), plan.most_states, 0);
+        Task part = task;
+        for (part.hi = task.lo; part.hi < task.hi;) {
+            part.lo = part.hi;
+            part.hi = std::min(task.hi, part.lo - part.lo % kKeys + kMostKeys);
+            clear(call, some, count);
+            run(call, part, some, scratch.get());
+            add_states(call, some, count, states);
+        }
     }
 };
 

@@ -281,7 +281,8 @@ class MemoryDriver:
         marks = request.fingerprints()[request.num_computed - count :]
         pool = self.memory.kv_pool
         for layer in range(self.memory.spec.num_layers):
-            loc = torch.from_numpy(locs[pool.group_of_layer(layer)].copy())
+            group = pool.group_of_layer(layer)
+            loc = torch.from_numpy(pool.share.write_slots(group, locs[group]).copy())
             k = (marks + layer)[:, None, None].repeat(1, 1, 2)
             pool.set_kv_buffer(layer, loc, k, (marks - layer)[:, None, None])
 
@@ -302,7 +303,11 @@ class MemoryDriver:
     def _check_contents(
         self, request: Request, layer: int, slots: torch.Tensor, marks: torch.Tensor
     ) -> None:
+        """Contents of the slots of which this rank has the memory."""
         pool = self.memory.kv_pool
+        group = pool.group_of_layer(layer)
+        marks = marks[torch.from_numpy(pool.share.owns(group, slots.numpy() // pool.page_size))]
+        slots = torch.from_numpy(pool.share.own_slots(group, slots.numpy()))
         keys, values = pool.get_key_buffer(layer)[slots], pool.get_value_buffer(layer)[slots]
         assert torch.equal(keys, (marks + layer)[:, None, None].repeat(1, 1, 2)), request
         assert torch.equal(values, (marks - layer)[:, None, None]), request

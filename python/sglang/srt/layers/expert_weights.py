@@ -182,13 +182,14 @@ class ExpertWeights(nn.Module):
         elif part is not None:
             self._load_stacked(param_name, loaded, part)
         elif param_name == "gate_up_proj":
-            merged = self._cut_gate_up(loaded)
-            copy_checked(self.gate_up_proj.data, merged.transpose(1, 2), param_name)
+            for target, half in self._gate_and_up(loaded, self.gate_up_proj.data):
+                copy_checked(target, half.transpose(1, 2), param_name)
         elif param_name == "down_proj":
             self._check_width(loaded, 1, self.intermediate_size)
             copy_checked(self.down_proj.data, self._cut(loaded, 1).transpose(1, 2), param_name)
         elif param_name == "gate_up_proj_bias" and self.gate_up_proj_bias is not None:
-            copy_checked(self.gate_up_proj_bias.data, self._cut_gate_up(loaded), param_name)
+            for target, half in self._gate_and_up(loaded, self.gate_up_proj_bias.data):
+                copy_checked(target, half, param_name)
         elif param_name == "down_proj_bias" and self.down_proj_bias is not None:
             copy_checked(self.down_proj_bias.data, loaded, param_name)
         else:
@@ -276,14 +277,20 @@ class ExpertWeights(nn.Module):
         """The gate's or the up's part of both, which stand one after the other along `dim`."""
         return both.narrow(dim, 0 if part == "gate" else self.width, self.width)
 
-    def _cut_gate_up(self, loaded: torch.Tensor) -> torch.Tensor:
-        """This rank's gate, then its up, along the last dimension of a merged tensor."""
+    def _gate_and_up(
+        self, loaded: torch.Tensor, target: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """(rows of the parameter, this rank's part of a merged tensor's last dimension), twice.
+
+        Views only: a merged tensor of all experts may be gigabytes.
+        """
         self._check_width(loaded, -1, 2 * self.intermediate_size)
         if self.layout is ExpertLayout.INTERLEAVED:
             gate, up = loaded[..., ::2], loaded[..., 1::2]
         else:
             gate, up = loaded.chunk(2, -1)
-        return torch.cat([self._cut(gate, -1), self._cut(up, -1)], -1)
+        first, second = target.narrow(1, 0, self.width), target.narrow(1, self.width, self.width)
+        return (first, self._cut(gate, -1)), (second, self._cut(up, -1))
 
     def _cut(self, whole: torch.Tensor, dim: int) -> torch.Tensor:
         return whole.narrow(dim, self._parallel.tp_rank * self.width, self.width)

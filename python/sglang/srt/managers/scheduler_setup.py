@@ -28,24 +28,19 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_kv_events import KVEventPublisher
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
+from sglang.srt.managers.scheduler_pool_plan import (
+    AUTO_SEGMENT_BYTES,
+    PoolPlan,
+    kv_cache_spec,
+    plan_pool,
+    prefill_chunk_tokens,
+)
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
 from sglang.srt.mem_cache.canary_perturb import Perturbation
-from sglang.srt.mem_cache.capacity import (
-    ContextClamp,
-    budget_from_headroom,
-    effective_context_length,
-    request_page_bounds,
-)
+from sglang.srt.mem_cache.capacity import request_page_bounds
 from sglang.srt.mem_cache.kv_events import EventSink
-from sglang.srt.mem_cache.kv_layout import (
-    GroupKind,
-    KVCacheSpec,
-    KVGroupSpec,
-    SegmentLayout,
-    make_segment_layouts,
-    trim_layouts_to_budget,
-)
+from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.mem_cache.segment_backing import SegmentBacking, make_backing
 from sglang.srt.model_executor.decode_tapes import CausalLM, DecodeTapes
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -59,9 +54,6 @@ from sglang.srt.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-# A segment of about this many bytes maps in a few milliseconds and wastes little at its end.
-AUTO_SEGMENT_BYTES = 32 << 20
-
 _SWITCH_INTERVAL_S = 1e-4
 
 DTYPES = {
@@ -71,13 +63,16 @@ DTYPES = {
 }
 
 
+BatchMaker = Callable[[ScheduleBatch, KVPlacement], ForwardBatch]
+
+
 @dataclass(frozen=True)
 class SchedulerParts:
     """What `make_scheduler` joins; `ready` is what the other processes are told."""
 
     memory: KVMemory
     worker: TpModelWorker
-    make_batch: Callable[[ScheduleBatch, KVPlacement], ForwardBatch]
+    make_batch: BatchMaker
     limits: SchedulerLimits
     ready: SchedulerReady
     publisher: KVEventPublisher | None = None
@@ -119,150 +114,6 @@ def agreed_memory(links: RankLinks | None, read: Callable[[], HostMemory]) -> Ho
     return HostMemory(total, available, host.bound_by)
 
 
-def resolve_max_running_requests(
-    requested: int | None, capacity_tokens: int, context_length: int
-) -> int:
-    """Requests that may run at once: the requested number, else SGLang's rule from the capacity."""
-    if requested is not None:
-        return requested
-    derived = int(capacity_tokens / max(1, context_length) * 512)
-    return max(1, min(max(derived, 2048), 4096, capacity_tokens // 2))
-
-
-def kv_cache_spec(
-    config: ModelConfig, parallel: ParallelState, dtype: str, page_size: int
-) -> KVCacheSpec:
-    """The KV cache of one rank: a group of the layers that keep every token, if there are any,
-    then one for each sliding window, narrow to wide, and one for each chunk."""
-    layers: dict[tuple[GroupKind, int | None], list[int]] = {}
-    spans = zip(config.layer_windows, config.layer_chunks, strict=True)
-    for layer, (window, chunk) in enumerate(spans):
-        if chunk is not None:
-            kind = GroupKind.CHUNKED
-        else:
-            kind = GroupKind.FULL if window is None else GroupKind.SLIDING
-        layers.setdefault((kind, chunk or window), []).append(layer)
-    order = (GroupKind.FULL, GroupKind.SLIDING, GroupKind.CHUNKED)
-    groups = [
-        KVGroupSpec(tuple(layers[kind, span]), kind, span)
-        for kind, span in sorted(layers, key=lambda key: (order.index(key[0]), key[1] or 0))
-    ]
-    return KVCacheSpec(
-        groups=tuple(groups),
-        kv_heads=max(1, config.num_kv_heads // parallel.tp_size),
-        head_dim=config.head_dim,
-        v_head_dim=config.v_head_dim,
-        dtype=dtype,
-        page_size=page_size,
-    )
-
-
-def resolve_budget(args: ServerArgs, available_bytes: int) -> int:
-    """The KV budget in bytes before --max-total-tokens: the explicit one, else the fraction.
-
-    An explicit budget above what the machine has left is taken with a warning: it is a bound, and
-    mapping checks the machine each time.
-    """
-    if args.kv_memory_budget is None:
-        return budget_from_headroom(available_bytes, args.mem_fraction_static)
-    if args.kv_memory_budget > available_bytes:
-        logger.warning(
-            "--kv-memory-budget (%d bytes) is more than the %d bytes that the machine has left; "
-            "growth beyond those will be refused by the machine.",
-            args.kv_memory_budget,
-            available_bytes,
-        )
-    return args.kv_memory_budget
-
-
-def cap_budget(
-    budget_bytes: int, max_total_tokens: int | None, layouts: tuple[SegmentLayout, ...]
-) -> int:
-    """The budget cut to whole segments for `max_total_tokens` (None: not cut).
-
-    A cap above what the budget holds is ignored with a warning, as SGLang does.
-    """
-    if max_total_tokens is None:
-        return budget_bytes
-    wanted = sum(
-        -(-max_total_tokens // layout.slots_per_segment) * layout.segment_bytes
-        for layout in layouts
-    )
-    if wanted > budget_bytes:
-        logger.warning(
-            "--max-total-tokens (%d) needs %d bytes, the KV budget is %d bytes; the budget stands.",
-            max_total_tokens,
-            wanted,
-            budget_bytes,
-        )
-    return min(wanted, budget_bytes)
-
-
-@dataclass(frozen=True)
-class _PoolPlan:
-    """The numbers from which the pool is made."""
-
-    budget_bytes: int
-    clamp: ContextClamp
-    max_running_requests: int
-
-
-def plan_pool(
-    args: ServerArgs,
-    spec: KVCacheSpec,
-    backing: SegmentBacking,
-    host: HostMemory,
-    requested_context: int,
-) -> _PoolPlan:
-    """Budget, clamped context and rows from the arguments and what the machine has left; pure.
-
-    Raises ValueError when the budget cannot hold even one segment.
-    """
-    budget = resolve_budget(args, host.available_bytes)
-    layouts = make_segment_layouts(
-        spec,
-        slots_per_segment=args.kv_segment_size,
-        auto_segment_bytes=AUTO_SEGMENT_BYTES,
-        auto_min_slots=1,
-        granule_bytes=backing.granule_bytes,
-        machine_bytes=host.total_bytes,
-        budget_bytes=budget,
-    )
-    budget = cap_budget(budget, args.max_total_tokens, layouts)
-    if not backing.elastic:
-        layouts = trim_layouts_to_budget(layouts, budget)
-    clamp = effective_context_length(
-        spec,
-        layouts,
-        budget_bytes=budget,
-        reserve_segments=args.kv_segment_reserve,
-        requested=requested_context,
-        prefill_chunk=prefill_chunk_tokens(args),
-    )
-    if clamp.effective < 2:
-        raise ValueError(f"The KV memory cannot hold one request: {clamp.explanation}.")
-    for layout in layouts:
-        logger.info(
-            "KV group %d: segments of %d tokens (%d bytes, %d pages of %d)",
-            layout.group,
-            layout.slots_per_segment,
-            layout.segment_bytes,
-            layout.pages_per_segment,
-            layout.page_size,
-        )
-    rows = resolve_max_running_requests(
-        args.max_running_requests, clamp.capacity_tokens, clamp.effective
-    )
-    return _PoolPlan(budget, clamp, rows)
-
-
-def prefill_chunk_tokens(args: ServerArgs) -> int:
-    """Most prompt tokens of a step: the chunk, or --max-prefill-tokens when prompts are whole."""
-    if args.chunked_prefill_size == -1:
-        return args.max_prefill_tokens
-    return min(args.chunked_prefill_size, args.max_prefill_tokens)
-
-
 def build_scheduler_parts(
     args: ServerArgs, environ: Environ, progress: Progress, links: RankLinks | None = None
 ) -> SchedulerParts:
@@ -274,12 +125,7 @@ def build_scheduler_parts(
     """
     if links is None and args.tp_size > 1:
         raise ValueError(f"--tp-size {args.tp_size}: only a server or an Engine has several ranks")
-    if args.device == "cpu":
-        threads = compute_threads(args.cpu_threads, torch.get_num_threads(), args.tp_size)
-        torch.set_num_threads(threads)
-        # The worker comes back from native code while the scheduler's thread prepares the next
-        # step: by default it would be kept from the interpreter for up to 5 ms.
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    _set_threads(args)
     config = ModelConfig.from_path(
         args.model_path,
         overrides=args.model_overrides(),
@@ -290,16 +136,7 @@ def build_scheduler_parts(
         ParallelState() if links is None else ParallelState(links.rank, links.size, links.compute)
     )
     dtype = resolve_dtype(args.dtype, config.torch_dtype)
-    model = load_model(
-        config,
-        load_format=args.load_format,
-        dtype=DTYPES[dtype],
-        parallel=parallel,
-        device=args.device,
-        show_progress=parallel.tp_rank == 0,
-        seed=args.random_seed,
-        quantization=args.quantization,
-    )
+    model = _load(args, config, parallel, DTYPES[dtype])
     backend_class = get_attention_backend(args.attention_backend, args.device)
     page_size = args.page_size or backend_class.preferred_page_size
     kv_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
@@ -315,7 +152,51 @@ def build_scheduler_parts(
     sink = None if publisher is None else publisher.publish
     memory = _make_memory(args, spec, backing, plan, host.total_bytes, sink, links)
     backend = make_attention_backend(backend_class, memory.kv_pool)
+    tapes = _decode_tapes(args, model, backend)
+    worker = TpModelWorker(
+        ModelRunner(model, LogitsProcessor(), tapes), Sampler(), plan.max_running_requests + 1
+    )
+    limits = _limits(args, plan, page_size, spec)
+    logger.info("KV pool ready: %r", memory)
+    ready = _ready(backend.name, plan, limits, memory)
+    return SchedulerParts(
+        memory,
+        worker,
+        _batch_maker(memory, backend, page_size, progress),
+        limits,
+        ready,
+        publisher,
+        _canary(args, memory, damage),
+    )
 
+
+def _set_threads(args: ServerArgs) -> None:
+    if args.device != "cpu":
+        return
+    torch.set_num_threads(compute_threads(args.cpu_threads, torch.get_num_threads(), args.tp_size))
+    # The worker comes back from native code while the scheduler's thread prepares the next
+    # step: by default it would be kept from the interpreter for up to 5 ms.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+
+
+def _load(
+    args: ServerArgs, config: ModelConfig, parallel: ParallelState, dtype: torch.dtype
+) -> CausalLM:
+    return load_model(
+        config,
+        load_format=args.load_format,
+        dtype=dtype,
+        parallel=parallel,
+        device=args.device,
+        show_progress=parallel.tp_rank == 0,
+        seed=args.random_seed,
+        quantization=args.quantization,
+    )
+
+
+def _batch_maker(
+    memory: KVMemory, backend: AttentionBackend, page_size: int, progress: Progress
+) -> BatchMaker:
     def make_batch(batch: ScheduleBatch, placement: KVPlacement) -> ForwardBatch:
         return ForwardBatch.from_schedule_batch(
             batch,
@@ -326,16 +207,7 @@ def build_scheduler_parts(
             progress=progress,
         )
 
-    tapes = _decode_tapes(args, model, backend)
-    worker = TpModelWorker(
-        ModelRunner(model, LogitsProcessor(), tapes), Sampler(), plan.max_running_requests + 1
-    )
-    limits = _limits(args, plan, page_size, spec)
-    logger.info("KV pool ready: %r", memory)
-    ready = _ready(backend.name, plan, limits, memory)
-    return SchedulerParts(
-        memory, worker, make_batch, limits, ready, publisher, _canary(args, memory, damage)
-    )
+    return make_batch
 
 
 def _decode_tapes(
@@ -355,7 +227,7 @@ def _make_memory(
     args: ServerArgs,
     spec: KVCacheSpec,
     backing: SegmentBacking,
-    plan: _PoolPlan,
+    plan: PoolPlan,
     machine_bytes: int,
     event_sink: EventSink | None,
     links: RankLinks | None,
@@ -415,9 +287,7 @@ def _canary(
     return SchedulerCanary(memory.watch(full=args.kv_canary == "full"), damage)
 
 
-def _limits(
-    args: ServerArgs, plan: _PoolPlan, page_size: int, spec: KVCacheSpec
-) -> SchedulerLimits:
+def _limits(args: ServerArgs, plan: PoolPlan, page_size: int, spec: KVCacheSpec) -> SchedulerLimits:
     return SchedulerLimits(
         page_size=page_size,
         context_length=plan.clamp.effective,
@@ -436,7 +306,7 @@ def _limits(
 
 
 def _ready(
-    attention_backend: str, plan: _PoolPlan, limits: SchedulerLimits, memory: KVMemory
+    attention_backend: str, plan: PoolPlan, limits: SchedulerLimits, memory: KVMemory
 ) -> SchedulerReady:
     return SchedulerReady(
         context_length=limits.context_length,

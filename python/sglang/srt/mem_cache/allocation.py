@@ -23,7 +23,9 @@ from sglang.srt.mem_cache.group_parts import make_allocators, make_ladder, make_
 from sglang.srt.mem_cache.integrity import audit
 from sglang.srt.mem_cache.kv_events import EventSink, KVEventRecorder
 from sglang.srt.mem_cache.kv_layout import (
+    ONE_KV_RANK,
     KVCacheSpec,
+    KVRanks,
     ReqPoolIdx,
     make_segment_layouts,
     num_pages_for,
@@ -104,6 +106,7 @@ class KVMemory:
         prefill_chunk: int = 1,
         now: float = 0.0,
         ranks: RankAgreement | None = None,
+        kv_ranks: KVRanks = ONE_KV_RANK,
     ) -> KVMemory:
         """Wire a rank's memory and bring it into its idle state.
 
@@ -112,6 +115,7 @@ class KVMemory:
         `max_cached_tokens` None: no bound. `event_sink` hears at each step boundary what the prefix
         cache stored and dropped (None: nothing is recorded). `prefill_chunk` is the most tokens of
         a request that one step computes; only window groups ask. `ranks` None: this rank is alone.
+        `kv_ranks` share the pages of each request; budget and bytes are those of one of them.
         Raises ValueError when the budget can't hold the idle state, BackingError when the machine
         refuses it; nothing is then held.
         """
@@ -123,10 +127,11 @@ class KVMemory:
             granule_bytes=backing.granule_bytes,
             machine_bytes=machine_bytes,
             budget_bytes=budget_bytes,
+            kv_parallel=kv_ranks.size,
         )
         if not backing.elastic:
             layouts = trim_layouts_to_budget(layouts, budget_bytes)
-        backing.reserve(spec, layouts)
+        backing.reserve(spec, tuple(layout.on_rank for layout in layouts))
         manager = SegmentManager(
             layouts,
             backing,
@@ -144,7 +149,7 @@ class KVMemory:
             allocators,
             make_prefix_cache(spec, allocators, enable_prefix_cache, eviction_policy, events),
             ReqToTokenPool(max_requests, spec.num_groups, spec.page_size),
-            make_kv_pool(spec, layouts, backing),
+            make_kv_pool(spec, layouts, backing, kv_ranks.rank),
             prefix_idle_s=prefix_idle_s,
             max_cached_tokens=max_cached_tokens,
             events=events,

@@ -20,6 +20,7 @@ import torch
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.block_table import BlockTable
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, ReqPoolIdx, SegmentLayout
+from sglang.srt.mem_cache.kv_share import KVShare
 from sglang.srt.mem_cache.segment_backing.base import (
     KV_TORCH_DTYPES,
     Plane,
@@ -129,15 +130,23 @@ class MHATokenToKVPool:
     Views are taken once; their addresses never change. Only slots of mapped segments and of the
     dump page may be read or written, and never a whole plane at once. `contiguous`: a layer's
     buffers are tensors, so that a slot range may cross a segment border.
+
+    With several KV-parallel ranks a plane holds one rank's pages (`layouts` are those of the
+    planes), and `share` says which slot of a plane a slot is; `kv_rank` is this rank.
     """
 
     contiguous: ClassVar[bool] = True
 
     def __init__(
-        self, spec: KVCacheSpec, layouts: tuple[SegmentLayout, ...], backing: SegmentBacking
+        self,
+        spec: KVCacheSpec,
+        layouts: tuple[SegmentLayout, ...],
+        backing: SegmentBacking,
+        kv_rank: int = 0,
     ) -> None:
         self.spec = spec
-        self.layouts = layouts
+        self.share = KVShare.of(kv_rank, layouts)
+        self.layouts = tuple(layout.on_rank for layout in layouts)
         self.page_size = spec.page_size
         self.dtype = KV_TORCH_DTYPES[spec.dtype]
         self._group_of_layer = spec.group_of_layer()
@@ -175,9 +184,9 @@ class MHATokenToKVPool:
     ) -> None:
         """Write new tokens: slot loc[t] of `layer_id` gets k[t] and v[t], rounded to the KV dtype.
 
-        `loc` int64 [T] of distinct slots, `k` [T, G, D], `v` [T, G, D of V]. Slots that stand in a
-        row are copied as one range, others one by one. `loc` must not be changed afterwards: its
-        ranges are remembered for the other layers of the step.
+        `loc` int64 [T] of slots, distinct but for those of the dump page, `k` [T, G, D], `v`
+        [T, G, D of V]. Slots that stand in a row are copied as one range, others one by one. `loc`
+        must not be changed afterwards: its ranges are remembered for the other layers of the step.
         """
         pieces = self._pieces_of(loc, len(self._keys[layer_id]))
         if pieces is None:
@@ -278,11 +287,14 @@ class SegmentTableKVPool(MHATokenToKVPool):
 
 
 def make_kv_pool(
-    spec: KVCacheSpec, layouts: tuple[SegmentLayout, ...], backing: SegmentBacking
+    spec: KVCacheSpec,
+    layouts: tuple[SegmentLayout, ...],
+    backing: SegmentBacking,
+    kv_rank: int = 0,
 ) -> MHATokenToKVPool:
     """The pool that fits the backing."""
     kind = SegmentTableKVPool if isinstance(backing, TableBacking) else MHATokenToKVPool
-    return kind(spec, layouts, backing)
+    return kind(spec, layouts, backing, kv_rank)
 
 
 def _check_slots(loc: torch.Tensor, num_slots: int) -> None:
