@@ -164,6 +164,21 @@ def test_model_overrides_are_an_object() -> None:
         (["--load-format", "bitsandbytes"], "--load-format must be one of"),
         (["--tp-size", "0"], "--tp-size must be at least 1"),
         (["--dist-timeout", "0"], "--dist-timeout must be at least 1"),
+        (["--dp-size", "0"], "--dp-size must be at least 1"),
+        (["--load-balance-method", "luck"], "must be one of auto, round_robin, shortest_queue"),
+        (["--node-rank", "1"], "--node-rank 1 does not belong to --nnodes 1"),
+        (["--nnodes", "2", "--tp", "2"], "--nnodes needs --dist-init-addr, the address of node 0"),
+        (
+            ["--nnodes", "2", "--tp", "3", "--dist-init-addr", "a:1"],
+            "--tp-size 3 cannot be divided among --nnodes 2",
+        ),
+        (
+            ["--nnodes", "2", "--dp-size", "2", "--dist-init-addr", "a:1"],
+            "--dp-size: replicas share one machine; drop --nnodes",
+        ),
+        (["--dist-init-addr", "a"], "--dist-init-addr must look like 10.0.0.1:5000, got 'a'"),
+        (["--dist-init-addr", "a:0"], "--dist-init-addr must look like"),
+        (["--dist-init-addr", "fe80::1:5000"], "--dist-init-addr must look like"),
         (["--json-model-override-args", "{"], "--json-model-override-args is not JSON"),
         (["--json-model-override-args", "[]"], "must be a JSON object"),
         (["--skip-tokenizer-init", "--chat-template", "x"], "needs a tokenizer"),
@@ -217,7 +232,7 @@ def test_flags_that_must_not_pass_silently_are_refused() -> None:
     refused = {name for spec in REFUSED for name in spec.names}
     assert refused >= {
         *("--torchao-config", "--enable-lora", "--speculative-algorithm", "--disaggregation-mode"),
-        *("--enable-hierarchical-cache", "--pp-size", "--dp-size", "--grammar-backend"),
+        *("--enable-hierarchical-cache", "--pp-size", "--ep-size", "--grammar-backend"),
         *("--reasoning-parser", "--tool-call-parser", "--ssl-keyfile"),
     }
 
@@ -231,6 +246,7 @@ def test_no_two_flags_share_a_name() -> None:
 def test_every_setting_has_a_flag() -> None:
     fields = [field.name for field in dataclasses.fields(ServerArgs)]
     fields.remove("chunk_adaptation")  # derived from --chunked-prefill-size
+    fields.remove("has_nodes_given")  # derived from --nnodes
     assert [spec.dest for spec in specs_of(ServerArgs)] == fields
 
 

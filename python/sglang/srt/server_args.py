@@ -104,12 +104,62 @@ class ServerArgs(DoorArgs):
     )
     tp_size: int = flag(
         1,
-        "Tensor-parallel ranks, a process each on this machine.",
+        "Tensor-parallel ranks, a process each.",
         group=DEVICE,
         aliases=("--tensor-parallel-size", "--tp"),
         parse=int,
         metavar="N",
         minimum=1,
+    )
+    kv_parallel_size: int = flag(
+        1,
+        "Ranks over which the KV of each request is spread, for each tensor-parallel rank. "
+        "Not in SGLang.",
+        group=DEVICE,
+        parse=int,
+        metavar="N",
+        minimum=1,
+    )
+    dp_size: int = flag(
+        1,
+        "Replicas of the model behind one port, each with ranks and memory of its own.",
+        group=DEVICE,
+        aliases=("--data-parallel-size", "--dp"),
+        parse=int,
+        metavar="N",
+        minimum=1,
+    )
+    load_balance_method: str = flag(
+        "round_robin",
+        "Which replica gets a request: the next, the one with the fewest requests, or the one "
+        "that has seen its prefix (not in SGLang) unless it is far busier than others.",
+        group=DEVICE,
+        choices=("auto", "round_robin", "shortest_queue", "cache_aware"),
+    )
+    nnodes: int = flag(
+        None,
+        "Nodes that share the ranks; the same command is started on each.",
+        group=DEVICE,
+        parse=int,
+        default_text="1, or as many processes as torchrun started",
+        metavar="N",
+        minimum=1,
+    )
+    node_rank: int = flag(
+        0,
+        "Which node this is; node 0 has the HTTP server.",
+        group=DEVICE,
+        parse=int,
+        metavar="N",
+        minimum=0,
+    )
+    dist_init_addr: str | None = flag(
+        None,
+        "Address and port of node 0 at which ranks meet, such as 10.0.0.1:5000.",
+        group=DEVICE,
+        aliases=("--nccl-init-addr",),
+        default_text="needed with several nodes only",
+        metavar="HOST:PORT",
     )
     dist_timeout: int = flag(
         600,
@@ -314,6 +364,8 @@ class ServerArgs(DoorArgs):
 
     # No flag: true when no --chunked-prefill-size is given: the scheduler may shrink chunks.
     chunk_adaptation: bool = derived()
+    # No flag: true when --nnodes was given, so that it wins over torchrun's variables.
+    has_nodes_given: bool = derived()
 
     def __post_init__(self) -> None:
         self._resolve()
@@ -329,6 +381,8 @@ class ServerArgs(DoorArgs):
         on_cpu = self.device == "cpu"
         defaults = {
             "chunk_adaptation": self.chunked_prefill_size is None,
+            "has_nodes_given": self.nnodes is not None,
+            "nnodes": 1,
             "chunked_prefill_size": 2048 if on_cpu else 8192,
             "cuda_graph_max_bs": 64 if on_cpu else 256,
             "mem_fraction_static": 0.7 if on_cpu else None,
@@ -346,6 +400,11 @@ class ServerArgs(DoorArgs):
             value = getattr(self, name)
             object.__setattr__(self, name, _DTYPE_NAMES.get(value, value))
 
+    @property
+    def ranks_per_node(self) -> int:
+        """Schedulers that this node starts."""
+        return self.dp_size * self.num_ranks // self.nnodes
+
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> ServerArgs:
         """Build from Python keywords: SGLang's field names, text as a flag would take it.
@@ -354,6 +413,11 @@ class ServerArgs(DoorArgs):
         a warning for each flag that is accepted without effect.
         """
         return cls(**flag_parser.values_from_kwargs(specs_of(cls), OTHER_FLAGS, kwargs))
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that compute one model: a process each."""
+        return self.tp_size * self.kv_parallel_size
 
     def request_byte_limit(self, context_length: int) -> int:
         """Largest request body in bytes, given the effective context in tokens."""

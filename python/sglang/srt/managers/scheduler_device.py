@@ -164,6 +164,6 @@ def make_recorder(
         graphs.record()
         return graphs
     kernels = native_kernels() if backend.records_steps else None
-    if kernels is None or args.disable_cuda_graph or args.tp_size > 1:
+    if kernels is None or args.disable_cuda_graph or args.num_ranks > 1:
         return None
     return DecodeTapes(model, kernels, args.cuda_graph_max_bs)

@@ -191,10 +191,14 @@ class KVCanary:
         )
 
     def flip_byte(self, group: int, page: int) -> None:
-        """Change one bit of a page's first key, in the group's first layer (a perturbation)."""
+        """Change one bit of a page's first key, in the group's first layer (a perturbation).
+
+        Only the rank that has the page's memory can.
+        """
         layer = self._pool.spec.groups[group].layers[0]
-        first = self._pool.get_key_buffer(layer).narrow(0, page * self._pool.page_size, 1)
-        first.view(torch.uint8)[..., :1] ^= 1
+        for own in self._pool.share.own_pages(group, np.array([page])):
+            first = self._pool.get_key_buffer(layer).narrow(0, int(own) * self._pool.page_size, 1)
+            first.view(torch.uint8)[..., :1] ^= 1
 
     # ---- inside -----------------------------------------------------------------------------
 
@@ -212,7 +216,15 @@ class KVCanary:
                 self.sums[g] = np.concatenate([self.sums[g], more])
 
     def _sum_bytes(self, group: GroupId, slots: Int64Array) -> UInt64Array:
-        """One sum over all layers' K and V bytes of each slot, uint64 [n]."""
+        """One sum over all layers' K and V bytes of each slot, uint64 [n]; 0 for slots of which
+        another rank has the memory."""
+        sums = np.zeros(len(slots), np.uint64)
+        share = self._pool.share
+        own = share.owns(group, slots // self._pool.page_size)
+        sums[own] = self._sum_own_bytes(group, share.own_slots(group, slots))
+        return sums
+
+    def _sum_own_bytes(self, group: GroupId, slots: Int64Array) -> UInt64Array:
         sums = np.zeros(len(slots), np.uint64)
         for first in range(0, len(slots), _SUM_SLOTS):
             part = slots[first : first + _SUM_SLOTS]

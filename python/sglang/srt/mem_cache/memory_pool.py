@@ -20,6 +20,7 @@ import torch
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.block_table import BlockTable
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, ReqPoolIdx, SegmentLayout
+from sglang.srt.mem_cache.kv_share import KVShare
 from sglang.srt.mem_cache.segment_backing.base import (
     KV_TORCH_DTYPES,
     Plane,
@@ -130,15 +131,23 @@ class MHATokenToKVPool:
     Views are taken once; their addresses never change. Only slots of mapped segments and of the
     dump page may be read or written, and never a whole plane at once. `contiguous`: a layer's
     buffers are tensors, so that a slot range may cross a segment border.
+
+    With several KV-parallel ranks a plane holds one rank's pages (`layouts` are those of the
+    planes), and `share` says which slot of a plane a slot is; `kv_rank` is this rank.
     """
 
     contiguous: ClassVar[bool] = True
 
     def __init__(
-        self, spec: KVCacheSpec, layouts: tuple[SegmentLayout, ...], backing: SegmentBacking
+        self,
+        spec: KVCacheSpec,
+        layouts: tuple[SegmentLayout, ...],
+        backing: SegmentBacking,
+        kv_rank: int = 0,
     ) -> None:
         self.spec = spec
-        self.layouts = layouts
+        self.share = KVShare.of(kv_rank, layouts)
+        self.layouts = tuple(layout.on_rank for layout in layouts)
         self.page_size = spec.page_size
         self.dtype = KV_TORCH_DTYPES[spec.dtype]
         self._group_of_layer = spec.group_of_layer()
@@ -153,6 +162,11 @@ class MHATokenToKVPool:
         layers = range(self.spec.num_layers)
         self._keys = [backing.view(layer, Plane.KEY) for layer in layers]
         self._values = [backing.view(layer, Plane.VALUE) for layer in layers]
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether K and V stand in the host's memory, where this thread's copies need no stream."""
+        return self.get_key_buffer(0).device.type == "cpu"
 
     def serve(self, runtime: DeviceRuntime) -> None:
         """Be written by what `runtime` computes. Until this is called: by the host."""
@@ -188,10 +202,11 @@ class MHATokenToKVPool:
     ) -> None:
         """Write new tokens: slot loc[t] of `layer_id` gets k[t] and v[t], rounded to the KV dtype.
 
-        `loc` int64 [T] of distinct slots, `k` [T, G, D], `v` [T, G, D of V]. Slots that stand in a
-        row are copied as one range, others one by one. `loc` must not be changed afterwards: its
-        ranges are remembered for the other layers of the step. On a device that runs behind
-        the host nobody looks at the values of `loc`, which would wait; see `check_slots`.
+        `loc` int64 [T] of slots, distinct but for those of the dump page, `k` [T, G, D], `v`
+        [T, G, D of V]. Slots that stand in a row are copied as one range, others one by one. `loc`
+        must not be changed afterwards: its ranges are remembered for the other layers of the step.
+        On a device that runs behind the host nobody looks at the values of `loc`, which would
+        wait; see `check_slots`.
         """
         if self._runtime.is_async:
             self._scatter(layer_id, loc, k, v)
@@ -295,11 +310,14 @@ class SegmentTableKVPool(MHATokenToKVPool):
 
 
 def make_kv_pool(
-    spec: KVCacheSpec, layouts: tuple[SegmentLayout, ...], backing: SegmentBacking
+    spec: KVCacheSpec,
+    layouts: tuple[SegmentLayout, ...],
+    backing: SegmentBacking,
+    kv_rank: int = 0,
 ) -> MHATokenToKVPool:
     """The pool that fits the backing."""
     kind = SegmentTableKVPool if isinstance(backing, TableBacking) else MHATokenToKVPool
-    return kind(spec, layouts, backing)
+    return kind(spec, layouts, backing, kv_rank)
 
 
 def _check_slots(loc: torch.Tensor, num_slots: int) -> None:

@@ -1,0 +1,220 @@
+"""Paged attention on a GPU: prompts and single queries, over a plane or over segments of one.
+
+The backend plans with `plan_work`, uploads the arrays once a step and calls `paged_attention` once
+a layer. Nothing here allocates on the host or waits for the device, so that a call can be captured
+in a graph. See docs/gpu.md, Note [Triton attention]. Not yet run on a GPU.
+
+Legend: R query rows, H query heads, G kv heads, J = H / G, D head dim, E value dim, S slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sgl_kernel.library import KernelError
+from sgl_kernel.triton.kernels.attention import merge_parts_kernel, paged_attention_kernel
+from sgl_kernel.triton.launch import (
+    FP_FUSION,
+    TRITON_TYPES,
+    check_device,
+    is_interpreted,
+    power_of_two,
+)
+from sgl_kernel.triton.work import ITEM_COLUMNS, Sight, Tile, Work
+
+_MERGED_PARTS = 16  # parts that the merge reads at a time
+_FULL, _SLIDING, _CHUNKED = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """A plane [S, G, width] whose segments of `slots` slots lie anywhere.
+
+    `pointers` int64 [segments] on the device: the address of each, at a multiple of 16 bytes, 0
+    where there is no memory.
+    """
+
+    pointers: torch.Tensor
+    dtype: torch.dtype
+    kv_heads: int
+    width: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Block tables on the device: request b's page ids are pages[starts[b]:].
+
+    `pages` int32, `starts` int64 [B], `origins` int32 [B] the position of each table's first slot.
+    """
+
+    pages: torch.Tensor
+    starts: torch.Tensor
+    origins: torch.Tensor
+    page_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceWork:
+    """`Work` on the device: per launch its tile and items int32 [W, 8]; merged int32 [*, 4]."""
+
+    launches: tuple[tuple[Tile, torch.Tensor], ...]
+    merged: torch.Tensor
+    num_parts: int
+
+    @classmethod
+    def upload(cls, work: Work, device: torch.device) -> DeviceWork:
+        """One copy to the device, of all arrays together."""
+        arrays = [launch.items.reshape(-1) for launch in work.launches]
+        host = torch.cat([torch.from_numpy(a) for a in (*arrays, work.merged.reshape(-1))])
+        if device.type == "cuda":
+            host = host.pin_memory()
+        sizes = [*map(len, arrays), work.merged.size]
+        parts = torch.split(host.to(device, non_blocking=True), sizes)
+        launches = tuple(
+            (launch.tile, items.view(-1, ITEM_COLUMNS))
+            for launch, items in zip(work.launches, parts, strict=False)
+        )
+        return cls(launches, parts[-1].view(-1, 4), work.num_parts)
+
+
+def default_tiles(
+    head_dim: int, v_head_dim: int, group: int, dtype: torch.dtype
+) -> tuple[Tile, Tile]:
+    """(small, large) tiles for heads of these widths: what fits an H100's shared memory in bf16.
+
+    `dtype` is what is computed in. Chosen by arithmetic, not by measurement.
+    """
+    width = power_of_two(max(head_dim, v_head_dim)) * dtype.itemsize
+    small = Tile(max(16, power_of_two(group)), 64 if width <= 256 else 32)
+    if width <= 256:
+        return small, Tile(max(128, small.rows), 64)
+    return small, Tile(max(64, small.rows), 64 if width <= 512 else 32)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor | Segments,
+    v: torch.Tensor | Segments,
+    tables: Tables,
+    work: DeviceWork,
+    sight: Sight,
+    *,
+    scale: float,
+    logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of the rows that `work` names: q [R, H, D] over k [S, G, D], v [S, G, E].
+
+    K and V of fp8 are computed in q's type, others in their own; sums are float32. `work` was
+    planned with the same `sight`. Returns `out` [R, H, E] in q's type (a new one if None), whose
+    other rows are not touched. `lse` float32 [R, H] gets the log-sum-exps, `sinks` [H] included.
+    Raises KernelError for shapes and types that are not served.
+    """
+    pointers = k.pointers if isinstance(k, Segments) else k
+    check_device(q, pointers)
+    kv_heads, head_dim, v_head_dim = _check_shapes(q, k, v)
+    num_rows, num_heads, _ = q.shape
+    group = num_heads // kv_heads
+    if out is None:
+        out = q.new_empty(num_rows, num_heads, v_head_dim)
+    compute = q.dtype if k.dtype.itemsize == 1 else k.dtype
+    parts = q.new_empty((work.num_parts, num_heads, v_head_dim), dtype=torch.float32)
+    part_lse = q.new_empty((work.num_parts, num_heads), dtype=torch.float32)
+    span, kind = _span(sight)
+    shared: dict[str, Any] = {
+        "VALUE_DIM": v_head_dim,
+        "BLOCK_E": max(16, power_of_two(v_head_dim)),
+        "HAS_SINKS": sinks is not None,
+        "HAS_LSE": lse is not None,
+        **FP_FUSION,
+    }
+    for tile, items in work.launches:
+        paged_attention_kernel[(len(items) * kv_heads,)](
+            q,
+            pointers,
+            v.pointers if isinstance(v, Segments) else v,
+            out,
+            parts,
+            part_lse,
+            lse,
+            sinks,
+            items,
+            tables.starts,
+            tables.origins,
+            tables.pages,
+            q.stride(0),
+            kv_heads * head_dim,
+            kv_heads * v_head_dim,
+            k.slots // tables.page_size if isinstance(k, Segments) else 1,
+            span,
+            scale,
+            logit_cap,
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            BLOCK_D=max(16, power_of_two(head_dim)),
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.keys,
+            PAGE_SIZE=tables.page_size,
+            SIGHT=kind,
+            CAPPED=logit_cap > 0.0,
+            SEGMENTED=isinstance(k, Segments),
+            KV_TYPE=TRITON_TYPES[k.dtype],
+            COMPUTE_TYPE=TRITON_TYPES[compute],
+            DOT_TYPE=TRITON_TYPES[torch.float32 if is_interpreted() else compute],
+            PRECISION="ieee" if compute is torch.float32 else "tf32",
+            num_warps=4 if tile.rows <= 64 else 8,
+            num_stages=3 if head_dim * compute.itemsize <= 256 else 2,
+            **shared,
+        )
+    if len(work.merged):
+        merge_parts_kernel[(len(work.merged) * num_heads,)](
+            out,
+            lse,
+            parts,
+            part_lse,
+            sinks,
+            work.merged,
+            NUM_HEADS=num_heads,
+            BLOCK_P=_MERGED_PARTS,
+            num_warps=4,
+            **shared,
+        )
+    return out
+
+
+def _span(sight: Sight) -> tuple[int, int]:
+    if sight.chunk is not None:
+        return sight.chunk, _CHUNKED
+    return (0, _FULL) if sight.window is None else (sight.window, _SLIDING)
+
+
+def _check_shapes(
+    q: torch.Tensor, k: torch.Tensor | Segments, v: torch.Tensor | Segments
+) -> tuple[int, int, int]:
+    """(kv heads, head dim, value dim); raises KernelError where they don't fit together."""
+    widths = []
+    for plane in (k, v):
+        if isinstance(plane, Segments):
+            widths.append((plane.kv_heads, plane.width))
+        else:
+            heads, width = plane.shape[1:]
+            if plane.stride() != (heads * width, width, 1):
+                raise KernelError(f"a plane with strides {plane.stride()} is not contiguous")
+            widths.append((heads, width))
+    (kv_heads, head_dim), (v_heads, v_head_dim) = widths
+    if isinstance(k, Segments) != isinstance(v, Segments) or k.dtype != v.dtype:
+        raise KernelError("K and V lie in different kinds of memory or types")
+    if k.dtype not in TRITON_TYPES or q.dtype not in TRITON_TYPES or q.dtype.itemsize == 1:
+        raise KernelError(f"no attention of {q.dtype} over {k.dtype}")
+    if kv_heads != v_heads or q.shape[1] % kv_heads or q.shape[2] != head_dim:
+        raise KernelError(f"q {tuple(q.shape)} does not fit {kv_heads} heads of {head_dim}")
+    if q.stride(2) != 1 or q.stride(1) != head_dim:
+        raise KernelError(f"the heads of a row of q must lie side by side, not {q.stride()}")
+    return kv_heads, head_dim, v_head_dim

@@ -1,0 +1,135 @@
+"""Compiles the attention kernel for sm_90, which needs no GPU, and prints what came out as JSON.
+
+Run by test_triton_compiles.py as a process of its own, since Triton interprets in the tests':
+
+    python compile_triton.py '[{"kv": "bfloat16", "rows": 16, ...}, ...]'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sgl_kernel.triton.kernels.attention import merge_parts_kernel, paged_attention_kernel
+from sgl_kernel.triton.launch import FP_FUSION, TRITON_TYPES, power_of_two
+
+POINTERS = {
+    **dict.fromkeys(("part_ptr", "part_lse_ptr", "lse_ptr", "sinks_ptr"), "*fp32"),
+    **dict.fromkeys(("items_ptr", "origins_ptr", "pages_ptr", "rows_ptr"), "*i32"),
+    "table_starts_ptr": "*i64",
+}
+STRIDES = ("q_stride", "k_stride", "v_stride")
+LOADS = r"cp\.async\.c[ag]\.shared\.global|ld\.global[.a-z0-9]*|wgmma\.mma_async|mma\.sync"
+
+
+def compile_attention(
+    *,
+    kv: str = "bfloat16",
+    q: str = "bfloat16",
+    rows: int = 16,
+    keys: int = 64,
+    dim: int = 128,
+    v_dim: int | None = None,
+    page_size: int = 64,
+    segmented: bool = False,
+    sight: int = 0,
+    capped: bool = False,
+    sinks: bool = False,
+) -> dict[str, Any]:
+    """Shared memory, stack, registers and kinds of instructions of one launch's kernel."""
+    kv_type, q_type = (TRITON_TYPES[getattr(torch, name)] for name in (kv, q))
+    compute = q_type if kv.startswith("float8") else kv_type
+    v_dim = v_dim or dim
+    constants = {
+        "KV_HEADS": 8,
+        "GROUP": 5,
+        "HEAD_DIM": dim,
+        "VALUE_DIM": v_dim,
+        "BLOCK_D": power_of_two(dim),
+        "BLOCK_E": power_of_two(v_dim),
+        "BLOCK_M": rows,
+        "BLOCK_N": keys,
+        "PAGE_SIZE": page_size,
+        "SIGHT": sight,
+        "CAPPED": capped,
+        "HAS_SINKS": sinks,
+        "HAS_LSE": False,
+        "SEGMENTED": segmented,
+        "KV_TYPE": kv_type,
+        "COMPUTE_TYPE": compute,
+        "DOT_TYPE": compute,
+        "PRECISION": "ieee" if q == "float32" else "tf32",
+    }
+    plane = "*i64" if segmented else f"*{kv_type}"
+    types = {"k_ptr": plane, "v_ptr": plane, **dict.fromkeys(("q_ptr", "out_ptr"), f"*{q_type}")}
+    wide = dim * getattr(torch, q).itemsize > 256
+    options = {"num_warps": 4 if rows <= 64 else 8, "num_stages": 2 if wide else 3}
+    return compiled(paged_attention_kernel, constants, types, options)
+
+
+def compile_merge(*, dim: int = 128, sinks: bool = False) -> dict[str, Any]:
+    constants = {
+        "NUM_HEADS": 40,
+        "VALUE_DIM": dim,
+        "BLOCK_E": power_of_two(dim),
+        "BLOCK_P": 16,
+        "HAS_SINKS": sinks,
+        "HAS_LSE": True,
+    }
+    return compiled(merge_parts_kernel, constants, {"out_ptr": "*bf16"}, {"num_warps": 4})
+
+
+def compiled(
+    kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, Any]
+) -> dict[str, Any]:
+    signature, aligned = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        scalar = "fp32" if name in ("scale", "logit_cap") else "i32"
+        signature[name] = {**POINTERS, **types}.get(name, scalar)
+        if name.endswith("_ptr") or name in STRIDES:
+            aligned[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    made = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={**options, **FP_FUSION}
+    )
+    return {
+        "shared_bytes": made.metadata.shared,
+        "instructions": Counter(re.findall(LOADS, made.asm["ptx"])),
+        **assembled(made.asm["cubin"]),
+    }
+
+
+def assembled(cubin: bytes) -> dict[str, int]:
+    """Registers, and bytes of the stack, where what does not fit them is spilled."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "-res-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    assert found is not None, told
+    return {"registers": int(found[1]), "stack_bytes": int(found[2])}
+
+
+if __name__ == "__main__":
+    for case in json.loads(sys.argv[1]):
+        kind = compile_merge if case.pop("merge", False) else compile_attention
+        print(json.dumps(kind(**case)))

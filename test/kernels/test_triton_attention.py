@@ -1,0 +1,151 @@
+"""The attention kernels in Triton's interpreter, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kernels.triton_cases import ALL, BUSY, IDLE, LARGE, SMALL, Case, Chip, Sight, Tile
+from sgl_kernel.library import KernelError
+from sgl_kernel.triton import default_tiles, launch
+
+ATOL = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def check(case: Case, sight: Sight = ALL, *, chip: Chip = BUSY, **changes: object) -> None:
+    lse = torch.full(case.q.shape[:2], float("nan"))
+    named = {k: v for k, v in changes.items() if k in ("logit_cap", "sinks")}
+    out = case.run(sight, chip=chip, lse=lse, **changes)  # type: ignore[arg-type]
+    expected, expected_lse = case.reference(sight, **named)  # type: ignore[arg-type]
+    atol = ATOL[case.q.dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=atol)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=max(1e-5, atol))
+
+
+@pytest.mark.parametrize("chip", [BUSY, IDLE], ids=["whole", "split"])
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_single_queries(page_size: int, chip: Chip) -> None:
+    """Pages smaller and larger than a block of keys, and lengths around their borders."""
+    check(Case([(0, 1), (15, 1), (64, 1), (130, 1)], page_size=page_size), chip=chip)
+
+
+@pytest.mark.parametrize("chip", [BUSY, IDLE], ids=["whole", "split"])
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_prompts(page_size: int, chip: Chip) -> None:
+    """Chunks behind prefixes, beside single queries."""
+    check(Case([(0, 37), (50, 20), (7, 1), (16, 2)], page_size=page_size), chip=chip)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dims"),
+    [
+        ((4, 1), (64, 64)),
+        ((3, 1), (80, 80)),
+        ((5, 1), (96, 128)),
+        ((2, 2), (128, 96)),
+        ((1, 1), (256, 256)),
+        ((16, 1), (16, 24)),
+    ],
+)
+def test_heads_of_any_width(heads: tuple[int, int], dims: tuple[int, int]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check(Case([(40, 1), (9, 14)], heads=heads, dims=dims, dtype=dtype), chip=IDLE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("q_dtype", [None, torch.float32])
+def test_narrow_numbers(dtype: torch.dtype, q_dtype: torch.dtype | None) -> None:
+    """Scores are products of what the cache holds; wider queries are rounded to it."""
+    case = Case([(70, 1), (20, 17)], dtype=dtype, q_dtype=q_dtype)
+    case.q = case.q.to(dtype).to(case.q.dtype)
+    out = case.run(chip=IDLE)
+    assert out.dtype == case.q.dtype
+    torch.testing.assert_close(out.double(), case.reference()[0], rtol=0, atol=ATOL[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("q_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("segment_pages", [None, 2])
+def test_fp8(dtype: torch.dtype, q_dtype: torch.dtype, segment_pages: int | None) -> None:
+    case = Case([(70, 1), (20, 17)], dtype=dtype, q_dtype=q_dtype, segment_pages=segment_pages)
+    check(case, chip=IDLE)
+
+
+@pytest.mark.parametrize("chip", [BUSY, IDLE], ids=["whole", "split"])
+@pytest.mark.parametrize("span", [1, 7, 16, 40])
+def test_windows_and_chunks(span: int, chip: Chip) -> None:
+    """Tiles that lie across a border of chunks, windows shorter and longer than a block."""
+    for sight in (Sight(window=span), Sight(chunk=span)):
+        check(Case([(60, 1), (25, 30), (0, 9)]), sight, chip=chip)
+
+
+def test_what_a_window_passed_is_not_read() -> None:
+    """Dropped heads: the table begins at a position above 0, at any place within a block."""
+    for page_size, dropped in ((4, [5, 3]), (16, [2, 1]), (64, [1, 1])):
+        lengths = [(page_size * dropped[0] + 12, 1), (page_size * dropped[1] + 30, 20)]
+        case = Case(lengths, page_size=page_size, dropped=dropped)
+        check(case, Sight(window=11), chip=IDLE)
+
+
+@pytest.mark.parametrize("chip", [BUSY, IDLE], ids=["whole", "split"])
+def test_caps_and_sinks(chip: Chip) -> None:
+    sinks = torch.linspace(-2.0, 6.0, 6)
+    lengths = [(60, 1), (25, 20)]
+    check(Case(lengths), chip=chip, sinks=sinks)
+    check(Case(lengths), chip=chip, logit_cap=2.0)
+    check(Case(lengths), Sight(window=9), chip=chip, logit_cap=2.0, sinks=sinks.bfloat16().float())
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 32])
+@pytest.mark.parametrize("segment_pages", [1, 3])
+def test_segments_at_unrelated_addresses(page_size: int, segment_pages: int) -> None:
+    case = Case([(70, 1), (20, 17), (0, 5)], page_size=page_size, segment_pages=segment_pages)
+    check(case, chip=IDLE)
+    check(case, Sight(window=20))
+
+
+def test_tiles_as_they_are_used() -> None:
+    small, large = default_tiles(64, 64, 3, torch.bfloat16)
+    assert (small, large) == (Tile(16, 64), Tile(128, 64))
+    check(
+        Case(
+            [(300, 1), (100, 90)], heads=(3, 1), dims=(64, 64), dtype=torch.bfloat16, page_size=64
+        ),
+        small=small,
+        large=large,
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(128, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)]
+)
+def test_tiles_fit_shared_memory(width: int, dtype: torch.dtype) -> None:
+    """Q, two or three blocks of K and V, and nothing else, in 227 KiB."""
+    for tile in default_tiles(width, width, 8, dtype):
+        stages = 3 if width * dtype.itemsize <= 256 else 2
+        assert (tile.rows + 2 * stages * tile.keys) * width * dtype.itemsize <= 227 << 10
+
+
+def test_the_bound_of_one_sum_holds_on_a_busy_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sgl_kernel.triton.work.MAX_PART_KEYS", 32)
+    case = Case([(100, 1), (90, 7)])
+    check(case)
+
+
+def test_what_is_not_served_is_refused() -> None:
+    case = Case([(20, 1)])
+    case.planes[0] = case.planes[0].bfloat16()
+    with pytest.raises(KernelError, match="different kinds"):
+        case.run()
+    case = Case([(20, 1)])
+    case.q = case.q.to(torch.float64)
+    with pytest.raises(KernelError, match="float64"):
+        case.run()
+
+
+def test_a_cpu_is_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "is_interpreted", lambda: False)
+    with pytest.raises(KernelError, match="TRITON_INTERPRET=1"):
+        Case([(20, 1)]).run(small=SMALL, large=LARGE)

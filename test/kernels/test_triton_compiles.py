@@ -1,0 +1,69 @@
+"""The attention kernel compiled for an H100: whether it does, and into what. No GPU is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED_BYTES = 227 << 10  # of an H100's multiprocessor that one block may have
+
+
+def compile_all(cases: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
+    script = Path(__file__).with_name("compile_triton.py")
+    environ = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    result = subprocess.run(
+        [sys.executable, "-W", "error", script, json.dumps(cases)],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_decode_and_prompts(tmp_path: Path) -> None:
+    """K and V come 16 bytes at a time beside the arithmetic, and tensor cores multiply."""
+    decode, prompts, merge = compile_all(
+        [{"rows": 16, "segmented": True}, {"rows": 128}, {"merge": True}], tmp_path
+    )
+    for made in (decode, prompts, merge):
+        assert made["shared_bytes"] <= SHARED_BYTES
+        assert made["stack_bytes"] == 0
+    assert decode["instructions"]["cp.async.cg.shared.global"] >= 48
+    assert decode["instructions"]["mma.sync"]
+    assert prompts["instructions"]["cp.async.cg.shared.global"] >= 24
+    assert prompts["instructions"]["wgmma.mma_async"]
+
+
+@pytest.mark.slow
+def test_every_kind(tmp_path: Path) -> None:
+    cases: list[dict[str, Any]] = [
+        {"rows": rows, "segmented": segmented, "page_size": page_size}
+        for rows in (16, 128)
+        for segmented in (False, True)
+        for page_size in (1, 16, 64)
+    ]
+    for rows in (16, 128):
+        cases += [{"rows": rows, "kv": kind} for kind in ("float8_e4m3fn", "float8_e5m2")]
+        cases += [{"rows": rows, "kv": "float16", "q": "float16", "dim": 64}]
+        cases += [{"rows": rows, "dim": 96, "v_dim": 80, "sight": 1, "capped": True, "sinks": True}]
+        cases += [{"rows": rows, "dim": 80, "sight": 2}]
+    for rows in (16, 64):
+        keys = 32 if rows == 16 else 64
+        cases += [{"rows": rows, "keys": keys, "dim": 256}]
+        cases += [{"rows": rows, "keys": keys, "dim": 256, "kv": "float8_e4m3fn"}]
+        cases += [{"rows": rows, "keys": 32, "kv": "float32", "q": "float32"}]
+    for case, made in zip(cases, compile_all(cases, tmp_path), strict=True):
+        print(case, made)
+        assert made["shared_bytes"] <= SHARED_BYTES, case
+        # Exact products of float32 are no tensor core's, and spill; they are for comparisons.
+        assert made["stack_bytes"] == 0 or case.get("q") == "float32", case
