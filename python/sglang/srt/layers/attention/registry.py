@@ -6,6 +6,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.cpu_backend import CpuAttnBackend, has_native_kernels
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.torch_native_table import SegmentTableAttnBackend
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, check_triton
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 
@@ -25,6 +26,9 @@ def get_attention_backend(name: str | None, device: str) -> type[AttentionBacken
                 "which takes a C++ compiler"
             )
         available[TorchNativeAttnBackend.name] = TorchNativeAttnBackend
+    if name == TritonAttnBackend.name and device in ("cpu", "cuda"):
+        check_triton(device)
+        available[TritonAttnBackend.name] = TritonAttnBackend
     if not available:
         raise ValueError(f"no attention backend for device {device!r}; available devices: cpu")
     if name is None or name == "auto":
@@ -42,7 +46,7 @@ def make_attention_backend(
 
     Raises ValueError when the backend can't read the pool.
     """
-    if pool.contiguous:
+    if pool.contiguous or issubclass(backend, TritonAttnBackend):
         return backend(pool.spec)
     if issubclass(backend, TorchNativeAttnBackend):
         segment_tokens = tuple(layout.slots_per_segment for layout in pool.layouts)
