@@ -38,6 +38,7 @@ TABLE: tuple[Row, ...] = (
     (1, "", "srt.configs.rope_config < srt.configs.model_traits"
      " < srt.configs.families.* < srt.configs.model_config"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.capacity"),
+    (2, "DEVICE", "srt.mem_cache.device_budget"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.segment_backing.*"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.segment_state"),
     (2, "DEVICE", "srt.mem_cache.segment_backing.*, srt.mem_cache.segment_state,"
@@ -47,6 +48,7 @@ TABLE: tuple[Row, ...] = (
      " < srt.mem_cache.table_rows < srt.mem_cache.block_table"),
     (2, "DEVICE", "srt.mem_cache.kv_layout, srt.mem_cache.id_array < srt.mem_cache.page_owner"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.window_rule"),
+    (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.kv_share < srt.mem_cache.memory_pool"),
     (2, "DEVICE", "srt.mem_cache.page_owner < srt.mem_cache.window_index"),
     (2, "DEVICE", "srt.mem_cache.segment_manager, srt.mem_cache.page_owner"
      " < srt.mem_cache.block_table, srt.mem_cache.allocator < srt.mem_cache.memory_pool"),
@@ -64,6 +66,8 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.allocation < srt.mem_cache.compaction < srt.mem_cache.reclaim"),
     (2, "DEVICE", "srt.mem_cache.memory_pool, srt.mem_cache.radix_cache, srt.mem_cache.window_index"
      " < srt.mem_cache.canary < srt.mem_cache.allocation"),
+    (2, "DEVICE", "srt.mem_cache.memory_pool < srt.mem_cache.page_copy < srt.mem_cache.allocation,"
+     " srt.mem_cache.compaction"),
     (2, "DEVICE", "srt.mem_cache.lease < srt.mem_cache.decode_steps < srt.mem_cache.allocation"),
     (2, "DEVICE", "srt.mem_cache.canary < srt.mem_cache.canary_perturb"),
     (2, "DEVICE", "srt.mem_cache.segment_manager < srt.mem_cache.memory_report"
@@ -73,16 +77,20 @@ TABLE: tuple[Row, ...] = (
      " < srt.managers.schedule_policy"),
     (3, "DEVICE", "srt.managers.schedule_batch < srt.model_executor.forward_batch_info"
      " < srt.sampling.sampling_batch_info"),
-    (4, "DEVICE", "srt.distributed.communicator < srt.distributed.parallel_state,"
-     " srt.distributed.process_group < srt.layers.* < srt.models.* < srt.model_loader.*"),
-    (5, "DEVICE", "srt.model_executor.decode_tapes < srt.model_executor.model_runner"
+    (4, "DEVICE", "srt.distributed.communicator, srt.distributed.store_board"
+     " < srt.distributed.parallel_state"
+     " < srt.distributed.rank_grid, srt.distributed.process_group"
+     " < srt.layers.* < srt.models.* < srt.model_loader.*"),
+    (5, "DEVICE", "srt.model_executor.decode_tapes < srt.model_executor.cuda_graph_runner,"
+     " srt.model_executor.model_runner"
      " < srt.managers.tp_worker"),
     (6, "DEVICE", "srt.managers.scheduler*"),
     (6, "TEXT", "srt.tokenizer.* < srt.managers.incremental_text"),
     (6, "TEXT", "srt.managers.generate_request, srt.managers.incremental_text"
      " < srt.managers.detokenizer < srt.managers.detokenizer_manager"),
     (6, "TEXT", "srt.managers.generate_request, srt.tokenizer.*"
-     " < srt.managers.request_state, srt.managers.request_validation, srt.managers.scheduler_pulse,"
+     " < srt.managers.request_state, srt.managers.request_validation, srt.managers.replica_choice,"
+     " srt.managers.scheduler_pulse,"
      " srt.managers.metrics"
      " < srt.managers.tokenizer_manager, srt.managers.detokenizer_manager"),
     (6, "TEXT", "srt.managers.generate_request, srt.managers.tokenizer_manager"
@@ -116,6 +124,7 @@ LAZY_PACKAGES = frozenset(
 BANNED: tuple[tuple[str, frozenset[str]], ...] = (
     ("srt.mem_cache.kv_layout", frozenset({"torch", "transformers"})),
     ("srt.mem_cache.capacity", frozenset({"torch", "transformers"})),
+    ("srt.mem_cache.device_budget", frozenset({"torch", "transformers"})),
     ("srt.server_args", frozenset({"torch", "transformers"})),
     ("srt.configs.*", frozenset({"torch", "transformers"})),
     ("srt.managers.io_struct", frozenset({"torch", "transformers"})),

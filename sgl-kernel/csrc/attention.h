@@ -123,7 +123,7 @@ using FinishTask = void (*)(const SglAttention&, const Task&, const States* part
 void run_task_generic(const SglAttention&, const Task&, const States&, void*);
 void run_task_avx2(const SglAttention&, const Task&, const States&, void*);
 void run_task_avx512(const SglAttention&, const Task&, const States&, void*);
-// Tasks of one query in bf16 heads of a multiple of 32.
+// Tasks of one query or a few in bf16 heads of a multiple of 32.
 void run_decode_dots(const SglAttention&, const Task&, const States&, void*);
 void run_task_amx(const SglAttention&, const Task&, const States&, void*);
 void run_blocked_avx2(const SglAttention&, const Task&, const States&, void*);

@@ -25,6 +25,9 @@ struct PairCells {
     static __m512 weights(const __m512* x) {
         return reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(x[1], x[0]));
     }
+    static float weight(const float* cells, int n) {
+        return to_float(reinterpret_cast<const Bf16*>(cells)[n]);
+    }
     static __m512 add_product(__m512 sum, __m512 a, __m512 b) {
         return _mm512_dpbf16_ps(sum, pairs(a), pairs(b));
     }

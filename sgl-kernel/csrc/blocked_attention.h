@@ -44,6 +44,7 @@ struct FloatCells {
         out[0] = Isa::load(rows[0] + d);
     }
     static Isa::F weights(const Isa::F* x) { return x[0]; }
+    static float weight(const float* cells, int n) { return cells[n]; }  // of key n
     static Isa::F add_product(Isa::F sum, Isa::F a, Isa::F b) { return sum + a * b; }
 };
 
@@ -140,11 +141,15 @@ class BlockedTask {
         std::memset(s_.sums, 0, static_cast<size_t>(count_) * sizeof(Isa::F));
         std::memset(s_.missing, 0, static_cast<size_t>(dim_) * 4);
         pack_queries();
+        find(task_.lo);
         for (lo_ = task_.lo; lo_ < task_.hi; lo_ += block_.count) {
-            block_.find(call_, task_.table, lo_, sgl::block_end(lo_, task_.hi));
+            block_ = next_;
+            find(lo_ + block_.count);
             list_rows();
             pack_keys();
             pack_values();
+            const bool all = see(0, static_cast<int>(count_)).all;
+            one_by_one_ = !all && !has_finite_values();
             for (int64_t m = 0; m < count_; m += kRows) score(m);
             for (int d = 0; d < dim_; d += kPanel)
                 for (int64_t m = 0; m < count_; m += kRows) add(m, d);
@@ -167,16 +172,22 @@ class BlockedTask {
     const float scale_;
     void* wide_;  // memory of widened rows, where planes are of fp8
     sgl::BlockedScratch s_;
-    sgl::KeyBlock block_;
+    sgl::KeyBlock block_, next_;  // the next one's rows are asked for where they are widened
     int64_t lo_ = 0;
+    bool one_by_one_ = false;  // whether values that some states don't see may not be multiplied by 0
     const T* keys_[sgl::kKeys];
     const T* values_[sgl::kKeys];
+
+    void find(int64_t lo) {
+        next_.count = 0;
+        if (lo < task_.hi) next_.find(call_, task_.table, lo, sgl::block_end(lo, task_.hi));
+    }
 
     void list_rows() {
         const T* k = static_cast<const T*>(call_.k) + task_.g0 * call_.k_head;
         const T* v = static_cast<const T*>(call_.v) + task_.g0 * call_.v_head;
         const bool is_fp8 = sgl::wide_bytes(call_) != 0;
-        if (is_fp8) widen_block<T>(call_, task_.g0, block_, nullptr, wide_, keys_, values_);
+        if (is_fp8) widen_block<T>(call_, task_.g0, block_, &next_, wide_, keys_, values_);
         for (int n = 0; !is_fp8 && n < block_.count; ++n) {
             keys_[n] = k + block_.slots[n] * call_.k_slot;
             values_[n] = v + block_.slots[n] * call_.v_slot;
@@ -222,6 +233,15 @@ class BlockedTask {
                                 s_.values + first * kKeyCells + n / kPer * width + at - first);
                 }
             }
+    }
+
+    // A NaN or an infinity times 0 is NaN, and times 0 and added up it stays.
+    bool has_finite_values() const {
+        Isa::F nothing = {};
+        for (int n = 0; n < block_.count; ++n)
+            for (int d = 0; d < dim_; d += Isa::kLanes)
+                nothing = nothing + Isa::load(values_[n] + d) * spread(0.0f);
+        return Isa::sum(nothing) == 0.0f;
     }
 
     // Keys [begin, end) of the block that some of the states [m, m + rows) see; `all` of them see
@@ -335,11 +355,25 @@ class BlockedTask {
     void add_panel(int64_t m, int d, int vectors) {
         const Sight sight = see(m, kCount);
         if (sight.begin >= sight.end) return;
+        if (one_by_one_ && !sight.all) {
+            for (int r = 0; r < kCount; ++r) add_seen(m + r, d, vectors * Isa::kLanes);
+            return;
+        }
         const int first = sight.begin / kPer, last = (sight.end + kPer - 1) / kPer;
         if (vectors == Math::kVectors) return add_rows<kCount, Math::kVectors>(m, d, first, last);
         if (vectors == 3) return add_rows<kCount, 3>(m, d, first, last);
         if (vectors == 2) return add_rows<kCount, 2>(m, d, first, last);
         add_rows<kCount, 1>(m, d, first, last);
+    }
+
+    // Elements [d, d + width) of the values that state m sees, and of no others.
+    void add_seen(int64_t m, int d, int width) {
+        const int end = end_of(m);
+        float* acc = states_.acc + m * dim_ + d;
+        for (int n = begin_of(m); n < end; ++n) {
+            const float weight = Cells::weight(s_.weights + m * kKeyCells, n);
+            for (int i = 0; i < width; ++i) acc[i] += weight * to_float(values_[n][d + i]);
+        }
     }
 
     // A block is summed on its own first, as in the vector kernel.

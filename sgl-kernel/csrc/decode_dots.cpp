@@ -1,4 +1,4 @@
-// One query per task with AVX-512's dot products of bf16: K and V are multiplied as they lie.
+// One query or a few per task with AVX-512's dot products of bf16: K and V are multiplied as they lie.
 //
 // A score is a dot product along the head; sixteen keys' sums are added up across lanes together, which
 // takes a third of the work of adding up each. Values are taken two keys at a time, interleaved so that
@@ -10,14 +10,13 @@
 
 #include "add_lanes.h"
 #include "attention.h"
+#include "block_rows.h"
 #include "exp2_avx512.h"
-#include "wide_rows.h"
 
 namespace {
 
 using sgl::kKeys;
 using sgl::kLog2e;
-using sgl::KeyBlock;
 using sgl::States;
 using sgl::Task;
 
@@ -40,72 +39,46 @@ inline __m512 sum_each(const __m512* x) {
 class DotTask {
   public:
     DotTask(const SglAttention& call, const Task& task, const States& states, void* wide)
-        : call_(call), task_(task), states_(states), wide_(wide), dim_(call.head_dim) {}
+        : call_(call), task_(task), states_(states), dim_(call.head_dim), rows_(call, task, wide) {}
 
     void run() {
-        find(task_.lo, &next_);
-        for (lo_ = task_.lo; lo_ < task_.hi; lo_ += block_.count) {
-            block_ = next_;
-            find(lo_ + block_.count, &next_);
-            const int begin = clip(sgl::first_seen(call_, task_.position) - lo_);
-            const int end = clip(task_.position + 1 - lo_);
-            if (begin >= end) continue;
-            for (int g = task_.g0; g < task_.g1; ++g) attend_group(g, begin, end);
-        }
+        while (rows_.step())
+            for (int g = task_.g0; g < task_.g1; ++g) attend_group(g);
     }
 
   private:
     const SglAttention& call_;
     const Task& task_;
     const States& states_;
-    void* wide_;  // memory of widened rows, where planes are of fp8
     const int dim_;
-    KeyBlock block_, next_;
-    int64_t lo_ = 0;
-    const Bf16* keys_[kKeys];
-    const Bf16* values_[kKeys];
-    const Bf16* next_keys_[kKeys];
-    const Bf16* next_values_[kKeys];
+    BlockRows<Bf16> rows_;
     alignas(64) float scores_[kMostHeads][kKeys];
     alignas(64) uint32_t weights_[kMostHeads][kKeys / 2];  // pairs of bf16
 
-    int clip(int64_t n) const { return static_cast<int>(std::clamp<int64_t>(n, 0, block_.count)); }
-
-    void find(int64_t lo, KeyBlock* found) const {
-        found->count = 0;
-        if (lo < task_.hi) found->find(call_, task_.table, lo, sgl::block_end(lo, task_.hi));
+    // Queries one after the other: what the first has read lies in the cache for the others.
+    void attend_group(int g) {
+        bool asks = rows_.list(g);
+        for (int m = 0; m < task_.rows; ++m) {
+            const int64_t position = task_.position + m;
+            const int begin = rows_.begin(position), end = rows_.end(position);
+            if (begin >= end) continue;
+            attend(g, m, begin, end, asks);
+            asks = false;
+        }
     }
 
-    // Returns whether memory is still to be asked for the rows of the next block.
-    bool list_rows(int g) {
-        if (sgl::wide_bytes(call_)) {
-            widen_block<Bf16>(call_, g, block_, &next_, wide_, keys_, values_);
-            return false;
-        }
-        const auto* k = static_cast<const Bf16*>(call_.k) + g * call_.k_head;
-        const auto* v = static_cast<const Bf16*>(call_.v) + g * call_.v_head;
-        for (int n = 0; n < kKeys; ++n) {  // slots beyond the last repeat the first
-            keys_[n] = k + block_.slots[n] * call_.k_slot;
-            values_[n] = v + block_.slots[n] * call_.v_slot;
-            next_keys_[n] = next_.count ? k + next_.slots[n] * call_.k_slot : keys_[0];
-            next_values_[n] = next_.count ? v + next_.slots[n] * call_.v_slot : values_[0];
-        }
-        return true;
-    }
-
-    void attend_group(int g, int begin, int end) {
+    void attend(int g, int m, int begin, int end, bool asks) {
         const int per_group = call_.heads_per_group;
-        bool asks = list_rows(g);
+        const int64_t first = (int64_t{g - task_.g0} * task_.rows + m) * per_group;
+        const auto* q = static_cast<const Bf16*>(call_.q) + (task_.row + m) * call_.q_row +
+                        g * per_group * call_.q_head;
         for (int j = 0; j < per_group; asks = false) {
             const int count = std::min(kMostHeads, per_group - j);
-            const int64_t state = int64_t{g - task_.g0} * per_group + j;
-            const auto* q = static_cast<const Bf16*>(call_.q) + task_.row * call_.q_row +
-                            (g * per_group + j) * call_.q_head;
             for (int i = 0; i < count; ++i) {
-                score(q + i * call_.q_head, end, asks && i == 0, scores_[i]);
-                weigh(i, begin, end, state + i);
+                score(q + (j + i) * call_.q_head, end, asks && i == 0, scores_[i]);
+                weigh(i, begin, end, first + j + i);
             }
-            float* acc = states_.acc + state * dim_;
+            float* acc = states_.acc + (first + j) * dim_;
             if (count == 4) add_values<4>(begin, end, asks, acc);
             if (count == 3) add_values<3>(begin, end, asks, acc);
             if (count == 2) add_values<2>(begin, end, asks, acc);
@@ -123,8 +96,8 @@ class DotTask {
                 const __m512bh query = load_pairs(q + d);
 #pragma GCC unroll 16
                 for (int n = 0; n < kLanes; ++n) {
-                    if (asks) __builtin_prefetch(next_keys_[first + n] + d, 0, 2);
-                    total[n] = _mm512_dpbf16_ps(total[n], query, load_pairs(keys_[first + n] + d));
+                    if (asks) __builtin_prefetch(rows_.next_keys[first + n] + d, 0, 2);
+                    total[n] = _mm512_dpbf16_ps(total[n], query, load_pairs(rows_.keys[first + n] + d));
                 }
             }
             _mm512_store_ps(scores + first, sum_each(total));
@@ -194,13 +167,13 @@ class DotTask {
             for (int i = 0; i < 2 * kVectors; ++i) total[j][i] = _mm512_setzero_ps();
         for (int n = begin & ~1; n < end; n += 2) {
             // A key that is not seen has weight 0, but its row may hold anything.
-            const Bf16* a = values_[n < begin ? n + 1 : n] + d;
-            const Bf16* b = values_[n + 1 < end ? n + 1 : n] + d;
+            const Bf16* a = rows_.values[n < begin ? n + 1 : n] + d;
+            const Bf16* b = rows_.values[n + 1 < end ? n + 1 : n] + d;
             __m512bh pairs[2 * kVectors];
             for (int i = 0; i < kVectors; ++i) {
                 if (asks) {
-                    __builtin_prefetch(next_values_[n] + d + i * kPair, 0, 2);
-                    __builtin_prefetch(next_values_[n + 1] + d + i * kPair, 0, 2);
+                    __builtin_prefetch(rows_.next_values[n] + d + i * kPair, 0, 2);
+                    __builtin_prefetch(rows_.next_values[n + 1] + d + i * kPair, 0, 2);
                 }
                 const __m512i x = _mm512_loadu_si512(a + i * kPair);
                 const __m512i y = _mm512_loadu_si512(b + i * kPair);

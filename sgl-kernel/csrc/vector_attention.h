@@ -10,14 +10,13 @@
 #include <cstring>
 
 #include "attention.h"
+#include "block_rows.h"
 #include "numbers.h"
-#include "wide_rows.h"
 
 namespace {
 
 using sgl::kKeys;
 using sgl::kLog2e;
-using sgl::KeyBlock;
 using sgl::States;
 using sgl::Task;
 
@@ -142,22 +141,13 @@ struct VectorTask {
     const SglAttention& call;
     const Task& task;
     const States& states;
-    void* wide;  // memory of widened rows, where planes are of fp8
-    KeyBlock block, next;
-    const T* keys[kKeys];
-    const T* values[kKeys];
-    const T* next_keys[kKeys];
-    const T* next_values[kKeys];
+    BlockRows<T> rows;
     alignas(64) float scores[8 * kKeys];
     alignas(64) Isa::F query[8][sgl::kMaxHeadDim / Isa::kLanes];
 
     void run() {
-        find(task.lo, &next);
-        for (int64_t lo = task.lo; lo < task.hi; lo += block.count) {
-            block = next;
-            find(lo + block.count, &next);
-            for (int g = task.g0; g < task.g1; ++g) attend_group(g, lo);
-        }
+        while (rows.step())
+            for (int g = task.g0; g < task.g1; ++g) attend_group(g);
         if (Isa::reorders(T{}))
             for (int64_t i = 0; i < sgl::num_states(call, task); ++i)
                 restore_order(states.acc + i * call.head_dim);
@@ -173,37 +163,11 @@ struct VectorTask {
         }
     }
 
-    void find(int64_t lo, KeyBlock* found) const {
-        found->count = 0;
-        if (lo < task.hi) found->find(call, task.table, lo, sgl::block_end(lo, task.hi));
-    }
-
-    // Returns whether memory is still to be asked for the rows of the next block.
-    bool list_rows(int g) {
-        if (sgl::wide_bytes(call)) {
-            widen_block<T>(call, g, block, &next, wide, keys, values);
-            return false;
-        }
-        const T* k = static_cast<const T*>(call.k) + g * call.k_head;
-        const T* v = static_cast<const T*>(call.v) + g * call.v_head;
-        for (int n = 0; n < block.count; ++n) {
-            keys[n] = k + block.slots[n] * call.k_slot;
-            values[n] = v + block.slots[n] * call.v_slot;
-        }
-        for (int n = 0; n < kKeys; ++n) {  // what is beyond the last key is asked for again
-            next_keys[n] = next.count ? k + next.slots[n] * call.k_slot : keys[0];
-            next_values[n] = next.count ? v + next.slots[n] * call.v_slot : values[0];
-        }
-        return true;
-    }
-
-    void attend_group(int g, int64_t lo) {
-        bool asks = list_rows(g);
+    void attend_group(int g) {
+        bool asks = rows.list(g);
         const int per_group = call.heads_per_group;
         for (int m = 0; m < task.rows; ++m) {
-            const int64_t position = task.position + m;
-            const int begin = clip(sgl::first_seen(call, position) - lo);
-            const int end = clip(position + 1 - lo);
+            const int begin = rows.begin(task.position + m), end = rows.end(task.position + m);
             if (begin >= end) continue;
             const int64_t state = ((g - task.g0) * int64_t{task.rows} + m) * per_group;
             for (int j = 0; j < per_group;) {
@@ -219,8 +183,6 @@ struct VectorTask {
         }
     }
 
-    int clip(int64_t n) const { return static_cast<int>(std::clamp<int64_t>(n, 0, block.count)); }
-
     template <int kHeads>
     void attend(int m, int head, int64_t state, int begin, int end, bool asks) {
         const int dim = call.head_dim;
@@ -231,20 +193,20 @@ struct VectorTask {
                 Isa::load_some(q + (head + j) * call.q_head + d, x);
                 std::memcpy(query[j] + d / Isa::kLanes, x, sizeof x);
             }
-        dot_keys<T, kHeads>(query, keys + begin, asks ? next_keys + begin : nullptr, end - begin, dim,
-                            scores + begin);
+        dot_keys<T, kHeads>(query, rows.keys + begin, asks ? rows.next_keys + begin : nullptr,
+                            end - begin, dim, scores + begin);
         float* acc = states.acc + state * dim;
         for (int j = 0; j < kHeads; ++j)
             weigh(call, scores + j * kKeys, begin, end, acc + j * dim, states.top + state + j,
                   states.sum + state + j);
-        add_values<T, kHeads>(values + begin, asks ? next_values + begin : nullptr, scores + begin,
-                              end - begin, dim, acc);
+        add_values<T, kHeads>(rows.values + begin, asks ? rows.next_values + begin : nullptr,
+                              scores + begin, end - begin, dim, acc);
     }
 };
 
 template <class T>
 void run_vector(const SglAttention& call, const Task& task, const States& states, void* wide) {
-    VectorTask<T> work{call, task, states, wide, {}, {}, {}, {}, {}, {}, {}, {}};
+    VectorTask<T> work{call, task, states, {call, task, wide}, {}, {}};
     work.run();
 }
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,23 @@ class ServerProcess:
     """One `python -m sglang.launch_server`, its output gathered line by line."""
 
     def __init__(self, *flags: str, env: dict[str, str] | None = None) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        port = free_port()
+        command = [sys.executable, "-m", "sglang.launch_server", "--port", str(port), *flags]
+        self._start(command, port, env)
+
+    @classmethod
+    def of_command(cls, command: list[str], port: int, env: dict[str, str]) -> ServerProcess:
+        """What another command starts, which serves at `port`."""
+        self = cls.__new__(cls)
+        self._start(command, port, env)
+        return self
+
+    def _start(self, command: list[str], port: int, env: dict[str, str] | None) -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
         source = str(Path(__file__).parents[2] / "python")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "sglang.launch_server", "--port", str(self.port), *flags],
+            command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -75,6 +88,17 @@ class ServerProcess:
             self.process.poll()
             threading.Event().wait(0.05)
         raise AssertionError(f"not ready in {READY_TIMEOUT_S} s:\n{self.text}")
+
+    def wait_text(self, words: str) -> None:
+        """Wait for output with these words; fails with the output when it ends or none come."""
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if words in self.text:
+                return
+            if self.process.poll() is not None:
+                raise AssertionError(f"ended with {self.process.returncode}:\n{self.text}")
+            threading.Event().wait(0.05)
+        raise AssertionError(f"no {words!r} in {READY_TIMEOUT_S} s:\n{self.text}")
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(f"{self.url}{path}", timeout=60)
@@ -138,6 +162,56 @@ def running_server(*flags: str, env: dict[str, str] | None = None) -> Iterator[S
         yield server
     finally:
         server.close()
+
+
+def started_server(*flags: str, tmp: Path) -> ServerProcess:
+    """A ready server that the caller closes; all its temporary files lie under `tmp`."""
+    server = ServerProcess(*flags, env={"TMPDIR": str(tmp)})
+    try:
+        server.wait_ready()
+    except BaseException:
+        server.close()
+        raise
+    return server
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    """Whether all have ended."""
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+def listening_ports(processes: list[psutil.Process]) -> set[int]:
+    """The TCP ports that these processes listen on."""
+    return {
+        connection.laddr.port
+        for process in processes
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What a server has while it runs and must not leave: processes, ports and files."""
+
+    processes: list[psutil.Process]
+    ports: set[int]
+    tmp: Path
+
+    @classmethod
+    def of(cls, server: ServerProcess, tmp: Path) -> Traces:
+        """Those of a running server whose temporary files lie in `tmp`."""
+        processes = [psutil.Process(server.process.pid), *server.children()]
+        ports = listening_ports(processes)
+        assert server.port in ports or "--node-rank" in server.process.args
+        return cls(processes, ports, tmp)
+
+    def assert_gone(self) -> None:
+        """Processes end, ports can be bound again, and no socket, board or directory is left."""
+        assert wait_until(lambda: gone(self.processes))
+        for port in self.ports:
+            socket.create_server(("127.0.0.1", port)).close()
+        assert list(self.tmp.iterdir()) == []
 
 
 def wait_until(condition: object, timeout_s: float = 10.0) -> bool:

@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 
-from e2e.server_process import ServerProcess, demo_model, running_server, wait_until
+from e2e.server_process import (
+    ServerProcess,
+    Traces,
+    demo_model,
+    gone,
+    running_server,
+    started_server,
+    wait_until,
+)
 
 
-def start(tmp_path: Path, *flags: str) -> ServerProcess:
-    """A server whose temporary files all lie under `tmp_path`."""
-    server = ServerProcess("--model-path", demo_model(), *flags, env={"TMPDIR": str(tmp_path)})
-    try:
-        server.wait_ready()
-    except BaseException:
-        server.close()
-        raise
-    return server
-
-
-def gone(processes: list[psutil.Process]) -> bool:
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+def start(tmp: Path) -> ServerProcess:
+    return started_server("--model-path", demo_model(), tmp=tmp)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_end_is_clean(short_tmp: Path, signum: signal.Signals) -> None:
     server = start(short_tmp)
     try:
-        children = server.children()
-        assert len(children) >= 2
+        traces = Traces.of(server, short_tmp)
+        assert len(traces.processes) >= 3
         server.process.send_signal(signum)
         assert server.wait_exit() == 0, server.text
-        assert wait_until(lambda: gone(children))
-        assert os.listdir(short_tmp) == [], "sockets and directories are removed"
+        traces.assert_gone()
         assert "Traceback" not in server.text
     finally:
         server.close()
@@ -46,12 +40,12 @@ def test_a_polite_end_is_clean(short_tmp: Path, signum: signal.Signals) -> None:
 def test_a_dead_child_ends_the_server_and_is_named(short_tmp: Path, victim: str) -> None:
     server = start(short_tmp)
     try:
-        children = server.children()
+        traces = Traces.of(server, short_tmp)
         server.child(victim).kill()
         assert server.wait_exit() != 0
         assert victim in server.text
         assert "SIGKILL" in server.text
-        assert wait_until(lambda: gone(children))
+        traces.assert_gone()
     finally:
         server.close()
 

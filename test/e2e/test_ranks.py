@@ -8,15 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
-from e2e.server_process import ServerProcess, wait_until
+from e2e.server_process import ServerProcess, Traces, started_server, wait_until
 from srt.models.hf_models import VOCAB, hf_greedy, make_hf_model, save
 
 TIMEOUT_S = 5
 NEW_TOKENS = 12
 LONG = {"max_position_embeddings": 2048}
+SMALL = ("--skip-tokenizer-init", "--dtype", "float32", "--kv-memory-budget", "64MiB")
+RANKS = ("--tp-size", "2", "--dist-timeout", str(TIMEOUT_S))
 
 
 @pytest.fixture(scope="module")
@@ -24,21 +25,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save(make_hf_model("llama", **LONG), tmp_path_factory.mktemp("llama"))
 
 
-def start(model: str, tmp: Path) -> ServerProcess:
-    flags = ("--skip-tokenizer-init", "--dtype", "float32", "--kv-memory-budget", "64MiB")
-    ranks = ("--tp-size", "2", "--dist-timeout", str(TIMEOUT_S))
-    server = ServerProcess("--model-path", model, *flags, *ranks, env={"TMPDIR": str(tmp)})
-    try:
-        server.wait_ready()
-    except BaseException:
-        server.close()
-        raise
-    return server
+def start(model: str, tmp: Path, *flags: str) -> ServerProcess:
+    return started_server("--model-path", model, *SMALL, *flags, tmp=tmp)
 
 
 @pytest.fixture
 def server(model: str, short_tmp: Path) -> Iterator[ServerProcess]:
-    made = start(model, short_tmp)
+    made = start(model, short_tmp, *RANKS)
     yield made
     made.close()
 
@@ -49,15 +42,6 @@ def ask(server: ServerProcess, prompt: list[int], count: int = NEW_TOKENS) -> li
     assert reply.status_code == 200, reply.text
     ids: list[int] = reply.json()["output_ids"]
     return ids
-
-
-def gone(processes: list[psutil.Process]) -> bool:
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
-
-
-def assert_nothing_is_left(children: list[psutil.Process], tmp: Path) -> None:
-    assert wait_until(lambda: gone(children))
-    assert list(tmp.iterdir()) == [], "sockets, the board and directories are removed"
 
 
 def test_two_processes_answer_as_transformers_until_one_is_killed(
@@ -83,7 +67,7 @@ def test_two_processes_answer_as_transformers_until_one_is_killed(
     assert not wait_until(lambda: server.process.poll() is not None, 1.5)
     assert sum(second.cpu_times()[:2]) - before < 0.5, "an idle rank sleeps"
 
-    children = server.children()
+    traces = Traces.of(server, short_tmp)
     with ThreadPoolExecutor(1) as threads:
         reply = threads.submit(ask, server, prompts[0], 2000)
         assert wait_until(lambda: bool(server.requests()))
@@ -92,7 +76,7 @@ def test_two_processes_answer_as_transformers_until_one_is_killed(
         assert reply.exception() is not None
     assert "scheduler TP1" in server.text
     assert "rank 1" in server.text or "SIGKILL" in server.text
-    assert_nothing_is_left(children, short_tmp)
+    traces.assert_gone()
 
 
 @pytest.mark.slow
@@ -101,21 +85,21 @@ def test_a_rank_that_hangs_ends_the_server_in_time(
     server: ServerProcess, short_tmp: Path, victim: int
 ) -> None:
     assert len(ask(server, [1, 2, 3])) == NEW_TOKENS
-    children = server.children()
+    traces = Traces.of(server, short_tmp)
     server.child(f"scheduler TP{victim}").send_signal(signal.SIGSTOP)
     # the timeout, a meeting's interval, and the grace that a stopped process gets
     assert server.wait_exit(TIMEOUT_S + 8) != 0
     assert f"rank {victim} has not come to" in server.text
-    assert_nothing_is_left(children, short_tmp)
+    traces.assert_gone()
 
 
 @pytest.mark.slow
 def test_a_polite_end_is_clean(server: ServerProcess, short_tmp: Path) -> None:
-    children = server.children()
+    traces = Traces.of(server, short_tmp)
     server.process.send_signal(signal.SIGTERM)
     assert server.wait_exit() == 0, server.text
     assert "Traceback" not in server.text
-    assert_nothing_is_left(children, short_tmp)
+    traces.assert_gone()
 
 
 @pytest.mark.slow

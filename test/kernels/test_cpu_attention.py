@@ -218,11 +218,14 @@ def test_long_prompts(group: int) -> None:
         check(Problem(lengths, group=group, kv_heads=1, dtype=dtype, chunk=200, sinks=True))
 
 
+@pytest.mark.parametrize("group", [1, 3, 5])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_prompts_of_a_few_tokens(dtype: torch.dtype) -> None:
-    """States that don't fill the registers, in any number."""
+def test_prompts_of_a_few_tokens(dtype: torch.dtype, group: int) -> None:
+    """States that don't fill the registers, in any number; few enough are decoded side by side."""
     lengths = [(prefix, new) for prefix in (0, 61, 130) for new in range(1, 12)]
-    check(Problem(lengths, group=1, dtype=dtype))
+    check(Problem(lengths, group=group, dtype=dtype))
+    check(Problem(lengths, group=group, dtype=dtype, window=20, page_size=64))
+    check(Problem(lengths, group=group, dtype=dtype, chunk=70, sinks=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -272,6 +275,30 @@ def test_a_nan_in_a_prompt_shows_from_its_token_on() -> None:
             out, _ = problem.run(isa, 1)
             assert not out[:30].isnan().any()
             assert out[30:].isnan().all()
+
+
+@pytest.mark.parametrize("kv_dtype", [None, *FP8])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_value_shows_only_to_those_who_see_it(
+    dtype: torch.dtype, kv_dtype: torch.dtype | None
+) -> None:
+    """A NaN or an infinity in V, within a block of which some queries see other keys."""
+    for bad in (float("nan"), float("inf")):
+        if kv_dtype is FP8[0] and bad == float("inf"):
+            continue  # it has none
+        for window, last in ((None, 190), (50, 170)):
+            problem = Problem([(90, 100), (0, 7)], dtype=dtype, kv_dtype=kv_dtype, window=window)
+            planes = problem.v.view(torch.uint8) if kv_dtype else problem.v
+            at = problem.slots[0][120]
+            want, _ = problem.reference()
+            planes[at] = torch.full((64,), bad).to(kv_dtype or dtype).view(planes.dtype)
+            for isa in LEVELS:
+                if isa == Isa.AMX and kv_dtype is None and dtype == torch.bfloat16:
+                    continue  # its tiles multiply whole blocks
+                out, _ = problem.run(isa, 1)
+                assert not out[30 : last - 90].isfinite().any()
+                hidden = [*range(30), *range(last - 90, 107)]
+                torch.testing.assert_close(out[hidden], want[hidden], rtol=0, atol=TOLERANCE[dtype])
 
 
 def test_slots_beyond_four_gib() -> None:

@@ -18,7 +18,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.moe import Experts
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from sglang.srt.managers.scheduler_setup import kv_cache_spec
+from sglang.srt.managers.scheduler_pool_plan import kv_cache_spec
 from sglang.srt.mem_cache.capacity import (
     effective_context_length,
     request_segments,

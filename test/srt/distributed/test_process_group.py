@@ -13,22 +13,32 @@ import pytest
 import torch
 
 from sglang.srt.distributed.communicator import RankLinks
-from sglang.srt.distributed.process_group import FRAME_BYTES, GLOO_DIRECT_BYTES, connect_ranks
+from sglang.srt.distributed.process_group import (
+    FRAME_BYTES,
+    GLOO_DIRECT_BYTES,
+    Connections,
+    connect_ranks,
+)
 from sglang.srt.errors import RankLostError
-from sglang.srt.utils.rendezvous import RankBoard, Rendezvous
+from sglang.srt.utils.rendezvous import RankBoard, RankPlace, Rendezvous
 
 T = TypeVar("T")
 PATIENT_S, HASTY_S = 60.0, 0.7
+
+
+def links_of(connections: Connections) -> RankLinks:
+    assert connections.links is not None
+    return connections.links
 
 
 def connect(tmp_path: Path, timeout_s: float, size: int = 2) -> list[RankLinks]:
     places = Rendezvous.for_ranks(size, str(tmp_path))
     with ThreadPoolExecutor(size) as threads:
         runs = [
-            threads.submit(connect_ranks, place, rank, size, timeout_s)
+            threads.submit(connect_ranks, place, RankPlace(rank, size), timeout_s)
             for rank, place in enumerate(places)
         ]
-        return [run.result() for run in runs]
+        return [links_of(run.result()) for run in runs]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +137,34 @@ def test_the_groups_of_two_threads_do_not_meet(links: list[RankLinks]) -> None:
     assert on_both(links, act) == [[0, 2], [0, 2]]
 
 
+def test_some_ranks_of_a_group_talk_among_themselves(tmp_path: Path) -> None:
+    links = connect(tmp_path, PATIENT_S, 4)
+    parts = [torch.arange(3.0) + 10 * rank for rank in range(4)]
+    large = torch.ones(GLOO_DIRECT_BYTES // 2)
+
+    def act(link: RankLinks) -> list[torch.Tensor]:
+        rank = link.rank
+        row = link.compute.among((rank // 2 * 2, rank // 2 * 2 + 1))
+        column = link.compute.among((rank % 2, rank % 2 + 2))
+        assert (row.rank, row.size) == (rank % 2, 2)
+        assert (column.rank, column.size) == (rank // 2, 2)
+        assert row.all_reduce(torch.empty(0, 5)).shape == (0, 5)
+        assert row.all_gather(torch.empty(0, 5), -1).shape == (0, 10)
+        return [
+            row.all_reduce(parts[rank].clone()),
+            column.all_gather(parts[rank], 0),
+            row.all_reduce(large * rank),
+        ]
+
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(act, links))
+    for rank, (total, gathered, many) in enumerate(results):
+        first = rank // 2 * 2
+        assert torch.equal(total, parts[first] + parts[first + 1])
+        assert torch.equal(gathered, torch.cat([parts[rank % 2], parts[rank % 2 + 2]]))
+        assert torch.equal(many, large * (2 * first + 1))
+
+
 def test_a_rank_that_does_not_come_is_named_in_time(tmp_path: Path) -> None:
     hasty = connect(tmp_path, HASTY_S)
     began = time.monotonic()
@@ -138,7 +176,7 @@ def test_a_rank_that_does_not_come_is_named_in_time(tmp_path: Path) -> None:
 def test_ranks_that_never_connect_are_reported(tmp_path: Path) -> None:
     places = Rendezvous.for_ranks(2, str(tmp_path))
     with pytest.raises(RankLostError, match="rank 0 found not all of 2 ranks"):
-        connect_ranks(places[0], 0, 2, HASTY_S)
+        connect_ranks(places[0], RankPlace(0, 2), HASTY_S)
 
 
 def test_the_board_tells_who_is_behind(tmp_path: Path) -> None:
@@ -147,6 +185,6 @@ def test_the_board_tells_who_is_behind(tmp_path: Path) -> None:
     boards = [RankBoard(path, 3) for _ in range(3)]
     assert [boards[r].begin(r, 0) for r in (0, 0, 1)] == [1, 2, 1]
     assert boards[2].begin(2, 1) == 1
-    assert list(boards[0].behind(0, 2)) == [1, 2]
-    assert list(boards[1].behind(0, 1)) == [2]
-    assert list(boards[2].behind(1, 1)) == [0, 1]
+    assert list(boards[0].missing(0, 2, range(3))[0]) == [1, 2]
+    assert list(boards[1].missing(0, 1, range(3))[0]) == [2]
+    assert list(boards[2].missing(1, 1, range(2))[0]) == [0, 1]

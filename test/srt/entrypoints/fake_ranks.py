@@ -18,7 +18,7 @@ from sglang.srt.environ import Environ
 from sglang.srt.managers.io_struct import IpcNames, SchedulerReady
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.process import set_up_child
-from sglang.srt.utils.rendezvous import RankBoard, Rendezvous
+from sglang.srt.utils.rendezvous import RankBoard, RankPlace, Rendezvous
 
 ENTRY = "srt.entrypoints.fake_ranks:run_rank"
 DETOKENIZER = "srt.entrypoints.fake_ranks:run_detokenizer"
@@ -29,12 +29,14 @@ def run_rank(
     environ: Environ,
     ipc: IpcNames,
     ready_pipe: Connection,
-    tp_rank: int,
+    place: RankPlace,
     rendezvous: Rendezvous,
 ) -> None:
+    tp_rank = place.number
     set_up_child(f"fake rank {tp_rank}", server_args.log_level)
     assert (rendezvous.listener is not None) == (tp_rank == 0)
-    assert RankBoard(rendezvous.board_path, server_args.tp_size).begin(tp_rank, 0) == 1
+    assert rendezvous.board_path is not None
+    assert RankBoard(rendezvous.board_path, place.num_all).begin(tp_rank, 0) == 1
     go = Path(os.environ["FAKE_RANKS_GO"])
     for word in os.environ["FAKE_RANKS"].split(",")[tp_rank].split():
         if word == "ready":

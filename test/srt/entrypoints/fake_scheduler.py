@@ -33,6 +33,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.channel import Receiver, Sender
 from sglang.srt.utils.process import set_up_child
+from sglang.srt.utils.rendezvous import ALONE, RankPlace
 
 ENTRY = "srt.entrypoints.fake_scheduler:run_fake_scheduler"
 CONTEXT_LENGTH = 512
@@ -43,11 +44,11 @@ def run_fake_scheduler(
     environ: Environ,
     ipc: IpcNames,
     ready_pipe: Connection,
-    tp_rank: int = 0,
+    place: RankPlace = ALONE,
     rendezvous: object = None,
 ) -> None:
     assert isinstance(environ, Environ)
-    set_up_child(f"fake-scheduler {tp_rank}", server_args.log_level)
+    set_up_child(f"fake-{place.name}", server_args.log_level)
     mode = os.environ.get("FAKE_SCHEDULER", "")
     if mode == "fail":
         ready_pipe.send(("error", "the weights are made of cheese"))
@@ -64,7 +65,7 @@ def run_fake_scheduler(
     while True:
         message = inbox.receive(50)
         progress += 1
-        tokenizer.send(Heartbeat(progress, bool(held), len(held), 0, CONTEXT_LENGTH))
+        tokenizer.send(Heartbeat(progress, bool(held), len(held), 0, CONTEXT_LENGTH, place.dp_rank))
         if isinstance(message, ControlReq):
             state = {"memory": {"capacity_tokens": 4096}, "num_running_reqs": len(held)}
             tokenizer.send(ControlReply(message.seq, True, "Cache flushed.", state))

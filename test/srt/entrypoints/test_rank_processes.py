@@ -36,7 +36,7 @@ def make(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     yield start
     for processes in made:
         pids = [pid for pid in processes.pids.values() if pid is not None]
-        port = processes._places[0].port
+        port = processes._meetings[0].port
         processes.stop()
         assert not any(psutil.pid_exists(pid) for pid in pids)
         with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):

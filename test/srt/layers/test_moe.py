@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.expert_weights import ExpertLayout
 from sglang.srt.layers.moe import (
-    ExpertLayout,
     Experts,
     Router,
     Routing,
@@ -36,6 +37,14 @@ class Checkpoint:
                 for e in range(E)
                 for part, whole in (("gate", self.gate), ("up", self.up), ("down", self.down))
             }
+        if layout is ExpertLayout.STACKED:
+            tensors = {
+                f"{part}_proj.weight": whole
+                for part, whole in (("gate", self.gate), ("up", self.up), ("down", self.down))
+            }
+            gate_bias, up_bias = self.gate_up_bias.chunk(2, 1)
+            biases = {"gate": gate_bias, "up": up_bias, "down": self.down_bias}
+            return tensors | {f"{part}_proj.bias": b for part, b in biases.items() if bias}
         tensors = {
             "gate_up_proj": torch.cat([self.gate, self.up], 1).transpose(1, 2).contiguous(),
             "down_proj": self.down.transpose(1, 2).contiguous(),
@@ -113,6 +122,7 @@ def inputs(num_tokens: int, num_chosen: int = 2) -> tuple[torch.Tensor, Routing]
         (ExpertLayout.MERGED, True),
         (ExpertLayout.INTERLEAVED, True),
         (ExpertLayout.SEPARATE, False),
+        (ExpertLayout.STACKED, True),
     ],
 )
 def test_equals_one_token_and_expert_at_a_time(
@@ -124,14 +134,16 @@ def test_equals_one_token_and_expert_at_a_time(
     torch.testing.assert_close(experts(x, routing).double(), expected, atol=2e-4, rtol=1e-5)
 
 
-class CountingActivation(SiluAndMul):
+class CountingActivation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[int] = []
+        self._act = SiluAndMul()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.rows.append(len(x))
-        return super().forward(x)
+        out: torch.Tensor = self._act(x)
+        return out
 
 
 def test_only_chosen_experts_are_computed_and_only_for_their_tokens() -> None:

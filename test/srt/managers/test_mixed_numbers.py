@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
-from sglang.srt.managers.scheduler_setup import kv_cache_spec
+from sglang.srt.managers.scheduler_pool_plan import kv_cache_spec
 from sglang.srt.mem_cache.capacity import tokens_kept
 from sglang.srt.mem_cache.kv_layout import GroupId, GroupKind, KVCacheSpec
 

@@ -80,7 +80,7 @@ async def test_the_manager_sends_the_callers_own_memory() -> None:
         asked = request(ids=np.arange(90))
         ids = asked.input_ids
         sent: list[Any] = []
-        bench.manager._sender.send = sent.append  # type: ignore[method-assign]
+        bench.manager._senders[0].send = sent.append  # type: ignore[method-assign]
         stream = bench.manager.generate(asked)
         waiting = asyncio.ensure_future(anext(stream))
         await eventually(lambda: sent)

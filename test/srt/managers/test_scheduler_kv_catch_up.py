@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sglang.srt.managers.scheduler_kv_events import KVEventPublisher
-from sglang.srt.managers.scheduler_setup import open_publisher
+from sglang.srt.managers.scheduler_kv_events import KVEventPublisher, open_publisher
 from sglang.srt.mem_cache.kv_events import Cleared, Stored
 from srt.managers import scheduler_harness
 from srt.managers.kv_event_clients import ANY_PORT, Follower, ReplayClient, Subscriber

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from sglang.srt.configs.kv_events_config import KVEventsConfig
-from sglang.srt.managers.scheduler_kv_events import KVEventPublisher
-from sglang.srt.managers.scheduler_setup import open_publisher
+from sglang.srt.managers.scheduler_kv_events import KVEventPublisher, open_publisher
 from sglang.srt.mem_cache.kv_events import (
     BlockRemoved,
     Cleared,

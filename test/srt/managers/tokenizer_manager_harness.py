@@ -99,7 +99,9 @@ async def eventually(condition: Any) -> None:
 
 def fake_settings() -> tuple[Any, Any]:
     """The server arguments and the model config that a manager reads, and no more."""
-    args = SimpleNamespace(max_prompt_logprob_tokens=10)
+    args = SimpleNamespace(
+        max_prompt_logprob_tokens=10, dp_size=1, load_balance_method="round_robin"
+    )
     return args, SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(7,))
 
 

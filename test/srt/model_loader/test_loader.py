@@ -1,10 +1,12 @@
 """load_model: formats, shards, names, damage, ranks, dummy weights."""
 
 import json
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +16,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.weights import WeightOwner
 from sglang.srt.model_loader.loader import load_model, open_weights
+from sglang.srt.model_loader.weight_files import safetensors_weights
 from sglang.srt.models.causal_lm import CausalLM
 from sglang.srt.models.registry import resolve_model_class
 from srt.models.hf_models import make_hf_model, save
@@ -320,6 +323,31 @@ def test_a_rank_holds_its_own_slices_and_no_whole_tensor(tmp_path: Path, family:
     with watch, torch.no_grad():
         model.load_weights(windows())
     assert max(watch.made.values(), default=0) * 2 <= largest_whole
+
+
+def test_pages_of_a_file_go_with_their_tensor_and_come_back_by_reading(tmp_path: Path) -> None:
+    tensors = {name: torch.randn(1 << 10, 1 << 10) for name in ("a", "b")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    given = []
+    for name, tensor in safetensors_weights([tmp_path / "model.safetensors"]).weights:
+        for _, before in given:
+            assert mapped_bytes(before) < tensor.nbytes // 8, "no more than its edges"
+        assert torch.equal(tensor, tensors[name])
+        assert mapped_bytes(tensor) > tensor.nbytes // 2
+        given.append((name, tensor))
+    assert [name for name, _ in given] == ["a", "b"]
+    for name, tensor in given:
+        assert torch.equal(tensor, tensors[name]), "read again"
+
+
+def mapped_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the tensor's pages that this process has in its page table."""
+    page = mmap.PAGESIZE
+    first, last = tensor.data_ptr() // page, -(-(tensor.data_ptr() + tensor.nbytes) // page)
+    with open("/proc/self/pagemap", "rb") as table:
+        table.seek(8 * first)
+        entries = np.frombuffer(table.read(8 * (last - first)), dtype=np.uint64)
+    return int(np.count_nonzero(entries >> np.uint64(63))) * page
 
 
 def test_dummy_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:

@@ -8,6 +8,38 @@ from typing import Any
 from sglang.srt.configs.kv_events_config import KVEventsConfig
 
 
+def split_address(text: str) -> tuple[str, int]:
+    """Host and port of "host:port" or "[host]:port". Raises ValueError with one line."""
+    host, _, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ValueError(f"--dist-init-addr must look like 10.0.0.1:5000, got {text!r}")
+    return host, int(port)
+
+
+def check_nodes(args: Any) -> None:
+    """Raise ValueError with one line when the flags of several nodes or replicas contradict."""
+    if args.node_rank >= args.nnodes:
+        raise ValueError(f"--node-rank {args.node_rank} does not belong to --nnodes {args.nnodes}")
+    if args.nnodes > 1:
+        if args.dp_size > 1:
+            raise ValueError("--dp-size: replicas share one machine; drop --nnodes")
+        if args.num_ranks % args.nnodes:
+            raise ValueError(
+                f"--tp-size {args.tp_size} times --kv-parallel-size {args.kv_parallel_size} cannot "
+                f"be divided among --nnodes {args.nnodes}"
+                if args.kv_parallel_size > 1
+                else f"--tp-size {args.tp_size} cannot be divided among --nnodes {args.nnodes}"
+            )
+        if args.dist_init_addr is None:
+            raise ValueError("--nnodes needs --dist-init-addr, the address of node 0")
+    if args.dist_init_addr is not None:
+        split_address(args.dist_init_addr)
+
+
 def check_combinations(args: Any) -> None:
     """Raise ValueError with one line when two flags of a `ServerArgs` contradict each other."""
     try:
@@ -17,12 +49,17 @@ def check_combinations(args: Any) -> None:
     if not isinstance(overrides, dict):
         raise ValueError("--json-model-override-args must be a JSON object")
     KVEventsConfig.from_json(args.kv_events_config or "{}")
+    check_nodes(args)
     if args.skip_tokenizer_init and args.chat_template is not None:
         raise ValueError("--chat-template needs a tokenizer; drop --skip-tokenizer-init")
     if args.kv_backing == "static" and args.kv_segment_reserve > 0:
         raise ValueError("--kv-segment-reserve: --kv-backing static maps every segment at start")
     if args.kv_backing == "cuda_vmm" and args.device == "cpu":
         raise ValueError("--kv-backing cuda_vmm needs a CUDA device, this is --device cpu")
+    if args.kv_backing == "mmap" and args.device != "cpu":
+        raise ValueError("--kv-backing mmap is memory of the host; --device cuda takes cuda_vmm")
+    if args.tp_size > 1 and args.device != "cpu":
+        raise ValueError("--tp-size: several ranks compute on --device cpu only, so far")
     if args.kv_canary == "full" and args.kv_backing == "segment_table":
         raise ValueError("--kv-canary full reads a common range; segment_table takes chain")
     if args.disable_radix_cache and args.max_cached_tokens is not None:

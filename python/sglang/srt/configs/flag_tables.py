@@ -32,14 +32,14 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "ranks are processes of one machine and find each other by themselves",
+        "ranks need no such tuning here",
         """
-        --nccl-port V; --dist-init-addr|--nccl-init-addr V; --base-gpu-id V;
+        --nccl-port V; --base-gpu-id V;
         --gpu-id-step V; --disable-custom-all-reduce; --enable-mscclpp; --enable-torch-symm-mem;
         --enable-nccl-nvls; --enable-symm-mem; --enable-p2p-check; --enable-quant-communications;
         --enable-flashinfer-allreduce-fusion; --enable-aiter-allreduce-fusion;
         --flashinfer-allreduce-fusion-backend V; --disable-flashinfer-cutlass-moe-fp4-allgather;
-        --load-balance-method V; --prefill-round-robin-balance; --load-watch-interval V;
+        --prefill-round-robin-balance; --load-watch-interval V;
         --enable-dp-lm-head; --enable-attn-tp-input-scattered; --enable-two-batch-overlap;
         --enable-single-batch-overlap; --tbo-token-distribution-threshold V;
         --pp-max-micro-batch-size V; --pp-async-batch-depth V; --enable-dynamic-chunking;
@@ -175,13 +175,13 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "one process computes the whole model",
+        "the model is divided by --tp-size alone",
         """
         --pp-size|--pipeline-parallel-size|--pp V ok:1;
-        --dp-size|--data-parallel-size|--dp V ok:1; --ep-size|--expert-parallel-size|--ep V ok:1;
+        --ep-size|--expert-parallel-size|--ep V ok:1;
         --attn-cp-size|--attention-context-parallel-size V ok:1;
-        --moe-dp-size|--moe-data-parallel-size V ok:1; --dcp-size V ok:1; --nnodes V ok:1;
-        --node-rank V ok:0; --enable-dp-attention; --enable-dp-attention-local-control-broadcast;
+        --moe-dp-size|--moe-data-parallel-size V ok:1; --dcp-size V ok:1;
+        --enable-dp-attention; --enable-dp-attention-local-control-broadcast;
         --enable-prefill-context-parallel; --enable-nsa-prefill-context-parallel;
         --enable-kv-cache-sharding; --use-ray
         """,

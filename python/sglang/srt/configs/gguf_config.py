@@ -21,10 +21,14 @@ _ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
+    "llama4": ("Llama4ForCausalLM", "llama4_text"),
+    "gpt-oss": ("GptOssForCausalLM", "gpt_oss"),
 }
+_MIXTURES = frozenset({"qwen3moe", "llama4", "gpt-oss"})
+_WITHOUT_HEAD_NORMS = 128  # experts: of the published Llama 4 files those of so many (Maverick)
 # Features that other families store under the same architecture name and that change the answer.
 _REFUSED_UNLESS_ZERO = (
-    "expert_count",
     "attention.clamp_kqv",
     "attention.scale",
     "attention.max_alibi_bias",
@@ -58,6 +62,8 @@ def gguf_to_hf_config(path: str | Path) -> tuple[dict[str, Any], tuple[float, ..
     raw = reader.shape_fields()
     raw |= reader.rope_fields(raw["head_dim"])
     raw |= reader.token_ids()
+    if name in _MIXTURES:
+        raw |= expert_fields(reader)
     raw["torch_dtype"] = _widest_dtype(header)
     return raw, _freq_factors(header, raw["head_dim"])
 
@@ -88,6 +94,8 @@ class _Reader:
         for key in _REFUSED_UNLESS_ZERO:
             if self.get(key, 0):
                 raise ValueError(f"{self.name}.{key} is not supported")
+        if self.name not in _MIXTURES and self.get("expert_count", 0):
+            raise ValueError(f"{self.name}.expert_count is not supported")
         for tensor in self.header.tensors:
             if tensor.startswith("rope_factors_"):
                 raise ValueError(f"tensor {tensor} (longrope) is not supported")
@@ -126,6 +134,7 @@ class _Reader:
         window = self.get("attention.sliding_window", 0)
         if window and self.name == "llama":
             raw |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+        if window and self.name in ("llama", "gpt-oss"):
             raw["sliding_window"] = int(window)
         elif window:
             raise ValueError(f"{self.name}.attention.sliding_window is not supported")
@@ -150,6 +159,8 @@ class _Reader:
             rope["original_max_position_embeddings"] = int(original)
         if kind == "yarn":
             rope |= self._yarn_fields(factor)
+            if self.name == "gpt-oss":
+                rope["truncate"] = False
         return {"rope_parameters": rope}
 
     def _yarn_fields(self, factor: float) -> dict[str, Any]:
@@ -171,6 +182,50 @@ class _Reader:
         ids = [values.get(f"tokenizer.ggml.{end}_token_id") for end in ends]
         bos = values.get("tokenizer.ggml.bos_token_id")
         return {"bos_token_id": bos, "eos_token_id": [i for i in ids if i is not None] or None}
+
+
+def expert_fields(reader: _Reader) -> dict[str, Any]:
+    """What a mixture's experts are. Widths and layers are those of the tensors.
+
+    Llama 4 files have no keys for chunks, temperature, and which layers turn: those of the
+    published models are the family's defaults. They normalise heads, but for the one with 128
+    experts. Raises ValueError for routing that another model under the name may ask for.
+    """
+    tensors = reader.header.tensors
+    stacks = {
+        int(name.split(".")[1]): info.shape
+        for name, info in tensors.items()
+        if name.startswith("blk.") and name.endswith(".ffn_gate_exps.weight")
+    }
+    if not stacks or any(len(shape) != 3 for shape in stacks.values()):
+        raise ValueError("the GGUF file lacks tensors blk.N.ffn_gate_exps.weight [E, I, H]")
+    for key in (
+        "expert_group_count",
+        "expert_group_used_count",
+        "expert_shared_feed_forward_length",
+    ):
+        if reader.get(key, 0):
+            raise ValueError(f"{reader.name}.{key} is not supported")
+    if reader.get("expert_weights_scale", 0.0) not in (0.0, 1.0):
+        raise ValueError(f"{reader.name}.expert_weights_scale is not supported")
+    width = next(iter(stacks.values()))[1]
+    experts, chosen = reader.need("expert_count"), reader.need("expert_used_count")
+    fields: dict[str, Any] = {"num_local_experts": experts, "num_experts_per_tok": chosen}
+    if reader.name == "gpt-oss":
+        return fields | {"intermediate_size": width}
+    if reader.name == "llama4":
+        return fields | {
+            "intermediate_size": width,
+            "intermediate_size_mlp": reader.need("feed_forward_length"),
+            "moe_layers": sorted(stacks),
+            "use_qk_norm": experts != _WITHOUT_HEAD_NORMS,
+        }
+    dense = [layer for layer in range(reader.need("block_count")) if layer not in stacks]
+    return fields | {
+        "moe_intermediate_size": width,
+        "mlp_only_layers": dense,
+        "norm_topk_prob": bool(reader.get("expert_weights_norm", True)),
+    }
 
 
 def _widest_dtype(header: GGUFHeader) -> str:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 _WILDCARDS = ("*", "0.0.0.0", "[::]")
@@ -62,6 +62,15 @@ class KVEventsConfig:
                 raise ValueError(f"{name}: replay_endpoint must be another address than endpoint")
         return config
 
+    def for_replica(self, dp_rank: int) -> KVEventsConfig:
+        """The same for a replica: as in SGLang its ports, or paths, follow the first one's."""
+        replay = self.replay_endpoint
+        return replace(
+            self,
+            endpoint=_of_replica(self.endpoint, dp_rank),
+            replay_endpoint=None if replay is None else _of_replica(replay, dp_rank),
+        )
+
     @property
     def enabled(self) -> bool:
         """Whether anything is published."""
@@ -73,6 +82,16 @@ class KVEventsConfig:
         host = self.endpoint.split("://", 1)[1].rsplit(":", 1)
         wild = any(mark in host[0] for mark in _WILDCARDS)
         return wild or host[-1] == "*" or self.endpoint.startswith(("ipc://", "inproc://"))
+
+
+def _of_replica(endpoint: str, dp_rank: int) -> str:
+    """The `dp_rank`-th endpoint after the first; a port that the system chooses stays so."""
+    if dp_rank == 0:
+        return endpoint
+    start, _, port = endpoint.rpartition(":")
+    if endpoint.startswith("tcp://"):
+        return f"{start}:{int(port) + dp_rank}" if port.isdecimal() and int(port) else endpoint
+    return f"{endpoint}_dp{dp_rank}"
 
 
 def _is_same_address(one: str, other: str) -> bool:

@@ -1,4 +1,4 @@
-"""`Communicator` over a process group of torch.distributed, and how ranks of one machine connect.
+"""`Communicator` over a process group of torch.distributed, and how schedulers connect.
 
 The group is an object that was passed in: nothing is registered with torch.distributed, so
 there is no default group to pick by mistake. Gloo on a CPU; a NCCL group has the same methods.
@@ -8,15 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from sglang.srt.distributed.communicator import RankLinks
+from sglang.srt.distributed.communicator import Communicator, RankLinks
+from sglang.srt.distributed.store_board import LOOK_TIMEOUT_S, StoreBoard
 from sglang.srt.errors import RankLostError
-from sglang.srt.utils.rendezvous import LOOPBACK, RankBoard, Rendezvous
+from sglang.srt.utils.rendezvous import (
+    RankBoard,
+    RankPlace,
+    Rendezvous,
+    address_towards,
+)
 
 _dist: Any = dist  # its type stubs lack half of what is used here
 
@@ -28,33 +35,55 @@ _LENGTH_BYTES = 8
 # gloo's rings (2 and 3 ranks, 256 bytes to 512 KiB).
 GLOO_DIRECT_BYTES = 1 << 20
 
-CONTROL, COMPUTE = 0, 1
-_GROUP_NAMES = ("control", "compute")
+CONTROL, COMPUTE, START = 0, 1, 2
+_GROUP_NAMES = ("control", "compute", "start")
 
 
 class Roll(Protocol):
     """Where a collective is announced, so that a missing rank can be named; see `RankBoard`."""
 
-    def begin(self, rank: int, group: int) -> int: ...
+    def begin(self, who: int, group: int) -> int: ...
 
-    def behind(self, group: int, number: int) -> Sequence[int]: ...
+    def missing(
+        self, group: int, number: int, among: Sequence[int]
+    ) -> tuple[Sequence[int], Sequence[int]]: ...
+
+
+@dataclass(frozen=True)
+class Connections:
+    """Whom a scheduler talks to.
+
+    `links` are the ranks of its own replica, None when it is the only one. `everyone` are all
+    schedulers of the server; they talk at start only.
+    """
+
+    links: RankLinks | None
+    everyone: Communicator
 
 
 class GroupCommunicator:
-    """The collectives of one process group, `group` (CONTROL or COMPUTE) on the `roll`.
+    """The collectives of one process group, `group` (CONTROL, COMPUTE or START) on the `roll`.
 
-    `timeout_s` is the group's own, told in errors. Where a rank would send no more than
-    `direct_bytes`, ranks send each other their tensors and each adds up for itself.
+    `first` is the number of its rank 0 on the roll. `timeout_s` is the group's own, told in
+    errors. Where a rank would send no more than `direct_bytes`, ranks send each other their
+    tensors and each adds up for itself.
     """
 
     def __init__(
-        self, process_group: Any, roll: Roll, group: int, timeout_s: float, direct_bytes: int
+        self,
+        process_group: Any,
+        roll: Roll,
+        group: int,
+        timeout_s: float,
+        direct_bytes: int,
+        first: int = 0,
     ) -> None:
         self._group = process_group
         self._direct_bytes = direct_bytes
         self._roll = roll
         self._number = group
         self._timeout_s = timeout_s
+        self._first = first
         self.rank: int = process_group.rank()
         self.size: int = process_group.size()
         self._minimum = _dist.AllreduceOptions()
@@ -118,20 +147,32 @@ class GroupCommunicator:
         agreed: list[int] = numbers.tolist()
         return agreed
 
+    def among(self, members: Sequence[int]) -> MemberCommunicator:
+        """See `Communicator`."""
+        return MemberCommunicator(self, members)
+
+    def exchange(
+        self, what: str, tensor: torch.Tensor, members: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """The tensors of `members` in their order, sent straight from each to each."""
+        with self._announced(what):
+            return self._exchange(tensor.contiguous(), members)
+
     def _is_direct(self, tensor: torch.Tensor) -> bool:
         return tensor.nbytes * (self.size - 1) <= self._direct_bytes
 
-    def _exchange(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def _exchange(
+        self, tensor: torch.Tensor, members: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
         """Every rank's tensor, each sent straight to all others: one hop instead of a ring's."""
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        parts = [
-            tensor if rank == self.rank else torch.empty_like(tensor) for rank in range(self.size)
-        ]
+        ranks = range(self.size) if members is None else members
+        others = [rank for rank in ranks if rank != self.rank]
+        parts = {rank: torch.empty_like(tensor) for rank in others}
         works = [self._group.recv([parts[rank]], rank, 0) for rank in others]
         works += [self._group.send([tensor], rank, 0) for rank in others]
         for work in works:
             work.wait()
-        return parts
+        return [parts.get(rank, tensor) for rank in ranks]
 
     def _send_from_first(self, tensor: torch.Tensor) -> None:
         with self._announced("broadcast"):
@@ -140,18 +181,45 @@ class GroupCommunicator:
     @contextmanager
     def _announced(self, what: str) -> Iterator[None]:
         """Note the collective on the roll; say who is missing when it fails."""
-        number = self._roll.begin(self.rank, self._number)
+        number = self._roll.begin(self._first + self.rank, self._number)
         try:
             yield
         except RuntimeError as error:
-            behind = self._roll.behind(self._number, number)
-            who = ", ".join(f"rank {rank}" for rank in behind) or "another rank"
+            among = range(self._first, self._first + self.size)
+            behind, silent = self._roll.missing(self._number, number, among)
+            named = [f"rank {one - self._first}" for one in behind or silent]
+            who = ", ".join(named) or "another rank"
             missing = "has not come to" if behind else "was lost during"
             raise RankLostError(
                 f"{who} {missing} {what} {number} of the {_GROUP_NAMES[self._number]} group, "
                 f"in which rank {self.rank} waits (--dist-timeout is {self._timeout_s:g} s): "
                 f"{str(error).splitlines()[0]}"
             ) from error
+
+
+class MemberCommunicator:
+    """Collectives of some ranks of a group: always direct, over the connections that it has.
+
+    A ring would send less of a large sum from four members on; it would take groups of its own.
+    """
+
+    def __init__(self, whole: GroupCommunicator, members: Sequence[int]) -> None:
+        self._whole = whole
+        self._members = tuple(members)
+        self.rank = self._members.index(whole.rank)
+        self.size = len(self._members)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Communicator`."""
+        if not tensor.numel():
+            return tensor
+        return _sum_in_order(self._whole.exchange("all_reduce", tensor, self._members))
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """See `Communicator`."""
+        if not tensor.numel():
+            return torch.cat([tensor] * self.size, dim)
+        return torch.cat(self._whole.exchange("all_gather", tensor, self._members), dim)
 
 
 def _sum_in_order(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -164,40 +232,71 @@ def _sum_in_order(parts: list[torch.Tensor]) -> torch.Tensor:
     return total.to(dtype)
 
 
-def connect_ranks(rendezvous: Rendezvous, rank: int, size: int, timeout_s: float) -> RankLinks:
-    """Both groups of this rank over gloo; blocks until every rank has come.
+def connect_ranks(rendezvous: Rendezvous, place: RankPlace, timeout_s: float) -> Connections:
+    """Connect the scheduler at `place` with the others over gloo; blocks until every one has come.
 
     Raises RankLostError when one does not within `timeout_s` seconds.
     """
     timeout = timedelta(seconds=timeout_s)
-    board = RankBoard(rendezvous.board_path, size)
     listener = rendezvous.listener
     try:
         store = _dist.TCPStore(
-            LOOPBACK,
+            rendezvous.host,
             rendezvous.port,
-            size,
-            is_master=rank == 0,
+            place.num_all,
+            is_master=listener is not None,
             timeout=timeout,
             wait_for_workers=False,
             master_listen_fd=None if listener is None else listener.detach(),
         )
-        make = _gloo_maker(store, rank, size, timeout)
-        return RankLinks(
-            *(
-                GroupCommunicator(make(name), board, group, timeout_s, GLOO_DIRECT_BYTES)
-                for group, name in enumerate(_GROUP_NAMES)
-            )
-        )
-    except RuntimeError as error:
+        store = _dist.PrefixStore(f"sglang/{rendezvous.attempt}", store)
+        roll = _make_roll(rendezvous, place)
+        make = _gloo_maker(store, rendezvous, timeout)
+        replica = f"replica {place.dp_rank} "
+
+        def group(number: int) -> GroupCommunicator:
+            if number == START:
+                made = make(_GROUP_NAMES[number], place.number, place.num_all)
+                return GroupCommunicator(made, roll, number, timeout_s, GLOO_DIRECT_BYTES)
+            made = make(replica + _GROUP_NAMES[number], place.tp_rank, place.tp_size)
+            return GroupCommunicator(made, roll, number, timeout_s, GLOO_DIRECT_BYTES, place.first)
+
+        links = RankLinks(group(CONTROL), group(COMPUTE)) if place.tp_size > 1 else None
+        return Connections(links, group(START))
+    except (RuntimeError, OSError) as error:
         text = str(error).splitlines()[0]
-        raise RankLostError(f"rank {rank} found not all of {size} ranks: {text}") from error
+        raise RankLostError(
+            f"rank {place.number} found not all of {place.num_all} ranks: {text}"
+        ) from error
 
 
-def _gloo_maker(store: Any, rank: int, size: int, timeout: timedelta) -> Callable[[str], Any]:
-    def make(name: str) -> Any:
+def _make_roll(rendezvous: Rendezvous, place: RankPlace) -> Roll:
+    if rendezvous.board_path is not None:
+        return RankBoard(rendezvous.board_path, place.num_all)
+
+    def connect() -> Any:
+        """A client of its own: the thread that posts and who looks must not wait for each other."""
+        soon = timedelta(seconds=LOOK_TIMEOUT_S)
+        client = _dist.TCPStore(
+            rendezvous.host, rendezvous.port, is_master=False, timeout=soon, wait_for_workers=False
+        )
+        return _dist.PrefixStore(f"sglang/{rendezvous.attempt}", client)
+
+    return StoreBoard(connect, place.number, server=0 if rendezvous.has_own_store else None)
+
+
+def _gloo_maker(
+    store: Any, rendezvous: Rendezvous, timeout: timedelta
+) -> Callable[[str, int, int], Any]:
+    """Makes a group of `size` by its name. Raises OSError when the others' host is unreachable."""
+    if rendezvous.interface is None:
+        where = {"hostname": address_towards(rendezvous.host, rendezvous.port)}
+    else:
+        where = {"interface": rendezvous.interface}
+
+    def make(name: str, rank: int, size: int) -> Any:
         options = _dist.ProcessGroupGloo._Options()
-        options._devices = [_dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+        options._devices = [_dist.ProcessGroupGloo.create_device(**where)]
         options._timeout = timeout
         return _dist.ProcessGroupGloo(_dist.PrefixStore(name, store), rank, size, options)
 

@@ -135,10 +135,10 @@ class AdminDoors:
             reply = await self._context.serving.service.control(
                 "internal_state", timeout_s=_SCRAPE_TIMEOUT_S
             )
-            state = reply.data
+            states = reply.data.get("replicas", [reply.data])
         except RequestError:
-            state = None
-        return Response(metrics.render(state), media_type=ServerMetrics.content_type)
+            states = []
+        return Response(metrics.render(states), media_type=ServerMetrics.content_type)
 
 
 def _seconds(text: str) -> float:

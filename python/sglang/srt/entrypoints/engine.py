@@ -46,6 +46,8 @@ class Engine:
     def __init__(self, **server_args: Any) -> None:
         _refuse_while_importing_main()
         self.server_args = ServerArgs.from_kwargs(**{"log_level": "error", **server_args})
+        if self.server_args.nnodes > 1:
+            raise ValueError("--nnodes: an Engine runs on one node; start servers for several")
         environ = Environ.from_os()
         model_config = ModelConfig.from_path(
             self.server_args.model_path,

@@ -63,7 +63,7 @@ def meta_info(rid: str, last: GenerateDelta, seconds: float, weight_version: str
         "completion_tokens": last.completion_tokens,
         "cached_tokens": last.cached_tokens,
         "reasoning_tokens": 0,
-        "dp_rank": None,
+        "dp_rank": last.dp_rank,
     }
     if last.finish_reason is not None:
         info["e2e_latency"] = seconds

@@ -64,6 +64,8 @@ class GenerateBody(msgspec.Struct, frozen=True):
     cache_salt: str | list[str | None] | None = None
     priority: Int = 0
     include_progress: bool = False
+    routed_dp_rank: Int | None = None
+    data_parallel_rank: Int | None = None
 
 
 GENERATE_FIELDS = FieldTable(
@@ -94,8 +96,6 @@ GENERATE_FIELDS = FieldTable(
         "require_reasoning": Refusal("reasoning parsers are not served", (False,)),
         "max_thinking_tokens": Refusal("thinking budgets are not served"),
         "background": Refusal("background requests are not served", (False,)),
-        "routed_dp_rank": Refusal("there is one data-parallel rank", (0,)),
-        "data_parallel_rank": Refusal("there is one data-parallel rank", (0,)),
         "bootstrap_host": DISAGGREGATION,
         "bootstrap_port": DISAGGREGATION,
         "bootstrap_room": DISAGGREGATION,
@@ -162,6 +162,9 @@ def read_generate(fields: Fields) -> GenerateCall:
     top = _each("top_logprobs_num", body.top_logprobs_num, count, is_batch)
     extra = _each("extra_key", body.extra_key, count, is_batch)
     salt = _each("cache_salt", body.cache_salt, count, is_batch)
+    replica = body.routed_dp_rank
+    if replica is None:
+        replica = body.data_parallel_rank  # its older name
     requests = tuple(
         GenerateRequest(
             rid=rids[i],
@@ -176,6 +179,7 @@ def read_generate(fields: Fields) -> GenerateCall:
             extra_key=prefix_key(extra[i], salt[i]),
             priority=body.priority,
             include_progress=body.stream and body.include_progress,
+            routed_dp_rank=replica,
         )
         for i in range(count)
     )

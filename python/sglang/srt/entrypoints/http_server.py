@@ -22,6 +22,8 @@ import uvloop
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.entrypoints.app import build_app
 from sglang.srt.entrypoints.event_stream import cancel_and_wait
+from sglang.srt.entrypoints.node_server import serve_node
+from sglang.srt.entrypoints.nodes import resolve_nodes
 from sglang.srt.entrypoints.processes import ServerProcesses, StartError
 from sglang.srt.entrypoints.server_context import ServerContext
 from sglang.srt.entrypoints.text_start import start_text_service, warm_up
@@ -30,6 +32,7 @@ from sglang.srt.errors import RequestError
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 from sglang.srt.utils.process import configure_logging
+from sglang.srt.utils.rendezvous import NodeMeeting
 
 logger = logging.getLogger(__name__)
 
@@ -181,18 +184,35 @@ class Launcher:
         logger.info("The server has ended.")
 
 
+def make_processes(
+    server_args: ServerArgs, environ: Environ, meeting: NodeMeeting | None
+) -> ServerProcesses:
+    """The children of the first node. Raises OSError that names the address of the meeting."""
+    try:
+        return ServerProcesses(server_args, environ, meeting)
+    except OSError as error:
+        if meeting is None:
+            raise
+        where = f"--dist-init-addr {server_args.dist_init_addr}"
+        raise OSError(f"{where}: node 0 can't listen there: {error.strerror}") from error
+
+
 def main(argv: Sequence[str]) -> int:
     """`python -m sglang.launch_server`: the exit code."""
     server_args = prepare_server_args(argv)
     configure_logging(server_args.log_level, "sglang")
     try:
         environ = Environ.from_os()
+        server_args, meeting = resolve_nodes(server_args, environ)
         model_config = ModelConfig.from_path(
             server_args.model_path,
             overrides=server_args.model_overrides(),
             trust_remote_code=server_args.trust_remote_code,
         )
+        if server_args.node_rank > 0:
+            return serve_node(server_args, ServerProcesses(server_args, environ, meeting))
         listener = bind(server_args.host, server_args.port)
+        processes = make_processes(server_args, environ, meeting)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -202,7 +222,6 @@ def main(argv: Sequence[str]) -> int:
         server_args.port,
         server_args.model_path,
     )
-    processes = ServerProcesses(server_args, environ)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         launcher = Launcher(server_args, environ, model_config, listener, processes)
         return runner.run(launcher.run())

@@ -1,7 +1,8 @@
 """The child processes of a server or an engine: started, waited for, watched, ended.
 
-A scheduler for each tensor-parallel rank, and the detokenizer. The first that ends by itself ends
-all; what it said last is told with its name.
+A scheduler for each tensor-parallel rank of each replica, as far as they belong to this node, and
+on the first node the detokenizer. The first that ends by itself ends all; what it said last is
+told with its name.
 
 Children are spawned, never forked, and named by their entry functions, so that this process
 imports neither torch nor the scheduler.
@@ -30,7 +31,7 @@ from sglang.srt.utils.process import (
     describe_exit,
     stop_children,
 )
-from sglang.srt.utils.rendezvous import Rendezvous
+from sglang.srt.utils.rendezvous import NodeMeeting, RankPlace, Rendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +51,18 @@ def run_entry(entry: str, *args: Any) -> None:
 
 
 class ServerProcesses:
-    """The schedulers, one for each rank, the detokenizer and the directory of their sockets.
+    """This node's schedulers, the detokenizer and the directory of their sockets.
 
-    `scheduler` and `detokenizer` are "module:function" with the signatures of the real ones.
-    Nothing runs before `start`; `stop` may be called in any state and leaves nothing behind.
+    `meeting` is where several nodes meet; None: there is one. `scheduler` and `detokenizer` are
+    "module:function" with the signatures of the real ones. Nothing runs before `start`; `stop` may
+    be called in any state and leaves nothing behind. Raises OSError when node 0 can't listen.
     """
 
     def __init__(
         self,
         server_args: ServerArgs,
         environ: Environ,
+        meeting: NodeMeeting | None = None,
         *,
         scheduler: str = SCHEDULER,
         detokenizer: str = DETOKENIZER,
@@ -70,17 +73,23 @@ class ServerProcesses:
         spawn = multiprocessing.get_context("spawn")
         self._children: dict[str, SpawnProcess] = {}
         self._ranks: dict[str, _RankPipe] = {}
-        size = server_args.tp_size
-        self._places = Rendezvous.for_ranks(size, self._directory.path) if size > 1 else ()
-        for rank, place in enumerate(self._places or (None,)):
-            name = "scheduler" if place is None else f"scheduler TP{rank}"
-            pipe = self._ranks[name] = _RankPipe(*spawn.Pipe(duplex=False))
-            self._children[name] = spawn.Process(
+        places = places_here(server_args, 1 if meeting is None else meeting.processes_here)
+        try:
+            self._meetings = _meetings(places, meeting, self._directory.path)
+        except OSError:
+            self._directory.remove()
+            raise
+        for place, where in zip(places, self._meetings or (None,), strict=True):
+            pipe = self._ranks[place.name] = _RankPipe(*spawn.Pipe(duplex=False))
+            ipc = self.ipc.of_replica(place.dp_rank)
+            self._children[place.name] = spawn.Process(
                 target=run_entry,
-                args=(scheduler, server_args, environ, self.ipc, pipe.sender, rank, place),
-                name=f"sglang-scheduler-{rank}",
+                args=(scheduler, server_args, environ, ipc, pipe.sender, place, where),
+                name=f"sglang-scheduler-{place.number}",
                 daemon=True,
             )
+        if server_args.node_rank > 0:
+            return
         self._children["detokenizer"] = spawn.Process(
             target=run_entry,
             args=(detokenizer, server_args, self.ipc),
@@ -105,7 +114,7 @@ class ServerProcesses:
         # The children have their own copies; with ours closed, a death ends its pipe.
         for pipe in self._ranks.values():
             pipe.sender.close()
-        _close_listeners(self._places)
+        _close_listeners(self._meetings)
 
     def wait_ready(self) -> SchedulerReady:
         """Block until every rank is ready; returns what the first one said.
@@ -174,8 +183,33 @@ class ServerProcesses:
         self._starter.close()
         for pipe in self._ranks.values():
             pipe.close()
-        _close_listeners(self._places)
+        _close_listeners(self._meetings)
         self._directory.remove()
+
+
+def places_here(server_args: ServerArgs, processes_here: int = 1) -> tuple[RankPlace, ...]:
+    """The schedulers that this node starts, of its `processes_here` launchers one."""
+    count = server_args.ranks_per_node
+    first = count * server_args.node_rank
+    return tuple(
+        RankPlace(
+            tp_rank=number % server_args.num_ranks,
+            tp_size=server_args.num_ranks,
+            dp_rank=number // server_args.num_ranks,
+            dp_size=server_args.dp_size,
+            num_here=count * processes_here,
+        )
+        for number in range(first, first + count)
+    )
+
+
+def _meetings(
+    places: Sequence[RankPlace], meeting: NodeMeeting | None, directory: str
+) -> tuple[Rendezvous, ...]:
+    """Where each scheduler meets the others; none when there is only one."""
+    if meeting is not None:
+        return Rendezvous.across_nodes(meeting, len(places))
+    return Rendezvous.for_ranks(len(places), directory) if len(places) > 1 else ()
 
 
 class _RankPipe:
@@ -208,7 +242,7 @@ class _RankPipe:
                 end.close()
 
 
-def _close_listeners(places: Sequence[Rendezvous]) -> None:
-    for place in places:
-        if place.listener is not None:
-            place.listener.close()
+def _close_listeners(meetings: Sequence[Rendezvous]) -> None:
+    for meeting in meetings:
+        if meeting.listener is not None:
+            meeting.listener.close()

@@ -70,7 +70,9 @@ class ServerContext:
         self.ready_after_s: float | None = None
         self.phase = Phase.STARTING
         self.metrics = (
-            ServerMetrics(server_args.served_model_name) if server_args.enable_metrics else None
+            ServerMetrics(server_args.served_model_name, server_args.dp_size)
+            if server_args.enable_metrics
+            else None
         )
         self._serving: Serving | None = None
 

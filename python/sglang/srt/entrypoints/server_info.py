@@ -42,7 +42,10 @@ async def server_info(context: ServerContext) -> dict[str, Any]:
     """The object of /server_info; asks the scheduler. RequestError 503 when it is silent."""
     service = context.serving.service
     reply = await service.control("server_info")
-    memory = reply.data.get("memory", {})  # the budget, and what follows from it, may move
+    # The budget, and what follows from it, may move. Replicas have a pool each, of one size at
+    # start: shown here is the first one's.
+    states = reply.data.get("replicas", [reply.data])
+    memory = states[0].get("memory", {})
     ready = service.pulse.ready
     facts: dict[str, Any] = {}
     if ready is not None:
@@ -60,5 +63,5 @@ async def server_info(context: ServerContext) -> dict[str, Any]:
         "version": server_version(),
         "frontend": "python",
         "memory": memory,
-        "internal_states": [reply.data],
+        "internal_states": states,
     }

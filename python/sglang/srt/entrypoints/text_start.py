@@ -40,13 +40,20 @@ async def start_text_service(
 
 
 async def warm_up(manager: TokenizerManager) -> None:
-    """Generate a first answer, so that no client waits for what is slow only once.
+    """Let every replica generate a first answer, so that no client waits for what is slow once.
 
     The prefix that it leaves is dropped again. Raises RequestError when nothing is generated.
     """
     if manager.context_length <= _WARMUP_TOKENS:
         return
     logger.info("Warming up")
+    await asyncio.gather(
+        *(_answer_once(manager, dp_rank) for dp_rank in range(manager.num_replicas))
+    )
+    await manager.flush_cache(timeout_s=5.0)
+
+
+async def _answer_once(manager: TokenizerManager, dp_rank: int) -> None:
     request = GenerateRequest(
         rid=f"WARMUP_{new_rid()}",
         text=None,
@@ -55,10 +62,10 @@ async def warm_up(manager: TokenizerManager) -> None:
             max_new_tokens=_WARMUP_TOKENS, temperature=0.0, ignore_eos=True
         ),
         stream=False,
+        routed_dp_rank=dp_rank,
     )
     async with aclosing(manager.generate(request)) as deltas:
         async for delta in deltas:
             reason = delta.finish_reason
             if reason is not None and reason.type == "abort":
                 raise RequestError(f"the warm-up failed: {reason.message}", 503)
-    await manager.flush_cache(timeout_s=5.0)

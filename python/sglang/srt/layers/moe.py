@@ -12,17 +12,24 @@ Sources: arXiv 1701.06538, 2101.03961 (top-1), 2006.16668.
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Iterator
-from typing import NamedTuple
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from sglang.srt.distributed.parallel_state import ParallelState
-from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.activation import GatedActivation, SiluAndMul
+from sglang.srt.layers.expert_weights import ExpertLayout, ExpertWeights
 from sglang.srt.layers.products import linear
+from sglang.srt.layers.quantization.matrix import rounds_inputs
 from sglang.srt.layers.weights import copy_checked, frozen_parameter
+from sglang.srt.utils.native import kernels_for
+
+# Up to so many tokens one native call is the faster way, or up to so many for each expert on the
+# average where dot instructions or codes are multiplied; see benchmark/cpu/bench_experts.py.
+_NATIVE_ROWS = 32
 
 
 class Routing(NamedTuple):
@@ -37,6 +44,10 @@ def route_by_softmax(logits: torch.Tensor, num_chosen: int, *, renormalize: bool
 
     `renormalize` divides these by their sum, which is the softmax over the chosen logits alone.
     """
+    kernels = _kernels_for_few(logits)
+    if kernels is not None:
+        kind = kernels.RouteKind.CHOSEN if renormalize else kernels.RouteKind.SOFTMAX
+        return Routing(*kernels.route(logits, num_chosen, kind))
     weights, experts = torch.topk(torch.softmax(logits.float(), -1), num_chosen, dim=-1)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -45,8 +56,19 @@ def route_by_softmax(logits: torch.Tensor, num_chosen: int, *, renormalize: bool
 
 def route_by_sigmoid(logits: torch.Tensor, num_chosen: int) -> Routing:
     """The largest `num_chosen` of the logits [T, E], each weighted by its own sigmoid (Llama 4)."""
+    kernels = _kernels_for_few(logits)
+    if kernels is not None:
+        return Routing(*kernels.route(logits, num_chosen, kernels.RouteKind.SIGMOID))
     chosen, experts = torch.topk(logits, num_chosen, dim=-1)
     return Routing(experts, torch.sigmoid(chosen.float()))
+
+
+def _kernels_for_few(x: torch.Tensor) -> ModuleType | None:
+    """The native kernels where they take as many rows as x has."""
+    kernels = kernels_for(x)
+    if kernels is not None and (len(x) <= _NATIVE_ROWS or kernels.is_recording()):
+        return kernels
+    return None
 
 
 class Router(nn.Module):
@@ -75,26 +97,12 @@ class Router(nn.Module):
         copy_checked(target.data, loaded, param_name)
 
 
-class ExpertLayout(enum.Enum):
-    """How a checkpoint holds the experts.
-
-    MERGED: `gate_up_proj` [E, H, 2I] (gate, then up) and `down_proj` [E, I, H], for products from
-    the right. INTERLEAVED: the same, but columns 2i and 2i + 1 are gate i and up i. SEPARATE:
-    `{e}.gate_proj.weight` and `{e}.up_proj.weight` [I, H] and `{e}.down_proj.weight` [H, I].
-    """
-
-    MERGED = "merged"
-    INTERLEAVED = "interleaved"
-    SEPARATE = "separate"
-
-
-class Experts(nn.Module):
+class Experts(ExpertWeights):
     """E gated MLPs, down_e(act(gate_up_e(x))), this rank's share of their width.
 
     `scale_inputs`: a token's weight multiplies what its expert gets (Llama 4), not what it gives.
-    `activation` maps [*, 2I] (gate, then up) to [*, I]; None is `SiluAndMul`. With `bias` the
-    experts have `gate_up_proj_bias` [E, 2I] and `down_proj_bias` [E, H]. Raises ValueError when
-    the width can't be divided over the ranks.
+    `activation` maps [*, 2I] (gate, then up) to [*, I]; None is `SiluAndMul`. The rest is that of
+    `ExpertWeights`.
     """
 
     def __init__(
@@ -110,24 +118,83 @@ class Experts(nn.Module):
         parallel: ParallelState,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__()
-        width = parallel.shard_size(intermediate_size, "expert width")
-        self.num_experts = num_experts
-        self.width, self.intermediate_size = width, intermediate_size
-        self.layout = layout
+        super().__init__(
+            num_experts,
+            hidden_size,
+            intermediate_size,
+            layout=layout,
+            bias=bias,
+            parallel=parallel,
+            dtype=dtype,
+        )
         self.scale_inputs = scale_inputs
         self.act_fn = SiluAndMul() if activation is None else activation
-        self.gate_up_proj = frozen_parameter(num_experts, 2 * width, hidden_size, dtype=dtype)
-        self.down_proj = frozen_parameter(num_experts, hidden_size, width, dtype=dtype)
-        self.gate_up_proj_bias: nn.Parameter | None = None
-        self.down_proj_bias: nn.Parameter | None = None
-        if bias:
-            self.gate_up_proj_bias = frozen_parameter(num_experts, 2 * width, dtype=dtype)
-            self.down_proj_bias = frozen_parameter(num_experts, hidden_size, dtype=dtype)
-        self._parallel = parallel
+        self._mixture: tuple[Any, Any] = (None, None)
 
-    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """The weighted sum over each token's experts: x [T, H] -> [T, H], added over the ranks."""
+    def forward(
+        self, x: torch.Tensor, routing: Routing, added: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The weighted sum over each token's experts: x [T, H] -> [T, H], added over the ranks.
+
+        `added` [T, H], the same on every rank, joins the sum.
+        """
+        kernels = kernels_for(x) if x.dtype is self.gate_up_proj.dtype else None
+        if kernels is not None and self._has_few(kernels, *routing.experts.shape):
+            mixture = self._native(kernels)
+            if mixture is not None:
+                return self._add_ranks(mixture, x, routing, added)
+        total = self._parallel.all_reduce(self._one_by_one(x, routing)).to(x.dtype)
+        return total if added is None else total + added
+
+    def _has_few(self, kernels: ModuleType, rows: int, num_chosen: int) -> bool:
+        """Whether so many tokens are few enough for the native call, all or for each expert."""
+        if rows <= _NATIVE_ROWS or kernels.is_recording():
+            return rows > 0
+        isa = kernels.cpu_isa()
+        by_dots = self.gate_up_proj.dtype is torch.bfloat16 and isa == kernels.Isa.AVX512_BF16
+        few = rows * num_chosen <= _NATIVE_ROWS * self.num_experts
+        return few and (by_dots or self.gate is not None)
+
+    def _add_ranks(
+        self, mixture: Any, x: torch.Tensor, routing: Routing, added: torch.Tensor | None
+    ) -> torch.Tensor:
+        compute = partial(
+            mixture,
+            x,
+            routing.experts,
+            routing.weights,
+            num_threads=torch.get_num_threads(),
+            round_inputs=self.gate is not None and rounds_inputs(x.dtype),
+        )
+        if self._parallel.tp_size == 1:
+            out: torch.Tensor = compute(added=added)
+            return out
+        total = self._parallel.all_reduce(compute(out_dtype=torch.float32)).to(x.dtype)
+        return total if added is None else total + added
+
+    def _native(self, kernels: ModuleType) -> Any:
+        """All experts as `sgl_kernel.Mixture`; None when they are not what it serves."""
+        if not isinstance(self.act_fn, GatedActivation):
+            return None
+        # Weights that were loaded, rounded or moved since are others.
+        numbers = (self.gate_up_proj, self.down_proj)
+        state = (self.gate, self.down, *((one.data_ptr(), one.dtype) for one in numbers))
+        if self._mixture[0] != state:
+            parts = self.native_parts(kernels)
+            mixture = None
+            if parts is not None:
+                mixture = kernels.Mixture(
+                    *parts,
+                    self.num_experts,
+                    self.act_fn.opening(kernels),
+                    scale_inputs=self.scale_inputs,
+                    dtype=self.gate_up_proj.dtype,
+                )
+            self._mixture = (state, mixture)
+        return self._mixture[1]
+
+    def _one_by_one(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """This rank's sum [T, H], one expert after the other: many rows of each."""
         num_chosen = routing.experts.shape[1]
         # Stable: within an expert tokens stay in order, so that their rows are read upwards.
         order = torch.argsort(routing.experts.flatten(), stable=True)
@@ -149,77 +216,24 @@ class Experts(nn.Module):
                 output = self._expert(expert, tokens) * weights[part]
             # A token stands once in an expert's rows: no two additions meet.
             total.index_add_(0, rows[part], output.to(total.dtype))
-        return self._parallel.all_reduce(total).to(x.dtype)
+        return total
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        up_bias, down_bias = self.gate_up_proj_bias, self.down_proj_bias
-        gate_up = linear(x, self.gate_up_proj[expert], None if up_bias is None else up_bias[expert])
-        output = linear(self.act_fn(gate_up), self.down_proj[expert])
-        if down_bias is not None and self._parallel.tp_rank == 0:  # once in the ranks' sum
-            output = output + down_bias[expert]
+        gated = self.act_fn(self._gate_up(expert, x))
+        if self.down is None:
+            output = linear(gated, self.down_proj[expert])
+        else:
+            output = self.down.product(expert, gated)
+        if (
+            self.down_proj_bias is not None and self._parallel.tp_rank == 0
+        ):  # once in the ranks' sum
+            output = output + self.down_proj_bias[expert]
         return output
 
-    def checkpoint_tensors(self) -> Iterator[tuple[str, str, tuple[int, str] | None]]:
-        """(name below this module, parameter, shard) of every tensor of the checkpoint."""
-        names = [name for name, _ in self.named_parameters()]
-        if self.layout is not ExpertLayout.SEPARATE:
-            yield from ((name, name, None) for name in names)
-            return
-        for expert in range(self.num_experts):
-            for part in ("gate", "up", "down"):
-                parameter = "down_proj" if part == "down" else "gate_up_proj"
-                yield f"{expert}.{part}_proj.weight", parameter, (expert, part)
-
-    def weight_loader(
-        self, param_name: str, loaded: torch.Tensor, shard_id: tuple[int, str] | None = None
-    ) -> None:
-        """Copy this rank's part of a whole checkpoint tensor, see `ExpertLayout`.
-
-        `shard_id` is (expert, "gate", "up" or "down"), None for all experts merged. Raises
-        ValueError for a wrong name or shape.
-        """
-        if shard_id is not None:
-            expert, part = shard_id
-            self._load_separate(param_name, loaded, expert, part)
-        elif param_name == "gate_up_proj":
-            merged = self._cut_gate_up(loaded)
-            copy_checked(self.gate_up_proj.data, merged.transpose(1, 2), param_name)
-        elif param_name == "down_proj":
-            self._check_width(loaded, 1, self.intermediate_size)
-            copy_checked(self.down_proj.data, self._cut(loaded, 1).transpose(1, 2), param_name)
-        elif param_name == "gate_up_proj_bias" and self.gate_up_proj_bias is not None:
-            copy_checked(self.gate_up_proj_bias.data, self._cut_gate_up(loaded), param_name)
-        elif param_name == "down_proj_bias" and self.down_proj_bias is not None:
-            copy_checked(self.down_proj_bias.data, loaded, param_name)
-        else:
-            raise ValueError(f"Experts has no parameter {param_name!r}")
-
-    def _load_separate(self, param_name: str, loaded: torch.Tensor, expert: int, part: str) -> None:
-        what = f"{part} of expert {expert}"
-        if param_name == "down_proj":
-            self._check_width(loaded, 1, self.intermediate_size)
-            copy_checked(self.down_proj.data[expert], self._cut(loaded, 1), what)
-            return
-        self._check_width(loaded, 0, self.intermediate_size)
-        offset = 0 if part == "gate" else self.width
-        target = self.gate_up_proj.data[expert].narrow(0, offset, self.width)
-        copy_checked(target, self._cut(loaded, 0), what)
-
-    def _cut_gate_up(self, loaded: torch.Tensor) -> torch.Tensor:
-        """This rank's gate, then its up, along the last dimension of a merged tensor."""
-        self._check_width(loaded, -1, 2 * self.intermediate_size)
-        if self.layout is ExpertLayout.INTERLEAVED:
-            gate, up = loaded[..., ::2], loaded[..., 1::2]
-        else:
-            gate, up = loaded.chunk(2, -1)
-        return torch.cat([self._cut(gate, -1), self._cut(up, -1)], -1)
-
-    def _cut(self, whole: torch.Tensor, dim: int) -> torch.Tensor:
-        return whole.narrow(dim, self._parallel.tp_rank * self.width, self.width)
-
-    def _check_width(self, loaded: torch.Tensor, dim: int, expected: int) -> None:
-        if loaded.dim() <= abs(dim) - (dim < 0) or loaded.shape[dim] != expected:
-            raise ValueError(
-                f"the checkpoint has shape {tuple(loaded.shape)}, dimension {dim} should be "
-                f"{expected}"
-            )
+    def _gate_up(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.gate_up_proj_bias is None else self.gate_up_proj_bias[expert]
+        if self.gate is None or self.up is None:
+            return linear(x, self.gate_up_proj[expert], bias)
+        gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
+        gate = self.gate.product(expert, x, gate_bias)
+        return torch.cat([gate, self.up.product(expert, x, up_bias)], -1)

@@ -29,14 +29,17 @@ logger = logging.getLogger(__name__)
 
 
 class DetokenizerManager:
-    """The sockets around a `Detokenizer`; belongs to one thread."""
+    """The sockets around a `Detokenizer` for `dp_size` replicas; belongs to one thread."""
 
-    def __init__(self, ipc: IpcNames, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, ipc: IpcNames, tokenizer: Tokenizer | None, dp_size: int = 1) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._receiver = Receiver[ToDetokenizer](self._context, ipc.detokenizer, ToDetokenizer)
         self._to_tokenizer = Sender[ToTokenizer](self._context, ipc.tokenizer)
-        self._to_scheduler = Sender[ToScheduler](self._context, ipc.scheduler)
+        self._to_schedulers = [
+            Sender[ToScheduler](self._context, ipc.of_replica(dp_rank).scheduler)
+            for dp_rank in range(dp_size)
+        ]
 
     def run(self) -> None:
         """Serve for ever."""
@@ -50,7 +53,8 @@ class DetokenizerManager:
             return False
         result = self._detokenizer.handle(batch)
         for hit in result.hits:
-            self._to_scheduler.send(hit)
+            for scheduler in self._to_schedulers:  # only one of them knows the request
+                scheduler.send(hit)
         if result.outs:
             self._to_tokenizer.send(BatchStrOut(result.outs))
         return True
@@ -59,7 +63,8 @@ class DetokenizerManager:
         """Close the sockets; what was not delivered is dropped."""
         self._receiver.close()
         self._to_tokenizer.close()
-        self._to_scheduler.close()
+        for scheduler in self._to_schedulers:
+            scheduler.close()
         self._context.term()
 
 
@@ -67,7 +72,7 @@ def run_detokenizer_process(server_args: ServerArgs, ipc: IpcNames) -> None:
     """Entry of the process; runs until it is ended from outside, exits with 1 on any failure."""
     set_up_child("sglang::detokenizer", server_args.log_level)
     try:
-        DetokenizerManager(ipc, load_tokenizer_for(server_args)).run()
+        DetokenizerManager(ipc, load_tokenizer_for(server_args), server_args.dp_size).run()
     except Exception:
         logger.exception("The detokenizer cannot go on")
         sys.exit(1)

@@ -28,7 +28,8 @@ class GenerateRequest:
     of the prompt. `extra_key` keeps requests with different keys from sharing a prefix.
     `include_progress` asks for deltas that tell how far a long prompt is computed.
     `add_special_tokens` says whether `text` gets the tokenizer's BOS and EOS (False for text
-    that a chat template rendered). `sampling_params.n` is not looked at: the doors expand n.
+    that a chat template rendered). `routed_dp_rank` is the replica that has to compute it, None:
+    any. `sampling_params.n` is not looked at: the doors expand n.
     """
 
     rid: str
@@ -44,6 +45,7 @@ class GenerateRequest:
     priority: int = 0
     add_special_tokens: bool = True
     include_progress: bool = False
+    routed_dp_rank: int | None = None
 
     def forget_prompt(self) -> None:
         """Let go of the prompt, which the scheduler has: a request may run for an hour with it."""
@@ -56,8 +58,9 @@ class GenerateDelta:
 
     `text` and `output_ids` (int32) are deltas and may be empty, `prompt_tokens`,
     `completion_tokens`, `cached_tokens` and `num_retractions` are totals so far.
-    `input_logprobs` comes at most once, `output_logprobs` covers exactly `output_ids`.
-    `progress` is set, and nothing else is new, on a delta that only tells of the prompt's progress.
+    `input_logprobs` comes at most once, `output_logprobs` covers exactly `output_ids`. `dp_rank` is
+    the replica's number, None where there is one. `progress` is set, and nothing else is new, on a
+    delta that only tells of the prompt's progress.
     """
 
     text: str
@@ -70,6 +73,7 @@ class GenerateDelta:
     input_logprobs: LogprobArrays | None = None
     output_logprobs: LogprobArrays | None = None
     progress: PrefillProgress | None = None
+    dp_rank: int | None = None
 
 
 def concat_logprobs(parts: Sequence[LogprobArrays]) -> LogprobArrays | None:

@@ -28,6 +28,12 @@ class IpcNames(msgspec.Struct, frozen=True):
         """Endpoints that are Unix sockets in the directory `path`."""
         return cls(*(f"ipc://{path}/{name}" for name in cls.__struct_fields__))
 
+    def of_replica(self, dp_rank: int) -> IpcNames:
+        """The same with the scheduler's endpoint of one replica; the other ends are common."""
+        if dp_rank == 0:
+            return self
+        return msgspec.structs.replace(self, scheduler=f"{self.scheduler}-{dp_rank}")
+
 
 class FinishReason(msgspec.Struct, frozen=True, array_like=True):
     """Why a request ended; becomes SGLang's `finish_reason` object.
@@ -229,7 +235,7 @@ class Heartbeat(msgspec.Struct, tag="heartbeat"):
     """Sent several times a second by a thread of the scheduler, inside long steps too.
 
     `progress` advances with every layer computed; `busy` is False when nothing is queued or
-    running. `context_length` is the effective one at this moment.
+    running. `context_length` is the effective one at this moment, `dp_rank` the replica's number.
     """
 
     progress: int
@@ -237,6 +243,7 @@ class Heartbeat(msgspec.Struct, tag="heartbeat"):
     num_running: int
     num_waiting: int
     context_length: int
+    dp_rank: int = 0
 
 
 class SchedulerReady(msgspec.Struct, tag="ready"):

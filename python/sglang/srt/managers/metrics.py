@@ -7,7 +7,7 @@ process-wide default registry.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
@@ -47,14 +47,18 @@ _STATE_TOTALS: Mapping[str, tuple[tuple[str, ...], str]] = {
 class ServerMetrics:
     """All metrics of one server; `render` gives the exposition text.
 
-    Satisfies `SequenceObserver`. Every metric carries the label `model_name`.
+    Satisfies `SequenceObserver`. Every metric carries the label `model_name`; with several
+    replicas, what is read from their schedulers carries `dp_rank` as well.
     """
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, num_replicas: int = 1) -> None:
         self._registry = CollectorRegistry()
         self._labels = {"model_name": model_name}
+        self._replicas: list[Mapping[str, str]] = (
+            [{}] if num_replicas == 1 else [{"dp_rank": str(one)} for one in range(num_replicas)]
+        )
         self._requests = self._counter("num_requests", "Requests received")
         self._aborted = self._counter("num_aborted_requests", "Requests that ended in an abort")
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of ended requests")
@@ -79,9 +83,9 @@ class ServerMetrics:
             "cache_hit_rate": self._gauge("cache_hit_rate", "Cached share of all prompt tokens"),
         }
         self._totals = {
-            name: self._counter(name, text) for name, (_, text) in _STATE_TOTALS.items()
+            name: self._totals_of(name, text) for name, (_, text) in _STATE_TOTALS.items()
         }
-        self._seen_totals = dict.fromkeys(_STATE_TOTALS, 0.0)
+        self._seen_totals = [dict.fromkeys(_STATE_TOTALS, 0.0) for _ in self._replicas]
 
     # ---- one sequence's life ----
 
@@ -112,25 +116,26 @@ class ServerMetrics:
 
     # ---- scraping ----
 
-    def render(self, state: Mapping[str, Any] | None) -> bytes:
-        """The exposition text; `state` is the scheduler's internal state, None when unknown."""
-        if state is not None:
-            self._take_state(state)
+    def render(self, states: Sequence[Mapping[str, Any]]) -> bytes:
+        """The exposition text; `states` are the replicas' internal states, none when unknown."""
+        for replica, state in enumerate(states):
+            self._take_state(replica, state)
         return generate_latest(self._registry)
 
-    def _take_state(self, state: Mapping[str, Any]) -> None:
+    def _take_state(self, replica: int, state: Mapping[str, Any]) -> None:
         for name, (path, _) in _STATE_GAUGES.items():
             value = _number_at(state, path)
             if value is not None:
-                self._gauges[name].set(value)
+                self._gauges[name][replica].set(value)
+        seen = self._seen_totals[replica]
         for name, (path, _) in _STATE_TOTALS.items():
             value = _number_at(state, path)
-            if value is not None and value > self._seen_totals[name]:
-                self._totals[name].inc(value - self._seen_totals[name])
-                self._seen_totals[name] = value
-        self._take_tokens(state)
+            if value is not None and value > seen[name]:
+                self._totals[name][replica].inc(value - seen[name])
+                seen[name] = value
+        self._take_tokens(replica, state)
 
-    def _take_tokens(self, state: Mapping[str, Any]) -> None:
+    def _take_tokens(self, replica: int, state: Mapping[str, Any]) -> None:
         page_size = _number_at(state, ("memory", "page_size")) or 0
         used = (_number_at(state, ("memory", "pages", "used")) or 0) * page_size
         cached = (_number_at(state, ("memory", "pages", "cached")) or 0) * page_size
@@ -146,7 +151,7 @@ class ServerMetrics:
             "cache_hit_rate": hits / prompt if prompt else 0,
         }
         for name, value in values.items():
-            self._derived[name].set(value)
+            self._derived[name][replica].set(value)
 
     # ---- construction ----
 
@@ -154,9 +159,17 @@ class ServerMetrics:
         metric = Counter(f"sglang:{name}", text, list(self._labels), registry=self._registry)
         return metric.labels(**self._labels)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        metric = Gauge(f"sglang:{name}", text, list(self._labels), registry=self._registry)
-        return metric.labels(**self._labels)
+    def _gauge(self, name: str, text: str) -> list[Gauge]:
+        """One for each replica."""
+        labels = [*self._labels, *self._replicas[0]]
+        metric = Gauge(f"sglang:{name}", text, labels, registry=self._registry)
+        return [metric.labels(**self._labels, **replica) for replica in self._replicas]
+
+    def _totals_of(self, name: str, text: str) -> list[Counter]:
+        """One for each replica."""
+        labels = [*self._labels, *self._replicas[0]]
+        metric = Counter(f"sglang:{name}", text, labels, registry=self._registry)
+        return [metric.labels(**self._labels, **replica) for replica in self._replicas]
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         metric = Histogram(

@@ -20,14 +20,16 @@ class RequestState:
     """The mailbox of one request, filled by the receiving task and emptied by one consumer.
 
     `rid` is the client's id, `wire_rid` the one that the other processes see: unique even when
-    a client uses an id again while the scheduler is still ending its first bearer. `sent` is
-    True from the moment the scheduler may know the request, `finished` once its final news came.
+    a client uses an id again while the scheduler is still ending its first bearer. `replica` is
+    set from the moment that one's scheduler may know the request, `finished` once its final news
+    came. `shown_dp_rank` is what clients hear of the replica, None where there is one.
     """
 
     def __init__(self, rid: str, wire_rid: str) -> None:
         self.rid = rid
         self.wire_rid = wire_rid
-        self.sent = False
+        self.replica: int | None = None
+        self.shown_dp_rank: int | None = None
         self.finished = False
         self.abort_message: str | None = None
         self._error: RequestError | None = None
@@ -88,6 +90,7 @@ class RequestState:
             finish_reason=last.finish_reason,
             input_logprobs=self._input_logprobs,
             output_logprobs=concat_logprobs(self._output_logprobs),
+            dp_rank=self.shown_dp_rank,
         )
         self._text = io.StringIO()
         self._ids = bytearray()
@@ -121,5 +124,5 @@ class RequestState:
         )
 
     def __repr__(self) -> str:
-        state = "finished" if self.finished else "sent" if self.sent else "preparing"
+        state = "finished" if self.finished else "sent" if self.replica is not None else "preparing"
         return f"RequestState({self.wire_rid}, {state}, {len(self._ids) // 4} tokens waiting)"

@@ -21,8 +21,15 @@ MAX_PICKED_LOGPROBS = 4096
 MAX_PRIORITY = 1 << 31
 
 
-def check_fields(request: GenerateRequest, *, vocab_size: int, has_tokenizer: bool) -> None:
+def check_fields(
+    request: GenerateRequest, *, vocab_size: int, has_tokenizer: bool, num_replicas: int = 1
+) -> None:
     """Check everything that needs no token ids."""
+    wanted = request.routed_dp_rank
+    if wanted is not None and not 0 <= wanted < num_replicas:
+        raise RequestError(
+            f"routed_dp_rank {wanted} is not one of the {num_replicas} replicas, counted from 0."
+        )
     if (request.text is None) == (request.input_ids is None):
         raise RequestError("Exactly one of text and input_ids must be given.")
     if request.text == "":

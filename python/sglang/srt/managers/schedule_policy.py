@@ -7,9 +7,9 @@ arrival order and ties always fall to the earlier arrival, so that every rank de
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from sglang.srt.managers.schedule_batch import Req, ReqState
+from sglang.srt.managers.schedule_batch import Req, ReqState, ScheduledReq
 from sglang.srt.mem_cache.allocation import KVLease
 from sglang.srt.mem_cache.kv_layout import num_pages_for
 
@@ -159,3 +159,30 @@ class ChunkSizer:
             return self._max
         wanted = int(self._tokens_per_s * (self._target_s if shared else self._alone_s))
         return max(self._page, min(self._max, wanted - wanted % self._page))
+
+
+def step_candidates(
+    running: Iterable[Req], chunks: ChunkSizer, *, context_length: int, page_size: int
+) -> tuple[list[ScheduledReq], list[ScheduledReq]]:
+    """Every running request's part of the next step: decoded tokens, shares of the prompt budget.
+
+    No request decodes beyond `context_length`. Prompts share what `chunks` allows for the step.
+    """
+    decodes: list[ScheduledReq] = []
+    prefills: list[Req] = []
+    for req in running:
+        if req.wants_decode(context_length):
+            relay = req.num_scheduled >= req.known
+            decodes.append(ScheduledReq(req, req.num_scheduled, 1, True, relay))
+        elif req.state is ReqState.PREFILL and not req.is_ending and req.extend_left > 0:
+            prefills.append(req)
+    prefills.sort(key=lambda req: req.arrival)
+    budget = chunks.next_budget(shared=bool(decodes) or len(prefills) > 1)
+    shares = share_chunk_tokens([req.extend_left for req in prefills], budget, page_size)
+    extends = []
+    for req, share in zip(prefills, shares, strict=True):
+        if share:
+            last = req.num_scheduled + share == req.known
+            sample = last and req.new_tokens_left() > 0
+            extends.append(ScheduledReq(req, req.num_scheduled, share, sample))
+    return decodes, extends

@@ -34,7 +34,7 @@ from sglang.srt.managers.schedule_batch import (
     ScheduleBatch,
     ScheduledReq,
 )
-from sglang.srt.managers.schedule_policy import ChunkSizer, choose_victim, share_chunk_tokens
+from sglang.srt.managers.schedule_policy import ChunkSizer, choose_victim, step_candidates
 from sglang.srt.managers.scheduler_admission import Admission, WaitingQueue
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_control import SchedulerControl
@@ -265,7 +265,12 @@ class Scheduler:
             self.counters.note_admission(req)
             self.prefills.admitted(req, self._clock())
         while True:
-            decodes, extends = self._candidates()
+            decodes, extends = step_candidates(
+                self._running.values(),
+                self._chunks,
+                context_length=self._limits.context_length,
+                page_size=self._limits.page_size,
+            )
             if not decodes and not extends:
                 return False
             placed = self._place(decodes, extends)
@@ -277,28 +282,6 @@ class Scheduler:
                 self.drain()
             else:
                 self._relieve()
-
-    def _candidates(self) -> tuple[list[ScheduledReq], list[ScheduledReq]]:
-        """Every request's part of the next step: one decoded token, or a share of the budget."""
-        decodes: list[ScheduledReq] = []
-        prefills: list[Req] = []
-        for req in self._running.values():
-            if req.wants_decode(self._limits.context_length):
-                relay = req.num_scheduled >= req.known
-                decodes.append(ScheduledReq(req, req.num_scheduled, 1, True, relay))
-            elif req.state is ReqState.PREFILL and not req.is_ending and req.extend_left > 0:
-                prefills.append(req)
-        prefills.sort(key=lambda req: req.arrival)
-        budget = self._chunks.next_budget(shared=bool(decodes) or len(prefills) > 1)
-        left = [req.extend_left for req in prefills]
-        shares = share_chunk_tokens(left, budget, self._limits.page_size)
-        extends = []
-        for req, share in zip(prefills, shares, strict=True):
-            if share:
-                last = req.num_scheduled + share == req.known
-                sample = last and req.new_tokens_left() > 0
-                extends.append(ScheduledReq(req, req.num_scheduled, share, sample))
-        return decodes, extends
 
     def _place(
         self, decodes: list[ScheduledReq], extends: list[ScheduledReq]

@@ -7,6 +7,7 @@ asked for again. See docs/kv_segments.md, Note [KV events].
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -19,6 +20,9 @@ import zmq
 from sglang.srt.configs.kv_events_config import KVEventsConfig
 from sglang.srt.managers.scheduler_kv_replay import KVEventReplay
 from sglang.srt.mem_cache.kv_events import KVEvent, KVEventBatch
+from sglang.srt.utils.rendezvous import ALONE, RankPlace
+
+logger = logging.getLogger(__name__)
 
 _LINGER_MS = 200
 
@@ -32,8 +36,14 @@ class KVEventPublisher:
     the queue dropped, the replay lacks too. Raises ValueError when an endpoint can't be used.
     """
 
-    def __init__(self, config: KVEventsConfig, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        config: KVEventsConfig,
+        clock: Callable[[], float] = time.time,
+        dp_rank: int | None = None,
+    ) -> None:
         self._clock = clock
+        self._dp_rank = dp_rank  # told with every batch; None: there are no replicas
         self._topic = config.topic.encode()
         self._queue: deque[tuple[int, Sequence[KVEvent]]] = deque()
         self._max_queued = config.max_queue_size
@@ -87,7 +97,9 @@ class KVEventPublisher:
                 if not self._queue:
                     break
                 number, events = self._queue.popleft()
-            batch = KVEventBatch(self._clock(), [event.to_wire() for event in events])
+            batch = KVEventBatch(
+                self._clock(), [event.to_wire() for event in events], self._dp_rank
+            )
             payload = self._encoder.encode(batch)
             if self.replay is not None:  # before it is sent: who hears of it can ask for it
                 self.replay.add(number, payload)
@@ -100,3 +112,18 @@ class KVEventPublisher:
             f"KVEventPublisher({self.endpoint}, sent={self._next_number - len(self._queue)}, "
             f"dropped={self.num_dropped}, replay={self.replay})"
         )
+
+
+def open_publisher(config_json: str | None, place: RankPlace = ALONE) -> KVEventPublisher | None:
+    """The publisher of cache events that the flag asks for, None when it asks for none.
+
+    Each replica has its own, at ports that follow the first one's. Raises ValueError when an
+    endpoint can't be used.
+    """
+    config = KVEventsConfig.from_json(config_json or "{}")
+    if not config.enabled:
+        return None
+    dp_rank = place.dp_rank if place.dp_size > 1 else None
+    publisher = KVEventPublisher(config.for_replica(place.dp_rank), dp_rank=dp_rank)
+    logger.info("Publishing cache events: %r", publisher)
+    return publisher

@@ -1,8 +1,9 @@
 """The scheduler's process: sockets, signs of life, the loop, and what it says when it dies.
 
-Started by the launcher with multiprocessing spawn, once for each rank; rank 0 has the sockets. A
-failure at start is told on the ready pipe in one line; a broken invariant or a lost rank later
-writes the pools' state, says why on the same pipe and ends the process, which the parent notices.
+Started by the launcher with multiprocessing spawn, once for each rank of each replica; rank 0 of a
+replica has its sockets. A failure at start is told on the ready pipe in one line; a broken
+invariant or a lost rank later writes the pools' state, says why on the same pipe and ends the
+process, which the parent notices.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ from sglang.srt.managers.scheduler_health import HeartbeatThread, WatchdogThread
 from sglang.srt.managers.scheduler_limits import SchedulerChannel
 from sglang.srt.managers.scheduler_ranks import SilentChannel, make_turns
 from sglang.srt.managers.scheduler_setup import SchedulerParts, build_scheduler_parts
+from sglang.srt.managers.scheduler_start import agree_on_settings
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.channel import Receiver, Sender
 from sglang.srt.utils.process import set_up_child
 from sglang.srt.utils.progress import Progress
-from sglang.srt.utils.rendezvous import Rendezvous
+from sglang.srt.utils.rendezvous import ALONE, RankPlace, Rendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -82,30 +84,38 @@ def run_scheduler_process(
     environ: Environ,
     ipc: IpcNames,
     ready_pipe: Connection,
-    tp_rank: int = 0,
+    place: RankPlace = ALONE,
     rendezvous: Rendezvous | None = None,
 ) -> None:
     """Serve until the parent ends this process.
 
-    `rendezvous` is where the other ranks are met, None with one rank. Sends ("ready",
+    `place` says which scheduler this is, `rendezvous` is where the others are met, None when there
+    are none; `ipc` are the endpoints of its replica. Sends ("ready",
     SchedulerReady) or, then and when it fails later, ("error", one line) on `ready_pipe`, ("lost",
     one line) when it is another rank that failed. Exits with 1 after an error, having logged the
     state of the pools.
     """
-    set_up_child(f"sglang::scheduler TP{tp_rank}", _log_level(server_args.log_level, tp_rank))
+    title = place.name if rendezvous is not None else "scheduler TP0"
+    set_up_child(f"sglang::{title}", _log_level(server_args.log_level, place.number))
     context: zmq.Context[Any] = zmq.Context()
     progress = Progress()
-    channel = SocketChannel(context, ipc) if tp_rank == 0 else SilentChannel()
+    channel = SocketChannel(context, ipc) if place.tp_rank == 0 else SilentChannel()
     try:
-        links = _connect(server_args, tp_rank, rendezvous)
-        parts = build_scheduler_parts(server_args, environ, progress, links)
+        links, everyone = None, None
+        if rendezvous is not None:
+            connections = connect_ranks(rendezvous, place, server_args.dist_timeout)
+            links, everyone = connections.links, connections.everyone
+            server_args = agree_on_settings(server_args, everyone)
+        parts = build_scheduler_parts(
+            server_args, environ, progress, links, everyone=everyone, place=place
+        )
     except (ValueError, OSError, MemoryError, BackingError, RankLostError) as error:
         _tell(ready_pipe, error, f"{error}")
         _leave(rendezvous)
     scheduler = make_scheduler(parts, channel, progress, links)
     threads = _start_threads(server_args, scheduler, progress)
-    if tp_rank == 0:
-        threads.append(_start_heartbeat(scheduler, context, ipc, progress))
+    if place.tp_rank == 0:
+        threads.append(_start_heartbeat(scheduler, context, ipc, progress, place.dp_rank))
     ready_pipe.send(("ready", parts.ready))
     try:
         while True:
@@ -123,22 +133,14 @@ def run_scheduler_process(
         _leave(rendezvous)
 
 
-def _connect(
-    server_args: ServerArgs, tp_rank: int, rendezvous: Rendezvous | None
-) -> RankLinks | None:
-    if rendezvous is None:
-        return None
-    return connect_ranks(rendezvous, tp_rank, server_args.tp_size, server_args.dist_timeout)
-
-
 def _tell(ready_pipe: Connection, error: Exception, text: str) -> None:
     with contextlib.suppress(OSError):  # the parent may have gone
         ready_pipe.send(("lost" if isinstance(error, RankLostError) else "error", text))
 
 
-def _log_level(wanted: str, tp_rank: int) -> str:
-    """Ranks do the same, so one of them tells; what goes wrong is told by each."""
-    return "warning" if tp_rank and wanted == "info" else wanted
+def _log_level(wanted: str, number: int) -> str:
+    """Schedulers do the same, so one of them tells; what goes wrong is told by each."""
+    return "warning" if number and wanted == "info" else wanted
 
 
 def _leave(rendezvous: Rendezvous | None) -> NoReturn:
@@ -180,7 +182,11 @@ def _start_threads(
 
 
 def _start_heartbeat(
-    scheduler: Scheduler, context: zmq.Context[Any], ipc: IpcNames, progress: Progress
+    scheduler: Scheduler,
+    context: zmq.Context[Any],
+    ipc: IpcNames,
+    progress: Progress,
+    dp_rank: int,
 ) -> HeartbeatThread:
     sender: Sender[ToTokenizer] = Sender(context, ipc.tokenizer)
 
@@ -191,6 +197,7 @@ def _start_heartbeat(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             context_length=scheduler.context_length,
+            dp_rank=dp_rank,
         )
 
     heartbeat = HeartbeatThread(read, sender.send)

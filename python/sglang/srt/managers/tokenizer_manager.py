@@ -40,6 +40,7 @@ from sglang.srt.managers.io_struct import (
     ToTokenizer,
     int32_buffer,
 )
+from sglang.srt.managers.replica_choice import ReplicaChoice
 from sglang.srt.managers.request_state import RequestState
 from sglang.srt.managers.scheduler_pulse import SchedulerPulse
 from sglang.srt.server_args import ServerArgs
@@ -66,6 +67,15 @@ def user_rid(wire: str) -> str:
     return wire.rpartition("#")[0]
 
 
+def merged_reply(answers: Sequence[ControlReply]) -> ControlReply:
+    """One reply for those of all replicas; see `TokenizerManager.control`."""
+    told = next((answer for answer in answers if not answer.success), answers[0])
+    if len(answers) == 1:
+        return told
+    data = {**told.data, "replicas": [answer.data for answer in answers]}
+    return msgspec.structs.replace(told, data=data)
+
+
 class TokenizerManager:
     """The doors' way to the scheduler; every method runs on the loop that called `start`.
 
@@ -85,7 +95,9 @@ class TokenizerManager:
         self.server_args = server_args
         self.model_config = model_config
         self.tokenizer = tokenizer
-        self.pulse = SchedulerPulse(environ.health_check_timeout_s, clock)
+        self.num_replicas: int = server_args.dp_size
+        self.pulse = SchedulerPulse(environ.health_check_timeout_s, clock, self.num_replicas)
+        self._choice = ReplicaChoice(server_args.load_balance_method, self.num_replicas)
         self._ipc = ipc
         self._clock = clock
         self._end_ids = tuple(
@@ -97,7 +109,7 @@ class TokenizerManager:
         self._rids: set[str] = set()
         self._num_seen = 0
         self._control_seq = 0
-        self._control_replies: dict[int, asyncio.Future[ControlReply]] = {}
+        self._control_replies: dict[int, tuple[int, asyncio.Future[ControlReply]]] = {}
 
     # ---- life
 
@@ -106,7 +118,10 @@ class TokenizerManager:
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._receiver = AsyncReceiver[ToTokenizer](self._context, self._ipc.tokenizer, ToTokenizer)
-        self._sender = Sender[ToScheduler](self._context, self._ipc.scheduler)
+        self._senders = [
+            Sender[ToScheduler](self._context, self._ipc.of_replica(replica).scheduler)
+            for replica in range(self.num_replicas)
+        ]
         self._receive_task = asyncio.create_task(self._receive())
 
     async def stop(self) -> None:
@@ -115,7 +130,8 @@ class TokenizerManager:
         self._receive_task.cancel()
         await asyncio.gather(self._receive_task, return_exceptions=True)
         self._receiver.close()
-        self._sender.close()
+        for sender in self._senders:
+            sender.close()
         self._context.term()
         self._short_texts.shutdown(wait=False, cancel_futures=True)
         self._long_texts.shutdown(wait=False, cancel_futures=True)
@@ -218,8 +234,7 @@ class TokenizerManager:
                 yield state.aborted_delta(message.input_ids.nbytes // 4)
                 return
             self._check_alive()
-            self._sender.send(message)
-            state.sent = True
+            self._send_request(message, request, state)
             del message  # its ids are ZeroMQ's now
             request.forget_prompt()
             while True:
@@ -236,6 +251,7 @@ class TokenizerManager:
             request,
             vocab_size=self.model_config.vocab_size,
             has_tokenizer=self.tokenizer is not None,
+            num_replicas=self.num_replicas,
         )
         if request.rid in self._rids:
             raise RequestError(f"A request with the id {request.rid!r} is already being served.")
@@ -245,11 +261,29 @@ class TokenizerManager:
         self._states[state.wire_rid] = state
         return state
 
+    def _send_request(
+        self, message: TokenizedGenerateReqInput, request: GenerateRequest, state: RequestState
+    ) -> None:
+        """Give the request to the replica that it wants, else to one that is chosen for it."""
+        replica = request.routed_dp_rank
+        if replica is None:
+            ids = np.frombuffer(message.input_ids, dtype=np.int32)
+            replica = self._choice.choose(ids, message.extra_key)
+        else:
+            self._choice.began(replica)
+        state.replica = replica
+        state.shown_dp_rank = replica if self.num_replicas > 1 else None
+        self._senders[replica].send(message)
+
     def _forget(self, state: RequestState) -> None:
         self._rids.discard(state.rid)
         self._states.pop(state.wire_rid, None)
-        if state.sent and not state.finished:
-            self._sender.send(AbortReq(state.wire_rid, message="The client went away."))
+        if state.replica is None:
+            return
+        self._choice.ended(state.replica)
+        if not state.finished:
+            gone = AbortReq(state.wire_rid, message="The client went away.")
+            self._senders[state.replica].send(gone)
 
     def _check_alive(self) -> None:
         if self.pulse.failure is not None:
@@ -320,38 +354,46 @@ class TokenizerManager:
         for state in self._states.values():
             if state.finished or not (abort_all or (rid and state.rid.startswith(rid))):
                 continue
-            if not state.sent:
+            if state.replica is None:
                 state.abort_message = message
             elif not abort_all:
-                self._sender.send(AbortReq(state.wire_rid, message=message))
-        if abort_all:
-            self._sender.send(AbortReq(abort_all=True, message=message))
+                self._senders[state.replica].send(AbortReq(state.wire_rid, message=message))
+        for sender in self._senders if abort_all else ():
+            sender.send(AbortReq(abort_all=True, message=message))
 
     # ---- control
 
     async def control(self, op: str, *, timeout_s: float = 30.0, **args: Any) -> ControlReply:
-        """Ask the scheduler something (see `ControlReq`).
+        """Ask the scheduler something (see `ControlReq`), or each of several replicas.
 
-        Raises RequestError (503) when it does not answer within `timeout_s` seconds or dies.
+        The reply is the first refusal, else the first replica's; with several replicas its `data`
+        has what each of them said as `replicas`. Raises RequestError (503) when one does not
+        answer within `timeout_s` seconds or dies.
         """
         self._check_alive()
-        self._control_seq += 1
-        seq = self._control_seq
-        reply: asyncio.Future[ControlReply] = asyncio.get_running_loop().create_future()
-        self._control_replies[seq] = reply
-        self._sender.send(ControlReq(seq, op, args))
+        first = self._control_seq + 1
+        self._control_seq += self.num_replicas
+        replies: list[asyncio.Future[ControlReply]] = []
+        for replica, sender in enumerate(self._senders):
+            replies.append(asyncio.get_running_loop().create_future())
+            self._control_replies[first + replica] = (replica, replies[-1])
+            sender.send(ControlReq(first + replica, op, args))
         try:
             async with asyncio.timeout(timeout_s):
-                answer = await reply
+                answers = [await reply for reply in replies]
         except TimeoutError:
             raise RequestError(
                 f"The scheduler did not answer {op!r} within {timeout_s:g} s.", 503
             ) from None
         finally:
-            del self._control_replies[seq]
-        for request in answer.data.get("requests", ()):
-            request["rid"] = user_rid(request["rid"])
-        return answer
+            for replica, reply in enumerate(replies):
+                del self._control_replies[first + replica]
+                if reply.done() and not reply.cancelled():
+                    reply.exception()  # seen: the server's death fails all of them
+        for answer in answers:
+            for request in answer.data.get("requests", ()):
+                request["rid"] = user_rid(request["rid"])
+        return merged_reply(answers)
 
     async def flush_cache(self, timeout_s: float = 0.0) -> ControlReply:
         """Empty the prefix cache, waiting at most `timeout_s` for running requests to end.
@@ -390,10 +432,12 @@ class TokenizerManager:
         elif isinstance(message, Heartbeat):
             self.pulse.beat(message)
         else:
+            replica, reply = self._control_replies.get(message.seq, (None, None))
+            if replica is None or reply is None:
+                return
             if "context_length" in message.data:  # at once, not with the next heartbeat
-                self.pulse.note_context_length(message.data["context_length"])
-            reply = self._control_replies.get(message.seq)
-            if reply is not None and not reply.done():
+                self.pulse.note_context_length(message.data["context_length"], replica)
+            if not reply.done():
                 reply.set_result(message)
 
     def _fail_all(self, reason: str) -> None:
@@ -401,6 +445,6 @@ class TokenizerManager:
         for state in self._states.values():
             if not state.finished:
                 state.fail(RequestError(reason, 503))
-        for reply in self._control_replies.values():
+        for _, reply in self._control_replies.values():
             if not reply.done():
                 reply.set_exception(RequestError(reason, 503))

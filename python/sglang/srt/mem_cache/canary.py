@@ -191,10 +191,14 @@ class KVCanary:
         )
 
     def flip_byte(self, group: int, page: int) -> None:
-        """Change one bit of a page's first key, in the group's first layer (a perturbation)."""
+        """Change one bit of a page's first key, in the group's first layer (a perturbation).
+
+        Only the rank that has the page's memory can.
+        """
         layer = self._pool.spec.groups[group].layers[0]
-        first = self._pool.get_key_buffer(layer).narrow(0, page * self._pool.page_size, 1)
-        first.view(torch.uint8)[..., :1] ^= 1
+        for own in self._pool.share.own_pages(group, np.array([page])):
+            first = self._pool.get_key_buffer(layer).narrow(0, int(own) * self._pool.page_size, 1)
+            first.view(torch.uint8)[..., :1] ^= 1
 
     # ---- inside -----------------------------------------------------------------------------
 
@@ -212,7 +216,15 @@ class KVCanary:
                 self.sums[g] = np.concatenate([self.sums[g], more])
 
     def _sum_bytes(self, group: GroupId, slots: Int64Array) -> UInt64Array:
-        """One sum over all layers' K and V bytes of each slot, uint64 [n]."""
+        """One sum over all layers' K and V bytes of each slot, uint64 [n]; 0 for slots of which
+        another rank has the memory."""
+        sums = np.zeros(len(slots), np.uint64)
+        share = self._pool.share
+        own = share.owns(group, slots // self._pool.page_size)
+        sums[own] = self._sum_own_bytes(group, share.own_slots(group, slots))
+        return sums
+
+    def _sum_own_bytes(self, group: GroupId, slots: Int64Array) -> UInt64Array:
         sums = np.zeros(len(slots), np.uint64)
         for first in range(0, len(slots), _SUM_SLOTS):
             part = slots[first : first + _SUM_SLOTS]
@@ -220,7 +232,7 @@ class KVCanary:
             total = np.zeros(len(part), np.uint64)
             for layer in self._pool.spec.groups[group].layers:
                 for buffer in self._pool.get_kv_buffer(layer):
-                    total = total * _MIX + _row_sums(buffer[chosen])
+                    total = total * _MIX + _row_sums(buffer[chosen.to(buffer.device)])
             sums[first : first + _SUM_SLOTS] = total
         return sums
 
@@ -230,7 +242,7 @@ class KVCanary:
 
 def _row_sums(rows: torch.Tensor) -> UInt64Array:
     """Weighted sums of each row's bytes, eight at a time, modulo 2^64."""
-    raw = rows.contiguous().view(len(rows), -1).view(torch.uint8).numpy()
+    raw = rows.contiguous().view(len(rows), -1).view(torch.uint8).cpu().numpy()
     words = np.zeros((len(raw), -(-raw.shape[1] // 8) * 8), np.uint8)
     words[:, : raw.shape[1]] = raw
     weights = np.cumprod(np.full(words.shape[1] // 8, _BASE, np.uint64))

@@ -143,9 +143,10 @@ def _explain(
     terms = []
     for group, layout, need, kept in zip(spec.groups, layouts, segments, reserve, strict=True):
         name = "" if spec.num_groups == 1 else f" ({group.kind.value} group {layout.group})"
+        ranks = "" if layout.kv_parallel == 1 else f" over {layout.kv_parallel} ranks"
         terms.append(
             f"{need} + {kept} in reserve segments of {layout.slots_per_segment:,} tokens x "
-            f"{spec.bytes_per_slot(layout.group):,} bytes{name}"
+            f"{spec.bytes_per_slot(layout.group):,} bytes{ranks}{name}"
         )
     held = _bytes(layouts, segments) + _bytes(layouts, reserve)
     verdict = "is clamped to" if effective < requested else "fits: effective"

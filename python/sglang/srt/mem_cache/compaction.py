@@ -11,19 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.allocation import KVMemory
 from sglang.srt.mem_cache.kv_layout import GroupId
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.page_copy import copy_pages
 from sglang.srt.mem_cache.page_owner import NO_NODE, PageIndex, PageState
-from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane, split_by_segment
 
 Int32Array = npt.NDArray[np.int32]
-
-# What is gathered at a time while pages are copied.
-COPY_BUFFER_BYTES = 8 << 20
+Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,27 +48,53 @@ def plan_compaction(index: PageIndex, max_pages: int) -> PageMoves | None:
 
     The segments with the fewest owned pages are emptied, as many of them as fit into the free
     pages of the others, which are filled fullest first. At most `max_pages` move: a segment that
-    is only partly moved has then the fewest, so the next plan goes on with it. None: no segment
-    can be emptied, the pages stand in as few as they need.
+    is only partly moved has then the fewest, so the next plan goes on with it. A page stays with
+    the rank that has its memory. None: no segment can be emptied.
     """
-    free = index.segment_counts(PageState.FREE)
-    owned = index.segment_counts(PageState.USED) + index.segment_counts(PageState.CACHED)
-    ids = np.flatnonzero(owned)
+    free = _counts(index, free=True)
+    owned = _counts(index, free=False)
+    total_owned = owned.sum(axis=1)
+    ids = np.flatnonzero(total_owned)
     # the fewest owned pages first; of equals the highest id, as low ids are mapped first
-    order = ids[np.lexsort((-ids, owned[ids]))]
-    needed = np.cumsum(owned[order])
-    room = int(free[order].sum()) - np.cumsum(free[order])
-    count = int((needed <= room).sum())
-    total = min(max_pages, int(needed[count - 1]) if count else 0)
+    order = ids[np.lexsort((-ids, total_owned[ids]))]
+    needed = np.cumsum(owned[order], axis=0)
+    room = free[order].sum(axis=0) - np.cumsum(free[order], axis=0)
+    count = int((needed <= room).all(axis=1).sum())
+    emptied = np.cumsum(total_owned[order[:count]])
+    total = min(max_pages, int(emptied[-1]) if count else 0)
     if total <= 0:
         return None
     sources = _pages(index, order[:count].tolist(), total, free=False)
-    targets = _pages(index, order[count:][::-1].tolist(), total, free=True)
-    return PageMoves(sources, targets, int((needed[:count] <= total).sum()))
+    targets = np.empty_like(sources)
+    ranks = index.layout.kv_parallel
+    for rank in range(ranks):
+        moving = sources % ranks == rank
+        wanted = int(np.count_nonzero(moving))
+        if wanted:
+            into = order[count:][::-1].tolist()
+            targets[moving] = _pages(index, into, wanted, free=True, rank=rank)
+    return PageMoves(sources, targets, int((emptied <= total).sum()))
 
 
-def _pages(index: PageIndex, segments: list[int], count: int, *, free: bool) -> Int32Array:
-    """The first `count` free or owned pages of `segments`, in this order."""
+def _counts(index: PageIndex, *, free: bool) -> Int64Array:
+    """Free or owned pages of each segment that each rank has, [segments, ranks]."""
+    ranks = index.layout.kv_parallel
+    if ranks == 1:
+        if free:
+            return index.segment_counts(PageState.FREE).astype(np.int64)[:, None]
+        used, cached = (index.segment_counts(s) for s in (PageState.USED, PageState.CACHED))
+        return (used + cached).astype(np.int64)[:, None]
+    states = index.state[: index.num_segments * index.layout.pages_per_segment]
+    mask = states == PageState.FREE if free else states >= PageState.USED
+    by_rank = mask.reshape(-1, index.layout.pages_per_segment // ranks, ranks)
+    counts: Int64Array = by_rank.sum(axis=1, dtype=np.int64)
+    return counts
+
+
+def _pages(
+    index: PageIndex, segments: list[int], count: int, *, free: bool, rank: int | None = None
+) -> Int32Array:
+    """The first `count` free or owned pages of `segments`, in this order; of one rank's only."""
     pieces: list[Int32Array] = []
     for segment in segments:
         if count <= 0:
@@ -80,7 +102,10 @@ def _pages(index: PageIndex, segments: list[int], count: int, *, free: bool) -> 
         states = index.segment_states(segment)
         mask = states == PageState.FREE if free else states >= PageState.USED
         first = segment * index.layout.pages_per_segment
-        piece = (np.flatnonzero(mask)[:count] + first).astype(np.int32)
+        found = np.flatnonzero(mask) + first
+        if rank is not None:
+            found = found[found % index.layout.kv_parallel == rank]
+        piece = found[:count].astype(np.int32)
         pieces.append(piece)
         count -= len(piece)
     return np.concatenate(pieces)
@@ -128,34 +153,3 @@ def move_pages(memory: KVMemory, group: GroupId, moves: PageMoves) -> None:
             table.replace_pages(after)
     nodes = index.node[targets]
     memory.cache.move_pages(group, set(nodes[nodes != NO_NODE].tolist()), moved_to)
-
-
-def copy_pages(
-    pool: MHATokenToKVPool, group: GroupId, sources: Int32Array, targets: Int32Array
-) -> None:
-    """Copy whole pages of all layers of a group, K and V, byte for byte; the two are disjoint."""
-    origin, goal = torch.from_numpy(sources).long(), torch.from_numpy(targets).long()
-    for layer in pool.spec.groups[group].layers:
-        for plane in pool.get_kv_buffer(layer):
-            page_bytes = pool.page_size * plane.shape[1] * plane.shape[2] * plane.dtype.itemsize
-            step = max(1, COPY_BUFFER_BYTES // page_bytes)
-            for first in range(0, len(origin), step):
-                part = slice(first, first + step)
-                _copy_within(plane, pool.page_size, origin[part], goal[part])
-
-
-def _copy_within(
-    plane: torch.Tensor | SegmentPlane, page_size: int, origin: torch.Tensor, goal: torch.Tensor
-) -> None:
-    """Copy pages int64 [P] of one plane to other pages of it, through a buffer."""
-    shape = (len(origin), page_size, *plane.shape[1:])
-    if isinstance(plane, SegmentPlane):
-        buffer = torch.empty(shape, dtype=plane.dtype, device=plane.device)
-        plane.gather_pages(origin, buffer)
-        slots = (goal[:, None] * page_size + torch.arange(page_size)).flatten()
-        parts = split_by_segment(slots, plane.slots_per_segment)
-        plane.store(parts, buffer.view(-1, *plane.shape[1:]))
-        return
-    raw = plane.view(torch.uint8) if plane.dtype.itemsize == 1 else plane
-    pages = raw.view(-1, *shape[1:])
-    pages.index_copy_(0, goal, pages.index_select(0, origin))

@@ -8,6 +8,9 @@ segments].
 
 Segment 0 of every group is never allocated: it holds page 0, the dump page of padding rows, and
 only its first granule of each plane is ever backed (`fixed_bytes`).
+
+With several KV-parallel ranks the pages of a segment are dealt to them by turns; slots, pages and
+segments keep their numbers on all ranks. See docs/kv_segments.md, Note [KV over ranks].
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import NewType
 
 GroupId = NewType("GroupId", int)
@@ -119,10 +123,29 @@ class KVCacheSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class KVRanks:
+    """This rank's number among the `size` ranks that share each request's KV.
+
+    Raises ValueError when it is none of them.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"KV-parallel rank {self.rank} is none of {self.size}")
+
+
+ONE_KV_RANK = KVRanks()
+
+
+@dataclass(frozen=True, slots=True)
 class SegmentLayout:
     """How one group's slot space is cut into segments.
 
-    `max_segments` counts segment 0 (the dump segment) too; usable ids are 1..max_segments-1.
+    `max_segments` counts segment 0 (the dump segment) too; usable ids are 1..max_segments-1. Each
+    of `kv_parallel` ranks holds one page of as many; bytes are those of one rank.
     """
 
     group: GroupId
@@ -133,6 +156,13 @@ class SegmentLayout:
     k_bytes_per_slot: int  # one layer
     v_bytes_per_slot: int  # one layer
     granule_bytes: int
+    kv_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        if self.pages_per_segment % self.kv_parallel:
+            raise ValueError(
+                f"{self.pages_per_segment} pages cannot be dealt to {self.kv_parallel} ranks"
+            )
 
     @property
     def slots_per_segment(self) -> int:
@@ -145,9 +175,9 @@ class SegmentLayout:
 
     @property
     def segment_bytes(self) -> int:
-        """Bytes of one segment over all planes."""
+        """Bytes of one rank's part of a segment over all planes."""
         per_slot = self.num_layers * (self.k_bytes_per_slot + self.v_bytes_per_slot)
-        return self.slots_per_segment * per_slot
+        return self.slots_per_segment // self.kv_parallel * per_slot
 
     @property
     def reserved_bytes(self) -> int:
@@ -162,6 +192,12 @@ class SegmentLayout:
             page_bytes = self.page_size * per_slot
             total += math.ceil(page_bytes / self.granule_bytes) * self.granule_bytes
         return total * self.num_layers
+
+    @property
+    def on_rank(self) -> SegmentLayout:
+        """The same segments as one rank's planes hold them: its own pages, close together."""
+        own = self.pages_per_segment // self.kv_parallel
+        return replace(self, pages_per_segment=own, kv_parallel=1)
 
     def page_of(self, slot: int) -> PageId:
         return PageId(slot // self.page_size)
@@ -199,33 +235,38 @@ def make_segment_layouts(
     granule_bytes: int,
     machine_bytes: int,
     budget_bytes: int,
+    kv_parallel: int = 1,
 ) -> tuple[SegmentLayout, ...]:
     """Cut every group's slot space, generously: address space is free, slots are permanent.
 
     `slots_per_segment` None is `auto`: the power of two nearest to `auto_segment_bytes` over all
-    planes, at least `auto_min_slots`. The space holds what `machine_bytes` (all memory and lower
-    tiers) could ever hold and at least twice `budget_bytes`. Raises ValueError when even one
-    segment passes 2^31 slots.
+    planes of a rank, at least `auto_min_slots`. The space holds what `machine_bytes` (all memory
+    and lower tiers of a rank) could ever hold and at least twice `budget_bytes`. Segments of the
+    group that keeps all tokens are dealt to `kv_parallel` ranks; window groups are whole on each.
+    Raises ValueError when even one segment passes 2^31 slots.
     """
     layouts = []
     for g in range(spec.num_groups):
         group = GroupId(g)
         per_slot = spec.bytes_per_slot(group)
+        ranks = kv_parallel if spec.groups[g].kind is GroupKind.FULL else 1
         if slots_per_segment is None:
             wanted = max(auto_min_slots, nearest_power_of_two(auto_segment_bytes / per_slot))
         else:
-            wanted = slots_per_segment
-        slots = round_slots_per_segment(spec, wanted, granule_bytes)
+            wanted = -(-slots_per_segment // ranks)
+        own_slots = round_slots_per_segment(spec, wanted, granule_bytes)
+        slots = own_slots * ranks
         limit = MAX_SLOTS // slots
         if limit < 2:
             raise ValueError(f"segments of {slots} tokens leave no room below 2^31 slots")
         held = max(machine_bytes, 2 * budget_bytes) // per_slot
-        max_segments = min(limit, 1 + max(1, -(-held // slots)))
+        max_segments = min(limit, 1 + max(1, -(-held // own_slots)))
         layouts.append(
             SegmentLayout(
                 group=group,
                 page_size=spec.page_size,
                 pages_per_segment=slots // spec.page_size,
+                kv_parallel=ranks,
                 max_segments=max_segments,
                 num_layers=len(spec.groups[g].layers),
                 k_bytes_per_slot=spec.k_bytes_per_slot_layer,
@@ -244,12 +285,12 @@ def trim_layouts_to_budget(
     A backing that is not elastic can't move memory between groups, so the budget is divided once,
     such that every group holds about as many tokens. Raises ValueError when a group gets none.
     """
-    per_token = sum(layout.segment_bytes // layout.slots_per_segment for layout in layouts)
+    tokens = budget_bytes / sum(
+        Fraction(layout.segment_bytes, layout.slots_per_segment) for layout in layouts
+    )
     trimmed = []
     for layout in layouts:
-        per_slot = layout.segment_bytes // layout.slots_per_segment
-        share = budget_bytes * per_slot // per_token
-        segments = min(share // layout.segment_bytes, layout.max_segments - 1)
+        segments = min(int(tokens / layout.slots_per_segment), layout.max_segments - 1)
         if segments < 1:
             raise ValueError(
                 f"a KV budget of {budget_bytes:,} bytes does not hold one segment of "

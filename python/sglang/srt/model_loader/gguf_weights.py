@@ -44,19 +44,42 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.router",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+# Where families call things otherwise, by model_type.
+_FAMILY_NAMES = {
+    "qwen3_moe": {"ffn_gate_inp": "mlp.gate"},
+    "gpt_oss": {"post_attention_norm": "post_attention_layernorm"},
+}
+_MLP_NAMES = {"llama4_text": "feed_forward"}  # others say mlp
+_WHOLE_NAMES = {"gpt_oss": {"attn_sinks": "self_attn.sinks"}}  # without what kind it is
 _NOT_WEIGHTS = frozenset({"rope_freqs.weight"})  # ModelConfig has read it
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
-def hf_weight_name(name: str) -> str:
+def hf_weight_name(name: str, model_type: str = "") -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`.
 
-    A name that this table lacks comes back as it is, so that an error can name it.
+    `model_type` is that of `ModelConfig`. A name that its tables lack comes back as it is, so that
+    an error can name it.
     """
     match = _LAYER_TENSOR.fullmatch(name)
-    if match is not None and match[2] in _LAYER_NAMES:
-        return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+    if match is not None:
+        layer, part, kind = match.groups()
+        whole = _WHOLE_NAMES.get(model_type, {}).get(part)
+        if whole is not None:
+            return f"model.layers.{layer}.{whole}"
+        inside = _FAMILY_NAMES.get(model_type, {}).get(part) or _LAYER_NAMES.get(part)
+        if inside is not None:
+            head, dot, rest = inside.partition(".")
+            head = _MLP_NAMES.get(model_type, head) if head == "mlp" else head
+            return f"model.layers.{layer}.{head}{dot}{rest}.{kind}"
     stem, _, kind = name.rpartition(".")
     return f"{_TOP_NAMES[stem]}.{kind}" if stem in _TOP_NAMES else name
 
@@ -91,14 +114,16 @@ def _walk(
         for part, heads in heads_of.items():
             if part in info.name:
                 order = _unpermuted(info.shape[0], heads, info.name)
+        hf_name = hf_weight_name(info.name, config.model_type)
         tensor: LoadedWeight
-        if kernels is not None and len(info.shape) == 2 and _is_kept(info):
+        # Of three dimensions the first are experts, whose outputs are one below another.
+        if kernels is not None and len(info.shape) in (2, 3) and _is_kept(info):
             kept = take_apart(info.quant_type.name, read_gguf_bytes(path, info))
             tensor = _quantized(kernels, kept)
-            yield hf_weight_name(info.name), tensor if order is None else tensor.take(order)
+            yield hf_name, tensor if order is None else tensor.take(order)
             continue
         tensor = _dequantize(path, info, dtype)
-        yield hf_weight_name(info.name), tensor if order is None else tensor[order]
+        yield hf_name, tensor if order is None else tensor[order]
 
 
 def _is_kept(info: GGUFTensorInfo) -> bool:

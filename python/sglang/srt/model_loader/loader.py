@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.layers.expert_weights import ExpertWeights
 from sglang.srt.layers.quantization.choice import choose_quantization
 from sglang.srt.layers.weights import WeightOwner
 from sglang.srt.model_loader.gguf_weights import gguf_weights
@@ -76,7 +77,7 @@ def load_model(
             _load(model, source, show_progress)
         if kept == "int8" and kernels is not None:
             for module in model.modules():
-                if isinstance(module, WeightOwner):
+                if isinstance(module, (WeightOwner, ExpertWeights)):
                     module.quantize(kernels)
     return model.requires_grad_(False).eval()
 

@@ -1,12 +1,15 @@
 """Reads the tensors of Hugging Face checkpoints, one at a time, whatever files they lie in.
 
 The loader asks for a `WeightSource` and walks it once. Nothing here knows models or shards, and
-no file is held whole in memory: safetensors and zip-format .bin files are mapped.
+no file is held whole in memory: safetensors and zip-format .bin files are mapped, so that who takes
+a slice of a tensor reads that slice. What was read of a safetensors file leaves this process with
+its tensor, and not only with the file; the system may keep it for the next rank.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sglang.srt.layers.weights import LoadedWeight
+from sglang.srt.mem_cache.segment_backing.host_calls import MADV_DONTNEED, HostCalls
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PT_INDEX = "pytorch_model.bin.index.json"
@@ -98,13 +102,44 @@ def _safetensors_names(file: Path) -> list[str]:
 
 
 def _walk_safetensors(names: dict[Path, list[str]]) -> WeightIterator:
+    calls = HostCalls()
     for file, keys in names.items():
         try:
             with safe_open(file, framework="pt") as reader:
+                mapped = range(0)
                 for key in keys:
-                    yield key, reader.get_tensor(key)
+                    tensor = reader.get_tensor(key)
+                    yield key, tensor
+                    mapped = mapped or _mapped_range(file)
+                    if tensor.data_ptr() in mapped:
+                        _let_go(tensor, calls)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is truncated or damaged: {error}") from error
+
+
+def _mapped_range(file: Path) -> range:
+    """Addresses at which this process has the file mapped; empty where the system does not tell.
+
+    Only pages of such a range come back by reading.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return range(0)
+    path = str(file.resolve())
+    for line in maps:
+        if line.endswith(path):
+            return range(*(int(end, 16) for end in line.split(maxsplit=1)[0].split("-")))
+    return range(0)
+
+
+def _let_go(tensor: torch.Tensor, calls: HostCalls) -> None:
+    """Drop the whole pages of this window on a file: unchanged copies that it still has."""
+    page = mmap.PAGESIZE
+    first = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.nbytes) // page * page - first
+    if length > 0:
+        calls.advise(first, length, MADV_DONTNEED)
 
 
 def _walk_pt(files: list[Path]) -> WeightIterator:

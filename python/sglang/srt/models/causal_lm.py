@@ -108,7 +108,9 @@ class _Place:
     shard_id: Any
 
     def load(self, tensor: LoadedWeight) -> None:
-        if not isinstance(tensor, torch.Tensor) and not isinstance(self.module, WeightOwner):
+        if not isinstance(tensor, torch.Tensor) and not isinstance(
+            self.module, (WeightOwner, Experts)
+        ):
             tensor = tensor.dequantize(self.module.get_parameter(self.param_name).dtype)
         if self.shard_id is None:
             self.module.weight_loader(self.param_name, tensor)

@@ -14,7 +14,8 @@ from sglang.srt.configs.model_traits import MoEConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.errors import InvariantError
 from sglang.srt.layers.activation import ClampedGate
-from sglang.srt.layers.moe import ExpertLayout, Experts, Router, route_by_softmax
+from sglang.srt.layers.expert_weights import ExpertLayout
+from sglang.srt.layers.moe import Experts, Router, route_by_softmax
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.layers.weights import copy_checked, frozen_parameter
 from sglang.srt.models.llama import (
@@ -70,7 +71,7 @@ class GptOssMoE(nn.Module):
             moe.num_experts,
             config.hidden_size,
             moe.intermediate_size,
-            layout=ExpertLayout.INTERLEAVED,
+            layout=ExpertLayout.STACKED if config.is_gguf else ExpertLayout.INTERLEAVED,
             activation=None if gate is None else ClampedGate(gate.alpha, gate.limit),
             bias=True,
             parallel=parallel,

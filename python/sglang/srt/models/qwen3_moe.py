@@ -11,7 +11,8 @@ from torch import nn
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.model_traits import MoEConfig
 from sglang.srt.distributed.parallel_state import ParallelState
-from sglang.srt.layers.moe import ExpertLayout, Experts, Router, route_by_softmax
+from sglang.srt.layers.expert_weights import ExpertLayout
+from sglang.srt.layers.moe import Experts, Router, route_by_softmax
 from sglang.srt.models.llama import LlamaMLP
 from sglang.srt.models.qwen3 import Qwen3ForCausalLM
 
@@ -29,7 +30,7 @@ class Qwen3MoeBlock(nn.Module):
             moe.num_experts,
             config.hidden_size,
             moe.intermediate_size,
-            layout=ExpertLayout.SEPARATE,
+            layout=ExpertLayout.STACKED if config.is_gguf else ExpertLayout.SEPARATE,
             parallel=parallel,
             dtype=dtype,
         )

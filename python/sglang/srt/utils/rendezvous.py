@@ -1,8 +1,8 @@
-"""Where the ranks of one server meet, and the board on which each notes how far it has come.
+"""Where the schedulers of one server meet, and the board on which each notes how far it has come.
 
-The parent makes a `Rendezvous` and hands it to every rank's process; the communicator connects
-through it. The board is a small file that all ranks map: when one of them waits in vain, it reads
-there who has not come. Nothing here knows tensors or what ranks talk about.
+The parent makes a `Rendezvous` and a `RankPlace` for every scheduler's process; the communicator
+connects through them. The board is a small file that all processes of one machine map: when one of
+them waits in vain, it reads there who has not come. Nothing here knows tensors or what is said.
 """
 
 from __future__ import annotations
@@ -18,38 +18,135 @@ LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
-class Rendezvous:
-    """What one rank needs to find the others.
+class RankPlace:
+    """Which of a server's schedulers a process is.
 
-    `port` on the loopback interface is rank 0's; `listener` is the socket that already listens
-    there, None on all other ranks. `board_path` names the board's file.
+    Rank `tp_rank` of the `tp_size` that compute one replica of the model together (with
+    `--kv-parallel-size` all of its grid, see `RankGrid`); replica `dp_rank` of `dp_size`.
+    `num_here` of all of them share its machine.
     """
 
+    tp_rank: int = 0
+    tp_size: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
+    num_here: int = 1
+
+    @property
+    def first(self) -> int:
+        """The number of its replica's rank 0 among all schedulers."""
+        return self.dp_rank * self.tp_size
+
+    @property
+    def number(self) -> int:
+        """Its own number among all schedulers."""
+        return self.first + self.tp_rank
+
+    @property
+    def num_all(self) -> int:
+        """How many schedulers the server has."""
+        return self.dp_size * self.tp_size
+
+    @property
+    def name(self) -> str:
+        """As logs and errors call it: "scheduler", "scheduler TP1", "scheduler DP0 TP1"."""
+        words = ["scheduler"]
+        if self.dp_size > 1:
+            words.append(f"DP{self.dp_rank}")
+        if self.tp_size > 1:
+            words.append(f"TP{self.tp_rank}")
+        return " ".join(words)
+
+
+ALONE = RankPlace()
+
+
+@dataclass(frozen=True)
+class NodeMeeting:
+    """Where the nodes of one server meet: at `host` and `port` of node 0.
+
+    `has_store`: who started the nodes serves a store there already (torchrun's agent does), and
+    `attempt` tells this start from earlier ones in the same store. `processes_here` launchers
+    share this machine. `interface` names the network device to talk through, None: the one
+    towards the host.
+    """
+
+    node_rank: int
+    host: str
+    port: int
+    has_store: bool = False
+    attempt: str = ""
+    processes_here: int = 1
+    interface: str | None = None
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """What one scheduler needs to find the others.
+
+    A store of keys listens at `host` and `port`; `listener` is that socket for who serves the
+    store, None for everybody else. `board_path` names the board's file, None when the schedulers
+    do not share a machine. Keys begin with `attempt`, so that a store may outlive a server.
+    `has_own_store`: the first scheduler serves the store, and nobody outside. `interface` as in
+    `NodeMeeting`.
+    """
+
+    host: str
     port: int
     listener: socket.socket | None
-    board_path: str
+    board_path: str | None
+    attempt: str = ""
+    has_own_store: bool = True
+    interface: str | None = None
 
     @classmethod
     def for_ranks(cls, size: int, directory: str) -> tuple[Rendezvous, ...]:
-        """One for each rank. Side effects: binds a free port, makes the board's file.
+        """One for each of `size` schedulers on this machine; the first serves the store.
 
-        The listener is the first one's to close; the file goes with its directory.
+        Side effects: binds a free port, makes the board's file. The listener is the first one's to
+        close; the file goes with its directory.
         """
         path = str(Path(directory) / "ranks")
         RankBoard.create(path, size)
         listener = socket.create_server((LOOPBACK, 0))
         port = listener.getsockname()[1]
-        return tuple(cls(port, listener if rank == 0 else None, path) for rank in range(size))
+        return tuple(
+            cls(LOOPBACK, port, listener if number == 0 else None, path) for number in range(size)
+        )
+
+    @classmethod
+    def across_nodes(cls, meeting: NodeMeeting, count: int) -> tuple[Rendezvous, ...]:
+        """One for each of this node's `count` schedulers, the others being elsewhere.
+
+        Side effect: where this node has the store, its port is listened on from now on. Raises
+        OSError when it can't be.
+        """
+        host, port = meeting.host, meeting.port
+        listener = None
+        if meeting.node_rank == 0 and not meeting.has_store:
+            listener = socket.create_server((host, port), family=_family(host))
+        return tuple(
+            cls(
+                host,
+                port,
+                listener if number == 0 else None,
+                None,
+                meeting.attempt,
+                not meeting.has_store,
+                meeting.interface,
+            )
+            for number in range(count)
+        )
 
 
 class RankBoard:
-    """Numbers in a file that all ranks map: how many collectives each rank has begun, per group.
+    """Numbers in a file that all schedulers map: how many collectives each has begun, per group.
 
-    A rank writes its own numbers only, one machine word each, so that no lock is needed. Made
+    A scheduler writes its own numbers only, one machine word each, so that no lock is needed. Made
     anew by `create`, opened by the constructor with the same `size`.
     """
 
-    NUM_GROUPS = 2
+    NUM_GROUPS = 3
 
     def __init__(self, path: str, size: int) -> None:
         self.size = size
@@ -66,17 +163,29 @@ class RankBoard:
         finally:
             os.close(descriptor)
 
-    def begin(self, rank: int, group: int) -> int:
-        """Rank `rank` enters its next collective of `group`; returns its number, from 1."""
-        at = rank * self.NUM_GROUPS + group
+    def begin(self, who: int, group: int) -> int:
+        """Scheduler `who` enters its next collective of `group`; returns its number, from 1."""
+        at = who * self.NUM_GROUPS + group
         self._counts[at] += 1
         number: int = self._counts[at]
         return number
 
-    def behind(self, group: int, number: int) -> Sequence[int]:
-        """The ranks that have not begun collective `number` of `group`."""
-        return [
-            rank
-            for rank in range(self.size)
-            if self._counts[rank * self.NUM_GROUPS + group] < number
-        ]
+    def missing(
+        self, group: int, number: int, among: Sequence[int]
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        """Those of `among` that have not begun collective `number` of `group`, and those that give
+        no signs of life: here nobody, as the parent watches the processes of its machine."""
+        at = [who * self.NUM_GROUPS + group for who in among]
+        return [who for who, i in zip(among, at, strict=True) if self._counts[i] < number], ()
+
+
+def address_towards(host: str, port: int) -> str:
+    """This machine's address on the way to `host`. Raises OSError when there is no way."""
+    with socket.socket(_family(host), socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing
+        address: str = probe.getsockname()[0]
+    return address
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -167,31 +165,3 @@ def test_a_segment_table_is_read_by_the_reference() -> None:
         layouts = ()
 
     assert type(make_attention_backend(CpuAttnBackend, Pool())) is SegmentTableAttnBackend
-
-
-@pytest.mark.parametrize(
-    ("dtype", "head_dim", "isa", "takes"),
-    [
-        ("bfloat16", 64, "AMX", True),
-        ("bfloat16", 80, "AMX", False),
-        ("float32", 64, "AMX", False),
-        ("fp8_e4m3", 64, "AMX", False),
-        ("bfloat16", 64, "AVX512_BF16", False),
-    ],
-)
-def test_only_tiles_take_prompts_over_millions_of_keys(
-    dtype: str, head_dim: int, isa: str, takes: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The blocked kernel's one sum loses what comes late, whatever the processor beside it has."""
-    kernels = native_kernels()
-    assert kernels is not None
-    monkeypatch.setattr(kernels, "cpu_isa", lambda: kernels.Isa[isa])
-    monkeypatch.setattr(kernels, "has_prompt_kernel", lambda: True)
-    backend = CpuAttnBackend(make_spec(page_size=4, head_dim=head_dim, dtype=dtype))
-
-    def taken(tokens: int) -> bool:
-        geometry = SimpleNamespace(seq_lens=np.array([7, tokens]))
-        return backend._takes_prompts(SimpleNamespace(geometry=geometry))  # type: ignore[arg-type]
-
-    assert taken(1 << 20)
-    assert taken((1 << 20) + 1) is takes

@@ -126,8 +126,8 @@ _REFUSED = {
     "bootstrap_host": DISAGGREGATION,
     "bootstrap_port": DISAGGREGATION,
     "bootstrap_room": DISAGGREGATION,
-    "routed_dp_rank": Refusal("there is one data-parallel rank", (0,)),
-    "data_parallel_rank": Refusal("there is one data-parallel rank", (0,)),
+    "routed_dp_rank": Refusal("send it to /generate"),
+    "data_parallel_rank": Refusal("send it to /generate"),
 }
 
 CHAT_FIELDS = FieldTable(

@@ -2,8 +2,7 @@
 
 The batch is said once a step in arrays; a layer costs one call. What the kernels do not serve (a
 segment table, V heads of another width) is left to torch_native, which this extends, and so are
-steps with prompts where the kernels have none for them (torch's fused one is the faster one there)
-or where a context is so long that the kernels' one running sum would lose what comes late.
+steps with prompts where the kernels have none for them (torch's fused one is the faster one there).
 
 Legend: R query rows, H query heads, D head dim, S slots.
 """
@@ -29,10 +28,6 @@ from sglang.srt.utils.native import native_kernels
 
 # Queries times keys of one kernel call, so that progress shows in long prefills.
 _PAIRS_PER_CALL = 1 << 31
-
-# Keys that the blocked kernel of prompts adds up in one sum within the error that tests allow. The
-# kernel on AMX tiles has always been given all.
-_MOST_PROMPT_KEYS = 1 << 20
 
 
 def has_native_kernels() -> bool:
@@ -76,8 +71,6 @@ class CpuAttnBackend(TorchNativeAttnBackend):
             self._dtype or torch.float32, spec.head_dim, spec.v_head_dim, kv_dtype
         )
         self._native_prompts = kernels.has_prompt_kernel()
-        in_tiles = self._dtype is torch.bfloat16 and spec.head_dim % 32 == 0
-        self._has_tiles = in_tiles and kernels.cpu_isa() == kernels.Isa.AMX
 
     def plan(self, geometry: BatchGeometry) -> CpuPlan:
         """Hold the geometry; tables and blocks follow when layers of new shapes ask."""
@@ -95,7 +88,7 @@ class CpuAttnBackend(TorchNativeAttnBackend):
         plan: CpuPlan = forward_batch.attn_plan
         blocks = self._blocks(plan, rows_pruned)
         prompts = plan.has_prompts and any((part.counts > 1).any() for part in blocks)
-        if not self._serves or (prompts and not self._takes_prompts(plan)):
+        if not self._serves or (prompts and not self._native_prompts):
             return super().forward(q, layer, forward_batch, rows_pruned=rows_pruned)
         pool = forward_batch.token_to_kv_pool
         heads = q.to(self._dtype or q.dtype).view(-1, layer.num_heads, layer.head_dim)
@@ -112,16 +105,18 @@ class CpuAttnBackend(TorchNativeAttnBackend):
                 window=layer.sliding_window,
                 chunk=layer.attention_chunk,
                 logit_cap=layer.logit_cap,
-                sinks=None if layer.sinks is None else layer.sinks.float(),
+                sinks=self._sinks(layer),
                 num_threads=torch.get_num_threads(),
             )
             forward_batch.progress.tick()
         forward_batch.progress.tick()
         return q.flatten(1) if out is None else out.flatten(1).to(q.dtype)
 
-    def _takes_prompts(self, plan: CpuPlan) -> bool:
-        longest = int(plan.geometry.seq_lens.max())
-        return self._native_prompts and (self._has_tiles or longest <= _MOST_PROMPT_KEYS)
+    def _sinks(self, layer: AttentionLayer) -> torch.Tensor | None:
+        if layer.sinks is None or layer.sinks.dtype is torch.float32:
+            return layer.sinks
+        wide: torch.Tensor = self._kernels.widen(layer.sinks.view(1, -1))
+        return wide.view(-1)
 
     def may_record(self, geometry: BatchGeometry) -> bool:
         """One token for each request, in one call. See `AttentionBackend`."""

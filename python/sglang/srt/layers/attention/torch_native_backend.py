@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 
@@ -137,16 +137,56 @@ class TorchNativeAttnBackend(AttentionBackend):
         rows_pruned: bool,
     ) -> torch.Tensor:
         """See `AttentionBackend.forward`. Scores are in the KV dtype, over fp8 in that of q."""
+        out = Output.of_layer(layer, q.shape[0], self._dtype_of(q, layer, forward_batch))
+        self._attend(q, layer, forward_batch, rows_pruned, out)
+        if layer.sinks is not None and out.lse is not None:
+            apply_sinks(out.values, out.lse, layer.sinks)
+        forward_batch.progress.tick()
+        return out.values.flatten(1).to(q.dtype)
+
+    def attend_part(
+        self,
+        q: torch.Tensor,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
+        *,
+        rows_pruned: bool,
+    ) -> Partial:
+        """Attention over the keys that this rank holds, before sinks; `forward` for the rest.
+
+        Output [R, H, E] and log-sum-exp [R, H], both float32; 0 and -inf where a row sees none of
+        these keys. The step's tables of the layer's group are `OwnPages`.
+        """
+        shape = (q.shape[0], layer.num_heads, layer.v_head_dim)
+        out = Output(torch.zeros(shape), torch.full(shape[:2], float("-inf")))
+        self._attend(q, layer, forward_batch, rows_pruned, out)
+        return out.values, cast(torch.Tensor, out.lse)
+
+    def _dtype_of(
+        self, q: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch
+    ) -> torch.dtype:
+        """What scores are computed in."""
+        pool = forward_batch.token_to_kv_pool
+        kv_dtype: torch.dtype = pool.get_key_buffer(layer.layer_id).dtype
+        return q.dtype if self._is_fp8 else kv_dtype
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
+        pruned: bool,
+        out: Output,
+    ) -> None:
         pool = forward_batch.token_to_kv_pool
         k: torch.Tensor = pool.get_key_buffer(layer.layer_id)
         v: torch.Tensor = pool.get_value_buffer(layer.layer_id)
         plan: TorchNativePlan = forward_batch.attn_plan
-        work = self._layer_plan(plan, layer, rows_pruned)
+        work = self._layer_plan(plan, layer, pruned)
         rows, groups = q.shape[0], layer.num_kv_heads
         per_group = layer.num_heads // groups
-        dtype = q.dtype if self._is_fp8 else k.dtype
-        heads = q.to(dtype).view(rows, groups, per_group, layer.head_dim)
-        out = Output.of_layer(layer, rows, dtype)
+        heads = q.to(self._dtype_of(q, layer, forward_batch))
+        heads = heads.view(rows, groups, per_group, layer.head_dim)
         for batch in work.batches:
             self._attend_batch(heads, layer, batch, k, v, out)
         if work.singles:
@@ -154,10 +194,6 @@ class TorchNativeAttnBackend(AttentionBackend):
         for item in work.items:
             queries = heads.narrow(0, item.row, item.num_rows)
             out.put_block(item.row, *self._attend_item(queries, layer, item, forward_batch, k, v))
-        if layer.sinks is not None and out.lse is not None:
-            apply_sinks(out.values, out.lse, layer.sinks)
-        forward_batch.progress.tick()
-        return out.values.flatten(1).to(q.dtype)
 
     def _layer_plan(self, plan: TorchNativePlan, layer: AttentionLayer, pruned: bool) -> LayerPlan:
         limits = self._limits(layer)
@@ -309,6 +345,8 @@ class TorchNativeAttnBackend(AttentionBackend):
         That mask's first key is the first that its first query sees. Keys of a piece begin there
         too, or at position 0 when that comes later.
         """
+        if piece.mask is not None:
+            return piece.mask
         window = layer.sliding_window
         if piece.visibility is not Visibility.BAND or window is None:
             return None

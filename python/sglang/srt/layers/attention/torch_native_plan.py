@@ -13,6 +13,8 @@ same shape; nothing here computes attention. Positions, with an item's queries a
                                      BAND
     chunk that begins at c:      [c .......... lo)[lo .. hi)       an item never leaves its chunk,
                                      FULL           CAUSAL         so a whole chunk is one CAUSAL
+    keys of several ranks:       [0 .......... lo)[lo .. hi)       those that this rank holds, by
+                                     FULL           MASKED         their places (`OwnPages`)
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import numpy.typing as npt
 import torch
 
 from sglang.srt.errors import InvariantError
+from sglang.srt.layers.attention.own_pages import OwnPages
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, BlockTableView
 
 PageIds = npt.NDArray[np.int32]
@@ -35,11 +38,12 @@ _MIN_BATCH = 3  # fewer single queries gain nothing from being gathered
 
 
 class Visibility(enum.Enum):
-    """Which keys of a piece a query sees: all, those up to itself, or a masked band."""
+    """Which keys of a piece a query sees: all, those up to itself, a band, or as a mask says."""
 
     FULL = "full"
     CAUSAL = "causal"
     BAND = "band"
+    MASKED = "masked"
 
 
 class SlotRun(NamedTuple):
@@ -58,11 +62,15 @@ class PageList(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One kernel call's keys; the first stands at `position`."""
+    """One kernel call's keys; the first stands at `position` (of `OwnPages`: at that place).
+
+    `mask` float32 [queries, keys] of 0 and -inf, for MASKED only.
+    """
 
     keys: SlotRun | PageList
     visibility: Visibility
     position: int
+    mask: torch.Tensor | None = None
 
 
 class WorkItem(NamedTuple):
@@ -218,11 +226,17 @@ def make_layer_plan(geometry: BatchGeometry, key: PlanKey) -> LayerPlan:
     for request, row, count, position in _query_runs(geometry, key.pruned):
         view = geometry.block_tables[key.group][request]
         table = _Table.of(view, geometry.page_size, limits.segment_tokens)
-        lo, hi = key.first_seen(position), position + 1
+        own = view if isinstance(view, OwnPages) else None
+        lo = key.first_seen(position)
+        hi = position + 1 if own is None else own.num_before(position + 1)
         if count == 1 and hi - lo <= limits.batch_tokens:
-            candidates.append(_Candidate(table.num_pages(lo, hi), row, table, lo, hi))
+            if hi > lo:
+                candidates.append(_Candidate(table.num_pages(lo, hi), row, table, lo, hi))
             continue
         for start, num_rows in _query_blocks(position, count, key):
+            if own is not None:
+                items += _own_items(table, own, row + start, position + start, num_rows, key)
+                continue
             items.append(_make_item(table, row + start, position + start, num_rows, key))
     batches, alone = _make_batches(candidates, limits, geometry.page_size)
     items += [_make_item(c.table, c.row, c.hi - 1, 1, key) for c in alone]
@@ -244,6 +258,25 @@ def _query_blocks(position: int, count: int, key: PlanKey) -> Iterator[tuple[int
 
 def _make_item(table: _Table, row: int, position: int, num_rows: int, key: PlanKey) -> WorkItem:
     return WorkItem(row, num_rows, position, tuple(_pieces(table, position, num_rows, key)))
+
+
+def _own_items(
+    table: _Table, own: OwnPages, row: int, position: int, num_rows: int, key: PlanKey
+) -> Iterator[WorkItem]:
+    """The item of some queries over the keys that this rank holds; none when they see none."""
+    before, end = own.num_before(position), own.num_before(position + num_rows)
+    if end == 0:
+        return
+    if num_rows == 1:
+        yield _make_item(table, row, end - 1, 1, key)
+        return
+    pieces = list(_full_pieces(table, 0, before, num_rows, key.limits))
+    if before < end:
+        key_at = torch.from_numpy(own.positions(before, end))
+        hidden = key_at > torch.arange(position, position + num_rows).unsqueeze(1)
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        pieces.append(Piece(table.keys(before, end), Visibility.MASKED, before, mask))
+    yield WorkItem(row, num_rows, position, tuple(pieces))
 
 
 def _split_singles(items: list[WorkItem]) -> tuple[tuple[Single, ...], tuple[WorkItem, ...]]:

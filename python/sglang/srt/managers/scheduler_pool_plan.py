@@ -1,0 +1,182 @@
+"""From arguments and what the machine has left to the numbers of the KV pool; nothing is made here.
+
+The groups of layers, the budget, the context clamped to what the budget can hold, and the rows.
+Called by `scheduler_setup` at start; `sglang.plan_memory` takes the groups from here too.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.managers.scheduler_device import prefill_chunk_tokens, reserve_of
+from sglang.srt.mem_cache.capacity import (
+    ContextClamp,
+    budget_from_headroom,
+    effective_context_length,
+)
+from sglang.srt.mem_cache.device_budget import DeviceMemoryPlan
+from sglang.srt.mem_cache.kv_layout import (
+    GroupKind,
+    KVCacheSpec,
+    KVGroupSpec,
+    SegmentLayout,
+    make_segment_layouts,
+    trim_layouts_to_budget,
+)
+from sglang.srt.mem_cache.segment_backing import SegmentBacking
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.host_memory import HostMemory
+
+logger = logging.getLogger(__name__)
+
+# A segment of about this many bytes maps in a few milliseconds and wastes little at its end.
+AUTO_SEGMENT_BYTES = 32 << 20
+
+
+def resolve_max_running_requests(
+    requested: int | None, capacity_tokens: int, context_length: int
+) -> int:
+    """Requests that may run at once: the requested number, else SGLang's rule from the capacity."""
+    if requested is not None:
+        return requested
+    derived = int(capacity_tokens / max(1, context_length) * 512)
+    return max(1, min(max(derived, 2048), 4096, capacity_tokens // 2))
+
+
+def kv_cache_spec(
+    config: ModelConfig, parallel: ParallelState, dtype: str, page_size: int
+) -> KVCacheSpec:
+    """The KV cache of one rank: a group of the layers that keep every token, if there are any,
+    then one for each sliding window, narrow to wide, and one for each chunk."""
+    layers: dict[tuple[GroupKind, int | None], list[int]] = {}
+    spans = zip(config.layer_windows, config.layer_chunks, strict=True)
+    for layer, (window, chunk) in enumerate(spans):
+        if chunk is not None:
+            kind = GroupKind.CHUNKED
+        else:
+            kind = GroupKind.FULL if window is None else GroupKind.SLIDING
+        layers.setdefault((kind, chunk or window), []).append(layer)
+    order = (GroupKind.FULL, GroupKind.SLIDING, GroupKind.CHUNKED)
+    groups = [
+        KVGroupSpec(tuple(layers[kind, span]), kind, span)
+        for kind, span in sorted(layers, key=lambda key: (order.index(key[0]), key[1] or 0))
+    ]
+    return KVCacheSpec(
+        groups=tuple(groups),
+        kv_heads=max(1, config.num_kv_heads // parallel.tp_size),
+        head_dim=config.head_dim,
+        v_head_dim=config.v_head_dim,
+        dtype=dtype,
+        page_size=page_size,
+    )
+
+
+def resolve_budget(
+    args: ServerArgs, available_bytes: int, device_plan: DeviceMemoryPlan | None = None
+) -> int:
+    """The KV budget in bytes before --max-total-tokens: the explicit one, else the default.
+
+    The default is what `device_plan` leaves, on a host (None) the fraction of what is available.
+    An explicit budget above what the machine has left is taken with a warning: it is a bound, and
+    mapping checks the machine each time.
+    """
+    if args.kv_memory_budget is None:
+        if device_plan is not None:
+            return device_plan.budget_bytes
+        return budget_from_headroom(available_bytes, args.mem_fraction_static or 0.7)
+    if args.kv_memory_budget > available_bytes:
+        logger.warning(
+            "--kv-memory-budget (%d bytes) is more than the %d bytes that the machine has left; "
+            "growth beyond those will be refused by the machine.",
+            args.kv_memory_budget,
+            available_bytes,
+        )
+    return args.kv_memory_budget
+
+
+def cap_budget(
+    budget_bytes: int, max_total_tokens: int | None, layouts: tuple[SegmentLayout, ...]
+) -> int:
+    """The budget cut to whole segments for `max_total_tokens` (None: not cut).
+
+    A cap above what the budget holds is ignored with a warning, as SGLang does.
+    """
+    if max_total_tokens is None:
+        return budget_bytes
+    wanted = sum(
+        -(-max_total_tokens // layout.slots_per_segment) * layout.segment_bytes
+        for layout in layouts
+    )
+    if wanted > budget_bytes:
+        logger.warning(
+            "--max-total-tokens (%d) needs %d bytes, the KV budget is %d bytes; the budget stands.",
+            max_total_tokens,
+            wanted,
+            budget_bytes,
+        )
+    return min(wanted, budget_bytes)
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """The numbers from which the pool is made."""
+
+    budget_bytes: int
+    clamp: ContextClamp
+    max_running_requests: int
+
+
+def plan_pool(
+    args: ServerArgs,
+    spec: KVCacheSpec,
+    backing: SegmentBacking,
+    host: HostMemory,
+    requested_context: int,
+    device_plan: DeviceMemoryPlan | None = None,
+    min_slots: int = 1,
+) -> PoolPlan:
+    """Budget, clamped context and rows from the arguments and what the machine has left; pure.
+
+    `min_slots`: fewest tokens of a segment whose size is chosen automatically. Raises ValueError
+    when the budget cannot hold even one segment.
+    """
+    budget = resolve_budget(args, host.available_bytes, device_plan)
+    layouts = make_segment_layouts(
+        spec,
+        slots_per_segment=args.kv_segment_size,
+        auto_segment_bytes=AUTO_SEGMENT_BYTES,
+        auto_min_slots=min_slots,
+        granule_bytes=backing.granule_bytes,
+        machine_bytes=host.total_bytes,
+        budget_bytes=budget,
+        kv_parallel=args.kv_parallel_size,
+    )
+    budget = cap_budget(budget, args.max_total_tokens, layouts)
+    if not backing.elastic:
+        layouts = trim_layouts_to_budget(layouts, budget)
+    clamp = effective_context_length(
+        spec,
+        layouts,
+        budget_bytes=budget,
+        reserve_segments=reserve_of(args, backing),
+        requested=requested_context,
+        prefill_chunk=prefill_chunk_tokens(args),
+    )
+    if clamp.effective < 2:
+        raise ValueError(f"The KV memory cannot hold one request: {clamp.explanation}.")
+    for layout in layouts:
+        logger.info(
+            "KV group %d: segments of %d tokens (%d bytes, %d pages of %d)",
+            layout.group,
+            layout.slots_per_segment,
+            layout.segment_bytes,
+            layout.pages_per_segment,
+            layout.page_size,
+        )
+    rows = resolve_max_running_requests(
+        args.max_running_requests, clamp.capacity_tokens, clamp.effective
+    )
+    return PoolPlan(budget, clamp, rows)

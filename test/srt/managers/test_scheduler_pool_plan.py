@@ -1,0 +1,87 @@
+"""From arguments to the pool's numbers: rows, budgets, the clamp."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from sglang.srt.managers.scheduler_pool_plan import (
+    cap_budget,
+    plan_pool,
+    prefill_chunk_tokens,
+    resolve_budget,
+    resolve_max_running_requests,
+)
+from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVGroupSpec, make_segment_layouts
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.host_memory import HostMemory
+from srt.mem_cache.fake_backing import FakeBacking
+
+GIB = 1 << 30
+SMOL = KVCacheSpec((KVGroupSpec(tuple(range(30))),), 3, 64, 64, "bfloat16", 64)
+HOST = HostMemory(total_bytes=24 * GIB, available_bytes=20 * GIB, bound_by="MemAvailable")
+
+
+def args(**kwargs: object) -> ServerArgs:
+    return ServerArgs.from_kwargs(model_path="/models/any", **kwargs)
+
+
+def test_rows_follow_the_capacity() -> None:
+    assert resolve_max_running_requests(7, 10**9, 8192) == 7
+    assert resolve_max_running_requests(None, 600_000, 8192) == 4096
+    assert resolve_max_running_requests(None, 40_000, 8192) == 2500
+    assert resolve_max_running_requests(None, 600, 512) == 300
+    assert resolve_max_running_requests(None, 1, 512) == 1
+
+
+def test_the_budget_is_the_fraction_or_the_explicit_number(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert resolve_budget(args(), 10 * GIB) == int(0.7 * 10 * GIB)
+    assert resolve_budget(args(kv_memory_budget="2GiB"), 10 * GIB) == 2 * GIB
+    assert not caplog.records
+    assert resolve_budget(args(kv_memory_budget="20GiB"), 10 * GIB) == 20 * GIB
+    assert "more than" in caplog.text
+
+
+def test_a_token_cap_cuts_the_budget_to_whole_segments(caplog: pytest.LogCaptureFixture) -> None:
+    layouts = make_segment_layouts(
+        SMOL,
+        slots_per_segment=None,
+        auto_segment_bytes=32 << 20,
+        auto_min_slots=1,
+        granule_bytes=4096,
+        machine_bytes=24 * GIB,
+        budget_bytes=GIB,
+    )
+    assert layouts[0].slots_per_segment == 1024
+    segment = layouts[0].segment_bytes
+    assert segment == 1024 * 23040
+    assert cap_budget(GIB, None, layouts) == GIB
+    assert cap_budget(GIB, 1025, layouts) == 2 * segment
+    assert not caplog.records
+    assert cap_budget(GIB, 10**7, layouts) == GIB
+    assert "the budget stands" in caplog.text
+
+
+def test_chunks() -> None:
+    assert prefill_chunk_tokens(args()) == 2048
+    assert prefill_chunk_tokens(args(chunked_prefill_size=512)) == 512
+    assert prefill_chunk_tokens(args(chunked_prefill_size=-1)) == 16384
+    assert prefill_chunk_tokens(args(chunked_prefill_size=4096, max_prefill_tokens=1000)) == 1000
+
+
+def test_ten_million_tokens_are_clamped_to_what_fits(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    plan = plan_pool(args(kv_memory_budget="1GiB"), SMOL, FakeBacking(), HOST, 10_000_000)
+    held = GIB // (1024 * 23040) * 1024
+    assert plan.clamp.effective == plan.clamp.capacity_tokens == held
+    assert "10,000,000" in plan.clamp.explanation
+    assert f"{held:,}" in plan.clamp.explanation
+    assert "segments of 1024 tokens" in caplog.text
+
+
+def test_a_budget_below_one_segment_is_refused_with_the_arithmetic() -> None:
+    with pytest.raises(ValueError, match=r"cannot hold one request.*budget of 1,048,576 bytes"):
+        plan_pool(args(kv_memory_budget="1MiB"), SMOL, FakeBacking(), HOST, 8192)
