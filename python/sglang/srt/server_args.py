@@ -64,9 +64,10 @@ class ServerArgs(DoorArgs):
     )
     attention_backend: str = flag(
         None,
-        "Which code computes attention; cpu is that of sgl-kernel.",
+        "Which code computes attention; cpu is that of sgl-kernel. triton is for GPUs; on a CPU it "
+        "runs in Triton's interpreter alone, for tests.",
         group=DEVICE,
-        choices=("auto", "cpu", "torch_native"),
+        choices=("auto", "cpu", "torch_native", "triton"),
         default_text="cpu where sgl-kernel is installed, else torch_native",
     )
     quantization: str | None = flag(
