@@ -216,6 +216,88 @@ void check_rows(int32_t dtype, int32_t threads) {
             want[m * width + d] = g / (1 + std::exp(-g)) * x.at((2 * m + 1) * width + d);
         }
     compare("silu and mul", out, want);
+    gate.kind = SGL_GATE_CLAMPED, gate.alpha = 1.7f, gate.limit = 0.8f;
+    failures += sgl_gate(&gate) != 0;
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t d = 0; d < width; ++d) {
+            const double g = std::fmin(x.at(2 * m * width + d), gate.limit);
+            const double u = x.at((2 * m + 1) * width + d), l = gate.limit;
+            want[m * width + d] =
+                (std::fmin(std::fmax(u, -l), l) + 1) * g / (1 + std::exp(-gate.alpha * g));
+        }
+    compare("clamped gate", out, want);
+    const std::vector<int64_t> positions{0, 30, 9999999};
+    SglScale scale{x.data(), out.data(), positions.data(), 2 * width, width, rows, width,
+                   0.3,      16.0,       0.0f,             dtype,     threads};
+    failures += sgl_scale(&scale) != 0;
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t d = 0; d < width; ++d)
+            want[m * width + d] = x.at(2 * m * width + d) *
+                                  (1 + 0.3 * std::log1p(std::floor((positions[m] + 1) / 16.0)));
+    compare("scale", out, want);
+}
+
+// A matrix [experts, outs, inputs] of numbers, and what it gives.
+struct Matrix {
+    int64_t outs, inputs;
+    Numbers weight;
+
+    Matrix(int32_t dtype, int64_t experts, int64_t outs, int64_t inputs)
+        : outs(outs), inputs(inputs), weight(dtype, experts * outs * inputs) {}
+    SglExpertMatrix fields() {
+        SglExpertMatrix matrix{};
+        matrix.weight = weight.data(), matrix.row = inputs, matrix.expert = outs;
+        return matrix;
+    }
+    double give(int64_t expert, int64_t out, const double* x) const {
+        double sum = 0;
+        for (int64_t k = 0; k < inputs; ++k)
+            sum += weight.at((expert * outs + out) * inputs + k) * x[k];
+        return sum;
+    }
+};
+
+void check_experts(int32_t dtype, int32_t threads) {
+    const int64_t rows = 4, experts = 5, chosen = 2, hidden = 40, width = 24;
+    Numbers scores(dtype, rows * experts), x(dtype, rows * hidden), out(dtype, rows * hidden, false);
+    std::vector<int64_t> places(rows * chosen);
+    std::vector<float> weights(rows * chosen);
+    SglRoute route{scores.data(), places.data(), weights.data(), experts, rows,
+                   experts,       chosen,        dtype,          SGL_ROUTE_SOFTMAX};
+    failures += sgl_route(&route) != 0;
+    Matrix gate(dtype, experts, width, hidden), up(dtype, experts, width, hidden);
+    Matrix down(dtype, experts, hidden, width);
+    SglExperts call{};
+    call.x = x.data(), call.out = out.data(), call.experts = places.data();
+    call.weights = weights.data(), call.gate = gate.fields(), call.up = up.fields();
+    call.down = down.fields(), call.x_row = call.out_row = call.hidden = hidden;
+    call.rows = rows, call.chosen = chosen, call.num_experts = experts, call.width = width;
+    call.dtype = call.out_dtype = dtype, call.isa = sgl_cpu_isa(), call.num_threads = threads;
+    failures += sgl_experts(&call) != 0;
+    std::vector<double> want(rows * hidden), row(hidden), opened(width);
+    for (int64_t m = 0; m < rows; ++m) {
+        double sum = 0;
+        for (int64_t e = 0; e < experts; ++e) sum += std::exp(scores.at(m * experts + e));
+        for (int64_t d = 0; d < hidden; ++d) row[d] = x.at(m * hidden + d);
+        for (int64_t k = 0; k < chosen; ++k) {
+            const int64_t e = places[m * chosen + k];
+            const double share = std::exp(scores.at(m * experts + e)) / sum;
+            for (int64_t i = 0; i < width; ++i) {
+                const double g = gate.give(e, i, row.data());
+                opened[i] = g / (1 + std::exp(-g)) * up.give(e, i, row.data());
+            }
+            for (int64_t d = 0; d < hidden; ++d)
+                want[m * hidden + d] += share * down.give(e, d, opened.data());
+        }
+    }
+    // Two roundings between the matrices: errors count beside the largest, not each beside its own.
+    double largest = 0;
+    for (const double one : want) largest = std::fmax(largest, std::fabs(one));
+    for (size_t i = 0; i < want.size(); ++i) {
+        out.set(i, static_cast<float>(out.at(i) / largest));
+        want[i] /= largest;
+    }
+    compare("experts", out, want);
 }
 
 }  // namespace
@@ -232,6 +314,7 @@ int main() {
                 check_attention(dtype, kv_dtype, 23, threads);
             }
             check_rows(dtype, threads);
+            check_experts(dtype, threads);
         }
     std::printf("%d failures\n", failures);
     return failures ? 1 : 0;
