@@ -123,8 +123,10 @@ def test_fp8_saturates(
     assert torch.equal(pool.get_value_buffer(0).float()[slots], v.to(pool.dtype).float())
 
 
-def test_fp8_slots_outside_the_pool_are_refused() -> None:
-    pool = make_pool("fp8_e4m3")
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8_e4m3"])
+def test_slots_of_a_range_outside_the_pool_are_refused(dtype: str) -> None:
+    """A slice that ends early would take a single row without a word."""
+    pool = make_pool(dtype)
     outside = len(pool.get_key_buffer(0))
     for slots in ([8, outside], list(range(outside - 3, outside + 1))):
         with pytest.raises(InvariantError, match="outside"):

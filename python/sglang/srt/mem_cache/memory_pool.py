@@ -246,7 +246,7 @@ class MHATokenToKVPool:
         """(first row, first slot, count) of the ranges in `loc`, None when there are too many.
 
         None too where the kernel that scatters is the one that rounds to fp8 fast.
-        Raises InvariantError, once a step, when such scattered slots are not below `num_slots`.
+        Raises InvariantError, once a step, when slots are not below `num_slots`.
         """
         if loc is not self._last_loc:
             kernels = native_kernels()
@@ -254,7 +254,7 @@ class MHATokenToKVPool:
                 return None  # where they stand will be another matter when the tape is played
             scatters = self._is_fp8 and kernels is not None
             pieces = None if scatters else _find_pieces(loc)
-            if pieces is None:
+            if pieces is None or any(slot + count > num_slots for _, slot, count in pieces):
                 _check_slots(loc, num_slots)
             self._last_loc, self._last_pieces = loc, pieces
         return self._last_pieces
