@@ -12,6 +12,7 @@ from sgl_kernel.triton.attention import (
     paged_attention,
 )
 from sgl_kernel.triton.launch import check_device, is_interpreted
+from sgl_kernel.triton.store import rotate_and_store, store_kv
 from sgl_kernel.triton.work import Chip, Queries, Sight, Tile, Work, plan_waves, plan_work
 
 __all__ = [
@@ -29,4 +30,6 @@ __all__ = [
     "paged_attention",
     "plan_waves",
     "plan_work",
+    "rotate_and_store",
+    "store_kv",
 ]
