@@ -12,6 +12,7 @@ from sgl_kernel.triton.attention import (
     paged_attention,
 )
 from sgl_kernel.triton.launch import check_device, is_interpreted
+from sgl_kernel.triton.rows import clamped_gate, gelu_tanh_and_mul, rms_norm, route, silu_and_mul
 from sgl_kernel.triton.store import rotate_and_store, store_kv
 from sgl_kernel.triton.work import Chip, Queries, Sight, Tile, Work, plan_waves, plan_work
 
@@ -25,11 +26,16 @@ __all__ = [
     "Tile",
     "Work",
     "check_device",
+    "clamped_gate",
     "default_tiles",
+    "gelu_tanh_and_mul",
     "is_interpreted",
     "paged_attention",
     "plan_waves",
     "plan_work",
+    "rms_norm",
     "rotate_and_store",
+    "route",
+    "silu_and_mul",
     "store_kv",
 ]
