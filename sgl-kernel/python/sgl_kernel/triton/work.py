@@ -76,6 +76,20 @@ class Work:
     merged: Int32Array
     num_parts: int
 
+    def padded(self, num_items: int, num_merged: int) -> Work:
+        """The same with so many items and merged rows, what is too many empty: for recorded steps.
+
+        Of one launch, as a step of single queries is. Raises ValueError when there is no room.
+        """
+        (launch,) = self.launches
+        if len(launch.items) > num_items or len(self.merged) > num_merged:
+            raise ValueError(f"{len(launch.items)} items do not fit {num_items}")
+        items = np.zeros((num_items, ITEM_COLUMNS), np.int32)
+        items[: len(launch.items)] = launch.items
+        merged = np.zeros((num_merged, 4), np.int32)
+        merged[: len(self.merged)] = self.merged
+        return Work((Launch(launch.tile, items),), merged, num_items)
+
 
 @dataclass(frozen=True, slots=True)
 class Chip:
@@ -83,6 +97,14 @@ class Chip:
 
     programs: int
     min_part_keys: int = 256
+
+    def most_items(self, num_rows: int, kv_heads: int) -> int:
+        """Items of single queries, as long as they have `most_keys` keys in all."""
+        return num_rows + self.programs // kv_heads + 1
+
+    def most_keys(self, kv_heads: int) -> int:
+        """Keys up to which no part is cut by MAX_PART_KEYS that its share would not cut."""
+        return MAX_PART_KEYS * self.programs // kv_heads
 
 
 def plan_work(
@@ -143,27 +165,31 @@ def plan_waves(
     One is enough unless many queries have keys for several sums each (a chunk of a prompt behind a
     million tokens). A single query is not cut further.
     """
-    tiles = {"group": group, "kv_heads": kv_heads, "small": small, "large": large}
-    work = plan_work(queries, sight, **tiles, chip=chip)  # type: ignore[arg-type]
-    if work.num_parts <= max_part_rows or queries.counts.sum() <= 1:
-        return (work,)
-    waves: list[Work] = []
-    for half in _halves(queries):
-        waves += plan_waves(half, sight, **tiles, chip=chip, max_part_rows=max_part_rows)  # type: ignore[arg-type]
-    return tuple(waves)
+
+    def waves(some: Queries) -> tuple[Work, ...]:
+        work = plan_work(
+            some, sight, group=group, kv_heads=kv_heads, small=small, large=large, chip=chip
+        )
+        if work.num_parts <= max_part_rows or some.counts.sum() <= 1:
+            return (work,)
+        first, second = _halves(some)
+        return (*waves(first), *waves(second))
+
+    return waves(queries)
 
 
 def _halves(queries: Queries) -> tuple[Queries, Queries]:
     """The same queries in two, each with half of the rows; a run may be cut."""
-    counts = queries.counts
-    half = counts.sum() // 2
+    rows, counts, positions, requests = queries
     ends = np.cumsum(counts)
-    first = np.clip(half - (ends - counts), 0, counts)  # of each run, what the first half gets
-    heads = queries._replace(counts=first)
-    tails = Queries(
-        queries.rows + first, counts - first, queries.positions + first, queries.requests
-    )
-    return tuple(Queries(*(part[q.counts > 0] for part in q)) for q in (heads, tails))  # type: ignore[return-value]
+    first = np.clip(counts.sum() // 2 - (ends - counts), 0, counts)  # what the first half gets
+    heads = _without_empty(Queries(rows, first, positions, requests))
+    return heads, _without_empty(Queries(rows + first, counts - first, positions + first, requests))
+
+
+def _without_empty(queries: Queries) -> Queries:
+    used = queries.counts > 0
+    return Queries(*(part[used] for part in queries))
 
 
 def _num_splits(keys: Int64Array, part_keys: int) -> Int64Array:
