@@ -1,7 +1,7 @@
 """Stage 4: what attention reaches of what the device can do, beside others in the same run.
 
-Ceilings come first: a copy's bandwidth and a matrix product's rate, measured here. Decode is told as
-K and V bytes per second, prompts as multiply-adds of visible pairs; both also as a share.
+Ceilings come first: a copy's bandwidth and a matrix product's rate, measured here. Decode is told
+in K and V bytes per second, prompts in multiply-adds of visible pairs; both also as a share.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.moe import Experts
-from sglang.srt.managers.scheduler_setup import kv_cache_spec
+from sglang.srt.managers.scheduler_pool_plan import kv_cache_spec
 from sglang.srt.mem_cache.block_table import BlockTableSnapshot
 from sglang.srt.mem_cache.kv_layout import (
     GroupId,

@@ -17,7 +17,7 @@ from gpu_check.records import Journal, Record, Status, exit_code, line_of, markd
 from gpu_check.stage_scout import RANKS, Rank, write_config
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
-from sglang.srt.managers.scheduler_setup import kv_cache_spec
+from sglang.srt.managers.scheduler_pool_plan import kv_cache_spec
 from sglang.srt.mem_cache.kv_layout import make_segment_layouts
 
 ROOT = Path(__file__).resolve().parents[2]
