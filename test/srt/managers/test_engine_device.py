@@ -33,7 +33,13 @@ def no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def late_tower(path: str, **flags: object) -> Iterator[tuple[DeviceTower, LateRuntime]]:
     runtime = LateRuntime()
-    values = {"device": "cuda", "cuda_graph_max_bs": 6, "kv_segment_size": 256, **flags}
+    values = {
+        "device": "cuda",
+        "attention_backend": "torch_native",
+        "cuda_graph_max_bs": 6,
+        "kv_segment_size": 256,
+        **flags,
+    }
     with tower(path, runtime=runtime, **values) as engine:
         yield engine, runtime
 
