@@ -1,4 +1,4 @@
-"""Attention through FlashInfer's paged wrappers (--attention-backend flashinfer), an optional extra.
+"""Attention through FlashInfer's paged wrappers (--attention-backend flashinfer), optional.
 
 A step becomes *sequences*: runs of query rows at neighbouring positions that see a common stretch
 of keys which ends at the last of them. So windows, chunks and single wanted rows are all sequences
