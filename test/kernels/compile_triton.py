@@ -1,4 +1,4 @@
-"""Compiles the attention kernel for sm_90, which needs no GPU, and prints what came out as JSON.
+"""Compiles kernels for sm_90, which needs no GPU, and prints what came out as JSON.
 
 Run by test_triton_compiles.py as a process of its own, since Triton interprets in the tests':
 
@@ -25,15 +25,26 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sgl_kernel.triton.kernels.attention import merge_parts_kernel, paged_attention_kernel
+from sgl_kernel.triton.kernels.moe import grouped_linear_kernel, sum_pairs_kernel
+from sgl_kernel.triton.kernels.rows import gate_kernel, rms_norm_kernel, route_kernel
+from sgl_kernel.triton.kernels.store import rotate_and_store_kernel
 from sgl_kernel.triton.launch import FP_FUSION, TRITON_TYPES, power_of_two
 
 POINTERS = {
     **dict.fromkeys(("part_ptr", "part_lse_ptr", "lse_ptr", "sinks_ptr"), "*fp32"),
+    **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"),
+    "slots_ptr": "*i64",
+    "experts_ptr": "*i64",
+    **dict.fromkeys(("pairs_ptr", "tile_experts_ptr"), "*i32"),
+    **dict.fromkeys(("total_ptr", "pair_weights_ptr", "weights_ptr", "parts_ptr"), "*fp32"),
+    **dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr", "logits_ptr"), "*bf16"),
+    "residual_ptr": "*fp32",
     **dict.fromkeys(("items_ptr", "origins_ptr", "pages_ptr", "rows_ptr"), "*i32"),
     "table_starts_ptr": "*i64",
 }
-STRIDES = ("q_stride", "k_stride", "v_stride")
-LOADS = r"cp\.async\.c[ag]\.shared\.global|ld\.global[.a-z0-9]*|wgmma\.mma_async|mma\.sync"
+STRIDES = ("q_stride", "k_stride", "v_stride", "x_stride", "residual_stride")
+FLOATS = ("scale", "logit_cap", "eps", "offset", "alpha", "limit")
+LOADS = r"cp\.async\.c[ag]\.shared\.global|(?:ld|st)\.global[.a-z0-9]*|wgmma\.mma_async|mma\.sync"
 
 
 def compile_attention(
@@ -93,6 +104,75 @@ def compile_merge(*, dim: int = 128, sinks: bool = False) -> dict[str, Any]:
     return compiled(merge_parts_kernel, constants, {"out_ptr": "*bf16"}, {"num_warps": 4})
 
 
+def compile_store(
+    *, kv: str = "bfloat16", segmented: bool = False, interleaved: bool = False
+) -> Any:
+    kv_type = TRITON_TYPES[getattr(torch, kv)]
+    constants = {
+        "NUM_HEADS": 40,
+        "KV_HEADS": 8,
+        "HEAD_DIM": 128,
+        "VALUE_DIM": 128,
+        "BLOCK_PAIRS": 64,
+        "BLOCK_E": 128,
+        "BLOCK_HEADS": 8,
+        "ROTATES": True,
+        "INTERLEAVED": interleaved,
+        "SEGMENTED": segmented,
+        "X_TYPE": TRITON_TYPES[torch.bfloat16],
+        "KV_TYPE": kv_type,
+        "LARGEST": 448.0 if kv == "float8_e4m3fn" else 57344.0,
+    }
+    types = {
+        **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_out_ptr"), "*bf16"),
+        **dict.fromkeys(("k_plane_ptr", "v_plane_ptr"), "*i64" if segmented else f"*{kv_type}"),
+    }
+    return compiled(rotate_and_store_kernel, constants, types, {"num_warps": 4})
+
+
+def compile_grouped(*, rows: int = 16, columns: int = 64, scales: bool = False) -> Any:
+    constants = {
+        "OUT": 1536,
+        "IN": 2048,
+        "NUM_EXPERTS": 128,
+        "CHOSEN": 8,
+        "BLOCK_M": rows,
+        "BLOCK_N": columns,
+        "BLOCK_C": 64,
+        "GROUP_M": 8,
+        "BY_TOKEN": True,
+        "HAS_BIAS": False,
+        "SCALES_INPUTS": scales,
+        "SCALES_OUTPUTS": False,
+        "X_TYPE": TRITON_TYPES[torch.bfloat16],
+        "DOT_TYPE": TRITON_TYPES[torch.bfloat16],
+        "PRECISION": "tf32",
+    }
+    options = {"num_warps": 8 if rows >= 128 else 4, "num_stages": 3}
+    return compiled(grouped_linear_kernel, constants, {}, options)
+
+
+def compile_rows(*, name: str) -> Any:
+    kernel, constants = {
+        "norm": (rms_norm_kernel, {"WIDTH": 5120, "BLOCK": 8192, "ADDS": True, "KEEPS": True}),
+        "gate": (gate_kernel, {"WIDTH": 8192, "BLOCK": 1024, "KIND": 0}),
+        "sum": (sum_pairs_kernel, {"WIDTH": 2048, "CHOSEN": 8, "BLOCK": 1024, "NUM_EXPERTS": 128}),
+        "route": (
+            route_kernel,
+            {
+                "NUM_EXPERTS": 128,
+                "BLOCK": 128,
+                "CHOSEN": 8,
+                "SOFTMAX": True,
+                "RENORMALIZE": True,
+                "BLOCK_CHOSEN": 8,
+            },
+        ),
+    }[name]
+    warps = {"norm": 16, "route": 1}.get(name, 4)
+    return compiled(kernel, constants, {}, {"num_warps": warps})
+
+
 def compiled(
     kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, Any]
 ) -> dict[str, Any]:
@@ -101,7 +181,7 @@ def compiled(
         if name in constants:
             signature[name] = "constexpr"
             continue
-        scalar = "fp32" if name in ("scale", "logit_cap") else "i32"
+        scalar = "fp32" if name in FLOATS else "i32"
         signature[name] = {**POINTERS, **types}.get(name, scalar)
         if name.endswith("_ptr") or name in STRIDES:
             aligned[place,] = [["tt.divisibility", 16]]
@@ -129,7 +209,14 @@ def assembled(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "stack_bytes": int(found[2])}
 
 
+KINDS = {
+    "attention": compile_attention,
+    "merge": compile_merge,
+    "store": compile_store,
+    "grouped": compile_grouped,
+    "rows": compile_rows,
+}
+
 if __name__ == "__main__":
     for case in json.loads(sys.argv[1]):
-        kind = compile_merge if case.pop("merge", False) else compile_attention
-        print(json.dumps(kind(**case)))
+        print(json.dumps(KINDS[case.pop("kernel", "attention")](**case)))

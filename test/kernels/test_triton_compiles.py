@@ -1,4 +1,4 @@
-"""The attention kernel compiled for an H100: whether it does, and into what. No GPU is needed."""
+"""The kernels compiled for an H100: whether it does, and into what. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def compile_all(cases: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]
 def test_decode_and_prompts(tmp_path: Path) -> None:
     """K and V come 16 bytes at a time beside the arithmetic, and tensor cores multiply."""
     decode, prompts, merge = compile_all(
-        [{"rows": 16, "segmented": True}, {"rows": 128}, {"merge": True}], tmp_path
+        [{"rows": 16, "segmented": True}, {"rows": 128}, {"kernel": "merge"}], tmp_path
     )
     for made in (decode, prompts, merge):
         assert made["shared_bytes"] <= SHARED_BYTES
@@ -42,6 +42,38 @@ def test_decode_and_prompts(tmp_path: Path) -> None:
     assert decode["instructions"]["mma.sync"]
     assert prompts["instructions"]["cp.async.cg.shared.global"] >= 24
     assert prompts["instructions"]["wgmma.mma_async"]
+
+
+@pytest.mark.slow
+def test_stores(tmp_path: Path) -> None:
+    """No more than registers hold, and whole words are written."""
+    cases: list[dict[str, Any]] = [
+        {"kernel": "store", "kv": kv, "segmented": segmented, "interleaved": interleaved}
+        for kv in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+        for segmented in (False, True)
+        for interleaved in (False, True)
+    ]
+    for case, made in zip(cases, compile_all(cases, tmp_path), strict=True):
+        print(case, made)
+        assert made["stack_bytes"] == 0, case
+        assert any(".v2" in name or ".v4" in name for name in made["instructions"]), case
+
+
+@pytest.mark.slow
+def test_rows_and_grouped_products(tmp_path: Path) -> None:
+    cases: list[dict[str, Any]] = [
+        {"kernel": "grouped", "rows": rows, "columns": columns, "scales": scales}
+        for rows, columns in ((16, 64), (64, 128), (128, 128))
+        for scales in (False, True)
+    ]
+    cases += [{"kernel": "rows", "name": name} for name in ("norm", "gate", "route", "sum")]
+    for case, made in zip(cases, compile_all(cases, tmp_path), strict=True):
+        print(case, made)
+        assert made["shared_bytes"] <= SHARED_BYTES, case
+        assert made["stack_bytes"] == 0, case
+        kinds = made["instructions"]
+        if case["kernel"] == "grouped":
+            assert kinds["mma.sync" if case["rows"] == 16 else "wgmma.mma_async"], case
 
 
 @pytest.mark.slow

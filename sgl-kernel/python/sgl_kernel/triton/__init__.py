@@ -12,11 +12,15 @@ from sgl_kernel.triton.attention import (
     paged_attention,
 )
 from sgl_kernel.triton.launch import check_device, is_interpreted
+from sgl_kernel.triton.moe import GroupedTile, grouped_linear, mixture, sort_pairs
+from sgl_kernel.triton.rows import clamped_gate, gelu_tanh_and_mul, rms_norm, route, silu_and_mul
+from sgl_kernel.triton.store import rotate_and_store, store_kv
 from sgl_kernel.triton.work import Chip, Queries, Sight, Tile, Work, plan_waves, plan_work
 
 __all__ = [
     "Chip",
     "DeviceWork",
+    "GroupedTile",
     "Queries",
     "Segments",
     "Sight",
@@ -24,9 +28,19 @@ __all__ = [
     "Tile",
     "Work",
     "check_device",
+    "clamped_gate",
     "default_tiles",
+    "gelu_tanh_and_mul",
+    "grouped_linear",
     "is_interpreted",
+    "mixture",
     "paged_attention",
     "plan_waves",
     "plan_work",
+    "rms_norm",
+    "rotate_and_store",
+    "route",
+    "silu_and_mul",
+    "sort_pairs",
+    "store_kv",
 ]

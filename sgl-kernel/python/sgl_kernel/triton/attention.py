@@ -59,26 +59,37 @@ class Tables:
 
 @dataclass(frozen=True, slots=True)
 class DeviceWork:
-    """`Work` on the device: per launch its tile and items int32 [W, 8]; merged int32 [*, 4]."""
+    """`Work` on the device: per launch its tile and items int32 [W, 8]; merged int32 [*, 4].
+
+    All are views of `buffer` int32.
+    """
 
     launches: tuple[tuple[Tile, torch.Tensor], ...]
     merged: torch.Tensor
     num_parts: int
+    buffer: torch.Tensor
 
     @classmethod
     def upload(cls, work: Work, device: torch.device) -> DeviceWork:
         """One copy to the device, of all arrays together."""
-        arrays = [launch.items.reshape(-1) for launch in work.launches]
-        host = torch.cat([torch.from_numpy(a) for a in (*arrays, work.merged.reshape(-1))])
-        if device.type == "cuda":
-            host = host.pin_memory()
-        sizes = [*map(len, arrays), work.merged.size]
-        parts = torch.split(host.to(device, non_blocking=True), sizes)
+        sizes = [*(launch.items.size for launch in work.launches), work.merged.size]
+        buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+        *parts, merged = torch.split(buffer, sizes)
         launches = tuple(
             (launch.tile, items.view(-1, ITEM_COLUMNS))
-            for launch, items in zip(work.launches, parts, strict=False)
+            for launch, items in zip(work.launches, parts, strict=True)
         )
-        return cls(launches, parts[-1].view(-1, 4), work.num_parts)
+        made = cls(launches, merged.view(-1, 4), work.num_parts, buffer)
+        made.renew(work)
+        return made
+
+    def renew(self, work: Work) -> None:
+        """Become another work of as many items and merged rows, at the same addresses."""
+        arrays = [*(launch.items for launch in work.launches), work.merged]
+        host = torch.cat([torch.from_numpy(array.reshape(-1)) for array in arrays])
+        if self.buffer.device.type == "cuda":
+            host = host.pin_memory()
+        self.buffer.copy_(host, non_blocking=True)
 
 
 def default_tiles(

@@ -76,6 +76,20 @@ class Work:
     merged: Int32Array
     num_parts: int
 
+    def padded(self, num_items: int, num_merged: int) -> Work:
+        """The same with so many items and merged rows, what is too many empty: for recorded steps.
+
+        Of one launch, as a step of single queries is. Raises ValueError when there is no room.
+        """
+        (launch,) = self.launches
+        if len(launch.items) > num_items or len(self.merged) > num_merged:
+            raise ValueError(f"{len(launch.items)} items do not fit {num_items}")
+        items = np.zeros((num_items, ITEM_COLUMNS), np.int32)
+        items[: len(launch.items)] = launch.items
+        merged = np.zeros((num_merged, 4), np.int32)
+        merged[: len(self.merged)] = self.merged
+        return Work((Launch(launch.tile, items),), merged, num_items)
+
 
 @dataclass(frozen=True, slots=True)
 class Chip:
@@ -83,6 +97,14 @@ class Chip:
 
     programs: int
     min_part_keys: int = 256
+
+    def most_items(self, num_rows: int, kv_heads: int) -> int:
+        """Items of single queries, as long as they have `most_keys` keys in all."""
+        return num_rows + self.programs // kv_heads + 1
+
+    def most_keys(self, kv_heads: int) -> int:
+        """Keys up to which no part is cut by MAX_PART_KEYS that its share would not cut."""
+        return MAX_PART_KEYS * self.programs // kv_heads
 
 
 def plan_work(

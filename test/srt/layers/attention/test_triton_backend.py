@@ -19,7 +19,9 @@ from sglang.srt.errors import InvariantError
 from sglang.srt.layers.attention.registry import get_attention_backend, make_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, check_triton, query_runs
+from sglang.srt.layers.attention.triton_tables import DeviceTables
 from sglang.srt.mem_cache.kv_layout import GroupKind, KVGroupSpec
+from sglang.srt.model_executor.forward_batch_info import BatchGeometry
 from sglang.srt.utils.native import triton_kernels
 from srt.layers.attention.test_torch_native_table import pool_of
 from srt.layers.attention_cases import Case, FakeTable, make_layer, make_spec, make_tables
@@ -125,6 +127,60 @@ def test_a_table_that_is_too_short_is_noticed() -> None:
     plan = backend.plan(Case(spec, [(9, 1)], [short], case.layer).geometry())
     with pytest.raises(InvariantError, match="last token"):
         backend._device_tables(plan, 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("segment_pages", [None, 3])
+@pytest.mark.parametrize("window", [None, 30])
+def test_a_recorded_step_becomes_any_other(window: int | None, segment_pages: int | None) -> None:
+    """The same launches on the same tensors, renewed in place: what a graph replays."""
+    kernels = triton_kernels()
+    assert kernels is not None
+    spec = make_spec(page_size=4)
+    layer = make_layer(spec, window=window)
+    backend = TritonAttnBackend(spec, chip=kernels.Chip(16, 16))
+    renewing = [[(0, 1)] * 4, [(90, 1), (3, 1), (40, 1), (0, 1)], [(7, 1)] * 4, [(200, 1)] * 4]
+    plan, addresses = None, None
+    for number, lengths in enumerate(renewing):
+        tables = make_tables(lengths, 4, [1], seed=number)
+        case = Case(spec, lengths, tables, layer, seed=number, logits_rows=range(4))
+        if segment_pages is not None:
+            case.make_pool = pool_of(segment_pages * 4)
+        geometry = case.geometry()
+        if plan is None:
+            plan = backend.plan_recorded(geometry)
+        else:
+            assert backend.may_record(geometry)
+            backend.renew(plan, geometry)
+        recorded = plan
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "plan", lambda geometry, recorded=recorded: recorded)
+            for pruned in (False, True):
+                found = case.run(backend, pruned=pruned)
+                torch.testing.assert_close(found.double(), case.reference(), rtol=0, atol=4e-6)
+        made = [
+            *(t.data_ptr() for x in plan.tables.values() for t in (x.pages, x.starts, x.origins)),
+            *(work.buffer.data_ptr() for (work,) in plan.works.values()),
+            *(len(work.launches[0][1]) for (work,) in plan.works.values()),
+        ]
+        addresses = addresses or made
+        assert made == addresses
+
+
+def test_what_can_not_be_recorded() -> None:
+    kernels = triton_kernels()
+    assert kernels is not None
+    spec = make_spec(page_size=64)
+
+    def geometry(lengths: list[tuple[int, int]]) -> BatchGeometry:
+        return Case(spec, lengths, make_tables(lengths, 64, []), make_layer(spec)).geometry()
+
+    backend = TritonAttnBackend(spec, chip=kernels.Chip(2, 16))
+    assert backend.may_record(geometry([((1 << 18) - 1, 1)]))
+    assert not backend.may_record(geometry([(1 << 18, 1)]))  # another part than its share
+    assert not backend.may_record(geometry([(5, 1), (5, 2)]))
+    backend._tables[0] = DeviceTables(torch.device("cpu"), capacity=200)
+    assert backend.may_record(geometry([(5, 1)] * 3))
+    assert not backend.may_record(geometry([(5, 1)] * 4))  # tables might have to move
 
 
 def test_an_empty_batch() -> None:

@@ -63,6 +63,15 @@ def test_ranges_of_ended_requests_are_used_again() -> None:
     assert len(tables.pages) == 1024
 
 
+def test_tables_of_one_step_leave_nothing_behind() -> None:
+    """Rows of padding come with an array of their own in each step."""
+    tables = DeviceTables(CPU, capacity=256)
+    for _ in range(100):
+        dump = BlockTableSnapshot(np.zeros(1, np.int32), 0, (0, 16), 16)
+        check(tables, [dump, dump])
+    assert tables.moves == 0
+
+
 def test_more_than_the_capacity_moves_all() -> None:
     tables = DeviceTables(CPU, capacity=256)
     held = []

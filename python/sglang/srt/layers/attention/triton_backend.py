@@ -22,6 +22,7 @@ from sglang.srt.layers.attention.triton_tables import DeviceTables
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
+from sglang.srt.utils.device import upload
 from sglang.srt.utils.native import triton_kernels
 
 # Programs for each multiprocessor: two or three run at a time, and more even out.
@@ -59,19 +60,32 @@ class WorkKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TritonPlan:
-    """A step's lengths and tables, and what was made of them so far on the worker's thread."""
+    """A step's lengths and tables, and what was made of them so far on the worker's thread.
+
+    `recorded`: what stands on the device has room for any step that may be recorded.
+    """
 
     geometry: BatchGeometry
+    recorded: bool = False
     tables: dict[int, Any] = field(default_factory=dict)  # group -> Tables
     works: dict[WorkKey, tuple[Any, ...]] = field(default_factory=dict)  # DeviceWork of each wave
 
 
 @dataclass(slots=True)
 class _Pointers:
-    """A segment table's addresses on the device, as of so many changes of the host's."""
+    """A segment table's addresses on the device, as of so many changes of the plane's."""
 
+    plane: SegmentPlane
     tensor: torch.Tensor
-    changes: int
+    changes: int = -1
+
+    def refresh(self) -> None:
+        """Upload what changed, to the same place."""
+        changes = self.plane.changes  # read first: what changes meanwhile is uploaded next time
+        if self.changes != changes:
+            (moved,) = upload([self.plane.pointers], self.tensor.device)
+            self.tensor.copy_(moved)
+            self.changes = changes
 
 
 class TritonAttnBackend(AttentionBackend):
@@ -82,6 +96,7 @@ class TritonAttnBackend(AttentionBackend):
 
     name: ClassVar[str] = "triton"
     preferred_page_size: ClassVar[int] = 64
+    records_steps: ClassVar[bool] = True
 
     def __init__(
         self, spec: KVCacheSpec, *, chip: Any = None, part_bytes: int = _PART_BYTES
@@ -99,6 +114,34 @@ class TritonAttnBackend(AttentionBackend):
     def plan(self, geometry: BatchGeometry) -> TritonPlan:
         """Hold the geometry; the rest follows when layers of new shapes ask."""
         return TritonPlan(geometry)
+
+    def plan_recorded(self, geometry: BatchGeometry) -> TritonPlan:
+        """See `AttentionBackend`: arrays of fixed size, in which unused items are empty."""
+        return TritonPlan(geometry, recorded=True)
+
+    def may_record(self, geometry: BatchGeometry) -> bool:
+        """See `AttentionBackend`: one token for each request, as long as tables need not move."""
+        if self._chip is None or not (geometry.extend_seq_lens == 1).all():
+            return False
+        most = self._chip.most_keys(self.spec.kv_heads)
+        views = geometry.block_tables
+        return int(geometry.seq_lens.sum()) <= most and all(
+            tables.holds(views[group]) for group, tables in self._tables.items()
+        )
+
+    def renew(self, plan: TritonPlan, geometry: BatchGeometry) -> None:
+        """See `AttentionBackend.renew`."""
+        for group, tables in plan.tables.items():
+            pages, starts, origins = self._located(geometry, group, tables.pages.device)
+            if pages is not tables.pages:
+                raise InvariantError("block tables moved under a recorded step")
+            tables.starts.copy_(starts)
+            tables.origins.copy_(origins)
+        for key, (work,) in plan.works.items():
+            (new,) = self._plan_waves(geometry, key, work.buffer.device, recorded=True)
+            work.renew(new)
+        for pointers in self._pointers.values():
+            pointers.refresh()
 
     def forward(
         self,
@@ -139,12 +182,10 @@ class TritonAttnBackend(AttentionBackend):
         pointers = plane.pointers
         if device.type != "cpu":
             held = self._pointers.get(id(plane))
-            changes = plane.changes  # read first: what changes meanwhile is uploaded next time
             if held is None:
-                held = self._pointers[id(plane)] = _Pointers(pointers.to(device), changes)
-            elif held.changes != changes:
-                held.tensor.copy_(pointers.pin_memory(), non_blocking=True)
-                held.changes = changes
+                tensor = torch.empty_like(pointers, device=device)
+                held = self._pointers[id(plane)] = _Pointers(plane, tensor)
+            held.refresh()
             pointers = held.tensor
         _, kv_heads, width = plane.shape
         return self._kernels.Segments(
@@ -153,23 +194,26 @@ class TritonAttnBackend(AttentionBackend):
 
     def _device_tables(self, plan: TritonPlan, group: int, device: torch.device) -> Any:
         if group not in plan.tables:
-            geometry = plan.geometry
-            views = geometry.block_tables[group]
-            origins = np.array([view.first_position for view in views], np.int64)
-            lens = np.array([len(view.page_ids) for view in views], np.int64)
-            if (origins + lens * geometry.page_size < geometry.seq_lens).any():
-                raise InvariantError("a block table does not reach its request's last token")
-            if group not in self._tables:
-                self._tables[group] = DeviceTables(device)
-            tables = self._tables[group]
-            starts = torch.from_numpy(tables.update(views))
-            plan.tables[group] = self._kernels.Tables(
-                tables.pages,
-                starts.to(device),
-                torch.from_numpy(origins.astype(np.int32)).to(device),
-                geometry.page_size,
-            )
+            located = self._located(plan.geometry, group, device)
+            plan.tables[group] = self._kernels.Tables(*located, plan.geometry.page_size)
         return plan.tables[group]
+
+    def _located(
+        self, geometry: BatchGeometry, group: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All page ids, where each table's begin and at which position; the new ids uploaded."""
+        views = geometry.block_tables[group]
+        origins = np.array([view.first_position for view in views], np.int64)
+        lens = np.array([len(view.page_ids) for view in views], np.int64)
+        if (origins + lens * geometry.page_size < geometry.seq_lens).any():
+            raise InvariantError("a block table does not reach its request's last token")
+        if group not in self._tables:
+            self._tables[group] = DeviceTables(device)
+        tables = self._tables[group]
+        starts = torch.from_numpy(tables.update(views))
+        first = torch.from_numpy(origins.astype(np.int32))
+        moved = upload([starts, first], device)
+        return tables.pages, moved[0], moved[1]
 
     def _works(
         self,
@@ -193,13 +237,16 @@ class TritonAttnBackend(AttentionBackend):
         )
         if key not in plan.works:
             upload = self._kernels.DeviceWork.upload
-            waves = self._plan_waves(plan.geometry, key, q.device)
+            waves = self._plan_waves(plan.geometry, key, q.device, recorded=plan.recorded)
             plan.works[key] = tuple(upload(work, q.device) for work in waves)
         return plan.works[key]
 
     def _plan_waves(
-        self, geometry: BatchGeometry, key: WorkKey, device: torch.device
+        self, geometry: BatchGeometry, key: WorkKey, device: torch.device, *, recorded: bool
     ) -> tuple[Any, ...]:
+        num_rows = len(geometry.seq_lens)
+        chip = self._chip_of(device)
+        num_items = chip.most_items(num_rows, key.kv_heads)
         per_group = key.num_heads // key.kv_heads
         small, large = self._kernels.default_tiles(
             key.head_dim, key.v_head_dim, per_group, key.dtype
@@ -212,10 +259,10 @@ class TritonAttnBackend(AttentionBackend):
             kv_heads=key.kv_heads,
             small=small,
             large=large,
-            chip=self._chip_of(device),
-            max_part_rows=max(1, self._part_bytes // row_bytes),
+            chip=chip,
+            max_part_rows=num_items if recorded else max(1, self._part_bytes // row_bytes),
         )
-        return waves
+        return tuple(work.padded(num_items, num_rows) for work in waves) if recorded else waves
 
     def _chip_of(self, device: torch.device) -> Any:
         if self._chip is None:

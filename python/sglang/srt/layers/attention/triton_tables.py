@@ -9,6 +9,7 @@ worker's thread; never changes a host table. See docs/gpu.md, Note [Device table
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -18,12 +19,21 @@ import numpy.typing as npt
 import torch
 
 from sglang.srt.model_executor.forward_batch_info import BlockTableView
+from sglang.srt.utils.device import upload
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 _FIRST_IDS: Final = 64  # the smallest range
 _ID_BYTES: Final = 4
+
+
+class _Owner(weakref.ref[Int32Array]):
+    """A host range's array, which it does not keep; `number` is the array's id."""
+
+    __slots__ = ("number",)
+
+    number: int
 
 
 @dataclass(slots=True)
@@ -33,7 +43,7 @@ class _Mirror:
     `source` is the array that owns the range; there is room for `room` ids.
     """
 
-    source: weakref.ref[Int32Array]
+    source: _Owner
     place: int
     room: int
     begin: int
@@ -60,6 +70,7 @@ class DeviceTables:
         self._mirrors: dict[int, _Mirror] = {}
         self._free: dict[int, list[int]] = {}  # places of returned ranges, by their room
         self._leaving: list[_Mirror] = []  # returned in this update, which may have named them
+        self._ended: deque[_Owner] = deque()  # arrays that are no more; any thread ends one
         self._fresh = 0
 
     def update(self, views: Sequence[BlockTableView]) -> Int64Array:
@@ -67,30 +78,27 @@ class DeviceTables:
         for mirror in self._leaving:
             self._free.setdefault(mirror.room, []).append(mirror.place)
         self._leaving.clear()
-        upload = _Upload()
-        starts = np.fromiter((self._locate(view.page_ids, upload) for view in views), np.int64)
-        self._send(upload)
+        self._collect()
+        new = _Upload()
+        starts = np.fromiter((self._locate(view.page_ids, new) for view in views), np.int64)
+        self._send(new)
         return starts
 
-    def _locate(self, ids: Int32Array, upload: _Upload) -> int:
+    def _locate(self, ids: Int32Array, new: _Upload) -> int:
         if not len(ids):
             return 0
         owner = ids if ids.base is None or not isinstance(ids.base, np.ndarray) else ids.base
         begin = (ids.ctypes.data - owner.ctypes.data) // _ID_BYTES
         end = begin + len(ids)
         mirror = self._mirrors.get(id(owner))
-        if mirror is not None and mirror.source() is not owner:
-            self._forget(id(owner))  # the range is gone, another array has its number
-            mirror = None
-        if mirror is None:
+        if mirror is None or mirror.source() is not owner:  # or another array had this number
             mirror = self._take(owner, begin, len(ids))
         if not mirror.begin <= begin <= mirror.end or end - mirror.begin > mirror.room:
-            self._leaving.append(mirror)
             mirror = self._take(owner, begin, len(ids))
         first = mirror.end
         if end > first:
-            upload.ids.append(ids[first - begin :])
-            upload.places.append(mirror.place + first - mirror.begin)
+            new.ids.append(ids[first - begin :])
+            new.places.append(mirror.place + first - mirror.begin)
             mirror.end = end
         return mirror.place + begin - mirror.begin
 
@@ -99,13 +107,15 @@ class DeviceTables:
         while room < 2 * count:  # twice, so that what is copied is paid for by what was appended
             room *= 2
         place = self._place(room)
-        mirror = _Mirror(weakref.ref(owner), place, room, begin, begin)
-        self._mirrors[id(owner)] = mirror
+        source = _Owner(owner, self._ended.append)
+        source.number = id(owner)
+        mirror = _Mirror(source, place, room, begin, begin)
+        if source.number in self._mirrors:
+            self._leaving.append(self._mirrors[source.number])
+        self._mirrors[source.number] = mirror
         return mirror
 
     def _place(self, room: int) -> int:
-        if not self._free.get(room) and self._fresh + room > len(self.pages):
-            self._collect()
         returned = self._free.get(room)
         if returned:
             return returned.pop()
@@ -119,28 +129,25 @@ class DeviceTables:
 
     def _collect(self) -> None:
         """Take back the ranges of host ranges that are no more."""
-        for number in [n for n, mirror in self._mirrors.items() if mirror.source() is None]:
-            self._forget(number)
+        while self._ended:
+            owner = self._ended.popleft()
+            mirror = self._mirrors.get(owner.number)
+            if mirror is not None and mirror.source is owner:
+                del self._mirrors[owner.number]
+                self._free.setdefault(mirror.room, []).append(mirror.place)
 
-    def _forget(self, number: int) -> None:
-        mirror = self._mirrors.pop(number)
-        self._free.setdefault(mirror.room, []).append(mirror.place)
+    def holds(self, views: Sequence[BlockTableView]) -> bool:
+        """Whether `update` with these finds room without moving, whatever of them is here."""
+        wanted = sum(max(_FIRST_IDS, 4 * len(view.page_ids)) for view in views)
+        return self._fresh + wanted <= len(self.pages)
 
-    def _send(self, upload: _Upload) -> None:
-        if not upload.ids:
+    def _send(self, new: _Upload) -> None:
+        if not new.ids:
             return
-        counts = np.array([len(ids) for ids in upload.ids])
+        counts = np.array([len(ids) for ids in new.ids])
         self.uploaded_ids += int(counts.sum())
-        ids = torch.from_numpy(np.concatenate(upload.ids))
-        if len(counts) == 1:
-            place = upload.places[0]
-            self.pages[place : place + len(ids)].copy_(self._moved(ids), non_blocking=True)
-            return
-        shifts = np.array(upload.places) - (np.cumsum(counts) - counts)
+        ids = torch.from_numpy(np.concatenate(new.ids))
+        shifts = np.array(new.places) - (np.cumsum(counts) - counts)
         places = torch.from_numpy(np.repeat(shifts, counts) + np.arange(len(ids)))
-        self.pages.index_copy_(0, self._moved(places), self._moved(ids))
-
-    def _moved(self, host: torch.Tensor) -> torch.Tensor:
-        if self.pages.device.type == "cpu":
-            return host
-        return host.pin_memory().to(self.pages.device, non_blocking=True)
+        there, moved = upload([places, ids], self.pages.device)
+        self.pages.index_copy_(0, there, moved)

@@ -1,0 +1,209 @@
+"""Mixtures of experts on a GPU: pairs sorted by expert, two launches of products, one sum.
+
+What is computed is what `Experts` in sglang.srt.layers.moe does. Nothing waits for the device:
+shapes depend on the number of tokens alone, so a step can be captured in a graph. See docs/gpu.md,
+Note [Grouped products]. Not yet run on a GPU.
+
+Legend: T tokens, E experts, K experts of a token, H hidden width, I an expert's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from sgl_kernel.library import KernelError
+from sgl_kernel.triton.kernels.moe import grouped_linear_kernel, sum_pairs_kernel
+from sgl_kernel.triton.launch import (
+    FP_FUSION,
+    TRITON_TYPES,
+    check_device,
+    is_interpreted,
+    power_of_two,
+)
+from sgl_kernel.triton.rows import silu_and_mul
+
+_SUM_COLUMNS = 1024
+
+
+class Pairs(NamedTuple):
+    """Pairs of token and expert, by expert, in tiles of `block` rows of one expert each.
+
+    `order` int32 [tiles * block]: pair t * K + i is token t's i-th expert, T * K is padding.
+    `tile_experts` int32 [tiles], E for tiles that are left over.
+    """
+
+    order: torch.Tensor
+    tile_experts: torch.Tensor
+    block: int
+    num_tokens: int
+    num_chosen: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedTile:
+    """Sizes of a product's launch: rows, output features and input features, powers of two."""
+
+    rows: int
+    columns: int
+    depth: int
+
+
+def default_grouped_tile(num_pairs: int, num_experts: int, dtype: torch.dtype) -> GroupedTile:
+    """A tile about as high as an expert has rows. Chosen by arithmetic, not by measurement."""
+    rows = min(128, max(16, power_of_two(-(-num_pairs // num_experts))))
+    depth = 128 // dtype.itemsize
+    return GroupedTile(rows, 128 if rows >= 64 else 64, depth)
+
+
+def sort_pairs(experts: torch.Tensor, num_experts: int, block: int) -> Pairs:
+    """Sort the pairs of experts int64 [T, K] by expert, each expert's rows padded to tiles.
+
+    The number of tiles is the largest that T, K and E allow, whatever was chosen; within an expert
+    tokens stay in order.
+    """
+    flat = experts.flatten()
+    num_pairs, device = len(flat), experts.device
+    num_tiles = -(-num_pairs // block) + min(num_experts, num_pairs)
+    by_expert, order = torch.sort(flat, stable=True)
+    ones = torch.ones_like(flat)
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
+    counts.scatter_add_(0, flat, ones)
+    tiles = (counts + block - 1) // block
+    ends = torch.cumsum(tiles, 0)
+    first_rows = (ends - tiles) * block
+    before = torch.cumsum(counts, 0) - counts
+    places = first_rows[by_expert] + torch.arange(num_pairs, device=device) - before[by_expert]
+    placed = torch.full((num_tiles * block,), num_pairs, dtype=torch.int32, device=device)
+    placed.scatter_(0, places, order.to(torch.int32))
+    numbers = torch.arange(num_tiles, device=device)
+    tile_experts = torch.searchsorted(ends, numbers, right=True).to(torch.int32)
+    return Pairs(placed, tile_experts, block, *experts.shape)
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    pairs: Pairs,
+    tile: GroupedTile,
+    *,
+    bias: torch.Tensor | None = None,
+    scale_inputs: torch.Tensor | None = None,
+    scale_outputs: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """x times the transposed weight of each pair's expert: [T * K, N] in the order of pairs.
+
+    `x` [T, C], a token's row for all its experts, or [T * K, C], a row a pair; `weight` [E, N, C]
+    and `bias` [E, N]. Scales float32 [T, K] multiply a pair's inputs, rounded to x's type, or its
+    outputs. Products are summed in float32. Raises KernelError for shapes that do not fit.
+    """
+    check_device(x)
+    num_experts, width, depth = weight.shape
+    scales = scale_outputs if scale_inputs is None else scale_inputs
+    if scale_inputs is not None and scale_outputs is not None:
+        raise KernelError("weights of the pairs multiply inputs or outputs, not both")
+    if x.shape[1] != depth or x.stride(1) != 1 or not weight.is_contiguous():
+        raise KernelError(f"x {tuple(x.shape)} does not fit weights {tuple(weight.shape)}")
+    if pairs.block != tile.rows or x.dtype != weight.dtype:
+        raise KernelError(f"tiles of {pairs.block} and {tile.rows}, {x.dtype} and {weight.dtype}")
+    num_pairs = pairs.num_tokens * pairs.num_chosen
+    if len(x) not in (pairs.num_tokens, num_pairs):
+        raise KernelError(f"{len(x)} rows for {pairs.num_tokens} x {pairs.num_chosen} pairs")
+    out = torch.empty((num_pairs, width), dtype=out_dtype or x.dtype, device=x.device)
+    if not num_pairs:
+        return out
+    columns = -(-width // tile.columns)
+    grouped_linear_kernel[(len(pairs.tile_experts) * columns,)](
+        x,
+        weight,
+        bias,
+        out,
+        pairs.order,
+        pairs.tile_experts,
+        scales,
+        num_pairs,
+        x.stride(0),
+        OUT=width,
+        IN=depth,
+        NUM_EXPERTS=num_experts,
+        CHOSEN=pairs.num_chosen,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_C=tile.depth,
+        GROUP_M=8,
+        BY_TOKEN=len(x) != num_pairs,
+        HAS_BIAS=bias is not None,
+        SCALES_INPUTS=scale_inputs is not None,
+        SCALES_OUTPUTS=scale_outputs is not None,
+        X_TYPE=TRITON_TYPES[x.dtype],
+        DOT_TYPE=TRITON_TYPES[torch.float32 if is_interpreted() else x.dtype],
+        PRECISION="ieee" if x.dtype is torch.float32 else "tf32",
+        num_warps=8 if tile.rows >= 128 else 4,
+        num_stages=3,
+        **FP_FUSION,
+    )
+    return out
+
+
+def mixture(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    activation: Callable[[torch.Tensor], torch.Tensor] = silu_and_mul,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    scale_inputs: bool = False,
+    out_dtype: torch.dtype | None = None,
+    tile: GroupedTile | None = None,
+) -> torch.Tensor:
+    """The weighted sum of each token's experts, down(activation(gate_up(x))): x [T, H] to [T, H].
+
+    `experts` int64 [T, K], different ones for a token, with `weights` float32 [T, K];
+    `gate_up` [E, 2 I, H], `down` [E, H, I], biases [E, 2 I] and [E, H]. `scale_inputs`: weights
+    multiply what an expert gets, not what it gives. What experts give is added up in float32, the
+    lowest expert first, and comes in `out_dtype` (None: x's).
+    """
+    num_experts = len(gate_up)
+    num_tokens, num_chosen = experts.shape
+    if tile is None:
+        tile = default_grouped_tile(experts.numel(), num_experts, x.dtype)
+    pairs = sort_pairs(experts, num_experts, tile.rows)
+    hidden = grouped_linear(
+        x,
+        gate_up,
+        pairs,
+        tile,
+        bias=gate_up_bias,
+        scale_inputs=weights if scale_inputs else None,
+    )
+    parts = grouped_linear(
+        activation(hidden),
+        down,
+        pairs,
+        tile,
+        bias=down_bias,
+        scale_outputs=None if scale_inputs else weights,
+        out_dtype=torch.float32,
+    )
+    width = down.shape[1]
+    out = torch.empty((num_tokens, width), dtype=out_dtype or x.dtype, device=x.device)
+    if num_tokens:
+        block = min(_SUM_COLUMNS, power_of_two(width))
+        sum_pairs_kernel[(num_tokens, -(-width // block))](
+            parts,
+            experts,
+            out,
+            WIDTH=width,
+            CHOSEN=num_chosen,
+            BLOCK=block,
+            NUM_EXPERTS=num_experts,
+            **FP_FUSION,
+        )
+    return out

@@ -1,0 +1,137 @@
+"""New K and V to their slots, rotated on the way: one launch a layer.
+
+The model's own rotation and the pool's store do the same in many; see docs/gpu.md, Note [Fused
+rows]. Not yet run on a GPU.
+
+Legend: T tokens, H query heads, G kv heads, D head dim, E value dim, S slots.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sgl_kernel.library import KernelError
+from sgl_kernel.triton.attention import Segments
+from sgl_kernel.triton.kernels.store import rotate_and_store_kernel
+from sgl_kernel.triton.launch import FP_FUSION, TRITON_TYPES, check_device, power_of_two
+
+_HEADS = 8  # of a program
+
+
+def rotate_and_store(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    k_plane: torch.Tensor | Segments,
+    v_plane: torch.Tensor | Segments,
+    *,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """Rotated q [T, H * D] as a new tensor; slot slots[t] gets rotated k[t] and v[t].
+
+    `k` [T, G * D] and `v` [T, G * E] of q's type, `cos` and `sin` float32 [T, D] (the sine's first
+    half, or the first of each pair when `interleaved`, negated), `slots` int64 [T], distinct but
+    for padding rows. Planes [S, G, D] and [S, G, E] as attention reads them. Numbers are rounded
+    to q's type, then to the planes'; beyond fp8's largest they become that. Raises KernelError
+    for shapes and types that are not served.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _launch(q, k, v, (cos, sin), slots, k_plane, v_plane, out, interleaved)
+    return out
+
+
+def store_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor,
+    k_plane: torch.Tensor | Segments,
+    v_plane: torch.Tensor | Segments,
+) -> None:
+    """Slot slots[t] gets k[t] and v[t]; as `rotate_and_store` without a rotation."""
+    _launch(k[:, :0], k, v, None, slots, k_plane, v_plane, k, False)
+
+
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    slots: torch.Tensor,
+    k_plane: torch.Tensor | Segments,
+    v_plane: torch.Tensor | Segments,
+    out: torch.Tensor,
+    interleaved: bool,
+) -> None:
+    check_device(k)
+    kv_heads, head_dim = _shape(k_plane)
+    v_heads, v_head_dim = _shape(v_plane)
+    tokens, rotates = len(k), angles is not None
+    num_heads = q.shape[1] // head_dim
+    fits = (
+        k.shape == (tokens, kv_heads * head_dim)
+        and v.shape == (tokens, kv_heads * v_head_dim)
+        and q.shape == (tokens, num_heads * head_dim)
+        and v_heads == kv_heads
+        and head_dim % 2 == 0
+        and len(slots) == tokens
+    )
+    if not fits:
+        raise KernelError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} don't fit planes of "
+            f"{kv_heads} heads of {head_dim} and {v_head_dim}"
+        )
+    if not q.dtype == k.dtype == v.dtype or k.dtype not in TRITON_TYPES:
+        raise KernelError(f"q, k and v must be of one type, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if max(x.stride(-1) for x in (q, k, v)) != 1:
+        raise KernelError("the elements of a row must lie side by side")
+    cos, sin = (k, k) if angles is None else angles
+    if rotates and not (cos.is_contiguous() and sin.is_contiguous()):
+        raise KernelError("cosines and sines must be contiguous")
+    if not tokens:
+        return
+    kv_blocks = -(-kv_heads // _HEADS)
+    blocks = 2 * kv_blocks + (-(-num_heads // _HEADS) if rotates else 0)
+    is_fp8 = k_plane.dtype.itemsize == 1
+    segmented = isinstance(k_plane, Segments)
+    rotate_and_store_kernel[(tokens, blocks)](
+        q,
+        k,
+        v,
+        out,
+        cos,
+        sin,
+        slots,
+        k_plane.pointers if isinstance(k_plane, Segments) else k_plane,
+        v_plane.pointers if isinstance(v_plane, Segments) else v_plane,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        k_plane.slots if isinstance(k_plane, Segments) else 1,
+        NUM_HEADS=num_heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=v_head_dim,
+        BLOCK_PAIRS=power_of_two(head_dim // 2),
+        BLOCK_E=power_of_two(v_head_dim),
+        BLOCK_HEADS=_HEADS,
+        ROTATES=rotates,
+        INTERLEAVED=interleaved,
+        SEGMENTED=segmented,
+        X_TYPE=TRITON_TYPES[k.dtype],
+        KV_TYPE=TRITON_TYPES[k_plane.dtype],
+        LARGEST=torch.finfo(k_plane.dtype).max if is_fp8 else 0.0,
+        num_warps=4,
+        **FP_FUSION,
+    )
+
+
+def _shape(plane: torch.Tensor | Segments) -> tuple[int, int]:
+    if isinstance(plane, Segments):
+        return plane.kv_heads, plane.width
+    heads, width = plane.shape[1:]
+    if plane.stride() != (heads * width, width, 1):
+        raise KernelError(f"a plane with strides {plane.stride()} is not contiguous")
+    return heads, width
