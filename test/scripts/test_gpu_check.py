@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_check(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(str(ROOT / part) for part in ("python", "scripts"))
+    path = os.pathsep.join(str(ROOT / part) for part in ("python", "scripts", "sgl-kernel/python"))
     return subprocess.run(
         [sys.executable, "-m", "gpu_check", "--out", str(out), *arguments],
         capture_output=True,

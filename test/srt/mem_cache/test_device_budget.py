@@ -70,7 +70,6 @@ def test_what_a_step_takes_beside() -> None:
         step_allocations(
             num_rows=100,
             graph_rows=8,
-            graph_sizes=4,
             num_groups=2,
             max_pages=(1000, 50),
             vocab_size=1000,
@@ -79,4 +78,4 @@ def test_what_a_step_takes_beside() -> None:
     assert found["block tables"] == 2 * 8 * 1050
     assert found["inputs of graphs"] == 8 * 8 * 4
     assert found["relay of tokens"] == 800
-    assert found["logits and sampling"] == 1000 * 8 * (8 + 32)
+    assert found["logits and sampling"] == 1000 * 8 * (4 + 32)

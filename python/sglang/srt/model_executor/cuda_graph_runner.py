@@ -176,6 +176,7 @@ class CudaGraphRunner:
         self._empty = empty_geometry(num_groups, page_size)
         self._inputs = StepInputs(max(self._sizes), num_groups, runtime.device)
         self._graphs: dict[int, _Graph] = {}
+        self._logits: torch.Tensor | None = None  # of all graphs: one is read before the next
         self.num_replays = 0
 
     @property
@@ -237,7 +238,9 @@ class CudaGraphRunner:
         def step() -> torch.Tensor:
             batch = self._inputs.batch(size, geometry, self._pool, self._backend, plan)
             logits: torch.Tensor = self._model.lm_head(self._model(batch))
-            return logits.float()
+            if self._logits is None:  # in a warm-up of the largest size
+                self._logits = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+            return self._logits[:size].copy_(logits)
 
         for _ in range(_WARM_UPS):
             step()
