@@ -124,6 +124,16 @@ def test_a_stage_that_does_not_end_stops_nobody_else(
     assert report["records"][0]["reason"] == "the stage ended with status 1"
 
 
+def test_what_a_stage_leaves_running_is_ended(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    script = f"sleep 600 & echo $! > {told}; exit 0"
+    process = subprocess.Popen(["/bin/sh", "-c", script], start_new_session=True)
+    process.wait()
+    gpu_check.end_group(process)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(told.read_text()), 0)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3, 4, 5, 6])
 def test_every_stage_runs_on_a_cpu_with_tiny_sizes(stage: int, tmp_path: Path) -> None:
     done = run_check(tmp_path, "--stage", str(stage), "--dry-run-cpu")
