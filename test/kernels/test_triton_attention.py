@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -149,3 +154,16 @@ def test_a_cpu_is_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(launch, "is_interpreted", lambda: False)
     with pytest.raises(KernelError, match="TRITON_INTERPRET=1"):
         Case([(20, 1)]).run(small=SMALL, large=LARGE)
+
+
+def test_the_package_does_without_the_native_library(tmp_path: Path) -> None:
+    source = Path(launch.__file__).parents[1]
+    for file in (*source.glob("*.py"), *source.glob("triton/**/*.py")):
+        target = tmp_path / "sgl_kernel" / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import sgl_kernel.triton as t\n"
+    code += "print(t.__file__, callable(t.paged_attention))"
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.split() == [str(tmp_path / "sgl_kernel/triton/__init__.py"), "True"]

@@ -21,7 +21,6 @@ from sgl_kernel.triton import (
 )
 
 ALL = Sight()
-CPU = torch.device("cpu")
 SMALL, LARGE = Tile(16, 16), Tile(32, 16)
 BUSY = Chip(programs=1, min_part_keys=1 << 20)  # no splits but those of the bound
 IDLE = Chip(programs=1 << 20, min_part_keys=16)  # every range of keys is split
@@ -32,7 +31,8 @@ class Case:
     """Requests of (prefix, extend) tokens with random K and V, NaN where no token stands.
 
     `heads` is (query heads, kv heads), `dims` (head dim, value dim). `dropped[i]` pages of request
-    i's head are in no table. `segment_pages`: the planes lie in segments of so many pages.
+    i's head are in no table. `segment_pages`: the planes lie in segments of so many pages. All of
+    it lies on `device`, made from the same numbers on every one.
     """
 
     lengths: Sequence[tuple[int, int]]
@@ -44,6 +44,7 @@ class Case:
     dropped: Sequence[int] = ()
     segment_pages: int | None = None
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -59,16 +60,12 @@ class Case:
         ids = order.astype(np.int32)
         starts = np.cumsum(pages) - pages
         origins = np.array(self.dropped, np.int32) * self.page_size
-        self.tables = Tables(
-            torch.from_numpy(ids),
-            torch.from_numpy(starts),
-            torch.from_numpy(origins),
-            self.page_size,
-        )
+        arrays = (torch.from_numpy(array).to(self.device) for array in (ids, starts, origins))
+        self.tables = Tables(*arrays, self.page_size)
         self.q = torch.randn(
             sum(e for _, e in self.lengths), num_heads, widths[0], generator=generator
         )
-        self.q = self.q.to(computed)
+        self.q = self.q.to(computed).to(self.device)
         per_segment = (self.segment_pages or 1) * self.page_size
         slots = -(-(sum(pages) + 1) * self.page_size // per_segment) * per_segment
         self.planes, self.tokens = [], []
@@ -82,7 +79,7 @@ class Case:
                 loc = torch.from_numpy(page * self.page_size + at % self.page_size)
                 plane.view(torch.uint8)[loc] = tokens[origin:].view(torch.uint8)
                 made.append(tokens)
-            self.planes.append(plane)
+            self.planes.append(plane.to(self.device))
             self.tokens.append(made)
         self.parts = [[part.clone() for part in plane.split(per_segment)] for plane in self.planes]
 
@@ -93,7 +90,7 @@ class Case:
             plane.view(torch.uint8).fill_(255)  # what is read from here shows
         return [
             Segments(
-                torch.tensor([part.data_ptr() for part in parts]),
+                torch.tensor([part.data_ptr() for part in parts], device=self.device),
                 self.dtype,
                 self.heads[1],
                 width,
@@ -133,13 +130,14 @@ class Case:
             chip=chip,
         )
         k, v = self.memory()
-        out = torch.full((*self.q.shape[:2], self.dims[1]), float("nan"), dtype=self.q.dtype)
+        shape = (*self.q.shape[:2], self.dims[1])
+        out = torch.full(shape, float("nan"), dtype=self.q.dtype, device=self.device)
         return paged_attention(
             self.q,
             k,
             v,
             self.tables,
-            DeviceWork.upload(work, CPU),
+            DeviceWork.upload(work, torch.device(self.device)),
             sight,
             scale=self.dims[0] ** -0.5,
             logit_cap=logit_cap,
@@ -155,7 +153,7 @@ class Case:
         outs, lses, row = [], [], 0
         num_heads, kv_heads = self.heads
         for (prefix, extend), k, v in zip(self.lengths, *self.tokens, strict=True):
-            q = self.q[row : row + extend].double().transpose(0, 1)
+            q = self.q[row : row + extend].cpu().double().transpose(0, 1)
             row += extend
             keys, values = (
                 x.double().transpose(0, 1).repeat_interleave(num_heads // kv_heads, 0)

@@ -79,12 +79,11 @@ class RadixAttention(nn.Module):
         k and v.
         """
         backend: AttentionBackend = forward_batch.attn_backend
-        loc = forward_batch.out_cache_loc[backend.group_of_layer[self.layer_id]]
-        forward_batch.token_to_kv_pool.set_kv_buffer(
-            self.layer_id,
-            loc,
+        backend.store(
             k.view(-1, self.num_kv_heads, self.head_dim),
             v.view(-1, self.num_kv_heads, self.v_head_dim),
+            self,
+            forward_batch,
         )
         heads = q.view(-1, self.num_heads, self.head_dim)
         return backend.forward(heads, self, forward_batch, rows_pruned=rows_pruned)

@@ -165,27 +165,31 @@ def plan_waves(
     One is enough unless many queries have keys for several sums each (a chunk of a prompt behind a
     million tokens). A single query is not cut further.
     """
-    tiles = {"group": group, "kv_heads": kv_heads, "small": small, "large": large}
-    work = plan_work(queries, sight, **tiles, chip=chip)  # type: ignore[arg-type]
-    if work.num_parts <= max_part_rows or queries.counts.sum() <= 1:
-        return (work,)
-    waves: list[Work] = []
-    for half in _halves(queries):
-        waves += plan_waves(half, sight, **tiles, chip=chip, max_part_rows=max_part_rows)  # type: ignore[arg-type]
-    return tuple(waves)
+
+    def waves(some: Queries) -> tuple[Work, ...]:
+        work = plan_work(
+            some, sight, group=group, kv_heads=kv_heads, small=small, large=large, chip=chip
+        )
+        if work.num_parts <= max_part_rows or some.counts.sum() <= 1:
+            return (work,)
+        first, second = _halves(some)
+        return (*waves(first), *waves(second))
+
+    return waves(queries)
 
 
 def _halves(queries: Queries) -> tuple[Queries, Queries]:
     """The same queries in two, each with half of the rows; a run may be cut."""
-    counts = queries.counts
-    half = counts.sum() // 2
+    rows, counts, positions, requests = queries
     ends = np.cumsum(counts)
-    first = np.clip(half - (ends - counts), 0, counts)  # of each run, what the first half gets
-    heads = queries._replace(counts=first)
-    tails = Queries(
-        queries.rows + first, counts - first, queries.positions + first, queries.requests
-    )
-    return tuple(Queries(*(part[q.counts > 0] for part in q)) for q in (heads, tails))  # type: ignore[return-value]
+    first = np.clip(counts.sum() // 2 - (ends - counts), 0, counts)  # what the first half gets
+    heads = _without_empty(Queries(rows, first, positions, requests))
+    return heads, _without_empty(Queries(rows + first, counts - first, positions + first, requests))
+
+
+def _without_empty(queries: Queries) -> Queries:
+    used = queries.counts > 0
+    return Queries(*(part[used] for part in queries))
 
 
 def _num_splits(keys: Int64Array, part_keys: int) -> Int64Array:

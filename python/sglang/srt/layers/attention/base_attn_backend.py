@@ -1,7 +1,7 @@
 """The interface that every attention backend implements, and what a layer tells it.
 
 A backend is made once per rank. It plans once a step from the batch's lengths and tables, then
-attends once a layer. It never stores k or v and never changes a table.
+stores and attends once a layer. It never changes a table.
 """
 
 from __future__ import annotations
@@ -66,6 +66,16 @@ class AttentionBackend(ABC):
         raises for tables too short.
         """
         raise InvariantError(f"{self.name} records no steps, {plan!r} of {len(geometry.seq_lens)}")
+
+    def store(
+        self, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch
+    ) -> None:
+        """Put new tokens' k [T, G, D] and v [T, G, Dv] into the slots that the batch names.
+
+        Whatever attends next sees them, rounded to the KV dtype.
+        """
+        loc = forward_batch.out_cache_loc[self.group_of_layer[layer.layer_id]]
+        forward_batch.token_to_kv_pool.set_kv_buffer(layer.layer_id, loc, k, v)
 
     @abstractmethod
     def forward(

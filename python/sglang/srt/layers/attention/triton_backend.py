@@ -143,6 +143,22 @@ class TritonAttnBackend(AttentionBackend):
         for pointers in self._pointers.values():
             pointers.refresh()
 
+    def store(
+        self, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch
+    ) -> None:
+        """See `AttentionBackend.store`: one launch for both, on planes and segments alike.
+
+        Slots are not looked at: on a device they were checked when the batch moved there.
+        """
+        pool = forward_batch.token_to_kv_pool
+        self._kernels.store_kv(
+            k.flatten(1),
+            v.flatten(1),
+            forward_batch.out_cache_loc[self.group_of_layer[layer.layer_id]],
+            self._plane(pool.get_key_buffer(layer.layer_id), k.device),
+            self._plane(pool.get_value_buffer(layer.layer_id), v.device),
+        )
+
     def forward(
         self,
         q: torch.Tensor,
