@@ -16,10 +16,15 @@ fi
 path=$PWD/python:$PWD/scripts:$PWD/sgl-kernel/python
 if compgen -G "wheels/*.whl" >/dev/null; then
     # A wheel is an archive of what is imported: no pip and no network are needed. What the machine's
-    # Python has stays in front of it.
+    # Python has already stays its own.
     if [[ ! -d .gpu-wheels ]]; then
+        mkdir -p .gpu-wheels.part
         for wheel in wheels/*.whl; do
-            "$python" -m zipfile -e "$wheel" .gpu-wheels.part
+            name=$(basename "$wheel")
+            if ! "$python" -c "import sys, importlib.metadata as m; m.version(sys.argv[1])" \
+                "${name%%-*}" >/dev/null 2>&1; then
+                "$python" -m zipfile -e "$wheel" .gpu-wheels.part
+            fi
         done
         mv .gpu-wheels.part .gpu-wheels
     fi

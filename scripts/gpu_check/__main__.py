@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from gpu_check.records import Record, Status, exit_code, line_of, markdown, read
 
 STAGES = (1, 2, 3, 4, 5, 6)
 # Shares of the time; what a stage leaves goes to those after it.
-_SHARES = {1: 80, 2: 60, 3: 80, 4: 130, 5: 80, 6: 90}
+_SHARES = {1: 110, 2: 45, 3: 90, 4: 120, 5: 70, 6: 85}
+_END_S = 10.0  # a stage's processes have so long to end when they are told to
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,14 +64,17 @@ def run_stage(stage: int, folder: Path, seconds: float, dry: bool) -> list[Recor
         command.append("--dry-run-cpu")
     began = time.monotonic()
     reason = ""
+    # The dry run has kernels of Triton run in its interpreter.
+    env = {**os.environ, "TRITON_INTERPRET": "1"} if dry else None
+    process = subprocess.Popen(command, env=env, start_new_session=True)
     try:
-        # The dry run has kernels of Triton run in its interpreter.
-        env = {**os.environ, "TRITON_INTERPRET": "1"} if dry else None
-        code = subprocess.run(command, timeout=seconds, check=False, env=env).returncode
+        code = process.wait(seconds)
         if code != 0:
             reason = f"the stage ended with status {code}"
     except subprocess.TimeoutExpired:
         reason = f"the stage did not end within {seconds:.0f} s"
+    finally:
+        end_group(process)
     found = read_journal(journal)
     if reason:
         found.append(Record(stage, "stage", Status.FAILED, {}, reason))
@@ -76,6 +82,26 @@ def run_stage(stage: int, folder: Path, seconds: float, dry: bool) -> list[Recor
     taken = time.monotonic() - began
     print(f"stage {stage}: {len(found)} records in {taken:.0f} s", flush=True)
     return found
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a stage and the servers that it started and left: they would hold the device's memory."""
+    for end in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, end)
+        deadline = time.monotonic() + _END_S
+        while _is_alive(process) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def _is_alive(process: subprocess.Popen[bytes]) -> bool:
+    """Whether anyone of the process's group is left."""
+    process.poll()  # who has ended is only gone when it was asked for
+    try:
+        os.killpg(process.pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
 
 
 def describe(dry: bool) -> dict[str, Any]:

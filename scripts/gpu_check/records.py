@@ -80,7 +80,7 @@ def line_of(record: Record) -> str:
 
 
 def exit_code(records: Sequence[Record]) -> int:
-    """0: all hold. 1: something failed. 3: nothing failed; something was skipped, or none ran."""
+    """0: all hold. 1: something failed. 3: else, so something was skipped or nothing ran."""
     statuses = {record.status for record in records}
     if Status.FAILED in statuses:
         return 1

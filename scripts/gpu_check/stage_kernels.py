@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gpu_check.attention_batch import OnePool, largest_error, make_batch, make_tables, spec_of
@@ -10,6 +12,7 @@ from gpu_check.setting import Setting
 from gpu_check.shapes import AttentionShape, kernel_shapes
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.registry import get_attention_backend
+from sglang.srt.utils.native import triton_kernels
 
 BACKENDS = ("triton", "flashinfer", "torch_native")
 # The largest distance from float64 that rounding explains, by what K and V are stored in.
@@ -67,4 +70,92 @@ def _check_shape(
     journal.judge(what, error <= bound, f"above {bound:g}", max_error=error)
 
 
-PARTS = (("attention", check_attention),)
+def check_layers(setting: Setting, journal: Journal) -> None:
+    """The layers' kernels on the device against PyTorch in float64."""
+    if triton_kernels() is None:
+        journal.skip("layers", "sgl-kernel or triton is not installed")
+        return
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for name, check in LAYERS.items():
+            what = f"{name} {str(dtype).removeprefix('torch.')}"
+            try:
+                with setting.runtime.computing(), torch.inference_mode():
+                    error = check(setting, dtype)
+            except Exception as reason:  # noqa: BLE001  one kernel that breaks is one finding
+                journal.fail(what, f"{type(reason).__name__}: {reason}")
+                continue
+            bound = 1e-4 if dtype is torch.float32 else 5e-2
+            journal.judge(what, error <= bound, f"above {bound:g}", max_error=error)
+
+
+def _numbers(setting: Setting, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=setting.device).to(dtype)
+
+
+def _distance(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest distance, as a share of the largest number."""
+    return float((got.double() - exact).abs().max() / exact.abs().max())
+
+
+def _norm(setting: Setting, dtype: torch.dtype) -> float:
+    kernels: Any = triton_kernels()
+    rows, width = (3, 64) if setting.is_dry else (513, 4096)
+    x, weight = _numbers(setting, dtype, rows, width), _numbers(setting, dtype, width)
+    residual = torch.randn(rows, width, device=setting.device)
+    out, total = kernels.rms_norm(x, weight, 1e-5, residual)
+    exact = x.double() + residual.double()
+    scaled = exact / (exact.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    return max(_distance(out, scaled), _distance(total, exact))
+
+
+def _gate(setting: Setting, dtype: torch.dtype) -> float:
+    kernels: Any = triton_kernels()
+    x = _numbers(setting, dtype, *((3, 64) if setting.is_dry else (513, 28672)))
+    gate, up = x.double().chunk(2, -1)
+    return _distance(kernels.silu_and_mul(x), torch.nn.functional.silu(gate) * up)
+
+
+def _mixture(setting: Setting, dtype: torch.dtype) -> float:
+    kernels: Any = triton_kernels()
+    tokens, hidden, width, experts = (5, 32, 16, 4) if setting.is_dry else (300, 2048, 1024, 16)
+    x = _numbers(setting, dtype, tokens, hidden)
+    gate_up = (_numbers(setting, torch.float32, experts, 2 * width, hidden) * 0.05).to(dtype)
+    down = (_numbers(setting, torch.float32, experts, hidden, width) * 0.05).to(dtype)
+    scores = torch.rand(tokens, experts, device=setting.device)
+    weights, chosen = torch.topk(scores, 2)
+    out = kernels.mixture(x, chosen, weights, gate_up, down)
+    exact = torch.zeros(tokens, hidden, dtype=torch.float64, device=setting.device)
+    for expert in range(experts):
+        share = (weights * (chosen == expert)).sum(-1, keepdim=True).double()
+        gate, up = (x.double() @ gate_up[expert].double().T).chunk(2, -1)
+        inner = torch.nn.functional.silu(gate) * up
+        exact += share * (inner @ down[expert].double().T)
+    return _distance(out, exact)
+
+
+def _store(setting: Setting, dtype: torch.dtype) -> float:
+    kernels: Any = triton_kernels()
+    rows, heads, dim = 7, 4, 64
+    q = _numbers(setting, dtype, rows, heads * dim)
+    k, v = (_numbers(setting, dtype, rows, heads * dim) for _ in range(2))
+    planes = [torch.zeros(100, heads, dim, dtype=dtype, device=setting.device) for _ in range(2)]
+    slots = torch.randperm(99, device=setting.device)[:rows] + 1
+    angles = torch.rand(rows, dim // 2, device=setting.device, dtype=torch.float64) * 6.0
+    cos = torch.cat((angles.cos(), angles.cos()), -1)
+    sin = torch.cat((-angles.sin(), angles.sin()), -1)
+    turned = kernels.rotate_and_store(q, k, v, cos.float(), sin.float(), slots, *planes)
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        wide = x.double().view(rows, heads, dim)
+        swapped = wide.roll(dim // 2, -1)
+        return wide * cos.unsqueeze(1) + swapped * sin.unsqueeze(1)
+
+    return max(
+        _distance(turned.view(rows, heads, dim), rotated(q)),
+        _distance(planes[0][slots], rotated(k)),
+        _distance(planes[1][slots], v.double().view(rows, heads, dim)),
+    )
+
+
+LAYERS = {"norm": _norm, "gate": _gate, "mixture": _mixture, "rotate and store": _store}
+PARTS = (("attention", check_attention), ("layers", check_layers))

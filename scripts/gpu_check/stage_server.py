@@ -109,6 +109,38 @@ def check_server(setting: Setting, journal: Journal) -> None:
             journal.fail(f"server {name}", str(error)[-400:])
 
 
+def check_two_servers(setting: Setting, journal: Journal) -> None:
+    """Two servers on one device: what one's budget gives up, the other's may take."""
+    folder = setting.folder / "tiny_llama"
+    folder.mkdir(exist_ok=True)
+    model = write_model(folder)
+    asked = prompts()[:3]
+    expected = [greedy(model, prompt) for prompt in asked]
+    small, large = ("32MiB", "128MiB") if setting.is_dry else ("256MiB", "8GiB")
+    flags = [
+        *setting.flags,
+        *("--model-path", str(folder), "--dtype", "float32", "--disable-cuda-graph"),
+        *("--kv-idle-release-seconds", "0.5", "--prefix-cache-idle-seconds", "0.5"),
+    ]
+    logs = [setting.folder / f"server_{name}.log" for name in ("first", "second")]
+    with (
+        started_server([*flags, "--kv-memory-budget", large], logs[0]) as first,
+        started_server([*flags, "--kv-memory-budget", small], logs[1]) as second,
+    ):
+        before = [server.info()["memory"]["budget_bytes"] for server in (first, second)]
+        rounds = [generate(first.url, asked) == expected]
+        ask(first.url, "/set_kv_budget", {"bytes": small})
+        ask(second.url, "/set_kv_budget", {"bytes": large})
+        after = [server.info()["memory"]["budget_bytes"] for server in (first, second)]
+        rounds += [generate(server.url, asked) == expected for server in (first, second)]
+    journal.judge(
+        "two servers trade their budgets",
+        before == after[::-1] and all(rounds),
+        f"budgets {before} then {after}, equal answers {rounds}",
+        budgets_mib=str([size >> 20 for size in after]),
+    )
+
+
 def _check_way(
     setting: Setting,
     journal: Journal,
@@ -164,4 +196,4 @@ def _check_idle(setting: Setting, journal: Journal, name: str, server: Server) -
     )
 
 
-PARTS = (("server", check_server),)
+PARTS = (("server", check_server), ("two servers", check_two_servers))

@@ -17,14 +17,14 @@ from gpu_check.records import Journal, Record, Status, exit_code, line_of, markd
 from gpu_check.stage_scout import RANKS, Rank, write_config
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
-from sglang.srt.managers.scheduler_setup import kv_cache_spec
+from sglang.srt.managers.scheduler_pool_plan import kv_cache_spec
 from sglang.srt.mem_cache.kv_layout import make_segment_layouts
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_check(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(str(ROOT / part) for part in ("python", "scripts"))
+    path = os.pathsep.join(str(ROOT / part) for part in ("python", "scripts", "sgl-kernel/python"))
     return subprocess.run(
         [sys.executable, "-m", "gpu_check", "--out", str(out), *arguments],
         capture_output=True,
@@ -122,6 +122,16 @@ def test_a_stage_that_does_not_end_stops_nobody_else(
     report = json.loads((tmp_path / "gpu_check.json").read_text())
     assert [record["stage"] for record in report["records"]] == [1, 2]
     assert report["records"][0]["reason"] == "the stage ended with status 1"
+
+
+def test_what_a_stage_leaves_running_is_ended(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    script = f"sleep 600 & echo $! > {told}; exit 0"
+    process = subprocess.Popen(["/bin/sh", "-c", script], start_new_session=True)
+    process.wait()
+    gpu_check.end_group(process)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(told.read_text()), 0)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4, 5, 6])

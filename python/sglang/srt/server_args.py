@@ -67,8 +67,9 @@ class ServerArgs(DoorArgs):
         "Which code computes attention; cpu is that of sgl-kernel. triton is for GPUs; on a CPU it "
         "runs in Triton's interpreter alone, for tests.",
         group=DEVICE,
-        choices=("auto", "cpu", "torch_native", "triton"),
-        default_text="cpu where sgl-kernel is installed, else torch_native",
+        choices=("auto", "cpu", "torch_native", "triton", "flashinfer"),
+        default_text="on a CPU cpu where sgl-kernel is installed, on a GPU triton where it is, "
+        "else torch_native",
     )
     quantization: str | None = flag(
         None,

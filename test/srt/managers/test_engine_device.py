@@ -14,6 +14,7 @@ import pytest
 
 from sglang.srt.layers.attention import torch_device_backend
 from sglang.srt.model_executor.cuda_graph_runner import CudaGraphRunner
+from sglang.srt.utils.native import triton_kernels
 from srt.managers.test_engine_tokens import NEW_TOKENS, PROMPTS, DeviceTower, answer_all, tower
 from srt.models.hf_models import hf_greedy, make_hf_model, save
 from srt.utils.fake_device import LateRuntime
@@ -31,9 +32,17 @@ def no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def late_tower(path: str, **flags: object) -> Iterator[tuple[DeviceTower, LateRuntime]]:
-    runtime = LateRuntime()
-    values = {"device": "cuda", "cuda_graph_max_bs": 6, "kv_segment_size": 256, **flags}
+def late_tower(
+    path: str, *, repeats_calls: bool = False, **flags: object
+) -> Iterator[tuple[DeviceTower, LateRuntime]]:
+    runtime = LateRuntime(repeats_calls=repeats_calls)
+    values = {
+        "device": "cuda",
+        "attention_backend": "torch_native",
+        "cuda_graph_max_bs": 6,
+        "kv_segment_size": 256,
+        **flags,
+    }
     with tower(path, runtime=runtime, **values) as engine:
         yield engine, runtime
 
@@ -118,3 +127,19 @@ def test_sampling_and_log_probabilities_are_those_of_the_host(
             engine.run()
             outputs.append([engine.output(f"r{number}") for number in range(4)])
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.skipif(triton_kernels() is None, reason="Triton is not installed")
+def test_recorded_steps_of_triton_attention(llama: tuple[str, list[list[int]]]) -> None:
+    """Plans with fixed room, renewed in place, padded rows included; in Triton's interpreter."""
+    path, expected = llama
+    flags = {"attention_backend": "triton", "cuda_graph_max_bs": 3}
+    with late_tower(path, repeats_calls=True, **flags) as (engine, _):
+        wanted = {"a": (1, 6), "b": (0, 5), "c": (3, 4)}
+        for rid, (number, count) in wanted.items():
+            engine.send(rid, PROMPTS[number], max_new_tokens=count)
+        engine.run()
+        for rid, (number, count) in wanted.items():
+            assert engine.output(rid) == expected[number][:count]
+        assert graphs_of(engine).recorded == (1, 2, 3)
+        assert graphs_of(engine).num_replays > 3

@@ -70,13 +70,12 @@ def test_what_a_step_takes_beside() -> None:
         step_allocations(
             num_rows=100,
             graph_rows=8,
-            graph_sizes=4,
             num_groups=2,
-            max_pages=(1000, 50),
+            max_pages=(10_000_000, 50),
             vocab_size=1000,
         )
     )
-    assert found["block tables"] == 2 * 8 * 1050
+    assert found["block tables"] == 2 * 8 * 10_000_000 + 64 * MIB
     assert found["inputs of graphs"] == 8 * 8 * 4
     assert found["relay of tokens"] == 800
-    assert found["logits and sampling"] == 1000 * 8 * (8 + 32)
+    assert found["logits and sampling"] == 1000 * 8 * (4 + 32)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sglang.srt.utils.native import kernels_for
+from sglang.srt.utils.native import device_kernels_for, kernels_for
 
 # Below, the native kernel's call from Python costs more than PyTorch's passes over the memory.
 _FEW_ELEMENTS = 1 << 15
@@ -31,6 +31,10 @@ class GatedActivation(nn.Module, ABC):
                 flat, self.opening(kernels), num_threads=threads
             )
             return out.view(*x.shape[:-1], x.shape[-1] // 2)
+        there = device_kernels_for(x)
+        if there is not None:
+            gated = self.launch(there, x.reshape(-1, x.shape[-1]))
+            return gated.view(*x.shape[:-1], x.shape[-1] // 2)
         return self.compute(*x.chunk(2, dim=-1))
 
     @abstractmethod
@@ -40,6 +44,10 @@ class GatedActivation(nn.Module, ABC):
     @abstractmethod
     def opening(self, kernels: ModuleType) -> Any:
         """The same as `sgl_kernel.Gate`; `kernels` is that package."""
+
+    @abstractmethod
+    def launch(self, kernels: ModuleType, x: torch.Tensor) -> torch.Tensor:
+        """The answer for x [T, 2 d] by `kernels`, the package sgl_kernel.triton."""
 
 
 class SiluAndMul(GatedActivation):
@@ -51,6 +59,10 @@ class SiluAndMul(GatedActivation):
     def opening(self, kernels: ModuleType) -> Any:
         return kernels.Gate(kernels.GateKind.SILU)
 
+    def launch(self, kernels: ModuleType, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = kernels.silu_and_mul(x)
+        return out
+
 
 class GeluTanhAndMul(GatedActivation):
     """gelu(gate) * up, with the tanh approximation of gelu (arXiv 1606.08415)."""
@@ -60,6 +72,10 @@ class GeluTanhAndMul(GatedActivation):
 
     def opening(self, kernels: ModuleType) -> Any:
         return kernels.Gate(kernels.GateKind.GELU_TANH)
+
+    def launch(self, kernels: ModuleType, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = kernels.gelu_tanh_and_mul(x)
+        return out
 
 
 class ClampedGate(GatedActivation):
@@ -79,3 +95,7 @@ class ClampedGate(GatedActivation):
 
     def opening(self, kernels: ModuleType) -> Any:
         return kernels.Gate(kernels.GateKind.CLAMPED, self.alpha, self.limit)
+
+    def launch(self, kernels: ModuleType, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = kernels.clamped_gate(x, self.alpha, self.limit)
+        return out

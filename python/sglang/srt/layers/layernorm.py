@@ -8,6 +8,7 @@ On a CPU the native kernel, where it is installed, reads a row once for all of i
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import ClassVar, overload
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sglang.srt.layers.weights import copy_checked, frozen_parameter
-from sglang.srt.utils.native import kernels_for
+from sglang.srt.utils.native import device_kernels_for, kernels_for
 
 
 class RMSNorm(nn.Module):
@@ -55,6 +56,11 @@ class RMSNorm(nn.Module):
             )
             normed = out.view(x.shape)
             return normed if residual is None else (normed, total.view(x.shape))
+        there = device_kernels_for(x, self.weight)
+        if there is not None and (residual is None or residual.dtype is torch.float32):
+            flat = None if residual is None else residual.reshape(-1, x.shape[-1])
+            normed, total = self._launch(there, x, flat, keep=False)
+            return normed if residual is None else (normed, total)
         if residual is None:
             return self._norm(x)
         total = x + residual
@@ -63,6 +69,9 @@ class RMSNorm(nn.Module):
     def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Norm of x [*, hidden_size] in the weight's type, and x in float32: a new residual."""
         kernels = kernels_for(x, self.weight)
+        there = device_kernels_for(x, self.weight)
+        if there is not None:
+            return self._launch(there, x, None, keep=True)
         if kernels is None:
             return self._norm(x), x.float()
         out, residual = kernels.rms_norm(
@@ -74,6 +83,20 @@ class RMSNorm(nn.Module):
             num_threads=torch.get_num_threads(),
         )
         return out.view(x.shape), residual.view(x.shape)
+
+    def _launch(
+        self, kernels: ModuleType, x: torch.Tensor, residual: torch.Tensor | None, *, keep: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm and the sum by Triton's kernel; the sum is x itself where nobody wants one."""
+        out, total = kernels.rms_norm(
+            x.reshape(-1, x.shape[-1]),
+            self.weight,
+            self.eps,
+            residual,
+            offset=self.weight_offset,
+            keep=keep,
+        )
+        return out.view(x.shape), x if total is None else total.view(x.shape)
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight if x.dtype == self.weight.dtype else self.weight.to(x.dtype)

@@ -25,7 +25,7 @@ from sglang.srt.layers.expert_weights import ExpertLayout, ExpertWeights
 from sglang.srt.layers.products import linear
 from sglang.srt.layers.quantization.matrix import rounds_inputs
 from sglang.srt.layers.weights import copy_checked, frozen_parameter
-from sglang.srt.utils.native import kernels_for
+from sglang.srt.utils.native import device_kernels_for, kernels_for
 
 # Up to so many tokens one native call is the faster way, or up to so many for each expert on the
 # average where dot instructions or codes are multiplied; see benchmark/cpu/bench_experts.py.
@@ -143,8 +143,30 @@ class Experts(ExpertWeights):
             mixture = self._native(kernels)
             if mixture is not None:
                 return self._add_ranks(mixture, x, routing, added)
-        total = self._parallel.all_reduce(self._one_by_one(x, routing)).to(x.dtype)
+        there = device_kernels_for(x) if x.dtype is self.gate_up_proj.dtype else None
+        if there is not None:
+            mine = self._launch(there, x, routing)
+        else:
+            mine = self._one_by_one(x, routing)
+        total = self._parallel.all_reduce(mine).to(x.dtype)
         return total if added is None else total + added
+
+    def _launch(self, kernels: ModuleType, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """This rank's sum [T, H] by Triton's kernels, which wait for nothing."""
+        is_first = self._parallel.tp_rank == 0  # whose bias is the ranks' sum's
+        total: torch.Tensor = kernels.mixture(
+            x,
+            routing.experts,
+            routing.weights,
+            self.gate_up_proj,
+            self.down_proj,
+            activation=self.act_fn,
+            gate_up_bias=self.gate_up_proj_bias,
+            down_bias=self.down_proj_bias if is_first else None,
+            scale_inputs=self.scale_inputs,
+            out_dtype=None if self._parallel.tp_size == 1 else torch.float32,
+        )
+        return total
 
     def _has_few(self, kernels: ModuleType, rows: int, num_chosen: int) -> bool:
         """Whether so many tokens are few enough for the native call, all or for each expert."""

@@ -115,7 +115,6 @@ def plan_of_device(
     beside = step_allocations(
         num_rows=rows + 1,
         graph_rows=max(sizes, default=0),
-        graph_sizes=len(sizes),
         num_groups=spec.num_groups,
         max_pages=[
             num_pages_for(free_after // spec.bytes_per_slot(GroupId(group)), spec.page_size)

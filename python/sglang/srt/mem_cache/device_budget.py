@@ -24,6 +24,7 @@ _LARGE_DEVICE_BYTES = 60 * GIB
 _LEAST_ON_LARGE_BYTES = 10 * GIB
 # Ours: what a captured step keeps of its intermediate results, by row of the largest one.
 _GRAPH_BYTES_PER_ROW = 2 * MIB
+_LEAST_TABLE_BYTES = 64 * MIB  # of a group, taken at once so that tables need not move
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,22 +128,21 @@ def step_allocations(
     *,
     num_rows: int,
     graph_rows: int,
-    graph_sizes: int,
     num_groups: int,
     max_pages: Sequence[int],
     vocab_size: int,
 ) -> tuple[tuple[str, int], ...]:
     """What a server takes on a device beside weights, KV and activations, by name, in bytes.
 
-    `num_rows` requests at most; graphs of up to `graph_rows` rows and `graph_sizes` different
-    numbers of rows; `max_pages` per group of all requests' tables together.
+    `num_rows` requests at most; graphs of up to `graph_rows` rows; `max_pages` per group of all
+    requests' tables together.
     """
     inputs = graph_rows * 8 * (2 + num_groups)
     # A row's table is int64 on the device at most, and a range may be twice as large as its pages.
-    tables = sum(2 * 8 * pages for pages in max_pages)
-    # Logits in float32 for each number of rows, and what sorting them takes beside: probabilities,
-    # sums in float64, ids and the keys' copies.
-    logits = 4 * vocab_size * graph_rows * min(2, graph_sizes)
+    tables = sum(max(_LEAST_TABLE_BYTES, 2 * 8 * pages) for pages in max_pages)
+    # Logits of all graphs in float32, and what sorting them takes beside: probabilities, sums in
+    # float64, ids and the keys' copies.
+    logits = 4 * vocab_size * graph_rows
     sampling = vocab_size * max(graph_rows, 1) * (4 + 4 + 8 + 8 + 8)
     return (
         ("block tables", tables),

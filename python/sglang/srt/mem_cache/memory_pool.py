@@ -37,7 +37,7 @@ from sglang.srt.mem_cache.segment_backing.segment_plane import (
 from sglang.srt.mem_cache.table_rows import TableRows, grown
 from sglang.srt.mem_cache.table_space import TableSpace
 from sglang.srt.utils.device import CpuRuntime, DeviceRuntime
-from sglang.srt.utils.native import native_kernels
+from sglang.srt.utils.native import device_kernels_for, native_kernels
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -233,7 +233,12 @@ class MHATokenToKVPool:
                 self._native_planes[layer_id] = planes
             planes.store(loc, k, v, num_threads=torch.get_num_threads())
             return
-        for buffer, new in ((self._keys[layer_id], k), (self._values[layer_id], v)):
+        keys, values = self._keys[layer_id], self._values[layer_id]
+        there = device_kernels_for(k, v) if k.dtype == v.dtype else None
+        if there is not None:
+            there.store_kv(k.flatten(1), v.flatten(1), loc, keys, values)
+            return
+        for buffer, new in ((keys, k), (values, v)):
             raw(buffer).index_copy_(0, loc, raw(round_to(new, self.dtype)))
 
     def get_kv_size_bytes(self) -> tuple[int, int]:

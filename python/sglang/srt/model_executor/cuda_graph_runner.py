@@ -34,6 +34,8 @@ from sglang.srt.utils.progress import Progress
 logger = logging.getLogger(__name__)
 
 DUMP_SLOT: Final = 0
+# One array for all padding rows of all steps: a backend that keeps tables knows it after the first.
+_DUMP_PAGES: Final = np.zeros(1, np.int32)
 _FIRST_SIZES: Final = (1, 2, 4, 8, 12, 16)
 _STEP, _WIDE_FROM, _WIDE_STEP = 8, 128, 16
 _WARM_UPS: Final = 2  # kernels are compiled and libraries set up outside of a recording
@@ -69,7 +71,7 @@ def padded_geometry(geometry: BatchGeometry, size: int) -> BatchGeometry:
     """A decode step's geometry with rows on the dump page up to `size` rows."""
     extra = size - len(geometry.seq_lens)
     page_size = geometry.page_size
-    dump: BlockTableView = _DumpTable(np.zeros(1, np.int32), (DUMP_SLOT, page_size))
+    dump: BlockTableView = _DumpTable(_DUMP_PAGES, (DUMP_SLOT, page_size))
     ones, zeros = np.ones(extra, np.int64), np.zeros(extra, np.int64)
     return BatchGeometry(
         seq_lens=np.concatenate((geometry.seq_lens, ones)),
@@ -176,6 +178,7 @@ class CudaGraphRunner:
         self._empty = empty_geometry(num_groups, page_size)
         self._inputs = StepInputs(max(self._sizes), num_groups, runtime.device)
         self._graphs: dict[int, _Graph] = {}
+        self._logits: torch.Tensor | None = None  # of all graphs: one is read before the next
         self.num_replays = 0
 
     @property
@@ -237,7 +240,9 @@ class CudaGraphRunner:
         def step() -> torch.Tensor:
             batch = self._inputs.batch(size, geometry, self._pool, self._backend, plan)
             logits: torch.Tensor = self._model.lm_head(self._model(batch))
-            return logits.float()
+            if self._logits is None:  # in a warm-up of the largest size
+                self._logits = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+            return self._logits[:size].copy_(logits)
 
         for _ in range(_WARM_UPS):
             step()

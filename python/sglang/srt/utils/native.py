@@ -38,6 +38,22 @@ def triton_kernels() -> ModuleType | None:
         return None
 
 
+def device_kernels_for(*tensors: torch.Tensor) -> ModuleType | None:
+    """`triton_kernels` where all tensors lie on a GPU in types that they compute, else None.
+
+    None too where SGLANG_DISABLE_NATIVE_KERNELS is set: layers then compute by PyTorch alone.
+    """
+    for tensor in tensors:
+        if tensor.device.type != "cuda" or tensor.dtype not in _SERVED:
+            return None
+    return _layer_kernels()
+
+
+@cache
+def _layer_kernels() -> ModuleType | None:
+    return None if Environ.from_os().disable_native_kernels else triton_kernels()
+
+
 def kernels_for(*tensors: torch.Tensor) -> ModuleType | None:
     """`native_kernels` where all tensors lie on the CPU in types that they compute, else None."""
     for tensor in tensors:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from sglang.srt.distributed.communicator import TensorCommunicator
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.cpu_backend import CpuAttnBackend, has_native_kernels
+from sglang.srt.layers.attention.flashinfer_backend import (
+    FlashInferAttnBackend,
+    has_flashinfer,
+)
 from sglang.srt.layers.attention.kv_parallel_backend import KVParallelAttnBackend
 from sglang.srt.layers.attention.torch_device_backend import TorchDeviceAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.torch_native_table import SegmentTableAttnBackend
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, check_triton
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.utils.native import triton_kernels
 
 
 def get_attention_backend(name: str | None, device: str) -> type[AttentionBackend]:
@@ -19,22 +24,11 @@ def get_attention_backend(name: str | None, device: str) -> type[AttentionBacken
     The class tells `preferred_page_size` before a KVCacheSpec exists; an instance is made from
     the spec. Raises ValueError naming what is available.
     """
-    available: dict[str, type[AttentionBackend]] = {}
     if device == "cpu":
-        if has_native_kernels():
-            available[CpuAttnBackend.name] = CpuAttnBackend
-        elif name == CpuAttnBackend.name:
-            raise ValueError(
-                "attention backend 'cpu' needs the native kernels: pip install ./sgl-kernel, "
-                "which takes a C++ compiler"
-            )
-        available[TorchNativeAttnBackend.name] = TorchNativeAttnBackend
+        available = _on_cpu(name)
     elif device == "cuda":
-        available[TorchDeviceAttnBackend.name] = TorchDeviceAttnBackend
-    if name == TritonAttnBackend.name and device in ("cpu", "cuda"):
-        check_triton(device)
-        available[TritonAttnBackend.name] = TritonAttnBackend
-    if not available:
+        available = _on_cuda(name)
+    else:
         raise ValueError(
             f"no attention backend for device {device!r}; available devices: cpu, cuda"
         )
@@ -44,6 +38,40 @@ def get_attention_backend(name: str | None, device: str) -> type[AttentionBacken
         names = ", ".join(available)
         raise ValueError(f"attention backend {name!r} is not available on {device}; use {names}")
     return available[name]
+
+
+def _on_cpu(name: str | None) -> dict[str, type[AttentionBackend]]:
+    """What serves on a CPU, the default first. Raises ValueError when `name` lacks a package."""
+    available: dict[str, type[AttentionBackend]] = {}
+    if has_native_kernels():
+        available[CpuAttnBackend.name] = CpuAttnBackend
+    elif name == CpuAttnBackend.name:
+        raise ValueError(
+            "attention backend 'cpu' needs the native kernels: pip install ./sgl-kernel, "
+            "which takes a C++ compiler"
+        )
+    available[TorchNativeAttnBackend.name] = TorchNativeAttnBackend
+    if name == TritonAttnBackend.name:  # for tests: only in the interpreter
+        check_triton("cpu")
+        available[TritonAttnBackend.name] = TritonAttnBackend
+    return available
+
+
+def _on_cuda(name: str | None) -> dict[str, type[AttentionBackend]]:
+    """As `_on_cpu`, on a GPU."""
+    available: dict[str, type[AttentionBackend]] = {}
+    if triton_kernels() is not None:
+        available[TritonAttnBackend.name] = TritonAttnBackend
+    elif name == TritonAttnBackend.name:
+        check_triton("cuda")
+    available[TorchDeviceAttnBackend.name] = TorchDeviceAttnBackend
+    if has_flashinfer():
+        available[FlashInferAttnBackend.name] = FlashInferAttnBackend
+    elif name == FlashInferAttnBackend.name:
+        raise ValueError(
+            "attention backend 'flashinfer' needs its package: pip install flashinfer-python"
+        )
+    return available
 
 
 def make_attention_backend(

@@ -1,0 +1,327 @@
+"""Attention through FlashInfer's paged wrappers (--attention-backend flashinfer), optional.
+
+A step becomes *sequences*: runs of query rows at neighbouring positions that see a common stretch
+of keys which ends at the last of them. So windows, chunks and single wanted rows are all sequences
+of their own, and the wrappers' causal mask, which is aligned at the end, is right for each. Page
+tables go to the device once for each kind of layer. FlashInfer's log-sum-exps are to base 2; sinks
+join by them in float32 here.
+
+Written from FlashInfer's documentation (docs.flashinfer.ai) and tested with wrappers that do in
+plain torch what it says; not yet run against the package. It computes in 16 bits only.
+
+Legend: R query rows, H query heads, G kv heads, D head dim, N sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer
+from sglang.srt.layers.attention.merge import apply_sinks
+from sglang.srt.mem_cache.kv_layout import KVCacheSpec
+from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES
+from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
+from sglang.srt.utils.device import upload
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+_WORKSPACE_BYTES = 256 << 20  # of floats, zeroed once; both wrappers share it
+
+
+class DecodeWrapper(Protocol):
+    """`flashinfer.BatchDecodeWithPagedKVCacheWrapper`: one query for each sequence."""
+
+    def plan(
+        self,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        **options: Any,
+    ) -> None:
+        """Page tables int32: `indptr` [N + 1], `indices` [pages], `last_page_len` [N]."""
+
+    def run(self, q: torch.Tensor, paged_kv_cache: Any, *, return_lse: bool) -> Any:
+        """q [N, H, D] over (k, v) of [pages, page_size, G, D]: (out [N, H, D], lse to base 2)."""
+
+
+class PrefillWrapper(Protocol):
+    """`flashinfer.BatchPrefillWithPagedKVCacheWrapper`: runs of queries."""
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        paged_kv_indptr: torch.Tensor,
+        paged_kv_indices: torch.Tensor,
+        paged_kv_last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        **options: Any,
+    ) -> None:
+        """As `DecodeWrapper.plan`, with the sequences' rows: `qo_indptr` int32 [N + 1]."""
+
+    def run(self, q: torch.Tensor, paged_kv_cache: Any, *, return_lse: bool) -> Any:
+        """As `DecodeWrapper.run`, with q [R, H, D]."""
+
+
+class Wrappers(Protocol):
+    """Makes wrappers over a workspace on `device`; what the package offers, or a stand-in."""
+
+    def decode(self, device: torch.device) -> DecodeWrapper: ...
+
+    def prefill(self, device: torch.device) -> PrefillWrapper: ...
+
+
+class FlashInferWrappers:
+    """The package's own wrappers, one workspace a device."""
+
+    def __init__(self) -> None:
+        self._package = import_module("flashinfer")
+        self._workspaces: dict[torch.device, torch.Tensor] = {}
+
+    def decode(self, device: torch.device) -> DecodeWrapper:
+        """See Wrappers. Tensor cores: they serve every number of heads in a group."""
+        made: DecodeWrapper = self._package.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace(device), "NHD", use_tensor_cores=True
+        )
+        return made
+
+    def prefill(self, device: torch.device) -> PrefillWrapper:
+        """See Wrappers."""
+        made: PrefillWrapper = self._package.BatchPrefillWithPagedKVCacheWrapper(
+            self._workspace(device), "NHD"
+        )
+        return made
+
+    def _workspace(self, device: torch.device) -> torch.Tensor:
+        if device not in self._workspaces:
+            self._workspaces[device] = torch.zeros(
+                _WORKSPACE_BYTES, dtype=torch.uint8, device=device
+            )
+        return self._workspaces[device]
+
+
+def has_flashinfer() -> bool:
+    """Whether the package is installed; it is imported when the backend is made."""
+    return find_spec("flashinfer") is not None
+
+
+class LayerKind(NamedTuple):
+    """Layers of one kind share a plan."""
+
+    group: int
+    window: int | None
+    chunk: int | None
+    pruned: bool
+    num_heads: int
+    logit_cap: float
+    scaling: float
+
+
+class Sequences(NamedTuple):
+    """A step's queries as sequences, on the host.
+
+    Sequence n is query rows [rows[n], rows[n + 1]); its keys are the pages
+    pages[indptr[n]:indptr[n + 1]], the last of which holds last[n] of them. int32.
+    """
+
+    rows: Int32Array
+    indptr: Int32Array
+    pages: Int32Array
+    last: Int32Array
+
+
+@dataclass(frozen=True, slots=True)
+class FlashInferPlan:
+    """A step's lengths and tables, and the wrappers that were planned for it."""
+
+    geometry: BatchGeometry
+    planned: dict[LayerKind, DecodeWrapper | PrefillWrapper] = field(default_factory=dict)
+
+
+class FlashInferAttnBackend(AttentionBackend):
+    """FlashInfer's kernels over contiguous planes.
+
+    `wrappers` None: the package's. Raises ValueError for KV that it does not serve, ImportError
+    without the package.
+    """
+
+    name: ClassVar[str] = "flashinfer"
+    preferred_page_size: ClassVar[int] = 64
+
+    def __init__(self, spec: KVCacheSpec, wrappers: Wrappers | None = None) -> None:
+        super().__init__(spec)
+        self._kv_dtype = KV_TORCH_DTYPES[spec.dtype]
+        if self._kv_dtype is torch.float32:
+            raise ValueError("attention backend flashinfer computes in 16 bits; use --dtype")
+        if spec.v_head_dim != spec.head_dim:
+            raise ValueError("attention backend flashinfer wants K and V heads of one width")
+        self._wrappers = wrappers or FlashInferWrappers()
+        # A wrapper's buffers are those of its last plan, which work in flight may read in order.
+        self._made: dict[tuple[LayerKind, bool], DecodeWrapper | PrefillWrapper] = {}
+
+    def plan(self, geometry: BatchGeometry) -> FlashInferPlan:
+        """Hold the geometry; wrappers are planned when layers of new kinds ask."""
+        return FlashInferPlan(geometry)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
+        *,
+        rows_pruned: bool,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.forward`. Scores are products in 16 bits, summed in float32."""
+        forward_batch.progress.tick()
+        if len(q) == 0:
+            return q.new_empty(0, layer.num_heads * layer.v_head_dim)
+        pool = forward_batch.token_to_kv_pool
+        computed = q.dtype if self._kv_dtype.itemsize == 1 else self._kv_dtype
+        heads = q.view(-1, layer.num_heads, layer.head_dim).to(computed)
+        wrapper = self._planned(forward_batch.attn_plan, layer, rows_pruned, heads)
+        size = self.spec.page_size
+        planes = tuple(
+            plane.view(-1, size, *plane.shape[1:])
+            for plane in (
+                pool.get_key_buffer(layer.layer_id),
+                pool.get_value_buffer(layer.layer_id),
+            )
+        )
+        out, lse = wrapper.run(heads, planes, return_lse=True)
+        if layer.sinks is not None:
+            out = out.float()
+            apply_sinks(out, lse * math.log(2.0), layer.sinks)
+        flat: torch.Tensor = out.flatten(1).to(q.dtype)
+        return flat
+
+    def _planned(
+        self, plan: FlashInferPlan, layer: AttentionLayer, pruned: bool, heads: torch.Tensor
+    ) -> DecodeWrapper | PrefillWrapper:
+        kind = LayerKind(
+            self.group_of_layer[layer.layer_id],
+            layer.sliding_window,
+            layer.attention_chunk,
+            pruned,
+            layer.num_heads,
+            layer.logit_cap,
+            layer.scaling,
+        )
+        if kind not in plan.planned:
+            plan.planned[kind] = self._plan_kind(plan.geometry, kind, heads)
+        return plan.planned[kind]
+
+    def _plan_kind(
+        self, geometry: BatchGeometry, kind: LayerKind, heads: torch.Tensor
+    ) -> DecodeWrapper | PrefillWrapper:
+        found = make_sequences(geometry, kind)
+        # Where plans look at lengths they look at the host; only the pages are read on the device.
+        (pages,) = upload([torch.from_numpy(found.pages)], heads.device)
+        rows, indptr, last = (
+            torch.from_numpy(part) for part in (found.rows, found.indptr, found.last)
+        )
+        options: dict[str, Any] = {
+            "window_left": -1 if kind.window is None else kind.window - 1,
+            "logits_soft_cap": kind.logit_cap if kind.logit_cap > 0.0 else None,
+            "sm_scale": kind.scaling,
+            "q_data_type": heads.dtype,
+            "kv_data_type": self._kv_dtype,
+        }
+        shape = (kind.num_heads, self.spec.kv_heads, self.spec.head_dim, self.spec.page_size)
+        if (np.diff(found.rows) == 1).all():
+            decode: Any = self._wrapper(kind, True, heads.device)
+            decode.plan(indptr, pages, last, *shape, **options)
+            return _checked(decode)
+        prefill: Any = self._wrapper(kind, False, heads.device)
+        prefill.plan(rows, indptr, pages, last, *shape, causal=True, **options)
+        return _checked(prefill)
+
+    def _wrapper(
+        self, kind: LayerKind, single: bool, device: torch.device
+    ) -> DecodeWrapper | PrefillWrapper:
+        key = (kind, single)
+        if key not in self._made:
+            make: Callable[[torch.device], DecodeWrapper | PrefillWrapper] = (
+                self._wrappers.decode if single else self._wrappers.prefill
+            )
+            self._made[key] = make(device)
+        return self._made[key]
+
+
+def _checked(wrapper: Any) -> DecodeWrapper | PrefillWrapper:
+    made: DecodeWrapper | PrefillWrapper = wrapper
+    return made
+
+
+def make_sequences(geometry: BatchGeometry, kind: LayerKind) -> Sequences:
+    """Cut a step's queries into sequences and name the pages of each.
+
+    Raises InvariantError when a table does not reach its tokens, ValueError for chunks that are
+    not whole pages.
+    """
+    size = geometry.page_size
+    if kind.chunk is not None and kind.chunk % size:
+        raise ValueError(f"chunks of {kind.chunk} tokens are no whole pages of {size}")
+    rows, pages, indptr, last = [0], [], [0], []
+    for request, position, count in _runs(geometry, kind):
+        view = geometry.block_tables[kind.group][request]
+        first = position
+        if kind.chunk is not None:
+            first -= first % kind.chunk
+        elif kind.window is not None:
+            first = max(0, first - kind.window + 1)
+        else:
+            first = 0
+        begin = max(0, first - view.first_position) // size
+        end = position + count - view.first_position
+        some = view.page_ids[begin : -(-end // size)]
+        if end > len(view.page_ids) * size or not len(some):
+            raise InvariantError("a block table does not reach its request's last token")
+        pages.append(some)
+        indptr.append(indptr[-1] + len(some))
+        last.append((end - 1) % size + 1)
+        rows.append(rows[-1] + count)
+    return Sequences(
+        np.array(rows, np.int32),
+        np.array(indptr, np.int32),
+        np.concatenate(pages).astype(np.int32) if pages else np.empty(0, np.int32),
+        np.array(last, np.int32),
+    )
+
+
+def _runs(geometry: BatchGeometry, kind: LayerKind) -> list[tuple[int, int, int]]:
+    """(request, first position, queries) of every sequence, in the order of the query rows."""
+    runs = []
+    starts, lens = geometry.q_starts, geometry.extend_seq_lens
+    for request in range(len(lens)):
+        start, count = int(starts[request]), int(lens[request])
+        prefix = int(geometry.extend_prefix_lens[request])
+        if kind.pruned:
+            wanted = geometry.logits_rows
+            mine = wanted[(wanted >= start) & (wanted < start + count)]
+            runs += [(request, prefix + int(row) - start, 1) for row in mine]
+            continue
+        at, end = prefix, prefix + count
+        while at < end:
+            stop = end
+            if kind.chunk is not None:
+                stop = min(end, at - at % kind.chunk + kind.chunk)
+            runs.append((request, at, stop - at))
+            at = stop
+    return runs

@@ -1,0 +1,232 @@
+"""The FlashInfer backend over wrappers that do in torch what the documentation says of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.layers.attention import registry
+from sglang.srt.layers.attention.flashinfer_backend import (
+    FlashInferAttnBackend,
+    LayerKind,
+    make_sequences,
+)
+from sglang.srt.layers.attention.registry import get_attention_backend
+from sglang.srt.layers.attention.torch_device_backend import TorchDeviceAttnBackend
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+from srt.layers.attention_cases import Case, FakeTable, make_layer, make_spec, make_tables
+
+ATOL = {"bfloat16": 3e-2, "float16": 4e-3, "fp8_e4m3": 3e-2}
+
+
+class FakeWrapper:
+    """Documented: page tables int32, a causal mask aligned at the end, log-sum-exps to base 2.
+
+    A query at place i of its sequence's keys sees keys j <= i with i - j <= window_left.
+    """
+
+    def __init__(self, single: bool) -> None:
+        self.single = single
+        self.num_plans = 0
+
+    def plan(self, *tables: Any, **options: Any) -> None:
+        self.num_plans += 1
+        *arrays, heads, kv_heads, dim, page_size = tables
+        for array in arrays:
+            assert array.dtype is torch.int32
+        if self.single:
+            indptr, indices, last = arrays
+            rows = torch.arange(len(indptr), dtype=torch.int32)
+        else:
+            rows, indptr, indices, last = arrays
+            assert options.pop("causal") is True
+        assert (last >= 1).all()
+        assert (last <= page_size).all()
+        assert set(options) == {
+            "window_left",
+            "logits_soft_cap",
+            "sm_scale",
+            "q_data_type",
+            "kv_data_type",
+        }
+        self.tables = (rows.tolist(), indptr.tolist(), indices.long(), last.tolist())
+        self.shape = (heads, kv_heads, dim, page_size)
+        self.options = options
+
+    def run(self, q: torch.Tensor, paged_kv_cache: Any, *, return_lse: bool) -> Any:
+        assert return_lse
+        rows, indptr, indices, last = self.tables
+        heads, kv_heads, dim, page_size = self.shape
+        keys, values = paged_kv_cache
+        assert q.dtype is self.options["q_data_type"]
+        assert q.dtype in (torch.bfloat16, torch.float16)
+        assert keys.dtype is self.options["kv_data_type"]
+        assert keys.shape[1:] == values.shape[1:] == (page_size, kv_heads, dim)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        lse = torch.empty(q.shape[:2])
+        for n in range(len(last)):
+            some = indices[indptr[n] : indptr[n + 1]]
+            count = (len(some) - 1) * page_size + last[n]
+            k, v = (
+                plane[some].flatten(0, 1)[:count].float().repeat_interleave(heads // kv_heads, 1)
+                for plane in paged_kv_cache
+            )
+            queries = q[rows[n] : rows[n + 1]].float()
+            scores = torch.einsum("mhd,nhd->hmn", queries, k) * self.options["sm_scale"]
+            cap = self.options["logits_soft_cap"]
+            if cap is not None:
+                scores = cap * torch.tanh(scores / cap)
+            at = torch.arange(count - len(queries), count).unsqueeze(1)
+            key_at = torch.arange(count)
+            visible = key_at <= at
+            if self.options["window_left"] >= 0:
+                visible &= at - key_at <= self.options["window_left"]
+            scores = scores.masked_fill(~visible, float("-inf"))
+            out[rows[n] : rows[n + 1]] = torch.einsum("hmn,nhd->mhd", scores.softmax(-1), v).to(
+                q.dtype
+            )
+            lse[rows[n] : rows[n + 1]] = (scores.logsumexp(-1) / math.log(2.0)).transpose(0, 1)
+        return out, lse
+
+
+class FakeWrappers:
+    def __init__(self) -> None:
+        self.made: list[FakeWrapper] = []
+
+    def decode(self, device: torch.device) -> FakeWrapper:
+        self.made.append(FakeWrapper(True))
+        return self.made[-1]
+
+    def prefill(self, device: torch.device) -> FakeWrapper:
+        self.made.append(FakeWrapper(False))
+        return self.made[-1]
+
+
+def check(case: Case) -> None:
+    atol = ATOL[case.spec.dtype]
+    backend = FlashInferAttnBackend(case.spec, FakeWrappers())
+    out = case.run(backend)
+    torch.testing.assert_close(out.double(), case.reference(), rtol=0, atol=atol)
+    native = case.run(TorchNativeAttnBackend(case.spec))
+    torch.testing.assert_close(out, native, rtol=0, atol=2 * atol)
+    if len(case.logits_rows):
+        rows = torch.tensor(case.logits_rows)
+        pruned = case.run(backend, pruned=True).double()
+        torch.testing.assert_close(pruned, case.reference()[rows], rtol=0, atol=atol)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    page_size = draw(st.sampled_from([1, 4, 16]))
+    lengths = draw(
+        st.lists(st.tuples(st.integers(0, 90), st.sampled_from([1, 1, 2, 7, 30])), max_size=5)
+    )
+    dtype = draw(st.sampled_from(["bfloat16", "float16", "fp8_e4m3"]))
+    spec = make_spec(page_size=page_size, dtype=dtype)
+    kind = draw(st.sampled_from(["full", "full", "window", "chunk"]))
+    layer = make_layer(
+        spec,
+        group=draw(st.sampled_from([1, 3])),
+        window=draw(st.sampled_from([1, 5, 16, 40])) if kind == "window" else None,
+        chunk=page_size * draw(st.sampled_from([1, 2, 5])) if kind == "chunk" else None,
+        cap=draw(st.sampled_from([0.0, 0.0, 2.0])),
+        sinks=draw(st.booleans()),
+    )
+    total = sum(extend for _, extend in lengths)
+    rows = sorted(draw(st.sets(st.integers(0, total - 1), max_size=8))) if total else []
+    run_pages = draw(st.sampled_from([[], [1], [2, 9]]))
+    tables = make_tables(lengths, page_size, run_pages, seed=draw(st.integers(0, 99)))
+    q_dtype = torch.bfloat16 if dtype == "fp8_e4m3" else None
+    return Case(spec, lengths, tables, layer, logits_rows=rows, q_dtype=q_dtype)
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases())
+def test_equals_dense_attention(case: Case) -> None:
+    check(case)
+
+
+def test_a_table_whose_head_was_dropped() -> None:
+    spec = make_spec(page_size=4, dtype="float16")
+    table = FakeTable(np.array([5, 2, 9], np.int32), 16, 4)
+    for lengths in ([(26, 1)], [(23, 5)]):
+        check(Case(spec, lengths, [table], make_layer(spec, window=6)))
+
+
+def test_a_step_plans_once_for_all_layers_of_a_kind() -> None:
+    spec = make_spec(page_size=4, dtype="float16")
+    wrappers = FakeWrappers()
+    backend = FlashInferAttnBackend(spec, wrappers)
+    decodes = Case(spec, [(9, 1), (30, 1)], make_tables([(9, 1), (30, 1)], 4, []), make_layer(spec))
+    geometry = decodes.geometry()
+    plan = backend.plan(geometry)
+    heads = torch.zeros(2, 6, 16, dtype=torch.float16)
+    layer = decodes.layer
+    first = backend._planned(plan, layer, False, heads)
+    assert backend._planned(plan, layer, False, heads) is first
+    assert [one.single for one in wrappers.made] == [True]
+    assert wrappers.made[0].num_plans == 1
+    assert backend._planned(backend.plan(geometry), layer, False, heads) is first
+    assert wrappers.made[0].num_plans == 2
+
+
+def kind_of(**changes: Any) -> LayerKind:
+    return LayerKind(0, None, None, False, 6, 0.0, 1.0)._replace(**changes)
+
+
+def test_sequences_of_a_window_begin_where_it_does() -> None:
+    spec = make_spec(page_size=4)
+    case = Case(spec, [(20, 3)], make_tables([(20, 3)], 4, []), make_layer(spec))
+    found = make_sequences(case.geometry(), kind_of(window=6))
+    assert found.rows.tolist() == [0, 3]
+    assert found.pages.tolist() == [4, 5, 6]  # positions 12 to 23: 15 is the first that is seen
+    assert found.last.tolist() == [3]
+    chunked = make_sequences(case.geometry(), kind_of(chunk=8))
+    assert chunked.pages.tolist() == [5, 6]
+    two = make_sequences(
+        Case(spec, [(6, 5)], make_tables([(6, 5)], 4, []), make_layer(spec)).geometry(),
+        kind_of(chunk=8),
+    )
+    assert two.rows.tolist() == [0, 2, 5]
+    assert [two.pages.tolist(), two.indptr.tolist(), two.last.tolist()] == [
+        [1, 2, 3],
+        [0, 2, 3],
+        [4, 3],
+    ]
+
+
+def test_what_it_does_not_serve_is_refused() -> None:
+    with pytest.raises(ValueError, match="16 bits"):
+        FlashInferAttnBackend(make_spec(), FakeWrappers())
+    with pytest.raises(ValueError, match="one width"):
+        FlashInferAttnBackend(make_spec(dtype="float16", v_head_dim=8), FakeWrappers())
+    spec = make_spec(page_size=4, dtype="float16")
+    case = Case(spec, [(6, 5)], make_tables([(6, 5)], 4, []), make_layer(spec))
+    with pytest.raises(ValueError, match="no whole pages"):
+        make_sequences(case.geometry(), kind_of(chunk=6))
+    short = Case(spec, [(9, 1)], make_tables([(3, 1)], 4, []), make_layer(spec))
+    with pytest.raises(InvariantError, match="does not reach"):
+        make_sequences(short.geometry(), kind_of())
+
+
+def test_backends_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "triton_kernels", lambda: object())
+    monkeypatch.setattr(registry, "has_flashinfer", lambda: True)
+    assert get_attention_backend(None, "cuda") is TritonAttnBackend
+    assert get_attention_backend("flashinfer", "cuda") is FlashInferAttnBackend
+    assert get_attention_backend("torch_native", "cuda") is TorchDeviceAttnBackend
+    monkeypatch.setattr(registry, "triton_kernels", lambda: None)
+    monkeypatch.setattr(registry, "has_flashinfer", lambda: False)
+    assert get_attention_backend("auto", "cuda") is TorchDeviceAttnBackend
+    with pytest.raises(ValueError, match="pip install flashinfer-python"):
+        get_attention_backend("flashinfer", "cuda")
+    with pytest.raises(ValueError, match="'cpu' is not available on cuda; use torch_native"):
+        get_attention_backend("cpu", "cuda")
