@@ -7,7 +7,8 @@ weights: a process for each rank, over gloo on the loopback interface, the sched
 model those of a server. Grids are measured by turns, several rounds of fresh processes. Ranks share
 this machine's cores, so more of them are no faster: correctness, not speed, is the point, and the
 tokens of all grids are compared. Messages are the collectives that a rank enters in a decode step.
-No grid records its steps on tapes, so that only the ranks differ.
+No grid records its steps on tapes, so that only the ranks differ, and none starts a step ahead of
+results, so that a turn is a step.
 """
 
 from __future__ import annotations
@@ -287,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "kv_segment_size": args.segment,
             "chunked_prefill_size": 2048,
             "disable_cuda_graph": True,
+            "disable_overlap_schedule": True,
             "log_level": "error",
         }
         ask = Ask(flags, args.input_len, args.output_len)
