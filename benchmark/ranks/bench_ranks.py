@@ -161,13 +161,12 @@ def run_rank(ask: Ask, place: RankPlace, meeting: Rendezvous | None, pipe: Conne
     began = time.perf_counter()
     turns: list[tuple[float, Sent]] = []
     mapped = 0
-    scheduler.turn()
-    while scheduler.busy:
+    while not turns or scheduler.busy:
         scheduler.turn()
         mapped = max(mapped, parts.memory.manager.mapped_bytes)
         turns.append((time.perf_counter() - began, Sent(sent.messages, sent.num_bytes)))
-    # The last turns end the answer; those before, as many as tokens less a few, are decode steps.
-    steady = turns[-ask.output_len + 4 : -3]
+    # The prompt's last turn gives the first token, each further one is a decode step.
+    steady = turns[-ask.output_len + 1 :]
     steps = list(itertools.pairwise(steady))
     pipe.send(
         {
