@@ -43,6 +43,7 @@ nothing (null, and the values in brackets). Null means "not given".
 | `/health_generate` | GET | really generates a token |
 | `/model_info`, `/get_model_info` | GET | |
 | `/server_info`, `/get_server_info` | GET | settings, state, `memory` |
+| `/get_load` | GET | requests and tokens of each replica, for routers |
 | `/flush_cache?timeout=0` | GET, POST | 400 while requests run |
 | `/abort_request` | POST | `rid` (also the start of several ids) or `abort_all` |
 | `/set_kv_budget` | POST | `bytes` (number or `"8GiB"`), `timeout_s` (30); 400 when too small |

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sglang.srt.utils.network import get_free_port
 
 READY_TIMEOUT_S = 180.0
 REQUEST_TIMEOUT_S = 300.0
@@ -38,9 +39,7 @@ class Server:
     """`python -m sglang.launch_server` of this tree on a free port, output in a file or nowhere."""
 
     def __init__(self, *flags: str, log: Path | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        port = get_free_port()
         self.url = f"http://127.0.0.1:{port}"
         source = str(Path(__file__).parents[2] / "python")
         command = [sys.executable, "-m", "sglang.launch_server", "--port", str(port), *flags]

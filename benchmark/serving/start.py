@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -23,11 +22,7 @@ import urllib.request
 
 import psutil
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from sglang.srt.utils.network import get_free_port
 
 
 def is_ready(port: int) -> bool:
@@ -40,7 +35,7 @@ def is_ready(port: int) -> bool:
 
 def start_once(model_path: str, context: int) -> tuple[float, int]:
     """Seconds from exec to ready, and resident bytes of the server's processes at that moment."""
-    port = free_port()
+    port = get_free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model_path]
     command += ["--port", str(port), "--context-length", str(context), "--log-level", "error"]
     env = {**os.environ, "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sglang.srt.utils.network import get_free_port
 
 READY_TIMEOUT_S = 300.0
 _CONTROL_TIMEOUT_S = 120.0
@@ -56,9 +57,7 @@ def started_server(flags: Sequence[str], log: Path) -> Iterator[Server]:
 
     Raises RuntimeError, with the end of its output, when it ends or is not ready in time.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = get_free_port()
     url = f"http://127.0.0.1:{port}"
     source = str(Path(__file__).absolute().parents[2] / "python")
     command = [sys.executable, "-m", "sglang.launch_server", "--port", str(port), *flags]
@@ -67,7 +66,10 @@ def started_server(flags: Sequence[str], log: Path) -> Iterator[Server]:
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": source},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, (source, os.getenv("PYTHONPATH")))),
+            },
         )
     try:
         _wait_ready(url, process, log)

@@ -272,8 +272,23 @@ struct SglExperts {
     int32_t round_inputs;  // of codes, as in SglQuantized
 };
 
+// A projection to queries, keys and values in one call: a product whose columns are heads of q, then of
+// k, then of v; up to two rotations of heads of q and k, each after a norm of them or not; and a store.
+// The calls are as if made one after the other, but that nothing is written to the out of a norm.
+struct SglQkv {
+    const void* product;         // SglLinear or SglQuantized, by `product_op`
+    const SglNorm* norms[2];     // of what rotates[i] turns, or null
+    const SglRotate* rotates[2]; // or null
+    const SglStore* store;       // its k: of a rotation's result, or of the product's; its v: the latter
+    int64_t columns[2];          // of the product, that rotates[i] begins with
+    int64_t k_columns, v_columns;
+    int64_t head_dim, v_dim;     // of heads of q and k, and of v
+    int64_t product_op;
+};
+
 enum SglOp : int32_t {
     SGL_OP_ATTENTION = 0,
+    SGL_OP_QKV = 15,
     SGL_OP_LINEAR = 1,
     SGL_OP_QUANTIZED_LINEAR = 2,
     SGL_OP_DEQUANTIZE = 3,
@@ -305,6 +320,9 @@ SGL_API void sgl_set_parallel(void* gomp_parallel);
 
 // 0, or -1 when the arguments are not served (see attention.cpp).
 SGL_API int32_t sgl_attention(const SglAttention* call);
+
+// 0, or -1 when the arguments are not served (see qkv.cpp).
+SGL_API int32_t sgl_qkv(const SglQkv* call);
 
 // 0, or -1 when the arguments are not served (see linear.cpp).
 SGL_API int32_t sgl_linear(const SglLinear* call);

@@ -165,6 +165,16 @@ extern "C" int32_t sgl_scale(const SglScale* arguments) {
     return 0;
 }
 
+void sgl::store_columns(const SglStore& call, bool of_v, int64_t first, int64_t count,
+                        int64_t bytes) {
+    const int64_t stored = call.plane_dtype == -1 ? bytes : 1;  // of a number in the plane
+    const auto* from = static_cast<const char*>(of_v ? call.v : call.k) + first * bytes;
+    auto* plane = static_cast<char*>(of_v ? call.v_plane : call.k_plane) + first * stored;
+    const StoreSide side{from, plane, of_v ? call.v_row : call.k_row,
+                         of_v ? call.v_slot : call.k_slot, count * stored};
+    storing_of(call)(call, side, 0, call.rows);
+}
+
 extern "C" int32_t sgl_store(const SglStore* arguments) {
     const SglStore& call = *arguments;
     const StoreRows work = storing_of(call);

@@ -14,6 +14,7 @@ int32_t make(int32_t (*function)(const Call*), const void* call) {
 int32_t make_call(const SglStep& step) {
     switch (step.op) {
         case SGL_OP_ATTENTION: return make(sgl_attention, step.call);
+        case SGL_OP_QKV: return make(sgl_qkv, step.call);
         case SGL_OP_LINEAR: return make(sgl_linear, step.call);
         case SGL_OP_QUANTIZED_LINEAR: return make(sgl_quantized_linear, step.call);
         case SGL_OP_DEQUANTIZE: return make(sgl_dequantize, step.call);

@@ -18,6 +18,8 @@ from typing import Any
 import httpx
 import psutil
 
+from sglang.srt.utils.network import get_free_port
+
 READY_TIMEOUT_S = 120.0
 
 
@@ -30,17 +32,11 @@ def demo_model() -> str:
     return str(Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class ServerProcess:
     """One `python -m sglang.launch_server`, its output gathered line by line."""
 
     def __init__(self, *flags: str, env: dict[str, str] | None = None) -> None:
-        port = free_port()
+        port = get_free_port()
         command = [sys.executable, "-m", "sglang.launch_server", "--port", str(port), *flags]
         self._start(command, port, env)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from e2e.server_process import ServerProcess, Traces, free_port, gone, wait_until
+from e2e.server_process import ServerProcess, Traces, gone, wait_until
+from sglang.srt.utils.network import get_free_port
 from srt.models.hf_models import hf_greedy, make_hf_model, save
 
 TIMEOUT_S = 5
@@ -23,7 +24,7 @@ class Nodes:
     """Both nodes of one server, each with a directory of its own for temporary files."""
 
     def __init__(self, model: str, tmp: Path, second: tuple[str, ...] = ()) -> None:
-        address = f"127.0.0.1:{free_port()}"
+        address = f"127.0.0.1:{get_free_port()}"
         common = ("--model-path", model, *FLAGS, "--tp", "2", "--dist-timeout", str(TIMEOUT_S))
         self.tmps = [tmp / "a", tmp / "b"]
         self.nodes = []
@@ -127,7 +128,7 @@ def test_nodes_with_other_settings_say_which(model: str, short_tmp: Path) -> Non
 @pytest.mark.slow
 def test_a_node_that_never_comes_is_a_clear_error(model: str) -> None:
     flags = ("--model-path", model, *FLAGS, "--tp", "2", "--dist-timeout", "2")
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{get_free_port()}"
     for rank in ("0", "1"):
         place = ("--nnodes", "2", "--node-rank", rank, "--dist-init-addr", address)
         server = ServerProcess(*flags, *place)
@@ -141,7 +142,7 @@ def test_a_node_that_never_comes_is_a_clear_error(model: str) -> None:
 
 @pytest.mark.slow
 def test_torchrun_starts_a_server(model: str, short_tmp: Path) -> None:
-    port = free_port()
+    port = get_free_port()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "sglang.launch_server", "--model-path", model, *FLAGS]
     command += ["--tp-size", "2", "--port", str(port), "--dist-timeout", "30"]

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import zmq
 
-from e2e.server_process import ServerProcess, Traces, free_port, started_server, wait_until
+from e2e.server_process import ServerProcess, Traces, started_server, wait_until
+from sglang.srt.utils.network import get_free_port
 from srt.models.hf_models import VOCAB, hf_greedy, make_hf_model, save
 
 NEW_TOKENS = 10
@@ -63,7 +64,7 @@ def test_two_replicas_answer_as_one_model_until_one_dies(model: str, short_tmp: 
     prompts = [rng.integers(0, VOCAB, n).tolist() for n in (3, 90, 200, 700)]
     reference = make_hf_model("llama", max_position_embeddings=4096)
     expected = [hf_greedy(reference, prompt, NEW_TOKENS) for prompt in prompts]
-    base = free_port()
+    base = get_free_port()
     events = json.dumps({"publisher": "zmq", "endpoint": f"tcp://*:{base}"})
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     ears = [context.socket(zmq.SUB) for _ in range(2)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -15,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+from sglang.srt.utils.network import get_free_port
 
 READY_TIMEOUT_S = 300.0
 REQUEST_TIMEOUT_S = 300.0
@@ -47,9 +48,7 @@ class HttpEngine:
         self, name: str, command: Sequence[str], model: Path, env: Mapping[str, str], log: Path
     ) -> None:
         self.name, self._model = name, str(model)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        port = get_free_port()
         self._url = f"http://127.0.0.1:{port}"
         began = time.perf_counter()
         with log.open("wb") as output:

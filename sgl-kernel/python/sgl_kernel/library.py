@@ -224,6 +224,20 @@ class ExpertsCall(ctypes.Structure):
     )
 
 
+class QkvCall(ctypes.Structure):
+    """`SglQkv` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        ("product", ctypes.c_void_p),
+        ("norms", ctypes.c_void_p * 2),
+        ("rotates", ctypes.c_void_p * 2),
+        ("store", ctypes.c_void_p),
+        ("columns", ctypes.c_int64 * 2),
+        *((name, ctypes.c_int64) for name in ("k_columns", "v_columns", "head_dim", "v_dim")),
+        ("product_op", ctypes.c_int64),
+    )
+
+
 class Step(ctypes.Structure):
     """`SglStep` of csrc/api.h, field by field."""
 
@@ -234,6 +248,7 @@ class Op(IntEnum):
     """What a step of a tape calls, as csrc/api.h numbers it."""
 
     ATTENTION = 0
+    QKV = 15
     LINEAR = 1
     QUANTIZED_LINEAR = 2
     DEQUANTIZE = 3
@@ -252,6 +267,7 @@ class Op(IntEnum):
 
 _CALLS = {
     "attention": AttentionCall,
+    "qkv": QkvCall,
     "linear": LinearCall,
     "quantized_linear": QuantizedCall,
     "dequantize": QuantizedCall,

@@ -113,6 +113,25 @@ def test_server_info(server: LiveServer, path: str) -> None:
     assert "api_key" not in info
 
 
+def test_load(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    idle = {"dp_rank": 0, "num_reqs": 0, "num_waiting_reqs": 0, "num_tokens": 0}
+    assert server.request("GET", "/get_load").json() == [idle]
+    waits = {"rid": "a", "state": "waiting", "prompt_tokens": 50}
+    runs = {"rid": "b", "state": "decode", "prompt_tokens": 900}
+    memory = {"pages": {"used": 15, "cached": 3}, "page_size": 64}
+    busy = {
+        "memory": memory,
+        "num_running_reqs": 1,
+        "num_queue_reqs": 1,
+        "requests": [runs, waits],
+    }
+    monkeypatch.setattr(server.service, "state", {"replicas": [busy, {}]})
+    assert server.request("GET", "/get_load").json() == [
+        {"dp_rank": 0, "num_reqs": 2, "num_waiting_reqs": 1, "num_tokens": 15 * 64 + 50},
+        {**idle, "dp_rank": 1},
+    ]
+
+
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_flush_cache(server: LiveServer, method: str) -> None:
     reply = server.request(method, "/flush_cache?timeout=1.5")

@@ -113,7 +113,7 @@ logprob_start_len top_logprobs_num token_ids_logprob return_text_in_logprobs ret
 return_prompt_token_ids return_bytes return_entropy session_id session_params lora_path
 custom_logit_processor priority extra_key cache_salt require_reasoning max_thinking_tokens
 background no_logs image_data video_data audio_data modalities routed_dp_rank bootstrap_host
-bootstrap_port bootstrap_room"""
+bootstrap_port bootstrap_room model"""
 SAMPLING_NAMES = """max_new_tokens stop stop_token_ids stop_regex temperature top_p top_k min_p
 frequency_penalty presence_penalty repetition_penalty min_new_tokens n json_schema regex ebnf
 structural_tag ignore_eos skip_special_tokens spaces_between_special_tokens no_stop_trim

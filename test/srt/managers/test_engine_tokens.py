@@ -88,7 +88,9 @@ class DeviceTower:
             **{"dtype": "float32", "kv_memory_budget": "64MiB", "random_seed": 5, **flags},
         )
         progress = Progress()
-        self.parts = build_scheduler_parts(args, environ or Environ(), progress, links, runtime)
+        self.parts = build_scheduler_parts(
+            args, environ or Environ(), progress, links, runtime=runtime
+        )
         self.channel = FakeChannel()
         self.scheduler: Scheduler = make_scheduler(self.parts, self.channel, progress, links)
 

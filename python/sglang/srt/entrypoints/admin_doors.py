@@ -18,7 +18,7 @@ from sglang.srt.entrypoints.http_errors import JsonResponse, bad_field
 from sglang.srt.entrypoints.request_body import read_body, split_object
 from sglang.srt.entrypoints.request_fields import FieldTable
 from sglang.srt.entrypoints.server_context import ServerContext
-from sglang.srt.entrypoints.server_info import model_info, server_info
+from sglang.srt.entrypoints.server_info import load_of, model_info, server_info
 from sglang.srt.entrypoints.service import TextService
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateRequest
@@ -108,6 +108,12 @@ class AdminDoors:
     async def server_info(self, _request: Request) -> Response:
         """GET /server_info."""
         return JsonResponse(await server_info(self._context))
+
+    async def get_load(self, _request: Request) -> Response:
+        """GET /get_load: what each replica has to do, for routers that go by it."""
+        reply = await self._context.serving.service.control("internal_state")
+        states = reply.data.get("replicas", [reply.data])
+        return JsonResponse([load_of(dp_rank, state) for dp_rank, state in enumerate(states)])
 
     async def flush_cache(self, request: Request) -> Response:
         """GET or POST /flush_cache: 400 when requests are still running after `timeout` s."""

@@ -52,6 +52,7 @@ def build_app(context: ServerContext) -> Starlette:
         ("/get_model_info", GET, admin.model_info),
         ("/server_info", GET, admin.server_info),
         ("/get_server_info", GET, admin.server_info),
+        ("/get_load", GET, admin.get_load),
         ("/flush_cache", ["GET", "POST"], admin.flush_cache),
         ("/abort_request", POST, admin.abort_request),
         ("/set_kv_budget", POST, memory.set_kv_budget),

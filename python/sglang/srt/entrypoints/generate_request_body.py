@@ -71,6 +71,7 @@ class GenerateBody(msgspec.Struct, frozen=True):
 GENERATE_FIELDS = FieldTable(
     GenerateBody,
     accepted=(
+        "model",  # sglang-router adds it; there is one model
         "no_logs",
         "log_metrics",
         "conversation_id",

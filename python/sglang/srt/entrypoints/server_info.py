@@ -1,8 +1,9 @@
-"""What a server tells of itself: /model_info, /server_info, the Engine's get_server_info."""
+"""What a server tells of itself: /model_info, /server_info, /get_load, and the Engine alike."""
 
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from typing import Any
 
 from sglang.srt.entrypoints.server_context import WEIGHT_VERSION, ServerContext
@@ -64,4 +65,22 @@ async def server_info(context: ServerContext) -> dict[str, Any]:
         "frontend": "python",
         "memory": memory,
         "internal_states": states,
+    }
+
+
+def load_of(dp_rank: int, state: Mapping[str, Any]) -> dict[str, int]:
+    """One replica's entry of /get_load from its internal state.
+
+    `num_tokens` are those that running requests hold and those of the prompts that wait (of the
+    oldest few hundred requests).
+    """
+    memory = state.get("memory", {})
+    used = memory.get("pages", {}).get("used", 0) * memory.get("page_size", 1)
+    waiting = [r for r in state.get("requests", ()) if r["state"] in ("waiting", "retracted")]
+    num_waiting = state.get("num_queue_reqs", 0)
+    return {
+        "dp_rank": dp_rank,
+        "num_reqs": state.get("num_running_reqs", 0) + num_waiting,
+        "num_waiting_reqs": num_waiting,
+        "num_tokens": used + sum(request["prompt_tokens"] for request in waiting),
     }

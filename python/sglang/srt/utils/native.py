@@ -29,6 +29,15 @@ def native_kernels() -> ModuleType | None:
     return kernels
 
 
+@cache
+def triton_kernels() -> ModuleType | None:
+    """The package sgl_kernel.triton; None where it or Triton is not installed."""
+    try:
+        return import_module("sgl_kernel.triton")
+    except ImportError:
+        return None
+
+
 def kernels_for(*tensors: torch.Tensor) -> ModuleType | None:
     """`native_kernels` where all tensors lie on the CPU in types that they compute, else None."""
     for tensor in tensors:

@@ -9,6 +9,7 @@ from sglang.srt.layers.attention.kv_parallel_backend import KVParallelAttnBacken
 from sglang.srt.layers.attention.torch_device_backend import TorchDeviceAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.torch_native_table import SegmentTableAttnBackend
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, check_triton
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 
@@ -30,6 +31,9 @@ def get_attention_backend(name: str | None, device: str) -> type[AttentionBacken
         available[TorchNativeAttnBackend.name] = TorchNativeAttnBackend
     elif device == "cuda":
         available[TorchDeviceAttnBackend.name] = TorchDeviceAttnBackend
+    if name == TritonAttnBackend.name and device in ("cpu", "cuda"):
+        check_triton(device)
+        available[TritonAttnBackend.name] = TritonAttnBackend
     if not available:
         raise ValueError(
             f"no attention backend for device {device!r}; available devices: cpu, cuda"
@@ -61,7 +65,7 @@ def make_attention_backend(
 
 
 def _make_reader(backend: type[AttentionBackend], pool: MHATokenToKVPool) -> AttentionBackend:
-    if pool.contiguous:
+    if pool.contiguous or issubclass(backend, TritonAttnBackend):
         return backend(pool.spec)
     if issubclass(backend, TorchNativeAttnBackend):
         segment_tokens = tuple(layout.slots_per_segment for layout in pool.layouts)
