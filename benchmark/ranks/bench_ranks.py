@@ -147,7 +147,9 @@ def run_rank(ask: Ask, place: RankPlace, meeting: Rendezvous | None, pipe: Conne
     args = ServerArgs.from_kwargs(**ask.flags)
     links, sent = None, Sent()
     if meeting is not None:
-        found = connect_ranks(meeting, place, args.dist_timeout).links
+        # Held to the end: others may still be connecting when this rank is done with that.
+        connections = connect_ranks(meeting, place, args.dist_timeout)
+        found = connections.links
         assert found is not None
         control: Communicator = Counted(found.control, sent)
         links = RankLinks(control, Counted(found.compute, sent))
