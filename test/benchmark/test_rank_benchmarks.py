@@ -13,6 +13,23 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "benchmark" / "ranks"
 PYTHON = str(Path(__file__).resolve().parents[2] / "python")
 
 
+def test_ranks_of_every_kind_give_the_same_tokens() -> None:
+    script = SCRIPTS / "bench_ranks.py"
+    lengths = ["--input-len", "300", "--output-len", "12", "--segment", "512"]
+    told = subprocess.check_output(
+        [sys.executable, str(script), "--grids", "1x1,2x1,1x2", "--rounds", "1", *lengths],
+        env={"PYTHONPATH": PYTHON, "PATH": "/usr/bin", "OMP_NUM_THREADS": "1"},
+        timeout=250,
+    )
+    rows = json.loads(told)["rows"]
+    assert [(row["tp"], row["kv_parallel"]) for row in rows] == [(1, 1), (2, 1), (1, 2)]
+    assert all(row["same_tokens"] for row in rows)
+    # 8 layers: two sums each and the embedding's and the logits' gather, or one merge each
+    assert [row["messages_per_step"] for row in rows] == [0, 1 + 1 + 8 * 2 + 1, 1 + 8]
+    (whole,), halves, shared = (row["mapped_bytes_of_ranks"] for row in rows)
+    assert halves == shared == [whole // 2] * 2
+
+
 @pytest.mark.slow
 def test_a_rank_loads_its_part_and_little_more() -> None:
     script = SCRIPTS / "bench_loading.py"

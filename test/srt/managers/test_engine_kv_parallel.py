@@ -104,6 +104,20 @@ def test_an_abort_gives_back_on_every_rank(model: Model) -> None:
         assert ranks.run(abort_one) == expected[1]
 
 
+def test_a_model_of_windows_alone_is_whole_on_each_rank(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save(make_hf_model("mistral", sliding_window=50), tmp_path)
+    with tower(path, page_size=16) as engine:
+        expected = answer_all(engine)
+    assert not caplog.messages
+    with rank_towers(2, path, kv_parallel_size=2, page_size=16) as ranks:
+        assert ranks.run(answer_all) == expected
+        merges = [call for call in ranks.ranks.compute.calls[0] if "gather" in call]
+    assert not merges
+    assert any("--kv-parallel-size spreads nothing" in message for message in caplog.messages)
+
+
 # ---- capacity ----------------------------------------------------------------------------------
 
 LONG = {"max_position_embeddings": 4096}

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sglang.srt.errors import InvariantError
+from sglang.srt.layers.attention.cpu_backend import CpuAttnBackend, has_native_kernels
 from sglang.srt.layers.attention.kv_parallel_backend import KVParallelAttnBackend
 from sglang.srt.layers.attention.own_pages import OwnPages
 from sglang.srt.layers.attention.torch_native_backend import (
@@ -173,6 +174,36 @@ def test_one_message_a_layer() -> None:
     attend(case, 2)
     heads, rows = case.layer.num_heads, 10
     assert calls[before:] == [f"all_gather {(1, rows, heads, spec.v_head_dim + 1)} 0"]
+
+
+@pytest.mark.skipif(not has_native_kernels(), reason="needs sgl-kernel")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8_e4m3"])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_single_queries_go_to_the_native_kernels(
+    dtype: str, sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decode steps, and the last layer of a prompt; a rank without a request's keys among them."""
+    spec = make_spec(page_size=16, head_dim=64, dtype=dtype)
+    layer = make_layer(spec, sinks=sinks)
+    lengths = [(700, 1), (0, 1), (47, 1), (200, 1)]
+    decode = Case(spec, lengths, make_tables(lengths, 16, [1, 3]), layer)
+    lengths = [(300, 90), (5, 1)]
+    prompt = Case(spec, lengths, make_tables(lengths, 16, [2]), layer, logits_rows=[89, 90])
+
+    def not_here(*_: object) -> None:
+        raise AssertionError("torch was asked")
+
+    monkeypatch.setattr(TorchNativeAttnBackend, "_attend", not_here)
+    atol = 2e-6 if dtype == "float32" else 2e-2
+    for out in attend(decode, 4, backend=CpuAttnBackend):
+        torch.testing.assert_close(out.double(), decode.reference(), rtol=0, atol=atol)
+    for out in attend(prompt, 4, pruned=True, backend=CpuAttnBackend):
+        expected = prompt.reference()[[89, 90]]
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=atol)
+    with pytest.raises(AssertionError, match="torch was asked"):
+        attend(prompt, 2, backend=CpuAttnBackend)
+    WORLDS.pop(2).close()  # its ranks have parted
+    WORLDS[2] = ThreadRanks(2)
 
 
 def own_pages(*pages: int, rank: int = 1, size: int = 4) -> OwnPages:

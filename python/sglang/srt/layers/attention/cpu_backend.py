@@ -10,12 +10,14 @@ Legend: R query rows, H query heads, D head dim, S slots.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 
 from sglang.srt.layers.attention.base_attn_backend import AttentionLayer
+from sglang.srt.layers.attention.merge import Partial
+from sglang.srt.layers.attention.own_pages import OwnPages
 from sglang.srt.layers.attention.torch_native_backend import (
     TorchNativeAttnBackend,
     TorchNativePlan,
@@ -23,7 +25,7 @@ from sglang.srt.layers.attention.torch_native_backend import (
 )
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES
-from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
+from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch, Int64Array
 from sglang.srt.utils.native import native_kernels
 
 # Queries times keys of one kernel call, so that progress shows in long prefills.
@@ -42,6 +44,7 @@ class CpuPlan(TorchNativePlan):
     tables: dict[int, Any] = field(default_factory=dict)
     blocks: dict[bool, list[Any]] = field(default_factory=dict)
     has_prompts: bool = False
+    own_blocks: dict[tuple[int, bool], Any] = field(default_factory=dict)  # by group and pruning
 
 
 class CpuAttnBackend(TorchNativeAttnBackend):
@@ -112,6 +115,57 @@ class CpuAttnBackend(TorchNativeAttnBackend):
         forward_batch.progress.tick()
         return q.flatten(1) if out is None else out.flatten(1).to(q.dtype)
 
+    def attend_part(
+        self,
+        q: torch.Tensor,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
+        *,
+        rows_pruned: bool,
+    ) -> Partial:
+        """See `TorchNativeAttnBackend.attend_part`. Single queries go to the native kernels.
+
+        To these a table of `OwnPages` is a shorter request. Blocks of a prompt's queries see keys
+        by a mask, which the kernels don't know.
+        """
+        plan: CpuPlan = forward_batch.attn_plan
+        few = rows_pruned and q.shape[0] <= len(plan.geometry.seq_lens)
+        if not self._serves or (plan.has_prompts and not few):
+            return super().attend_part(q, layer, forward_batch, rows_pruned=rows_pruned)
+        group = self.group_of_layer[layer.layer_id]
+        pool = forward_batch.token_to_kv_pool
+        heads = q.to(self._dtype or q.dtype).view(-1, layer.num_heads, layer.head_dim)
+        out = torch.zeros_like(heads)
+        lse = torch.full(heads.shape[:2], float("-inf"))
+        self._kernels.paged_attention(
+            heads,
+            pool.get_key_buffer(layer.layer_id),
+            pool.get_value_buffer(layer.layer_id),
+            self._tables(plan, group),
+            self._own_blocks(plan, group, rows_pruned),
+            out=out,
+            lse=lse,
+            scale=layer.scaling,
+            logit_cap=layer.logit_cap,
+            num_threads=torch.get_num_threads(),
+        )
+        return out.float(), lse
+
+    def _own_blocks(self, plan: CpuPlan, group: int, pruned: bool) -> Any:
+        """Single queries as the last tokens of what this rank holds of their requests."""
+        if (group, pruned) not in plan.own_blocks:
+            rows, counts, positions, requests = _query_rows(plan.geometry, pruned)
+            tables = plan.geometry.block_tables[group]
+            places = [
+                cast(OwnPages, tables[request]).num_before(position + 1)
+                for request, position in zip(requests.tolist(), positions.tolist(), strict=True)
+            ]
+            last = np.array(places, np.int64) - 1
+            seen = (last >= 0) & (counts > 0)
+            spans = (rows[seen], counts[seen], last[seen], requests[seen])
+            plan.own_blocks[group, pruned] = self._kernels.QueryBlocks(*spans)
+        return plan.own_blocks[group, pruned]
+
     def _sinks(self, layer: AttentionLayer) -> torch.Tensor | None:
         if layer.sinks is None or layer.sinks.dtype is torch.float32:
             return layer.sinks
@@ -149,14 +203,7 @@ class CpuAttnBackend(TorchNativeAttnBackend):
 
     def _make_blocks(self, geometry: BatchGeometry, pruned: bool) -> list[Any]:
         """The step's queries in calls of bounded work: each row in exactly one block."""
-        requests = np.arange(len(geometry.seq_lens))
-        rows, counts = geometry.q_starts, geometry.extend_seq_lens
-        positions = geometry.extend_prefix_lens
-        if pruned:
-            wanted = geometry.logits_rows
-            requests = np.searchsorted(rows, wanted, side="right") - 1
-            positions = positions[requests] + wanted - rows[requests]
-            rows, counts = np.arange(len(wanted)), np.ones(len(wanted), np.int64)
+        rows, counts, positions, requests = _query_rows(geometry, pruned)
         used = counts > 0
         rows, counts, positions = rows[used], counts[used], positions[used]
         requests = requests[used]
@@ -173,3 +220,18 @@ class CpuAttnBackend(TorchNativeAttnBackend):
                 spans = ([row + at], [size], [position + at], [request])
                 parts.append(self._kernels.QueryBlocks(*(np.array(x) for x in spans)))
         return parts
+
+
+def _query_rows(
+    geometry: BatchGeometry, pruned: bool
+) -> tuple[Int64Array, Int64Array, Int64Array, Int64Array]:
+    """First row of q, rows, position of the first and request of each run of queries."""
+    requests = np.arange(len(geometry.seq_lens))
+    rows, counts = geometry.q_starts, geometry.extend_seq_lens
+    positions = geometry.extend_prefix_lens
+    if pruned:
+        wanted = geometry.logits_rows
+        requests = np.searchsorted(rows, wanted, side="right") - 1
+        positions = positions[requests] + wanted - rows[requests]
+        rows, counts = np.arange(len(wanted)), np.ones(len(wanted), np.int64)
+    return rows, counts, positions, requests
