@@ -74,7 +74,8 @@ TABLE: tuple[Row, ...] = (
      " < srt.managers.schedule_policy"),
     (3, "DEVICE", "srt.managers.schedule_batch < srt.model_executor.forward_batch_info"
      " < srt.sampling.sampling_batch_info"),
-    (4, "DEVICE", "srt.distributed.communicator, srt.distributed.store_board"
+    (4, "DEVICE", "srt.distributed.communicator, srt.distributed.shared_exchange,"
+     " srt.distributed.store_board"
      " < srt.distributed.parallel_state,"
      " srt.distributed.process_group < srt.layers.* < srt.models.* < srt.model_loader.*"),
     (5, "DEVICE", "srt.model_executor.decode_tapes < srt.model_executor.model_runner"

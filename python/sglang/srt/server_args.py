@@ -105,6 +105,11 @@ class ServerArgs(DoorArgs):
         metavar="N",
         minimum=1,
     )
+    disable_custom_all_reduce: bool = flag(
+        False,
+        "Let ranks of one machine exchange small tensors over sockets too, not in shared memory.",
+        group=DEVICE,
+    )
     dp_size: int = flag(
         1,
         "Replicas of the model behind one port, each with ranks and memory of its own.",
