@@ -38,6 +38,7 @@ TABLE: tuple[Row, ...] = (
     (1, "", "srt.configs.rope_config < srt.configs.model_traits"
      " < srt.configs.families.* < srt.configs.model_config"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.capacity"),
+    (2, "DEVICE", "srt.mem_cache.device_budget"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.segment_backing.*"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.segment_state"),
     (2, "DEVICE", "srt.mem_cache.segment_backing.*, srt.mem_cache.segment_state,"
@@ -65,6 +66,8 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.allocation < srt.mem_cache.compaction < srt.mem_cache.reclaim"),
     (2, "DEVICE", "srt.mem_cache.memory_pool, srt.mem_cache.radix_cache, srt.mem_cache.window_index"
      " < srt.mem_cache.canary < srt.mem_cache.allocation"),
+    (2, "DEVICE", "srt.mem_cache.memory_pool < srt.mem_cache.page_copy < srt.mem_cache.allocation,"
+     " srt.mem_cache.compaction"),
     (2, "DEVICE", "srt.mem_cache.lease < srt.mem_cache.decode_steps < srt.mem_cache.allocation"),
     (2, "DEVICE", "srt.mem_cache.canary < srt.mem_cache.canary_perturb"),
     (2, "DEVICE", "srt.mem_cache.segment_manager < srt.mem_cache.memory_report"
@@ -76,9 +79,11 @@ TABLE: tuple[Row, ...] = (
      " < srt.sampling.sampling_batch_info"),
     (4, "DEVICE", "srt.distributed.communicator, srt.distributed.shared_exchange,"
      " srt.distributed.store_board"
-     " < srt.distributed.parallel_state,"
-     " srt.distributed.process_group < srt.layers.* < srt.models.* < srt.model_loader.*"),
-    (5, "DEVICE", "srt.model_executor.decode_tapes < srt.model_executor.model_runner"
+     " < srt.distributed.parallel_state"
+     " < srt.distributed.rank_grid, srt.distributed.process_group"
+     " < srt.layers.* < srt.models.* < srt.model_loader.*"),
+    (5, "DEVICE", "srt.model_executor.decode_tapes < srt.model_executor.cuda_graph_runner,"
+     " srt.model_executor.model_runner"
      " < srt.managers.tp_worker"),
     (6, "DEVICE", "srt.managers.scheduler*"),
     (6, "TEXT", "srt.tokenizer.* < srt.managers.incremental_text"),
@@ -120,6 +125,7 @@ LAZY_PACKAGES = frozenset(
 BANNED: tuple[tuple[str, frozenset[str]], ...] = (
     ("srt.mem_cache.kv_layout", frozenset({"torch", "transformers"})),
     ("srt.mem_cache.capacity", frozenset({"torch", "transformers"})),
+    ("srt.mem_cache.device_budget", frozenset({"torch", "transformers"})),
     ("srt.server_args", frozenset({"torch", "transformers"})),
     ("srt.configs.*", frozenset({"torch", "transformers"})),
     ("srt.managers.io_struct", frozenset({"torch", "transformers"})),

@@ -66,7 +66,10 @@ def started_server(flags: Sequence[str], log: Path) -> Iterator[Server]:
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": source},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, (source, os.getenv("PYTHONPATH")))),
+            },
         )
     try:
         _wait_ready(url, process, log)

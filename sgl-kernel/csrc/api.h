@@ -113,7 +113,11 @@ struct SglNorm {
     int32_t num_threads;
 };
 
-// silu(gate) * up, row by row, in fp32 and rounded once. A row of x holds its gates, then its ups.
+// SILU: silu(gate) * up. GELU_TANH: gelu(gate) * up by its approximation with tanh. CLAMPED:
+// (up + 1) * gate * sigmoid(alpha * gate), with gate at most `limit` and up within +-limit.
+enum SglGateKind : int32_t { SGL_GATE_SILU = 0, SGL_GATE_GELU_TANH = 1, SGL_GATE_CLAMPED = 2 };
+
+// A gate of each row, in fp32 and rounded once. A row of x holds its gates, then its ups.
 struct SglGate {
     const void* x;  // [rows, 2 width]
     void* out;      // [rows, width]
@@ -122,6 +126,8 @@ struct SglGate {
     int32_t dtype;
     int32_t isa;  // at most what sgl_cpu_isa() answers
     int32_t num_threads;
+    int32_t kind;        // of SglGateKind
+    float alpha, limit;  // of CLAMPED
 };
 
 // Heads turned by the angles of their row: pairs of dimensions d and d + head_dim / 2, or 2 d and
@@ -199,19 +205,104 @@ struct SglHighest {
     int32_t num_threads;
 };
 
+// Rows times a factor, in fp32 and rounded once: `factor`, or with positions that of a row's own,
+// 1 + attn_scale * ln(1 + floor((position + 1) / floor_scale)), taken in double.
+struct SglScale {
+    const void* x;             // [rows, width] in `dtype`
+    void* out;                 // [rows, width] in `dtype`
+    const int64_t* positions;  // [rows], or null
+    int64_t x_row, out_row;
+    int64_t rows, width;
+    double attn_scale, floor_scale;
+    float factor;
+    int32_t dtype;
+    int32_t num_threads;
+};
+
+// SOFTMAX: the shares of the chosen among all experts. CHOSEN: their softmax alone, which adds up to
+// 1. SIGMOID: each chosen one's own sigmoid.
+enum SglRouteKind : int32_t { SGL_ROUTE_SOFTMAX = 0, SGL_ROUTE_CHOSEN = 1, SGL_ROUTE_SIGMOID = 2 };
+
+// The highest scores of each row, the highest first (the first place of equals), and their weights. NaN
+// is higher than any number.
+struct SglRoute {
+    const void* scores;  // [rows, experts] in `dtype`
+    int64_t* experts;    // [rows, chosen]
+    float* weights;      // [rows, chosen]
+    int64_t score_row;
+    int64_t rows, num_experts, chosen;
+    int32_t dtype;
+    int32_t kind;  // of SglRouteKind
+};
+
+// One matrix of every expert, [experts, outputs, inputs]: numbers, or quantised as in SglQuantized.
+struct SglExpertMatrix {
+    const void* weight;   // numbers in the call's `dtype`, or codes
+    const void* scales;   // of codes
+    const void* mins;     // the same, or null where all are 0
+    const void* bias;     // of expert 0 [outputs] in the call's `dtype`, or null
+    int64_t row;          // from an output's numbers to the next one's; of codes in bytes
+    int64_t scale_row;
+    int64_t expert;       // from an expert's first output to the next one's, in outputs
+    int64_t bias_expert;  // the same of the biases
+    int64_t group;        // of codes
+    float gain;           // of codes
+    int32_t bits;         // of a code, 4 or 8; 0: numbers
+};
+
+// A mixture of experts: each row through its chosen ones, down(gate(gate x, up x)), times their weights
+// (or its input times them), added up by ascending expert in fp32 and rounded once. Gates and ups are
+// both numbers or both codes. Between the matrices numbers are rounded to `dtype`, codes give fp32.
+struct SglExperts {
+    const void* x;           // [rows, hidden] in `dtype`
+    const void* added;       // [rows, hidden] in `dtype`: joins the sum, or null
+    void* out;               // [rows, hidden] in `out_dtype`
+    const int64_t* experts;  // [rows, chosen], those of a row distinct
+    const float* weights;    // [rows, chosen]
+    SglExpertMatrix gate, up, down;
+    int64_t x_row, added_row, out_row;
+    int64_t rows, chosen, num_experts, hidden, width;
+    int32_t dtype;
+    int32_t out_dtype;     // `dtype` or fp32
+    int32_t kind;          // of SglGateKind
+    float alpha, limit;    // of its CLAMPED
+    int32_t scale_inputs;  // weights multiply what an expert gets, not what it gives
+    int32_t isa;           // at most what sgl_cpu_isa() answers
+    int32_t num_threads;
+    int32_t round_inputs;  // of codes, as in SglQuantized
+};
+
+// A projection to queries, keys and values in one call: a product whose columns are heads of q, then of
+// k, then of v; up to two rotations of heads of q and k, each after a norm of them or not; and a store.
+// The calls are as if made one after the other, but that nothing is written to the out of a norm.
+struct SglQkv {
+    const void* product;         // SglLinear or SglQuantized, by `product_op`
+    const SglNorm* norms[2];     // of what rotates[i] turns, or null
+    const SglRotate* rotates[2]; // or null
+    const SglStore* store;       // its k: of a rotation's result, or of the product's; its v: the latter
+    int64_t columns[2];          // of the product, that rotates[i] begins with
+    int64_t k_columns, v_columns;
+    int64_t head_dim, v_dim;     // of heads of q and k, and of v
+    int64_t product_op;
+};
+
 enum SglOp : int32_t {
     SGL_OP_ATTENTION = 0,
+    SGL_OP_QKV = 15,
     SGL_OP_LINEAR = 1,
     SGL_OP_QUANTIZED_LINEAR = 2,
     SGL_OP_DEQUANTIZE = 3,
     SGL_OP_NORM = 4,
-    SGL_OP_SILU_AND_MUL = 5,
+    SGL_OP_GATE = 5,
     SGL_OP_ROTATE = 6,
     SGL_OP_STORE = 7,
     SGL_OP_GATHER = 8,
     SGL_OP_ANGLES = 9,
     SGL_OP_WIDEN = 10,
-    SGL_OP_HIGHEST = 11
+    SGL_OP_HIGHEST = 11,
+    SGL_OP_SCALE = 12,
+    SGL_OP_ROUTE = 13,
+    SGL_OP_EXPERTS = 14
 };
 
 // A call of a tape: the function of `op` with the structure that it takes.
@@ -230,6 +321,9 @@ SGL_API void sgl_set_parallel(void* gomp_parallel);
 // 0, or -1 when the arguments are not served (see attention.cpp).
 SGL_API int32_t sgl_attention(const SglAttention* call);
 
+// 0, or -1 when the arguments are not served (see qkv.cpp).
+SGL_API int32_t sgl_qkv(const SglQkv* call);
+
 // 0, or -1 when the arguments are not served (see linear.cpp).
 SGL_API int32_t sgl_linear(const SglLinear* call);
 
@@ -240,13 +334,20 @@ SGL_API int32_t sgl_dequantize(const SglQuantized* call);
 
 // 0, or -1 when the arguments are not served (see rows.cpp).
 SGL_API int32_t sgl_norm(const SglNorm* call);
-SGL_API int32_t sgl_silu_and_mul(const SglGate* call);
+SGL_API int32_t sgl_gate(const SglGate* call);
 SGL_API int32_t sgl_rotate(const SglRotate* call);
 SGL_API int32_t sgl_store(const SglStore* call);
 SGL_API int32_t sgl_gather(const SglGather* call);
 SGL_API int32_t sgl_angles(const SglAngles* call);
 SGL_API int32_t sgl_widen(const SglWiden* call);
 SGL_API int32_t sgl_highest(const SglHighest* call);
+SGL_API int32_t sgl_scale(const SglScale* call);
+
+// 0, or -1 when the arguments are not served (see route.cpp).
+SGL_API int32_t sgl_route(const SglRoute* call);
+
+// 0, or -1 when the arguments are not served (see experts.cpp): an expert that is none too.
+SGL_API int32_t sgl_experts(const SglExperts* call);
 
 // Makes the calls of a tape in order, on threads that do not sleep from one to the next. The number of
 // calls made: `count`, or the index of one that is not served. `seconds` [count] receives what each

@@ -1,9 +1,9 @@
 // Cuts an attention call into tasks, runs them on threads and merges what was split over keys.
 //
-// A decoding query is one task over all kv heads, so that K and V are read once and in order; a
-// block of queries becomes tiles, each kv head of a tile a task. The two have kernels of their own.
-// When that makes too few tasks for the threads, keys are split, and the parts merge in fp32 at the
-// end. Keys are split in any case after some ten thousands, since a longer running sum loses what comes
+// A decoding query, or a few of a request, is one task over all kv heads, so that K and V are read once
+// and in order; a block of more queries becomes tiles, each kv head of a tile a task. The two have
+// kernels of their own. When that makes too few tasks for the threads, keys are split, and the parts
+// merge in fp32 at the end. Keys are split in any case after some ten thousands, since a longer running sum loses what comes
 // late: a decoding query's into parts as well, a tile's within its task, whose states begin anew and are
 // added to those of the keys before.
 //
@@ -12,11 +12,10 @@
 #include "attention.h"
 
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "parallel.h"
+#include "scratch.h"
 
 namespace sgl {
 namespace {
@@ -36,7 +35,9 @@ struct Group {
     int64_t first, count, state;
 };
 
+// Kept by its thread and made anew for each call: vectors that were as long before allocate nothing.
 struct Plan {
+    std::vector<Task> tiles;  // before keys are split
     std::vector<Task> tasks;
     std::vector<Group> groups;
     std::vector<int64_t> group_of;
@@ -44,24 +45,32 @@ struct Plan {
     bool begins_anew = false;  // whether a task has too many keys for one sum
     int64_t most_states = 0;  // of one task
     int64_t most_queries = 0, most_heads = 0;
-};
 
-struct Free {
-    void operator()(void* p) const { std::free(p); }
+    void clear() {
+        tiles.clear();
+        tasks.clear();
+        groups.clear();
+        group_of.clear();
+        num_states = most_states = most_queries = most_heads = 0;
+        begins_anew = false;
+    }
 };
-using Bytes = std::unique_ptr<char, Free>;
-
-Bytes allocate(int64_t bytes) {
-    return Bytes(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64)));
-}
 
 struct Kernel {
-    RunTask run_one, run_many;  // tasks of one query, and of more
+    RunTask run_few, run_many;  // tasks of up to `few` queries, and of more
     FinishTask finish;
     enum { kPlain, kBlocked, kTiles } many;
+    int64_t few = 1;  // queries
 
-    RunTask run(const Task& task) const { return task.rows == 1 ? run_one : run_many; }
+    bool is_few(const Task& task) const { return task.rows <= few; }
 };
+
+// Queries up to which reading K and V as they lie is faster than packing them: what is read by the first
+// serves the others from the cache, and memory is asked for ahead. With heads_per_group times as many
+// states packing pays. Widened rows are asked for ahead in either kernel, and packed from two queries on.
+int64_t few_queries(const SglAttention& call, int64_t states) {
+    return wide_bytes(call) ? 1 : std::max<int64_t>(1, states / call.heads_per_group);
+}
 
 Kernel choose_kernel(const SglAttention& call) {
 #if defined(__x86_64__)
@@ -69,11 +78,14 @@ Kernel choose_kernel(const SglAttention& call) {
     if (call.isa == SGL_AMX && pairs && !wide_bytes(call))
         return {run_task_amx, run_task_amx, finish_avx512, Kernel::kTiles};
     if (call.isa >= SGL_AVX512_BF16 && call.isa != SGL_NEON && pairs)
-        return {run_decode_dots, run_blocked_dots, finish_avx512, Kernel::kBlocked};
+        return {run_decode_dots, run_blocked_dots, finish_avx512, Kernel::kBlocked,
+                few_queries(call, 12)};
     if (call.isa >= SGL_AVX512 && call.isa != SGL_NEON)
-        return {run_task_avx512, run_blocked_avx512, finish_avx512, Kernel::kBlocked};
+        return {run_task_avx512, run_blocked_avx512, finish_avx512, Kernel::kBlocked,
+                few_queries(call, 16)};
     if (call.isa == SGL_AVX2)
-        return {run_task_avx2, run_blocked_avx2, finish_avx2, Kernel::kBlocked};
+        return {run_task_avx2, run_blocked_avx2, finish_avx2, Kernel::kBlocked,
+                few_queries(call, 24)};
 #endif
     return {run_task_generic, run_task_generic, finish_generic, Kernel::kPlain};
 }
@@ -95,10 +107,9 @@ int64_t even_rows(int64_t rows, int64_t wanted) {
     return ((rows + tiles - 1) / tiles + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
 }
 
-// Every block's queries in tiles, before keys are split.
-std::vector<Task> make_tiles(const SglAttention& call, const Kernel& kernel) {
+// Every block's queries in tiles.
+void make_tiles(const SglAttention& call, const Kernel& kernel, std::vector<Task>& tiles) {
     const int64_t wanted = tile_queries(call, kernel);
-    std::vector<Task> tiles;
     for (int64_t b = 0; b < call.num_blocks; ++b) {
         const int64_t rows = call.block_rows[b];
         const int64_t tile_rows =
@@ -109,7 +120,7 @@ std::vector<Task> make_tiles(const SglAttention& call, const Kernel& kernel) {
             Task tile{call.block_row[b] + at, position, first_seen(call, position),
                       position + count, call.block_table[b], static_cast<int32_t>(count), 0,
                       call.num_kv_heads};
-            if (count == 1) {
+            if (kernel.is_few(tile)) {
                 tiles.push_back(tile);
                 continue;
             }
@@ -120,14 +131,14 @@ std::vector<Task> make_tiles(const SglAttention& call, const Kernel& kernel) {
             }
         }
     }
-    return tiles;
 }
 
-Plan make_plan(const SglAttention& call, const Kernel& kernel) {
-    Plan plan;
-    const std::vector<Task> tiles = make_tiles(call, kernel);
+void make_plan(const SglAttention& call, const Kernel& kernel, Plan& plan) {
+    plan.clear();
+    make_tiles(call, kernel, plan.tiles);
     int64_t decode_keys = 0, extend_keys = 0;
-    for (const Task& tile : tiles) (tile.rows == 1 ? decode_keys : extend_keys) += tile.hi - tile.lo;
+    for (const Task& tile : plan.tiles)
+        (kernel.is_few(tile) ? decode_keys : extend_keys) += tile.hi - tile.lo;
     const int64_t wanted = kTasksPerThread * call.num_threads;
     const bool alone = call.num_threads == 1;
     const auto part_of = [&](int64_t keys, int64_t least) {
@@ -138,9 +149,9 @@ Plan make_plan(const SglAttention& call, const Kernel& kernel) {
               : std::min(kMostDecodeKeys, part_of(decode_keys, kMinDecodeKeys));
     const int64_t extend_part =
         alone ? std::max<int64_t>(1, extend_keys) : part_of(extend_keys, kMinExtendKeys);
-    for (const Task& tile : tiles) {
+    for (const Task& tile : plan.tiles) {
         const int64_t keys = tile.hi - tile.lo;
-        const int64_t part = tile.rows == 1 ? decode_part : extend_part;
+        const int64_t part = kernel.is_few(tile) ? decode_part : extend_part;
         const int64_t parts = (keys + part - 1) / part, states = num_states(call, tile);
         const int64_t number = static_cast<int64_t>(plan.groups.size());
         plan.groups.push_back({static_cast<int64_t>(plan.tasks.size()), parts, plan.num_states});
@@ -151,7 +162,7 @@ Plan make_plan(const SglAttention& call, const Kernel& kernel) {
                 task.hi = std::min(tile.hi, task.lo + part);
             }
             plan.tasks.push_back(task);
-            plan.begins_anew |= task.rows > 1 && task.hi - task.lo > kMostKeys;
+            plan.begins_anew |= !kernel.is_few(task) && task.hi - task.lo > kMostKeys;
             plan.group_of.push_back(number);
         }
         if (parts > 1) plan.num_states += parts * states;
@@ -159,7 +170,6 @@ Plan make_plan(const SglAttention& call, const Kernel& kernel) {
         plan.most_queries = std::max<int64_t>(plan.most_queries, tile.rows);
         plan.most_heads = std::max<int64_t>(plan.most_heads, tile.g1 - tile.g0);
     }
-    return plan;
 }
 
 int64_t state_bytes(const SglAttention& call, int64_t states) {
@@ -193,27 +203,35 @@ void add_states(const SglAttention& call, const States& more, int64_t count, con
     }
 }
 
+// Of the kernel, on each thread.
+int64_t kernel_bytes(const SglAttention& call, const Plan& plan, const Kernel& kernel) {
+#if defined(__x86_64__)
+    if (kernel.many == Kernel::kTiles)
+        return amx_scratch_bytes(call, plan.most_queries, plan.most_heads);
+    if (kernel.many == Kernel::kBlocked) {
+        const int64_t states = plan.most_queries * call.heads_per_group;
+        return wide_bytes(call) + BlockedScratch().lay_out(states, call.head_dim, nullptr);
+    }
+#endif
+    return wide_bytes(call);
+}
+
 // What one thread needs: a direct task's states, those of its present keys where it has too many for one
 // sum, and the kernel's scratch.
 struct Worker {
     const SglAttention& call;
     const Plan& plan;
     const Kernel& kernel;
-    void* partials;
-    Bytes own, present, scratch;
+    void *partials, *own, *present, *scratch;
 
     Worker(const SglAttention& c, const Plan& p, const Kernel& k, void* all)
-        : call(c), plan(p), kernel(k), partials(all), own(allocate(state_bytes(c, p.most_states))) {
-        if (p.begins_anew) present = allocate(state_bytes(c, p.most_states));
-        const int64_t wide = wide_bytes(c);
-        if (wide) scratch = allocate(wide);
+        : call(c), plan(p), kernel(k), partials(all) {
+        thread_local Scratch for_own, for_present, for_kernel;
+        own = for_own.take(state_bytes(c, p.most_states));
+        present = for_present.take(p.begins_anew ? state_bytes(c, p.most_states) : 0);
+        scratch = for_kernel.take(kernel_bytes(c, p, k));
 #if defined(__x86_64__)
-        if (kernel.many == Kernel::kBlocked)
-            scratch = allocate(wide + BlockedScratch().lay_out(
-                p.most_queries * c.heads_per_group, c.head_dim, nullptr));
-        if (kernel.many != Kernel::kTiles) return;
-        scratch = allocate(amx_scratch_bytes(c, p.most_queries, p.most_heads));
-        amx_begin();
+        if (kernel.many == Kernel::kTiles) amx_begin();
 #endif
     }
     Worker(Worker&&) = delete;
@@ -229,7 +247,7 @@ struct Worker {
         const int64_t count = num_states(call, task);
         const bool direct = group.count == 1;
         const int64_t first = group.state + (index - group.first) * count;
-        const States states = direct ? states_at(call, own.get(), plan.most_states, 0)
+        const States states = direct ? states_at(call, own, plan.most_states, 0)
                                      : states_at(call, partials, plan.num_states, first);
         clear(call, states, count);
         attend(task, states, count);
@@ -237,16 +255,16 @@ struct Worker {
     }
 
     void attend(const Task& task, const States& states, int64_t count) const {
-        const RunTask run = kernel.run(task);
-        if (task.rows == 1 || task.hi - task.lo <= kMostKeys)
-            return run(call, task, states, scratch.get());
-        const States some = states_at(call, present.get(), plan.most_states, 0);
+        if (kernel.is_few(task)) return kernel.run_few(call, task, states, scratch);
+        if (task.hi - task.lo <= kMostKeys)
+            return kernel.run_many(call, task, states, scratch);
+        const States some = states_at(call, present, plan.most_states, 0);
         Task part = task;
         for (part.hi = task.lo; part.hi < task.hi;) {
             part.lo = part.hi;
             part.hi = std::min(task.hi, part.lo - part.lo % kKeys + kMostKeys);
             clear(call, some, count);
-            run(call, part, some, scratch.get());
+            kernel.run_many(call, part, some, scratch);
             add_states(call, some, count, states);
         }
     }
@@ -255,7 +273,8 @@ struct Worker {
 void merge(const SglAttention& call, const Plan& plan, const Kernel& kernel, void* partials,
            const Group& group) {
     const Task& task = plan.tasks[group.first];
-    std::vector<States> parts;
+    thread_local std::vector<States> parts;
+    parts.clear();
     for (int64_t i = 0; i < group.count; ++i)
         parts.push_back(states_at(call, partials, plan.num_states,
                                   group.state + i * num_states(call, task)));
@@ -272,14 +291,17 @@ extern "C" int32_t sgl_attention(const SglAttention* arguments) {
     if (call.dtype < SGL_FLOAT32 || call.dtype > SGL_FLOAT16 || call.num_threads < 1) return -1;
     if (call.kv_dtype != call.dtype && !wide_bytes(call)) return -1;
     const Kernel kernel = choose_kernel(call);
-    const Plan plan = make_plan(call, kernel);
-    const Bytes partials = allocate(state_bytes(call, plan.num_states));
-    for_each_index(static_cast<int64_t>(plan.tasks.size()), call.num_threads,
-                   [&] { return Worker(call, plan, kernel, partials.get()); });
-    if (plan.num_states == 0) return 0;
-    for_each_index(static_cast<int64_t>(plan.groups.size()), call.num_threads, [&] {
+    thread_local Plan plan;
+    thread_local Scratch for_partials;
+    make_plan(call, kernel, plan);
+    const Plan& made = plan;  // a thread_local named by another thread would be that thread's own
+    char* const partials = for_partials.take(state_bytes(call, plan.num_states));
+    for_each_index(static_cast<int64_t>(made.tasks.size()), call.num_threads,
+                   [&] { return Worker(call, made, kernel, partials); });
+    if (made.num_states == 0) return 0;
+    for_each_index(static_cast<int64_t>(made.groups.size()), call.num_threads, [&] {
         return [&](int64_t g) {
-            if (plan.groups[g].count > 1) merge(call, plan, kernel, partials.get(), plan.groups[g]);
+            if (made.groups[g].count > 1) merge(call, made, kernel, partials, made.groups[g]);
         };
     });
     return 0;

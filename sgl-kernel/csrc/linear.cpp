@@ -3,11 +3,12 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <memory>
 
+#include "after.h"
 #include "choose.h"
 #include "input_rows.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace {
 
@@ -23,44 +24,49 @@ int64_t outs_of_a_task(const SglLinear& call, int64_t at_once) {
 }
 
 template <class Work>
-void over_outs(const SglLinear& call, int64_t at_once, const Work& work) {
+void over_outs(const SglLinear& call, int64_t at_once, sgl::After* after, const Work& work) {
     const int64_t outs = outs_of_a_task(call, at_once);
     sgl::for_each_index((call.out_features + outs - 1) / outs, call.num_threads, [&] {
-        return [&](int64_t i) { work(i * outs, std::min(call.out_features, (i + 1) * outs)); };
+        return [&](int64_t i) {
+            const int64_t first = i * outs, last = std::min(call.out_features, first + outs);
+            work(first, last);
+            if (after) after->done(first, last);
+        };
     });
 }
 
-void multiply_widened(const SglLinear& call) {
+void multiply_widened(const SglLinear& call, sgl::After* after) {
     const auto* x = static_cast<const float*>(call.x);
     int64_t x_row = call.x_row;
-    std::unique_ptr<float[]> wide;
     if (call.dtype != SGL_FLOAT32) {
-        wide.reset(new float[call.rows * call.in_features]);
-        widen_rows(call.x, call.dtype, call.x_row, call.rows, call.in_features, wide.get());
-        x = wide.get();
+        thread_local sgl::Scratch room;
+        auto* wide = reinterpret_cast<float*>(room.take(call.rows * call.in_features * 4));
+        widen_rows(call.x, call.dtype, call.x_row, call.rows, call.in_features, wide);
+        x = wide;
         x_row = call.in_features;
     }
     const sgl::Multiply multiply = SGL_CHOOSE(call.isa, sgl::linear);
-    over_outs(call, kOutsAtOnce, [&](int64_t first, int64_t last) {
+    over_outs(call, kOutsAtOnce, after, [&](int64_t first, int64_t last) {
         multiply(call, x, x_row, first, last);
     });
 }
 
 }  // namespace
 
-extern "C" int32_t sgl_linear(const SglLinear* arguments) {
-    const SglLinear& call = *arguments;
+int32_t sgl::linear_then(const SglLinear& call, After* after) {
     if (call.dtype < SGL_FLOAT32 || call.dtype > SGL_FLOAT16 || call.num_threads < 1) return -1;
     if (call.rows < 1 || call.out_features < 1 || call.in_features < 1) return -1;
 #if defined(__x86_64__)
     const bool dots = call.isa >= SGL_AVX512_BF16 && call.isa <= SGL_AMX;
     if (dots && call.dtype == SGL_BFLOAT16) {
-        over_outs(call, sgl::kDotOuts, [&](int64_t first, int64_t last) {
+        over_outs(call, sgl::kDotOuts, after, [&](int64_t first, int64_t last) {
             sgl::linear_dots(call, first, last);
         });
         return 0;
     }
 #endif
-    multiply_widened(call);
+    multiply_widened(call, after);
     return 0;
 }
+
+extern "C" int32_t sgl_linear(const SglLinear* call) { return sgl::linear_then(*call, nullptr); }

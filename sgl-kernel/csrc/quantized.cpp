@@ -2,11 +2,12 @@
 #include "quantized.h"
 
 #include <algorithm>
-#include <memory>
 
+#include "after.h"
 #include "choose.h"
 #include "input_rows.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace {
 
@@ -39,49 +40,64 @@ int64_t outs_of_a_task(const SglQuantized& call) {
 }
 
 template <class Work>
-void over_outs(const SglQuantized& call, int64_t count, const Work& work) {
+void over_outs(const SglQuantized& call, int64_t count, sgl::After* after, const Work& work) {
     const int64_t outs = outs_of_a_task(call);
     sgl::for_each_index((count + outs - 1) / outs, call.num_threads, [&] {
-        return [&](int64_t i) { work(i * outs, std::min(count, (i + 1) * outs)); };
+        return [&](int64_t i) {
+            const int64_t first = i * outs, last = std::min(count, first + outs);
+            work(first, last);
+            if (after) after->done(first, last);
+        };
     });
 }
 
-int32_t multiply_rounded(const SglQuantized& call) {
+// The inputs as floats, until the thread's next call.
+const float* widened(const SglQuantized& call) {
+    thread_local sgl::Scratch room;
+    auto* wide = reinterpret_cast<float*>(room.take(call.rows * call.in_features * 4));
+    widen_rows(call.x, call.dtype, call.x_row, call.rows, call.in_features, wide);
+    return wide;
+}
+
+int32_t multiply_rounded(const SglQuantized& call, sgl::After* after) {
 #if defined(__x86_64__)
     if (call.isa < SGL_AVX512_BF16 || call.isa > SGL_AMX) return -1;
-    const std::unique_ptr<float[]> wide(new float[call.rows * call.in_features]);
-    widen_rows(call.x, call.dtype, call.x_row, call.rows, call.in_features, wide.get());
-    const std::unique_ptr<char[]> x(new char[sgl::rounded_bytes(call) + 64]);
-    char* lines = x.get() + -reinterpret_cast<uintptr_t>(x.get()) % 64;
-    sgl::round_inputs(call, wide.get(), lines);
-    over_outs(call, call.out_features, [&](int64_t first, int64_t last) {
+    thread_local sgl::Scratch room;
+    char* lines = room.take(sgl::rounded_bytes(call));
+    sgl::round_inputs(call, widened(call), lines);
+    over_outs(call, call.out_features, after, [&](int64_t first, int64_t last) {
         sgl::multiply_rounded(call, lines, first, last);
     });
     return 0;
 #else
     (void)call;
+    (void)after;
     return -1;
 #endif
 }
 
 }  // namespace
 
-extern "C" int32_t sgl_quantized_linear(const SglQuantized* arguments) {
-    const SglQuantized& call = *arguments;
+int32_t sgl::quantized_linear_then(const SglQuantized& call, After* after) {
     if (!is_served(call) || call.rows < 1) return -1;
-    if (call.round_inputs) return multiply_rounded(call);
+    if (call.round_inputs) return ::multiply_rounded(call, after);
     const sgl::MultiplyQuantized multiply = SGL_CHOOSE(call.isa, sgl::multiply_quantized);
-    const std::unique_ptr<float[]> x(new float[call.rows * call.in_features]);
-    widen_rows(call.x, call.dtype, call.x_row, call.rows, call.in_features, x.get());
-    std::unique_ptr<float[]> sums;
+    const float* x = widened(call);
+    float* sums = nullptr;
     if (call.mins && call.rows < sgl::kManyRows) {
-        sums.reset(new float[call.rows * (call.in_features / call.group)]);
-        sum_groups(call, x.get(), sums.get());
+        thread_local Scratch room;
+        const int64_t count = call.rows * (call.in_features / call.group);
+        sums = reinterpret_cast<float*>(room.take(count * 4));
+        sum_groups(call, x, sums);
     }
-    over_outs(call, call.out_features, [&](int64_t first, int64_t last) {
-        multiply(call, x.get(), sums.get(), first, last);
+    over_outs(call, call.out_features, after, [&](int64_t first, int64_t last) {
+        multiply(call, x, sums, first, last);
     });
     return 0;
+}
+
+extern "C" int32_t sgl_quantized_linear(const SglQuantized* call) {
+    return sgl::quantized_linear_then(*call, nullptr);
 }
 
 extern "C" int32_t sgl_dequantize(const SglQuantized* arguments) {
@@ -89,6 +105,8 @@ extern "C" int32_t sgl_dequantize(const SglQuantized* arguments) {
     if (!is_served(call)) return -1;
     const sgl::Dequantize dequantize = SGL_CHOOSE(call.isa, sgl::dequantize);
     const int64_t count = call.ids ? call.rows : call.out_features;
-    over_outs(call, count, [&](int64_t first, int64_t last) { dequantize(call, first, last); });
+    over_outs(call, count, nullptr, [&](int64_t first, int64_t last) {
+        dequantize(call, first, last);
+    });
     return 0;
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "numbers.h"
 #include "rows.h"
@@ -22,7 +23,23 @@ inline float exp_any(float x) {
            from_bits(static_cast<uint32_t>(k - half + 127) << 23);
 }
 
-inline float silu(float x) { return x / (1.0f + exp_any(-x)); }
+inline float sigmoid(float x) { return 1.0f / (1.0f + exp_any(-x)); }
+
+inline float gated(const SglGate&, std::integral_constant<int, SGL_GATE_SILU>, float gate, float up) {
+    return gate / (1.0f + exp_any(-gate)) * up;
+}
+// 1 + tanh(y) is twice the sigmoid of 2 y.
+inline float gated(const SglGate&, std::integral_constant<int, SGL_GATE_GELU_TANH>, float gate,
+                   float up) {
+    constexpr float kTwice = 1.59576912160573071f;  // 2 sqrt(2 / pi)
+    return gate * sigmoid(kTwice * (gate + 0.044715f * gate * gate * gate)) * up;
+}
+inline float gated(const SglGate& call, std::integral_constant<int, SGL_GATE_CLAMPED>, float gate,
+                   float up) {
+    gate = gate > call.limit ? call.limit : gate;
+    up = up > call.limit ? call.limit : up < -call.limit ? -call.limit : up;
+    return (up + 1.0f) * gate * sigmoid(call.alpha * gate);
+}
 
 template <class X, class W>
 inline void norm_row(const SglNorm& call, int64_t row) {
@@ -78,22 +95,30 @@ inline void norm_any(const SglNorm& call, int64_t first, int64_t last) {
     if (call.x_dtype == SGL_FLOAT16) norm_from<Fp16>(call, first, last);
 }
 
-template <class T>
-inline void silu_some(const SglGate& call, int64_t first, int64_t last) {
+template <class T, int kKind>
+inline void gate_kind(const SglGate& call, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
         const T* gate = static_cast<const T*>(call.x) + row * call.x_row;
         const T* up = gate + call.width;
         T* out = static_cast<T*>(call.out) + row * call.out_row;
 #pragma omp simd
         for (int64_t d = 0; d < call.width; ++d)
-            store(silu(to_float(gate[d])) * to_float(up[d]), out + d);
+            store(gated(call, std::integral_constant<int, kKind>(), to_float(gate[d]), to_float(up[d])),
+                  out + d);
     }
 }
 
-inline void silu_any(const SglGate& call, int64_t first, int64_t last) {
-    if (call.dtype == SGL_FLOAT32) silu_some<float>(call, first, last);
-    if (call.dtype == SGL_BFLOAT16) silu_some<Bf16>(call, first, last);
-    if (call.dtype == SGL_FLOAT16) silu_some<Fp16>(call, first, last);
+template <class T>
+inline void gate_some(const SglGate& call, int64_t first, int64_t last) {
+    if (call.kind == SGL_GATE_SILU) gate_kind<T, SGL_GATE_SILU>(call, first, last);
+    if (call.kind == SGL_GATE_GELU_TANH) gate_kind<T, SGL_GATE_GELU_TANH>(call, first, last);
+    if (call.kind == SGL_GATE_CLAMPED) gate_kind<T, SGL_GATE_CLAMPED>(call, first, last);
+}
+
+inline void gate_any(const SglGate& call, int64_t first, int64_t last) {
+    if (call.dtype == SGL_FLOAT32) gate_some<float>(call, first, last);
+    if (call.dtype == SGL_BFLOAT16) gate_some<Bf16>(call, first, last);
+    if (call.dtype == SGL_FLOAT16) gate_some<Fp16>(call, first, last);
 }
 
 template <class T>

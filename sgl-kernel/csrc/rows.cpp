@@ -50,6 +50,22 @@ void round_rows(const SglStore& call, const StoreSide& side, int64_t first, int6
     }
 }
 
+template <class T>
+void scale_rows(const SglScale& call, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+        const T* x = static_cast<const T*>(call.x) + row * call.x_row;
+        T* out = static_cast<T*>(call.out) + row * call.out_row;
+        float factor = call.factor;
+        if (call.positions) {
+            const double steps =
+                std::floor((static_cast<double>(call.positions[row]) + 1.0) / call.floor_scale);
+            factor = static_cast<float>(1.0 + call.attn_scale * std::log1p(steps));
+        }
+#pragma omp simd
+        for (int64_t d = 0; d < call.width; ++d) store(to_float(x[d]) * factor, out + d);
+    }
+}
+
 using StoreRows = void (*)(const SglStore&, const StoreSide&, int64_t, int64_t);
 
 template <class Plane>
@@ -77,10 +93,11 @@ extern "C" int32_t sgl_norm(const SglNorm* arguments) {
     return 0;
 }
 
-extern "C" int32_t sgl_silu_and_mul(const SglGate* arguments) {
+extern "C" int32_t sgl_gate(const SglGate* arguments) {
     const SglGate& call = *arguments;
     if (!is_dtype(call.dtype) || call.num_threads < 1 || call.width < 1) return -1;
-    over_rows(call, SGL_CHOOSE(call.isa, sgl::silu_rows));
+    if (call.kind < SGL_GATE_SILU || call.kind > SGL_GATE_CLAMPED) return -1;
+    over_rows(call, SGL_CHOOSE(call.isa, sgl::gate_rows));
     return 0;
 }
 
@@ -137,6 +154,25 @@ extern "C" int32_t sgl_widen(const SglWiden* arguments) {
         };
     });
     return 0;
+}
+
+extern "C" int32_t sgl_scale(const SglScale* arguments) {
+    const SglScale& call = *arguments;
+    if (!is_dtype(call.dtype) || call.num_threads < 1 || call.width < 1) return -1;
+    over_rows(call, call.dtype == SGL_FLOAT32    ? scale_rows<float>
+                    : call.dtype == SGL_BFLOAT16 ? scale_rows<Bf16>
+                                                 : scale_rows<Fp16>);
+    return 0;
+}
+
+void sgl::store_columns(const SglStore& call, bool of_v, int64_t first, int64_t count,
+                        int64_t bytes) {
+    const int64_t stored = call.plane_dtype == -1 ? bytes : 1;  // of a number in the plane
+    const auto* from = static_cast<const char*>(of_v ? call.v : call.k) + first * bytes;
+    auto* plane = static_cast<char*>(of_v ? call.v_plane : call.k_plane) + first * stored;
+    const StoreSide side{from, plane, of_v ? call.v_row : call.k_row,
+                         of_v ? call.v_slot : call.k_slot, count * stored};
+    storing_of(call)(call, side, 0, call.rows);
 }
 
 extern "C" int32_t sgl_store(const SglStore* arguments) {

@@ -9,21 +9,25 @@ namespace sgl {
 
 // Rows [first, last) of a call.
 using NormRows = void (*)(const SglNorm&, int64_t first, int64_t last);
-using SiluRows = void (*)(const SglGate&, int64_t first, int64_t last);
+using GateRows = void (*)(const SglGate&, int64_t first, int64_t last);
 using HighestRows = void (*)(const SglHighest&, int64_t first, int64_t last);
 using RotateRows = void (*)(const SglRotate&, int64_t first, int64_t last);
 
 void norm_rows_generic(const SglNorm&, int64_t, int64_t);
 void norm_rows_avx2(const SglNorm&, int64_t, int64_t);
 void norm_rows_avx512(const SglNorm&, int64_t, int64_t);
-void silu_rows_generic(const SglGate&, int64_t, int64_t);
-void silu_rows_avx2(const SglGate&, int64_t, int64_t);
-void silu_rows_avx512(const SglGate&, int64_t, int64_t);
+void gate_rows_generic(const SglGate&, int64_t, int64_t);
+void gate_rows_avx2(const SglGate&, int64_t, int64_t);
+void gate_rows_avx512(const SglGate&, int64_t, int64_t);
 void rotate_rows_generic(const SglRotate&, int64_t, int64_t);
 void rotate_rows_avx2(const SglRotate&, int64_t, int64_t);
 void rotate_rows_avx512(const SglRotate&, int64_t, int64_t);
 void highest_rows_generic(const SglHighest&, int64_t, int64_t);
 void highest_rows_avx2(const SglHighest&, int64_t, int64_t);
 void highest_rows_avx512(const SglHighest&, int64_t, int64_t);
+
+// Columns [first, first + count) of all rows of K, or of V, into their slots; numbers of k and v take
+// `bytes` each. The call must be one that sgl_store() serves.
+void store_columns(const SglStore&, bool of_v, int64_t first, int64_t count, int64_t bytes);
 
 }  // namespace sgl

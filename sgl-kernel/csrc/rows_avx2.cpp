@@ -5,8 +5,8 @@ void sgl::norm_rows_avx2(const SglNorm& call, int64_t first, int64_t last) {
     norm_any(call, first, last);
 }
 
-void sgl::silu_rows_avx2(const SglGate& call, int64_t first, int64_t last) {
-    silu_any(call, first, last);
+void sgl::gate_rows_avx2(const SglGate& call, int64_t first, int64_t last) {
+    gate_any(call, first, last);
 }
 
 void sgl::rotate_rows_avx2(const SglRotate& call, int64_t first, int64_t last) {

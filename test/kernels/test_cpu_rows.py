@@ -8,7 +8,16 @@ import torch.nn.functional as F
 
 sgl_kernel = pytest.importorskip("sgl_kernel")
 
-from sgl_kernel import Isa, KernelError, cpu_isa, rms_norm, silu_and_mul  # noqa: E402
+from sgl_kernel import (  # noqa: E402
+    Gate,
+    GateKind,
+    Isa,
+    KernelError,
+    cpu_isa,
+    gate_and_mul,
+    rms_norm,
+    silu_and_mul,
+)
 
 LEVELS = [isa for isa in Isa if isa <= cpu_isa() and (isa != Isa.NEON or cpu_isa() == Isa.NEON)]
 # One rounding, relative; a float32 sum over a row adds some more.
@@ -72,6 +81,31 @@ def test_gates(rows: int, width: int, dtype: torch.dtype, isa: Isa) -> None:
     torch.testing.assert_close(found.double(), want, rtol=ROUNDING[dtype] + 1e-6, atol=1e-6)
 
 
+def opened(gate: torch.Tensor, up: torch.Tensor, opening: Gate) -> torch.Tensor:
+    if opening.kind is GateKind.GELU_TANH:
+        return F.gelu(gate, approximate="tanh") * up
+    gate, up = gate.clamp(max=opening.limit), up.clamp(-opening.limit, opening.limit)
+    return (up + 1) * gate * torch.sigmoid(opening.alpha * gate)
+
+
+OPENINGS = [Gate(GateKind.GELU_TANH), Gate(GateKind.CLAMPED, 1.702, 7.0)]
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("opening", OPENINGS, ids=lambda opening: opening.kind.name)
+def test_other_gates(opening: Gate, dtype: torch.dtype, isa: Isa) -> None:
+    generator = torch.Generator().manual_seed(7)
+    x = (8 * torch.randn(5, 2 * 67, generator=generator)).to(dtype)
+    found = gate_and_mul(x, opening, isa=isa, num_threads=2)
+    assert found.dtype is dtype
+    want = opened(*x.double().chunk(2, dim=-1), opening)
+    torch.testing.assert_close(found.double(), want, rtol=ROUNDING[dtype] + 1e-5, atol=1e-5)
+    far = torch.tensor([[-1e30, -100.0, 0.0, 1e30, float("nan"), 1.0, 1.0, 1.0, 1.0, 1.0]])
+    found, want = gate_and_mul(far, opening, isa=isa), opened(*far.double().chunk(2, -1), opening)
+    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize("isa", LEVELS)
 def test_gates_far_from_zero(isa: Isa) -> None:
     gate = torch.tensor([-1e30, -200.0, -100.0, -88.0, 0.0, 88.0, 100.0, 1e30, float("inf")])
@@ -95,7 +129,7 @@ def test_what_is_not_served_is_said() -> None:
         rms_norm(x, weight[:4], 1e-5)
     with pytest.raises(KernelError, match="residual"):
         rms_norm(x, weight, 1e-5, x.bfloat16())
-    with pytest.raises(KernelError, match="does not serve"):
+    with pytest.raises(KernelError, match="are not served"):
         silu_and_mul(torch.ones(2, 7))
-    with pytest.raises(KernelError, match="does not serve"):
+    with pytest.raises(KernelError, match="are not served"):
         silu_and_mul(torch.ones(8, 2).t())

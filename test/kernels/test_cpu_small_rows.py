@@ -17,6 +17,8 @@ from sgl_kernel import (  # noqa: E402
     gather,
     highest,
     rms_norm,
+    scale,
+    scale_by_position,
     widen,
 )
 
@@ -51,6 +53,24 @@ def test_angles_are_exact_at_ten_million(interleaved: bool) -> None:
                 assert sin[row, at] == pytest.approx(sign * 1.25 * math.sin(angle), rel=1e-7)
     with pytest.raises(KernelError, match="float64"):
         angles(positions, frequencies.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scales(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 50).to(dtype)[:, 7:]
+    assert torch.equal(scale(x, 5.656854, num_threads=2), (x.float() * 5.656854).to(dtype))
+    positions = torch.tensor([0, 14, 15, 8191, 9_999_999])
+    found = scale_by_position(x, positions, attn_scale=0.3, floor_scale=16.0)
+    factors = 1 + 0.3 * torch.log1p(torch.floor((positions.double() + 1) / 16))
+    assert torch.equal(found, (x.float() * factors.float()[:, None]).to(dtype))
+    assert torch.equal(found[:2], x[:2])
+    assert scale(x[:0], 2.0).shape == (0, 43)
+    with pytest.raises(KernelError, match="int64"):
+        scale_by_position(x, positions.int(), attn_scale=0.3, floor_scale=16.0)
+    with pytest.raises(KernelError, match="positive"):
+        scale_by_position(x, positions, attn_scale=0.3, floor_scale=0.0)
+    with pytest.raises(KernelError, match="does not serve"):
+        scale(x.double(), 2.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

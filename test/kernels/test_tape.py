@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -229,3 +231,16 @@ def test_two_threads_play_their_own_tapes() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_recording_does_not_import_the_compiler_of_torch() -> None:
+    code = (
+        "import sys, torch, sgl_kernel\n"
+        "x = torch.ones(2, 64, dtype=torch.bfloat16)\n"
+        "tape = sgl_kernel.Tape(sgl_kernel.Arena(1 << 20))\n"
+        "with sgl_kernel.record(tape):\n"
+        "    sgl_kernel.widen(x.view(1, 128), num_threads=1)\n"
+        "assert len(tape) == 1\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -57,11 +57,12 @@ def test_the_states_of_a_request_are_the_codes() -> None:
 
 
 def test_every_note_that_the_code_cites_is_written() -> None:
-    documents = [ROOT / "docs" / name for name in ("kv_segments.md", "structures.md")]
+    documents = [ROOT / "docs" / name for name in ("kv_segments.md", "structures.md", "gpu.md")]
     notes = "".join(document.read_text(encoding="utf-8") for document in documents)
     cited = {
         " ".join(name.split())
-        for path in (ROOT / "python").rglob("*.py")
+        for root in ("python", "sgl-kernel/python")
+        for path in (ROOT / root).rglob("*.py")
         for name in re.findall(r"Note\s+\[([^\]]+)\]", path.read_text(encoding="utf-8"))
     }
     assert cited

@@ -17,9 +17,10 @@ def test_variables_are_read() -> None:
             "SGLANG_HEALTH_CHECK_TIMEOUT": "2.5",
             "SGLANG_KV_DEBUG_PROTECT": "True",
             "SGLANG_KV_CANARY_PERTURB": " mark:0@20",
+            "SGLANG_DISABLE_NATIVE_KERNELS": "on",
         }
     )
-    assert environ == Environ(True, 2.5, True, "mark:0@20")
+    assert environ == Environ(True, 2.5, True, "mark:0@20", True)
 
 
 def test_off_is_off() -> None:
@@ -30,6 +31,7 @@ def test_off_is_off() -> None:
     ("name", "value"),
     [
         ("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "maybe"),
+        ("SGLANG_DISABLE_NATIVE_KERNELS", "all"),
         ("SGLANG_HEALTH_CHECK_TIMEOUT", "soon"),
         ("SGLANG_HEALTH_CHECK_TIMEOUT", "0"),
         ("SGLANG_HEALTH_CHECK_TIMEOUT", "nan"),

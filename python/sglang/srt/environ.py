@@ -65,6 +65,7 @@ class Environ:
     `allow_overwrite_longer_context_len` permits a context above the model's trained length,
     `health_check_timeout_s` bounds `/health_generate`, `kv_debug_protect` makes unmapped KV
     segments inaccessible, so that a stray read faults instead of returning zeros.
+    `disable_native_kernels` computes with PyTorch alone, as where sgl-kernel is not installed.
     `kv_canary_perturb` (None: nothing) is damage for `--kv-canary` to find, `kind:group@step`.
     `torchrun` is set in a process that torchrun started, `gloo_interface` names the network device
     that ranks of several machines talk through (None: found by the way to the first).
@@ -74,6 +75,7 @@ class Environ:
     health_check_timeout_s: float = 20.0
     kv_debug_protect: bool = False
     kv_canary_perturb: str | None = None
+    disable_native_kernels: bool = False
     torchrun: TorchrunEnv | None = None
     gloo_interface: str | None = None
 
@@ -90,6 +92,7 @@ class Environ:
             ),
             health_check_timeout_s=_read_seconds(source, "SGLANG_HEALTH_CHECK_TIMEOUT", 20.0),
             kv_debug_protect=_read_bool(source, "SGLANG_KV_DEBUG_PROTECT"),
+            disable_native_kernels=_read_bool(source, "SGLANG_DISABLE_NATIVE_KERNELS"),
             kv_canary_perturb=source.get("SGLANG_KV_CANARY_PERTURB", "").strip() or None,
             torchrun=TorchrunEnv.from_os(source),
             gloo_interface=source.get("GLOO_SOCKET_IFNAME", "").strip() or None,

@@ -7,16 +7,22 @@ from sgl_kernel.attention import (
     paged_attention,
     serves_attention,
 )
+from sgl_kernel.experts import ExpertMatrix, Mixture, RouteKind, route
 from sgl_kernel.library import Isa, KernelError, Op, cpu_isa, has_byte_dots, read_sum
 from sgl_kernel.linear import linear
 from sgl_kernel.quantized import QuantizedWeight
 from sgl_kernel.rows import (
+    Gate,
+    GateKind,
     KVPlanes,
     angles,
+    gate_and_mul,
     gather,
     highest,
     rms_norm,
     rotate,
+    scale,
+    scale_by_position,
     silu_and_mul,
     widen,
 )
@@ -25,16 +31,22 @@ from sgl_kernel.tape import Arena, NotRecorded, Tape, is_recording, record
 __all__ = [
     "Arena",
     "AttentionTables",
+    "ExpertMatrix",
+    "Gate",
+    "GateKind",
     "Isa",
     "KVPlanes",
     "KernelError",
+    "Mixture",
     "NotRecorded",
     "Op",
     "QuantizedWeight",
     "QueryBlocks",
+    "RouteKind",
     "Tape",
     "angles",
     "cpu_isa",
+    "gate_and_mul",
     "gather",
     "has_byte_dots",
     "has_prompt_kernel",
@@ -46,6 +58,9 @@ __all__ = [
     "record",
     "rms_norm",
     "rotate",
+    "route",
+    "scale",
+    "scale_by_position",
     "serves_attention",
     "silu_and_mul",
     "widen",

@@ -106,7 +106,8 @@ class GateCall(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "out")),
         *((name, ctypes.c_int64) for name in ("x_row", "out_row", "rows", "width")),
-        *((name, ctypes.c_int32) for name in ("dtype", "isa", "num_threads")),
+        *((name, ctypes.c_int32) for name in ("dtype", "isa", "num_threads", "kind")),
+        *((name, ctypes.c_float) for name in ("alpha", "limit")),
     )
 
 
@@ -172,6 +173,71 @@ class HighestCall(ctypes.Structure):
     )
 
 
+class ScaleCall(ctypes.Structure):
+    """`SglScale` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "out", "positions")),
+        *((name, ctypes.c_int64) for name in ("x_row", "out_row", "rows", "width")),
+        *((name, ctypes.c_double) for name in ("attn_scale", "floor_scale")),
+        ("factor", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("dtype", "num_threads")),
+    )
+
+
+class RouteCall(ctypes.Structure):
+    """`SglRoute` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("scores", "experts", "weights")),
+        *((name, ctypes.c_int64) for name in ("score_row", "rows", "num_experts", "chosen")),
+        *((name, ctypes.c_int32) for name in ("dtype", "kind")),
+    )
+
+
+class ExpertMatrixFields(ctypes.Structure):
+    """`SglExpertMatrix` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "scales", "mins", "bias")),
+        *((name, ctypes.c_int64) for name in ("row", "scale_row", "expert", "bias_expert")),
+        ("group", ctypes.c_int64),
+        ("gain", ctypes.c_float),
+        ("bits", ctypes.c_int32),
+    )
+
+
+class ExpertsCall(ctypes.Structure):
+    """`SglExperts` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "added", "out", "experts", "weights")),
+        *((name, ExpertMatrixFields) for name in ("gate", "up", "down")),
+        *((name, ctypes.c_int64) for name in ("x_row", "added_row", "out_row")),
+        *((name, ctypes.c_int64) for name in ("rows", "chosen", "num_experts", "hidden", "width")),
+        *((name, ctypes.c_int32) for name in ("dtype", "out_dtype", "kind")),
+        *((name, ctypes.c_float) for name in ("alpha", "limit")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("scale_inputs", "isa", "num_threads", "round_inputs")
+        ),
+    )
+
+
+class QkvCall(ctypes.Structure):
+    """`SglQkv` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        ("product", ctypes.c_void_p),
+        ("norms", ctypes.c_void_p * 2),
+        ("rotates", ctypes.c_void_p * 2),
+        ("store", ctypes.c_void_p),
+        ("columns", ctypes.c_int64 * 2),
+        *((name, ctypes.c_int64) for name in ("k_columns", "v_columns", "head_dim", "v_dim")),
+        ("product_op", ctypes.c_int64),
+    )
+
+
 class Step(ctypes.Structure):
     """`SglStep` of csrc/api.h, field by field."""
 
@@ -182,32 +248,40 @@ class Op(IntEnum):
     """What a step of a tape calls, as csrc/api.h numbers it."""
 
     ATTENTION = 0
+    QKV = 15
     LINEAR = 1
     QUANTIZED_LINEAR = 2
     DEQUANTIZE = 3
     NORM = 4
-    SILU_AND_MUL = 5
+    GATE = 5
     ROTATE = 6
     STORE = 7
     GATHER = 8
     ANGLES = 9
     WIDEN = 10
     HIGHEST = 11
+    SCALE = 12
+    ROUTE = 13
+    EXPERTS = 14
 
 
 _CALLS = {
     "attention": AttentionCall,
+    "qkv": QkvCall,
     "linear": LinearCall,
     "quantized_linear": QuantizedCall,
     "dequantize": QuantizedCall,
     "norm": NormCall,
-    "silu_and_mul": GateCall,
+    "gate": GateCall,
     "rotate": RotateCall,
     "store": StoreCall,
     "gather": GatherCall,
     "angles": AnglesCall,
     "widen": WidenCall,
     "highest": HighestCall,
+    "scale": ScaleCall,
+    "route": RouteCall,
+    "experts": ExpertsCall,
 }
 
 

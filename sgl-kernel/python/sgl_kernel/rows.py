@@ -8,6 +8,9 @@ Legend: R rows, D width, H heads, G kv heads, S slots.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import IntEnum
+
 import torch
 
 from sgl_kernel.library import (
@@ -22,6 +25,7 @@ from sgl_kernel.library import (
     NormCall,
     Op,
     RotateCall,
+    ScaleCall,
     StoreCall,
     WidenCall,
     allowed_isa,
@@ -78,15 +82,92 @@ def silu_and_mul(x: torch.Tensor, *, num_threads: int = 1, isa: Isa | None = Non
 
     `isa` lowers the instructions used. Raises KernelError for what is not served.
     """
+    return gate_and_mul(x, Gate(GateKind.SILU), num_threads=num_threads, isa=isa)
+
+
+class GateKind(IntEnum):
+    """How a gate opens, as csrc/api.h numbers it."""
+
+    SILU = 0
+    GELU_TANH = 1
+    CLAMPED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """SILU: silu(gate) * up. GELU_TANH: gelu(gate) * up by its approximation with tanh. CLAMPED:
+    (up + 1) * gate * sigmoid(alpha * gate), gate at most `limit` and up within +-`limit`."""
+
+    kind: GateKind
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+def gate_and_mul(
+    x: torch.Tensor, gate: Gate, *, num_threads: int = 1, isa: Isa | None = None
+) -> torch.Tensor:
+    """The gate of x [R, 2 D], which holds gates then ups: [R, D] in the type of x.
+
+    `isa` lowers the instructions used. Raises KernelError for what is not served.
+    """
     rows, width = x.shape[0], x.shape[1] // 2
     if x.dtype not in DTYPES or x.stride(1) != 1 or x.shape[1] % 2:
-        raise KernelError(f"silu_and_mul does not serve {x.dtype} {list(x.shape)}")
+        raise KernelError(f"gates of {x.dtype} {list(x.shape)} are not served")
     out = empty((rows, width), x.dtype)
     call = GateCall(
         x.data_ptr(), out.data_ptr(), x.stride(0), width, rows, width, DTYPES[x.dtype],
-        allowed_isa(isa), num_threads,
+        allowed_isa(isa), num_threads, gate.kind, gate.alpha, gate.limit,
     )  # fmt: skip
-    make(Op.SILU_AND_MUL, call, x)
+    make(Op.GATE, call, x)
+    return out
+
+
+def scale(x: torch.Tensor, factor: float, *, num_threads: int = 1) -> torch.Tensor:
+    """x [R, D] times `factor`, rounded to float32: a new tensor of its type.
+
+    Raises KernelError for what is not served.
+    """
+    return _scale(x, None, factor, 0.0, 1.0, num_threads)
+
+
+def scale_by_position(
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    attn_scale: float,
+    floor_scale: float,
+    num_threads: int = 1,
+) -> torch.Tensor:
+    """Row r of x [R, D] times 1 + attn_scale * ln(1 + floor((positions[r] + 1) / floor_scale)).
+
+    Factors are taken in float64 and rounded to float32; `positions` is contiguous int64 [R]. Raises
+    KernelError for what is not served.
+    """
+    if positions.dtype != torch.int64 or positions.shape != x.shape[:1]:
+        raise KernelError(f"positions must be int64 [{len(x)}]")
+    if not positions.is_contiguous() or floor_scale <= 0:
+        raise KernelError("positions must be contiguous, and floor_scale positive")
+    return _scale(x, positions, 0.0, attn_scale, floor_scale, num_threads)
+
+
+def _scale(
+    x: torch.Tensor,
+    positions: torch.Tensor | None,
+    factor: float,
+    attn_scale: float,
+    floor_scale: float,
+    num_threads: int,
+) -> torch.Tensor:
+    rows, width = x.shape
+    if x.dtype not in DTYPES or x.stride(1) != 1 or not width:
+        raise KernelError(f"scale does not serve {x.dtype} {list(x.shape)}")
+    out = empty((rows, width), x.dtype)
+    call = ScaleCall(
+        x.data_ptr(), out.data_ptr(), None if positions is None else positions.data_ptr(),
+        x.stride(0), width, rows, width, attn_scale, floor_scale, factor, DTYPES[x.dtype],
+        num_threads,
+    )  # fmt: skip
+    make(Op.SCALE, call, x, positions)
     return out
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sgl_kernel.fusion import fuse
 from sgl_kernel.library import KernelError, Op, Step, library
 
 _LINE = 64
@@ -107,6 +108,18 @@ class Tape:
             one for one in operands if not (isinstance(one, torch.Tensor) and self.arena.holds(one))
         ]
 
+    def fuse(self) -> None:
+        """Make as one call what belongs together, see `fusion.py`; once, after recording.
+
+        The numbers stay the same. What a norm writes between a product and a rotation is not
+        written any more.
+        """
+        fused = fuse(list(zip(self.ops, self._calls, strict=True)))
+        self._operands += self._calls  # which the fused ones name
+        self.ops = [op for op, _ in fused]
+        self._calls = [call for _, call in fused]
+        self._steps = (Step * 0)()
+
     def play(self, num_threads: int) -> None:
         """Make all calls. Raises KernelError when one is not served."""
         self._run(num_threads, None)
@@ -141,6 +154,11 @@ def _storage_of(tensor: torch.Tensor) -> int:
 
 class _ViewsOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
     """Lets through operations that compute nothing: a tape would not have them."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch asks. A yes would import its compiler, a second's work, at the first step."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

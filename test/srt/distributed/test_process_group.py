@@ -149,6 +149,34 @@ def test_the_groups_of_two_threads_do_not_meet(links: list[RankLinks]) -> None:
     assert on_both(links, act) == [[0, 2], [0, 2]]
 
 
+def test_some_ranks_of_a_group_talk_among_themselves(tmp_path: Path) -> None:
+    links = connect(tmp_path, PATIENT_S, 4)
+    parts = [torch.arange(3.0) + 10 * rank for rank in range(4)]
+    large = torch.ones(GLOO_DIRECT_BYTES // 2)
+
+    def act(link: RankLinks) -> list[torch.Tensor]:
+        rank = link.rank
+        row = link.compute.among((rank // 2 * 2, rank // 2 * 2 + 1))
+        column = link.compute.among((rank % 2, rank % 2 + 2))
+        assert (row.rank, row.size) == (rank % 2, 2)
+        assert (column.rank, column.size) == (rank // 2, 2)
+        assert row.all_reduce(torch.empty(0, 5)).shape == (0, 5)
+        assert row.all_gather(torch.empty(0, 5), -1).shape == (0, 10)
+        return [
+            row.all_reduce(parts[rank].clone()),
+            column.all_gather(parts[rank], 0),
+            row.all_reduce(large * rank),
+        ]
+
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(act, links))
+    for rank, (total, gathered, many) in enumerate(results):
+        first = rank // 2 * 2
+        assert torch.equal(total, parts[first] + parts[first + 1])
+        assert torch.equal(gathered, torch.cat([parts[rank % 2], parts[rank % 2 + 2]]))
+        assert torch.equal(many, large * (2 * first + 1))
+
+
 def test_a_rank_that_does_not_come_is_named_in_time(tmp_path: Path) -> None:
     hasty = connect(tmp_path, HASTY_S)
     began = time.monotonic()

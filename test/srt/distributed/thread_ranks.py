@@ -69,6 +69,9 @@ class ThreadCommunicator:
         what = f"all_gather {tuple(tensor.shape)} {dim}"
         return torch.cat(self.group.exchange(self.rank, what, tensor.clone()), dim)
 
+    def among(self, members: Sequence[int]) -> ThreadMembers:
+        return ThreadMembers(self, members)
+
     def broadcast(self, data: bytes | None) -> memoryview:
         assert (data is not None) == (self.rank == 0)
         first = self.group.exchange(self.rank, "broadcast", data)[0]
@@ -77,6 +80,28 @@ class ThreadCommunicator:
     def agree(self, votes: Sequence[int]) -> list[int]:
         everyones = self.group.exchange(self.rank, f"agree on {len(votes)}", list(votes))
         return [min(column) for column in zip(*everyones, strict=True)]
+
+
+class ThreadMembers:
+    """Some ranks of a group: all its ranks meet, each takes what its own members said."""
+
+    def __init__(self, whole: ThreadCommunicator, members: Sequence[int]) -> None:
+        self._whole = whole
+        self._members = tuple(members)
+        self.rank = self._members.index(whole.rank)
+        self.size = len(self._members)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        parts = self._exchange(f"all_reduce {tuple(tensor.shape)} of {self.size}", tensor)
+        return torch.stack(parts).sum(0)
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        what = f"all_gather {tuple(tensor.shape)} {dim} of {self.size}"
+        return torch.cat(self._exchange(what, tensor), dim)
+
+    def _exchange(self, what: str, tensor: torch.Tensor) -> list[torch.Tensor]:
+        everyones = self._whole.group.exchange(self._whole.rank, what, tensor.clone())
+        return [everyones[member] for member in self._members]
 
 
 class ThreadRanks:

@@ -19,6 +19,7 @@ HALVES = {
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
+    "MXFP4": (),
 }
 ROUNDED = {"Q4_K", "Q5_K", "Q6_K"}
 
@@ -31,6 +32,9 @@ def random_rows(name: str, rows: int, blocks: int, scale: float, seed: int = 0) 
     for at in HALVES[name]:
         values = (random.uniform(-1, 1, rows * blocks) * scale).astype("<f2")
         data[:, at : at + 2] = values.view(np.uint8).reshape(-1, 2)
+    if name == "MXFP4":  # powers of two, up to that of the scale
+        top = 128 + round(np.log2(scale))
+        data[:, 0] = random.integers(top - 30, top + 1, rows * blocks)
     return data.reshape(rows, -1)
 
 
@@ -73,6 +77,16 @@ def test_rows_of_zeros() -> None:
     for name in HALVES:
         rows = np.zeros_like(random_rows(name, 2, 2, 1.0))
         assert not numbers(take_apart(name, rows)).any()
+
+
+def test_powers_far_apart_are_exact() -> None:
+    """Of MXFP4 what is far below 2^-38 of the largest becomes 0, the rest is the file's."""
+    powers = np.array([200, 186, 163, 136], np.uint8)
+    rows = np.concatenate((powers[:, None], np.full((4, 16), 0x71, np.uint8)), 1).reshape(1, -1)
+    want = gguf.dequantize(rows, gguf.GGMLQuantizationType.MXFP4).astype(np.float64)[0]
+    found = numbers(take_apart("MXFP4", rows))[0]
+    np.testing.assert_array_equal(found[:96], want[:96])
+    assert not found[96:].any()
 
 
 def test_types_and_widths_that_are_served() -> None:

@@ -14,13 +14,19 @@ T = TypeVar("T")
 
 
 class RankTowers:
-    """`size` towers that talk through `ThreadRanks`; every rank's thread runs the same program."""
+    """`size` towers that talk through `ThreadRanks`; every rank's thread runs the same program.
+
+    Without `kv_parallel_size` among the flags they are tensor-parallel ranks.
+    """
 
     def __init__(self, size: int, model_path: str, **flags: object) -> None:
         self.ranks = ThreadRanks(size)
+        kv_size = flags.get("kv_parallel_size", 1)
+        assert isinstance(kv_size, int)
 
         def make(rank: int) -> DeviceTower:
-            return DeviceTower(model_path, links=self.ranks.links(rank), tp_size=size, **flags)
+            links = self.ranks.links(rank)
+            return DeviceTower(model_path, links=links, tp_size=size // kv_size, **flags)
 
         self.towers = self.ranks.run(make)
 

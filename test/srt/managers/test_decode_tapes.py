@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
 import torch
 
@@ -15,11 +17,23 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.utils.cpu_cores import usable_cores
 from sglang.srt.utils.native import native_kernels
 from srt.managers.test_engine_tokens import NEW_TOKENS, PROMPTS, answer_all, tower
+from srt.model_loader.gguf_files import write_gguf
+from srt.model_loader.test_gguf_mixtures import FAMILIES as MIXTURES
+from srt.model_loader.test_gguf_mixtures import experts_of, yarn
 from srt.models.hf_models import hf_greedy, make_hf_model, save
 
 pytestmark = pytest.mark.skipif(native_kernels() is None, reason="sgl-kernel is not installed")
 
-RECORDED = ("llama", "qwen2", "qwen3", "mistral")
+RECORDED = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma3",
+    "qwen3_moe",
+    "gpt_oss",
+    "llama4",
+)
 
 
 def tapes_of(engine: object) -> DecodeTapes:
@@ -36,7 +50,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]
 
 
 @pytest.mark.parametrize("family", RECORDED)
-def test_steps_of_dense_families_are_recorded(family: str, tmp_path: Path) -> None:
+def test_steps_of_all_families_are_recorded(family: str, tmp_path: Path) -> None:
     changes = {"sliding_window": 50} if family == "mistral" else {}
     reference = make_hf_model(family, **changes)
     with tower(save(reference, tmp_path)) as engine:
@@ -46,11 +60,17 @@ def test_steps_of_dense_families_are_recorded(family: str, tmp_path: Path) -> No
         assert not tapes.refused
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma3", {"final_logit_softcapping": 5.0}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e3}}),
+    ],
+)
 def test_what_is_no_native_call_is_computed_as_ever(
-    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    family: str, changes: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reference = make_hf_model(family)
+    reference = make_hf_model(family, **changes)
     with caplog.at_level("INFO"), tower(save(reference, tmp_path)) as engine:
         assert answer_all(engine) == [hf_greedy(reference, one, NEW_TOKENS) for one in PROMPTS]
         assert tapes_of(engine).recorded == ()
@@ -172,3 +192,20 @@ def test_only_whole_decode_steps_are_taken(llama: tuple[str, list[list[int]]]) -
         assert engine.output("a") == expected[1]
         assert engine.output("b") == expected[2]
         assert tapes_of(engine).recorded == (1, 2)
+
+
+@pytest.mark.parametrize("family", list(MIXTURES))
+def test_mixtures_that_stay_quantised(family: str, tmp_path: Path) -> None:
+    """The same tokens with tapes and without, and codes in memory either way."""
+    path = tmp_path / "m.gguf"
+    quant = gguf.GGMLQuantizationType.Q8_0
+    write_gguf(path, make_hf_model(family, **MIXTURES[family]), quant, metadata=yarn(family))
+    answers = []
+    for off in (False, True):
+        with tower(str(path), disable_cuda_graph=off) as engine:
+            answers.append(answer_all(engine))
+            runner = engine.parts.worker._runner
+            assert all(one.gate is not None for one in experts_of(runner.model))
+            assert off or tapes_of(engine).recorded == (1, 2, 3, 4, 5, 6)
+    assert answers[0] == answers[1]
+    assert len({tuple(tokens) for tokens in answers[0]}) == len(PROMPTS)

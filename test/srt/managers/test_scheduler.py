@@ -261,7 +261,7 @@ def test_prompt_logprob_rows_cover_the_prompt_once_chunks_and_hits_included() ->
     )
     harness.turn()
     (req,) = harness.scheduler.requests()
-    assert req.num_cached_tokens == 8, "a hit stops where a row's logits are wanted"
+    assert req.num_cached_tokens == 9, "a hit stops where a row's logits are wanted"
     harness.run()
     first = next(out for out in harness.channel.outs if out.rid == "scored")
     assert first.input_logprobs is not None

@@ -54,3 +54,5 @@ def test_ranks_share_what_the_least_of_them_sees() -> None:
 def test_several_ranks_need_links() -> None:
     with pytest.raises(ValueError, match="--tp-size 2: only a server or an Engine"):
         build_scheduler_parts(args(tp_size=2), Environ(), Progress())
+    with pytest.raises(ValueError, match="--tp-size 2, --kv-parallel-size 3: only a server"):
+        build_scheduler_parts(args(tp_size=2, kv_parallel_size=3), Environ(), Progress())

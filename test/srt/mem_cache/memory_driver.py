@@ -161,14 +161,21 @@ class MemoryDriver:
     readers: list[Reader] = field(default_factory=list)
     now: float = 0.0
     num_none: int = 0
+    num_copied: int = 0
     in_background: bool = False
 
     def __post_init__(self) -> None:
         self.rules = window_rules(self.memory.spec)
 
     def open(
-        self, tokens: list[int], extra_key: str | None = None, priority: int = 0
+        self,
+        tokens: list[int],
+        extra_key: str | None = None,
+        priority: int = 0,
+        *,
+        copies: bool = False,
     ) -> Request | None:
+        """`copies`: let the hit go on inside a page, if a cached one begins alike."""
         predicted = self.memory.match_len(np.array(tokens[:-1], np.int32), extra_key)
         free_rows = self.memory.rows.available_size()
         array = np.array(tokens, np.int32)
@@ -180,6 +187,10 @@ class MemoryDriver:
             return None
         assert free_rows > 0
         assert lease.num_cached_tokens == lease.num_tokens == predicted
+        if copies:
+            copied = self.memory.copy_rest(lease, array, len(tokens) - 1)
+            assert lease.num_cached_tokens == lease.num_tokens == predicted + copied
+            self.num_copied += copied
         request = Request(lease, list(tokens), extra_key, lease.num_tokens, lease.num_tokens)
         self.requests.append(request)
         return request

@@ -113,7 +113,11 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @rule(prompt=PROMPT, extra_key=NAMESPACE, priority=st.integers(-1, 1))
     def open(self, prompt: list[int], extra_key: str | None, priority: int) -> None:
-        self.on_ranks(lambda driver: driver.open(prompt, extra_key, priority) is not None)
+        def act(driver: MemoryDriver) -> int | None:
+            request = driver.open(prompt, extra_key, priority, copies=True)
+            return None if request is None else request.num_computed
+
+        self.on_ranks(act)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), extra=st.integers(1, 6))

@@ -33,6 +33,7 @@ from sglang.srt.mem_cache.segment_backing.segment_plane import split_by_segment
 from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
 from sglang.srt.mem_cache.segment_backing.static import StaticBacking
 from srt.mem_cache.fake_backing import FakeBacking
+from srt.mem_cache.fake_cuda_driver import FakeCudaDriver
 from srt.mem_cache.memory_machine import MemoryMachine, machine_settings
 
 G = GroupId(0)
@@ -330,6 +331,46 @@ def test_auto_falls_back_and_says_so(
     assert "KV memory on a segment table, not on mmap: no luck here" in caplog.text
     with pytest.raises(BackingError, match="no luck here; use --kv-backing segment_table"):
         make_backing("mmap")
+
+
+def test_on_a_gpu_auto_is_virtual_memory_and_else_static(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def driver(streams: tuple[int, ...]) -> FakeCudaDriver:
+        seen.append(streams)
+        return FakeCudaDriver()
+
+    backing = make_backing("auto", device="cuda", streams=(4711, 0), make_driver=driver)
+    assert (backing.name, backing.elastic, seen) == ("cuda_vmm", True, [(4711, 0)])
+
+    def none(streams: tuple[int, ...]) -> FakeCudaDriver:
+        raise BackingError("there is no driver")
+
+    with caplog.at_level(logging.WARNING):
+        backing = make_backing(
+            "auto", device="cuda", make_driver=none, available_bytes=lambda: 1 << 30
+        )
+    assert (backing.name, backing.elastic) == ("static", False)
+    assert "KV memory is static, it can't grow or shrink: there is no driver" in caplog.text
+    with pytest.raises(BackingError, match="there is no driver"):
+        make_backing("cuda_vmm", device="cuda", make_driver=none)
+
+
+def test_memory_of_another_device_is_counted_by_its_own_figure() -> None:
+    """The device without values stands for one: its tensors take nothing of this machine."""
+    spec, layouts = SPEC, layouts_of(SPEC)
+    for kind in ("static", "segment_table"):
+        backing = make_backing(kind, device="meta", available_bytes=lambda: 1 << 40)
+        backing.reserve(spec, layouts)
+        if kind == "static":
+            assert backing.view(0, Plane.KEY).device.type == "meta"
+            assert backing.resident_bytes() == sum(one.reserved_bytes for one in layouts)
+        backing.close()
+        full = make_backing(kind, device="meta", available_bytes=lambda: 100)
+        with pytest.raises(BackingError):
+            full.reserve(spec, layouts)
 
 
 def test_cuda_vmm_without_a_device_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

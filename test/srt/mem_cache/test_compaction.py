@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sglang.srt.errors import InvariantError
-from sglang.srt.mem_cache.compaction import compact, copy_pages, plan_compaction
+from sglang.srt.mem_cache.compaction import compact, plan_compaction
 from sglang.srt.mem_cache.kv_layout import (
     GroupId,
     KVCacheSpec,
@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.kv_layout import (
     make_segment_layouts,
 )
 from sglang.srt.mem_cache.memory_pool import make_kv_pool
+from sglang.srt.mem_cache.page_copy import copy_pages
 from sglang.srt.mem_cache.page_owner import PageIndex, PageState
 from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
 from srt.mem_cache.memory_driver import (
@@ -231,7 +232,7 @@ def test_pages_move_within_a_segment_table(monkeypatch: pytest.MonkeyPatch) -> N
     expected = [
         plane[torch.from_numpy(before)] for layer in range(2) for plane in pool.get_kv_buffer(layer)
     ]
-    monkeypatch.setattr("sglang.srt.mem_cache.compaction.COPY_BUFFER_BYTES", 2 * 4 * 2 * 8 * 2)
+    monkeypatch.setattr("sglang.srt.mem_cache.page_copy.COPY_BUFFER_BYTES", 2 * 4 * 2 * 8 * 2)
     copy_pages(pool, group, sources, targets)
     found = [
         plane[torch.from_numpy(after)] for layer in range(2) for plane in pool.get_kv_buffer(layer)

@@ -10,7 +10,7 @@ import pytest
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.capacity import effective_context_length
-from sglang.srt.mem_cache.compaction import compact, copy_pages, plan_compaction
+from sglang.srt.mem_cache.compaction import compact, plan_compaction
 from sglang.srt.mem_cache.kv_layout import (
     GroupId,
     GroupKind,
@@ -20,6 +20,7 @@ from sglang.srt.mem_cache.kv_layout import (
     trim_layouts_to_budget,
 )
 from sglang.srt.mem_cache.kv_share import KVShare
+from sglang.srt.mem_cache.page_copy import copy_pages
 from sglang.srt.mem_cache.page_owner import PageIndex, PageState
 from sglang.srt.mem_cache.rank_agreement import RankAgreement
 from srt.mem_cache.memory_driver import (

@@ -7,7 +7,9 @@ from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache import memory_pool
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVGroupSpec, make_segment_layouts
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.segment_backing.segment_plane import round_to
 from srt.mem_cache.fake_backing import FakeBacking
+from srt.utils.fake_device import LateRuntime
 
 
 def make_pool(dtype: str = "float32") -> MHATokenToKVPool:
@@ -167,3 +169,23 @@ def test_a_huge_row_count_costs_nothing() -> None:
     rows = ReqToTokenPool(size=10**9, num_groups=1, page_size=1)
     assert rows.alloc_row() == 1
     assert len(rows._tables) == 1
+
+
+def test_on_a_device_nobody_looks_at_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking would wait for the device; slots were checked before they went there."""
+
+    def looks(_: torch.Tensor) -> None:
+        raise AssertionError("the slots were looked at")
+
+    monkeypatch.setattr(memory_pool, "_find_pieces", looks)
+    for dtype in ("float32", "fp8_e4m3"):
+        pool, runtime = make_pool(dtype), LateRuntime()
+        pool.serve(runtime)
+        k, v = random_kv(3)
+        pool.set_kv_buffer(1, torch.tensor([9, 20, 10]), k, v)
+        stored = pool.get_key_buffer(1)[torch.tensor([9, 20, 10])]
+        assert torch.equal(stored.float(), round_to(k, pool.dtype).float())
+        pool.settle()
+        assert runtime.num_syncs == 1
+        with pytest.raises(InvariantError, match="slots outside"):
+            pool.check_slots(1, torch.tensor([1 << 20]))

@@ -14,7 +14,7 @@ import pytest
 from hypothesis.stateful import run_state_machine_as_test
 
 from sglang.srt.errors import InvariantError
-from sglang.srt.mem_cache import compaction, segment_jobs
+from sglang.srt.mem_cache import allocation, compaction, segment_jobs
 from sglang.srt.mem_cache.block_table import BlockTable
 from sglang.srt.mem_cache.kv_layout import GroupId, SegmentId
 from sglang.srt.mem_cache.lease import KVLease
@@ -129,6 +129,11 @@ def _thought_to_be_empty(patch: pytest.MonkeyPatch) -> None:
 
 def _copy_lost_on_move(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(compaction, "copy_pages", lambda *_: None)
+
+
+def _rest_not_copied(patch: pytest.MonkeyPatch) -> None:
+    """A hit goes on inside a page of which nothing was copied."""
+    patch.setattr(allocation, "copy_pages", lambda *_: None)
 
 
 def _copy_of_one_layer_lost(patch: pytest.MonkeyPatch) -> None:
@@ -256,6 +261,7 @@ CLASSES = [
 ]
 CASES = [
     *itertools.product(PLANTS, MACHINES[:1]),
+    (_rest_not_copied, MovingMachine),
     *itertools.product(CLASSES, MACHINES[1:]),
     *itertools.product(WINDOW_PLANTS, WINDOWS[:1]),
     *itertools.product(RANK_PLANTS, RANKS[:1]),

@@ -7,14 +7,15 @@ device asks of those above; what only hardware can tell is not tested here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy.typing as npt
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang.srt.utils.device import HostCopy, pack_host_tensors, unpack
+from sglang.srt.utils.device import HostCopy, Replay, pack_host_tensors, unpack
 from sglang.srt.utils.host_memory import HostMemory
 
 GIB = 1 << 30
@@ -61,8 +62,64 @@ class LateRuntime:
         self.num_fetches += 1
         return LateCopy(self, tensor.clone().numpy())
 
+    def record(self, work: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
+        assert self.depth, "recorded outside of the compute stream"
+        recorder = OpRecorder()
+        with recorder:
+            result = work()
+        return recorder.replay, result
+
     def read_memory(self) -> HostMemory:
         return self.memory
 
     def synchronize(self) -> None:
         self.num_syncs += 1
+
+
+class OpRecorder(TorchDispatchMode):
+    """Every tensor operation of a piece of work, in order, so that they can be made again.
+
+    As a CUDA graph: only operations on tensors come back, no Python. What looks at a value, or
+    makes a tensor whose size depends on one, raises as it would in a capture.
+    """
+
+    WAITS = (
+        "aten::_local_scalar_dense",
+        "aten::nonzero",
+        "aten::equal",
+        "aten::bincount",
+        "aten::masked_select",
+        "aten::_unique2",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.name().split(".")[0]
+        masks = name == "aten::index" and any(
+            index is not None and index.dtype is torch.bool for index in args[1]
+        )
+        if masks or name in self.WAITS:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func.name()}")
+        result = func(*args, **(kwargs or {}))
+        self._calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        with torch.inference_mode():
+            for func, args, kwargs, result in self._calls:
+                again = func(*args, **kwargs)
+                pairs = zip(_tensors(result), _tensors(again), strict=True)
+                for old, new in pairs:
+                    if old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [one for one in result or () if isinstance(one, torch.Tensor)]

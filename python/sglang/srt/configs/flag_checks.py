@@ -27,9 +27,12 @@ def check_nodes(args: Any) -> None:
     if args.nnodes > 1:
         if args.dp_size > 1:
             raise ValueError("--dp-size: replicas share one machine; drop --nnodes")
-        if args.tp_size % args.nnodes:
+        if args.num_ranks % args.nnodes:
             raise ValueError(
-                f"--tp-size {args.tp_size} cannot be divided among --nnodes {args.nnodes}"
+                f"--tp-size {args.tp_size} times --kv-parallel-size {args.kv_parallel_size} cannot "
+                f"be divided among --nnodes {args.nnodes}"
+                if args.kv_parallel_size > 1
+                else f"--tp-size {args.tp_size} cannot be divided among --nnodes {args.nnodes}"
             )
         if args.dist_init_addr is None:
             raise ValueError("--nnodes needs --dist-init-addr, the address of node 0")
@@ -53,6 +56,10 @@ def check_combinations(args: Any) -> None:
         raise ValueError("--kv-segment-reserve: --kv-backing static maps every segment at start")
     if args.kv_backing == "cuda_vmm" and args.device == "cpu":
         raise ValueError("--kv-backing cuda_vmm needs a CUDA device, this is --device cpu")
+    if args.kv_backing == "mmap" and args.device != "cpu":
+        raise ValueError("--kv-backing mmap is memory of the host; --device cuda takes cuda_vmm")
+    if args.tp_size > 1 and args.device != "cpu":
+        raise ValueError("--tp-size: several ranks compute on --device cpu only, so far")
     if args.kv_canary == "full" and args.kv_backing == "segment_table":
         raise ValueError("--kv-canary full reads a common range; segment_table takes chain")
     if args.disable_radix_cache and args.max_cached_tokens is not None:

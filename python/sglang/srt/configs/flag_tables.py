@@ -92,7 +92,7 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         --fp8-gemm-backend|--fp8-gemm-runner-backend V;
         --fp4-gemm-backend|--fp4-gemm-runner-backend V; --nsa-prefill-backend V;
         --nsa-decode-backend V; --dsa-prefill-backend V; --dsa-decode-backend V;
-        --nsa-prefill-cp-mode V; --disable-flashinfer-autotune; --enable-fused-qk-norm-rope;
+        --nsa-prefill-cp-mode V; --disable-flashinfer-autotune;
         --num-continuous-decode-steps V; --enable-pdmux; --pdmux-config-path V; --sm-group-num V
         """,
     ),

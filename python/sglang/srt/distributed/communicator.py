@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 
 
-class Communicator(Protocol):
-    """One rank's end of a group. Every method raises RankLostError when another rank is gone or
-    does not come in time."""
+class TensorCommunicator(Protocol):
+    """One rank's end of a group that computes. Every method raises RankLostError when another rank
+    is gone or does not come in time."""
 
     @property
     def rank(self) -> int: ...
@@ -31,11 +31,22 @@ class Communicator(Protocol):
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """The ranks' tensors, of one shape, one after another along `dim`."""
 
+
+class Communicator(TensorCommunicator, Protocol):
+    """One rank's end of a group, with what schedulers say to each other."""
+
     def broadcast(self, data: bytes | None) -> memoryview:
         """Rank 0's `data` on every rank; the others pass None."""
 
     def agree(self, votes: Sequence[int]) -> Sequence[int]:
         """The element-wise minimum of all ranks' numbers (64 bits), equally many on each."""
+
+    def among(self, members: Sequence[int]) -> TensorCommunicator:
+        """Collectives of some ranks over the same connections, this one among `members`.
+
+        All ranks divide themselves into such parts, in the same way, and each part makes the same
+        calls. Ranks of a part are numbered in the order of `members`.
+        """
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sglang.srt.distributed.communicator import Communicator
+from sglang.srt.distributed.communicator import TensorCommunicator
 from sglang.srt.errors import InvariantError
 
 
@@ -23,7 +23,7 @@ class ParallelState:
 
     tp_rank: int = 0
     tp_size: int = 1
-    group: Communicator | None = field(default=None, compare=False)
+    group: TensorCommunicator | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.tp_size < 1 or not 0 <= self.tp_rank < self.tp_size:
@@ -54,7 +54,7 @@ class ParallelState:
             raise ValueError(f"{what} ({total}) cannot be divided by tp_size {self.tp_size}")
         return total // self.tp_size
 
-    def _require_group(self) -> Communicator:
+    def _require_group(self) -> TensorCommunicator:
         if self.group is None:
             raise InvariantError(f"rank {self.tp_rank} of {self.tp_size} was given no communicator")
         return self.group

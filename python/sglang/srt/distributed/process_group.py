@@ -153,25 +153,37 @@ class GroupCommunicator:
         agreed: list[int] = numbers.tolist()
         return agreed
 
+    def among(self, members: Sequence[int]) -> MemberCommunicator:
+        """See `Communicator`."""
+        return MemberCommunicator(self, members)
+
+    def exchange(
+        self, what: str, tensor: torch.Tensor, members: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """The tensors of `members` in their order, sent straight from each to each."""
+        with self._announced(what):
+            return self._exchange(tensor.contiguous(), members)
+
     def _is_direct(self, tensor: torch.Tensor) -> bool:
         return self._fits(tensor) or tensor.nbytes * (self.size - 1) <= self._direct_bytes
 
     def _fits(self, tensor: torch.Tensor) -> bool:
         return self._shared is not None and tensor.nbytes <= self._shared.place_bytes
 
-    def _exchange(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def _exchange(
+        self, tensor: torch.Tensor, members: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
         """Every rank's tensor, each sent straight to all others: one hop instead of a ring's."""
-        if self._shared is not None and self._fits(tensor):
+        ranks = range(self.size) if members is None else members
+        if self._shared is not None and self._fits(tensor) and list(ranks) == [*range(self.size)]:
             return self._shared.exchange(tensor)
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        parts = [
-            tensor if rank == self.rank else torch.empty_like(tensor) for rank in range(self.size)
-        ]
+        others = [rank for rank in ranks if rank != self.rank]
+        parts = {rank: torch.empty_like(tensor) for rank in others}
         works = [self._group.recv([parts[rank]], rank, 0) for rank in others]
         works += [self._group.send([tensor], rank, 0) for rank in others]
         for work in works:
             work.wait()
-        return parts
+        return [parts.get(rank, tensor) for rank in ranks]
 
     def _send_from_first(self, tensor: torch.Tensor) -> None:
         with self._announced("broadcast"):
@@ -194,6 +206,31 @@ class GroupCommunicator:
                 f"in which rank {self.rank} waits (--dist-timeout is {self._timeout_s:g} s): "
                 f"{str(error).splitlines()[0]}"
             ) from error
+
+
+class MemberCommunicator:
+    """Collectives of some ranks of a group: always direct, over the connections that it has.
+
+    A ring would send less of a large sum from four members on; it would take groups of its own.
+    """
+
+    def __init__(self, whole: GroupCommunicator, members: Sequence[int]) -> None:
+        self._whole = whole
+        self._members = tuple(members)
+        self.rank = self._members.index(whole.rank)
+        self.size = len(self._members)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Communicator`."""
+        if not tensor.numel():
+            return tensor
+        return _sum_in_order(self._whole.exchange("all_reduce", tensor, self._members))
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """See `Communicator`."""
+        if not tensor.numel():
+            return torch.cat([tensor] * self.size, dim)
+        return torch.cat(self._whole.exchange("all_gather", tensor, self._members), dim)
 
 
 def _sum_in_order(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -193,9 +193,9 @@ def places_here(server_args: ServerArgs, processes_here: int = 1) -> tuple[RankP
     first = count * server_args.node_rank
     return tuple(
         RankPlace(
-            tp_rank=number % server_args.tp_size,
-            tp_size=server_args.tp_size,
-            dp_rank=number // server_args.tp_size,
+            tp_rank=number % server_args.num_ranks,
+            tp_size=server_args.num_ranks,
+            dp_rank=number // server_args.num_ranks,
             dp_size=server_args.dp_size,
             num_here=count * processes_here,
         )

@@ -9,6 +9,10 @@ import torch
 from torch import nn
 
 from sglang.srt.configs.model_traits import TemperatureConfig
+from sglang.srt.utils.native import kernels_for
+
+# Up to so many rows one native call is faster than PyTorch's scales and product.
+_FEW_ROWS = 64
 
 
 class AttentionTemperature(nn.Module):
@@ -25,6 +29,16 @@ class AttentionTemperature(nn.Module):
 
     def forward(self, positions: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         """q [T, H*D] scaled, in its own dtype; positions int64 [T]."""
+        kernels = kernels_for(q)
+        if kernels is not None and (len(q) <= _FEW_ROWS or kernels.is_recording()):
+            out: torch.Tensor = kernels.scale_by_position(
+                q,
+                positions,
+                attn_scale=self.config.attn_scale,
+                floor_scale=self.config.floor_scale,
+                num_threads=torch.get_num_threads(),
+            )
+            return out
         return (q * self.scales(positions)).to(q.dtype)
 
     def scales(self, positions: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +57,13 @@ class ExpertMatrix:
     stride: int
     first: int
     count: int
+
+    def native(self, kernels: ModuleType, bias: torch.Tensor | None) -> Any:
+        """It as `sgl_kernel.ExpertMatrix` with `bias` [E, count]; None when its layouts differ."""
+        whole = self.matrix.whole
+        if whole is None:
+            return None
+        return kernels.ExpertMatrix(whole, self.stride, self.first, self.count, bias)
 
     def product(
         self, expert: int, x: torch.Tensor, bias: torch.Tensor | None = None
@@ -102,6 +110,27 @@ class ExpertWeights(nn.Module):
         self.down: ExpertMatrix | None = None
         self._halves: dict[str, QuantizedWeight | None] = {}  # of gate and up, None: numbers
         self._parallel = parallel
+
+    def native_parts(self, kernels: ModuleType) -> tuple[Any, Any, Any] | None:
+        """Gate, up and down as `sgl_kernel.ExpertMatrix`, views of what is held here.
+
+        The bias of down is left to rank 0. None when a matrix has parts of different layouts.
+        """
+        width, both = self.width, self.gate_up_proj_bias
+        gate_bias, up_bias = (None, None) if both is None else both.chunk(2, 1)
+        if self.gate is not None and self.up is not None:
+            gate, up = self.gate.native(kernels, gate_bias), self.up.native(kernels, up_bias)
+        else:
+            rows = self.gate_up_proj.flatten(0, 1)
+            gate = kernels.ExpertMatrix(rows, 2 * width, 0, width, gate_bias)
+            up = kernels.ExpertMatrix(rows, 2 * width, width, width, up_bias)
+        down_bias = self.down_proj_bias if self._parallel.tp_rank == 0 else None
+        if self.down is not None:
+            down = self.down.native(kernels, down_bias)
+        else:
+            rows, hidden = self.down_proj.flatten(0, 1), self.hidden_size
+            down = kernels.ExpertMatrix(rows, hidden, 0, hidden, down_bias)
+        return None if gate is None or up is None or down is None else (gate, up, down)
 
     def quantize(self, kernels: ModuleType) -> None:
         """Round loaded weights to bytes (see int8.py), where widths allow and they are not so yet.

@@ -51,8 +51,7 @@ class LogitsProcessor:
         R rows, -1 when b samples nothing. Ticks the batch's progress once a block. Raises
         InvariantError when a wanted row was not kept.
         """
-        chosen = torch.tensor([row for row in sample_rows if row >= 0], dtype=torch.int64)
-        logits = lm_head(hidden[chosen]).float()
+        logits = lm_head(_chosen(hidden, [row for row in sample_rows if row >= 0])).float()
         input_logprobs = [
             self._prompt_logprobs(hidden, lm_head, forward_batch, spec) for spec in logprob_specs
         ]
@@ -73,8 +72,8 @@ class LogitsProcessor:
         wanted = np.arange(spec.input_row, spec.input_row + count)
         if not np.array_equal(kept[first : first + count], wanted):
             raise InvariantError(f"rows {spec.input_row}+{count} are not among the kept rows")
-        targets = torch.from_numpy(spec.input_targets.astype(np.int64))
-        picked = torch.from_numpy(spec.picked_ids.astype(np.int64))
+        targets = torch.from_numpy(spec.input_targets.astype(np.int64)).to(hidden.device)
+        picked = torch.from_numpy(spec.picked_ids.astype(np.int64)).to(hidden.device)
         blocks = []
         step = self._rows_per_block(lm_head)
         for start in range(0, count, step):
@@ -88,3 +87,10 @@ class LogitsProcessor:
         # Alive at once: the logits as computed, as float32, and logsumexp's temporary.
         per_entry = lm_head.weight.element_size() + 4 + 4
         return max(1, self._max_bytes // (lm_head.num_embeddings * per_entry))
+
+
+def _chosen(hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Rows of hidden [R, h]; all of them in order, the usual case, need no index on the device."""
+    if rows == list(range(len(hidden))):
+        return hidden
+    return hidden[torch.tensor(rows, dtype=torch.int64).to(hidden.device)]

@@ -34,6 +34,8 @@ def reduce_logits(
 ) -> LogprobBlock:
     """Log probabilities under softmax(logits), logits float32 [N, V], not modified.
 
+    All three tensors lie on one device, whose work is waited for.
+
     `targets` int64 [N] are the tokens whose own probability is wanted, `picked_ids` int64 [M] those
     wanted of every row. At most V top entries; equal ones are ordered by id.
     """
@@ -43,10 +45,10 @@ def reduce_logits(
     top, top_ids = stable_topk(logits, top_num)
     picked = logits[:, picked_ids] - total
     return LogprobBlock(
-        own=own.squeeze(-1).numpy(),
-        top_ids=top_ids.numpy().astype(np.int32),
-        top=(top - total).numpy(),
-        picked=picked.numpy(),
+        own=own.squeeze(-1).cpu().numpy(),
+        top_ids=top_ids.cpu().numpy().astype(np.int32),
+        top=(top - total).cpu().numpy(),
+        picked=picked.cpu().numpy(),
     )
 
 
@@ -75,7 +77,7 @@ def stable_topk(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     leaves open which of equal values it returns.
     """
     if k == 0:
-        return values[:, :0], torch.empty((values.shape[0], 0), dtype=torch.int64)
+        return values[:, :0], values.new_empty((values.shape[0], 0), dtype=torch.int64)
     top, ids = torch.topk(values, k, dim=-1)
     by_id = ids.argsort(-1)
     top, order = top.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)

@@ -12,16 +12,24 @@ Sources: arXiv 1701.06538, 2101.03961 (top-1), 2006.16668.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from sglang.srt.distributed.parallel_state import ParallelState
-from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.activation import GatedActivation, SiluAndMul
 from sglang.srt.layers.expert_weights import ExpertLayout, ExpertWeights
 from sglang.srt.layers.products import linear
+from sglang.srt.layers.quantization.matrix import rounds_inputs
 from sglang.srt.layers.weights import copy_checked, frozen_parameter
+from sglang.srt.utils.native import kernels_for
+
+# Up to so many tokens one native call is the faster way, or up to so many for each expert on the
+# average where dot instructions or codes are multiplied; see benchmark/cpu/bench_experts.py.
+_NATIVE_ROWS = 32
 
 
 class Routing(NamedTuple):
@@ -36,6 +44,10 @@ def route_by_softmax(logits: torch.Tensor, num_chosen: int, *, renormalize: bool
 
     `renormalize` divides these by their sum, which is the softmax over the chosen logits alone.
     """
+    kernels = _kernels_for_few(logits)
+    if kernels is not None:
+        kind = kernels.RouteKind.CHOSEN if renormalize else kernels.RouteKind.SOFTMAX
+        return Routing(*kernels.route(logits, num_chosen, kind))
     weights, experts = torch.topk(torch.softmax(logits.float(), -1), num_chosen, dim=-1)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -44,8 +56,19 @@ def route_by_softmax(logits: torch.Tensor, num_chosen: int, *, renormalize: bool
 
 def route_by_sigmoid(logits: torch.Tensor, num_chosen: int) -> Routing:
     """The largest `num_chosen` of the logits [T, E], each weighted by its own sigmoid (Llama 4)."""
+    kernels = _kernels_for_few(logits)
+    if kernels is not None:
+        return Routing(*kernels.route(logits, num_chosen, kernels.RouteKind.SIGMOID))
     chosen, experts = torch.topk(logits, num_chosen, dim=-1)
     return Routing(experts, torch.sigmoid(chosen.float()))
+
+
+def _kernels_for_few(x: torch.Tensor) -> ModuleType | None:
+    """The native kernels where they take as many rows as x has."""
+    kernels = kernels_for(x)
+    if kernels is not None and (len(x) <= _NATIVE_ROWS or kernels.is_recording()):
+        return kernels
+    return None
 
 
 class Router(nn.Module):
@@ -106,9 +129,72 @@ class Experts(ExpertWeights):
         )
         self.scale_inputs = scale_inputs
         self.act_fn = SiluAndMul() if activation is None else activation
+        self._mixture: tuple[Any, Any] = (None, None)
 
-    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """The weighted sum over each token's experts: x [T, H] -> [T, H], added over the ranks."""
+    def forward(
+        self, x: torch.Tensor, routing: Routing, added: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The weighted sum over each token's experts: x [T, H] -> [T, H], added over the ranks.
+
+        `added` [T, H], the same on every rank, joins the sum.
+        """
+        kernels = kernels_for(x) if x.dtype is self.gate_up_proj.dtype else None
+        if kernels is not None and self._has_few(kernels, *routing.experts.shape):
+            mixture = self._native(kernels)
+            if mixture is not None:
+                return self._add_ranks(mixture, x, routing, added)
+        total = self._parallel.all_reduce(self._one_by_one(x, routing)).to(x.dtype)
+        return total if added is None else total + added
+
+    def _has_few(self, kernels: ModuleType, rows: int, num_chosen: int) -> bool:
+        """Whether so many tokens are few enough for the native call, all or for each expert."""
+        if rows <= _NATIVE_ROWS or kernels.is_recording():
+            return rows > 0
+        isa = kernels.cpu_isa()
+        by_dots = self.gate_up_proj.dtype is torch.bfloat16 and isa == kernels.Isa.AVX512_BF16
+        few = rows * num_chosen <= _NATIVE_ROWS * self.num_experts
+        return few and (by_dots or self.gate is not None)
+
+    def _add_ranks(
+        self, mixture: Any, x: torch.Tensor, routing: Routing, added: torch.Tensor | None
+    ) -> torch.Tensor:
+        compute = partial(
+            mixture,
+            x,
+            routing.experts,
+            routing.weights,
+            num_threads=torch.get_num_threads(),
+            round_inputs=self.gate is not None and rounds_inputs(x.dtype),
+        )
+        if self._parallel.tp_size == 1:
+            out: torch.Tensor = compute(added=added)
+            return out
+        total = self._parallel.all_reduce(compute(out_dtype=torch.float32)).to(x.dtype)
+        return total if added is None else total + added
+
+    def _native(self, kernels: ModuleType) -> Any:
+        """All experts as `sgl_kernel.Mixture`; None when they are not what it serves."""
+        if not isinstance(self.act_fn, GatedActivation):
+            return None
+        # Weights that were loaded, rounded or moved since are others.
+        numbers = (self.gate_up_proj, self.down_proj)
+        state = (self.gate, self.down, *((one.data_ptr(), one.dtype) for one in numbers))
+        if self._mixture[0] != state:
+            parts = self.native_parts(kernels)
+            mixture = None
+            if parts is not None:
+                mixture = kernels.Mixture(
+                    *parts,
+                    self.num_experts,
+                    self.act_fn.opening(kernels),
+                    scale_inputs=self.scale_inputs,
+                    dtype=self.gate_up_proj.dtype,
+                )
+            self._mixture = (state, mixture)
+        return self._mixture[1]
+
+    def _one_by_one(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """This rank's sum [T, H], one expert after the other: many rows of each."""
         num_chosen = routing.experts.shape[1]
         # Stable: within an expert tokens stay in order, so that their rows are read upwards.
         order = torch.argsort(routing.experts.flatten(), stable=True)
@@ -130,7 +216,7 @@ class Experts(ExpertWeights):
                 output = self._expert(expert, tokens) * weights[part]
             # A token stands once in an expert's rows: no two additions meet.
             total.index_add_(0, rows[part], output.to(total.dtype))
-        return self._parallel.all_reduce(total).to(x.dtype)
+        return total
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         gated = self.act_fn(self._gate_up(expert, x))

@@ -53,6 +53,7 @@ class RotaryEmbedding(nn.Module):
         self._dtype = dtype
         self._is_dynamic = rope.rope_type == "dynamic"
         self._inv_freq = inverse_frequencies(head_dim, rope)
+        self._inv_freq_there = self._inv_freq  # where the last positions lay
         self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def forward(
@@ -103,7 +104,9 @@ class RotaryEmbedding(nn.Module):
         """Angles in radians, float64 [T, D/2], not reduced."""
         points = positions.to(torch.float64).unsqueeze(-1)
         if not self._is_dynamic:
-            return points * self._inv_freq.to(positions.device)
+            if self._inv_freq_there.device != positions.device:
+                self._inv_freq_there = self._inv_freq.to(positions.device)
+            return points * self._inv_freq_there
         return points * _dynamic_frequencies(points + 1, self.head_dim, self.rope)
 
     def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -41,11 +41,13 @@ class SampleOutput:
 
     `invalid_rows` are the indices of rows whose logits had NaN or no finite maximum: their token
     is the best of the usable logits (NaN counts as impossible; with none usable, all are equal).
+    `invalid` bool [B], on the device of `token_ids`, tells it instead where looking would wait.
     """
 
     token_ids: torch.Tensor
     logprobs: list[LogprobArrays | None]
     invalid_rows: tuple[int, ...]
+    invalid: torch.Tensor | None = None
 
 
 class Sampler:
@@ -84,7 +86,7 @@ class Sampler:
         and temperature (1 when greedy), before filters. Side effect: the rows count their tokens.
         Raises InvariantError for a row that nobody admitted.
         """
-        states = [self._state(row) for row in rows]
+        states = [self.state(row) for row in rows]
         for i, state in enumerate(states):
             if state.edits_logits:
                 state.edit(logits[i])
@@ -109,7 +111,8 @@ class Sampler:
             state.add(token)
         return SampleOutput(tokens, logprobs, invalid)
 
-    def _state(self, row: int) -> SamplingRow:
+    def state(self, row: int) -> SamplingRow:
+        """What is known of an admitted row. Raises InvariantError for another one."""
         state = self._rows.get(row)
         if state is None:
             raise InvariantError(f"row {row} is sampled but was never admitted")

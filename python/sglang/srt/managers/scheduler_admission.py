@@ -141,6 +141,7 @@ class Admission:
         if not self._memory.can_hold(total_pages(promised, candidate)):
             self._memory.close(lease, None, 0)
             return False
+        self._memory.copy_rest(lease, tokens, req.max_prefix())
         req.admit(lease)
         return True
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.managers.scheduler_device import prefill_chunk_tokens, reserve_of
 from sglang.srt.mem_cache.capacity import (
     ContextClamp,
     budget_from_headroom,
     effective_context_length,
 )
+from sglang.srt.mem_cache.device_budget import DeviceMemoryPlan
 from sglang.srt.mem_cache.kv_layout import (
     GroupKind,
     KVCacheSpec,
@@ -72,14 +74,19 @@ def kv_cache_spec(
     )
 
 
-def resolve_budget(args: ServerArgs, available_bytes: int) -> int:
-    """The KV budget in bytes before --max-total-tokens: the explicit one, else the fraction.
+def resolve_budget(
+    args: ServerArgs, available_bytes: int, device_plan: DeviceMemoryPlan | None = None
+) -> int:
+    """The KV budget in bytes before --max-total-tokens: the explicit one, else the default.
 
+    The default is what `device_plan` leaves, on a host (None) the fraction of what is available.
     An explicit budget above what the machine has left is taken with a warning: it is a bound, and
     mapping checks the machine each time.
     """
     if args.kv_memory_budget is None:
-        return budget_from_headroom(available_bytes, args.mem_fraction_static)
+        if device_plan is not None:
+            return device_plan.budget_bytes
+        return budget_from_headroom(available_bytes, args.mem_fraction_static or 0.7)
     if args.kv_memory_budget > available_bytes:
         logger.warning(
             "--kv-memory-budget (%d bytes) is more than the %d bytes that the machine has left; "
@@ -128,20 +135,24 @@ def plan_pool(
     backing: SegmentBacking,
     host: HostMemory,
     requested_context: int,
+    device_plan: DeviceMemoryPlan | None = None,
+    min_slots: int = 1,
 ) -> PoolPlan:
     """Budget, clamped context and rows from the arguments and what the machine has left; pure.
 
-    Raises ValueError when the budget cannot hold even one segment.
+    `min_slots`: fewest tokens of a segment whose size is chosen automatically. Raises ValueError
+    when the budget cannot hold even one segment.
     """
-    budget = resolve_budget(args, host.available_bytes)
+    budget = resolve_budget(args, host.available_bytes, device_plan)
     layouts = make_segment_layouts(
         spec,
         slots_per_segment=args.kv_segment_size,
         auto_segment_bytes=AUTO_SEGMENT_BYTES,
-        auto_min_slots=1,
+        auto_min_slots=min_slots,
         granule_bytes=backing.granule_bytes,
         machine_bytes=host.total_bytes,
         budget_bytes=budget,
+        kv_parallel=args.kv_parallel_size,
     )
     budget = cap_budget(budget, args.max_total_tokens, layouts)
     if not backing.elastic:
@@ -150,7 +161,7 @@ def plan_pool(
         spec,
         layouts,
         budget_bytes=budget,
-        reserve_segments=args.kv_segment_reserve,
+        reserve_segments=reserve_of(args, backing),
         requested=requested_context,
         prefill_chunk=prefill_chunk_tokens(args),
     )
@@ -169,10 +180,3 @@ def plan_pool(
         args.max_running_requests, clamp.capacity_tokens, clamp.effective
     )
     return PoolPlan(budget, clamp, rows)
-
-
-def prefill_chunk_tokens(args: ServerArgs) -> int:
-    """Most prompt tokens of a step: the chunk, or --max-prefill-tokens when prompts are whole."""
-    if args.chunked_prefill_size == -1:
-        return args.max_prefill_tokens
-    return min(args.chunked_prefill_size, args.max_prefill_tokens)

@@ -17,14 +17,23 @@ import torch
 from sglang.srt.configs.model_config import ModelConfig, resolve_context_length
 from sglang.srt.distributed.communicator import Communicator, RankLinks
 from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.distributed.rank_grid import RankGrid
 from sglang.srt.environ import Environ
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.registry import get_attention_backend, make_attention_backend
 from sglang.srt.layers.logits_processor import LogitsProcessor
-from sglang.srt.layers.sampler import Sampler
 from sglang.srt.managers.io_struct import SchedulerReady
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
+from sglang.srt.managers.scheduler_device import (
+    auto_min_slots,
+    make_recorder,
+    make_sampler,
+    open_backing,
+    plan_of_device,
+    prefill_chunk_tokens,
+    reserve_of,
+)
 from sglang.srt.managers.scheduler_kv_events import KVEventPublisher, open_publisher
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.managers.scheduler_pool_plan import (
@@ -32,7 +41,6 @@ from sglang.srt.managers.scheduler_pool_plan import (
     PoolPlan,
     kv_cache_spec,
     plan_pool,
-    prefill_chunk_tokens,
 )
 from sglang.srt.managers.scheduler_start import agreed_memory
 from sglang.srt.managers.tp_worker import TpModelWorker
@@ -40,16 +48,15 @@ from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
 from sglang.srt.mem_cache.canary_perturb import Perturbation
 from sglang.srt.mem_cache.capacity import request_page_bounds
 from sglang.srt.mem_cache.kv_events import EventSink
-from sglang.srt.mem_cache.kv_layout import KVCacheSpec
-from sglang.srt.mem_cache.segment_backing import SegmentBacking, make_backing
-from sglang.srt.model_executor.decode_tapes import CausalLM, DecodeTapes
+from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVRanks
+from sglang.srt.mem_cache.segment_backing import SegmentBacking
+from sglang.srt.model_executor.decode_tapes import CausalLM
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.cpu_cores import usable_cores
-from sglang.srt.utils.host_memory import read_host_memory
-from sglang.srt.utils.native import native_kernels
+from sglang.srt.utils.device import DeviceRuntime, make_runtime
 from sglang.srt.utils.progress import Progress
 from sglang.srt.utils.rendezvous import ALONE, RankPlace
 
@@ -80,14 +87,16 @@ class SchedulerParts:
     canary: SchedulerCanary | None = None
 
 
-def resolve_dtype(requested: str, checkpoint: str) -> str:
+def resolve_dtype(requested: str, checkpoint: str, device: str = "cpu") -> str:
     """The type of weights and activations: the requested one, or for "auto" the checkpoint's.
 
-    As in SGLang, auto never computes in float32; on a CPU 16 bits means bfloat16, which has
-    hardware products where float16 has none.
+    As in SGLang, auto never computes in float32 but in float16; on a CPU 16 bits means bfloat16,
+    which has hardware products where float16 has none.
     """
     if requested != "auto":
         return requested
+    if device != "cpu":
+        return "float16" if checkpoint == "float32" else checkpoint
     return "bfloat16" if checkpoint in ("float32", "float16") else checkpoint
 
 
@@ -109,54 +118,77 @@ def build_scheduler_parts(
     *,
     everyone: Communicator | None = None,
     place: RankPlace | None = None,
+    runtime: DeviceRuntime | None = None,
 ) -> SchedulerParts:
     """Load this rank's part of the model and make its pool, in this order.
 
     `links` to the other ranks, which build theirs at the same time; None with one rank. `everyone`
-    are all schedulers of the server, `place` (None: by the links) is this one's among them. Raises
-    ValueError with one line for anything the user has to change, BackingError or OSError for what
-    the machine refuses, RankLostError when another rank does not come.
+    are all schedulers of the server, `place` (None: by the links) is this one's among them.
+    `runtime` stands for the device that the arguments name; None: that one. Raises ValueError with
+    one line for anything the user has to change, BackingError or OSError for what the machine
+    refuses, RankLostError when another rank does not come.
     """
-    if links is None and args.tp_size > 1:
-        raise ValueError(f"--tp-size {args.tp_size}: only a server or an Engine has several ranks")
+    if links is None and args.num_ranks > 1:
+        sizes = {"--tp-size": args.tp_size, "--kv-parallel-size": args.kv_parallel_size}
+        several = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        raise ValueError(f"{several}: only a server or an Engine has several ranks")
     if links is not None:
         place = place or RankPlace(links.rank, links.size, num_here=links.size)
         everyone = everyone or links.control
     place = place or ALONE
-    _set_threads(args, place.num_here)
+    runtime = runtime or make_runtime(args.device)
+    _set_threads(args, runtime, place.num_here)
     config = ModelConfig.from_path(
         args.model_path,
         overrides=args.model_overrides(),
         trust_remote_code=args.trust_remote_code,
     )
     requested = resolve_context_length(config, args.context_length, environ)
-    parallel = (
-        ParallelState() if links is None else ParallelState(links.rank, links.size, links.compute)
-    )
-    dtype = resolve_dtype(args.dtype, config.torch_dtype)
-    model = _load(args, config, parallel, DTYPES[dtype], show_progress=place.number == 0)
+    grid = RankGrid.of(links, args.kv_parallel_size)
+    dtype = resolve_dtype(args.dtype, config.torch_dtype, args.device)
+    free_before = runtime.read_memory().available_bytes
+    show = place.number == 0
+    model = _load(args, config, grid.parallel, DTYPES[dtype], runtime, show_progress=show)
     backend_class = get_attention_backend(args.attention_backend, args.device)
     page_size = args.page_size or backend_class.preferred_page_size
     kv_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
-    spec = kv_cache_spec(config, parallel, kv_dtype, page_size)
+    spec = kv_cache_spec(config, grid.parallel, kv_dtype, page_size)
     damage = _perturbation(args, environ, spec)
-    backing = make_backing(args.kv_backing, debug_protect=environ.kv_debug_protect)
-    host = agreed_memory(everyone, place.num_here, read_host_memory)
-    plan = plan_pool(args, spec, backing, host, requested)
+    runtime.synchronize()  # the weights were copied elsewhere than on the compute stream
+    backing = open_backing(args, runtime, debug_protect=environ.kv_debug_protect)
+    host = agreed_memory(everyone, place.num_here, runtime.read_memory)
+    device_plan = plan_of_device(
+        args, runtime, free_before, config, spec, backend_class, backing.granule_bytes
+    )
+    min_slots = auto_min_slots(runtime)
+    plan = plan_pool(args, spec, backing, host, requested, device_plan, min_slots)
     if plan.clamp.is_clamped:
         logger.warning("Context length clamped: %s.", plan.clamp.explanation)
     # All ranks cache alike; one of them tells.
     publisher = open_publisher(args.kv_events_config if place.tp_rank == 0 else None, place)
     sink = None if publisher is None else publisher.publish
-    memory = _make_memory(args, spec, backing, plan, host.total_bytes, sink, links)
-    backend = make_attention_backend(backend_class, memory.kv_pool)
-    tapes = _decode_tapes(args, model, backend)
-    worker = TpModelWorker(
-        ModelRunner(model, LogitsProcessor(), tapes), Sampler(), plan.max_running_requests + 1
+    memory = _make_memory(
+        args, spec, backing, plan, host.total_bytes, sink, links, grid.kv_ranks, min_slots
     )
+    memory.kv_pool.serve(runtime)
+    if args.kv_parallel_size > 1 and not any(
+        map(memory.kv_pool.share.is_shared, range(spec.num_groups))
+    ):
+        logger.warning(
+            "--kv-parallel-size spreads nothing: no layer of this model keeps all tokens"
+        )
+    backend = make_attention_backend(backend_class, memory.kv_pool, grid.kv_group)
+    recorder = make_recorder(args, model, backend, runtime, memory.kv_pool)
+    worker = TpModelWorker(
+        ModelRunner(model, LogitsProcessor(), recorder),
+        make_sampler(runtime),
+        plan.max_running_requests + 1,
+        runtime,
+    )
+    runtime.synchronize()
     limits = _limits(args, plan, page_size, spec)
     logger.info("KV pool ready: %r", memory)
-    ready = _ready(backend.name, plan, limits, memory)
+    ready = _ready(backend_class.name, plan, limits, memory)
     return SchedulerParts(
         memory,
         worker,
@@ -168,10 +200,10 @@ def build_scheduler_parts(
     )
 
 
-def _set_threads(args: ServerArgs, num_here: int) -> None:
-    if args.device != "cpu":
-        return
-    torch.set_num_threads(compute_threads(args.cpu_threads, torch.get_num_threads(), num_here))
+def _set_threads(args: ServerArgs, runtime: DeviceRuntime, num_here: int) -> None:
+    if not runtime.is_async:
+        threads = compute_threads(args.cpu_threads, torch.get_num_threads(), num_here)
+        torch.set_num_threads(threads)
     # The worker comes back from native code while the scheduler's thread prepares the next
     # step: by default it would be kept from the interpreter for up to 5 ms.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -182,6 +214,7 @@ def _load(
     config: ModelConfig,
     parallel: ParallelState,
     dtype: torch.dtype,
+    runtime: DeviceRuntime,
     *,
     show_progress: bool,
 ) -> CausalLM:
@@ -190,7 +223,7 @@ def _load(
         load_format=args.load_format,
         dtype=dtype,
         parallel=parallel,
-        device=args.device,
+        device=runtime.device,
         show_progress=show_progress,
         seed=args.random_seed,
         quantization=args.quantization,
@@ -200,7 +233,12 @@ def _load(
 def _batch_maker(
     memory: KVMemory, backend: AttentionBackend, page_size: int, progress: Progress
 ) -> BatchMaker:
+    share = memory.kv_pool.share
+
     def make_batch(batch: ScheduleBatch, placement: KVPlacement) -> ForwardBatch:
+        slots = enumerate(placement.out_cache_loc)
+        places = tuple(share.write_slots(group, loc) for group, loc in slots)
+        placement = KVPlacement(places, placement.ticket)
         return ForwardBatch.from_schedule_batch(
             batch,
             placement,
@@ -213,19 +251,6 @@ def _batch_maker(
     return make_batch
 
 
-def _decode_tapes(
-    args: ServerArgs, model: CausalLM, backend: AttentionBackend
-) -> DecodeTapes | None:
-    """What decode steps are recorded on; None where they can't be or the user wants none.
-
-    Not with several ranks: a recording that is given up half-way would repeat collectives.
-    """
-    kernels = native_kernels() if backend.records_steps else None
-    if kernels is None or args.disable_cuda_graph or args.tp_size > 1:
-        return None
-    return DecodeTapes(model, kernels, args.cuda_graph_max_bs)
-
-
 def _make_memory(
     args: ServerArgs,
     spec: KVCacheSpec,
@@ -234,6 +259,8 @@ def _make_memory(
     machine_bytes: int,
     event_sink: EventSink | None,
     links: RankLinks | None,
+    kv_ranks: KVRanks,
+    min_slots: int,
 ) -> KVMemory:
     ranks = None if links is None else links.control
     now_ms = int(time.monotonic() * 1e3)
@@ -245,7 +272,8 @@ def _make_memory(
         max_requests=plan.max_running_requests,
         slots_per_segment=args.kv_segment_size,
         auto_segment_bytes=AUTO_SEGMENT_BYTES,
-        reserve_segments=args.kv_segment_reserve,
+        auto_min_slots=min_slots,
+        reserve_segments=reserve_of(args, backing),
         idle_release_s=args.kv_idle_release_seconds,
         prefix_idle_s=args.prefix_cache_idle_seconds,
         max_cached_tokens=args.max_cached_tokens,
@@ -255,6 +283,7 @@ def _make_memory(
         prefill_chunk=prefill_chunk_tokens(args),
         now=(now_ms if ranks is None else ranks.agree((now_ms,))[0]) / 1e3,
         ranks=ranks,
+        kv_ranks=kv_ranks,
     )
 
 

@@ -4,32 +4,95 @@ The scheduler submits a batch and collects its result one step later (overlap) o
 thread is the only one that runs the model and the sampler, so batches see each other's effects
 exactly in order: a token sampled by one is read by the next from the relay, before the host has
 seen it.
+
+On a device that runs behind the host the thread only launches: inputs go there in one transfer,
+the relay and the sampled tokens stay there, and a second thread waits for each step's tokens on
+their way back, so that the next step is launched meanwhile. See docs/gpu.md, Device.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from sglang.srt.layers.sampler import Sampler
+from sglang.srt.layers.sampler import SampleOutput
 from sglang.srt.managers.generation_result import GenerationBatchResult
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.managers.io_struct import LogprobArrays
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, LogprobSpec
 from sglang.srt.model_executor.model_runner import CausalLM, ModelRunner
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.device import CpuRuntime, DeviceRuntime, HostCopy
+from sglang.srt.utils.progress import Progress
+
+
+class TokenSampler(Protocol):
+    """`Sampler` and `DeviceSampler`; see there."""
+
+    def admit(
+        self,
+        row: int,
+        params: SamplingParams,
+        seed: int,
+        prompt_ids: npt.NDArray[np.integer],
+        output_ids: npt.NDArray[np.integer],
+    ) -> None: ...
+
+    def drop(self, row: int) -> None: ...
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        suppress_stop: Sequence[bool],
+        logprob_specs: Sequence[LogprobSpec | None],
+    ) -> SampleOutput: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step under way. `tokens` [B], or [2, B] with a 1 for each invalid row below."""
+
+    began: float
+    tokens: HostCopy
+    output_logprobs: Sequence[LogprobArrays | None]
+    input_logprobs: Sequence[LogprobArrays | None]
+    invalid_rows: tuple[int, ...]
+    progress: Progress
 
 
 class TpModelWorker:
-    """Computes batches in the order of submission on one thread."""
+    """Computes batches in the order of submission on one thread.
 
-    def __init__(self, runner: ModelRunner, sampler: Sampler, num_rows: int) -> None:
+    `sampler` must be the kind that `runtime` needs: `Sampler` for the host, else `DeviceSampler`.
+    `runtime` None: the host.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        sampler: TokenSampler,
+        num_rows: int,
+        runtime: DeviceRuntime | None = None,
+    ) -> None:
         self._runner = runner
         self._sampler = sampler
+        self._runtime: DeviceRuntime = runtime or CpuRuntime()
         # Last sampled token of every KV row, written and read on the worker thread only.
-        self._relay = np.zeros(num_rows, np.int64)
+        self._relay = torch.zeros(num_rows, dtype=torch.int64, device=self._runtime.device)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
+        self._waiter: ThreadPoolExecutor | None = None
+        if self._runtime.is_async:
+            self._waiter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="results")
+        self._last_end = 0.0
 
     @property
     def model(self) -> CausalLM:
@@ -45,15 +108,27 @@ class TpModelWorker:
         self, forward_batch: ForwardBatch, info: SamplingBatchInfo
     ) -> Future[GenerationBatchResult]:
         """Queue a batch; the future raises what computing it raised."""
-        return self._thread.submit(self._forward, forward_batch, info)
+        if self._waiter is None:
+            return self._thread.submit(self._forward, forward_batch, info)
+        launched = self._thread.submit(self._launch, forward_batch, info)
+        return self._waiter.submit(self._await, launched)
 
     def close(self) -> None:
-        """Finish what is queued and end the thread."""
+        """Finish what is queued and end the threads."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._waiter is not None:
+            self._waiter.shutdown(wait=True, cancel_futures=True)
 
     def _forward(
         self, forward_batch: ForwardBatch, info: SamplingBatchInfo
     ) -> GenerationBatchResult:
+        return self._finish(self._launch(forward_batch, info))
+
+    def _await(self, launched: Future[_Launched]) -> GenerationBatchResult:
+        return self._finish(launched.result())
+
+    def _launch(self, forward_batch: ForwardBatch, info: SamplingBatchInfo) -> _Launched:
+        """Everything of a step but waiting for it."""
         began = time.perf_counter()
         for row in info.drops:
             self._sampler.drop(row)
@@ -61,11 +136,15 @@ class TpModelWorker:
             self._sampler.admit(
                 entry.row, entry.params, entry.seed, entry.prompt_ids, entry.output_ids
             )
-        if len(forward_batch.relay_at):
-            tokens = torch.from_numpy(self._relay[forward_batch.relay_rows])
-            forward_batch.input_ids[torch.from_numpy(forward_batch.relay_at)] = tokens
-        with torch.inference_mode():
-            logits = self._runner.forward(forward_batch, info.logprob_specs, info.logit_index)
+        with self._runtime.computing(), torch.inference_mode():
+            sampled_rows = torch.tensor(info.rows, dtype=torch.int64)
+            batch, (sampled, relay_at, relay_rows) = forward_batch.moved(
+                self._runtime, sampled_rows
+            )
+            if len(relay_at):
+                tokens = self._relay.index_select(0, relay_rows)
+                batch.input_ids.index_copy_(0, relay_at, tokens)
+            logits = self._runner.forward(batch, info.logprob_specs, info.logit_index)
             sampled_specs = [
                 spec
                 for spec, index in zip(info.logprob_specs, info.sample_index, strict=True)
@@ -78,13 +157,33 @@ class TpModelWorker:
                 info.suppress_stop,
                 sampled_specs,
             )
-        token_ids = out.token_ids.numpy()
-        self._relay[np.asarray(info.rows, np.int64)] = token_ids
-        forward_batch.progress.tick()
+            self._relay.index_copy_(0, sampled, out.token_ids)
+            known = out.token_ids
+            if out.invalid is not None:
+                known = torch.stack((known, out.invalid.to(known.dtype)))
+            return _Launched(
+                began,
+                self._runtime.fetch(known),
+                out.logprobs,
+                logits.input_logprobs,
+                out.invalid_rows,
+                batch.progress,
+            )
+
+    def _finish(self, step: _Launched) -> GenerationBatchResult:
+        """The result of a launched step; returns when it has come."""
+        token_ids = step.tokens.wait()
+        invalid_rows = step.invalid_rows
+        if token_ids.ndim == 2:
+            token_ids, invalid = token_ids
+            invalid_rows = tuple(np.flatnonzero(invalid).tolist())
+        step.progress.tick()
+        # Steps are computed one after another: a step's time begins when the one before ended.
+        began, self._last_end = max(step.began, self._last_end), time.perf_counter()
         return GenerationBatchResult(
             token_ids=token_ids,
-            output_logprobs=out.logprobs,
-            input_logprobs=logits.input_logprobs,
-            forward_s=time.perf_counter() - began,
-            invalid_rows=out.invalid_rows,
+            output_logprobs=step.output_logprobs,
+            input_logprobs=step.input_logprobs,
+            forward_s=self._last_end - began,
+            invalid_rows=invalid_rows,
         )

@@ -24,6 +24,7 @@ from sglang.srt.mem_cache.integrity import audit
 from sglang.srt.mem_cache.kv_events import EventSink, KVEventRecorder
 from sglang.srt.mem_cache.kv_layout import (
     ONE_KV_RANK,
+    GroupId,
     KVCacheSpec,
     KVRanks,
     ReqPoolIdx,
@@ -34,6 +35,7 @@ from sglang.srt.mem_cache.kv_layout import (
 from sglang.srt.mem_cache.lease import DecodeRows, KVLease, KVPlacement, PageNeed
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool, make_kv_pool
 from sglang.srt.mem_cache.memory_report import memory_figures
+from sglang.srt.mem_cache.page_copy import copy_pages
 from sglang.srt.mem_cache.rank_agreement import RankAgreement
 from sglang.srt.mem_cache.segment_backing.base import SegmentBacking
 from sglang.srt.mem_cache.segment_manager import SegmentManager
@@ -42,7 +44,7 @@ from sglang.srt.mem_cache.window_recycler import WindowRecycler
 from sglang.srt.mem_cache.window_rule import window_rules
 
 Int32Array = npt.NDArray[np.int32]
-_Pages = TypeVar("_Pages", npt.NDArray[np.int32], npt.NDArray[np.int64])
+_Granted = TypeVar("_Granted")
 
 
 __all__ = ["DecodeRows", "KVLease", "KVMemory", "KVPlacement", "PageNeed"]
@@ -81,6 +83,9 @@ class KVMemory:
         self._max_cached_pages = (
             None if max_cached_tokens is None else max_cached_tokens // spec.page_size
         )
+        # Windows end at pages, and a page of another KV-parallel rank can't be read.
+        shared = any(map(kv_pool.share.is_shared, range(len(kv_pool.layouts))))
+        self._copies_rests = not self.recycler.active and not shared
         self._growth: Ticket | None = None
         self._decode_steps: DecodeSteps | None = None  # of the last step that decoded
 
@@ -185,6 +190,29 @@ class KVMemory:
         self.leases[row] = lease
         return lease
 
+    def copy_rest(self, lease: KVLease, token_ids: Int32Array, max_prefix: int) -> int:
+        """Let a hit go on inside a page: take a page and copy what a cached one begins with.
+
+        For a lease as `open` gave it. Returns the tokens of [0, max_prefix) that were added to its
+        cached ones; 0 when there is nothing worth a copy or no page for it. See
+        docs/kv_segments.md, Note [A hit ends inside a page].
+        """
+        may = self._copies_rests and self.kv_pool.is_on_host
+        if not may or self.cache.find_rest(lease.handle, token_ids, max_prefix) is None:
+            return 0
+        if not self.ladder.ensure([1] * len(self.allocators)):
+            return 0
+        # Only now, as the ladder may have evicted what was found before; from here it does nothing.
+        rest = self.cache.find_rest(lease.handle, token_ids, max_prefix)
+        if rest is None:
+            return 0
+        _granted(self.alloc_for_extend([PageNeed(lease, rest.num_tokens)]))
+        for group, source in enumerate(rest.page_ids):
+            target = lease.tables[group].page_ids[-1:]
+            copy_pages(self.kv_pool, GroupId(group), np.array([source], np.int32), target)
+        lease.num_cached_tokens = lease.num_tokens
+        return rest.num_tokens
+
     def match_len(self, token_ids: Int32Array, extra_key: str | None = None) -> int:
         """Tokens that `open` would find cached now; locks and changes nothing."""
         return self.cache.match_len(token_ids, extra_key, len(token_ids))
@@ -220,7 +248,7 @@ class KVMemory:
         the new token from here on. Costs a few array operations, whatever the number of rows.
         """
         if not isinstance(needs, DecodeRows):
-            needs = _decode_rows(needs)
+            needs = DecodeRows.of_needs(needs)
         steps = self._decode_steps
         if steps is None or not steps.foresees(needs):
             steps = self._decode_steps = DecodeSteps(needs, self.rows, self.page_size)
@@ -376,6 +404,7 @@ class KVMemory:
         """Keep marks of who wrote what from now on; before any request. See Note [Canary]."""
         indexes = [allocator.index for allocator in self.allocators]
         self.canary = KVCanary(indexes, self.kv_pool, full=full)
+        self._copies_rests = False  # its marks are of tokens that were computed
         return self.canary
 
     def close_pool(self) -> None:
@@ -423,15 +452,8 @@ class KVMemory:
         )
 
 
-def _granted(pages: _Pages | None) -> _Pages:
+def _granted(pages: _Granted | None) -> _Granted:
     """Pages that the ladder had made sure of."""
     if pages is None:
         raise InvariantError("the ladder promised pages that the allocator does not have")
     return pages
-
-
-def _decode_rows(needs: Sequence[PageNeed]) -> DecodeRows:
-    for need in needs:
-        if need.num_tokens != 1:
-            raise InvariantError(f"a decode need of {need.num_tokens} tokens")
-    return DecodeRows.of([need.lease for need in needs])

@@ -59,6 +59,17 @@ class MatchResult:
 
 
 @dataclass(frozen=True, slots=True)
+class CachedRest:
+    """Page `page_ids[g]` of each group begins with the `num_tokens` tokens that were looked for.
+
+    0 < num_tokens <= page size.
+    """
+
+    num_tokens: int
+    page_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class HeldWindow:
     """A row's pages of one group: `page_ids` int32 [P], the first is the sequence's `first_page`.
 
@@ -143,6 +154,18 @@ class BasePrefixCache(abc.ABC):
         The handle must be released, also when nothing was found. `priority` is the request's,
         for caches that evict by it: the higher, the longer what it uses stays.
         """
+
+    def find_rest(
+        self, handle: PrefixHandle, token_ids: Int32Array, max_tokens: int
+    ) -> CachedRest | None:
+        """The cached page that begins with the most tokens that follow a hit.
+
+        Looks at token_ids[handle.num_tokens : max_tokens]; `handle` is as `match` gave it. Locks
+        and changes nothing, so the page is good until the next eviction. None: no page begins with
+        enough of them to be worth a copy.
+        """
+        del handle, token_ids, max_tokens
+        return None
 
     @abc.abstractmethod
     def insert(

@@ -232,7 +232,7 @@ class KVCanary:
             total = np.zeros(len(part), np.uint64)
             for layer in self._pool.spec.groups[group].layers:
                 for buffer in self._pool.get_kv_buffer(layer):
-                    total = total * _MIX + _row_sums(buffer[chosen])
+                    total = total * _MIX + _row_sums(buffer[chosen.to(buffer.device)])
             sums[first : first + _SUM_SLOTS] = total
         return sums
 
@@ -242,7 +242,7 @@ class KVCanary:
 
 def _row_sums(rows: torch.Tensor) -> UInt64Array:
     """Weighted sums of each row's bytes, eight at a time, modulo 2^64."""
-    raw = rows.contiguous().view(len(rows), -1).view(torch.uint8).numpy()
+    raw = rows.contiguous().view(len(rows), -1).view(torch.uint8).cpu().numpy()
     words = np.zeros((len(raw), -(-raw.shape[1] // 8) * 8), np.uint8)
     words[:, : raw.shape[1]] = raw
     weights = np.cumprod(np.full(words.shape[1] // 8, _BASE, np.uint64))

@@ -101,6 +101,14 @@ class DecodeRows:
         rows = np.fromiter((lease.row for lease in leases), np.int64, len(leases))
         return cls(tuple(leases), rows)
 
+    @classmethod
+    def of_needs(cls, needs: Sequence[PageNeed]) -> DecodeRows:
+        """Raises InvariantError when a lease is closed or needs more than one token."""
+        for need in needs:
+            if need.num_tokens != 1:
+                raise InvariantError(f"a decode need of {need.num_tokens} tokens")
+        return cls.of([need.lease for need in needs])
+
 
 @dataclass(frozen=True, slots=True)
 class KVPlacement:

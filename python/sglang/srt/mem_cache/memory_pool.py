@@ -36,6 +36,7 @@ from sglang.srt.mem_cache.segment_backing.segment_plane import (
 )
 from sglang.srt.mem_cache.table_rows import TableRows, grown
 from sglang.srt.mem_cache.table_space import TableSpace
+from sglang.srt.utils.device import CpuRuntime, DeviceRuntime
 from sglang.srt.utils.native import native_kernels
 
 Int64Array = npt.NDArray[np.int64]
@@ -152,6 +153,7 @@ class MHATokenToKVPool:
         self._group_of_layer = spec.group_of_layer()
         self._take_planes(backing)
         self._is_fp8 = self.dtype.itemsize == 1
+        self._runtime: DeviceRuntime = CpuRuntime()
         self._native_planes: dict[int, Any] = {}  # of layers that stored scattered slots
         self._last_loc: torch.Tensor | None = None
         self._last_pieces: list[Piece] | None = None
@@ -160,6 +162,22 @@ class MHATokenToKVPool:
         layers = range(self.spec.num_layers)
         self._keys = [backing.view(layer, Plane.KEY) for layer in layers]
         self._values = [backing.view(layer, Plane.VALUE) for layer in layers]
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether K and V stand in the host's memory, where this thread's copies need no stream."""
+        return self.get_key_buffer(0).device.type == "cpu"
+
+    def serve(self, runtime: DeviceRuntime) -> None:
+        """Be written by what `runtime` computes. Until this is called: by the host."""
+        self._runtime = runtime
+
+    def settle(self) -> None:
+        """Return when copies that were made outside of a step are done.
+
+        A device's compute stream waits for nobody.
+        """
+        self._runtime.synchronize()
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor | SegmentPlane:
         """Keys of one layer, [S, G, D] in the KV dtype, zero-copy over all slots."""
@@ -187,7 +205,12 @@ class MHATokenToKVPool:
         `loc` int64 [T] of slots, distinct but for those of the dump page, `k` [T, G, D], `v`
         [T, G, D of V]. Slots that stand in a row are copied as one range, others one by one. `loc`
         must not be changed afterwards: its ranges are remembered for the other layers of the step.
+        On a device that runs behind the host nobody looks at the values of `loc`, which would
+        wait; see `check_slots`.
         """
+        if self._runtime.is_async:
+            self._scatter(layer_id, loc, k, v)
+            return
         pieces = self._pieces_of(loc, len(self._keys[layer_id]))
         if pieces is None:
             self._scatter(layer_id, loc, k, v)
@@ -199,7 +222,7 @@ class MHATokenToKVPool:
 
     def _scatter(self, layer_id: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write slots that stand apart; `_pieces_of` has seen that they exist."""
-        kernels = native_kernels() if k.device.type == "cpu" else None
+        kernels = None if self._runtime.is_async else native_kernels()
         if kernels is not None:
             # The kernel rounds to fp8 itself, so that a tape can.
             if not self._is_fp8 or k.dtype != v.dtype:
@@ -229,7 +252,7 @@ class MHATokenToKVPool:
             kernels = native_kernels()
             if kernels is not None and kernels.is_recording():
                 return None  # where they stand will be another matter when the tape is played
-            scatters = self._is_fp8 and kernels is not None and loc.device.type == "cpu"
+            scatters = self._is_fp8 and kernels is not None
             pieces = None if scatters else _find_pieces(loc)
             if pieces is None:
                 _check_slots(loc, num_slots)

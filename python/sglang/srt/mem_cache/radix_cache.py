@@ -10,12 +10,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence, Set
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 
 from sglang.srt.errors import InvariantError
-from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, MatchResult, PrefixHandle
+from sglang.srt.mem_cache.base_prefix_cache import (
+    BasePrefixCache,
+    CachedRest,
+    MatchResult,
+    PrefixHandle,
+)
 from sglang.srt.mem_cache.evict_policy import EVICTION_KEYS, LeafQueue, lru_key
 from sglang.srt.mem_cache.kv_events import KVEventRecorder
 from sglang.srt.mem_cache.page_owner import PageIndex, PageState
@@ -27,6 +33,10 @@ Int32Array = npt.NDArray[np.int32]
 _EVICT_CHOICE = 8
 # Pages of a leaf that this choice looks at, so that its cost does not follow the leaf's length.
 _EVICT_SCORE_PAGES = 4096
+# A copy of less than this part of a page costs as much as computing it, on a small model.
+_LEAST_REST = 1 / 8
+# Continuations of a prefix among which the one that agrees longest is looked for.
+_REST_CHOICE = 4096
 # Leaves that one call of `evict_idle` drops, so that no step boundary is long.
 _IDLE_LEAVES_PER_CALL = 256
 
@@ -102,6 +112,26 @@ class RadixCache(BasePrefixCache):
         )
         self._num_handles += 1
         return MatchResult(position, pages, PrefixHandle(node, position, priority))
+
+    def find_rest(
+        self, handle: PrefixHandle, token_ids: Int32Array, max_tokens: int
+    ) -> CachedRest | None:
+        at: TreeNode = handle.node
+        rest = token_ids[handle.num_tokens : max_tokens][: self._page_size]
+        least = max(1, int(self._page_size * _LEAST_REST))
+        if len(rest) < least:
+            return None
+        head = rest[:least].tobytes()
+        best, found = 0, None
+        for key, child in islice(at.children.items(), _REST_CHOICE):
+            if key.startswith(head):
+                same = np.frombuffer(key, np.int32)[: len(rest)] == rest
+                count = len(rest) if same.all() else int(same.argmin())
+                if count > best:
+                    best, found = count, child
+        if found is None:
+            return None
+        return CachedRest(best, tuple(int(array.view(0, 1)[0]) for array in found.pages))
 
     # ---- entering ---------------------------------------------------------------------------
 

@@ -81,13 +81,17 @@ class DecodeTape:
 class DecodeTapes:
     """The tapes of one model, by their number of rows, recorded when they are first needed.
 
-    `kernels` is the package sgl_kernel. Steps of more than `max_rows` are not recorded.
+    `kernels` is the package sgl_kernel. Steps of more than `max_rows` are not recorded. `fuses`:
+    what belongs to a projection to q, k and v is made as one call (`Tape.fuse`).
     """
 
-    def __init__(self, model: CausalLM, kernels: ModuleType, max_rows: int) -> None:
+    def __init__(
+        self, model: CausalLM, kernels: ModuleType, max_rows: int, *, fuses: bool = False
+    ) -> None:
         self._model = model
         self._kernels = kernels
         self._max_rows = max_rows
+        self._fuses = fuses
         self._arena = kernels.Arena(_ARENA_BYTES)
         self._tapes: dict[int, DecodeTape] = {}
         self._refused: set[int] = set()
@@ -156,6 +160,8 @@ class DecodeTapes:
             logger.info("Decode steps of %d rows are not recorded: %s", rows, reason)
             self._refused.add(rows)
             return None
+        if self._fuses:
+            tape.fuse()
         self._tapes[rows] = DecodeTape(tape, inputs, wide)
         logger.debug("Recorded a decode step of %d rows: %d calls", rows, len(tape))
         return wide

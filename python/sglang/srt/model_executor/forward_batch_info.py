@@ -9,7 +9,7 @@ Shape letters: T packed new tokens, B requests, R rows whose logits are wanted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.mem_cache.allocation import KVPlacement
 from sglang.srt.model_executor.forward_mode import ForwardMode as ForwardMode
+from sglang.srt.utils.device import DeviceRuntime
 from sglang.srt.utils.progress import Progress
 
 Int64Array = npt.NDArray[np.int64]
@@ -116,6 +117,38 @@ class ForwardBatch:
     @property
     def batch_size(self) -> int:
         return len(self.geometry.seq_lens)
+
+    def moved(
+        self, runtime: DeviceRuntime, *others: torch.Tensor
+    ) -> tuple[ForwardBatch, list[torch.Tensor]]:
+        """This batch with its tensors on the device, and there too `others`, relay_at, relay_rows.
+
+        One transfer for all; on the host nothing is copied. Raises InvariantError for slots
+        outside the pool: on the device nobody looks at them any more.
+        """
+        here = [
+            self.input_ids,
+            self.positions,
+            self.logits_rows,
+            *self.out_cache_loc,
+            *others,
+            torch.from_numpy(self.relay_at),
+            torch.from_numpy(self.relay_rows),
+        ]
+        if not runtime.is_async:
+            return self, here[3 + len(self.out_cache_loc) :]
+        for group, loc in enumerate(self.out_cache_loc):
+            self.token_to_kv_pool.check_slots(group, loc)
+        input_ids, positions, logits_rows, *rest = runtime.move(here)
+        num_groups = len(self.out_cache_loc)
+        batch = replace(
+            self,
+            input_ids=input_ids,
+            positions=positions,
+            logits_rows=logits_rows,
+            out_cache_loc=tuple(rest[:num_groups]),
+        )
+        return batch, rest[num_groups:]
 
     @classmethod
     def from_schedule_batch(

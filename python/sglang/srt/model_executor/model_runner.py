@@ -6,11 +6,21 @@ Owns the loaded model and nothing of a request. Called by the worker on its own 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
+
+import torch
 
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.model_executor.decode_tapes import CausalLM as CausalLM
-from sglang.srt.model_executor.decode_tapes import DecodeTapes
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, LogprobSpec
+
+
+class StepRecorder(Protocol):
+    """Recorded decode steps: `DecodeTapes` on a host, `CudaGraphRunner` on a device."""
+
+    def compute(self, batch: ForwardBatch) -> torch.Tensor | None: ...
+
+    def times(self, rows: int) -> list[tuple[str, float]]: ...
 
 
 class ModelRunner:
@@ -20,7 +30,7 @@ class ModelRunner:
         self,
         model: CausalLM,
         logits_processor: LogitsProcessor,
-        tapes: DecodeTapes | None = None,
+        tapes: StepRecorder | None = None,
     ) -> None:
         self.model = model
         self.tapes = tapes

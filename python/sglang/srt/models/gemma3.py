@@ -28,6 +28,7 @@ from sglang.srt.models.llama import (
     LlamaModel,
 )
 from sglang.srt.models.multimodal import text_weights
+from sglang.srt.utils.native import kernels_for
 
 
 class Gemma3Attention(LlamaAttention):
@@ -59,8 +60,7 @@ class Gemma3DecoderLayer(LlamaDecoderLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `LlamaDecoderLayer.forward`."""
         if residual is None:
-            residual = x.float()
-            x = self.input_layernorm(x)
+            x, residual = self.input_layernorm.begin(x)
         else:
             x, residual = self.input_layernorm(x, residual)
         x = self.post_attention_layernorm(self.self_attn(x, forward_batch, rows_pruned=rows_pruned))
@@ -75,11 +75,25 @@ class Gemma3Model(LlamaModel):
 
     norm_class = GemmaRMSNorm
 
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: Iterable[LlamaDecoderLayer],
+        parallel: ParallelState,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(config, layers, parallel, dtype)
+        # The model knows the factor in its weights' type.
+        self.embed_factor = torch.tensor(config.hidden_size**0.5, dtype=dtype, device="cpu").item()
+
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings times sqrt(hidden), a factor that the model knows in its weights' type."""
+        """Embeddings times sqrt(hidden)."""
         embedded = super().embed(input_ids)
-        factor = torch.tensor(embedded.shape[-1] ** 0.5, dtype=embedded.dtype)
-        return embedded * factor.to(embedded.device)
+        kernels = kernels_for(embedded)
+        if kernels is not None and kernels.is_recording():
+            scaled: torch.Tensor = kernels.scale(embedded, self.embed_factor)
+            return scaled
+        return embedded * self.embed_factor
 
 
 class Gemma3ForCausalLM(LlamaForCausalLM):

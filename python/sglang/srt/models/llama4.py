@@ -32,6 +32,7 @@ from sglang.srt.models.llama import (
     LlamaModel,
 )
 from sglang.srt.models.multimodal import text_weights
+from sglang.srt.utils.native import kernels_for
 
 
 class Llama4Attention(LlamaAttention):
@@ -51,6 +52,10 @@ class Llama4Attention(LlamaAttention):
         self.turns = config.layer_rope[layer_id]
         self.norm_eps = config.rms_norm_eps if config.weightless_qk_norm else None
         self.temperature = temperature
+        self.head_ones: torch.Tensor
+        self.register_buffer(
+            "head_ones", torch.ones(config.head_dim, dtype=dtype), persistent=False
+        )
 
     def place(
         self, qkv: torch.Tensor, positions: torch.Tensor
@@ -70,6 +75,16 @@ class Llama4Attention(LlamaAttention):
         turned = self.rotary_emb.rotate(positions, k)
         if self.norm_eps is None:
             return turned
+        kernels = kernels_for(turned, self.head_ones)
+        if kernels is not None:
+            normed, _ = kernels.rms_norm(
+                turned.view(-1, self.head_dim),
+                self.head_ones,
+                self.norm_eps,
+                num_threads=torch.get_num_threads(),
+            )
+            out: torch.Tensor = normed.view(k.shape)
+            return out
         heads = turned.float().view(len(k), k.shape[1] // self.head_dim, self.head_dim)
         return F.rms_norm(heads, (self.head_dim,), eps=self.norm_eps).flatten(1).to(k.dtype)
 
@@ -101,8 +116,9 @@ class Llama4MoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         routing = route_by_sigmoid(self.router(x), self.num_chosen)
-        output: torch.Tensor = self.experts(x, routing)
-        return output if self.shared_expert is None else output + self.shared_expert(x)
+        shared = None if self.shared_expert is None else self.shared_expert(x)
+        output: torch.Tensor = self.experts(x, routing, shared)
+        return output
 
 
 class Llama4DecoderLayer(LlamaDecoderLayer):

@@ -15,6 +15,7 @@ from sglang.srt.configs.gguf_file import read_gguf_header
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.tokenizer.chat_template import read_chat_template
 from sglang.srt.tokenizer.gguf_tokenizer import GGUFVocabulary, read_vocabulary
+from sglang.srt.tokenizer.plain_files import read_plain_files
 from sglang.srt.tokenizer.tokenizer import Tokenizer
 
 _TOKENIZER_FILES = (
@@ -75,32 +76,38 @@ def _from_gguf(path: Path, template: str | None) -> Tokenizer:
         bos_token_id=vocabulary.bos_token_id,
         eos_token_ids=vocabulary.eos_token_ids,
         chat_template=chat_template,
+        template_tokens=_ends_of(vocabulary),
     )
+
+
+def _ends_of(vocabulary: GGUFVocabulary) -> dict[str, str]:
+    ends = {"bos_token": vocabulary.bos_token, "eos_token": vocabulary.eos_token}
+    return {name: token for name, token in ends.items() if token is not None}
 
 
 def _wrap_backend(vocabulary: GGUFVocabulary) -> Any:
     """A transformers tokenizer around the backend, for what only transformers can do."""
     from transformers import PreTrainedTokenizerFast
 
-    ends = {"bos_token": vocabulary.bos_token, "eos_token": vocabulary.eos_token}
     return PreTrainedTokenizerFast(
         tokenizer_object=vocabulary.backend,
         clean_up_tokenization_spaces=False,
-        **{name: token for name, token in ends.items() if token is not None},
+        **_ends_of(vocabulary),
     )
 
 
 def _from_hugging_face(path: str, template: str | None, trust_remote_code: bool) -> Tokenizer:
-    from transformers import AutoTokenizer
-
-    try:
-        hf = AutoTokenizer.from_pretrained(
-            path,
-            local_files_only=Path(path).exists(),
-            trust_remote_code=trust_remote_code,
+    files = read_plain_files(Path(path))
+    if files is not None:
+        return Tokenizer(
+            files.backend,
+            lambda: _load_with_transformers(path, trust_remote_code),
+            bos_token_id=files.id_of("bos_token"),
+            eos_token_ids=tuple(i for i in (files.id_of("eos_token"),) if i is not None),
+            chat_template=files.chat_template if template is None else template,
+            template_tokens=files.special_tokens,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ValueError(f"Cannot load a tokenizer from {path!r}: {error}") from error
+    hf = _load_with_transformers(path, trust_remote_code)
     backend = getattr(hf, "backend_tokenizer", None)
     eos = hf.eos_token_id
     return Tokenizer(
@@ -110,3 +117,16 @@ def _from_hugging_face(path: str, template: str | None, trust_remote_code: bool)
         eos_token_ids=() if eos is None else (int(eos),),
         chat_template=getattr(hf, "chat_template", None) if template is None else template,
     )
+
+
+def _load_with_transformers(path: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            path,
+            local_files_only=Path(path).exists(),
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(f"Cannot load a tokenizer from {path!r}: {error}") from error

@@ -1,8 +1,9 @@
 """Text to token ids and back, whatever file the vocabulary came from.
 
 `Tokenizer` is what the TokenizerManager, the detokenizer and the doors see. It wraps a fast
-tokenizer of the `tokenizers` library, or a slow one of transformers, and renders chat templates
-with transformers (which keeps the sandboxed jinja environment). It reads no file; loader.py does.
+tokenizer of the `tokenizers` library, or a slow one of transformers. Chat templates are rendered by
+chat_render.py, or by transformers where it alone knows the special tokens or a final message is to
+be continued. It reads no file; loader.py does.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import tokenizers
 
 from sglang.srt.errors import RequestError
+from sglang.srt.tokenizer.chat_render import ChatRenderer
 from sglang.srt.tokenizer.pieces import TokenPieces, special_ids_of
 from sglang.srt.tokenizer.text_borders import TextBorders
 
@@ -30,7 +32,8 @@ class Tokenizer:
 
     `backend` is None for a slow tokenizer, which is then asked through `make_hf`'s object.
     `make_hf` builds the transformers tokenizer on first use (importing it takes seconds, and
-    the detokenizer of a GGUF model never needs it). `chat_template` None: the model has none.
+    most models never need it). `chat_template` None: the model has none. `template_tokens` are the
+    special tokens by name for chat templates; None: only transformers knows them.
     """
 
     def __init__(
@@ -41,10 +44,12 @@ class Tokenizer:
         bos_token_id: int | None,
         eos_token_ids: tuple[int, ...],
         chat_template: str | Mapping[str, str] | None,
+        template_tokens: Mapping[str, str] | None = None,
     ) -> None:
         self.bos_token_id = bos_token_id
         self.eos_token_ids = eos_token_ids
         self.chat_template = chat_template
+        self._renderer = None if template_tokens is None else ChatRenderer(template_tokens)
         self._backend = backend
         self._make_hf = make_hf
         if backend is None:
@@ -173,11 +178,20 @@ class Tokenizer:
                 "The model has no chat template; start the server with --chat-template "
                 "or use the completions endpoint."
             )
+        template = self._pick_template(bool(tools))
         try:
+            if self._renderer is not None and not continue_final_message:
+                return self._renderer.render(
+                    template,
+                    list(messages),
+                    tools=list(tools) if tools else None,
+                    add_generation_prompt=add_generation_prompt,
+                    **template_kwargs,
+                )
             rendered = self.hf.apply_chat_template(
                 list(messages),
                 tools=list(tools) if tools else None,
-                chat_template=self._pick_template(bool(tools)),
+                chat_template=template,
                 add_generation_prompt=add_generation_prompt and not continue_final_message,
                 continue_final_message=continue_final_message,
                 tokenize=False,

@@ -21,6 +21,10 @@ from sglang.srt.utils.host_memory import HostMemory, read_host_memory
 _ALIGNMENT = 16  # bytes; of every array within one transfer
 
 
+Replay = Callable[[], None]
+"""Launches once more what was recorded."""
+
+
 class HostCopy(Protocol):
     """A tensor's values on their way to the host."""
 
@@ -56,6 +60,13 @@ class DeviceRuntime(Protocol):
 
     def fetch(self, tensor: torch.Tensor) -> HostCopy:
         """Begin to copy a tensor of the compute stream to the host."""
+
+    def record(self, work: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
+        """Record what `work` launches, for replaying, and the tensor that replays write anew.
+
+        `work` must launch the same calls on the same tensors as ever and wait for nothing; it has
+        run before. Raises RuntimeError when it can't be recorded.
+        """
 
     def read_memory(self) -> HostMemory:
         """What the device has in all and what of it may still be taken."""
@@ -94,6 +105,10 @@ class CpuRuntime:
         """See DeviceRuntime."""
         return _Here(tensor.numpy())
 
+    def record(self, work: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
+        """See DeviceRuntime: always RuntimeError; a host records on tapes."""
+        raise RuntimeError(f"{work} runs on the host, which records no graphs")
+
     def read_memory(self) -> HostMemory:
         """See DeviceRuntime: MemAvailable and every cgroup's limit, whichever is less."""
         return read_host_memory()
@@ -131,6 +146,7 @@ class CudaRuntime:
         self.device = torch.device("cuda", index)
         self._cuda.set_device(index)
         self._stream = self._cuda.Stream(device=self.device)
+        self._graph_pool: Any = None
 
     @property
     def stream(self) -> Any:
@@ -149,8 +165,7 @@ class CudaRuntime:
 
     def move(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """See DeviceRuntime. torch keeps the page-locked memory until the transfer is over."""
-        staging, places = pack_host_tensors(tensors, pin_memory=True)
-        return unpack(staging.to(self.device, non_blocking=True), places)
+        return upload(tensors, self.device)
 
     def fetch(self, tensor: torch.Tensor) -> HostCopy:
         """See DeviceRuntime."""
@@ -159,6 +174,23 @@ class CudaRuntime:
         event = self._cuda.Event()
         event.record(self._stream)
         return _OnItsWay(target, event)
+
+    def record(self, work: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
+        """See DeviceRuntime: a CUDA graph; all of them share one pool of memory.
+
+        Other threads may call the driver meanwhile, as the one does that maps KV memory.
+        """
+        if self._graph_pool is None:
+            self._graph_pool = self._cuda.graph_pool_handle()
+        graph = self._cuda.CUDAGraph()
+        with self._cuda.graph(
+            graph,
+            pool=self._graph_pool,
+            stream=self._stream,
+            capture_error_mode="thread_local",
+        ):
+            result = work()
+        return graph.replay, result
 
     def read_memory(self) -> HostMemory:
         """See DeviceRuntime: as the driver says, once torch's cache is given back to it."""
@@ -172,6 +204,17 @@ class CudaRuntime:
 
     def __repr__(self) -> str:
         return f"CudaRuntime({self.device})"
+
+
+def upload(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Copies of host tensors on `device`, in one transfer that is not waited for.
+
+    From page-locked memory where the device is a GPU; what is launched afterwards on the current
+    stream sees them.
+    """
+    on_gpu = device.type == "cuda"
+    staging, places = pack_host_tensors(tensors, pin_memory=on_gpu)
+    return unpack(staging.to(device, non_blocking=on_gpu), places)
 
 
 Place = tuple[int, torch.dtype, torch.Size]

@@ -8,18 +8,34 @@ from types import ModuleType
 
 import torch
 
+from sglang.srt.environ import Environ
+
 _SERVED = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 @cache
 def native_kernels() -> ModuleType | None:
-    """The package sgl_kernel with its library loaded; None where it is not installed or built."""
+    """The package sgl_kernel with its library loaded.
+
+    None where it is not installed or built, and where SGLANG_DISABLE_NATIVE_KERNELS is set.
+    """
+    if Environ.from_os().disable_native_kernels:
+        return None
     try:
         kernels = import_module("sgl_kernel")
         kernels.cpu_isa()
     except ImportError:
         return None
     return kernels
+
+
+@cache
+def triton_kernels() -> ModuleType | None:
+    """The package sgl_kernel.triton; None where it or Triton is not installed."""
+    try:
+        return import_module("sgl_kernel.triton")
+    except ImportError:
+        return None
 
 
 def kernels_for(*tensors: torch.Tensor) -> ModuleType | None:

@@ -21,8 +21,9 @@ LOOPBACK = "127.0.0.1"
 class RankPlace:
     """Which of a server's schedulers a process is.
 
-    Rank `tp_rank` of the `tp_size` that compute one replica of the model together; replica
-    `dp_rank` of `dp_size`. `num_here` of all of them share its machine.
+    Rank `tp_rank` of the `tp_size` that compute one replica of the model together (with
+    `--kv-parallel-size` all of its grid, see `RankGrid`); replica `dp_rank` of `dp_size`.
+    `num_here` of all of them share its machine.
     """
 
     tp_rank: int = 0

@@ -12,7 +12,7 @@ from sgl_kernel.triton.attention import (
     paged_attention,
 )
 from sgl_kernel.triton.launch import check_device, is_interpreted
-from sgl_kernel.triton.work import Chip, Queries, Sight, Tile, Work, plan_work
+from sgl_kernel.triton.work import Chip, Queries, Sight, Tile, Work, plan_waves, plan_work
 
 __all__ = [
     "Chip",
@@ -27,5 +27,6 @@ __all__ = [
     "default_tiles",
     "is_interpreted",
     "paged_attention",
+    "plan_waves",
     "plan_work",
 ]

@@ -17,7 +17,7 @@ Int64Array = npt.NDArray[np.int64]
 
 ITEM_COLUMNS = 8
 # Keys that one program adds up in one float32 sum; more lose what comes late.
-MAX_PART_KEYS = 1 << 16
+MAX_PART_KEYS = 1 << 18
 
 
 class Queries(NamedTuple):
@@ -125,6 +125,45 @@ def plan_work(
         merges.append(_merges(tiles, splits, starts))
     merged = np.concatenate(merges) if merges else np.empty((0, 4), np.int32)
     return Work(tuple(launches), merged, num_parts)
+
+
+def plan_waves(
+    queries: Queries,
+    sight: Sight,
+    *,
+    group: int,
+    kv_heads: int,
+    small: Tile,
+    large: Tile,
+    chip: Chip,
+    max_part_rows: int,
+) -> tuple[Work, ...]:
+    """`plan_work` in as many calls as it takes to write at most `max_part_rows` rows of parts each.
+
+    One is enough unless many queries have keys for several sums each (a chunk of a prompt behind a
+    million tokens). A single query is not cut further.
+    """
+    tiles = {"group": group, "kv_heads": kv_heads, "small": small, "large": large}
+    work = plan_work(queries, sight, **tiles, chip=chip)  # type: ignore[arg-type]
+    if work.num_parts <= max_part_rows or queries.counts.sum() <= 1:
+        return (work,)
+    waves: list[Work] = []
+    for half in _halves(queries):
+        waves += plan_waves(half, sight, **tiles, chip=chip, max_part_rows=max_part_rows)  # type: ignore[arg-type]
+    return tuple(waves)
+
+
+def _halves(queries: Queries) -> tuple[Queries, Queries]:
+    """The same queries in two, each with half of the rows; a run may be cut."""
+    counts = queries.counts
+    half = counts.sum() // 2
+    ends = np.cumsum(counts)
+    first = np.clip(half - (ends - counts), 0, counts)  # of each run, what the first half gets
+    heads = queries._replace(counts=first)
+    tails = Queries(
+        queries.rows + first, counts - first, queries.positions + first, queries.requests
+    )
+    return tuple(Queries(*(part[q.counts > 0] for part in q)) for q in (heads, tails))  # type: ignore[return-value]
 
 
 def _num_splits(keys: Int64Array, part_keys: int) -> Int64Array:

@@ -22,6 +22,7 @@ from sglang.srt.layers.attention.torch_native_backend import (
     TorchNativeTuning,
 )
 from sglang.srt.layers.attention.torch_native_table import SegmentTableAttnBackend
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.mem_cache.kv_layout import (
     GroupId,
     GroupKind,
@@ -35,10 +36,12 @@ from sglang.srt.mem_cache.segment_backing import Plane
 from sglang.srt.mem_cache.segment_backing.base import SegmentBacking
 from sglang.srt.mem_cache.segment_backing.mmap import MmapBacking
 from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
+from sglang.srt.utils.native import triton_kernels
 from srt.layers.attention_cases import DTYPES, Case, FakeTable, make_layer, make_spec
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the mmap backing needs Linux")
 native = pytest.mark.skipif(native_kernels() is None, reason="sgl-kernel is not installed")
+has_triton = pytest.mark.skipif(triton_kernels() is None, reason="Triton is not installed")
 
 PAGE = 16
 SLOT = 3 * 64  # elements
@@ -76,6 +79,11 @@ def in_runs(spec: KVCacheSpec, layouts: tuple[SegmentLayout, ...]) -> AttentionB
 def cpu(spec: KVCacheSpec, layouts: tuple[SegmentLayout, ...]) -> AttentionBackend:
     del layouts
     return CpuAttnBackend(spec)
+
+
+def triton(spec: KVCacheSpec, layouts: tuple[SegmentLayout, ...]) -> AttentionBackend:
+    del layouts
+    return TritonAttnBackend(spec)
 
 
 def table(spec: KVCacheSpec, layouts: tuple[SegmentLayout, ...]) -> AttentionBackend:
@@ -160,7 +168,14 @@ def test_the_borders_lie_inside_slots() -> None:
 @pytest.mark.parametrize("layer", [0, 1], ids=["full", "window"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "make_backend", [torch_native, gathering, in_runs, pytest.param(cpu, marks=native)]
+    "make_backend",
+    [
+        torch_native,
+        gathering,
+        in_runs,
+        pytest.param(cpu, marks=native),
+        pytest.param(triton, marks=has_triton),
+    ],
 )
 def test_far_slots_are_as_near_ones(
     make_backend: Callable[[KVCacheSpec, tuple[SegmentLayout, ...]], AttentionBackend],
@@ -188,10 +203,15 @@ def test_far_slots_are_as_near_ones(
 
 @pytest.mark.parametrize("layer", [0, 1], ids=["full", "window"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_far_slots_of_a_segment_table(dtype: str, layer: int) -> None:
+@pytest.mark.parametrize("make_backend", [table, pytest.param(triton, marks=has_triton)])
+def test_far_slots_of_a_segment_table(
+    make_backend: Callable[[KVCacheSpec, tuple[SegmentLayout, ...]], AttentionBackend],
+    dtype: str,
+    layer: int,
+) -> None:
     spec = two_groups(dtype)
     with far_pool(spec, SegmentTableBacking()) as (pool, layouts):
-        backend = table(spec, layouts)
+        backend = make_backend(spec, layouts)
         case, far = run(spec, backend, pool, layer, far=True)
         torch.testing.assert_close(far.double(), case.reference(), rtol=0, atol=ATOL[dtype])
         for number, (prefix, extend) in enumerate(case.lengths):

@@ -50,6 +50,10 @@ class AttentionBackend(ABC):
     def plan(self, geometry: BatchGeometry) -> Any:
         """Prepare a step; pure. The result travels as `ForwardBatch.attn_plan`."""
 
+    def plan_recorded(self, geometry: BatchGeometry) -> Any:
+        """A plan that `renew` can make that of any step that `may_record` allows."""
+        return self.plan(geometry)
+
     def may_record(self, geometry: BatchGeometry) -> bool:
         """Whether a step's attention is the same calls for every step of as many requests."""
         del geometry

@@ -105,12 +105,18 @@ class CpuAttnBackend(TorchNativeAttnBackend):
                 window=layer.sliding_window,
                 chunk=layer.attention_chunk,
                 logit_cap=layer.logit_cap,
-                sinks=None if layer.sinks is None else layer.sinks.float(),
+                sinks=self._sinks(layer),
                 num_threads=torch.get_num_threads(),
             )
             forward_batch.progress.tick()
         forward_batch.progress.tick()
         return q.flatten(1) if out is None else out.flatten(1).to(q.dtype)
+
+    def _sinks(self, layer: AttentionLayer) -> torch.Tensor | None:
+        if layer.sinks is None or layer.sinks.dtype is torch.float32:
+            return layer.sinks
+        wide: torch.Tensor = self._kernels.widen(layer.sinks.view(1, -1))
+        return wide.view(-1)
 
     def may_record(self, geometry: BatchGeometry) -> bool:
         """One token for each request, in one call. See `AttentionBackend`."""

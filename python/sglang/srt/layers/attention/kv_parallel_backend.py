@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from sglang.srt.distributed.communicator import Communicator
+from sglang.srt.distributed.communicator import TensorCommunicator
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer
 from sglang.srt.layers.attention.merge import Partial, apply_sinks, merge_partials
 from sglang.srt.layers.attention.own_pages import OwnPages
@@ -32,7 +32,9 @@ class KVParallelAttnBackend(AttentionBackend):
 
     name: ClassVar[str] = "kv_parallel"
 
-    def __init__(self, inner: TorchNativeAttnBackend, share: KVShare, group: Communicator) -> None:
+    def __init__(
+        self, inner: TorchNativeAttnBackend, share: KVShare, group: TensorCommunicator
+    ) -> None:
         super().__init__(inner.spec)
         self._inner = inner
         self._share = share

@@ -73,7 +73,7 @@ def partial_attention(
     if logit_cap > 0.0 or v.shape[-1] != q.shape[-1]:  # what the fused kernel cannot do
         if causal:
             mask = band_mask(q.shape[0], k.shape[0], 0, None, q.device)
-        return _dense_attention(q, k, v, scale, mask, logit_cap)
+        return dense_attention(q, k, v, scale, mask, logit_cap)
     m, g, j, d = q.shape
     if m * j >= _FEW_ROWS and k.device.type == "cpu" and not cpu_multiplies(k.dtype):
         return _widened_attention(q, k, v, scale, causal, mask)
@@ -204,7 +204,7 @@ def _weighted_sum(parts: Sequence[Partial], weights: torch.Tensor) -> torch.Tens
     return result
 
 
-def _dense_attention(
+def dense_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -212,7 +212,10 @@ def _dense_attention(
     mask: torch.Tensor | None,
     logit_cap: float,
 ) -> Partial:
-    """`partial_attention` through a score matrix [G, M * J, N] in float32; any E, any cap."""
+    """`partial_attention` through a score matrix [G, M * J, N] in float32; any E, any cap.
+
+    `mask` None: every query sees every key. Runs on any device.
+    """
     m, g, j, _ = q.shape
     rows = q.permute(1, 0, 2, 3).reshape(g, m * j, -1).float()
     scores = torch.bmm(rows, k.float().permute(1, 2, 0)).mul_(scale)

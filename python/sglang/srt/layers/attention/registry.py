@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from sglang.srt.distributed.communicator import Communicator
+from sglang.srt.distributed.communicator import TensorCommunicator
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.cpu_backend import CpuAttnBackend, has_native_kernels
 from sglang.srt.layers.attention.kv_parallel_backend import KVParallelAttnBackend
+from sglang.srt.layers.attention.torch_device_backend import TorchDeviceAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.torch_native_table import SegmentTableAttnBackend
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, check_triton
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 
@@ -27,8 +29,15 @@ def get_attention_backend(name: str | None, device: str) -> type[AttentionBacken
                 "which takes a C++ compiler"
             )
         available[TorchNativeAttnBackend.name] = TorchNativeAttnBackend
+    elif device == "cuda":
+        available[TorchDeviceAttnBackend.name] = TorchDeviceAttnBackend
+    if name == TritonAttnBackend.name and device in ("cpu", "cuda"):
+        check_triton(device)
+        available[TritonAttnBackend.name] = TritonAttnBackend
     if not available:
-        raise ValueError(f"no attention backend for device {device!r}; available devices: cpu")
+        raise ValueError(
+            f"no attention backend for device {device!r}; available devices: cpu, cuda"
+        )
     if name is None or name == "auto":
         return next(iter(available.values()))
     if name not in available:
@@ -38,7 +47,9 @@ def get_attention_backend(name: str | None, device: str) -> type[AttentionBacken
 
 
 def make_attention_backend(
-    backend: type[AttentionBackend], pool: MHATokenToKVPool, kv_group: Communicator | None = None
+    backend: type[AttentionBackend],
+    pool: MHATokenToKVPool,
+    kv_group: TensorCommunicator | None = None,
 ) -> AttentionBackend:
     """An instance that reads `pool`; a segment table takes another class than contiguous memory.
 
@@ -54,7 +65,7 @@ def make_attention_backend(
 
 
 def _make_reader(backend: type[AttentionBackend], pool: MHATokenToKVPool) -> AttentionBackend:
-    if pool.contiguous:
+    if pool.contiguous or issubclass(backend, TritonAttnBackend):
         return backend(pool.spec)
     if issubclass(backend, TorchNativeAttnBackend):
         segment_tokens = tuple(layout.slots_per_segment for layout in pool.layouts)

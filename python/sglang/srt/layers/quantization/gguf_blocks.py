@@ -2,7 +2,8 @@
 
 What comes out is what the native kernels read (`sgl_kernel.QuantizedWeight`): codes of four bits
 stay two to a byte, five, six and eight bits become a signed byte each. Values are the file's, but
-for the scales of K-quants: these are products, rounded to 16 bits.
+for the scales of K-quants: these are products, rounded to 16 bits. The numbers of MXFP4, which no
+line goes through, become bytes too: twice each, with half the scale.
 
 Source: the block layouts of the public GGUF types, checked against `gguf.dequantize` in the tests.
 Legend: B blocks, N rows, K inputs of a row, G inputs of a group.
@@ -24,6 +25,8 @@ Float32Array = npt.NDArray[np.float32]
 CodeArray = npt.NDArray[Any]  # uint8 of two codes, or int8 of one
 
 _CODES_AT_ONCE = 1 << 22
+_POWER_BIAS = 128  # of the exponent of MXFP4 over twice its numbers
+_MXFP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 _LOW_HALF, _FOUR_BITS = np.uint8(15), np.uint8(4)
 
 
@@ -49,13 +52,14 @@ class _Parts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """A block of `width` inputs in `num_bytes`; `rounded`: its scales are products."""
+    """A block of `width` inputs in `num_bytes`; `rounded`: its scales are no 16-bit numbers."""
 
     width: int
     num_bytes: int
     take_apart: Callable[[UInt8Array], _Parts]
     rounded: bool = False
     scale_at: int = 0  # where its 16-bit scale stands
+    powers: bool = False  # its scale is a byte's power of two instead
 
 
 def is_served(type_name: str, width: int) -> bool:
@@ -100,6 +104,9 @@ def _as_rows(parts: _Parts, num_rows: int, gain: float) -> BlockCodes:
 def _gain(rows: UInt8Array, form: _Format) -> float:
     """A power of two that brings the scales into the middle of what 16 bits can hold."""
     blocks = rows.reshape(len(rows), -1, form.num_bytes)
+    if form.powers:
+        # The largest becomes 2^14: what is 38 powers below it is still a 16-bit number.
+        return float(2.0 ** (int(blocks[..., 0].max(initial=0)) - _POWER_BIAS - 14))
     scales = _half(blocks[..., form.scale_at : form.scale_at + 2].reshape(-1, 2), 0)
     largest = float(np.abs(scales).max(initial=0.0))
     return 2.0 ** math.ceil(math.log2(largest)) if 0.0 < largest < math.inf else 1.0
@@ -140,6 +147,12 @@ def _q5_1(blocks: UInt8Array) -> _Parts:
 
 def _q8_0(blocks: UInt8Array) -> _Parts:
     return _Parts(blocks[:, 2:34].view(np.int8), _half(blocks, 0))
+
+
+def _mxfp4(blocks: UInt8Array) -> _Parts:
+    scale = np.exp2(blocks[:, :1].astype(np.float64) - _POWER_BIAS).astype(np.float32)
+    low, high = _low_high(blocks[:, 1:17])
+    return _Parts(_MXFP4[np.concatenate((low, high), axis=1)], scale)
 
 
 def _six_bits(packed: UInt8Array) -> tuple[UInt8Array, UInt8Array]:
@@ -191,6 +204,7 @@ _FORMATS = {
     "Q5_0": _Format(32, 22, _q5_0),
     "Q5_1": _Format(32, 24, _q5_1),
     "Q8_0": _Format(32, 34, _q8_0),
+    "MXFP4": _Format(32, 17, _mxfp4, rounded=True, powers=True),
     "Q4_K": _Format(256, 144, _q4_k, rounded=True),
     "Q5_K": _Format(256, 176, _q5_k, rounded=True),
     "Q6_K": _Format(256, 210, _q6_k, rounded=True, scale_at=208),

@@ -32,6 +32,11 @@ def _has_byte_dots() -> bool:
     return kernels is not None and bool(kernels.has_byte_dots())
 
 
+def rounds_inputs(dtype: torch.dtype) -> bool:
+    """Whether a few inputs of `dtype` are rounded to bytes for products with codes."""
+    return dtype is not torch.float32 and _has_byte_dots()
+
+
 class QuantizedWeight(Protocol):
     """What is needed of `sgl_kernel.QuantizedWeight`."""
 
@@ -83,6 +88,11 @@ class QuantizedMatrix:
         self.shape = (num_rows, joined[0].shape[1])
 
     @property
+    def whole(self) -> QuantizedWeight | None:
+        """The weight when it is all of one layout, else None."""
+        return self._parts[0] if len(self._parts) == 1 else None
+
+    @property
     def nbytes(self) -> int:
         """Memory of all parts, in bytes."""
         return sum(part.nbytes for part in self._parts)
@@ -130,7 +140,7 @@ class QuantizedMatrix:
         self, flat: torch.Tensor, bias: torch.Tensor | None, first: int, last: int
     ) -> torch.Tensor:
         threads = torch.get_num_threads()
-        rounds = flat.dtype is not torch.float32 and _has_byte_dots()
+        rounds = rounds_inputs(flat.dtype)
         outs = []
         for begin, part in self._parts_of(first, last):
             end = begin + part.shape[0]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sglang.srt.errors import BackingError
 from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, SegmentBacking
-from sglang.srt.mem_cache.segment_backing.cuda_driver import CudaDriver
+from sglang.srt.mem_cache.segment_backing.cuda_driver import CudaDriver, VmmDriver
 from sglang.srt.mem_cache.segment_backing.cuda_vmm import CudaVmmBacking
 from sglang.srt.mem_cache.segment_backing.mmap import MmapBacking
 from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
@@ -21,15 +21,27 @@ logger = logging.getLogger(__name__)
 def make_backing(
     kind: str,
     *,
+    device: str = "cpu",
+    streams: Sequence[int] = (0,),
     debug_protect: bool = False,
     available_bytes: Callable[[], int] | None = None,
+    make_driver: Callable[..., VmmDriver] = CudaDriver,
 ) -> SegmentBacking:
-    """The backing that `--kv-backing` names; "auto" is mmap where it works, else segment_table.
+    """The backing that `--kv-backing` names; "auto" takes what works best on `device`.
 
-    `debug_protect` makes memory that is not mapped inaccessible (mmap only). `available_bytes`
-    replaces the system's figure of memory that may be taken. Raises BackingError when the machine
-    can't support the kind (the message suggests one that works), ValueError for another name.
+    That is mmap, else segment_table on a CPU; cuda_vmm, else static on a GPU. `streams` are the
+    handles of the streams on which work reads the memory (cuda_vmm only). `debug_protect` makes
+    memory that is not mapped inaccessible (mmap only). `available_bytes` replaces the system's
+    figure of memory that may be taken; on a GPU static and segment_table need it. `make_driver`
+    replaces the driver of cuda_vmm. Raises BackingError when the machine can't support the kind
+    (the message suggests one that works), ValueError for another name.
     """
+    if kind == "auto" and device != "cpu":
+        try:
+            return CudaVmmBacking(make_driver(streams=streams))
+        except BackingError as error:
+            logger.warning("KV memory is static, it can't grow or shrink: %s", error)
+            kind = "static"
     if kind in ("auto", "mmap"):
         try:
             return MmapBacking(debug_protect=debug_protect, available_bytes=available_bytes)
@@ -39,11 +51,11 @@ def make_backing(
             logger.warning("KV memory on a segment table, not on mmap: %s", error)
             kind = "segment_table"
     if kind == "segment_table":
-        return SegmentTableBacking(available_bytes=available_bytes)
+        return SegmentTableBacking(device=device, available_bytes=available_bytes)
     if kind == "static":
-        return StaticBacking(available_bytes=available_bytes)
+        return StaticBacking(device=device, available_bytes=available_bytes)
     if kind == "cuda_vmm":
-        return CudaVmmBacking(CudaDriver())
+        return CudaVmmBacking(make_driver(streams=streams))
     raise ValueError(
         f"unknown KV backing {kind!r}: auto, static, mmap, cuda_vmm and segment_table exist"
     )

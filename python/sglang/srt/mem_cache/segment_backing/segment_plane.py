@@ -71,8 +71,8 @@ class SegmentPlane:
     """K or V of one layer, [S, G, D] in the KV dtype, with memory only where a segment is mapped.
 
     `pointers` int64 [segments] are the parts' base addresses, 0 where there is none: what a kernel
-    that reads scattered segments takes. Segment 0 holds page 0 alone. Touching a segment without
-    memory raises InvariantError.
+    that reads scattered segments takes; `changes` grows after each change of them. Segment 0 holds
+    page 0 alone. Touching a segment without memory raises InvariantError.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class SegmentPlane:
         self.dtype = dtype
         self.device = device
         self.pointers = torch.zeros(shape[0] // slots_per_segment, dtype=torch.int64)
+        self.changes = 0
         self._parts: dict[int, torch.Tensor] = {}
 
     @property
@@ -103,12 +104,14 @@ class SegmentPlane:
             raise InvariantError(f"segment {segment} has memory already")
         self._parts[segment] = part
         self.pointers[segment] = part.data_ptr()
+        self.changes += 1
 
     def detach(self, segment: int) -> None:
         """Take a segment's memory away; it is freed when no view holds it any more."""
         if self._parts.pop(segment, None) is None:
             raise InvariantError(f"segment {segment} has no memory to take away")
         self.pointers[segment] = 0
+        self.changes += 1
 
     def part(self, segment: int) -> torch.Tensor:
         """The memory of a segment, [slots, G, D]."""

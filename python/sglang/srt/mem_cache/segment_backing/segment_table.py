@@ -27,7 +27,8 @@ MARGIN_BYTES: Final = 128 << 20  # left to the rest of the machine when memory i
 class SegmentTableBacking:
     """Elastic backing on ordinary tensors of `device`.
 
-    `available_bytes` and `margin_bytes` as in MmapBacking. On a CPU every part is an anonymous
+    `available_bytes` (of the device, when it is not the host) and `margin_bytes` as in MmapBacking.
+    On a CPU every part is an anonymous
     mapping of its own, so that it goes back to the system when it is freed.
     """
 
@@ -126,8 +127,8 @@ class SegmentTableBacking:
             raise BackingError(f"can't allocate a KV segment: {error}") from error
 
     def _check_headroom(self, wanted_bytes: int) -> None:
-        available = self._available() if self._device.type == "cpu" else None
-        if available is not None and wanted_bytes + self._margin_bytes > available:
+        available = self._available()
+        if wanted_bytes + self._margin_bytes > available:
             raise BackingError(
                 f"{format_bytes(wanted_bytes)} wanted, {format_bytes(available)} available, of "
                 f"which {format_bytes(self._margin_bytes)} are left to the rest of the machine"

@@ -31,7 +31,7 @@ class StaticBacking:
 
     A segment reads zero at first and stale contents after its pages were freed: nothing is
     cleared again, as a slot is always written before it is read. `available_bytes` as in
-    MmapBacking.
+    MmapBacking; on another `device` than the host its figure.
     """
 
     name = "static"
@@ -41,9 +41,11 @@ class StaticBacking:
     def __init__(
         self,
         *,
+        device: str = "cpu",
         available_bytes: Callable[[], int] | None = None,
         margin_bytes: int = MARGIN_BYTES,
     ) -> None:
+        self._device = torch.device(device)
         self._available = available_bytes or (lambda: read_host_memory().available_bytes)
         self._margin_bytes = margin_bytes
         self._layouts: tuple[SegmentLayout, ...] = ()
@@ -69,7 +71,7 @@ class StaticBacking:
             for layout in layouts:
                 for layer in spec.groups[layout.group].layers:
                     for plane in Plane:
-                        planes[layer, plane] = _commit_plane(spec, layout, plane)
+                        planes[layer, plane] = _commit_plane(spec, layout, plane, self._device)
         except RuntimeError as error:  # what torch raises when the allocation fails
             raise BackingError(f"can't allocate the static KV pool: {error}") from error
         self._planes = planes
@@ -94,7 +96,12 @@ class StaticBacking:
         return self._planes[layer, plane]
 
     def resident_bytes(self) -> int | None:
-        """See SegmentBacking: by mincore, whole OS pages; None on other systems than Linux."""
+        """See SegmentBacking: by mincore, whole OS pages; None on other systems than Linux.
+
+        On another device: what torch allocated.
+        """
+        if self._device.type != "cpu":
+            return sum(tensor.nbytes for tensor in self._planes.values()) or None
         if not self._planes or sys.platform != "linux":
             return None
         calls = HostCalls()
@@ -115,10 +122,14 @@ class StaticBacking:
         return f"StaticBacking({len(self._planes)} planes, {format_bytes(held)})"
 
 
-def _commit_plane(spec: KVCacheSpec, layout: SegmentLayout, plane: Plane) -> torch.Tensor:
+def _commit_plane(
+    spec: KVCacheSpec, layout: SegmentLayout, plane: Plane, device: torch.device
+) -> torch.Tensor:
     """One plane [S, G, D], page 0 and all segments but segment 0 written with zeros in pieces."""
     width = spec.head_dim if plane is Plane.KEY else spec.v_head_dim
     shape = (layout.num_slots, spec.kv_heads, width)
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=KV_TORCH_DTYPES[spec.dtype], device=device)
     tensor = _fresh_memory(math.prod(shape), KV_TORCH_DTYPES[spec.dtype]).view(shape)
     raw = tensor.view(-1).view(torch.uint8)
     per_slot = raw.numel() // layout.num_slots

@@ -1,0 +1,249 @@
+"""Attention through the Triton kernels of sgl-kernel, over planes or segment tables.
+
+A step is planned on the host from its lengths alone, once for each shape of layer; work items go
+to the device in one copy and block tables by what is new in them. A layer is a launch or two. On
+a CPU it runs in Triton's interpreter, for tests. See docs/gpu.md, Note [Triton attention]. Not yet
+run on a GPU.
+
+Legend: R query rows, H query heads, D head dim, E value dim, B requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer
+from sglang.srt.layers.attention.triton_tables import DeviceTables
+from sglang.srt.mem_cache.kv_layout import KVCacheSpec
+from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane
+from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
+from sglang.srt.utils.native import triton_kernels
+
+# Programs for each multiprocessor: two or three run at a time, and more even out.
+_PROGRAMS_PER_SM = 4
+_INTERPRETED_PROGRAMS = 8
+# Outputs of parts that one launch may leave to be merged.
+_PART_BYTES = 256 << 20
+
+
+def check_triton(device: str) -> None:
+    """Raises ValueError unless the kernels can run on `device`."""
+    kernels = triton_kernels()
+    if kernels is None:
+        raise ValueError("attention backend 'triton' needs the packages sgl-kernel and triton")
+    if device == "cpu" and not kernels.is_interpreted():
+        raise ValueError(
+            "attention backend 'triton' computes on a GPU; on a CPU it runs for tests, in Triton's "
+            "interpreter: set the environment variable TRITON_INTERPRET=1"
+        )
+
+
+class WorkKey(NamedTuple):
+    """Layers of one key share a step's work items."""
+
+    group: int
+    window: int | None
+    chunk: int | None
+    pruned: bool
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class TritonPlan:
+    """A step's lengths and tables, and what was made of them so far on the worker's thread."""
+
+    geometry: BatchGeometry
+    tables: dict[int, Any] = field(default_factory=dict)  # group -> Tables
+    works: dict[WorkKey, tuple[Any, ...]] = field(default_factory=dict)  # DeviceWork of each wave
+
+
+@dataclass(slots=True)
+class _Pointers:
+    """A segment table's addresses on the device, as of so many changes of the host's."""
+
+    tensor: torch.Tensor
+    changes: int
+
+
+class TritonAttnBackend(AttentionBackend):
+    """Attention of every kind of layer that `AttentionLayer` can describe.
+
+    `chip` None: the device's own number of programs. K and V of fp8 are computed in q's type.
+    """
+
+    name: ClassVar[str] = "triton"
+    preferred_page_size: ClassVar[int] = 64
+
+    def __init__(
+        self, spec: KVCacheSpec, *, chip: Any = None, part_bytes: int = _PART_BYTES
+    ) -> None:
+        super().__init__(spec)
+        kernels = triton_kernels()
+        if kernels is None:
+            raise ValueError("attention backend triton needs the packages sgl-kernel and triton")
+        self._kernels = kernels
+        self._chip = chip
+        self._part_bytes = part_bytes
+        self._tables: dict[int, DeviceTables] = {}
+        self._pointers: dict[int, _Pointers] = {}  # by the plane's id
+
+    def plan(self, geometry: BatchGeometry) -> TritonPlan:
+        """Hold the geometry; the rest follows when layers of new shapes ask."""
+        return TritonPlan(geometry)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
+        *,
+        rows_pruned: bool,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.forward`. Scores are products in the KV dtype, summed in fp32."""
+        heads = q.view(-1, layer.num_heads, layer.head_dim)
+        out = heads.new_empty(len(heads), layer.num_heads, layer.v_head_dim)
+        if len(heads):
+            plan: TritonPlan = forward_batch.attn_plan
+            pool = forward_batch.token_to_kv_pool
+            k = self._plane(pool.get_key_buffer(layer.layer_id), q.device)
+            v = self._plane(pool.get_value_buffer(layer.layer_id), q.device)
+            sight = self._kernels.Sight(layer.sliding_window, layer.attention_chunk)
+            for work in self._works(plan, layer, rows_pruned, q, k.dtype):
+                self._kernels.paged_attention(
+                    heads,
+                    k,
+                    v,
+                    self._device_tables(plan, self.group_of_layer[layer.layer_id], q.device),
+                    work,
+                    sight,
+                    scale=layer.scaling,
+                    logit_cap=layer.logit_cap,
+                    sinks=layer.sinks,
+                    out=out,
+                )
+        forward_batch.progress.tick()
+        return out.flatten(1)
+
+    def _plane(self, plane: torch.Tensor | SegmentPlane, device: torch.device) -> Any:
+        if isinstance(plane, torch.Tensor):
+            return plane
+        pointers = plane.pointers
+        if device.type != "cpu":
+            held = self._pointers.get(id(plane))
+            changes = plane.changes  # read first: what changes meanwhile is uploaded next time
+            if held is None:
+                held = self._pointers[id(plane)] = _Pointers(pointers.to(device), changes)
+            elif held.changes != changes:
+                held.tensor.copy_(pointers.pin_memory(), non_blocking=True)
+                held.changes = changes
+            pointers = held.tensor
+        _, kv_heads, width = plane.shape
+        return self._kernels.Segments(
+            pointers, plane.dtype, kv_heads, width, plane.slots_per_segment
+        )
+
+    def _device_tables(self, plan: TritonPlan, group: int, device: torch.device) -> Any:
+        if group not in plan.tables:
+            geometry = plan.geometry
+            views = geometry.block_tables[group]
+            origins = np.array([view.first_position for view in views], np.int64)
+            lens = np.array([len(view.page_ids) for view in views], np.int64)
+            if (origins + lens * geometry.page_size < geometry.seq_lens).any():
+                raise InvariantError("a block table does not reach its request's last token")
+            if group not in self._tables:
+                self._tables[group] = DeviceTables(device)
+            tables = self._tables[group]
+            starts = torch.from_numpy(tables.update(views))
+            plan.tables[group] = self._kernels.Tables(
+                tables.pages,
+                starts.to(device),
+                torch.from_numpy(origins.astype(np.int32)).to(device),
+                geometry.page_size,
+            )
+        return plan.tables[group]
+
+    def _works(
+        self,
+        plan: TritonPlan,
+        layer: AttentionLayer,
+        pruned: bool,
+        q: torch.Tensor,
+        kv_dtype: torch.dtype,
+    ) -> tuple[Any, ...]:
+        dtype = q.dtype if kv_dtype.itemsize == 1 else kv_dtype
+        key = WorkKey(
+            self.group_of_layer[layer.layer_id],
+            layer.sliding_window,
+            layer.attention_chunk,
+            pruned,
+            layer.num_heads,
+            layer.num_kv_heads,
+            layer.head_dim,
+            layer.v_head_dim,
+            dtype,
+        )
+        if key not in plan.works:
+            upload = self._kernels.DeviceWork.upload
+            waves = self._plan_waves(plan.geometry, key, q.device)
+            plan.works[key] = tuple(upload(work, q.device) for work in waves)
+        return plan.works[key]
+
+    def _plan_waves(
+        self, geometry: BatchGeometry, key: WorkKey, device: torch.device
+    ) -> tuple[Any, ...]:
+        per_group = key.num_heads // key.kv_heads
+        small, large = self._kernels.default_tiles(
+            key.head_dim, key.v_head_dim, per_group, key.dtype
+        )
+        row_bytes = 4 * key.num_heads * (key.v_head_dim + 1)
+        waves: tuple[Any, ...] = self._kernels.plan_waves(
+            self._kernels.Queries(*query_runs(geometry, pruned=key.pruned)),
+            self._kernels.Sight(key.window, key.chunk),
+            group=per_group,
+            kv_heads=key.kv_heads,
+            small=small,
+            large=large,
+            chip=self._chip_of(device),
+            max_part_rows=max(1, self._part_bytes // row_bytes),
+        )
+        return waves
+
+    def _chip_of(self, device: torch.device) -> Any:
+        if self._chip is None:
+            programs = _INTERPRETED_PROGRAMS
+            if device.type == "cuda":
+                found = torch.cuda.get_device_properties(device).multi_processor_count
+                programs = _PROGRAMS_PER_SM * found
+            self._chip = self._kernels.Chip(programs)
+        return self._chip
+
+
+def query_runs(
+    geometry: BatchGeometry, *, pruned: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A step's queries as runs of neighbours: first rows of q, counts, positions and requests.
+
+    Pruned, q has the rows `logits_rows` alone; those that stand side by side in a request are one
+    run. int64 [n] each, no run is empty.
+    """
+    starts, prefixes = geometry.q_starts, geometry.extend_prefix_lens
+    if not pruned:
+        used = np.flatnonzero(geometry.extend_seq_lens)
+        return starts[used], geometry.extend_seq_lens[used], prefixes[used], used
+    rows = geometry.logits_rows
+    owner = np.searchsorted(starts, rows, side="right") - 1
+    begins = np.flatnonzero(
+        np.concatenate(([True], (np.diff(rows) != 1) | (np.diff(owner) != 0)))[: len(rows)]
+    )
+    counts = np.diff(begins, append=len(rows))
+    owner = owner[begins]
+    return begins, counts, prefixes[owner] + rows[begins] - starts[owner], owner

@@ -1,0 +1,169 @@
+"""The parts of a scheduler that depend on the device: memory, sampler, recorded steps.
+
+Called by `scheduler_setup` in its order. What a device has left for the KV pool is decided in
+`mem_cache/device_budget.py`; here the numbers for it are collected.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.device_sampler import DeviceSampler
+from sglang.srt.layers.sampler import Sampler
+from sglang.srt.managers.tp_worker import TokenSampler
+from sglang.srt.mem_cache.device_budget import (
+    DeviceMemoryPlan,
+    DeviceNeeds,
+    plan_device_memory,
+    step_allocations,
+)
+from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, num_pages_for
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.segment_backing import SegmentBacking, make_backing
+from sglang.srt.model_executor.cuda_graph_runner import CudaGraphRunner, capture_sizes
+from sglang.srt.model_executor.decode_tapes import CausalLM, DecodeTapes
+from sglang.srt.model_executor.model_runner import StepRecorder
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.device import DeviceRuntime
+from sglang.srt.utils.native import native_kernels
+
+logger = logging.getLogger(__name__)
+
+# Kernels on a GPU like long runs, and the driver few calls: docs/kv_segments.md.
+_DEVICE_SEGMENT_TOKENS = 8192
+
+
+def prefill_chunk_tokens(args: ServerArgs) -> int:
+    """Most prompt tokens of a step: the chunk, or --max-prefill-tokens when prompts are whole."""
+    if args.chunked_prefill_size == -1:
+        return args.max_prefill_tokens
+    return min(args.chunked_prefill_size, args.max_prefill_tokens)
+
+
+def reserve_of(args: ServerArgs, backing: SegmentBacking) -> int:
+    """Empty segments that stay mapped; memory that never moves has no reserve."""
+    return args.kv_segment_reserve if backing.elastic else 0
+
+
+def auto_min_slots(runtime: DeviceRuntime) -> int:
+    """The fewest tokens of a segment whose size is chosen automatically."""
+    return _DEVICE_SEGMENT_TOKENS if runtime.is_async else 1
+
+
+def open_backing(
+    args: ServerArgs, runtime: DeviceRuntime, *, debug_protect: bool
+) -> SegmentBacking:
+    """The backing that the arguments ask for, on the runtime's device. Errors: `make_backing`."""
+
+    def available_bytes() -> int:
+        return runtime.read_memory().available_bytes
+
+    return make_backing(
+        args.kv_backing,
+        device=runtime.device.type,
+        streams=runtime.stream_handles,
+        debug_protect=debug_protect,
+        available_bytes=available_bytes if runtime.is_async else None,
+    )
+
+
+def make_sampler(runtime: DeviceRuntime) -> TokenSampler:
+    """The sampler for logits on the runtime's device."""
+    return DeviceSampler(runtime) if runtime.is_async else Sampler()
+
+
+def recorded_rows(args: ServerArgs, backend: type[AttentionBackend]) -> tuple[int, ...]:
+    """Numbers of rows of the decode steps that a device records; none where it records nothing."""
+    if args.disable_cuda_graph or not backend.records_steps:
+        return ()
+    most = args.cuda_graph_max_bs
+    if args.max_running_requests is not None:
+        most = min(most, args.max_running_requests)
+    return capture_sizes(most)
+
+
+def fixed_bytes(spec: KVCacheSpec, granule_bytes: int) -> int:
+    """What backs the dump page of every plane for good, in whole granules."""
+    planes = (spec.k_bytes_per_slot_layer, spec.v_bytes_per_slot_layer)
+    return spec.num_layers * sum(
+        -(-spec.page_size * per_slot // granule_bytes) * granule_bytes for per_slot in planes
+    )
+
+
+def plan_of_device(
+    args: ServerArgs,
+    runtime: DeviceRuntime,
+    free_before: int,
+    config: ModelConfig,
+    spec: KVCacheSpec,
+    backend: type[AttentionBackend],
+    granule_bytes: int,
+) -> DeviceMemoryPlan | None:
+    """The clamp of a device that has its own memory, logged in one line; None on the host.
+
+    `free_before` loading the weights; what is free now is asked. A server that shares its device
+    may find more free than before: then nothing counts as taken by weights.
+    """
+    if not runtime.is_async:
+        return None
+    memory = runtime.read_memory()
+    free_after = min(memory.available_bytes, free_before)
+    sizes = recorded_rows(args, backend)
+    rows = args.max_running_requests or 4096  # SGLang's rule gives no more
+    beside = step_allocations(
+        num_rows=rows + 1,
+        graph_rows=max(sizes, default=0),
+        graph_sizes=len(sizes),
+        num_groups=spec.num_groups,
+        max_pages=[
+            num_pages_for(free_after // spec.bytes_per_slot(GroupId(group)), spec.page_size)
+            for group in range(spec.num_groups)
+        ],
+        vocab_size=config.vocab_size,
+    )
+    needs = DeviceNeeds(
+        activation_tokens=prefill_chunk_tokens(args),
+        graph_rows=max(sizes, default=0),
+        ranks=args.tp_size,
+        allocations=(("dump pages", fixed_bytes(spec, granule_bytes)), *beside),
+    )
+    plan = plan_device_memory(
+        memory.total_bytes, free_before, free_after, args.mem_fraction_static, needs
+    )
+    logger.info("%s", plan.line())
+    return plan
+
+
+def make_recorder(
+    args: ServerArgs,
+    model: CausalLM,
+    backend: AttentionBackend,
+    runtime: DeviceRuntime,
+    pool: MHATokenToKVPool,
+) -> StepRecorder | None:
+    """What decode steps are recorded on; None where they can't be or the user wants none.
+
+    Tapes on a host, not with several ranks: a recording that is given up half-way would repeat
+    collectives. Graphs on a device, recorded before this returns.
+    """
+    if runtime.is_async:
+        sizes = recorded_rows(args, type(backend))
+        if not sizes:
+            return None
+        graphs = CudaGraphRunner(
+            model,
+            runtime,
+            pool,
+            backend,
+            sizes=sizes,
+            num_groups=pool.spec.num_groups,
+            page_size=pool.page_size,
+        )
+        graphs.record()
+        return graphs
+    kernels = native_kernels() if backend.records_steps else None
+    if kernels is None or args.disable_cuda_graph or args.num_ranks > 1:
+        return None
+    return DecodeTapes(model, kernels, args.cuda_graph_max_bs, fuses=args.enable_fused_qk_norm_rope)

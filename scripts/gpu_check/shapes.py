@@ -1,0 +1,100 @@
+"""The shapes that are checked and measured: full lists for a GPU, tiny ones for a dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Heads of one rank's layer."""
+
+    name: str
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """One comparison with float64: lengths are (prefix, extend) of each request."""
+
+    name: str
+    heads: Heads
+    lengths: tuple[tuple[int, int], ...]
+    dtype: str = "bfloat16"
+    page_size: int = 64
+    window: int | None = None
+    chunk: int | None = None
+    logit_cap: float = 0.0
+    sinks: bool = False
+    scattered: bool = True
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """One decode step to be timed: `batch` requests of `context` tokens."""
+
+    batch: int
+    context: int
+
+
+SCOUT_RANK = Heads("scout-tp8", 5, 1, 128)
+LLAMA_8B = Heads("llama-8b", 32, 8, 128)
+SMALL = Heads("small", 9, 3, 64)
+WIDE = Heads("wide", 8, 4, 256)
+GPT_OSS = Heads("gpt-oss", 64, 8, 64)
+TINY = Heads("tiny", 4, 2, 32)
+
+DECODES = ((4096, 1), (1, 1), (65, 1), (20000, 1))
+PROMPTS = ((0, 700), (1000, 130), (63, 2), (5000, 1))
+
+
+def kernel_shapes(dry: bool) -> Sequence[AttentionShape]:
+    """Every head, type, sight and page size that a model of ours has."""
+    if dry:
+        few = ((40, 1), (0, 1))
+        return (
+            AttentionShape("decode", TINY, few, "float32", 16),
+            AttentionShape("prompt", TINY, ((0, 20), (30, 7)), "float32", 16, window=9),
+            AttentionShape("chunk", TINY, few, "bfloat16", 4, chunk=8, sinks=True),
+        )
+    shapes = []
+    for heads in (LLAMA_8B, SCOUT_RANK, SMALL, WIDE, GPT_OSS):
+        for name, lengths in (("decode", DECODES), ("prompt", PROMPTS)):
+            shapes.append(AttentionShape(name, heads, lengths))
+    for dtype in ("float32", "float16", "fp8_e4m3", "fp8_e5m2"):
+        shapes.append(AttentionShape("decode", LLAMA_8B, DECODES, dtype))
+        shapes.append(AttentionShape("prompt", LLAMA_8B, PROMPTS, dtype))
+    for page_size in (1, 16):
+        shapes.append(AttentionShape("decode", LLAMA_8B, DECODES, page_size=page_size))
+        shapes.append(AttentionShape("prompt", LLAMA_8B, PROMPTS, page_size=page_size))
+    for lengths in (DECODES, PROMPTS):
+        shapes.append(AttentionShape("sliding", GPT_OSS, lengths, window=128, sinks=True))
+        shapes.append(AttentionShape("chunked", SCOUT_RANK, lengths, chunk=8192))
+        shapes.append(AttentionShape("capped", WIDE, lengths, logit_cap=50.0))
+        shapes.append(AttentionShape("contiguous", LLAMA_8B, lengths, scattered=False))
+    shapes.append(AttentionShape("long", SCOUT_RANK, ((1_000_000, 1), (300_000, 64))))
+    return tuple(shapes)
+
+
+def decode_shapes(dry: bool) -> Sequence[DecodeShape]:
+    """One very long request, some long ones, many short ones."""
+    if dry:
+        return (DecodeShape(1, 64), DecodeShape(3, 20))
+    return (DecodeShape(1, 10_000_000), DecodeShape(8, 131_072), DecodeShape(256, 2048))
+
+
+def extend_shapes(dry: bool) -> Sequence[tuple[int, int]]:
+    """(prefix, extend) of a prompt's chunk: the last one of 32k and of 1M tokens."""
+    if dry:
+        return ((16, 8),)
+    return ((32_768 - 8192, 8192), (1_048_576 - 8192, 8192))
+
+
+def handle_sizes(dry: bool, granule: int) -> Sequence[int]:
+    """Bytes of the driver's handles whose latency is measured."""
+    if dry:
+        return (granule, 2 * granule)
+    return tuple(size << 20 for size in (2, 16, 64, 256))

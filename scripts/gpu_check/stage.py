@@ -1,0 +1,54 @@
+"""One stage in this process: python -m gpu_check.stage NUMBER FOLDER SECONDS [--dry-run-cpu]"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gpu_check import (
+    stage_figures,
+    stage_kernels,
+    stage_memory,
+    stage_needle,
+    stage_scout,
+    stage_server,
+)
+from gpu_check.records import Journal
+from gpu_check.setting import Setting, make_setting
+
+Check = Callable[[Setting, Journal], None]
+
+# Each stage is a list of parts: one that breaks does not stop the next.
+STAGES: dict[int, Sequence[tuple[str, Check]]] = {
+    1: stage_kernels.PARTS,
+    2: stage_memory.PARTS,
+    3: stage_server.PARTS,
+    4: stage_figures.PARTS,
+    5: stage_scout.PARTS,
+    6: stage_needle.PARTS,
+}
+
+
+def run(stage: int, folder: Path, seconds: float, dry: bool) -> None:
+    """Run a stage's parts and note what they find."""
+    journal = Journal(folder / f"stage_{stage}.jsonl", stage)
+    try:
+        setting = make_setting(dry, seconds, folder)
+    except ValueError:
+        journal.skip("stage", "skipped: no CUDA device")
+        return
+    for name, part in STAGES[stage]:
+        if setting.seconds_left <= 0:
+            journal.skip(name, "no time is left")
+            continue
+        try:
+            part(setting, journal)
+        except Exception as error:  # noqa: BLE001  what breaks is the finding
+            journal.fail(name, f"{type(error).__name__}: {error}")
+            traceback.print_exc()
+
+
+if __name__ == "__main__":
+    run(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), "--dry-run-cpu" in sys.argv)

@@ -1,0 +1,135 @@
+"""The GPU check without a GPU: its reports, its shapes, and every stage with tiny sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_check import __main__ as gpu_check
+from gpu_check import shapes
+from gpu_check.records import Journal, Record, Status, exit_code, line_of, markdown, read_journal
+from gpu_check.stage_scout import RANKS, Rank, write_config
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.managers.scheduler_setup import kv_cache_spec
+from sglang.srt.mem_cache.kv_layout import make_segment_layouts
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_check(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(str(ROOT / part) for part in ("python", "scripts"))
+    return subprocess.run(
+        [sys.executable, "-m", "gpu_check", "--out", str(out), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        timeout=280,
+        check=False,
+    )
+
+
+def test_a_journal_is_read_as_far_as_it_came(tmp_path: Path) -> None:
+    path = tmp_path / "stage_1.jsonl"
+    assert read_journal(path) == []
+    journal = Journal(path, 1)
+    journal.note("speed", gb_per_s=12.3456)
+    journal.judge("equal", False, "they differ", equal=3)
+    journal.skip("other", "not here")
+    found = read_journal(path)
+    assert [record.status for record in found] == [Status.OK, Status.FAILED, Status.SKIPPED]
+    assert found[0].values == {"gb_per_s": 12.3456}
+    assert found[1] == Record(1, "equal", Status.FAILED, {"equal": 3}, "they differ")
+    assert line_of(found[0]) == "stage 1  ok      speed  gb_per_s 12.35"
+
+
+def test_the_exit_status_tells_failed_from_skipped() -> None:
+    ok, failed, skipped = (Record(1, "x", status) for status in Status)
+    assert exit_code([ok, ok]) == 0
+    assert exit_code([ok, failed, skipped]) == 1
+    assert exit_code([ok, skipped]) == 3
+    assert exit_code([]) == 3
+
+
+def test_the_table_has_a_row_for_each_record() -> None:
+    records = [
+        Record(1, "a|b", Status.OK, {"ms": 1.25}),
+        Record(2, "c", Status.FAILED, {}, "broke\non two lines"),
+    ]
+    table = markdown(records, {"device": "none"})
+    assert "- device: none" in table
+    assert "| 1 | a/b | ok | ms 1.25 |" in table
+    assert "| 2 | c | failed | broke on two lines |" in table
+
+
+def test_the_shapes_are_those_that_are_promised() -> None:
+    decodes = [(one.batch, one.context) for one in shapes.decode_shapes(False)]
+    assert decodes == [(1, 10_000_000), (8, 131_072), (256, 2048)]
+    assert [prefix + extend for prefix, extend in shapes.extend_shapes(False)] == [32768, 1 << 20]
+    assert [size >> 20 for size in shapes.handle_sizes(False, 2 << 20)] == [2, 16, 64, 256]
+    full = shapes.kernel_shapes(False)
+    assert {shape.heads.head_dim for shape in full} == {64, 128, 256}
+    assert {shape.dtype for shape in full} >= {"bfloat16", "float32", "fp8_e4m3", "fp8_e5m2"}
+    assert {shape.page_size for shape in full} == {1, 16, 64}
+    assert any(shape.window for shape in full)
+    assert any(shape.chunk for shape in full)
+    assert any(shape.sinks for shape in full)
+
+
+def test_the_scout_rank_has_the_published_shape(tmp_path: Path) -> None:
+    config = ModelConfig.from_path(write_config(tmp_path / "scout", small=False))
+    spec = kv_cache_spec(config, ParallelState(0, RANKS), "bfloat16", 64)
+    assert [len(group.layers) for group in spec.groups] == [12, 36]
+    layouts = make_segment_layouts(
+        spec,
+        slots_per_segment=None,
+        auto_segment_bytes=32 << 20,
+        auto_min_slots=8192,
+        granule_bytes=2 << 20,
+        machine_bytes=63 * 10**9,
+        budget_bytes=0,
+    )
+    rank = Rank(torch.nn.Identity(), spec, None, layouts, 10_000_000)  # type: ignore[arg-type]
+    full, chunked = rank.tables(9_999_999)
+    assert len(full.page_ids) == 156_250
+    assert full.first_position == 0
+    assert chunked.first_position == 9_999_999 - 9_999_999 % 8192
+    assert full.page_ids[0] == layouts[0].pages_per_segment
+    assert int(full.page_ids[-1]) < layouts[0].max_segments * layouts[0].pages_per_segment
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_every_stage_is_skipped(tmp_path: Path) -> None:
+    done = run_check(tmp_path, "--stage", "1", "5")
+    assert done.returncode == 3, done.stderr
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert [record["reason"] for record in report["records"]] == ["skipped: no CUDA device"] * 2
+
+
+def test_a_stage_that_does_not_end_stops_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "describe", lambda dry: {})
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    code = gpu_check.main(["--stage", "1", "2", "--out", str(tmp_path), "--seconds", "20"])
+    assert code == 1
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert [record["stage"] for record in report["records"]] == [1, 2]
+    assert report["records"][0]["reason"] == "the stage ended with status 1"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4, 5, 6])
+def test_every_stage_runs_on_a_cpu_with_tiny_sizes(stage: int, tmp_path: Path) -> None:
+    done = run_check(tmp_path, "--stage", str(stage), "--dry-run-cpu")
+    records = read_journal(tmp_path / f"stage_{stage}.jsonl")
+    failed = [record for record in records if record.status is Status.FAILED]
+    assert failed == [], done.stderr
+    assert done.returncode in (0, 3), done.stdout + done.stderr
+    assert any(record.status is Status.OK for record in records)
+    assert (tmp_path / "gpu_check.md").exists()

@@ -1,0 +1,182 @@
+"""The Triton backend in Triton's interpreter, against float64 and torch_native.
+
+Checks of the kernels themselves stand in test/kernels/test_triton_attention.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.layers.attention.registry import get_attention_backend, make_attention_backend
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, check_triton, query_runs
+from sglang.srt.mem_cache.kv_layout import GroupKind, KVGroupSpec
+from sglang.srt.utils.native import triton_kernels
+from srt.layers.attention.test_torch_native_table import pool_of
+from srt.layers.attention_cases import Case, FakeTable, make_layer, make_spec, make_tables
+
+pytestmark = pytest.mark.skipif(triton_kernels() is None, reason="Triton is not installed")
+
+ATOL = {"float32": 4e-6, "bfloat16": 2e-2, "float16": 3e-3, "fp8_e4m3": 4e-6, "fp8_e5m2": 4e-6}
+
+
+def check(case: Case, backend: TritonAttnBackend | None = None) -> None:
+    atol = ATOL[case.spec.dtype]
+    backend = backend or TritonAttnBackend(case.spec)
+    out = case.run(backend)
+    torch.testing.assert_close(out.double(), case.reference(), rtol=0, atol=atol)
+    if len(case.logits_rows):
+        rows = torch.tensor(case.logits_rows)
+        pruned = case.run(backend, pruned=True).double()
+        torch.testing.assert_close(pruned, case.reference()[rows], rtol=0, atol=atol)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    page_size = draw(st.sampled_from([1, 4, 16, 64]))
+    lengths = draw(
+        st.lists(st.tuples(st.integers(0, 90), st.sampled_from([1, 1, 2, 20])), max_size=3)
+    )
+    runs = draw(st.sampled_from([[], [1], [2, 9]]))
+    spec = make_spec(
+        page_size=page_size,
+        v_head_dim=draw(st.sampled_from([16, 24])),
+        dtype=draw(st.sampled_from(sorted(ATOL))),
+    )
+    span = draw(st.sampled_from([None, 1, 5, 16, 40]))
+    chunked = draw(st.booleans())
+    layer = make_layer(
+        spec,
+        group=draw(st.sampled_from([1, 3])),
+        window=None if chunked else span,
+        chunk=span if chunked else None,
+        cap=draw(st.sampled_from([0.0, 0.0, 2.0])),
+        sinks=draw(st.booleans()),
+    )
+    total = sum(extend for _, extend in lengths)
+    rows = sorted(draw(st.sets(st.integers(0, total - 1), max_size=6))) if total else []
+    tables = make_tables(lengths, page_size, runs, seed=draw(st.integers(0, 99)))
+    case = Case(spec, lengths, tables, layer, seed=draw(st.integers(0, 99)), logits_rows=rows)
+    segment_pages = draw(st.sampled_from([None, 1, 5]))
+    if segment_pages is not None:
+        case.make_pool = pool_of(segment_pages * page_size)
+    return case
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases())
+def test_equals_dense_attention(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_equals_torch_native(dtype: str) -> None:
+    lengths = [(300, 1), (0, 40), (290, 9), (7, 1)]
+    spec = make_spec(page_size=64, dtype=dtype)
+    case = Case(spec, lengths, make_tables(lengths, 64, [1]), make_layer(spec))
+    expected = case.run(TorchNativeAttnBackend(spec))
+    found = case.run(TritonAttnBackend(spec))
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=2 * ATOL[dtype])
+
+
+def test_a_window_group_whose_head_was_dropped() -> None:
+    groups = (KVGroupSpec(layers=(0,)), KVGroupSpec((1,), GroupKind.SLIDING, 40))
+    spec = make_spec(page_size=16, head_dim=32, groups=groups)
+    full = FakeTable(np.arange(1, 10, dtype=np.int32), 0, 16)
+    table = FakeTable(np.array([5, 2, 9, 3, 7], np.int32), 64, 16)
+    layer = make_layer(spec, window=40, layer_id=1)
+    check(Case(spec, [(120, 9)], [table], layer, extra_tables=((full,),), logits_rows=[0, 8]))
+
+
+def test_parts_are_bounded_whatever_the_step() -> None:
+    """Waves: the same rows in several launches, each with its own merge."""
+    kernels = triton_kernels()
+    assert kernels is not None
+    spec = make_spec(page_size=4)
+    lengths = [(200, 20), (150, 1)]
+    case = Case(spec, lengths, make_tables(lengths, 4, [3]), make_layer(spec), logits_rows=[19, 20])
+    row_bytes = 4 * 6 * (16 + 1)
+    chip = kernels.Chip(1 << 20, 16)
+    backend = TritonAttnBackend(spec, chip=chip, part_bytes=40 * row_bytes)
+    check(case, backend)
+    plan = backend.plan(case.geometry())
+    layer = case.layer
+    works = backend._works(plan, layer, False, case.queries, torch.float32)
+    assert len(works) > 2
+    assert max(work.num_parts for work in works) <= 40
+
+
+def test_a_table_that_is_too_short_is_noticed() -> None:
+    spec = make_spec(page_size=4)
+    case = Case(spec, [(9, 1)], make_tables([(9, 1)], 4, []), make_layer(spec))
+    backend = TritonAttnBackend(spec)
+    case.run(backend)
+    short = FakeTable(case.tables[0].page_ids[:2], 0, 4)
+    plan = backend.plan(Case(spec, [(9, 1)], [short], case.layer).geometry())
+    with pytest.raises(InvariantError, match="last token"):
+        backend._device_tables(plan, 0, torch.device("cpu"))
+
+
+def test_an_empty_batch() -> None:
+    spec = make_spec(page_size=16)
+    case = Case(spec, [], [], make_layer(spec))
+    assert case.run(TritonAttnBackend(spec)).shape == (0, 6, 16)
+    lengths = [(20, 4)]
+    case = Case(spec, lengths, make_tables(lengths, 16, []), make_layer(spec))
+    assert case.run(TritonAttnBackend(spec), pruned=True).shape == (0, 6, 16)
+
+
+def test_rows_side_by_side_are_one_run() -> None:
+    spec = make_spec(page_size=4)
+    lengths = [(5, 3), (0, 4), (9, 0), (7, 1)]
+    case = Case(
+        spec, lengths, make_tables(lengths, 4, []), make_layer(spec), logits_rows=[1, 2, 3, 6, 7]
+    )
+    runs = [array.tolist() for array in query_runs(case.geometry(), pruned=True)]
+    assert runs == [[0, 2, 3, 4], [2, 1, 1, 1], [6, 0, 3, 7], [0, 1, 1, 3]]
+    runs = [array.tolist() for array in query_runs(case.geometry(), pruned=False)]
+    assert runs == [[0, 3, 7], [3, 4, 1], [5, 0, 7], [0, 1, 3]]
+
+
+def test_it_is_taken_only_by_name() -> None:
+    assert get_attention_backend("triton", "cpu") is TritonAttnBackend
+    assert get_attention_backend("auto", "cpu") is not TritonAttnBackend
+
+    class Pool:
+        contiguous = False
+        spec = make_spec(page_size=16)
+        layouts = ()
+
+    made = make_attention_backend(TritonAttnBackend, Pool())  # type: ignore[arg-type]
+    assert type(made) is TritonAttnBackend
+
+
+def test_a_cpu_without_the_interpreter_is_refused() -> None:
+    code = (
+        "from sglang.srt.layers.attention.registry import get_attention_backend as get\n"
+        "try: get('triton', 'cpu')\n"
+        "except ValueError as error: print(error)"
+    )
+    environ = {**os.environ, "TRITON_INTERPRET": "0"}
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+    ).stdout
+    assert "TRITON_INTERPRET=1" in said
+
+
+def test_without_the_package_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang.srt.layers.attention.triton_backend.triton_kernels", lambda: None)
+    with pytest.raises(ValueError, match="triton"):
+        check_triton("cuda")
+    with pytest.raises(ValueError, match="triton"):
+        TritonAttnBackend(make_spec())

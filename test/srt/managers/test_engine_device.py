@@ -1,0 +1,120 @@
+"""The whole tower on a device that runs behind the host, a stand-in: transformers' tokens.
+
+Inputs, the relay and the sampled tokens stay on the "device", results come late, and decode steps
+are recorded as operations on tensors and made again. What only hardware can tell is not shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from sglang.srt.layers.attention import torch_device_backend
+from sglang.srt.model_executor.cuda_graph_runner import CudaGraphRunner
+from srt.managers.test_engine_tokens import NEW_TOKENS, PROMPTS, DeviceTower, answer_all, tower
+from srt.models.hf_models import hf_greedy, make_hf_model, save
+from srt.utils.fake_device import LateRuntime
+
+FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "llama4")
+
+
+@pytest.fixture(autouse=True)
+def no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device computes with tensor operations, which alone can be recorded."""
+    for module in ("utils.native", "mem_cache.memory_pool", "model_loader.loader"):
+        monkeypatch.setattr(f"sglang.srt.{module}.native_kernels", lambda: None)
+    # A recorded step reads as much for every row, and the recorder keeps all that it makes.
+    monkeypatch.setattr(torch_device_backend, "RECORDED_TOKENS", 256)
+
+
+@contextmanager
+def late_tower(path: str, **flags: object) -> Iterator[tuple[DeviceTower, LateRuntime]]:
+    runtime = LateRuntime()
+    values = {"device": "cuda", "cuda_graph_max_bs": 6, "kv_segment_size": 256, **flags}
+    with tower(path, runtime=runtime, **values) as engine:
+        yield engine, runtime
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
+    reference = make_hf_model("llama")
+    expected = [hf_greedy(reference, prompt, NEW_TOKENS) for prompt in PROMPTS]
+    return save(reference, tmp_path_factory.mktemp("llama")), expected
+
+
+def graphs_of(engine: DeviceTower) -> CudaGraphRunner:
+    graphs = engine.parts.worker.runner.tapes
+    assert isinstance(graphs, CudaGraphRunner)
+    return graphs
+
+
+def test_tokens_with_graphs_and_without(llama: tuple[str, list[list[int]]]) -> None:
+    path, expected = llama
+    for flags in ({}, {"disable_cuda_graph": True}, {"cuda_graph_max_bs": 2}):
+        with late_tower(path, **flags) as (engine, runtime):
+            assert answer_all(engine) == expected
+            assert runtime.num_waits == runtime.num_fetches
+            if "disable_cuda_graph" in flags:
+                assert engine.parts.worker.runner.tapes is None
+                continue
+            graphs = graphs_of(engine)
+            wanted = (1, 2) if "cuda_graph_max_bs" in flags else (1, 2, 4, 6)
+            assert graphs.recorded == wanted
+            assert graphs.num_replays > 0
+            assert engine.parts.ready.details["attention_backend"] == "torch_native"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, tmp_path: Path) -> None:
+    changes = {"sliding_window": 50} if family == "mistral" else {}
+    reference = make_hf_model(family, **changes)
+    expected = [hf_greedy(reference, prompt, NEW_TOKENS) for prompt in PROMPTS]
+    with late_tower(save(reference, tmp_path)) as (engine, _):
+        assert answer_all(engine) == expected
+        if family != "llama4":  # its experts look at how many tokens each has
+            assert graphs_of(engine).num_replays > 0
+
+
+def test_a_model_that_waits_is_computed_call_by_call(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = make_hf_model("qwen3_moe")
+    path = save(reference, tmp_path)
+    with caplog.at_level("WARNING"), late_tower(path) as (engine, _):
+        assert graphs_of(engine).recorded == ()
+        assert answer_all(engine) == [hf_greedy(reference, one, NEW_TOKENS) for one in PROMPTS]
+    assert "Decode steps are not recorded as graphs: operation not permitted" in caplog.text
+
+
+def test_retraction_growth_and_chunks(
+    llama: tuple[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segments are mapped while graphs replay, requests leave and come back, tokens stay."""
+    path, expected = llama
+    monkeypatch.setattr("sglang.srt.managers.schedule_batch.CLIP_MAX_NEW_TOKENS", 2)
+    flags = {"page_size": 16, "kv_segment_size": 64, "max_total_tokens": 384}
+    with late_tower(path, chunked_prefill_size=48, **flags) as (engine, _):
+        assert answer_all(engine) == expected
+        assert engine.scheduler.counters.num_retractions > 0
+        assert graphs_of(engine).num_replays > 0
+
+
+def test_sampling_and_log_probabilities_are_those_of_the_host(
+    llama: tuple[str, list[list[int]]],
+) -> None:
+    path, _ = llama
+    params = {"temperature": 0.8, "top_p": 0.9, "sampling_seed": 11}
+    outputs = []
+    for runtime in (None, LateRuntime()):
+        device = "cpu" if runtime is None else "cuda"
+        flags = {"attention_backend": "torch_native", "disable_cuda_graph": True}
+        with tower(path, runtime=runtime, device=device, **flags) as engine:
+            for number, prompt in enumerate(PROMPTS[:4]):
+                penalty = {"frequency_penalty": 0.3} if number == 2 else {}
+                engine.send(f"r{number}", prompt, **params, **penalty)
+            engine.run()
+            outputs.append([engine.output(f"r{number}") for number in range(4)])
+    assert outputs[0] == outputs[1]
