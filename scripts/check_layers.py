@@ -77,7 +77,8 @@ TABLE: tuple[Row, ...] = (
      " < srt.managers.schedule_policy"),
     (3, "DEVICE", "srt.managers.schedule_batch < srt.model_executor.forward_batch_info"
      " < srt.sampling.sampling_batch_info"),
-    (4, "DEVICE", "srt.distributed.communicator, srt.distributed.store_board"
+    (4, "DEVICE", "srt.distributed.communicator, srt.distributed.shared_exchange,"
+     " srt.distributed.store_board"
      " < srt.distributed.parallel_state"
      " < srt.distributed.rank_grid, srt.distributed.process_group"
      " < srt.layers.* < srt.models.* < srt.model_loader.*"),

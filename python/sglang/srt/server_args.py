@@ -119,6 +119,11 @@ class ServerArgs(DoorArgs):
         metavar="N",
         minimum=1,
     )
+    disable_custom_all_reduce: bool = flag(
+        False,
+        "Let ranks of one machine exchange small tensors over sockets too, not in shared memory.",
+        group=DEVICE,
+    )
     kv_parallel_size: int = flag(
         1,
         "Ranks over which the KV of each request is spread, for each tensor-parallel rank. "

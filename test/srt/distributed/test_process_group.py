@@ -17,6 +17,7 @@ from sglang.srt.distributed.process_group import (
     FRAME_BYTES,
     GLOO_DIRECT_BYTES,
     Connections,
+    compute_backend,
     connect_ranks,
 )
 from sglang.srt.errors import RankLostError
@@ -31,19 +32,30 @@ def links_of(connections: Connections) -> RankLinks:
     return connections.links
 
 
-def connect(tmp_path: Path, timeout_s: float, size: int = 2) -> list[RankLinks]:
+def connect(
+    tmp_path: Path, timeout_s: float, size: int = 2, shared_memory: bool = True
+) -> list[RankLinks]:
     places = Rendezvous.for_ranks(size, str(tmp_path))
     with ThreadPoolExecutor(size) as threads:
         runs = [
-            threads.submit(connect_ranks, place, RankPlace(rank, size), timeout_s)
+            threads.submit(
+                connect_ranks,
+                place,
+                RankPlace(rank, size),
+                timeout_s,
+                shared_memory=shared_memory,
+            )
             for rank, place in enumerate(places)
         ]
         return [links_of(run.result()) for run in runs]
 
 
-@pytest.fixture(scope="module")
-def links(tmp_path_factory: pytest.TempPathFactory) -> list[RankLinks]:
-    return connect(tmp_path_factory.mktemp("ranks"), PATIENT_S)
+@pytest.fixture(scope="module", params=[True, False], ids=["shared", "sockets"])
+def links(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[RankLinks]:
+    folder = tmp_path_factory.mktemp("ranks")
+    return connect(folder, PATIENT_S, shared_memory=request.param)
 
 
 def on_both(links: list[RankLinks], act: Callable[[RankLinks], T]) -> list[T]:
@@ -188,3 +200,10 @@ def test_the_board_tells_who_is_behind(tmp_path: Path) -> None:
     assert list(boards[0].missing(0, 2, range(3))[0]) == [1, 2]
     assert list(boards[1].missing(0, 1, range(3))[0]) == [2]
     assert list(boards[2].missing(1, 1, range(2))[0]) == [0, 1]
+
+
+def test_the_device_decides_what_carries_its_tensors() -> None:
+    assert compute_backend("cpu") == "gloo"
+    assert compute_backend("cuda:1") == "nccl"  # unverified beyond this choice: no GPU here
+    with pytest.raises(ValueError, match="tensors of --device mps"):
+        compute_backend("mps")

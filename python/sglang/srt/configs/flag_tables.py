@@ -35,7 +35,7 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         "ranks need no such tuning here",
         """
         --nccl-port V; --base-gpu-id V;
-        --gpu-id-step V; --disable-custom-all-reduce; --enable-mscclpp; --enable-torch-symm-mem;
+        --gpu-id-step V; --enable-mscclpp; --enable-torch-symm-mem;
         --enable-nccl-nvls; --enable-symm-mem; --enable-p2p-check; --enable-quant-communications;
         --enable-flashinfer-allreduce-fusion; --enable-aiter-allreduce-fusion;
         --flashinfer-allreduce-fusion-backend V; --disable-flashinfer-cutlass-moe-fp4-allgather;

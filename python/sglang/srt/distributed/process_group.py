@@ -1,7 +1,9 @@
 """`Communicator` over a process group of torch.distributed, and how schedulers connect.
 
 The group is an object that was passed in: nothing is registered with torch.distributed, so
-there is no default group to pick by mistake. Gloo on a CPU; a NCCL group has the same methods.
+there is no default group to pick by mistake. The device decides what the compute group is made
+of: gloo on a CPU, NCCL on CUDA, which has the same methods and has not been run on hardware yet.
+Control and start talk of host memory, over gloo everywhere.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from sglang.srt.distributed.communicator import Communicator, RankLinks
+from sglang.srt.distributed.shared_exchange import SharedExchange, is_served
 from sglang.srt.distributed.store_board import LOOK_TIMEOUT_S, StoreBoard
 from sglang.srt.errors import RankLostError
 from sglang.srt.utils.rendezvous import (
@@ -66,7 +69,8 @@ class GroupCommunicator:
 
     `first` is the number of its rank 0 on the roll. `timeout_s` is the group's own, told in
     errors. Where a rank would send no more than `direct_bytes`, ranks send each other their
-    tensors and each adds up for itself.
+    tensors and each adds up for itself. `shared` is memory that all ranks map, for what fits in its
+    places; None: there is none.
     """
 
     def __init__(
@@ -77,9 +81,11 @@ class GroupCommunicator:
         timeout_s: float,
         direct_bytes: int,
         first: int = 0,
+        shared: SharedExchange | None = None,
     ) -> None:
         self._group = process_group
         self._direct_bytes = direct_bytes
+        self._shared = shared
         self._roll = roll
         self._number = group
         self._timeout_s = timeout_s
@@ -159,13 +165,18 @@ class GroupCommunicator:
             return self._exchange(tensor.contiguous(), members)
 
     def _is_direct(self, tensor: torch.Tensor) -> bool:
-        return tensor.nbytes * (self.size - 1) <= self._direct_bytes
+        return self._fits(tensor) or tensor.nbytes * (self.size - 1) <= self._direct_bytes
+
+    def _fits(self, tensor: torch.Tensor) -> bool:
+        return self._shared is not None and tensor.nbytes <= self._shared.place_bytes
 
     def _exchange(
         self, tensor: torch.Tensor, members: Sequence[int] | None = None
     ) -> list[torch.Tensor]:
         """Every rank's tensor, each sent straight to all others: one hop instead of a ring's."""
         ranks = range(self.size) if members is None else members
+        if self._shared is not None and self._fits(tensor) and list(ranks) == [*range(self.size)]:
+            return self._shared.exchange(tensor)
         others = [rank for rank in ranks if rank != self.rank]
         parts = {rank: torch.empty_like(tensor) for rank in others}
         works = [self._group.recv([parts[rank]], rank, 0) for rank in others]
@@ -232,10 +243,19 @@ def _sum_in_order(parts: list[torch.Tensor]) -> torch.Tensor:
     return total.to(dtype)
 
 
-def connect_ranks(rendezvous: Rendezvous, place: RankPlace, timeout_s: float) -> Connections:
-    """Connect the scheduler at `place` with the others over gloo; blocks until every one has come.
+def connect_ranks(
+    rendezvous: Rendezvous,
+    place: RankPlace,
+    timeout_s: float,
+    *,
+    device: str = "cpu",
+    shared_memory: bool = True,
+) -> Connections:
+    """Connect the scheduler at `place` with the others; blocks until every one has come.
 
-    Raises RankLostError when one does not within `timeout_s` seconds.
+    `device` is where tensors of the compute group are; of "cuda" the one that is current counts.
+    `shared_memory`: ranks of one machine show each other small tensors there. Raises RankLostError
+    when one does not come within `timeout_s` seconds.
     """
     timeout = timedelta(seconds=timeout_s)
     listener = rendezvous.listener
@@ -258,8 +278,17 @@ def connect_ranks(rendezvous: Rendezvous, place: RankPlace, timeout_s: float) ->
             if number == START:
                 made = make(_GROUP_NAMES[number], place.number, place.num_all)
                 return GroupCommunicator(made, roll, number, timeout_s, GLOO_DIRECT_BYTES)
-            made = make(replica + _GROUP_NAMES[number], place.tp_rank, place.tp_size)
-            return GroupCommunicator(made, roll, number, timeout_s, GLOO_DIRECT_BYTES, place.first)
+            name = replica + _GROUP_NAMES[number]
+            if number == COMPUTE and compute_backend(device) == "nccl":
+                made = _nccl_group(_dist.PrefixStore(name, store), place, timeout)
+                return GroupCommunicator(made, roll, number, timeout_s, 0, place.first)
+            made = make(name, place.tp_rank, place.tp_size)
+            shared = None
+            if number == COMPUTE and shared_memory:
+                shared = _shared_exchange(rendezvous, place, timeout_s)
+            return GroupCommunicator(
+                made, roll, number, timeout_s, GLOO_DIRECT_BYTES, place.first, shared
+            )
 
         links = RankLinks(group(CONTROL), group(COMPUTE)) if place.tp_size > 1 else None
         return Connections(links, group(START))
@@ -268,6 +297,32 @@ def connect_ranks(rendezvous: Rendezvous, place: RankPlace, timeout_s: float) ->
         raise RankLostError(
             f"rank {place.number} found not all of {place.num_all} ranks: {text}"
         ) from error
+
+
+def compute_backend(device: str) -> str:
+    """What carries tensors of a device: "gloo" or "nccl". ValueError for a device without any."""
+    backends = {"cpu": "gloo", "cuda": "nccl"}
+    kind = device.partition(":")[0]
+    if kind not in backends:
+        raise ValueError(f"ranks have no way to exchange tensors of --device {device}")
+    return backends[kind]
+
+
+def _nccl_group(store: Any, place: RankPlace, timeout: timedelta) -> Any:
+    """Unverified: written from torch's documentation, never run on a GPU."""
+    options = _dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return _dist.ProcessGroupNCCL(store, place.tp_rank, place.tp_size, options)
+
+
+def _shared_exchange(
+    rendezvous: Rendezvous, place: RankPlace, timeout_s: float
+) -> SharedExchange | None:
+    """None where ranks don't share a machine, or it can't be done on this one."""
+    if rendezvous.board_path is None or not is_served():
+        return None
+    path = f"{rendezvous.board_path}-{place.dp_rank}"
+    return SharedExchange(path, place.tp_rank, place.tp_size, timeout_s)
 
 
 def _make_roll(rendezvous: Rendezvous, place: RankPlace) -> Roll:

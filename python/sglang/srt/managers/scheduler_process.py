@@ -103,7 +103,13 @@ def run_scheduler_process(
     try:
         links, everyone = None, None
         if rendezvous is not None:
-            connections = connect_ranks(rendezvous, place, server_args.dist_timeout)
+            connections = connect_ranks(
+                rendezvous,
+                place,
+                server_args.dist_timeout,
+                device=server_args.device,
+                shared_memory=not server_args.disable_custom_all_reduce,
+            )
             links, everyone = connections.links, connections.everyone
             server_args = agree_on_settings(server_args, everyone)
         parts = build_scheduler_parts(
