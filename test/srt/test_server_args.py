@@ -95,6 +95,7 @@ def test_dtype_names_are_resolved() -> None:
     assert (args.dtype, args.kv_cache_dtype) == ("float16", "bfloat16")
     assert parse("--dtype", "float").dtype == "float32"
     assert parse("--kv-cache-dtype", "fp8_e5m2").kv_cache_dtype == "fp8_e5m2"
+    assert parse("--kv-cache-dtype", "int8").kv_cache_dtype == "int8"
 
 
 def test_a_seed_is_drawn_once_and_kept() -> None:

@@ -117,7 +117,7 @@ class StaticBacking:
 
 def _commit_plane(spec: KVCacheSpec, layout: SegmentLayout, plane: Plane) -> torch.Tensor:
     """One plane [S, G, D], page 0 and all segments but segment 0 written with zeros in pieces."""
-    width = spec.head_dim if plane is Plane.KEY else spec.v_head_dim
+    width = spec.k_width if plane is Plane.KEY else spec.v_width
     shape = (layout.num_slots, spec.kv_heads, width)
     tensor = _fresh_memory(math.prod(shape), KV_TORCH_DTYPES[spec.dtype]).view(shape)
     raw = tensor.view(-1).view(torch.uint8)
