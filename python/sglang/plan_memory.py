@@ -37,6 +37,7 @@ _KV_DTYPES = {
     "fp8": "fp8_e4m3",
     "fp8_e4m3": "fp8_e4m3",
     "fp8_e5m2": "fp8_e5m2",
+    "int8": "int8",
 }
 
 

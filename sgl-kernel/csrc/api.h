@@ -10,13 +10,15 @@
 
 extern "C" {
 
-// The two of a byte are for K and V alone. E4M3 has no infinities, and NaN where all bits are set.
+// Those of a byte are for K and V alone. E4M3 has no infinities, and NaN where all bits are set. A head's
+// row of INT8 is its signed bytes, then the float32 that they are multiples of.
 enum SglDtype : int32_t {
     SGL_FLOAT32 = 0,
     SGL_BFLOAT16 = 1,
     SGL_FLOAT16 = 2,
     SGL_FP8_E4M3 = 3,
-    SGL_FP8_E5M2 = 4
+    SGL_FP8_E5M2 = 4,
+    SGL_INT8 = 5
 };
 
 // Levels of instructions, each including the ones before it on its architecture. AVX512_BF16 has the
@@ -54,7 +56,7 @@ struct SglAttention {
     int64_t chunk;   // 0: none
     int32_t num_kv_heads, heads_per_group, head_dim;
     int32_t dtype;
-    int32_t kv_dtype;  // `dtype` or one of a byte
+    int32_t kv_dtype;  // `dtype` or one of a byte; of INT8 the planes' strides count bytes
     int32_t isa;  // at most what sgl_cpu_isa() answers
     int32_t num_threads;
     float scale, logit_cap;  // cap 0: none
@@ -147,8 +149,9 @@ struct SglRotate {
 };
 
 // Rows of K and of V into slots of their planes: as bytes, or rounded to planes of fp8, to the nearest,
-// ties to even; what is beyond the largest finite number becomes that number, NaN stays NaN. A row,
-// and a slot of each plane, is contiguous; strides count bytes here.
+// ties to even; what is beyond the largest finite number becomes that number, NaN stays NaN. To INT8 each
+// head is rounded to multiples of its largest over 127; with a NaN all of it is NaN. A row, and a slot of
+// each plane, is contiguous; strides count bytes here.
 struct SglStore {
     const void* k;         // [rows]
     const void* v;         // [rows]
@@ -157,8 +160,9 @@ struct SglStore {
     const int64_t* slots;  // [rows] distinct
     int64_t k_row, v_row, k_slot, v_slot;
     int64_t rows, k_bytes, v_bytes;
-    int32_t x_dtype;      // of k and v, where they are rounded
-    int32_t plane_dtype;  // an fp8 that rows are rounded to; -1: they are copied
+    int64_t k_dim, v_dim;  // numbers of a head, of INT8 alone
+    int32_t x_dtype;       // of k and v, where they are rounded
+    int32_t plane_dtype;   // of a byte, that rows are rounded to; -1: they are copied
     int32_t num_threads;
 };
 

@@ -8,7 +8,7 @@
 // added to those of the keys before.
 //
 // Served: head_dim a multiple of 16 up to kMaxHeadDim, float32, bfloat16 and float16, K and V of the
-// same type or of fp8, whose blocks are widened as they are read (wide_rows.h).
+// same type or of a byte, whose blocks are widened as they are read (wide_rows.h).
 #include "attention.h"
 
 #include <cmath>

@@ -66,8 +66,8 @@ inline void prefetch_row(const void* row, int64_t bytes) {
 
 // Bytes of a block's rows of one kv head, K and V, in floats; 0 where they are read in their planes.
 inline int64_t wide_bytes(const SglAttention& call) {
-    const bool is_fp8 = call.kv_dtype == SGL_FP8_E4M3 || call.kv_dtype == SGL_FP8_E5M2;
-    return is_fp8 ? 2 * int64_t{kKeys} * call.head_dim * 4 : 0;
+    const bool is_byte = call.kv_dtype >= SGL_FP8_E4M3 && call.kv_dtype <= SGL_INT8;
+    return is_byte ? 2 * int64_t{kKeys} * call.head_dim * 4 : 0;
 }
 
 inline int64_t num_states(const SglAttention& call, const Task& task) {

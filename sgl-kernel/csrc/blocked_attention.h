@@ -186,9 +186,9 @@ class BlockedTask {
     void list_rows() {
         const T* k = static_cast<const T*>(call_.k) + task_.g0 * call_.k_head;
         const T* v = static_cast<const T*>(call_.v) + task_.g0 * call_.v_head;
-        const bool is_fp8 = sgl::wide_bytes(call_) != 0;
-        if (is_fp8) widen_block<T>(call_, task_.g0, block_, &next_, wide_, keys_, values_);
-        for (int n = 0; !is_fp8 && n < block_.count; ++n) {
+        const bool is_byte = sgl::wide_bytes(call_) != 0;
+        if (is_byte) widen_block<T>(call_, task_.g0, block_, &next_, wide_, keys_, values_);
+        for (int n = 0; !is_byte && n < block_.count; ++n) {
             keys_[n] = k + block_.slots[n] * call_.k_slot;
             values_[n] = v + block_.slots[n] * call_.v_slot;
         }

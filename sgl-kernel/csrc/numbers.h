@@ -24,6 +24,11 @@ struct E5m2 {
     uint8_t bits;
 };
 
+// A row of a head in signed bytes, and behind them the float that they are multiples of.
+struct Int8 {
+    int8_t code;
+};
+
 inline float from_bits(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, 4);

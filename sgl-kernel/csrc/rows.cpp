@@ -27,7 +27,7 @@ void over_rows(const Call& call, void (*work)(const Call&, int64_t, int64_t)) {
 struct StoreSide {
     const void* from;
     void* plane;
-    int64_t from_row, slot_bytes, bytes;
+    int64_t from_row, slot_bytes, bytes, dim;  // dim: numbers of a head
 
     const char* row(int64_t number) const {
         return static_cast<const char*>(from) + number * from_row;
@@ -66,6 +66,37 @@ void scale_rows(const SglScale& call, int64_t first, int64_t last) {
     }
 }
 
+// A head in multiples of its largest over 127, and behind it the float that they are multiples of.
+template <class X>
+void pack_head(const X* from, int64_t dim, char* to) {
+    constexpr float kMost = 0x1.fffffep127f;
+    float most = 0.0f;
+    bool nan = false;
+    for (int64_t d = 0; d < dim; ++d) {
+        const float size = std::fabs(to_float(from[d]));
+        nan |= size != size;
+        most = size > most ? size : most;
+    }
+    const float scale = nan ? from_bits(0x7fc00000u) : (most > kMost ? kMost : most) / 127.0f;
+    for (int64_t d = 0; d < dim; ++d) {
+        float code = scale > 0.0f ? to_float(from[d]) / scale : 0.0f;
+        code = code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code;
+        to[d] = static_cast<char>(std::lrint(code));
+    }
+    std::memcpy(to + dim, &scale, sizeof scale);
+}
+
+template <class X>
+void pack_rows(const SglStore& call, const StoreSide& side, int64_t first, int64_t last) {
+    const int64_t packed = side.dim + int64_t{sizeof(float)};
+    for (int64_t row = first; row < last; ++row) {
+        const X* from = reinterpret_cast<const X*>(side.row(row));
+        char* to = side.slot(call.slots[row]);
+        for (int64_t at = 0; at < side.bytes; at += packed, from += side.dim)
+            pack_head(from, side.dim, to + at);
+    }
+}
+
 using StoreRows = void (*)(const SglStore&, const StoreSide&, int64_t, int64_t);
 
 template <class Plane>
@@ -78,6 +109,15 @@ StoreRows rounding_of(int32_t x_dtype) {
 StoreRows storing_of(const SglStore& call) {
     if (call.plane_dtype == -1) return copy_rows;
     if (call.plane_dtype == SGL_FP8_E4M3) return rounding_of<E4m3>(call.x_dtype);
+    if (call.plane_dtype == SGL_INT8) {
+        const int64_t scale = sizeof(float);
+        const bool whole = call.k_dim > 0 && call.k_bytes % (call.k_dim + scale) == 0 &&
+                           call.v_dim > 0 && call.v_bytes % (call.v_dim + scale) == 0;
+        if (!whole) return nullptr;
+        if (call.x_dtype == SGL_FLOAT32) return pack_rows<float>;
+        if (call.x_dtype == SGL_BFLOAT16) return pack_rows<Bf16>;
+        return call.x_dtype == SGL_FLOAT16 ? pack_rows<Fp16> : nullptr;
+    }
     return call.plane_dtype == SGL_FP8_E5M2 ? rounding_of<E5m2>(call.x_dtype) : nullptr;
 }
 
@@ -167,11 +207,16 @@ extern "C" int32_t sgl_scale(const SglScale* arguments) {
 
 void sgl::store_columns(const SglStore& call, bool of_v, int64_t first, int64_t count,
                         int64_t bytes) {
-    const int64_t stored = call.plane_dtype == -1 ? bytes : 1;  // of a number in the plane
+    const int64_t dim = of_v ? call.v_dim : call.k_dim;
+    const auto stored = [&](int64_t columns) {  // bytes in the plane
+        if (call.plane_dtype == -1) return columns * bytes;
+        if (call.plane_dtype != SGL_INT8) return columns;
+        return columns / dim * (dim + int64_t{sizeof(float)});
+    };
     const auto* from = static_cast<const char*>(of_v ? call.v : call.k) + first * bytes;
-    auto* plane = static_cast<char*>(of_v ? call.v_plane : call.k_plane) + first * stored;
+    auto* plane = static_cast<char*>(of_v ? call.v_plane : call.k_plane) + stored(first);
     const StoreSide side{from, plane, of_v ? call.v_row : call.k_row,
-                         of_v ? call.v_slot : call.k_slot, count * stored};
+                         of_v ? call.v_slot : call.k_slot, stored(count), dim};
     storing_of(call)(call, side, 0, call.rows);
 }
 
@@ -179,8 +224,8 @@ extern "C" int32_t sgl_store(const SglStore* arguments) {
     const SglStore& call = *arguments;
     const StoreRows work = storing_of(call);
     if (!work || call.num_threads < 1 || call.k_bytes < 1 || call.v_bytes < 1) return -1;
-    const StoreSide k{call.k, call.k_plane, call.k_row, call.k_slot, call.k_bytes};
-    const StoreSide v{call.v, call.v_plane, call.v_row, call.v_slot, call.v_bytes};
+    const StoreSide k{call.k, call.k_plane, call.k_row, call.k_slot, call.k_bytes, call.k_dim};
+    const StoreSide v{call.v, call.v_plane, call.v_row, call.v_slot, call.v_bytes, call.v_dim};
     const int64_t rows = std::max<int64_t>(1, kTaskBytes / (call.k_bytes + call.v_bytes));
     sgl::for_each_index((call.rows + rows - 1) / rows, call.num_threads, [&] {
         return [&](int64_t i) {

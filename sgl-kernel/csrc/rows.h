@@ -27,7 +27,7 @@ void highest_rows_avx2(const SglHighest&, int64_t, int64_t);
 void highest_rows_avx512(const SglHighest&, int64_t, int64_t);
 
 // Columns [first, first + count) of all rows of K, or of V, into their slots; numbers of k and v take
-// `bytes` each. The call must be one that sgl_store() serves.
+// `bytes` each. Whole heads, of INT8. The call must be one that sgl_store() serves.
 void store_columns(const SglStore&, bool of_v, int64_t first, int64_t count, int64_t bytes);
 
 }  // namespace sgl

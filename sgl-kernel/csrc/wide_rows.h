@@ -1,5 +1,6 @@
-// K and V of fp8: a block's rows of one kv head widened to the type of q, which the kernels then read
-// as if they lay in the planes so. Every number of fp8 is one of the wider types, so nothing is rounded.
+// K and V of a byte: a block's rows of one kv head widened to the type of q, which the kernels then read
+// as if they lay in the planes so. Every number of fp8 is one of the wider types, so nothing is rounded;
+// signed bytes times their scale are, to q's 16 bits.
 #pragma once
 
 #include "attention.h"
@@ -67,6 +68,61 @@ inline void widen_row(const N* from, int count, Bf16* to) {
 }
 #endif
 
+// Bytes of a head's row.
+template <class N>
+inline int64_t row_bytes(N, int dim) { return dim; }
+inline int64_t row_bytes(Int8, int dim) { return dim + int64_t{sizeof(float)}; }
+
+// The scale is a NaN of the usual kind, whose bits rounding leaves one, or finite.
+inline void store_scaled(float x, float* to) { *to = x; }
+inline void store_scaled(float x, Bf16* to) {
+    const uint32_t bits = to_bits(x);
+    to->bits = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+inline void store_scaled(float x, Fp16* to) { store(x, to); }
+
+template <class T>
+inline void widen_codes(const Int8* from, int first, int count, float scale, T* to) {
+#pragma omp simd
+    for (int d = first; d < count; ++d)
+        store_scaled(static_cast<float>(from[d].code) * scale, to + d);
+}
+
+#if defined(__AVX512BW__)
+inline __m512 scaled_lanes(const Int8* from, __m512 scale) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)), scale);
+}
+inline void store_lanes(__m512 x, float* to) { _mm512_storeu_ps(to, x); }
+inline void store_lanes(__m512 x, Bf16* to) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+}
+inline void store_lanes(__m512 x, Fp16* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x, 0));
+}
+#endif
+
+template <class T>
+inline void widen_row(const Int8* from, int count, T* to) {
+    float scale;
+    std::memcpy(&scale, from + count, sizeof scale);
+    int d = 0;
+#if defined(__AVX512BW__)
+    for (; d + 16 <= count; d += 16)
+        store_lanes(scaled_lanes(from + d, _mm512_set1_ps(scale)), to + d);
+#endif
+    widen_codes(from, d, count, scale, to);
+}
+#if defined(__AVX512BW__)
+inline void widen_row(const Int8* from, int count, Bf16* to) {
+    widen_row<Bf16>(from, count, to);
+}
+#endif
+
 // Rows of one plane, and requests for those of the next block, spread over the work on these.
 template <class N, class T>
 inline void widen_plane(const void* plane, int64_t head, int64_t slot, int dim,
@@ -75,7 +131,8 @@ inline void widen_plane(const void* plane, int64_t head, int64_t slot, int dim,
     const N* base = static_cast<const N*>(plane) + head;
     for (int n = 0; n < sgl::kKeys; ++n) {
         rows[n] = n < block.count ? to + int64_t{n} * dim : to;
-        if (next && n < next->count) sgl::prefetch_row(base + next->slots[n] * slot, dim);
+        if (next && n < next->count)
+            sgl::prefetch_row(base + next->slots[n] * slot, row_bytes(N{}, dim));
         if (n < block.count) widen_row(base + block.slots[n] * slot, dim, to + int64_t{n} * dim);
     }
 }
@@ -98,6 +155,8 @@ inline void widen_block(const SglAttention& call, int g, const sgl::KeyBlock& bl
     T* to = static_cast<T*>(memory);
     if (call.kv_dtype == SGL_FP8_E4M3)
         widen_group<E4m3>(call, g, block, next, to, keys, values);
+    else if (call.kv_dtype == SGL_INT8)
+        widen_group<Int8>(call, g, block, next, to, keys, values);
     else
         widen_group<E5m2>(call, g, block, next, to, keys, values);
 }

@@ -142,3 +142,49 @@ def test_what_store_refuses() -> None:
         planes.store(slots.int(), k, v)
     with pytest.raises(KernelError, match="contiguous"):
         KVPlanes(torch.zeros(10, 8, 2).transpose(1, 2), torch.zeros(10, 2, 4))
+
+
+def pack(x: torch.Tensor) -> torch.Tensor:
+    """Heads [*, D] as int8 [*, D + 4]: multiples of their largest over 127, then that factor."""
+    wide = x.float()
+    largest = wide.abs().amax(-1, keepdim=True).clamp(max=torch.finfo(torch.float32).max)
+    scale = largest / 127
+    codes = (wide / scale).nan_to_num(0.0).round().clamp(-127, 127)
+    codes = torch.where(scale > 0, codes, 0.0).to(torch.int8)
+    return torch.cat([codes, scale.view(torch.int8)], -1)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_heads_are_rounded_to_bytes_with_a_scale(dtype: torch.dtype) -> None:
+    """The same bits as torch's, ties and extremes included."""
+    torch.manual_seed(1)
+    rows, heads, dim = 40, 3, 20
+    k, v = torch.randn(2, rows, heads, dim).unbind()
+    k[0] = torch.arange(dim) - 10.0  # ties where the largest is 127 times a power of two
+    k[1, :, 0], k[1, :, 1:] = 127.0, torch.arange(1, dim) * 0.5
+    k[2] = 0.0
+    k[3, 1, 5] = float("inf")
+    k[4] = 1e-44
+    k, v = k.to(dtype), v.to(dtype)
+    planes = torch.zeros(2, 50, heads, dim + 4, dtype=torch.int8)
+    slots = torch.randperm(50)[:rows]
+    KVPlanes(planes[0], planes[1]).store(slots, k, v, num_threads=2)
+    for plane, x in zip(planes, (k, v), strict=True):
+        assert torch.equal(plane[slots], pack(x))
+        others = torch.ones(50, dtype=torch.bool)
+        others[slots] = False
+        assert not plane[others].any()
+    # rows that are packed already are copied
+    again = torch.zeros_like(planes)
+    KVPlanes(again[0], again[1]).store(slots, pack(k), pack(v))
+    assert torch.equal(again, planes)
+
+
+def test_a_head_with_a_nan_is_all_nan() -> None:
+    x = torch.randn(1, 2, 8)
+    x[0, 1, 3] = float("nan")
+    planes = torch.zeros(2, 3, 2, 12, dtype=torch.int8)
+    KVPlanes(planes[0], planes[1]).store(torch.tensor([2]), x, x)
+    scales = planes[:, 2, :, 8:].contiguous().view(torch.float32)[..., 0]
+    assert scales[:, 0].isfinite().all()
+    assert scales[:, 1].isnan().all()

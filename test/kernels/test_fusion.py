@@ -27,7 +27,7 @@ from sgl_kernel import (  # noqa: E402
 QUERIES, KEYS, DIM, WIDTH, SLOTS = 6, 2, 64, 128, 40
 Q, K = QUERIES * DIM, KEYS * DIM
 OUTS = Q + 2 * K
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+BYTES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
 def quantized(weight: torch.Tensor) -> QuantizedWeight:
@@ -61,7 +61,8 @@ class Layer:
         self.frequencies = torch.logspace(0, -3, DIM // 2, dtype=torch.float64)
         self.positions = torch.arange(rows) * 1000
         self.slots = torch.arange(rows) * 2 + 5
-        self.planes = torch.zeros(2, SLOTS, KEYS, DIM).to(kv_dtype or dtype)
+        width = DIM + 4 if kv_dtype == torch.int8 else DIM  # with a scale
+        self.planes = torch.zeros(2, SLOTS, KEYS, width).to(kv_dtype or dtype)
         self.store = KVPlanes(*self.planes)
 
     def product(self, threads: int) -> torch.Tensor:
@@ -138,7 +139,7 @@ def test_one_call_gives_the_same_bits(dtype: torch.dtype, normed: bool, threads:
     check(Layer(dtype, normed=normed, interleaved=True), threads)
 
 
-@pytest.mark.parametrize("kv_dtype", FP8)
+@pytest.mark.parametrize("kv_dtype", BYTES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_into_planes_of_a_byte(dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
     for normed in (False, True):

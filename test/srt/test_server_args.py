@@ -111,6 +111,7 @@ def test_dtype_names_are_resolved() -> None:
     assert (args.dtype, args.kv_cache_dtype) == ("float16", "bfloat16")
     assert parse("--dtype", "float").dtype == "float32"
     assert parse("--kv-cache-dtype", "fp8_e5m2").kv_cache_dtype == "fp8_e5m2"
+    assert parse("--kv-cache-dtype", "int8").kv_cache_dtype == "int8"
 
 
 def test_a_seed_is_drawn_once_and_kept() -> None:
@@ -185,6 +186,8 @@ def test_model_overrides_are_an_object() -> None:
         (["--kv-backing", "static", "--kv-segment-reserve", "1"], "maps every segment at start"),
         (["--kv-backing", "cuda_vmm"], "cuda_vmm needs a CUDA device, this is --device cpu"),
         (["--device", "cuda", "--kv-backing", "mmap"], "--kv-backing mmap is memory of the host"),
+        (["--device", "cuda", "--kv-cache-dtype", "int8"], "read by the backends of a CPU"),
+        (["--attention-backend", "triton", "--kv-cache-dtype", "int8"], "take an fp8 one"),
         (["--device", "cuda", "--tp-size", "2"], "--tp-size: several ranks compute on"),
         (["--disable-radix-cache", "--max-cached-tokens", "5"], "drop --disable-radix-cache"),
         (["--disable-radix-cache", "--schedule-policy", "lpm"], "drop --disable-radix-cache"),

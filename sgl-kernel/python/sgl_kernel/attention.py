@@ -20,8 +20,9 @@ import numpy.typing as npt
 import torch
 
 from sgl_kernel.library import (
+    BYTE_DTYPES,
     DTYPES,
-    FP8_DTYPES,
+    SCALE_BYTES,
     AttentionCall,
     Isa,
     KernelError,
@@ -125,10 +126,10 @@ def serves_attention(
 ) -> bool:
     """True when `paged_attention` computes heads of this type and width over K and V of `kv_dtype`.
 
-    K and V are of the type of q, as None says, or of fp8.
+    K and V are of the type of q, as None says, or of fp8 or int8.
     """
     fits = head_dim % 16 == 0 and 16 <= head_dim <= MAX_HEAD_DIM and head_dim == v_head_dim
-    return dtype in DTYPES and fits and (kv_dtype in (None, dtype) or kv_dtype in FP8_DTYPES)
+    return dtype in DTYPES and fits and (kv_dtype in (None, dtype) or kv_dtype in BYTE_DTYPES)
 
 
 def has_prompt_kernel() -> bool:
@@ -159,7 +160,8 @@ def paged_attention(
 ) -> torch.Tensor:
     """Attend with q [R, H, D] over k and v [S, G, D]; returns [R, H, D] in the dtype of q.
 
-    k and v are of that dtype or both of one fp8, whose numbers are taken as they are, unscaled.
+    k and v are of that dtype, or both of one fp8, whose numbers are taken as they are, unscaled; or
+    of int8 [S, G, D + 4], a head's bytes and behind them the float32 that they are multiples of.
     The query at position p sees [0, p], with `window` only the last `window` of them, with `chunk`
     those from p - p % chunk on. `logit_cap` c > 0 turns a score s into c * tanh(s / c). `sinks`
     float32 [H] is a score per head that joins the softmax with no value. `lse` float32 [R, H], if
@@ -189,7 +191,7 @@ def paged_attention(
         pages=tables.addresses.ctypes.data, first_position=tables.first_positions.ctypes.data,
         page_size=tables.page_size, window=window or 0, chunk=chunk or 0,
         num_kv_heads=kv_heads, heads_per_group=heads // kv_heads, head_dim=dim,
-        dtype=DTYPES[q.dtype], kv_dtype=(DTYPES | FP8_DTYPES)[k.dtype], isa=allowed_isa(isa),
+        dtype=DTYPES[q.dtype], kv_dtype=(DTYPES | BYTE_DTYPES)[k.dtype], isa=allowed_isa(isa),
         num_threads=num_threads, scale=scale, logit_cap=logit_cap,
     )  # fmt: skip
     make(Op.ATTENTION, call, q, k, v, out, lse, sinks, tables, blocks)
@@ -205,11 +207,12 @@ def _check(
     window: int | None,
     chunk: int | None,
 ) -> None:
-    if not serves_attention(q.dtype, q.shape[2], v.shape[2]) or q.shape[1] % k.shape[1]:
+    scale = SCALE_BYTES if k.dtype == torch.int8 else 0
+    if not serves_attention(q.dtype, q.shape[2], v.shape[2] - scale) or q.shape[1] % k.shape[1]:
         raise KernelError(f"attention does not serve {q.dtype} q {list(q.shape)}")
-    if k.dtype != v.dtype or (k.dtype != q.dtype and k.dtype not in FP8_DTYPES):
-        raise KernelError("q, k and v must have one dtype, or k and v one fp8")
-    if k.shape[2] != q.shape[2]:
+    if k.dtype != v.dtype or (k.dtype != q.dtype and k.dtype not in BYTE_DTYPES):
+        raise KernelError("q, k and v must have one dtype, or k and v one of a byte")
+    if k.shape[2] != q.shape[2] + scale:
         raise KernelError("q, k and v must have one head width")
     if q.stride(2) != 1 or k.stride(2) != 1 or v.stride(2) != 1:
         raise KernelError("heads must be contiguous")

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sgl_kernel.library import Op, QkvCall
+import torch
+
+from sgl_kernel.library import BYTE_DTYPES, SCALE_BYTES, Op, QkvCall
 
 Call = tuple[Op, Any]  # Any: the call's structure
 
@@ -138,12 +140,12 @@ def _join(found: _Projection, store: Any, later: Sequence[Call]) -> Call | None:
     same = store.plane_dtype == -1 or store.x_dtype == product.dtype
     if value is None or found.norms or not same or store.rows != product.rows:
         return None
-    stored = size if store.plane_dtype == -1 else 1
-    k_columns, v_columns = store.k_bytes // stored, store.v_bytes // stored
+    k_columns = _columns(store, size, store.k_bytes, store.k_dim)
+    v_columns = _columns(store, size, store.v_bytes, store.v_dim)
     dims = {rotate.head_dim for _, _, rotate in found.rotates}
     if len(dims) > 1 or value + v_columns != product.out_features:
         return None
-    dim = dims.pop() if dims else k_columns
+    dim = dims.pop() if dims else store.k_dim
     spans = [column for column, _, _ in found.rotates] + [value, k_columns]
     if any(span % dim for span in spans) or not _holds_keys(found, store, k_columns, dim):
         return None
@@ -154,13 +156,22 @@ def _join(found: _Projection, store: Any, later: Sequence[Call]) -> Call | None:
     call = QkvCall(
         product=ctypes.addressof(product), store=ctypes.addressof(store),
         k_columns=k_columns, v_columns=v_columns, head_dim=dim,
-        v_dim=dim if v_columns % dim == 0 else v_columns, product_op=found.product_op,
+        v_dim=store.v_dim, product_op=found.product_op,
     )  # fmt: skip
     for i, (column, norm, rotate) in enumerate(found.rotates):
         call.columns[i] = column
         call.norms[i] = None if norm is None else ctypes.addressof(norm)
         call.rotates[i] = ctypes.addressof(rotate)
     return Op.QKV, call
+
+
+def _columns(store: Any, size: int, num_bytes: int, dim: int) -> int:
+    """Numbers of a row that takes so many bytes in its plane, in heads of `dim`."""
+    if store.plane_dtype == -1:
+        return num_bytes // size
+    if store.plane_dtype == BYTE_DTYPES[torch.int8]:
+        return num_bytes // (dim + SCALE_BYTES) * dim
+    return num_bytes
 
 
 def _holds_keys(found: _Projection, store: Any, k_columns: int, dim: int) -> bool:

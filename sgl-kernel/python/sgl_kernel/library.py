@@ -31,7 +31,9 @@ class Isa(IntEnum):
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FP8_DTYPES = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 4}  # of K and V alone
+# Of K and V alone. A head's row of int8 is its bytes and then a float32: SCALE_BYTES more.
+BYTE_DTYPES = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 4, torch.int8: 5}
+SCALE_BYTES = 4
 
 
 class AttentionCall(ctypes.Structure):
@@ -128,7 +130,7 @@ class StoreCall(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("k", "v", "k_plane", "v_plane", "slots")),
         *((name, ctypes.c_int64) for name in ("k_row", "v_row", "k_slot", "v_slot")),
-        *((name, ctypes.c_int64) for name in ("rows", "k_bytes", "v_bytes")),
+        *((name, ctypes.c_int64) for name in ("rows", "k_bytes", "v_bytes", "k_dim", "v_dim")),
         *((name, ctypes.c_int32) for name in ("x_dtype", "plane_dtype", "num_threads")),
     )
 

@@ -14,8 +14,9 @@ from enum import IntEnum
 import torch
 
 from sgl_kernel.library import (
+    BYTE_DTYPES,
     DTYPES,
-    FP8_DTYPES,
+    SCALE_BYTES,
     AnglesCall,
     GateCall,
     GatherCall,
@@ -286,7 +287,9 @@ def highest(
 
 
 class KVPlanes:
-    """A layer's K and V planes [S, G, D] as `store` writes them; holds both tensors.
+    """A layer's K and V planes [S, G, D] as `store` writes them, of int8 [S, G, D + 4].
+
+    Holds both tensors.
 
     Raises KernelError where a slot of a plane is not contiguous.
     """
@@ -296,10 +299,12 @@ class KVPlanes:
         for plane in self.planes:
             if not plane[0].is_contiguous():
                 raise KernelError(f"slots of {list(plane.shape)} must be contiguous")
-        self._shapes = (k_plane.shape[1:], v_plane.shape[1:])
+        self._shapes = tuple(tuple(plane.shape[1:]) for plane in self.planes)
+        scale = SCALE_BYTES if k_plane.dtype == torch.int8 else 0
+        self._rounded_shapes = tuple((heads, width - scale) for heads, width in self._shapes)
         self._dtypes = (k_plane.dtype, v_plane.dtype)
         same = k_plane.dtype == v_plane.dtype
-        self._fp8 = FP8_DTYPES.get(k_plane.dtype) if same else None  # that rows may be rounded to
+        self._byte = BYTE_DTYPES.get(k_plane.dtype) if same else None  # that rows are rounded to
         self._addresses = (k_plane.data_ptr(), v_plane.data_ptr())
         self._slot_bytes = tuple(p.stride(0) * p.element_size() for p in self.planes)
         self._row_bytes = tuple(p.shape[1] * p.shape[2] * p.element_size() for p in self.planes)
@@ -311,6 +316,7 @@ class KVPlanes:
 
         Rows are of the type of their plane. Into planes of fp8 they may be wider floats, both of
         one type: rounded to the nearest, beyond the largest finite number to that one, NaN kept.
+        Into planes of int8 too: a head to multiples of its largest over 127, all NaN with one.
         `slots` int64 [R] must be distinct and in [0, S), which the caller has made sure of: a
         step's slots are the same for every layer. Raises KernelError for other shapes or types.
         """
@@ -318,8 +324,9 @@ class KVPlanes:
         if slots.dtype != torch.int64 or not slots.is_contiguous():
             raise KernelError("slots must be contiguous int64")
         sources = []
-        rounds = k.dtype == v.dtype and k.dtype in DTYPES and self._fp8 is not None
-        for new, shape, dtype in zip((k, v), self._shapes, self._dtypes, strict=True):
+        rounds = k.dtype == v.dtype and k.dtype in DTYPES and self._byte is not None
+        shapes = self._rounded_shapes if rounds else self._shapes
+        for new, shape, dtype in zip((k, v), shapes, self._dtypes, strict=True):
             fits = new.dtype == dtype or rounds
             if not fits or len(new) != rows or new.shape[1:] != shape:
                 raise KernelError(f"{new.dtype} {list(new.shape)} does not fit the plane's slots")
@@ -330,7 +337,7 @@ class KVPlanes:
         (k_data, k_row), (v_data, v_row) = sources
         call = StoreCall(
             k_data, v_data, *self._addresses, slots.data_ptr(), k_row, v_row, *self._slot_bytes,
-            rows, *self._row_bytes, DTYPES[k.dtype] if rounds else 0,
-            self._fp8 if rounds else -1, num_threads,
+            rows, *self._row_bytes, *(width for _, width in self._rounded_shapes),
+            DTYPES[k.dtype] if rounds else 0, self._byte if rounds else -1, num_threads,
         )  # fmt: skip
         make(Op.STORE, call, slots, k, v, *self.planes)

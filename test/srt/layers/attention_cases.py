@@ -14,7 +14,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVGroupSpec
 from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES as DTYPES
-from sglang.srt.mem_cache.segment_backing.segment_plane import raw
+from sglang.srt.mem_cache.segment_backing.segment_plane import raw, round_to, widen
 from sglang.srt.model_executor.forward_batch_info import (
     BatchGeometry,
     ForwardBatch,
@@ -53,8 +53,8 @@ class FakePool:
         k_shape = (num_slots, spec.kv_heads, spec.head_dim)
         v_shape = (num_slots, spec.kv_heads, spec.v_head_dim)
         nan = float("nan")
-        self.k = [torch.full(k_shape, nan, dtype=dtype) for _ in range(spec.num_layers)]
-        self.v = [torch.full(v_shape, nan, dtype=dtype) for _ in range(spec.num_layers)]
+        self.k = [round_to(torch.full(k_shape, nan), dtype) for _ in range(spec.num_layers)]
+        self.v = [round_to(torch.full(v_shape, nan), dtype) for _ in range(spec.num_layers)]
 
     def get_key_buffer(self, layer: int) -> torch.Tensor:
         return self.k[layer]
@@ -65,8 +65,8 @@ class FakePool:
     def set_kv_buffer(
         self, layer_id: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> None:
-        raw(self.k[layer_id])[loc] = raw(k.to(self.k[layer_id].dtype))
-        raw(self.v[layer_id])[loc] = raw(v.to(self.v[layer_id].dtype))
+        raw(self.k[layer_id])[loc] = raw(round_to(k, self.k[layer_id].dtype))
+        raw(self.v[layer_id])[loc] = raw(round_to(v, self.v[layer_id].dtype))
 
 
 @dataclass
@@ -120,7 +120,7 @@ class Case:
             new_q.append(torch.randn(extend, layer.num_heads, spec.head_dim, generator=generator))
             k = torch.randn(prefix + extend, spec.kv_heads, spec.head_dim, generator=generator)
             v = torch.randn(prefix + extend, spec.kv_heads, spec.v_head_dim, generator=generator)
-            k, v = k.to(dtype).to(computed), v.to(dtype).to(computed)
+            k, v = (widen(round_to(x, dtype), computed) for x in (k, v))
             kept = table.first_position
             old = table.slots(kept, prefix) if prefix > kept else torch.empty(0, dtype=torch.long)
             pool.set_kv_buffer(layer.layer_id, old, k[kept:prefix], v[kept:prefix])

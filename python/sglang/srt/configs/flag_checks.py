@@ -62,6 +62,9 @@ def check_combinations(args: Any) -> None:
         raise ValueError("--tp-size: several ranks compute on --device cpu only, so far")
     if args.kv_canary == "full" and args.kv_backing == "segment_table":
         raise ValueError("--kv-canary full reads a common range; segment_table takes chain")
+    on_cpu = args.device == "cpu" and args.attention_backend not in ("triton", "flashinfer")
+    if args.kv_cache_dtype == "int8" and not on_cpu:
+        raise ValueError("--kv-cache-dtype int8 is read by the backends of a CPU; take an fp8 one")
     if args.disable_radix_cache and args.max_cached_tokens is not None:
         raise ValueError("--max-cached-tokens bounds the radix cache; drop --disable-radix-cache")
     if args.disable_radix_cache and args.schedule_policy == "lpm":

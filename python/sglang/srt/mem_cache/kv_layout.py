@@ -35,7 +35,10 @@ DTYPE_BYTES = {
     "float16": 2,
     "fp8_e4m3": 1,
     "fp8_e5m2": 1,
+    "int8": 1,
 }
+
+INT8_SCALE_BYTES = 4  # behind each head's bytes: the float32 that they are multiples of
 
 
 class GroupKind(enum.Enum):
@@ -82,6 +85,11 @@ class KVCacheSpec:
             raise ValueError("KV groups must cover every layer exactly once")
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"unknown KV dtype {self.dtype}")
+        if self.dtype == "int8" and (self.head_dim % 4 or self.v_head_dim % 4):
+            raise ValueError(
+                "a KV cache of int8 needs head widths that are multiples of 4, not "
+                f"{self.head_dim} and {self.v_head_dim}"
+            )
         if min(self.kv_heads, self.head_dim, self.v_head_dim, self.page_size) < 1:
             raise ValueError("heads, widths and page size must be positive")
 
@@ -94,14 +102,24 @@ class KVCacheSpec:
         return sum(len(group.layers) for group in self.groups)
 
     @property
+    def k_width(self) -> int:
+        """Numbers of the KV dtype that one head's K takes in a plane: of int8 its scale too."""
+        return self.head_dim + (INT8_SCALE_BYTES if self.dtype == "int8" else 0)
+
+    @property
+    def v_width(self) -> int:
+        """As `k_width`, of V."""
+        return self.v_head_dim + (INT8_SCALE_BYTES if self.dtype == "int8" else 0)
+
+    @property
     def k_bytes_per_slot_layer(self) -> int:
         """Bytes of one token's K in one layer (one plane)."""
-        return self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return self.kv_heads * self.k_width * DTYPE_BYTES[self.dtype]
 
     @property
     def v_bytes_per_slot_layer(self) -> int:
         """Bytes of one token's V in one layer (one plane)."""
-        return self.kv_heads * self.v_head_dim * DTYPE_BYTES[self.dtype]
+        return self.kv_heads * self.v_width * DTYPE_BYTES[self.dtype]
 
     def bytes_per_slot(self, group: GroupId) -> int:
         """Bytes of one token over all layers of `group`, K and V."""

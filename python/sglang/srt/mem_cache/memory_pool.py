@@ -152,7 +152,7 @@ class MHATokenToKVPool:
         self.dtype = KV_TORCH_DTYPES[spec.dtype]
         self._group_of_layer = spec.group_of_layer()
         self._take_planes(backing)
-        self._is_fp8 = self.dtype.itemsize == 1
+        self._is_byte = self.dtype.itemsize == 1
         self._runtime: DeviceRuntime = CpuRuntime()
         self._native_planes: dict[int, Any] = {}  # of layers that stored scattered slots
         self._last_loc: torch.Tensor | None = None
@@ -180,7 +180,10 @@ class MHATokenToKVPool:
         self._runtime.synchronize()
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor | SegmentPlane:
-        """Keys of one layer, [S, G, D] in the KV dtype, zero-copy over all slots."""
+        """Keys of one layer, [S, G, D] in the KV dtype, zero-copy over all slots.
+
+        Of int8 D + 4, see `pack_int8`; the same holds for values.
+        """
         return self._keys[layer_id]
 
     def get_value_buffer(self, layer_id: int) -> torch.Tensor | SegmentPlane:
@@ -224,8 +227,8 @@ class MHATokenToKVPool:
         """Write slots that stand apart; `_pieces_of` has seen that they exist."""
         kernels = None if self._runtime.is_async else native_kernels()
         if kernels is not None:
-            # The kernel rounds to fp8 itself, so that a tape can.
-            if not self._is_fp8 or k.dtype != v.dtype:
+            # The kernel rounds to bytes itself, so that a tape can.
+            if not self._is_byte or k.dtype != v.dtype:
                 k, v = round_to(k, self.dtype), round_to(v, self.dtype)
             planes = self._native_planes.get(layer_id)
             if planes is None:
@@ -250,14 +253,14 @@ class MHATokenToKVPool:
     def _pieces_of(self, loc: torch.Tensor, num_slots: int) -> list[Piece] | None:
         """(first row, first slot, count) of the ranges in `loc`, None when there are too many.
 
-        None too where the kernel that scatters is the one that rounds to fp8 fast.
+        None too where the kernel that scatters is the one that rounds to bytes fast.
         Raises InvariantError, once a step, when slots are not below `num_slots`.
         """
         if loc is not self._last_loc:
             kernels = native_kernels()
             if kernels is not None and kernels.is_recording():
                 return None  # where they stand will be another matter when the tape is played
-            scatters = self._is_fp8 and kernels is not None
+            scatters = self._is_byte and kernels is not None
             pieces = None if scatters else _find_pieces(loc)
             if pieces is None or any(slot + count > num_slots for _, slot, count in pieces):
                 _check_slots(loc, num_slots)

@@ -121,7 +121,7 @@ def test_queries_of_another_type_than_the_cache() -> None:
     torch.testing.assert_close(out.double(), case.reference(), rtol=0, atol=3e-2)
 
 
-@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2", "int8"])
 @pytest.mark.parametrize(
     ("q_dtype", "atol"), [(torch.float32, 4e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
 )

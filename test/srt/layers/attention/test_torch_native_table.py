@@ -44,7 +44,7 @@ class TablePool:
         self.planes: dict[tuple[int, str], SegmentPlane] = {}
         segments = -(-num_slots // segment_slots)
         for layer in range(spec.num_layers):
-            for name, width in (("k", spec.head_dim), ("v", spec.v_head_dim)):
+            for name, width in (("k", spec.k_width), ("v", spec.v_width)):
                 plane = SegmentPlane(
                     (segments * segment_slots, spec.kv_heads, width),
                     slots_per_segment=segment_slots,
@@ -54,7 +54,11 @@ class TablePool:
                 )
                 for segment in range(segments):
                     shape = (segment_slots, spec.kv_heads, width)
-                    plane.attach(segment, torch.full(shape, float("nan"), dtype=plane.dtype))
+                    if plane.dtype == torch.int8:
+                        part = torch.full(shape, -1, dtype=plane.dtype)  # a scale of NaN
+                    else:
+                        part = torch.full(shape, float("nan"), dtype=plane.dtype)
+                    plane.attach(segment, part)
                 self.planes[layer, name] = plane
 
     def get_key_buffer(self, layer: int) -> SegmentPlane:
@@ -201,7 +205,7 @@ def test_gathered_pages_come_in_the_order_asked() -> None:
     assert plane[torch.tensor([23, 0, 8, 9])].flatten().tolist() == [23.0, 0.0, 8.0, 9.0]
 
 
-@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2", "int8"])
 @pytest.mark.parametrize("run_pages", [[], [1], [1, 3, 40]])
 def test_fp8_cache(dtype: str, run_pages: list[int]) -> None:
     lengths = [(300, 1), (0, 130), (290, 40), (33, 1), (31, 1), (29, 1)]

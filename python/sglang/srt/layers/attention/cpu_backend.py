@@ -68,7 +68,7 @@ class CpuAttnBackend(TorchNativeAttnBackend):
         self._kernels = kernels
         self._pairs_per_call = pairs_per_call
         kv_dtype = KV_TORCH_DTYPES[spec.dtype]
-        # What queries are computed in; None: as they come, over K and V of fp8.
+        # What queries are computed in; None: as they come, over K and V of a byte.
         self._dtype = None if kv_dtype.itemsize == 1 else kv_dtype
         self._serves = kernels.serves_attention(
             self._dtype or torch.float32, spec.head_dim, spec.v_head_dim, kv_dtype

@@ -40,7 +40,7 @@ from sglang.srt.layers.attention.torch_native_plan import (
     make_layer_plan,
 )
 from sglang.srt.mem_cache.kv_layout import DTYPE_BYTES, MAX_SLOTS, KVCacheSpec
-from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane, raw
+from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane, raw, widen
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
 
 
@@ -108,9 +108,10 @@ class Output(NamedTuple):
 
 
 class TorchNativeAttnBackend(AttentionBackend):
-    """Attention on a CPU through torch alone; bf16, fp16, fp32 and fp8 K and V.
+    """Attention on a CPU through torch alone; bf16, fp16, fp32, fp8 and int8 K and V.
 
-    fp8 is widened to the type of the queries as it is read, so many rows at a time as a gather has.
+    What takes a byte is widened to the type of the queries as it is read, so many rows at a time as
+    a gather has.
     """
 
     name: ClassVar[str] = "torch_native"
@@ -118,7 +119,7 @@ class TorchNativeAttnBackend(AttentionBackend):
 
     def __init__(self, spec: KVCacheSpec, tuning: TorchNativeTuning | None = None) -> None:
         super().__init__(spec)
-        self._is_fp8 = DTYPE_BYTES[spec.dtype] == 1
+        self._is_byte = DTYPE_BYTES[spec.dtype] == 1
         self._tuning = tuning or TorchNativeTuning()
         # Gather buffers of K and V, grown to what was needed; used within one piece only.
         self._scratch: dict[str, torch.Tensor] = {}
@@ -136,7 +137,7 @@ class TorchNativeAttnBackend(AttentionBackend):
         *,
         rows_pruned: bool,
     ) -> torch.Tensor:
-        """See `AttentionBackend.forward`. Scores are in the KV dtype, over fp8 in that of q."""
+        """See `AttentionBackend.forward`. Scores are in the KV dtype, over bytes in that of q."""
         out = Output.of_layer(layer, q.shape[0], self._dtype_of(q, layer, forward_batch))
         self._attend(q, layer, forward_batch, rows_pruned, out)
         if layer.sinks is not None and out.lse is not None:
@@ -168,7 +169,7 @@ class TorchNativeAttnBackend(AttentionBackend):
         """What scores are computed in."""
         pool = forward_batch.token_to_kv_pool
         kv_dtype: torch.dtype = pool.get_key_buffer(layer.layer_id).dtype
-        return q.dtype if self._is_fp8 else kv_dtype
+        return q.dtype if self._is_byte else kv_dtype
 
     def _attend(
         self,
@@ -207,10 +208,10 @@ class TorchNativeAttnBackend(AttentionBackend):
         tuning, heads = self._tuning, layer.num_heads
         k_bytes = layer.num_kv_heads * layer.head_dim * DTYPE_BYTES[self.spec.dtype]
         widest = layer.num_kv_heads * max(layer.head_dim, layer.v_head_dim)
-        # fp8 counts as what it may be widened to, and is not read in place.
-        row_bytes = widest * (4 if self._is_fp8 else DTYPE_BYTES[self.spec.dtype])
+        # A byte counts as what it may be widened to, and is not read in place.
+        row_bytes = widest * (4 if self._is_byte else DTYPE_BYTES[self.spec.dtype])
         gather_tokens = tuning.gather_bytes // row_bytes
-        query_block, max_keys = tuning.query_block, gather_tokens if self._is_fp8 else MAX_SLOTS
+        query_block, max_keys = tuning.query_block, gather_tokens if self._is_byte else MAX_SLOTS
         # A batch of fewer than four queries saves little.
         batch_tokens = gather_tokens // 4 if k_bytes <= tuning.batch_row_bytes else 0
         pair_budget = tuning.piece_work // (heads * (layer.head_dim + layer.v_head_dim))
@@ -241,9 +242,9 @@ class TorchNativeAttnBackend(AttentionBackend):
         queries = heads[batch.rows]
         planes = []
         for plane, which in ((k, "k"), (v, "v")):
-            gathered = self._gather(plane, batch.pages, which).to(heads.dtype)
+            gathered = widen(self._gather(plane, batch.pages, which), heads.dtype)
             gathered.index_fill_(0, batch.padding, 0.0)
-            planes.append(gathered.view(len(queries), -1, *plane.shape[1:]).transpose(1, 2))
+            planes.append(gathered.view(len(queries), -1, *gathered.shape[1:]).transpose(1, 2))
         mask = batch.mask.expand(-1, -1, queries.shape[2], -1)
         part = flash_attention(queries, planes[0], planes[1], layer.scaling, mask=mask)
         out.put(batch.rows, [part])
@@ -258,9 +259,9 @@ class TorchNativeAttnBackend(AttentionBackend):
         out: Output,
     ) -> None:
         """One query against one slot run each, with as little Python as possible."""
-        if _needs_dense(layer):
+        if _needs_dense(layer) or k.dtype is torch.int8:
             for row, first, count in work.singles:
-                keys, values = (x.narrow(0, first, count).to(heads.dtype) for x in (k, v))
+                keys, values = (widen(x.narrow(0, first, count), heads.dtype) for x in (k, v))
                 part = partial_attention(
                     heads[row : row + 1],
                     keys,
@@ -299,8 +300,8 @@ class TorchNativeAttnBackend(AttentionBackend):
             total.add(
                 partial_attention(
                     heads,
-                    self._keys(k, piece, "k").to(heads.dtype),
-                    self._keys(v, piece, "v").to(heads.dtype),
+                    widen(self._keys(k, piece, "k"), heads.dtype),
+                    widen(self._keys(v, piece, "v"), heads.dtype),
                     layer.scaling,
                     causal=piece.visibility is Visibility.CAUSAL,
                     mask=self._mask(layer, item, piece),

@@ -21,7 +21,7 @@ from sglang.srt.layers.attention.torch_native_backend import (
 )
 from sglang.srt.layers.attention.torch_native_plan import LayerPlan, PieceLimits
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
-from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane
+from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane, widen
 
 
 class SegmentTableAttnBackend(TorchNativeAttnBackend):
@@ -52,8 +52,8 @@ class SegmentTableAttnBackend(TorchNativeAttnBackend):
         for row, first, count in work.singles:
             part = partial_attention(
                 heads[row : row + 1],
-                k.narrow(0, first, count).to(heads.dtype),
-                v.narrow(0, first, count).to(heads.dtype),
+                widen(k.narrow(0, first, count), heads.dtype),
+                widen(v.narrow(0, first, count), heads.dtype),
                 layer.scaling,
                 logit_cap=layer.logit_cap,
             )

@@ -34,6 +34,7 @@ KV_TORCH_DTYPES: Final = MappingProxyType(
         "float16": torch.float16,
         "fp8_e4m3": torch.float8_e4m3fn,
         "fp8_e5m2": torch.float8_e5m2,
+        "int8": torch.int8,
     }
 )
 

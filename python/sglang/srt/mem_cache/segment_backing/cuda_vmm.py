@@ -182,7 +182,7 @@ class CudaVmmBacking:
         if self._spec is None:
             raise InvariantError("the backing has not been reserved")
         where = next(p for p in self._planes if p.layer == layer and p.plane is plane)
-        width = self._spec.head_dim if plane is Plane.KEY else self._spec.v_head_dim
+        width = self._spec.k_width if plane is Plane.KEY else self._spec.v_width
         raw = self._make_tensor(where.address, where.length)
         shape = (self._layouts[where.group].num_slots, self._spec.kv_heads, width)
         return raw.view(KV_TORCH_DTYPES[self._spec.dtype]).view(shape)

@@ -162,7 +162,7 @@ class MmapBacking:
         if self._spec is None:
             raise InvariantError("the backing has not been reserved")
         where = next(p for p in self._planes if p.layer == layer and p.plane is plane)
-        width = self._spec.head_dim if plane is Plane.KEY else self._spec.v_head_dim
+        width = self._spec.k_width if plane is Plane.KEY else self._spec.v_width
         memory = (ctypes.c_char * where.length).from_address(where.address)
         flat = torch.frombuffer(memory, dtype=KV_TORCH_DTYPES[self._spec.dtype])
         return flat.view(self._layouts[where.group].num_slots, self._spec.kv_heads, width)

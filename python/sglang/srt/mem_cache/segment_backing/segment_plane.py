@@ -32,16 +32,39 @@ def round_to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`x` in the KV dtype; what is beyond the largest number of fp8 becomes that number.
 
     NaN stays NaN. torch alone would make NaN or infinity of it, which one later query after another
-    would spread.
+    would spread. Of int8 x [*, D] becomes rows [*, D + 4], see `pack_int8`.
     """
+    if dtype is torch.int8:
+        return x if x.dtype is torch.int8 else pack_int8(x)
     if x.dtype != dtype and dtype.itemsize == 1:
         most = torch.finfo(dtype).max
         x = x.clamp(-most, most)
     return x.to(dtype)
 
 
+def pack_int8(x: torch.Tensor) -> torch.Tensor:
+    """Heads [*, D] as int8 [*, D + 4]: multiples of their largest over 127, then that as float32.
+
+    A head with a NaN is NaN as a whole; infinity is the largest finite number.
+    """
+    wide = x.float()
+    most = torch.finfo(torch.float32).max
+    scale = wide.abs().amax(-1, keepdim=True).clamp(max=most) / 127
+    codes = (wide / scale).nan_to_num(0.0).round().clamp(-127, 127)
+    codes = torch.where(scale > 0, codes, 0.0).to(torch.int8)
+    return torch.cat([codes, scale.contiguous().view(torch.int8)], -1)
+
+
+def widen(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers of a plane in `dtype`: rows [*, D + 4] of int8 as [*, D], others as [*, D]."""
+    if x.dtype is not torch.int8:
+        return x.to(dtype)
+    scale = x[..., -4:].contiguous().view(torch.float32)
+    return (x[..., :-4].float() * scale).to(dtype)
+
+
 def raw(x: torch.Tensor) -> torch.Tensor:
-    """`x` as it is copied: fp8 as bytes, since torch moves any dtype so and a copy never rounds."""
+    """`x` as it is copied: fp8 and int8 as bytes, so that torch moves them and never rounds."""
     return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 

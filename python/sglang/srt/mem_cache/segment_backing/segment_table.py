@@ -58,7 +58,7 @@ class SegmentTableBacking:
         planes: dict[tuple[int, Plane], SegmentPlane] = {}
         for layout in layouts:
             for layer in spec.groups[layout.group].layers:
-                for plane, width in zip(Plane, (spec.head_dim, spec.v_head_dim), strict=True):
+                for plane, width in zip(Plane, (spec.k_width, spec.v_width), strict=True):
                     made = SegmentPlane(
                         (layout.num_slots, spec.kv_heads, width),
                         slots_per_segment=layout.slots_per_segment,

@@ -126,7 +126,7 @@ def _commit_plane(
     spec: KVCacheSpec, layout: SegmentLayout, plane: Plane, device: torch.device
 ) -> torch.Tensor:
     """One plane [S, G, D], page 0 and all segments but segment 0 written with zeros in pieces."""
-    width = spec.head_dim if plane is Plane.KEY else spec.v_head_dim
+    width = spec.k_width if plane is Plane.KEY else spec.v_width
     shape = (layout.num_slots, spec.kv_heads, width)
     if device.type != "cpu":
         return torch.zeros(shape, dtype=KV_TORCH_DTYPES[spec.dtype], device=device)
