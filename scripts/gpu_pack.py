@@ -44,10 +44,11 @@ NEEDED = (
     "tqdm",
     "typing-extensions",
     "uvicorn",
+    "uvloop",
 )
 # Used where they are there: the driver's calls (torch for CUDA brings them, too), tokenizer files.
 # Version 12 of the bindings talks to drivers of CUDA 12 and 13.
-WISHED = ("cuda-bindings<13", "cuda-pathfinder", "sentencepiece", "protobuf", "uvloop")
+WISHED = ("cuda-bindings<13", "cuda-pathfinder", "sentencepiece", "protobuf")
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux2014_x86_64", "manylinux_2_17_x86_64")
 
 

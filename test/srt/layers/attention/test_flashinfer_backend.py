@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,12 @@ from sglang.srt.layers.attention.flashinfer_backend import (
     LayerKind,
     make_sequences,
 )
+from sglang.srt.layers.attention.flashinfer_table import FlashInferTableBackend, split_sequences
 from sglang.srt.layers.attention.registry import get_attention_backend
 from sglang.srt.layers.attention.torch_device_backend import TorchDeviceAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+from srt.layers.attention.test_torch_native_table import pool_of
 from srt.layers.attention_cases import Case, FakeTable, make_layer, make_spec, make_tables
 
 ATOL = {"bfloat16": 3e-2, "float16": 4e-3, "fp8_e4m3": 3e-2}
@@ -39,6 +42,7 @@ class FakeWrapper:
 
     def plan(self, *tables: Any, **options: Any) -> None:
         self.num_plans += 1
+        self.causal = True
         *arrays, heads, kv_heads, dim, page_size = tables
         for array in arrays:
             assert array.dtype is torch.int32
@@ -47,7 +51,7 @@ class FakeWrapper:
             rows = torch.arange(len(indptr), dtype=torch.int32)
         else:
             rows, indptr, indices, last = arrays
-            assert options.pop("causal") is True
+            self.causal = options.pop("causal")
         assert (last >= 1).all()
         assert (last <= page_size).all()
         assert set(options) == {
@@ -86,7 +90,7 @@ class FakeWrapper:
                 scores = cap * torch.tanh(scores / cap)
             at = torch.arange(count - len(queries), count).unsqueeze(1)
             key_at = torch.arange(count)
-            visible = key_at <= at
+            visible = (key_at <= at) | (not self.causal)
             if self.options["window_left"] >= 0:
                 visible &= at - key_at <= self.options["window_left"]
             scores = scores.masked_fill(~visible, float("-inf"))
@@ -108,6 +112,20 @@ class FakeWrappers:
     def prefill(self, device: torch.device) -> FakeWrapper:
         self.made.append(FakeWrapper(False))
         return self.made[-1]
+
+
+def check_on_segments(case: Case, segment_pages: int) -> None:
+    """The same case with K and V in segments anywhere."""
+    atol = ATOL[case.spec.dtype]
+    tokens = segment_pages * case.spec.page_size
+    table = replace(case, make_pool=pool_of(tokens))
+    backend = FlashInferTableBackend(case.spec, (tokens,), FakeWrappers())
+    out = table.run(backend)
+    torch.testing.assert_close(out.double(), table.reference(), rtol=0, atol=atol)
+    if len(case.logits_rows):
+        rows = torch.tensor(case.logits_rows)
+        pruned = table.run(backend, pruned=True).double()
+        torch.testing.assert_close(pruned, table.reference()[rows], rtol=0, atol=atol)
 
 
 def check(case: Case) -> None:
@@ -152,6 +170,29 @@ def cases(draw: st.DrawFn) -> Case:
 @given(case=cases())
 def test_equals_dense_attention(case: Case) -> None:
     check(case)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases(), segment_pages=st.sampled_from([1, 2, 5, 100]))
+def test_segments_equal_dense_attention(case: Case, segment_pages: int) -> None:
+    check_on_segments(case, segment_pages)
+
+
+def test_runs_of_a_segment_table() -> None:
+    spec = make_spec(page_size=4)
+    lengths = [(20, 3), (6, 1)]
+    geometry = Case(spec, lengths, make_tables(lengths, 4, []), make_layer(spec)).geometry()
+    found = make_sequences(geometry, kind_of())  # pages 1 to 6, and 7 and 8
+    runs = split_sequences(found, 4, 4, gathered=False)
+    assert [run.segment for run in runs] == [0, 1, None]
+    assert [run.rows.tolist() for run in runs] == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
+    assert runs[0].parts.pages.tolist() == [1, 2, 3]
+    assert runs[1].parts.pages.tolist() == [0, 1, 3]  # pages 4 and 5 of one, 7 of the other
+    assert runs[1].parts.last.tolist() == [4, 4]
+    assert runs[2].parts.pages.tolist() == [6, 8]
+    assert runs[2].parts.last.tolist() == [3, 3]
+    (all_gathered,) = split_sequences(found, 4, 4, gathered=True)
+    assert all_gathered.segment is None
 
 
 def test_a_table_whose_head_was_dropped() -> None:

@@ -133,6 +133,19 @@ class LayerKind(NamedTuple):
     logit_cap: float
     scaling: float
 
+    @classmethod
+    def of(cls, group: int, layer: AttentionLayer, *, pruned: bool) -> LayerKind:
+        """The kind of a layer whose slots are those of `group`."""
+        return cls(
+            group,
+            layer.sliding_window,
+            layer.attention_chunk,
+            pruned,
+            layer.num_heads,
+            layer.logit_cap,
+            layer.scaling,
+        )
+
 
 class Sequences(NamedTuple):
     """A step's queries as sequences, on the host.
@@ -172,7 +185,7 @@ class FlashInferAttnBackend(AttentionBackend):
             raise ValueError("attention backend flashinfer computes in 16 bits; use --dtype")
         if spec.v_head_dim != spec.head_dim:
             raise ValueError("attention backend flashinfer wants K and V heads of one width")
-        self._wrappers = wrappers or FlashInferWrappers()
+        self.wrappers = wrappers or FlashInferWrappers()
         # A wrapper's buffers are those of its last plan, which work in flight may read in order.
         self._made: dict[tuple[LayerKind, bool], DecodeWrapper | PrefillWrapper] = {}
 
@@ -193,8 +206,7 @@ class FlashInferAttnBackend(AttentionBackend):
         if len(q) == 0:
             return q.new_empty(0, layer.num_heads * layer.v_head_dim)
         pool = forward_batch.token_to_kv_pool
-        computed = q.dtype if self._kv_dtype.itemsize == 1 else self._kv_dtype
-        heads = q.view(-1, layer.num_heads, layer.head_dim).to(computed)
+        heads = self.computed(q, layer)
         wrapper = self._planned(forward_batch.attn_plan, layer, rows_pruned, heads)
         size = self.spec.page_size
         planes = tuple(
@@ -211,18 +223,29 @@ class FlashInferAttnBackend(AttentionBackend):
         flat: torch.Tensor = out.flatten(1).to(q.dtype)
         return flat
 
+    def computed(self, q: torch.Tensor, layer: AttentionLayer) -> torch.Tensor:
+        """The queries [R, H, D] in the type that is computed in."""
+        dtype = q.dtype if self._kv_dtype.itemsize == 1 else self._kv_dtype
+        return q.view(-1, layer.num_heads, layer.head_dim).to(dtype)
+
+    def shape(self, kind: LayerKind) -> tuple[int, int, int, int]:
+        """What a plan is told of heads and pages."""
+        return (kind.num_heads, self.spec.kv_heads, self.spec.head_dim, self.spec.page_size)
+
+    def options(self, kind: LayerKind, q_dtype: torch.dtype) -> dict[str, Any]:
+        """The keywords of a plan, `causal` aside."""
+        return {
+            "window_left": -1 if kind.window is None else kind.window - 1,
+            "logits_soft_cap": kind.logit_cap if kind.logit_cap > 0.0 else None,
+            "sm_scale": kind.scaling,
+            "q_data_type": q_dtype,
+            "kv_data_type": self._kv_dtype,
+        }
+
     def _planned(
         self, plan: FlashInferPlan, layer: AttentionLayer, pruned: bool, heads: torch.Tensor
     ) -> DecodeWrapper | PrefillWrapper:
-        kind = LayerKind(
-            self.group_of_layer[layer.layer_id],
-            layer.sliding_window,
-            layer.attention_chunk,
-            pruned,
-            layer.num_heads,
-            layer.logit_cap,
-            layer.scaling,
-        )
+        kind = LayerKind.of(self.group_of_layer[layer.layer_id], layer, pruned=pruned)
         if kind not in plan.planned:
             plan.planned[kind] = self._plan_kind(plan.geometry, kind, heads)
         return plan.planned[kind]
@@ -236,14 +259,7 @@ class FlashInferAttnBackend(AttentionBackend):
         rows, indptr, last = (
             torch.from_numpy(part) for part in (found.rows, found.indptr, found.last)
         )
-        options: dict[str, Any] = {
-            "window_left": -1 if kind.window is None else kind.window - 1,
-            "logits_soft_cap": kind.logit_cap if kind.logit_cap > 0.0 else None,
-            "sm_scale": kind.scaling,
-            "q_data_type": heads.dtype,
-            "kv_data_type": self._kv_dtype,
-        }
-        shape = (kind.num_heads, self.spec.kv_heads, self.spec.head_dim, self.spec.page_size)
+        options, shape = self.options(kind, heads.dtype), self.shape(kind)
         if (np.diff(found.rows) == 1).all():
             decode: Any = self._wrapper(kind, True, heads.device)
             decode.plan(indptr, pages, last, *shape, **options)
@@ -258,7 +274,7 @@ class FlashInferAttnBackend(AttentionBackend):
         key = (kind, single)
         if key not in self._made:
             make: Callable[[torch.device], DecodeWrapper | PrefillWrapper] = (
-                self._wrappers.decode if single else self._wrappers.prefill
+                self.wrappers.decode if single else self.wrappers.prefill
             )
             self._made[key] = make(device)
         return self._made[key]

@@ -9,6 +9,7 @@ from sglang.srt.layers.attention.flashinfer_backend import (
     FlashInferAttnBackend,
     has_flashinfer,
 )
+from sglang.srt.layers.attention.flashinfer_table import FlashInferTableBackend
 from sglang.srt.layers.attention.kv_parallel_backend import KVParallelAttnBackend
 from sglang.srt.layers.attention.torch_device_backend import TorchDeviceAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -95,7 +96,9 @@ def make_attention_backend(
 def _make_reader(backend: type[AttentionBackend], pool: MHATokenToKVPool) -> AttentionBackend:
     if pool.contiguous or issubclass(backend, TritonAttnBackend):
         return backend(pool.spec)
+    segment_tokens = tuple(layout.slots_per_segment for layout in pool.layouts)
     if issubclass(backend, TorchNativeAttnBackend):
-        segment_tokens = tuple(layout.slots_per_segment for layout in pool.layouts)
         return SegmentTableAttnBackend(pool.spec, segment_tokens)
+    if issubclass(backend, FlashInferAttnBackend):
+        return FlashInferTableBackend(pool.spec, segment_tokens)
     raise ValueError(f"attention backend {backend.name} needs contiguous KV memory")

@@ -162,6 +162,7 @@ class SegmentPlane:
             else:
                 assert isinstance(rows, torch.Tensor)
                 assert isinstance(local, torch.Tensor)
+                rows, local = rows.to(self.device), local.to(self.device)
                 target.index_copy_(0, rows, paged.index_select(0, local))
 
     def store(self, parts: list[SegmentPart], source: torch.Tensor) -> None:
