@@ -69,6 +69,24 @@ def test_a_second_round_hits_the_cache(model: Model) -> None:
         assert cached["r5"] >= 80
 
 
+def test_prefixes_that_part_inside_a_page_change_no_token(model: Model) -> None:
+    """Alone a rank copies what a cached page begins with; that page may be another rank's here."""
+    path, _, _ = model
+    common = [(11 * i + 3) % VOCAB for i in range(76)]
+    prompts = [[*common, *range(n, n + 9)] for n in range(20, 60, 10)]
+
+    def one_by_one(engine: DeviceTower) -> list[list[int]]:
+        for number, prompt in enumerate(prompts):
+            engine.send(f"r{number}", prompt, max_new_tokens=NEW_TOKENS)
+            engine.run()
+        return [engine.output(f"r{number}") for number in range(len(prompts))]
+
+    with tower(path, page_size=16) as engine:
+        expected = one_by_one(engine)
+    with rank_towers(4, path, kv_parallel_size=4, page_size=16) as ranks:
+        assert ranks.run(one_by_one) == expected
+
+
 def test_retraction_changes_no_token(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     path, expected, budget = model
     # Counting almost nothing of the answers overcommits on purpose.
