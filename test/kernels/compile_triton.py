@@ -24,11 +24,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sgl_kernel.triton.attention import launch_sizes
 from sgl_kernel.triton.kernels.attention import merge_parts_kernel, paged_attention_kernel
 from sgl_kernel.triton.kernels.moe import grouped_linear_kernel, sum_pairs_kernel
 from sgl_kernel.triton.kernels.rows import gate_kernel, rms_norm_kernel, route_kernel
 from sgl_kernel.triton.kernels.store import rotate_and_store_kernel
 from sgl_kernel.triton.launch import FP_FUSION, TRITON_TYPES, power_of_two
+from sgl_kernel.triton.work import Tile
 
 POINTERS = {
     **dict.fromkeys(("part_ptr", "part_lse_ptr", "lse_ptr", "sinks_ptr"), "*fp32"),
@@ -87,8 +89,8 @@ def compile_attention(
     }
     plane = "*i64" if segmented else f"*{kv_type}"
     types = {"k_ptr": plane, "v_ptr": plane, **dict.fromkeys(("q_ptr", "out_ptr"), f"*{q_type}")}
-    wide = dim * getattr(torch, q).itemsize > 256
-    options = {"num_warps": 4 if rows <= 64 else 8, "num_stages": 2 if wide else 3}
+    tile, dtype = Tile(rows, keys), getattr(torch, q if kv.startswith("float8") else kv)
+    options = launch_sizes(tile, dim, v_dim, dtype)
     return compiled(paged_attention_kernel, constants, types, options)
 
 

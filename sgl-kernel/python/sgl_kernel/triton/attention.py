@@ -103,7 +103,16 @@ def default_tiles(
     small = Tile(max(16, power_of_two(group)), 64 if width <= 256 else 32)
     if width <= 256:
         return small, Tile(max(128, small.rows), 64)
-    return small, Tile(max(64, small.rows), 64 if width <= 512 else 32)
+    return small, Tile(max(64, small.rows), 32)
+
+
+def launch_sizes(tile: Tile, head_dim: int, v_head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Warps that hold a tile's sums in their registers, and stages of loads ahead of arithmetic."""
+    sums = tile.rows * power_of_two(v_head_dim)
+    return {
+        "num_warps": 4 if sums <= 64 * 128 else 8,
+        "num_stages": 3 if head_dim * dtype.itemsize <= 256 else 2,
+    }
 
 
 def paged_attention(
@@ -180,8 +189,7 @@ def paged_attention(
             COMPUTE_TYPE=TRITON_TYPES[compute],
             DOT_TYPE=TRITON_TYPES[torch.float32 if is_interpreted() else compute],
             PRECISION="ieee" if compute is torch.float32 else "tf32",
-            num_warps=4 if tile.rows <= 64 else 8,
-            num_stages=3 if head_dim * compute.itemsize <= 256 else 2,
+            **launch_sizes(tile, head_dim, v_head_dim, compute),
             **shared,
         )
     if len(work.merged):

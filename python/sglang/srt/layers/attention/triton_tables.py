@@ -40,10 +40,11 @@ class _Owner(weakref.ref[Int32Array]):
 class _Mirror:
     """Ids [begin, end) of a host range, which stand on the device from `place` on.
 
-    `source` is the array that owns the range; there is room for `room` ids.
+    `source` is the array that owns the range, from `address` on; there is room for `room` ids.
     """
 
     source: _Owner
+    address: int
     place: int
     room: int
     begin: int
@@ -87,12 +88,16 @@ class DeviceTables:
     def _locate(self, ids: Int32Array, new: _Upload) -> int:
         if not len(ids):
             return 0
-        owner = ids if ids.base is None or not isinstance(ids.base, np.ndarray) else ids.base
-        begin = (ids.ctypes.data - owner.ctypes.data) // _ID_BYTES
-        end = begin + len(ids)
+        base = ids.base
+        owner = base if isinstance(base, np.ndarray) else ids
+        address = ids.ctypes.data
         mirror = self._mirrors.get(id(owner))
         if mirror is None or mirror.source() is not owner:  # or another array had this number
+            begin = (address - owner.ctypes.data) // _ID_BYTES
             mirror = self._take(owner, begin, len(ids))
+        else:
+            begin = (address - mirror.address) // _ID_BYTES
+        end = begin + len(ids)
         if not mirror.begin <= begin <= mirror.end or end - mirror.begin > mirror.room:
             mirror = self._take(owner, begin, len(ids))
         first = mirror.end
@@ -109,7 +114,7 @@ class DeviceTables:
         place = self._place(room)
         source = _Owner(owner, self._ended.append)
         source.number = id(owner)
-        mirror = _Mirror(source, place, room, begin, begin)
+        mirror = _Mirror(source, owner.ctypes.data, place, room, begin, begin)
         if source.number in self._mirrors:
             self._leaving.append(self._mirrors[source.number])
         self._mirrors[source.number] = mirror
