@@ -83,7 +83,7 @@ def test_two_replicas_answer_as_one_model_until_one_dies(model: str, short_tmp: 
         # each has a cache of its own; a request may say where it wants to go
         answers = [ask(server, prompts[3], routed_dp_rank=rank) for rank in (0, 1, 0, 1)]
         assert [answer["meta_info"]["dp_rank"] for answer in answers] == [0, 1, 0, 1]
-        assert all(answer["meta_info"]["cached_tokens"] == 640 for answer in answers[2:])
+        assert all(answer["meta_info"]["cached_tokens"] >= 640 for answer in answers[2:])
         refused = server.post("/generate", {"input_ids": [1], "routed_dp_rank": 2})
         assert (refused.status_code, "routed_dp_rank 2" in refused.text) == (400, True)
 
@@ -183,4 +183,5 @@ def test_prefixes_are_followed(model: str, short_tmp: Path) -> None:
         for _ in range(2):
             for prompt, rank in zip(prompts, first, strict=True):
                 info = ask(server, [*prompt, 7])["meta_info"]
-                assert (info["dp_rank"], info["cached_tokens"]) == (rank, 256)
+                assert info["dp_rank"] == rank
+                assert info["cached_tokens"] >= 256
