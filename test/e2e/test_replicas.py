@@ -183,4 +183,5 @@ def test_prefixes_are_followed(model: str, short_tmp: Path) -> None:
         for _ in range(2):
             for prompt, rank in zip(prompts, first, strict=True):
                 info = ask(server, [*prompt, 7])["meta_info"]
-                assert (info["dp_rank"], info["cached_tokens"]) == (rank, 256)
+                assert info["dp_rank"] == rank
+                assert info["cached_tokens"] >= 256
