@@ -188,7 +188,7 @@ def test_model_overrides_are_an_object() -> None:
         (["--device", "cuda", "--kv-backing", "mmap"], "--kv-backing mmap is memory of the host"),
         (["--device", "cuda", "--kv-cache-dtype", "int8"], "read by the backends of a CPU"),
         (["--attention-backend", "triton", "--kv-cache-dtype", "int8"], "take an fp8 one"),
-        (["--device", "cuda", "--tp-size", "2"], "--tp-size: several ranks compute on"),
+        (["--device", "cuda", "--kv-parallel-size", "2"], "--kv-parallel-size spreads KV on"),
         (["--disable-radix-cache", "--max-cached-tokens", "5"], "drop --disable-radix-cache"),
         (["--disable-radix-cache", "--schedule-policy", "lpm"], "drop --disable-radix-cache"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),

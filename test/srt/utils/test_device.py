@@ -101,9 +101,11 @@ def test_a_cuda_runtime_has_a_stream_of_its_own() -> None:
 def test_no_device() -> None:
     with pytest.raises(ValueError, match="finds no CUDA device"):
         CudaRuntime(cuda=FakeCuda(0))
-    with pytest.raises(ValueError, match="finds no CUDA device"):
+    with pytest.raises(ValueError, match="finds only 1 of 2 CUDA devices"):
         CudaRuntime(1, cuda=FakeCuda(1))
     assert make_runtime("cpu").device.type == "cpu"
+    second = make_runtime("cuda", 1, lambda index: CudaRuntime(index, cuda=FakeCuda(2)))
+    assert second.device == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="cpu and cuda exist"):
         make_runtime("xpu")
 

@@ -58,8 +58,8 @@ def check_combinations(args: Any) -> None:
         raise ValueError("--kv-backing cuda_vmm needs a CUDA device, this is --device cpu")
     if args.kv_backing == "mmap" and args.device != "cpu":
         raise ValueError("--kv-backing mmap is memory of the host; --device cuda takes cuda_vmm")
-    if args.tp_size > 1 and args.device != "cpu":
-        raise ValueError("--tp-size: several ranks compute on --device cpu only, so far")
+    if args.kv_parallel_size > 1 and args.device != "cpu":
+        raise ValueError("--kv-parallel-size spreads KV on --device cpu only, so far")
     if args.kv_canary == "full" and args.kv_backing == "segment_table":
         raise ValueError("--kv-canary full reads a common range; segment_table takes chain")
     on_cpu = args.device == "cpu" and args.attention_backend not in ("triton", "flashinfer")

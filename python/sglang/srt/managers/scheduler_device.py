@@ -125,7 +125,7 @@ def plan_of_device(
     needs = DeviceNeeds(
         activation_tokens=prefill_chunk_tokens(args),
         graph_rows=max(sizes, default=0),
-        ranks=args.tp_size,
+        ranks=args.num_ranks,
         allocations=(("dump pages", fixed_bytes(spec, granule_bytes)), *beside),
     )
     plan = plan_device_memory(

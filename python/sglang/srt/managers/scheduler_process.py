@@ -41,6 +41,7 @@ from sglang.srt.managers.scheduler_setup import SchedulerParts, build_scheduler_
 from sglang.srt.managers.scheduler_start import agree_on_settings
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.channel import Receiver, Sender
+from sglang.srt.utils.device import make_runtime
 from sglang.srt.utils.process import set_up_child
 from sglang.srt.utils.progress import Progress
 from sglang.srt.utils.rendezvous import ALONE, RankPlace, Rendezvous
@@ -102,6 +103,8 @@ def run_scheduler_process(
     channel = SocketChannel(context, ipc) if place.tp_rank == 0 else SilentChannel()
     try:
         links, everyone = None, None
+        # First of all: what carries tensors between GPUs takes the one that is current.
+        runtime = make_runtime(server_args.device, place.device_index)
         if rendezvous is not None:
             connections = connect_ranks(
                 rendezvous,
@@ -113,7 +116,7 @@ def run_scheduler_process(
             links, everyone = connections.links, connections.everyone
             server_args = agree_on_settings(server_args, everyone)
         parts = build_scheduler_parts(
-            server_args, environ, progress, links, everyone=everyone, place=place
+            server_args, environ, progress, links, everyone=everyone, place=place, runtime=runtime
         )
     except (ValueError, OSError, MemoryError, BackingError, RankLostError) as error:
         _tell(ready_pipe, error, f"{error}")

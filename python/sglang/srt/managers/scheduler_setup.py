@@ -42,7 +42,7 @@ from sglang.srt.managers.scheduler_pool_plan import (
     kv_cache_spec,
     plan_pool,
 )
-from sglang.srt.managers.scheduler_start import agreed_memory
+from sglang.srt.managers.scheduler_start import agreed_device_plan, agreed_memory
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
 from sglang.srt.mem_cache.canary_perturb import Perturbation
@@ -136,7 +136,7 @@ def build_scheduler_parts(
         place = place or RankPlace(links.rank, links.size, num_here=links.size)
         everyone = everyone or links.control
     place = place or ALONE
-    runtime = runtime or make_runtime(args.device)
+    runtime = runtime or make_runtime(args.device, place.device_index)
     _set_threads(args, runtime, place.num_here)
     config = ModelConfig.from_path(
         args.model_path,
@@ -156,9 +156,13 @@ def build_scheduler_parts(
     damage = _perturbation(args, environ, spec)
     runtime.synchronize()  # the weights were copied elsewhere than on the compute stream
     backing = open_backing(args, runtime, debug_protect=environ.kv_debug_protect)
-    host = agreed_memory(everyone, place.num_here, runtime.read_memory)
-    device_plan = plan_of_device(
-        args, runtime, free_before, config, spec, backend_class, backing.granule_bytes
+    num_sharing = 1 if runtime.is_async else place.num_here  # a device is one scheduler's
+    host = agreed_memory(everyone, num_sharing, runtime.read_memory)
+    device_plan = agreed_device_plan(
+        everyone,
+        plan_of_device(
+            args, runtime, free_before, config, spec, backend_class, backing.granule_bytes
+        ),
     )
     min_slots = auto_min_slots(runtime)
     plan = plan_pool(args, spec, backing, host, requested, device_plan, min_slots)

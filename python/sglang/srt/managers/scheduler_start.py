@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.distributed.communicator import Communicator
+from sglang.srt.mem_cache.device_budget import DeviceMemoryPlan
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.host_memory import HostMemory
 
@@ -63,16 +64,28 @@ def _encoded(server_args: ServerArgs) -> bytes:
 
 
 def agreed_memory(
-    everyone: Communicator | None, num_here: int, read: Callable[[], HostMemory]
+    everyone: Communicator | None, num_sharing: int, read: Callable[[], HostMemory]
 ) -> HostMemory:
-    """What its machine has for one scheduler: the same on all, read once all have loaded.
+    """What its machine or device has for one scheduler: the same on all, read once all have loaded.
 
-    `everyone` None: there is no other. The `num_here` that share a machine get equal parts of what
-    is left there, and the least that any of them sees counts. Blocks until all have called.
+    `everyone` None: there is no other. The `num_sharing` that have one memory get equal parts of
+    what is left there, and the least that any of them sees counts. Blocks until all have called.
     """
     if everyone is None:
         return read()
     everyone.agree((0,))  # nobody's weights are still to come
     host = read()
-    total, available = everyone.agree((host.total_bytes, host.available_bytes // num_here))
+    total, available = everyone.agree((host.total_bytes, host.available_bytes // num_sharing))
     return HostMemory(total, available, host.bound_by)
+
+
+def agreed_device_plan(
+    everyone: Communicator | None, plan: DeviceMemoryPlan | None
+) -> DeviceMemoryPlan | None:
+    """A device's plan with the least budget of all schedulers; None where there is no device.
+
+    `everyone` None: there is no other. Blocks until all have called.
+    """
+    if everyone is None or plan is None:
+        return plan
+    return dataclasses.replace(plan, budget_bytes=everyone.agree((plan.budget_bytes,))[0])

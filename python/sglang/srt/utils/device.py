@@ -141,8 +141,10 @@ class CudaRuntime:
 
     def __init__(self, index: int = 0, *, cuda: Any = None) -> None:
         self._cuda = torch.cuda if cuda is None else cuda
-        if not self._cuda.is_available() or index >= self._cuda.device_count():
-            raise ValueError(f"--device cuda: torch {torch.__version__} finds no CUDA device")
+        found = self._cuda.device_count() if self._cuda.is_available() else 0
+        if index >= found:
+            which = f"only {found} of {index + 1} CUDA devices" if found else "no CUDA device"
+            raise ValueError(f"--device cuda: torch {torch.__version__} finds {which}")
         self.device = torch.device("cuda", index)
         self._cuda.set_device(index)
         self._stream = self._cuda.Stream(device=self.device)
@@ -245,11 +247,15 @@ def unpack(staging: torch.Tensor, places: Sequence[Place]) -> list[torch.Tensor]
 
 
 def make_runtime(
-    device: str, make_cuda: Callable[[], DeviceRuntime] = CudaRuntime
+    device: str, index: int = 0, make_cuda: Callable[[int], DeviceRuntime] = CudaRuntime
 ) -> DeviceRuntime:
-    """The runtime that `--device` names. Raises ValueError for a device that is not there."""
+    """The runtime that `--device` names, of several CUDA devices number `index`.
+
+    Side effect: that device is this process's current one. Raises ValueError for a device that is
+    not there.
+    """
     if device == "cpu":
         return CpuRuntime()
     if device == "cuda":
-        return make_cuda()
+        return make_cuda(index)
     raise ValueError(f"--device {device}: cpu and cuda exist")

@@ -43,6 +43,11 @@ class RankPlace:
         return self.first + self.tp_rank
 
     @property
+    def device_index(self) -> int:
+        """Which of its machine's GPUs it computes on: each scheduler there has one of its own."""
+        return self.number % self.num_here
+
+    @property
     def num_all(self) -> int:
         """How many schedulers the server has."""
         return self.dp_size * self.tp_size
