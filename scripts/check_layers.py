@@ -28,12 +28,11 @@ Row = tuple[int, str, str]
 TABLE: tuple[Row, ...] = (
     (0, "", "srt.errors, srt.environ < srt.utils.*"),
     (1, "", "srt.sampling.sampling_params < srt.managers.io_struct"),
-    (1, "", "srt.configs.flag_spec < srt.configs.door_args, srt.configs.flag_tables,"
-     " srt.configs.flag_parser"),
+    (1, "", "srt.configs.flag_spec < srt.configs.door_args, srt.configs.rank_args,"
+     " srt.configs.flag_tables, srt.configs.flag_parser"),
     (1, "", "srt.configs.kv_events_config < srt.configs.flag_checks"),
-    (1, "", "srt.configs.door_args, srt.configs.flag_tables, srt.configs.flag_parser,"
-     " srt.configs.flag_checks"
-     " < srt.server_args"),
+    (1, "", "srt.configs.door_args, srt.configs.rank_args, srt.configs.flag_tables,"
+     " srt.configs.flag_parser, srt.configs.flag_checks < srt.server_args"),
     (1, "", "srt.configs.gguf_file < srt.configs.gguf_config < srt.configs.model_config"),
     (1, "", "srt.configs.rope_config < srt.configs.model_traits"
      " < srt.configs.families.* < srt.configs.model_config"),

@@ -20,6 +20,7 @@ from sglang.srt.configs.door_args import DoorArgs
 from sglang.srt.configs.flag_checks import check_combinations
 from sglang.srt.configs.flag_spec import FlagSpec, derived, flag, specs_of
 from sglang.srt.configs.flag_tables import OTHER_FLAGS
+from sglang.srt.configs.rank_args import RankArgs
 from sglang.srt.utils.device_probe import detect_device
 from sglang.srt.utils.sizes import parse_bytes, parse_count, parse_count_or_auto
 
@@ -34,7 +35,7 @@ _DTYPE_NAMES = {"half": "float16", "float": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
-class ServerArgs(DoorArgs):
+class ServerArgs(RankArgs, DoorArgs):
     """All settings of a server or an engine, resolved and validated.
 
     Building one raises ValueError with one line when a value or a combination cannot be served.
@@ -109,78 +110,6 @@ class ServerArgs(DoorArgs):
         parse=int,
         default_text="one for each core that the process may use",
         metavar="N",
-        minimum=1,
-    )
-    tp_size: int = flag(
-        1,
-        "Tensor-parallel ranks, a process each.",
-        group=DEVICE,
-        aliases=("--tensor-parallel-size", "--tp"),
-        parse=int,
-        metavar="N",
-        minimum=1,
-    )
-    disable_custom_all_reduce: bool = flag(
-        False,
-        "Let ranks of one machine exchange small tensors over sockets too, not in shared memory.",
-        group=DEVICE,
-    )
-    kv_parallel_size: int = flag(
-        1,
-        "Ranks over which the KV of each request is spread, for each tensor-parallel rank. "
-        "Not in SGLang.",
-        group=DEVICE,
-        parse=int,
-        metavar="N",
-        minimum=1,
-    )
-    dp_size: int = flag(
-        1,
-        "Replicas of the model behind one port, each with ranks and memory of its own.",
-        group=DEVICE,
-        aliases=("--data-parallel-size", "--dp"),
-        parse=int,
-        metavar="N",
-        minimum=1,
-    )
-    load_balance_method: str = flag(
-        "round_robin",
-        "Which replica gets a request: the next, the one with the fewest requests, or the one "
-        "that has seen its prefix (not in SGLang) unless it is far busier than others.",
-        group=DEVICE,
-        choices=("auto", "round_robin", "shortest_queue", "cache_aware"),
-    )
-    nnodes: int = flag(
-        None,
-        "Nodes that share the ranks; the same command is started on each.",
-        group=DEVICE,
-        parse=int,
-        default_text="1, or as many processes as torchrun started",
-        metavar="N",
-        minimum=1,
-    )
-    node_rank: int = flag(
-        0,
-        "Which node this is; node 0 has the HTTP server.",
-        group=DEVICE,
-        parse=int,
-        metavar="N",
-        minimum=0,
-    )
-    dist_init_addr: str | None = flag(
-        None,
-        "Address and port of node 0 at which ranks meet, such as 10.0.0.1:5000.",
-        group=DEVICE,
-        aliases=("--nccl-init-addr",),
-        default_text="needed with several nodes only",
-        metavar="HOST:PORT",
-    )
-    dist_timeout: int = flag(
-        600,
-        "Seconds that a rank waits for the others, at start and in a step, before the server ends.",
-        group=DEVICE,
-        parse=int,
-        metavar="SECONDS",
         minimum=1,
     )
     random_seed: int = flag(
@@ -414,11 +343,6 @@ class ServerArgs(DoorArgs):
             value = getattr(self, name)
             object.__setattr__(self, name, _DTYPE_NAMES.get(value, value))
 
-    @property
-    def ranks_per_node(self) -> int:
-        """Schedulers that this node starts."""
-        return self.dp_size * self.num_ranks // self.nnodes
-
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> ServerArgs:
         """Build from Python keywords: SGLang's field names, text as a flag would take it.
@@ -427,11 +351,6 @@ class ServerArgs(DoorArgs):
         a warning for each flag that is accepted without effect.
         """
         return cls(**flag_parser.values_from_kwargs(specs_of(cls), OTHER_FLAGS, kwargs))
-
-    @property
-    def num_ranks(self) -> int:
-        """Ranks that compute one model: a process each."""
-        return self.tp_size * self.kv_parallel_size
 
     def request_byte_limit(self, context_length: int) -> int:
         """Largest request body in bytes, given the effective context in tokens."""
