@@ -30,6 +30,7 @@ from sglang.srt.mem_cache.segment_backing.mmap import (
     read_huge_page_bytes,
     unsupported_reason,
 )
+from sglang.srt.mem_cache.segment_backing.segment_plane import round_to, widen
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the mmap backing needs Linux")
@@ -139,8 +140,10 @@ def test_every_kv_dtype_has_a_view(dtype: str) -> None:
         view = backing.view(0, Plane.VALUE)
         assert view.dtype == KV_TORCH_DTYPES[dtype]
         slot = layouts[0].slots_per_segment
-        view[slot] = torch.full((2, 16), 0.5).to(view.dtype)
-        assert backing.view(0, Plane.VALUE)[slot].float().unique().tolist() == [0.5]
+        view[slot] = round_to(torch.full((2, 16), 0.5), view.dtype)
+        read = widen(backing.view(0, Plane.VALUE)[slot], torch.float32)
+        assert read.shape == (2, 16)
+        assert read.unique().tolist() == [0.5]
 
 
 def test_memory_reads_zero_after_it_was_given_back() -> None:

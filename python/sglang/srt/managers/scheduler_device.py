@@ -162,7 +162,7 @@ def make_recorder(
         )
         graphs.record()
         return graphs
-    kernels = native_kernels() if backend.records_steps else None
+    kernels = native_kernels() if backend.is_native else None
     if kernels is None or args.disable_cuda_graph or args.num_ranks > 1:
         return None
     return DecodeTapes(model, kernels, args.cuda_graph_max_bs, fuses=args.enable_fused_qk_norm_rope)

@@ -41,6 +41,7 @@ class AttentionBackend(ABC):
     name: ClassVar[str]
     preferred_page_size: ClassVar[int] = 64
     records_steps: ClassVar[bool] = False  # has `may_record` and `renew`
+    is_native: ClassVar[bool] = False  # computes a recorded step by calls that a tape takes
 
     def __init__(self, spec: KVCacheSpec) -> None:
         self.spec = spec

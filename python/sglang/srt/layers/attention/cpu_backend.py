@@ -53,6 +53,7 @@ class CpuAttnBackend(TorchNativeAttnBackend):
     name: ClassVar[str] = "cpu"
     preferred_page_size: ClassVar[int] = 64
     records_steps: ClassVar[bool] = True
+    is_native: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -91,9 +91,7 @@ class _Pointers:
 class TritonAttnBackend(AttentionBackend):
     """Attention of every kind of layer that `AttentionLayer` can describe.
 
-    `chip` None: the device's own number of programs. `records` None: steps may be recorded on a
-    GPU; a tape of a CPU's native calls would lack the interpreter's. K and V of fp8 are computed
-    in q's type.
+    `chip` None: the device's own number of programs. K and V of fp8 are computed in q's type.
     """
 
     name: ClassVar[str] = "triton"
@@ -101,12 +99,7 @@ class TritonAttnBackend(AttentionBackend):
     records_steps: ClassVar[bool] = True
 
     def __init__(
-        self,
-        spec: KVCacheSpec,
-        *,
-        chip: Any = None,
-        part_bytes: int = _PART_BYTES,
-        records: bool | None = None,
+        self, spec: KVCacheSpec, *, chip: Any = None, part_bytes: int = _PART_BYTES
     ) -> None:
         super().__init__(spec)
         kernels = triton_kernels()
@@ -114,7 +107,6 @@ class TritonAttnBackend(AttentionBackend):
             raise ValueError("attention backend triton needs the packages sgl-kernel and triton")
         self._kernels = kernels
         self._chip = chip
-        self._records = records
         self._part_bytes = part_bytes
         self._tables: dict[int, DeviceTables] = {}
         self._pointers: dict[int, _Pointers] = {}  # by the plane's id
@@ -129,7 +121,7 @@ class TritonAttnBackend(AttentionBackend):
 
     def may_record(self, geometry: BatchGeometry) -> bool:
         """See `AttentionBackend`: one token for each request, as long as tables need not move."""
-        if self._chip is None or not self._records or (geometry.extend_seq_lens != 1).any():
+        if self._chip is None or not (geometry.extend_seq_lens == 1).all():
             return False
         most = self._chip.most_keys(self.spec.kv_heads)
         views = geometry.block_tables
@@ -289,8 +281,6 @@ class TritonAttnBackend(AttentionBackend):
         return tuple(work.padded(num_items, num_rows) for work in waves) if recorded else waves
 
     def _chip_of(self, device: torch.device) -> Any:
-        if self._records is None:
-            self._records = device.type == "cuda"
         if self._chip is None:
             programs = _INTERPRETED_PROGRAMS
             if device.type == "cuda":
