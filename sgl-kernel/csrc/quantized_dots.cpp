@@ -154,6 +154,23 @@ void multiply_block(const SglQuantized& call, const char* x, int64_t out, int64_
     _mm512_storeu_ps(result, add_four(quarters[0], quarters[1], quarters[2], quarters[3]));
 }
 
+// Rounds kOuts sums of each row, of `result` [kRows, kOuts], to bfloat16.
+inline void finish_whole(const SglQuantized& call, const float* result, int64_t row, int64_t rows,
+                         int64_t out) {
+    alignas(64) float bias[kRows * kOuts] = {};
+    if (call.bias)
+        for (int64_t i = 0; i < kRows * kOuts; ++i)
+            bias[i] = to_float(static_cast<const Bf16*>(call.bias)[out + i % kOuts]);
+    const __m512 sums = _mm512_fmadd_ps(_mm512_loadu_ps(result), _mm512_set1_ps(call.gain),
+                                        _mm512_load_ps(bias));
+    const __m256bh rounded = _mm512_cvtneps_pbh(sums);
+    Bf16 all[kRows * kOuts];
+    std::memcpy(all, &rounded, sizeof all);
+    Bf16* to = static_cast<Bf16*>(call.out) + row * call.out_row + out;
+    for (int64_t m = 0; m < rows; ++m)
+        std::memcpy(to + m * call.out_row, all + m * kOuts, kOuts * sizeof(Bf16));
+}
+
 template <class T>
 inline void finish(const SglQuantized& call, const float* result, int64_t row, int64_t rows,
                    int64_t out, int64_t last) {
@@ -176,6 +193,10 @@ void multiply_range(const SglQuantized& call, const char* x, int64_t first, int6
                                               : multiply_block<kBits, kScales, kMins, 1>;
             float result[kRows * kOuts];
             multiply(call, x + row * row_bytes, out, last, result);
+            if (call.dtype == SGL_BFLOAT16 && out + kOuts <= last) {
+                finish_whole(call, result, row, rows, out);
+                continue;
+            }
             if (call.dtype == SGL_FLOAT32) finish<float>(call, result, row, rows, out, last);
             if (call.dtype == SGL_BFLOAT16) finish<Bf16>(call, result, row, rows, out, last);
             if (call.dtype == SGL_FLOAT16) finish<Fp16>(call, result, row, rows, out, last);

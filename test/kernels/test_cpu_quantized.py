@@ -113,9 +113,10 @@ def test_rounded_rows_do_not_depend_on_their_neighbours(layout: str) -> None:
 
 
 @with_byte_dots
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_rounded_rows_keep_what_is_not_finite(layout: str) -> None:
-    weight, x = make(layout, 6, 96), torch.randn(3, 96)
+def test_rounded_rows_keep_what_is_not_finite(layout: str, dtype: torch.dtype) -> None:
+    weight, x = make(layout, 6, 96), torch.randn(3, 96).to(dtype)
     x[0, 40], x[2, 95] = float("nan"), float("inf")
     out = weight.multiply(x, round_inputs=True)
     assert not out[[0, 2]].isfinite().any()

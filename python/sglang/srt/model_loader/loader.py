@@ -24,6 +24,7 @@ from sglang.srt.layers.expert_weights import ExpertWeights
 from sglang.srt.layers.quantization.choice import choose_quantization
 from sglang.srt.layers.weights import WeightOwner
 from sglang.srt.model_loader.gguf_weights import gguf_weights
+from sglang.srt.model_loader.huge_pages import move_to_huge_pages
 from sglang.srt.model_loader.weight_files import (
     WeightIterator,
     WeightSource,
@@ -70,6 +71,8 @@ def load_model(
     model_class = resolve_model_class(config.architecture)
     with torch.device(device):
         model = model_class(config, parallel, dtype)
+    if kept == "none":
+        move_to_huge_pages(model, copy=False)
     with torch.no_grad():
         if source is None:
             fill_with_dummy_weights(model, seed)
@@ -79,6 +82,8 @@ def load_model(
             for module in model.modules():
                 if isinstance(module, (WeightOwner, ExpertWeights)):
                     module.quantize(kernels)
+        if kept != "none":
+            move_to_huge_pages(model, copy=True)
     return model.requires_grad_(False).eval()
 
 

@@ -12,7 +12,7 @@ Legend: N outputs, K inputs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Protocol, Self
 
@@ -39,6 +39,10 @@ def rounds_inputs(dtype: torch.dtype) -> bool:
 
 class QuantizedWeight(Protocol):
     """What is needed of `sgl_kernel.QuantizedWeight`."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    mins: torch.Tensor | None
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -96,6 +100,17 @@ class QuantizedMatrix:
     def nbytes(self) -> int:
         """Memory of all parts, in bytes."""
         return sum(part.nbytes for part in self._parts)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The memory of all parts: codes, scales and minima."""
+        for part in self._parts:
+            yield from (t for t in (part.codes, part.scales, part.mins) if t is not None)
+
+    def replace_tensors(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Hold `move(tensor)`, an equal one that is contiguous, instead of each of `tensors()`."""
+        for part in self._parts:
+            part.codes, part.scales = move(part.codes), move(part.scales)
+            part.mins = None if part.mins is None else move(part.mins)
 
     def product(
         self,
