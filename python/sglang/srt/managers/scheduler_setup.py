@@ -128,11 +128,9 @@ def build_scheduler_parts(
     one line for anything the user has to change, BackingError or OSError for what the machine
     refuses, RankLostError when another rank does not come.
     """
-    if links is None and args.num_ranks > 1:
-        sizes = {"--tp-size": args.tp_size, "--kv-parallel-size": args.kv_parallel_size}
-        several = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-        raise ValueError(f"{several}: only a server or an Engine has several ranks")
-    if links is not None:
+    if links is None:
+        _check_alone(args)
+    else:
         place = place or RankPlace(links.rank, links.size, num_here=links.size)
         everyone = everyone or links.control
     place = place or ALONE
@@ -175,33 +173,34 @@ def build_scheduler_parts(
         args, spec, backing, plan, host.total_bytes, sink, links, grid.kv_ranks, min_slots
     )
     memory.kv_pool.serve(runtime)
-    if args.kv_parallel_size > 1 and not any(
-        map(memory.kv_pool.share.is_shared, range(spec.num_groups))
-    ):
-        logger.warning(
-            "--kv-parallel-size spreads nothing: no layer of this model keeps all tokens"
-        )
+    _warn_of_nothing_shared(args, memory)
     backend = make_attention_backend(backend_class, memory.kv_pool, grid.kv_group)
     recorder = make_recorder(args, model, backend, runtime, memory.kv_pool)
-    worker = TpModelWorker(
-        ModelRunner(model, LogitsProcessor(), recorder),
-        make_sampler(runtime),
-        plan.max_running_requests + 1,
-        runtime,
-    )
+    runner = ModelRunner(model, LogitsProcessor(), recorder)
+    num_rows = plan.max_running_requests + 1
+    worker = TpModelWorker(runner, make_sampler(runtime), num_rows, runtime)
     runtime.synchronize()
     limits = _limits(args, plan, page_size, spec)
     logger.info("KV pool ready: %r", memory)
     ready = _ready(backend_class.name, plan, limits, memory)
-    return SchedulerParts(
-        memory,
-        worker,
-        _batch_maker(memory, backend, page_size, progress),
-        limits,
-        ready,
-        publisher,
-        _canary(args, memory, damage),
-    )
+    make_batch = _batch_maker(memory, backend, page_size, progress)
+    canary = _canary(args, memory, damage)
+    return SchedulerParts(memory, worker, make_batch, limits, ready, publisher, canary)
+
+
+def _check_alone(args: ServerArgs) -> None:
+    """Raise ValueError when a scheduler without links was asked to be one of several ranks."""
+    if args.num_ranks > 1:
+        sizes = {"--tp-size": args.tp_size, "--kv-parallel-size": args.kv_parallel_size}
+        several = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        raise ValueError(f"{several}: only a server or an Engine has several ranks")
+
+
+def _warn_of_nothing_shared(args: ServerArgs, memory: KVMemory) -> None:
+    if args.kv_parallel_size > 1 and not memory.kv_pool.share.shares_any:
+        logger.warning(
+            "--kv-parallel-size spreads nothing: no layer of this model keeps all tokens"
+        )
 
 
 def _set_threads(args: ServerArgs, runtime: DeviceRuntime, num_here: int) -> None:

@@ -84,8 +84,7 @@ class KVMemory:
             None if max_cached_tokens is None else max_cached_tokens // spec.page_size
         )
         # Windows end at pages, and a page of another KV-parallel rank can't be read.
-        shared = any(map(kv_pool.share.is_shared, range(len(kv_pool.layouts))))
-        self._copies_rests = not self.recycler.active and not shared
+        self._copies_rests = not self.recycler.active and not kv_pool.share.shares_any
         self._growth: Ticket | None = None
         self._decode_steps: DecodeSteps | None = None  # of the last step that decoded
 

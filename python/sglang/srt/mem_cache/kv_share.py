@@ -39,6 +39,11 @@ class KVShare:
         """Whether other ranks hold pages of the group that this one has no memory for."""
         return self.sizes[group] > 1
 
+    @property
+    def shares_any(self) -> bool:
+        """Whether this is so of any group."""
+        return any(size > 1 for size in self.sizes)
+
     def owns(self, group: int, pages: Ids) -> npt.NDArray[np.bool_]:
         """Which of `pages` are this rank's; bool, as many."""
         size = self.sizes[group]
