@@ -15,6 +15,7 @@ from sglang.srt.layers.attention.torch_native_table import SegmentTableAttnBacke
 from sglang.srt.mem_cache.kv_layout import GroupKind, KVGroupSpec
 from sglang.srt.utils.native import native_kernels
 from srt.layers.attention_cases import Case, FakeTable, make_layer, make_spec, make_tables
+from srt.layers.drawn_layers import draw_layer
 
 pytestmark = pytest.mark.skipif(native_kernels() is None, reason="sgl-kernel is not installed")
 
@@ -44,16 +45,7 @@ def cases(draw: st.DrawFn) -> Case:
     run_pages = draw(st.sampled_from([[], [1], [1, 1, 1, 30], [2, 9]]))
     dtype = draw(st.sampled_from(["float32", "bfloat16", "bfloat16", "float16"]))
     spec = make_spec(page_size=page_size, head_dim=draw(st.sampled_from([16, 32])), dtype=dtype)
-    span = draw(st.sampled_from([None, 1, 5, 16, 40, 100]))
-    chunked = draw(st.booleans())
-    layer = make_layer(
-        spec,
-        group=draw(st.sampled_from([1, 3])),
-        window=None if chunked else span,
-        chunk=span if chunked else None,
-        cap=draw(st.sampled_from([0.0, 0.0, 2.0])),
-        sinks=draw(st.booleans()),
-    )
+    layer = draw_layer(draw, spec, [None, 1, 5, 16, 40, 100])
     total = sum(extend for _, extend in lengths)
     rows = sorted(draw(st.sets(st.integers(0, total - 1), max_size=8))) if total else []
     tables = make_tables(lengths, page_size, run_pages, seed=draw(st.integers(0, 99)))

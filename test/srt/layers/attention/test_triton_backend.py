@@ -25,6 +25,7 @@ from sglang.srt.model_executor.forward_batch_info import BatchGeometry
 from sglang.srt.utils.native import triton_kernels
 from srt.layers.attention.test_torch_native_table import pool_of
 from srt.layers.attention_cases import Case, FakeTable, make_layer, make_spec, make_tables
+from srt.layers.drawn_layers import draw_layer
 
 pytestmark = pytest.mark.skipif(triton_kernels() is None, reason="Triton is not installed")
 
@@ -54,16 +55,7 @@ def cases(draw: st.DrawFn) -> Case:
         v_head_dim=draw(st.sampled_from([16, 24])),
         dtype=draw(st.sampled_from(sorted(ATOL))),
     )
-    span = draw(st.sampled_from([None, 1, 5, 16, 40]))
-    chunked = draw(st.booleans())
-    layer = make_layer(
-        spec,
-        group=draw(st.sampled_from([1, 3])),
-        window=None if chunked else span,
-        chunk=span if chunked else None,
-        cap=draw(st.sampled_from([0.0, 0.0, 2.0])),
-        sinks=draw(st.booleans()),
-    )
+    layer = draw_layer(draw, spec, [None, 1, 5, 16, 40])
     total = sum(extend for _, extend in lengths)
     rows = sorted(draw(st.sets(st.integers(0, total - 1), max_size=6))) if total else []
     tables = make_tables(lengths, page_size, runs, seed=draw(st.integers(0, 99)))
