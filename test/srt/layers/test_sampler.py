@@ -54,6 +54,28 @@ def test_greedy_tie_in_a_large_vocabulary_and_batch() -> None:
     assert out.token_ids.tolist() == [17, 1017, 2017, 3017, 4017]
 
 
+def test_the_highest_that_a_step_found_counts_until_a_row_edits_its_logits() -> None:
+    """It says token 3 here although token 7 is the highest: so it shows who looked."""
+    plain = SamplingParams(temperature=0.0, stop_token_ids=(5,))
+    biased = SamplingParams(temperature=0.0, logit_bias={11: 200.0})
+    cases = (
+        (plain, [False] * 2, [3, 3]),
+        (plain, [False, True], [7, 7]),
+        (biased, [False] * 2, [11, 11]),
+    )
+    for params, hides, expected in cases:
+        sampler = Sampler()
+        logits = torch.zeros(2, V)
+        logits[:, 7] = 100.0
+        found = (torch.full((2,), 100.0), torch.full((2,), 3))
+        for row in range(2):
+            sampler.admit(row, params, 0, NO_IDS, NO_IDS)
+        out = sampler.sample(logits, [0, 1], [0] * 2, hides, [None] * 2, found)
+        assert out.token_ids.tolist() == expected
+        found[1].zero_()  # as the next step does
+        assert out.token_ids.tolist() == expected
+
+
 # ---- random numbers ---------------------------------------------------------------------------
 
 

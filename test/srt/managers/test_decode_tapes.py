@@ -12,7 +12,7 @@ import torch
 from sglang.srt.errors import InvariantError
 from sglang.srt.managers.scheduler_setup import compute_threads
 from sglang.srt.model_executor import decode_tapes
-from sglang.srt.model_executor.decode_tapes import DecodeTapes
+from sglang.srt.model_executor.decode_tapes import DecodeTapes, StepLogits
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.utils.cpu_cores import usable_cores
 from sglang.srt.utils.native import native_kernels
@@ -129,7 +129,7 @@ def test_what_no_step_may_bring(
     seen: list[ForwardBatch] = []
     compute = DecodeTapes.compute
 
-    def keep(self: DecodeTapes, batch: ForwardBatch) -> torch.Tensor | None:
+    def keep(self: DecodeTapes, batch: ForwardBatch) -> StepLogits | None:
         seen.append(batch)
         return compute(self, batch)
 

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.layers.logprobs import Highest
 from sglang.srt.layers.sampler import SampleOutput, Sampler, uniform
 from sglang.srt.layers.sampling_row import SamplingRow
 from sglang.srt.managers.io_struct import LogprobArrays
@@ -56,8 +57,10 @@ class DeviceSampler:
         positions: Sequence[int],
         suppress_stop: Sequence[bool],
         logprob_specs: Sequence[LogprobSpec | None],
+        highest: Highest | None = None,
     ) -> SampleOutput:
         """See `Sampler.sample`; `token_ids` and `invalid` stay on the device."""
+        del highest  # no graph finds it
         states = [self._host.state(row) for row in rows]
         by_host = [
             i

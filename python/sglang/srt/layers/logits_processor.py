@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from sglang.srt.errors import InvariantError
-from sglang.srt.layers.logprobs import pack_logprobs, reduce_logits
+from sglang.srt.layers.logprobs import Highest, pack_logprobs, reduce_logits
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.managers.io_struct import LogprobArrays
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, LogprobSpec
@@ -25,10 +25,12 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, LogprobSp
 @dataclass(frozen=True, slots=True)
 class LogitsProcessorOutput:
     """`next_token_logits` float32 [rows to sample, V] in the order of the requests that sample;
-    `input_logprobs[b]` for request b, None when it wants none in this step."""
+    `input_logprobs[b]` for request b, None when it wants none in this step. `highest`: that of
+    the logits, where the step has found it already."""
 
     next_token_logits: torch.Tensor
     input_logprobs: list[LogprobArrays | None]
+    highest: Highest | None = None
 
 
 class LogitsProcessor:

@@ -18,6 +18,9 @@ from sglang.srt.managers.io_struct import LogprobArrays
 Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
 
+Highest = tuple[torch.Tensor, torch.Tensor]
+"""Each row's maximum float32 [N] and int64 [N], where it stands first; NaN for one with a NaN."""
+
 
 @dataclass(frozen=True, slots=True)
 class LogprobBlock:

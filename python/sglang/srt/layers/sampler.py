@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from sglang.srt.errors import InvariantError
-from sglang.srt.layers.logprobs import pack_logprobs, reduce_logits, stable_topk
+from sglang.srt.layers.logprobs import Highest, pack_logprobs, reduce_logits, stable_topk
 from sglang.srt.layers.sampling_row import SamplingRow
 from sglang.srt.managers.io_struct import LogprobArrays
 from sglang.srt.model_executor.forward_batch_info import LogprobSpec
@@ -78,23 +78,30 @@ class Sampler:
         positions: Sequence[int],
         suppress_stop: Sequence[bool],
         logprob_specs: Sequence[LogprobSpec | None],
+        highest: Highest | None = None,
     ) -> SampleOutput:
         """Choose a token per row of `logits` float32 [B, V], which is overwritten.
 
         `positions` are the sampled tokens' absolute positions, `suppress_stop` tells where
         min_new_tokens is not reached. Log probabilities are of the logits after penalties, bias
-        and temperature (1 when greedy), before filters. Side effect: the rows count their tokens.
+        and temperature (1 when greedy), before filters. `highest` of these logits, if it is known,
+        is used while no row edits them. Side effect: the rows count their tokens.
         Raises InvariantError for a row that nobody admitted.
         """
         states = [self.state(row) for row in rows]
         for i, state in enumerate(states):
             if state.edits_logits:
                 state.edit(logits[i])
+                highest = None
             if suppress_stop[i]:
                 state.hide_stop_tokens(logits[i])
+                highest = None
         if not states:
             return SampleOutput(torch.empty(0, dtype=torch.int64), [], ())
-        best, tokens = _highest(logits)
+        if highest is None:
+            best, tokens = _highest(logits)
+        else:
+            best, tokens = highest[0], highest[1].clone()  # the next step writes there
         invalid = _clean(logits, best)
         if invalid:
             best, tokens = _highest(logits)
@@ -195,14 +202,13 @@ def _most_likely(
         count = min(limit, 8 * count)
 
 
-def _highest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's maximum and the first token that has it; NaN for a row with a NaN."""
+def _highest(logits: torch.Tensor) -> Highest:
     kernels = kernels_for(logits)
     if kernels is None:
         best, tokens = logits.max(-1)
         return best, tokens
     # One thread: waking others takes longer, and PyTorch's would spin into the next step.
-    found: tuple[torch.Tensor, torch.Tensor] = kernels.highest(logits)
+    found: Highest = kernels.highest(logits)
     return found
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.layers.logprobs import Highest
 from sglang.srt.layers.sampler import SampleOutput
 from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.managers.io_struct import LogprobArrays
@@ -54,6 +55,7 @@ class TokenSampler(Protocol):
         positions: Sequence[int],
         suppress_stop: Sequence[bool],
         logprob_specs: Sequence[LogprobSpec | None],
+        highest: Highest | None = None,
     ) -> SampleOutput: ...
 
 
@@ -156,6 +158,7 @@ class TpModelWorker:
                 info.positions,
                 info.suppress_stop,
                 sampled_specs,
+                logits.highest,
             )
             self._relay.index_copy_(0, sampled, out.token_ids)
             known = out.token_ids

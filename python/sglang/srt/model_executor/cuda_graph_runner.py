@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from sglang.srt.model_executor.decode_tapes import CausalLM
+from sglang.srt.model_executor.decode_tapes import CausalLM, StepLogits
 from sglang.srt.model_executor.forward_batch_info import (
     BatchGeometry,
     BlockTableView,
@@ -205,10 +205,10 @@ class CudaGraphRunner:
         taken = before - self._runtime.read_memory().available_bytes
         logger.info("Recorded decode steps of %s rows: %d bytes", self.recorded, taken)
 
-    def compute(self, batch: ForwardBatch) -> torch.Tensor | None:
-        """Logits float32 [R, V] of a decode step, one row a request; None: it is not recorded.
+    def compute(self, batch: ForwardBatch) -> StepLogits | None:
+        """Logits of a decode step, one row a request; None: it is not recorded.
 
-        The logits are overwritten by the next call. Side effect: the tokens' K and V are stored.
+        They are overwritten by the next call. Side effect: the tokens' K and V are stored.
         """
         rows = batch.num_tokens
         size = size_for(rows, self._sizes)
@@ -220,7 +220,7 @@ class CudaGraphRunner:
         graph.replay()
         self.num_replays += 1
         batch.progress.tick()
-        return graph.logits[:rows]
+        return StepLogits(graph.logits[:rows])
 
     def times(self, rows: int) -> list[tuple[str, float]]:
         """As `DecodeTapes.times`: a graph does not tell its calls apart, so always empty."""

@@ -15,12 +15,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from sglang.srt.errors import InvariantError
+from sglang.srt.layers.logprobs import Highest
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -69,13 +70,23 @@ class _Inputs:
             loc.copy_(new)
 
 
+class StepLogits(NamedTuple):
+    """A decode step's `logits` float32 [R, V] and their `highest`, if the step has found it.
+
+    All are overwritten by the next step.
+    """
+
+    logits: torch.Tensor
+    highest: Highest | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeTape:
-    """A recorded step: `logits` float32 [R, V] are written whenever it is played."""
+    """A recorded step: `found` is written whenever it is played."""
 
     tape: Any  # sgl_kernel.Tape
     inputs: _Inputs
-    logits: torch.Tensor
+    found: StepLogits
 
 
 class DecodeTapes:
@@ -106,10 +117,10 @@ class DecodeTapes:
         """Numbers of rows whose steps could not be recorded."""
         return frozenset(self._refused)
 
-    def compute(self, batch: ForwardBatch) -> torch.Tensor | None:
-        """Logits float32 [R, V] of a decode step, one row a request; None: it is not for a tape.
+    def compute(self, batch: ForwardBatch) -> StepLogits | None:
+        """Logits of a decode step, one row a request; None: it is not for a tape.
 
-        The logits are overwritten by the next call. Side effect: the tokens' K and V are stored.
+        They are overwritten by the next call. Side effect: the tokens' K and V are stored.
         """
         if not self._fits(batch):
             return None
@@ -125,7 +136,7 @@ class DecodeTapes:
         found.inputs.take(batch)
         found.tape.play(torch.get_num_threads())
         batch.progress.tick()
-        return found.logits
+        return found.found
 
     def times(self, rows: int) -> list[tuple[str, float]]:
         """Play the tape of `rows` rows once more: what each call is and how many seconds it took.
@@ -147,7 +158,7 @@ class DecodeTapes:
         wanted = np.array_equal(geometry.logits_rows, np.arange(rows))
         return wanted and batch.attn_backend.may_record(geometry)
 
-    def _record(self, batch: ForwardBatch) -> torch.Tensor | None:
+    def _record(self, batch: ForwardBatch) -> StepLogits | None:
         rows = batch.num_tokens
         inputs = _Inputs.like(batch)
         tape = self._kernels.Tape(self._arena)
@@ -156,12 +167,14 @@ class DecodeTapes:
             with self._kernels.record(tape):
                 logits = self._model.lm_head(self._model(inputs.batch))
                 wide: torch.Tensor = self._kernels.widen(logits, num_threads=threads)
+                highest = self._kernels.highest(wide, num_threads=threads)
         except self._kernels.NotRecorded as reason:
             logger.info("Decode steps of %d rows are not recorded: %s", rows, reason)
             self._refused.add(rows)
             return None
         if self._fuses:
             tape.fuse()
-        self._tapes[rows] = DecodeTape(tape, inputs, wide)
+        found = StepLogits(wide, highest)
+        self._tapes[rows] = DecodeTape(tape, inputs, found)
         logger.debug("Recorded a decode step of %d rows: %d calls", rows, len(tape))
-        return wide
+        return found

@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
-
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.model_executor.decode_tapes import CausalLM as CausalLM
+from sglang.srt.model_executor.decode_tapes import StepLogits
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, LogprobSpec
 
 
 class StepRecorder(Protocol):
     """Recorded decode steps: `DecodeTapes` on a host, `CudaGraphRunner` on a device."""
 
-    def compute(self, batch: ForwardBatch) -> torch.Tensor | None: ...
+    def compute(self, batch: ForwardBatch) -> StepLogits | None: ...
 
     def times(self, rows: int) -> list[tuple[str, float]]: ...
 
@@ -49,9 +48,10 @@ class ModelRunner:
         prompt log probabilities.
         """
         if self.tapes is not None and list(sample_rows) == list(range(forward_batch.num_tokens)):
-            logits = self.tapes.compute(forward_batch)
-            if logits is not None:
-                return LogitsProcessorOutput(logits, [None] * forward_batch.batch_size)
+            found = self.tapes.compute(forward_batch)
+            if found is not None:
+                nothing = [None] * forward_batch.batch_size
+                return LogitsProcessorOutput(found.logits, nothing, found.highest)
         hidden = self.model(forward_batch)
         return self._logits_processor(
             hidden, self.model.lm_head, forward_batch, logprob_specs, sample_rows
