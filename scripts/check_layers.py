@@ -82,7 +82,7 @@ TABLE: tuple[Row, ...] = (
      " < srt.distributed.rank_grid, srt.distributed.process_group"
      " < srt.layers.* < srt.models.* < srt.model_loader.*"),
     (5, "DEVICE", "srt.model_executor.decode_tapes < srt.model_executor.cuda_graph_runner,"
-     " srt.model_executor.model_runner"
+     " srt.model_executor.model_runner, srt.managers.token_relay"
      " < srt.managers.tp_worker"),
     (6, "DEVICE", "srt.managers.scheduler*"),
     (6, "TEXT", "srt.tokenizer.* < srt.managers.incremental_text"),

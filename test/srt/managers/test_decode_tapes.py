@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,11 @@ def test_what_no_step_may_bring(
     seen: list[ForwardBatch] = []
     compute = DecodeTapes.compute
 
-    def keep(self: DecodeTapes, batch: ForwardBatch) -> StepLogits | None:
+    def keep(
+        self: DecodeTapes, batch: ForwardBatch, before: Callable[[], None]
+    ) -> StepLogits | None:
         seen.append(batch)
-        return compute(self, batch)
+        return compute(self, batch, before)
 
     monkeypatch.setattr(DecodeTapes, "compute", keep)
     with tower(path) as engine:

@@ -5,6 +5,10 @@ thread is the only one that runs the model and the sampler, so batches see each 
 exactly in order: a token sampled by one is read by the next from the relay, before the host has
 seen it.
 
+On a host a result is told when the next step is about to compute, if one is queued: the scheduler
+then goes on while native code runs, and the two do not wait for each other's interpreter lock
+where nothing is computed.
+
 On a device that runs behind the host the thread only launches: inputs go there in one transfer,
 the relay and the sampled tokens stay there, and a second thread waits for each step's tokens on
 their way back, so that the next step is launched meanwhile. See docs/gpu.md, Device.
@@ -26,6 +30,7 @@ from sglang.srt.layers.logprobs import Highest
 from sglang.srt.layers.sampler import SampleOutput
 from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.managers.io_struct import LogprobArrays
+from sglang.srt.managers.token_relay import DeviceRelay, HostRelay, TokenRelay
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, LogprobSpec
 from sglang.srt.model_executor.model_runner import CausalLM, ModelRunner
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -88,13 +93,18 @@ class TpModelWorker:
         self._runner = runner
         self._sampler = sampler
         self._runtime: DeviceRuntime = runtime or CpuRuntime()
-        # Last sampled token of every KV row, written and read on the worker thread only.
-        self._relay = torch.zeros(num_rows, dtype=torch.int64, device=self._runtime.device)
+        self._relay: TokenRelay = HostRelay(num_rows)
+        if self._runtime.is_async:
+            self._relay = DeviceRelay(self._runtime, num_rows)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
         self._waiter: ThreadPoolExecutor | None = None
         if self._runtime.is_async:
             self._waiter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="results")
         self._last_end = 0.0
+        # Steps on the host: submitted (by the scheduler), begun, and the result that is not told.
+        self._num_submitted = 0
+        self._num_begun = 0
+        self._untold: tuple[Future[GenerationBatchResult], GenerationBatchResult] | None = None
 
     @property
     def model(self) -> CausalLM:
@@ -111,20 +121,47 @@ class TpModelWorker:
     ) -> Future[GenerationBatchResult]:
         """Queue a batch; the future raises what computing it raised."""
         if self._waiter is None:
-            return self._thread.submit(self._forward, forward_batch, info)
+            future: Future[GenerationBatchResult] = Future()
+            self._num_submitted += 1
+            step = self._thread.submit(self._forward, forward_batch, info, future)
+            step.add_done_callback(lambda done: self._pass_on_failure(done, future))
+            return future
         launched = self._thread.submit(self._launch, forward_batch, info)
         return self._waiter.submit(self._await, launched)
 
     def close(self) -> None:
-        """Finish what is queued and end the threads."""
+        """Finish what is under way and end the threads."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._tell()
         if self._waiter is not None:
             self._waiter.shutdown(wait=True, cancel_futures=True)
 
     def _forward(
-        self, forward_batch: ForwardBatch, info: SamplingBatchInfo
-    ) -> GenerationBatchResult:
-        return self._finish(self._launch(forward_batch, info))
+        self,
+        forward_batch: ForwardBatch,
+        info: SamplingBatchInfo,
+        future: Future[GenerationBatchResult],
+    ) -> None:
+        """A whole step on the host."""
+        self._num_begun += 1
+        result = self._finish(self._launch(forward_batch, info))
+        self._untold = (future, result)
+        if self._num_begun == self._num_submitted:
+            self._tell()
+
+    def _pass_on_failure(self, step: Future[None], future: Future[GenerationBatchResult]) -> None:
+        """A step that gave no result: those who wait for it hear why."""
+        if step.cancelled():
+            future.cancel()
+        elif (error := step.exception()) is not None:
+            self._tell()
+            future.set_exception(error)
+
+    def _tell(self) -> None:
+        """Hand over the last result on the host, if that was not done."""
+        if self._untold is not None:
+            (future, result), self._untold = self._untold, None
+            future.set_result(result)
 
     def _await(self, launched: Future[_Launched]) -> GenerationBatchResult:
         return self._finish(launched.result())
@@ -139,14 +176,10 @@ class TpModelWorker:
                 entry.row, entry.params, entry.seed, entry.prompt_ids, entry.output_ids
             )
         with self._runtime.computing(), torch.inference_mode():
-            sampled_rows = torch.tensor(info.rows, dtype=torch.int64)
-            batch, (sampled, relay_at, relay_rows) = forward_batch.moved(
-                self._runtime, sampled_rows
+            batch = self._relay.fill(forward_batch, info.rows)
+            logits = self._runner.forward(
+                batch, info.logprob_specs, info.logit_index, before=self._tell
             )
-            if len(relay_at):
-                tokens = self._relay.index_select(0, relay_rows)
-                batch.input_ids.index_copy_(0, relay_at, tokens)
-            logits = self._runner.forward(batch, info.logprob_specs, info.logit_index)
             sampled_specs = [
                 spec
                 for spec, index in zip(info.logprob_specs, info.sample_index, strict=True)
@@ -160,7 +193,7 @@ class TpModelWorker:
                 sampled_specs,
                 logits.highest,
             )
-            self._relay.index_copy_(0, sampled, out.token_ids)
+            self._relay.note(out.token_ids)
             known = out.token_ids
             if out.invalid is not None:
                 known = torch.stack((known, out.invalid.to(known.dtype)))

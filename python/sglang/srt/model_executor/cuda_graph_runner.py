@@ -13,7 +13,7 @@ tensor operations on a CPU; not yet run on hardware.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -205,10 +205,13 @@ class CudaGraphRunner:
         taken = before - self._runtime.read_memory().available_bytes
         logger.info("Recorded decode steps of %s rows: %d bytes", self.recorded, taken)
 
-    def compute(self, batch: ForwardBatch) -> StepLogits | None:
+    def compute(
+        self, batch: ForwardBatch, before: Callable[[], None] = lambda: None
+    ) -> StepLogits | None:
         """Logits of a decode step, one row a request; None: it is not recorded.
 
-        They are overwritten by the next call. Side effect: the tokens' K and V are stored.
+        They are overwritten by the next call. `before` is called before a graph is launched. Side
+        effect: the tokens' K and V are stored.
         """
         rows = batch.num_tokens
         size = size_for(rows, self._sizes)
@@ -217,6 +220,7 @@ class CudaGraphRunner:
         graph = self._graphs[size]
         self._backend.renew(graph.plan, padded_geometry(batch.geometry, size))
         self._inputs.take(batch, size)
+        before()
         graph.replay()
         self.num_replays += 1
         batch.progress.tick()

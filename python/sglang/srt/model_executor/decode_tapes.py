@@ -13,6 +13,7 @@ and of its inputs, none of which ever move.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -117,10 +118,13 @@ class DecodeTapes:
         """Numbers of rows whose steps could not be recorded."""
         return frozenset(self._refused)
 
-    def compute(self, batch: ForwardBatch) -> StepLogits | None:
+    def compute(
+        self, batch: ForwardBatch, before: Callable[[], None] = lambda: None
+    ) -> StepLogits | None:
         """Logits of a decode step, one row a request; None: it is not for a tape.
 
-        They are overwritten by the next call. Side effect: the tokens' K and V are stored.
+        They are overwritten by the next call. `before` is called when all is prepared and native
+        code takes over. Side effect: the tokens' K and V are stored.
         """
         if not self._fits(batch):
             return None
@@ -132,8 +136,10 @@ class DecodeTapes:
             raise InvariantError(f"a token to compute is not below {vocab}")
         found = self._tapes.get(rows)
         if found is None:
+            before()
             return self._record(batch)
         found.inputs.take(batch)
+        before()
         found.tape.play(torch.get_num_threads())
         batch.progress.tick()
         return found.found

@@ -123,8 +123,8 @@ class ForwardBatch:
     ) -> tuple[ForwardBatch, list[torch.Tensor]]:
         """This batch with its tensors on the device, and there too `others`, relay_at, relay_rows.
 
-        One transfer for all; on the host nothing is copied. Raises InvariantError for slots
-        outside the pool: on the device nobody looks at them any more.
+        One transfer for all. Raises InvariantError for slots outside the pool: on the device
+        nobody looks at them any more.
         """
         here = [
             self.input_ids,
@@ -135,8 +135,6 @@ class ForwardBatch:
             torch.from_numpy(self.relay_at),
             torch.from_numpy(self.relay_rows),
         ]
-        if not runtime.is_async:
-            return self, here[3 + len(self.out_cache_loc) :]
         for group, loc in enumerate(self.out_cache_loc):
             self.token_to_kv_pool.check_slots(group, loc)
         input_ids, positions, logits_rows, *rest = runtime.move(here)

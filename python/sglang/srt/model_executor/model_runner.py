@@ -5,7 +5,7 @@ Owns the loaded model and nothing of a request. Called by the worker on its own 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
@@ -17,7 +17,9 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, LogprobSp
 class StepRecorder(Protocol):
     """Recorded decode steps: `DecodeTapes` on a host, `CudaGraphRunner` on a device."""
 
-    def compute(self, batch: ForwardBatch) -> StepLogits | None: ...
+    def compute(
+        self, batch: ForwardBatch, before: Callable[[], None] = ...
+    ) -> StepLogits | None: ...
 
     def times(self, rows: int) -> list[tuple[str, float]]: ...
 
@@ -40,18 +42,20 @@ class ModelRunner:
         forward_batch: ForwardBatch,
         logprob_specs: Sequence[LogprobSpec | None],
         sample_rows: Sequence[int],
+        before: Callable[[], None] = lambda: None,
     ) -> LogitsProcessorOutput:
         """Compute K, V and the wanted logits of a batch.
 
         `sample_rows[b]` indexes `logits_rows` (-1: request b samples nothing). Returns float32
         logits [number sampled, vocabulary], to be read before the next call, and per request its
-        prompt log probabilities.
+        prompt log probabilities. `before` is called when all is prepared and compute begins.
         """
         if self.tapes is not None and list(sample_rows) == list(range(forward_batch.num_tokens)):
-            found = self.tapes.compute(forward_batch)
+            found = self.tapes.compute(forward_batch, before)
             if found is not None:
                 nothing = [None] * forward_batch.batch_size
                 return LogitsProcessorOutput(found.logits, nothing, found.highest)
+        before()
         hidden = self.model(forward_batch)
         return self._logits_processor(
             hidden, self.model.lm_head, forward_batch, logprob_specs, sample_rows
