@@ -201,6 +201,10 @@ def test_tables_renewed_are_checked_again() -> None:
     layer.blocks.positions[1] = 2 * PAGE
     with pytest.raises(KernelError, match="outside its block table"):
         layer.tables.renew(pages, [0] * ROWS)
+    with pytest.raises(KernelError, match="outside its block table"):
+        layer.tables.check_again()
+    layer.blocks.positions[1] = PAGE
+    layer.tables.check_again()
     with pytest.raises(KernelError, match="2 tables instead of 3"):
         layer.tables.renew(pages[:2], [0, 0])
 

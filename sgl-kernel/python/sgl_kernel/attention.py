@@ -72,28 +72,35 @@ class AttentionTables:
         self.first_positions[:] = first_positions
         self.end_positions[:] = [len(ids) * self.page_size for ids in pages]
         self.end_positions += self.first_positions
-        checked, self._checked = self._checked, {}
-        for (_, window, chunk, rows), blocks in checked.items():
-            self.check(blocks, rows, window, chunk)
+        self.check_again()
+
+    def check_again(self) -> None:
+        """Check what was checked before, for blocks that may stand at other positions by now.
+
+        Raises KernelError for blocks that see positions outside of these tables.
+        """
+        for (_, window, chunk, _), blocks in self._checked.items():
+            self._check_positions(blocks, window, chunk)
 
     def check(self, blocks: QueryBlocks, rows: int, window: int | None, chunk: int | None) -> None:
         """Raises KernelError unless all that `blocks` of `rows` rows see lies in the tables."""
         key = (id(blocks), window, chunk, rows)
         if self._checked.get(key) is blocks:
             return
-        first = blocks.positions
-        if window is not None:
-            first = np.maximum(first - window + 1, 0)
-        elif chunk is not None:
-            first = first - first % chunk
-        else:
-            first = np.zeros_like(first)
-        short = blocks.positions + blocks.counts > self.end_positions[blocks.requests]
-        if short.any() or (first < self.first_positions[blocks.requests]).any():
-            raise KernelError("a query sees positions outside its block table")
+        self._check_positions(blocks, window, chunk)
         if blocks.rows.min() < 0 or (blocks.rows + blocks.counts).max() > rows:
             raise KernelError("a block names rows that q does not have")
         self._checked[key] = blocks
+
+    def _check_positions(self, blocks: QueryBlocks, window: int | None, chunk: int | None) -> None:
+        first: Int64Array | int = 0
+        if window is not None:
+            first = np.maximum(blocks.positions - window + 1, 0)
+        elif chunk is not None:
+            first = blocks.positions - blocks.positions % chunk
+        short = blocks.positions + blocks.counts > self.end_positions[blocks.requests]
+        if short.any() or (first < self.first_positions[blocks.requests]).any():
+            raise KernelError("a query sees positions outside its block table")
 
     def __len__(self) -> int:
         return len(self.pages)

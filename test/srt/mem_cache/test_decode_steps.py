@@ -34,6 +34,12 @@ def check_step(memory: KVMemory, rows: DecodeRows) -> None:
             for lease, count in zip(rows.leases, before, strict=True)
         ]
         assert slots.tolist() == expected
+    assert placement.tables is not None
+    for group, tables in enumerate(placement.tables()):
+        for lease, found in zip(rows.leases, tables, strict=True):
+            now = lease.tables[group].snapshot()
+            assert found.page_ids.tolist() == now.page_ids.tolist()
+            assert found[1:] == now[1:]
     memory.audit()
 
 
@@ -46,6 +52,25 @@ def test_steps_in_a_row_are_foreseen_once(page_size: int, monkeypatch: pytest.Mo
     for _ in range(9):
         check_step(memory, rows)
         assert memory._decode_steps is seen
+
+
+def test_tables_are_the_same_until_one_changes() -> None:
+    memory = make_memory(page_size=4, pages_per_segment=16)[0]
+    first, second = opened(memory, 1, 2)
+    rows = DecodeRows.of((first, second))
+
+    def tables() -> object:
+        placement = memory.alloc_for_decode(rows)
+        assert placement is not None
+        assert placement.tables is not None
+        return placement.tables()
+
+    seen = tables()  # 2 and 3 tokens by now
+    assert tables() is seen  # 3 and 4: the second starts a page in the next step
+    later = tables()
+    assert later is not seen
+    first.tables[0].replace_pages(first.tables[0].page_ids.copy())  # as compaction does
+    assert tables() is not later
 
 
 def test_slots_that_were_given_stay_as_they_were() -> None:

@@ -265,7 +265,9 @@ class KVMemory:
                 self.rows.groups[group].append_each(starting.rows, pages)
             locs.append(steps.take_slots(group, starting, pages))
         steps.advance()
-        return KVPlacement(tuple(locs), self._growth)
+        # Windows drop pages meanwhile.
+        tables = None if self.recycler.active else steps.tables
+        return KVPlacement(tuple(locs), self._growth, tables)
 
     def cache_prefix(
         self,

@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from sglang.srt.mem_cache.block_table import BlockTableSnapshot
 from sglang.srt.mem_cache.id_array import is_run
 from sglang.srt.mem_cache.lease import DecodeRows
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
@@ -55,6 +56,7 @@ class DecodeSteps:
         self._step = 0
         self._offsets = self.lengths % page_size
         self._rows = _places(batch.rows)
+        self._tables: tuple[tuple[BlockTableSnapshot, ...], ...] | None = None
         self._next_slots: list[Int64Array] = []
         for group in pool.groups:
             slots = group.last_page.take(batch.rows)
@@ -90,8 +92,22 @@ class DecodeSteps:
         slots = self._next_slots[group]
         if pages is not None:
             slots[starting.places] = pages * self._page_size
+            self._tables = None
         self._next_slots[group] = slots + _ONE
         return slots
+
+    def tables(self) -> tuple[tuple[BlockTableSnapshot, ...], ...]:
+        """The rows' tables by group as they are now; the same tuples while no row starts a page.
+
+        For groups that drop no page while they decode.
+        """
+        if self._tables is None:
+            leases = self.batch.leases
+            self._tables = tuple(
+                tuple([lease.tables[group].snapshot() for lease in leases])
+                for group in range(len(self._pool.groups))
+            )
+        return self._tables
 
     def advance(self) -> None:
         """The step's slots were given: all rows are a token longer, here and in the pool."""

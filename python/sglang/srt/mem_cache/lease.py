@@ -6,7 +6,7 @@ changes and closes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.base_prefix_cache import PrefixHandle
-from sglang.srt.mem_cache.block_table import BlockTable
+from sglang.srt.mem_cache.block_table import BlockTable, BlockTableSnapshot
 from sglang.srt.mem_cache.kv_layout import ReqPoolIdx
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.segment_state import Ticket
@@ -115,10 +115,14 @@ class KVPlacement:
     """Where new tokens go: `out_cache_loc[g]` int64 [T], tokens of all needs in order.
 
     `ticket` is growth for coming steps that was under way when the slots were given, or None.
+    `tables()[g]` are snapshots of the needs' tables, to be asked for before anything else changes
+    memory: the same tuple as in the step before where no table has changed. None: nobody keeps
+    them.
     """
 
     out_cache_loc: tuple[Int64Array, ...]
     ticket: Ticket | None
+    tables: Callable[[], tuple[tuple[BlockTableSnapshot, ...], ...]] | None = None
 
     @classmethod
     def concat(cls, parts: Sequence[KVPlacement]) -> KVPlacement:

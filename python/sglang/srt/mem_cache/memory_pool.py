@@ -329,7 +329,8 @@ def make_kv_pool(
 
 
 def _check_slots(loc: torch.Tensor, num_slots: int) -> None:
-    if len(loc) and not 0 <= int(loc.min()) <= int(loc.max()) < num_slots:
+    # Read without a sign a negative number is larger than any slot: one look for both bounds.
+    if len(loc) and int(loc.numpy().view(np.uint64).max()) >= num_slots:
         raise InvariantError(f"new tokens were given slots outside [0, {num_slots})")
 
 

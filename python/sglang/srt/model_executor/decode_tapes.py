@@ -24,7 +24,7 @@ import torch
 from sglang.srt.errors import InvariantError
 from sglang.srt.layers.logprobs import Highest
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, Int64Array
 
 logger = logging.getLogger(__name__)
 
@@ -41,34 +41,40 @@ class CausalLM(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Inputs:
-    """A recorded step's batch, whose tensors and plan are written anew for each step."""
+    """A recorded step's batch, whose tensors and plan are written anew for each step.
+
+    `arrays` are its tokens, positions and slots of each group, as arrays: between two tapes
+    memory is cold, and an array operation touches less of it than one of PyTorch.
+    """
 
     batch: ForwardBatch
+    arrays: list[Int64Array]
 
     @classmethod
     def like(cls, batch: ForwardBatch) -> _Inputs:
         """Copies of everything that the next step of as many rows has otherwise."""
         geometry = batch.geometry
         geometry = replace(geometry, extend_prefix_lens=geometry.extend_prefix_lens.copy())
-        return cls(
-            replace(
-                batch,
-                input_ids=batch.input_ids.clone(),
-                positions=batch.positions.clone(),
-                out_cache_loc=tuple(loc.clone() for loc in batch.out_cache_loc),
-                geometry=geometry,
-                attn_plan=batch.attn_backend.plan(geometry),
-            )
+        own = replace(
+            batch,
+            input_ids=batch.input_ids.clone(),
+            positions=batch.positions.clone(),
+            out_cache_loc=tuple(loc.clone() for loc in batch.out_cache_loc),
+            geometry=geometry,
+            attn_plan=batch.attn_backend.plan(geometry),
         )
+        return cls(own, _arrays_of(own))
 
     def take(self, batch: ForwardBatch) -> None:
         """Become another step. Raises what its attention would raise for tables too short."""
         own = self.batch
         own.attn_backend.renew(own.attn_plan, batch.geometry)
-        own.input_ids.copy_(batch.input_ids)
-        own.positions.copy_(batch.positions)
-        for loc, new in zip(own.out_cache_loc, batch.out_cache_loc, strict=True):
-            loc.copy_(new)
+        for array, new in zip(self.arrays, _arrays_of(batch), strict=True):
+            array[:] = new
+
+
+def _arrays_of(batch: ForwardBatch) -> list[Int64Array]:
+    return [one.numpy() for one in (batch.input_ids, batch.positions, *batch.out_cache_loc)]
 
 
 class StepLogits(NamedTuple):
@@ -132,7 +138,8 @@ class DecodeTapes:
             batch.token_to_kv_pool.check_slots(group, loc)
         rows = batch.num_tokens
         vocab = self._model.lm_head.num_embeddings
-        if not 0 <= int(batch.input_ids.min()) <= int(batch.input_ids.max()) < vocab:
+        # Without a sign a negative number is larger than any token.
+        if int(batch.input_ids.numpy().view(np.uint64).max()) >= vocab:
             raise InvariantError(f"a token to compute is not below {vocab}")
         found = self._tapes.get(rows)
         if found is None:
@@ -161,8 +168,9 @@ class DecodeTapes:
         if rows == 0 or rows > self._max_rows or rows in self._refused:
             return False
         geometry = batch.geometry
-        wanted = np.array_equal(geometry.logits_rows, np.arange(rows))
-        return wanted and batch.attn_backend.may_record(geometry)
+        # `logits_rows` are ascending rows of the batch: as many as there are, they are all of them.
+        one_each = rows == len(geometry.seq_lens) == len(geometry.logits_rows)
+        return one_each and bool(batch.attn_backend.may_record(geometry))
 
     def _record(self, batch: ForwardBatch) -> StepLogits | None:
         rows = batch.num_tokens

@@ -182,16 +182,20 @@ class ForwardBatch:
                 ids = item.req.tokens.view(item.start, item.start + item.num_tokens)
                 input_ids[q_start : q_start + item.num_tokens] = ids
         logits_rows = _logits_rows(batch, starts)
+        if placement.tables is not None:
+            tables: tuple[tuple[BlockTableView, ...], ...] = placement.tables()
+        else:
+            tables = tuple(
+                tuple(item.lease.tables[group].snapshot() for item in items)
+                for group in range(len(placement.out_cache_loc))
+            )
         geometry = BatchGeometry(
             seq_lens=prefix + lens,
             extend_prefix_lens=prefix,
             extend_seq_lens=lens,
             q_starts=starts,
             logits_rows=logits_rows,
-            block_tables=tuple(
-                tuple(item.lease.tables[group].snapshot() for item in items)
-                for group in range(len(placement.out_cache_loc))
-            ),
+            block_tables=tables,
             page_size=page_size,
         )
         return cls(
@@ -215,12 +219,12 @@ class ForwardBatch:
 
 def _logits_rows(batch: ScheduleBatch, starts: Int64Array) -> Int64Array:
     """Packed rows whose logits are wanted, ascending: prompt logprobs, then the row to sample."""
-    parts = []
+    rows: list[int] = []
     for item, q_start in zip(batch.items, starts.tolist(), strict=True):
         first, count = item.logprob_rows()
         if count:
             begin = q_start + first - item.start
-            parts.append(np.arange(begin, begin + count, dtype=np.int64))
+            rows += range(begin, begin + count)
         if item.sample:
-            parts.append(np.array([q_start + item.num_tokens - 1], dtype=np.int64))
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+            rows.append(q_start + item.num_tokens - 1)
+    return np.array(rows, np.int64)

@@ -50,7 +50,7 @@ class ModelRunner:
         logits [number sampled, vocabulary], to be read before the next call, and per request its
         prompt log probabilities. `before` is called when all is prepared and compute begins.
         """
-        if self.tapes is not None and list(sample_rows) == list(range(forward_batch.num_tokens)):
+        if self.tapes is not None and tuple(sample_rows) == tuple(range(forward_batch.num_tokens)):
             found = self.tapes.compute(forward_batch, before)
             if found is not None:
                 nothing = [None] * forward_batch.batch_size

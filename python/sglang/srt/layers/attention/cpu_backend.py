@@ -25,7 +25,12 @@ from sglang.srt.layers.attention.torch_native_backend import (
 )
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES
-from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch, Int64Array
+from sglang.srt.model_executor.forward_batch_info import (
+    BatchGeometry,
+    BlockTableView,
+    ForwardBatch,
+    Int64Array,
+)
 from sglang.srt.utils.native import native_kernels
 
 # Queries times keys of one kernel call, so that progress shows in long prefills.
@@ -45,6 +50,8 @@ class CpuPlan(TorchNativePlan):
     blocks: dict[bool, list[Any]] = field(default_factory=dict)
     has_prompts: bool = False
     own_blocks: dict[tuple[int, bool], Any] = field(default_factory=dict)  # by group and pruning
+    # What the tables of a recorded step stand for, by group.
+    views: dict[int, tuple[BlockTableView, ...]] = field(default_factory=dict)
 
 
 class CpuAttnBackend(TorchNativeAttnBackend):
@@ -185,7 +192,11 @@ class CpuAttnBackend(TorchNativeAttnBackend):
                 part.positions[:] = geometry.extend_prefix_lens
         for group, tables in plan.tables.items():
             views = geometry.block_tables[group]
+            if plan.views.get(group) is views:
+                tables.check_again()
+                continue
             tables.renew([view.page_ids for view in views], [view.first_position for view in views])
+            plan.views[group] = views
 
     def _tables(self, plan: CpuPlan, group: int) -> Any:
         if group not in plan.tables:
