@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +54,7 @@ class AttentionTables:
             (3, len(pages)), np.int64
         )
         # What was found to see only positions of these tables: every layer of a step asks the same.
-        self._checked: dict[tuple[int, int | None, int | None, int], QueryBlocks] = {}
+        self._checked: dict[tuple[int, int | None, int | None, int], _Checked] = {}
         self.renew(pages, first_positions)
 
     def renew(self, pages: Sequence[Int32Array], first_positions: Sequence[int]) -> None:
@@ -70,8 +71,11 @@ class AttentionTables:
             self.addresses[i] = ids.ctypes.data
         self.pages = tuple(pages)
         self.first_positions[:] = first_positions
+        self._begins_later = any(first_positions)
         self.end_positions[:] = [len(ids) * self.page_size for ids in pages]
         self.end_positions += self.first_positions
+        for key, (blocks, _) in self._checked.items():
+            self._checked[key] = self._checked_blocks(blocks)
         self.check_again()
 
     def check_again(self) -> None:
@@ -79,27 +83,34 @@ class AttentionTables:
 
         Raises KernelError for blocks that see positions outside of these tables.
         """
-        for (_, window, chunk, _), blocks in self._checked.items():
-            self._check_positions(blocks, window, chunk)
+        for (_, window, chunk, _), checked in self._checked.items():
+            self._check_positions(checked, window, chunk)
 
     def check(self, blocks: QueryBlocks, rows: int, window: int | None, chunk: int | None) -> None:
         """Raises KernelError unless all that `blocks` of `rows` rows see lies in the tables."""
         key = (id(blocks), window, chunk, rows)
-        if self._checked.get(key) is blocks:
+        if key in self._checked and self._checked[key].blocks is blocks:
             return
-        self._check_positions(blocks, window, chunk)
+        checked = self._checked_blocks(blocks)
+        self._check_positions(checked, window, chunk)
         if blocks.rows.min() < 0 or (blocks.rows + blocks.counts).max() > rows:
             raise KernelError("a block names rows that q does not have")
-        self._checked[key] = blocks
+        self._checked[key] = checked
 
-    def _check_positions(self, blocks: QueryBlocks, window: int | None, chunk: int | None) -> None:
-        first: Int64Array | int = 0
-        if window is not None:
-            first = np.maximum(blocks.positions - window + 1, 0)
-        elif chunk is not None:
-            first = blocks.positions - blocks.positions % chunk
-        short = blocks.positions + blocks.counts > self.end_positions[blocks.requests]
-        if short.any() or (first < self.first_positions[blocks.requests]).any():
+    def _checked_blocks(self, blocks: QueryBlocks) -> _Checked:
+        return _Checked(blocks, self.end_positions[blocks.requests] - blocks.counts)
+
+    def _check_positions(self, checked: _Checked, window: int | None, chunk: int | None) -> None:
+        blocks = checked.blocks
+        outside = (blocks.positions > checked.last_positions).any()
+        if self._begins_later:
+            first = np.zeros_like(blocks.positions)
+            if window is not None:
+                first = np.maximum(blocks.positions - window + 1, 0)
+            elif chunk is not None:
+                first = blocks.positions - blocks.positions % chunk
+            outside = outside or (first < self.first_positions[blocks.requests]).any()
+        if outside:
             raise KernelError("a query sees positions outside its block table")
 
     def __len__(self) -> int:
@@ -126,6 +137,13 @@ class QueryBlocks:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+class _Checked(NamedTuple):
+    """Blocks whose positions lie in the tables while none is above `last_positions` [blocks]."""
+
+    blocks: QueryBlocks
+    last_positions: Int64Array
 
 
 def serves_attention(

@@ -62,6 +62,7 @@ def test_the_highest_that_a_step_found_counts_until_a_row_edits_its_logits() -> 
         (plain, [False] * 2, [3, 3]),
         (plain, [False, True], [7, 7]),
         (biased, [False] * 2, [11, 11]),
+        (SamplingParams(temperature=0.0, frequency_penalty=0.1), [False] * 2, [7, 7]),
     )
     for params, hides, expected in cases:
         sampler = Sampler()
@@ -72,8 +73,31 @@ def test_the_highest_that_a_step_found_counts_until_a_row_edits_its_logits() -> 
             sampler.admit(row, params, 0, NO_IDS, NO_IDS)
         out = sampler.sample(logits, [0, 1], [0] * 2, hides, [None] * 2, found)
         assert out.token_ids.tolist() == expected
+        assert out.invalid_rows == ()
         found[1].zero_()  # as the next step does
         assert out.token_ids.tolist() == expected
+
+
+def test_a_highest_that_is_no_number_is_looked_into() -> None:
+    sampler = Sampler()
+    sampler.admit(0, SamplingParams(temperature=0.0), 0, NO_IDS, NO_IDS)
+    logits = torch.zeros(1, V)
+    logits[0, 7], logits[0, 2] = 100.0, float("nan")
+    found = (torch.tensor([float("nan")]), torch.tensor([0]))
+    out = sampler.sample(logits, [0], [0], [False], [None], found)
+    assert out.token_ids.tolist() == [7]
+    assert out.invalid_rows == (0,)
+
+
+def test_log_probabilities_are_told_of_a_highest_that_is_known() -> None:
+    sampler = Sampler()
+    sampler.admit(0, SamplingParams(temperature=0.0), 0, NO_IDS, NO_IDS)
+    logits = torch.zeros(1, V)
+    logits[0, 7] = 100.0
+    found = (torch.tensor([100.0]), torch.tensor([7]))
+    out = sampler.sample(logits, [0], [0], [False], [spec_of(1)], found)
+    assert out.token_ids.tolist() == [7]
+    assert out.logprobs[0] is not None
 
 
 # ---- random numbers ---------------------------------------------------------------------------

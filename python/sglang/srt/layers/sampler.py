@@ -89,6 +89,11 @@ class Sampler:
         Raises InvariantError for a row that nobody admitted.
         """
         states = [self.state(row) for row in rows]
+        if highest is not None and all(state.takes_highest for state in states):
+            best, tokens = highest
+            asked = any(suppress_stop) or any(logprob_specs)
+            if not asked and np.isfinite(best.numpy()).all():
+                return SampleOutput(tokens.clone(), [None] * len(states), ())
         for i, state in enumerate(states):
             if state.edits_logits:
                 state.edit(logits[i])

@@ -36,6 +36,8 @@ class SamplingRow:
         self.seed = seed
         self._counts_tokens = params.has_penalties
         self.edits_logits = self._counts_tokens or bool(params.logit_bias)
+        # Nothing but the highest logit decides its token, and nothing has to be remembered of it.
+        self.takes_highest = params.greedy and not self.edits_logits
         self._prompt_ids = np.empty(0, np.int64)
         if params.repetition_penalty != 1.0:
             self._prompt_ids = np.unique(prompt_ids).astype(np.int64)

@@ -183,7 +183,7 @@ class CpuAttnBackend(TorchNativeAttnBackend):
     def may_record(self, geometry: BatchGeometry) -> bool:
         """One token for each request, in one call. See `AttentionBackend`."""
         short = int(geometry.seq_lens.sum()) <= self._pairs_per_call
-        return self._serves and short and bool((geometry.extend_seq_lens == 1).all())
+        return self._serves and short and int(geometry.extend_seq_lens.max(initial=1)) == 1
 
     def renew(self, plan: CpuPlan, geometry: BatchGeometry) -> None:
         """See `AttentionBackend.renew`."""
