@@ -195,6 +195,40 @@ def test_what_is_no_message_is_an_error(context: zmq.Context[Any], endpoint: str
     receiver.close()
 
 
+async def test_a_loop_receives_what_came_before_it_looked(
+    context: zmq.Context[Any], endpoint: str
+) -> None:
+    """Bursts with pauses, the first of them before anybody asks: all come, in order."""
+    receiver = AsyncReceiver[ToTokenizer](context, endpoint, ToTokenizer)
+    sender = Sender[ToTokenizer](context, endpoint)
+    count = 0
+    async with asyncio.timeout(WAIT_MS / 1000):
+        for burst in (300, 1, 2, 500, 1):
+            for number in range(burst):
+                sender.send(Heartbeat(count + number, True, 0, 0, 0))
+            if count % 2:
+                await asyncio.sleep(0)
+            for _ in range(burst):
+                beat = await receiver.receive()
+                assert isinstance(beat, Heartbeat)
+                assert beat.progress == count
+                count += 1
+    sender.close()
+    receiver.close()
+    receiver.close()
+
+
+async def test_a_loop_hears_of_what_is_no_message(context: zmq.Context[Any], endpoint: str) -> None:
+    receiver = AsyncReceiver[ToTokenizer](context, endpoint, ToTokenizer)
+    sender = Sender[Any](context, endpoint)
+    sender.send({"type": "martian"})
+    for _ in range(2):
+        with pytest.raises(msgspec.DecodeError):
+            await asyncio.wait_for(receiver.receive(), WAIT_MS / 1000)
+    sender.close()
+    receiver.close()
+
+
 async def test_a_loop_receives(context: zmq.Context[Any], endpoint: str) -> None:
     receiver = AsyncReceiver[ToTokenizer](context, endpoint, ToTokenizer)
     sender = Sender[ToTokenizer](context, endpoint)

@@ -12,19 +12,21 @@ gets a window on what came in, so on neither side is there a copy.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import tempfile
+from collections import deque
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 T = TypeVar("T")
 
 _NO_BYTES = memoryview(b"")
+_POLLIN = int(zmq.POLLIN)
 _MAX_DIRECTORY_BYTES = 80
 """A Unix socket's path must fit in 104 bytes on some systems; the rest is for its name."""
 
@@ -78,7 +80,8 @@ class Sender(Generic[T]):
         """
         name = _bulk_field(message)
         if name is None:
-            self._socket.send(self._encoder.encode(message), copy=False)
+            # A small message costs less to copy than to keep until it was delivered.
+            self._socket.send(self._encoder.encode(message))
             return
         bulk = getattr(message, name)
         head = self._encoder.encode(_without(message, name))
@@ -105,6 +108,8 @@ class Receiver(Generic[T]):
 
         None when nothing came in time.
         """
+        if timeout_ms is None:
+            return self._read(self._socket.recv())
         if not self._socket.poll(timeout_ms):
             return None
         return self._read(self._socket.recv(zmq.NOBLOCK))
@@ -112,12 +117,9 @@ class Receiver(Generic[T]):
     def drain(self) -> list[T]:
         """All messages that are already here, without waiting."""
         messages: list[T] = []
-        while True:
-            try:
-                data = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return messages
-            messages.append(self._read(data))
+        while self._socket.getsockopt(zmq.EVENTS) & _POLLIN:
+            messages.append(self._read(self._socket.recv(zmq.NOBLOCK)))
+        return messages
 
     def _read(self, head: bytes) -> T:
         message = self._decoder.decode(head)
@@ -125,30 +127,61 @@ class Receiver(Generic[T]):
             _attach(message, self._socket.recv(zmq.NOBLOCK, copy=False))
         return message
 
+    @property
+    def descriptor(self) -> int:
+        """Readable when something may have come since the socket was last asked."""
+        return int(self._socket.getsockopt(zmq.FD))
+
     def close(self) -> None:
         """Close the socket; a second call does nothing."""
         self._socket.close(linger=0)
 
 
 class AsyncReceiver(Generic[T]):
-    """The PULL end for an asyncio loop; make it on that loop. Decodes as `Receiver` does."""
+    """The PULL end for an asyncio loop; make it on that loop. Decodes as `Receiver` does.
+
+    The loop watches the socket's descriptor, which tells that something changed and stays readable
+    until the socket was asked: so it is asked until nothing is left. ZeroMQ's own sockets for
+    asyncio make several futures and timers for a message.
+    """
 
     def __init__(self, context: zmq.Context[Any], endpoint: str, kind: Any) -> None:
-        shadow = zmq.asyncio.Context.shadow(context)
-        self._socket: zmq.asyncio.Socket = _bound_pull(shadow, endpoint)
-        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
+        self._inbox: Receiver[T] = Receiver(context, endpoint, kind)
+        self._loop = asyncio.get_running_loop()
+        self._messages: deque[T] = deque()
+        self._arrival = asyncio.Event()
+        self._failure: Exception | None = None
+        self._descriptor: int | None = self._inbox.descriptor
+        self._loop.add_reader(self._descriptor, self._take)
+        self._take()
 
     async def receive(self) -> T:
-        """Wait for the next message."""
-        head, *bulk = await self._socket.recv_multipart(copy=False)
-        message = self._decoder.decode(head.buffer)
-        if bulk:
-            _attach(message, bulk[0])
-        return message
+        """Wait for the next message. Raises what `Receiver` raises for one of another kind."""
+        while not self._messages:
+            if self._failure is not None:
+                raise self._failure
+            self._arrival.clear()
+            await self._arrival.wait()
+        return self._messages.popleft()
+
+    def _take(self) -> None:
+        """What the loop calls when the descriptor is readable."""
+        try:
+            self._messages += self._inbox.drain()
+        except (msgspec.DecodeError, zmq.ZMQError) as error:
+            self._failure = error
+            self._stop_watching()
+        self._arrival.set()
+
+    def _stop_watching(self) -> None:
+        if self._descriptor is not None:
+            self._loop.remove_reader(self._descriptor)
+            self._descriptor = None
 
     def close(self) -> None:
         """Close the socket; a second call does nothing."""
-        self._socket.close(linger=0)
+        self._stop_watching()
+        self._inbox.close()
 
 
 def _bound_pull(context: Any, endpoint: str) -> Any:
