@@ -13,7 +13,7 @@ import torch
 from sglang.srt.errors import InvariantError
 from sglang.srt.managers.scheduler_setup import compute_threads
 from sglang.srt.model_executor import decode_tapes
-from sglang.srt.model_executor.decode_tapes import DecodeTapes, StepLogits
+from sglang.srt.model_executor.decode_tapes import DecodeTapes, StepLogits, StepShape
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.utils.cpu_cores import usable_cores
 from sglang.srt.utils.native import native_kernels
@@ -165,7 +165,7 @@ def test_a_full_arena_is_no_error(
     monkeypatch.setattr(decode_tapes, "_ARENA_BYTES", 4096)
     with tower(path) as engine:
         assert answer_all(engine) == expected
-        assert 6 in tapes_of(engine).refused
+        assert StepShape(6, 6, 6) in tapes_of(engine).refused
 
 
 def test_threads_that_compute(llama: tuple[str, list[list[int]]]) -> None:

@@ -1,8 +1,9 @@
-"""Decode steps as tapes: the native calls of a step, recorded once for each number of rows.
+"""Small steps as tapes: the native calls of a step, recorded once for each shape of a batch.
 
 Played again, a step costs one call and no Python between its kernels; models are written as if
-there were no tapes. A step goes onto a tape when each of its requests computes one token and
-samples the next, and when all of the model's work on it is native calls; what a model does
+there were no tapes. Decode steps go onto a tape, of as many rows as requests, and short prompts
+that end in the step, alone or beside others and beside decoding requests: their rows are filled up
+with some that nobody reads. All of the model's work must be native calls; what a model does
 otherwise is found while recording, and its steps are then computed as ever. See
 docs/structures.md, Note [Tapes].
 
@@ -13,10 +14,11 @@ and of its inputs, none of which ever move.
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -29,6 +31,11 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, Int64Arra
 logger = logging.getLogger(__name__)
 
 _ARENA_BYTES = 1 << 30  # of address space; a step commits what it writes
+# Steps with prompts: so many tokens and requests at most, their tokens filled up to a multiple.
+_PROMPT_TOKENS = 64
+_PROMPT_REQUESTS = 8
+_PROMPT_MULTIPLE = 8
+_PROMPT_TAPES = 32  # kept; a tape owns logits for its requests
 
 
 class CausalLM(Protocol):
@@ -39,46 +46,86 @@ class CausalLM(Protocol):
     def __call__(self, forward_batch: ForwardBatch) -> torch.Tensor: ...
 
 
+class StepShape(NamedTuple):
+    """What steps on one tape have in common: `tokens` counts those that fill up, too."""
+
+    tokens: int
+    requests: int
+    sampled: int
+
+    @classmethod
+    def of(cls, batch: ForwardBatch) -> Self:
+        """A decode step's number of rows thrice, or what a step with prompts is filled up to."""
+        tokens, requests = batch.num_tokens, batch.batch_size
+        sampled = len(batch.geometry.logits_rows)
+        if tokens > requests:
+            tokens = -(-tokens // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
+        return cls(tokens, requests, sampled)
+
+    @property
+    def is_decode(self) -> bool:
+        return self.tokens == self.requests == self.sampled
+
+
 @dataclass(frozen=True, slots=True)
 class _Inputs:
     """A recorded step's batch, whose tensors and plan are written anew for each step.
 
-    `arrays` are its tokens, positions and slots of each group, as arrays: between two tapes
-    memory is cold, and an array operation touches less of it than one of PyTorch.
+    `arrays` are its tokens, positions and slots of each group, and the rows whose logits are
+    wanted, as arrays: between two tapes memory is cold, and an array operation touches less of it
+    than one of PyTorch. Rows that fill up compute token 0 at position 0, into slot 0, which lies in
+    the page that no request ever gets.
     """
 
     batch: ForwardBatch
     arrays: list[Int64Array]
 
     @classmethod
-    def like(cls, batch: ForwardBatch) -> _Inputs:
-        """Copies of everything that the next step of as many rows has otherwise."""
+    def like(cls, batch: ForwardBatch, tokens: int) -> _Inputs:
+        """Copies of everything that the next step has otherwise, with room for `tokens` tokens."""
         geometry = batch.geometry
-        geometry = replace(geometry, extend_prefix_lens=geometry.extend_prefix_lens.copy())
+        geometry = replace(
+            geometry,
+            extend_prefix_lens=geometry.extend_prefix_lens.copy(),
+            extend_seq_lens=geometry.extend_seq_lens.copy(),
+            q_starts=geometry.q_starts.copy(),
+        )
+
+        def room() -> torch.Tensor:
+            return torch.zeros(tokens, dtype=torch.int64)
+
         own = replace(
             batch,
-            input_ids=batch.input_ids.clone(),
-            positions=batch.positions.clone(),
-            out_cache_loc=tuple(loc.clone() for loc in batch.out_cache_loc),
+            input_ids=room(),
+            positions=room(),
+            out_cache_loc=tuple(room() for _ in batch.out_cache_loc),
+            logits_rows=batch.logits_rows.clone(),
             geometry=geometry,
             attn_plan=batch.attn_backend.plan(geometry),
         )
-        return cls(own, _arrays_of(own))
+        found = cls(own, _arrays_of(own))
+        found._fill(batch)
+        return found
 
     def take(self, batch: ForwardBatch) -> None:
         """Become another step. Raises what its attention would raise for tables too short."""
         own = self.batch
         own.attn_backend.renew(own.attn_plan, batch.geometry)
+        self._fill(batch)
+
+    def _fill(self, batch: ForwardBatch) -> None:
         for array, new in zip(self.arrays, _arrays_of(batch), strict=True):
-            array[:] = new
+            array[: len(new)] = new
+            array[len(new) :] = 0
 
 
 def _arrays_of(batch: ForwardBatch) -> list[Int64Array]:
-    return [one.numpy() for one in (batch.input_ids, batch.positions, *batch.out_cache_loc)]
+    tensors = (batch.input_ids, batch.positions, *batch.out_cache_loc, batch.logits_rows)
+    return [one.numpy() for one in tensors]
 
 
 class StepLogits(NamedTuple):
-    """A decode step's `logits` float32 [R, V] and their `highest`, if the step has found it.
+    """`logits` float32 [R, V] of a step's wanted rows; their `highest`, if it has been found.
 
     All are overwritten by the next step.
     """
@@ -97,10 +144,12 @@ class DecodeTape:
 
 
 class DecodeTapes:
-    """The tapes of one model, by their number of rows, recorded when they are first needed.
+    """The tapes of one model, by the shapes of their steps.
 
-    `kernels` is the package sgl_kernel. Steps of more than `max_rows` are not recorded. `fuses`:
-    what belongs to a projection to q, k and v is made as one call (`Tape.fuse`).
+    Decode steps of up to `max_rows` rows are recorded when they are first needed, steps with
+    prompts when a shape comes a second time, and the tapes of the latter give way to others.
+    `kernels` is the package sgl_kernel. `fuses`: what belongs to a projection to q, k and v is made
+    as one call (`Tape.fuse`).
     """
 
     def __init__(
@@ -111,40 +160,47 @@ class DecodeTapes:
         self._max_rows = max_rows
         self._fuses = fuses
         self._arena = kernels.Arena(_ARENA_BYTES)
-        self._tapes: dict[int, DecodeTape] = {}
-        self._refused: set[int] = set()
+        self._tapes: dict[StepShape, DecodeTape] = {}
+        self._prompt_tapes: OrderedDict[StepShape, DecodeTape] = OrderedDict()
+        self._seen: set[StepShape] = set()  # of steps with prompts; their shapes are few
+        self._refused: set[StepShape] = set()
 
     @property
     def recorded(self) -> tuple[int, ...]:
-        """Numbers of rows that have a tape, ascending."""
-        return tuple(sorted(self._tapes))
+        """Numbers of rows of decode steps that have a tape, ascending."""
+        return tuple(sorted(shape.tokens for shape in self._tapes))
 
     @property
-    def refused(self) -> frozenset[int]:
-        """Numbers of rows whose steps could not be recorded."""
+    def recorded_prompts(self) -> tuple[StepShape, ...]:
+        """Shapes of steps with prompts that have a tape, the longest unused first."""
+        return tuple(self._prompt_tapes)
+
+    @property
+    def refused(self) -> frozenset[StepShape]:
+        """Shapes whose steps could not be recorded."""
         return frozenset(self._refused)
 
     def compute(
         self, batch: ForwardBatch, before: Callable[[], None] = lambda: None
     ) -> StepLogits | None:
-        """Logits of a decode step, one row a request; None: it is not for a tape.
+        """Logits of a step that samples all `logits_rows`; None: it is not for a tape.
 
         They are overwritten by the next call. `before` is called when all is prepared and native
         code takes over. Side effect: the tokens' K and V are stored.
         """
-        if not self._fits(batch):
+        shape = StepShape.of(batch)
+        if not self._fits(shape, batch):
             return None
         for group, loc in enumerate(batch.out_cache_loc):
             batch.token_to_kv_pool.check_slots(group, loc)
-        rows = batch.num_tokens
         vocab = self._model.lm_head.num_embeddings
         # Without a sign a negative number is larger than any token.
         if int(batch.input_ids.numpy().view(np.uint64).max()) >= vocab:
             raise InvariantError(f"a token to compute is not below {vocab}")
-        found = self._tapes.get(rows)
+        found = self._find(shape)
         if found is None:
             before()
-            return self._record(batch)
+            return self._record(shape, batch)
         found.inputs.take(batch)
         before()
         found.tape.play(torch.get_num_threads())
@@ -157,24 +213,36 @@ class DecodeTapes:
         An empty list without such a tape. Side effect: the last step's K and V are stored again,
         so only for a pool that is not in use.
         """
-        found = self._tapes.get(rows)
+        found = self._tapes.get(StepShape(rows, rows, rows))
         if found is None:
             return []
         times = found.tape.times(torch.get_num_threads())
         return [(op.name.lower(), seconds) for op, seconds in times]
 
-    def _fits(self, batch: ForwardBatch) -> bool:
-        rows = batch.num_tokens
-        if rows == 0 or rows > self._max_rows or rows in self._refused:
+    def _fits(self, shape: StepShape, batch: ForwardBatch) -> bool:
+        if not shape.sampled or shape in self._refused:
             return False
-        geometry = batch.geometry
-        # `logits_rows` are ascending rows of the batch: as many as there are, they are all of them.
-        one_each = rows == len(geometry.seq_lens) == len(geometry.logits_rows)
-        return one_each and bool(batch.attn_backend.may_record(geometry))
+        if not batch.attn_backend.may_record(batch.geometry):
+            return False
+        if shape.is_decode:
+            return shape.tokens <= self._max_rows
+        if shape.tokens > _PROMPT_TOKENS or shape.requests > min(_PROMPT_REQUESTS, self._max_rows):
+            return False
+        if shape in self._seen:
+            return True
+        self._seen.add(shape)
+        return False
 
-    def _record(self, batch: ForwardBatch) -> StepLogits | None:
-        rows = batch.num_tokens
-        inputs = _Inputs.like(batch)
+    def _find(self, shape: StepShape) -> DecodeTape | None:
+        if shape.is_decode:
+            return self._tapes.get(shape)
+        found = self._prompt_tapes.get(shape)
+        if found is not None:
+            self._prompt_tapes.move_to_end(shape)
+        return found
+
+    def _record(self, shape: StepShape, batch: ForwardBatch) -> StepLogits | None:
+        inputs = _Inputs.like(batch, shape.tokens)
         tape = self._kernels.Tape(self._arena)
         threads = torch.get_num_threads()
         try:
@@ -183,12 +251,20 @@ class DecodeTapes:
                 wide: torch.Tensor = self._kernels.widen(logits, num_threads=threads)
                 highest = self._kernels.highest(wide, num_threads=threads)
         except self._kernels.NotRecorded as reason:
-            logger.info("Decode steps of %d rows are not recorded: %s", rows, reason)
-            self._refused.add(rows)
+            logger.info("Steps of %s are not recorded: %s", shape, reason)
+            self._refused.add(shape)
             return None
         if self._fuses:
             tape.fuse()
         found = StepLogits(wide, highest)
-        self._tapes[rows] = DecodeTape(tape, inputs, found)
-        logger.debug("Recorded a decode step of %d rows: %d calls", rows, len(tape))
+        self._keep(shape, DecodeTape(tape, inputs, found))
+        logger.debug("Recorded a step of %s: %d calls", shape, len(tape))
         return found
+
+    def _keep(self, shape: StepShape, tape: DecodeTape) -> None:
+        if shape.is_decode:
+            self._tapes[shape] = tape
+            return
+        self._prompt_tapes[shape] = tape
+        if len(self._prompt_tapes) > _PROMPT_TAPES:
+            self._prompt_tapes.popitem(last=False)

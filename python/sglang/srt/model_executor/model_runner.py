@@ -15,7 +15,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, LogprobSp
 
 
 class StepRecorder(Protocol):
-    """Recorded decode steps: `DecodeTapes` on a host, `CudaGraphRunner` on a device."""
+    """Recorded steps: `DecodeTapes` on a host, `CudaGraphRunner` on a device."""
 
     def compute(
         self, batch: ForwardBatch, before: Callable[[], None] = ...
@@ -50,7 +50,9 @@ class ModelRunner:
         logits [number sampled, vocabulary], to be read before the next call, and per request its
         prompt log probabilities. `before` is called when all is prepared and compute begins.
         """
-        if self.tapes is not None and tuple(sample_rows) == tuple(range(forward_batch.num_tokens)):
+        # Both ascend without repeats: as many sampled as wanted means that no others are wanted.
+        sampled = sum(row >= 0 for row in sample_rows)
+        if self.tapes is not None and sampled == len(forward_batch.geometry.logits_rows):
             found = self.tapes.compute(forward_batch, before)
             if found is not None:
                 nothing = [None] * forward_batch.batch_size

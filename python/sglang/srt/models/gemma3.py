@@ -17,6 +17,7 @@ from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.activation import GeluTanhAndMul
 from sglang.srt.layers.layernorm import GemmaRMSNorm
 from sglang.srt.layers.rotary_embedding import get_rope
+from sglang.srt.layers.rows import take_rows
 from sglang.srt.layers.weights import LoadedWeight
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.llama import (
@@ -65,7 +66,7 @@ class Gemma3DecoderLayer(LlamaDecoderLayer):
             x, residual = self.input_layernorm(x, residual)
         x = self.post_attention_layernorm(self.self_attn(x, forward_batch, rows_pruned=rows_pruned))
         if rows_pruned:
-            residual = residual[forward_batch.logits_rows]
+            residual = take_rows(residual, forward_batch.logits_rows)
         x, residual = self.pre_feedforward_layernorm(x, residual)
         return self.post_feedforward_layernorm(self.get_submodule(self.mlp_name)(x)), residual
 

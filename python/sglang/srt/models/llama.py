@@ -28,6 +28,7 @@ from sglang.srt.layers.linear import (
 )
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding, get_rope
+from sglang.srt.layers.rows import take_rows
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.causal_lm import CausalLM, MergedProjections
@@ -143,11 +144,11 @@ class LlamaAttention(nn.Module):
             q, k, v = self.place(self.qkv_proj(x), positions)
         else:
             rows = forward_batch.logits_rows
-            q = self.qkv_proj.queries(x[rows])
+            q = self.qkv_proj.queries(take_rows(x, rows))
             k, v = self.qkv_proj.keys_values(x)
             # Keys first: the angles of all positions are at hand from the layer before.
             k = self.place_keys(k, positions)
-            q = self.place_queries(q, positions[rows])
+            q = self.place_queries(q, take_rows(positions, rows))
         attended = self.attn(q, k, v, forward_batch, rows_pruned=rows_pruned)
         output: torch.Tensor = self.o_proj(attended)
         return output
@@ -216,7 +217,7 @@ class LlamaDecoderLayer(nn.Module):
             x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, forward_batch, rows_pruned=rows_pruned)
         if rows_pruned:
-            residual = residual[forward_batch.logits_rows]
+            residual = take_rows(residual, forward_batch.logits_rows)
         x, residual = self.post_attention_layernorm(x, residual)
         return self.get_submodule(self.mlp_name)(x), residual
 

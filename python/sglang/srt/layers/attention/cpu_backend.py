@@ -181,12 +181,22 @@ class CpuAttnBackend(TorchNativeAttnBackend):
         return wide.view(-1)
 
     def may_record(self, geometry: BatchGeometry) -> bool:
-        """One token for each request, in one call. See `AttentionBackend`."""
-        short = int(geometry.seq_lens.sum()) <= self._pairs_per_call
-        return self._serves and short and int(geometry.extend_seq_lens.max(initial=1)) == 1
+        """All queries in one call, and no prompts where they have no kernel.
+
+        See `AttentionBackend`.
+        """
+        if not self._serves:
+            return False
+        if int(geometry.extend_seq_lens.max(initial=1)) == 1:
+            return int(geometry.seq_lens.sum()) <= self._pairs_per_call
+        pairs = int((geometry.extend_seq_lens * geometry.seq_lens).sum())
+        return self._native_prompts and pairs <= self._pairs_per_call
 
     def renew(self, plan: CpuPlan, geometry: BatchGeometry) -> None:
         """See `AttentionBackend.renew`."""
+        if plan.has_prompts:
+            self._renew_prompts(plan, geometry)
+            return
         for blocks in plan.blocks.values():
             for part in blocks:
                 part.positions[:] = geometry.extend_prefix_lens
@@ -197,6 +207,17 @@ class CpuAttnBackend(TorchNativeAttnBackend):
                 continue
             tables.renew([view.page_ids for view in views], [view.first_position for view in views])
             plan.views[group] = views
+
+    def _renew_prompts(self, plan: CpuPlan, geometry: BatchGeometry) -> None:
+        """`renew` where the numbers of queries change, too."""
+        for pruned, blocks in plan.blocks.items():
+            for part in blocks:
+                names = (part.rows, part.counts, part.positions, part.requests)
+                for array, new in zip(names, _query_rows(geometry, pruned), strict=True):
+                    array[:] = new
+        for group, tables in plan.tables.items():
+            views = geometry.block_tables[group]
+            tables.renew([view.page_ids for view in views], [view.first_position for view in views])
 
     def _tables(self, plan: CpuPlan, group: int) -> Any:
         if group not in plan.tables:
