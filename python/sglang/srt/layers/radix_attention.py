@@ -2,7 +2,7 @@
 
 Models call it with the new tokens' q, k and v. It stores k and v at the slots that memory
 granted, then lets the batch's backend attend over every token that the request's table holds. It
-owns no state but its shape.
+owns no state but its shape and the scales of what is stored.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.scaled import scaled
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
@@ -62,6 +63,16 @@ class RadixAttention(nn.Module):
         self.attention_chunk = attention_chunk
         self.logit_cap = logit_cap
         self.sinks: torch.Tensor | None = sinks
+        self.k_scale = self.v_scale = 1.0
+
+    def set_kv_scales(self, k_scale: float, v_scale: float) -> None:
+        """Let the cache hold k / k_scale and v / v_scale; both are above 0.
+
+        Scores are products with what is stored, so `scaling` takes `k_scale` up, before caps, sinks
+        and log-sum-exps; what attention gives is linear in v, so `forward` multiplies its result.
+        """
+        self.scaling *= k_scale / self.k_scale
+        self.k_scale, self.v_scale = k_scale, v_scale
 
     def forward(
         self,
@@ -86,4 +97,5 @@ class RadixAttention(nn.Module):
             forward_batch,
         )
         heads = q.view(-1, self.num_heads, self.head_dim)
-        return backend.forward(heads, self, forward_batch, rows_pruned=rows_pruned)
+        out = backend.forward(heads, self, forward_batch, rows_pruned=rows_pruned)
+        return out if self.v_scale == 1.0 else scaled(out, self.v_scale)

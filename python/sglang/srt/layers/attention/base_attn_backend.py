@@ -17,7 +17,11 @@ from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardB
 
 
 class AttentionLayer(Protocol):
-    """The shape of the calling layer; see `RadixAttention` for the meaning of each."""
+    """The calling layer; see `RadixAttention` for the meaning of each.
+
+    `scaling` multiplies a query's product with a stored key, so `k_scale` is in it. Results are in
+    units of what is stored: the layer multiplies them by `v_scale`.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -29,6 +33,8 @@ class AttentionLayer(Protocol):
     attention_chunk: int | None
     logit_cap: float
     sinks: torch.Tensor | None
+    k_scale: float
+    v_scale: float
 
 
 class AttentionBackend(ABC):
@@ -73,10 +79,12 @@ class AttentionBackend(ABC):
     ) -> None:
         """Put new tokens' k [T, G, D] and v [T, G, Dv] into the slots that the batch names.
 
-        Whatever attends next sees them, rounded to the KV dtype.
+        Whatever attends next sees them, divided by the layer's scales and rounded to the KV dtype.
         """
         loc = forward_batch.out_cache_loc[self.group_of_layer[layer.layer_id]]
-        forward_batch.token_to_kv_pool.set_kv_buffer(layer.layer_id, loc, k, v)
+        forward_batch.token_to_kv_pool.set_kv_buffer(
+            layer.layer_id, loc, k, v, k_scale=layer.k_scale, v_scale=layer.v_scale
+        )
 
     @abstractmethod
     def forward(

@@ -157,6 +157,8 @@ class TritonAttnBackend(AttentionBackend):
             forward_batch.out_cache_loc[self.group_of_layer[layer.layer_id]],
             self._plane(pool.get_key_buffer(layer.layer_id), k.device),
             self._plane(pool.get_value_buffer(layer.layer_id), v.device),
+            k_scale=layer.k_scale,
+            v_scale=layer.v_scale,
         )
 
     def forward(
