@@ -59,10 +59,17 @@ class ServerArgs(RankArgs, DoorArgs):
     kv_cache_dtype: str = flag(
         "auto",
         "Type of the KV cache; auto is the type of the activations. The two of fp8 halve what a "
-        "token takes in bfloat16; numbers are rounded to them unscaled. int8 keeps a float32 scale "
-        "for each token and kv head, 4 bytes beside head_dim: more exact than fp8.",
+        "token takes in bfloat16; numbers are divided by a layer's scales where the checkpoint has "
+        "them, and rounded. int8 keeps a float32 scale for each token and kv head, 4 bytes beside "
+        "head_dim: more exact than fp8.",
         group=DEVICE,
         choices=("auto", "bf16", "bfloat16", "float16", "float32", "fp8_e4m3", "fp8_e5m2", "int8"),
+    )
+    quantization_param_path: str | None = flag(
+        None,
+        "JSON file with a scale for each layer of an fp8 KV cache; wins over the checkpoint's.",
+        group=DEVICE,
+        metavar="PATH",
     )
     attention_backend: str = flag(
         None,

@@ -168,7 +168,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (
         "quantised computation and other numeric formats are not served (GGUF files are)",
         """
-        --quantization-param-path V; --torchao-config V; --modelopt-quant V;
+        --torchao-config V; --modelopt-quant V;
         --modelopt-checkpoint-restore-path V; --modelopt-checkpoint-save-path V;
         --modelopt-export-path V; --quantize-and-serve; --enable-fp32-lm-head;
         --rl-quant-profile V

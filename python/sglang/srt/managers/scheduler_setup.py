@@ -230,6 +230,8 @@ def _load(
         show_progress=show_progress,
         seed=args.random_seed,
         quantization=args.quantization,
+        scales_kv=args.kv_cache_dtype.startswith("fp8"),
+        kv_scale_path=args.quantization_param_path,
     )
 
 
