@@ -126,10 +126,10 @@ def rotate_and_store_kernel(
                 k_plane_ptr, slot, KV_HEADS * HEAD_DIM, segment_slots, KV_TYPE, SEGMENTED
             )
             target += head[:, None] * HEAD_DIM
-            y_1 = _stored(y_1, k_factor, X_TYPE, KV_TYPE, LARGEST)
-            y_2 = _stored(y_2, k_factor, X_TYPE, KV_TYPE, LARGEST)
-            tl.store(target + first[None, :], y_1, mask=mask)
-            tl.store(target + second[None, :], y_2, mask=mask)
+            kept_1 = _stored(y_1, k_factor, X_TYPE, KV_TYPE, LARGEST)
+            kept_2 = _stored(y_2, k_factor, X_TYPE, KV_TYPE, LARGEST)
+            tl.store(target + first[None, :], kept_1, mask=mask)
+            tl.store(target + second[None, :], kept_2, mask=mask)
         else:
             if ROTATES:
                 head = (block - 2 * kv_blocks) * BLOCK_HEADS + heads
