@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.rotary_embedding import Rotation
 from sglang.srt.layers.scaled import scaled
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -82,20 +83,25 @@ class RadixAttention(nn.Module):
         forward_batch: ForwardBatch,
         *,
         rows_pruned: bool = False,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
         """Store k [T, G*D] and v [T, G*Dv]; attention of q [R, H*D] as [R, H*Dv] in q's dtype.
 
         R is T, or the rows of `forward_batch.logits_rows` when `rows_pruned` (the last layer,
-        where only they go on). Side effect: the slots `out_cache_loc` of this layer's group hold
-        k and v.
+        where only they go on). With a `rotation` q and k are still to be turned, which the batch's
+        backend must be one for (`rotates`). Side effect: the slots `out_cache_loc` of this layer's
+        group hold k and v.
         """
         backend: AttentionBackend = forward_batch.attn_backend
-        backend.store(
-            k.view(-1, self.num_kv_heads, self.head_dim),
-            v.view(-1, self.num_kv_heads, self.v_head_dim),
-            self,
-            forward_batch,
-        )
+        if rotation is not None:
+            q = backend.rotate_and_store(q, k, v, rotation, self, forward_batch)
+        else:
+            backend.store(
+                k.view(-1, self.num_kv_heads, self.head_dim),
+                v.view(-1, self.num_kv_heads, self.v_head_dim),
+                self,
+                forward_batch,
+            )
         heads = q.view(-1, self.num_heads, self.head_dim)
         out = backend.forward(heads, self, forward_batch, rows_pruned=rows_pruned)
         return out if self.v_scale == 1.0 else scaled(out, self.v_scale)

@@ -14,12 +14,22 @@ Legend: T tokens, H heads, D head dim.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from sglang.srt.configs.rope_config import RopeConfig
 from sglang.srt.utils.native import kernels_for
+
+
+class Rotation(NamedTuple):
+    """How T tokens turn: cosine and signed sine float32 [T, D], pairs as `interleaved` says."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
+
 
 # Up to so many rows one native call is faster than PyTorch's ten.
 _FEW_ROWS = 64
@@ -66,6 +76,11 @@ class RotaryEmbedding(nn.Module):
         """A rotated copy of x [T, heads * D]; positions int64 [T]."""
         cos, sin = self.cos_sin(positions)
         return self._rotate(x, cos, sin)
+
+    def rotation(self, positions: torch.Tensor) -> Rotation:
+        """The rotation of int64 `positions` [T], for who turns rows himself; see `cos_sin`."""
+        cos, sin = self.cos_sin(positions)
+        return Rotation(cos.squeeze(1), sin.squeeze(1), self.interleaved)
 
     def cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and signed sine [T, 1, D] float32 of the positions [T].

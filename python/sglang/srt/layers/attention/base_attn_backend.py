@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from sglang.srt.errors import InvariantError
+from sglang.srt.layers.rotary_embedding import Rotation
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
 
@@ -48,6 +49,7 @@ class AttentionBackend(ABC):
     preferred_page_size: ClassVar[int] = 64
     records_steps: ClassVar[bool] = False  # has `may_record` and `renew`
     is_native: ClassVar[bool] = False  # computes a recorded step by calls that a tape takes
+    rotates: ClassVar[bool] = False  # has `rotate_and_store`
 
     def __init__(self, spec: KVCacheSpec) -> None:
         self.spec = spec
@@ -85,6 +87,22 @@ class AttentionBackend(ABC):
         forward_batch.token_to_kv_pool.set_kv_buffer(
             layer.layer_id, loc, k, v, k_scale=layer.k_scale, v_scale=layer.v_scale
         )
+
+    def rotate_and_store(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rotation: Rotation,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
+    ) -> torch.Tensor:
+        """Turn q [T, H * D] and k [T, G * D] and `store` k and v [T, G * Dv]; the turned q, new.
+
+        Where `rotates` says so: one launch instead of three.
+        """
+        del q, k, v, rotation, forward_batch
+        raise InvariantError(f"{self.name} turns no rows, as layer {layer.layer_id} asks it to")
 
     @abstractmethod
     def forward(
