@@ -110,6 +110,21 @@ class ServerArgs(RankArgs, DoorArgs):
         "of K and V as one call. The same tokens; on two cores 0 to 5 % slower than one by one.",
         group=DEVICE,
     )
+    enable_torch_compile: bool = flag(
+        False,
+        "Let torch.compile make the kernels of norms, gates and rotations in steps of few rows. It "
+        "needs a C++ compiler, and time at the first steps. On a CPU steps are not recorded then, "
+        "which is slower.",
+        group=DEVICE,
+    )
+    torch_compile_max_bs: int = flag(
+        32,
+        "Most rows of a step that --enable-torch-compile is for.",
+        group=DEVICE,
+        parse=int,
+        metavar="N",
+        minimum=1,
+    )
     cpu_threads: int | None = flag(
         None,
         "Threads that compute the model on a CPU. Not in SGLang.",
