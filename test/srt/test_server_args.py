@@ -112,6 +112,7 @@ def test_dtype_names_are_resolved() -> None:
     assert parse("--dtype", "float").dtype == "float32"
     assert parse("--kv-cache-dtype", "fp8_e5m2").kv_cache_dtype == "fp8_e5m2"
     assert parse("--kv-cache-dtype", "int8").kv_cache_dtype == "int8"
+    assert parse("--attention-backend", "flex_attention").attention_backend == "torch_native"
 
 
 def test_a_seed_is_drawn_once_and_kept() -> None:

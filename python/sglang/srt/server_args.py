@@ -31,7 +31,12 @@ LOGGING = "Logging and health"
 
 MIN_REQUEST_LIMIT = 32 << 20
 
-_DTYPE_NAMES = {"half": "float16", "float": "float32", "bf16": "bfloat16"}
+_OTHER_NAMES = {
+    "half": "float16",
+    "float": "float32",
+    "bf16": "bfloat16",
+    "flex_attention": "torch_native",
+}
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,10 @@ class ServerArgs(RankArgs, DoorArgs):
     attention_backend: str = flag(
         None,
         "Which code computes attention; cpu is that of sgl-kernel. triton is for GPUs; on a CPU it "
-        "runs in Triton's interpreter alone, for tests.",
+        "runs in Triton's interpreter alone, for tests. flex_attention, which is torch's as well, "
+        "is taken as torch_native.",
         group=DEVICE,
-        choices=("auto", "cpu", "torch_native", "triton", "flashinfer"),
+        choices=("auto", "cpu", "torch_native", "flex_attention", "triton", "flashinfer"),
         default_text="on a CPU cpu where sgl-kernel is installed, on a GPU triton where it is, "
         "else torch_native",
     )
@@ -361,9 +367,9 @@ class ServerArgs(RankArgs, DoorArgs):
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        for name in ("dtype", "kv_cache_dtype"):
+        for name in ("dtype", "kv_cache_dtype", "attention_backend"):
             value = getattr(self, name)
-            object.__setattr__(self, name, _DTYPE_NAMES.get(value, value))
+            object.__setattr__(self, name, _OTHER_NAMES.get(value, value))
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> ServerArgs:
