@@ -54,10 +54,17 @@ class OnePool:
         return self.v
 
     def set_kv_buffer(
-        self, layer_id: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self,
+        layer_id: int,
+        loc: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
     ) -> None:
         """Nothing: the pool is full of numbers already."""
-        del layer_id, loc, k, v
+        del layer_id, loc, k, v, k_scale, v_scale
 
 
 def spec_of(heads: Heads, dtype: str, page_size: int) -> KVCacheSpec:

@@ -149,9 +149,9 @@ struct SglRotate {
 };
 
 // Rows of K and of V into slots of their planes: as bytes, or rounded to planes of fp8, to the nearest,
-// ties to even; what is beyond the largest finite number becomes that number, NaN stays NaN. To INT8 each
-// head is rounded to multiples of its largest over 127; with a NaN all of it is NaN. A row, and a slot of
-// each plane, is contiguous; strides count bytes here.
+// ties to even; what is beyond the largest finite number becomes that number, NaN stays NaN. Before, each
+// number is multiplied by its side's factor. To INT8 each head is rounded to multiples of its largest over
+// 127; with a NaN all of it is NaN. A row, and a slot of each plane, is contiguous; strides count bytes here.
 struct SglStore {
     const void* k;         // [rows]
     const void* v;         // [rows]
@@ -164,6 +164,7 @@ struct SglStore {
     int32_t x_dtype;       // of k and v, where they are rounded
     int32_t plane_dtype;   // of a byte, that rows are rounded to; -1: they are copied
     int32_t num_threads;
+    float k_factor, v_factor;  // of rows that are rounded to fp8
 };
 
 // Rows of a table by their number, as bytes: out[i] = table[ids[i]]. Strides count bytes.

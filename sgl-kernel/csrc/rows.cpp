@@ -28,6 +28,7 @@ struct StoreSide {
     const void* from;
     void* plane;
     int64_t from_row, slot_bytes, bytes, dim;  // dim: numbers of a head
+    float factor;                              // of numbers that are rounded to fp8
 
     const char* row(int64_t number) const {
         return static_cast<const char*>(from) + number * from_row;
@@ -46,7 +47,7 @@ void round_rows(const SglStore& call, const StoreSide& side, int64_t first, int6
         const X* from = reinterpret_cast<const X*>(side.row(row));
         Plane* to = reinterpret_cast<Plane*>(side.slot(call.slots[row]));
 #pragma omp simd
-        for (int64_t d = 0; d < side.bytes; ++d) store(to_float(from[d]), to + d);
+        for (int64_t d = 0; d < side.bytes; ++d) store(to_float(from[d]) * side.factor, to + d);
     }
 }
 
@@ -216,7 +217,8 @@ void sgl::store_columns(const SglStore& call, bool of_v, int64_t first, int64_t 
     const auto* from = static_cast<const char*>(of_v ? call.v : call.k) + first * bytes;
     auto* plane = static_cast<char*>(of_v ? call.v_plane : call.k_plane) + stored(first);
     const StoreSide side{from, plane, of_v ? call.v_row : call.k_row,
-                         of_v ? call.v_slot : call.k_slot, stored(count), dim};
+                         of_v ? call.v_slot : call.k_slot, stored(count), dim,
+                         of_v ? call.v_factor : call.k_factor};
     storing_of(call)(call, side, 0, call.rows);
 }
 
@@ -224,8 +226,10 @@ extern "C" int32_t sgl_store(const SglStore* arguments) {
     const SglStore& call = *arguments;
     const StoreRows work = storing_of(call);
     if (!work || call.num_threads < 1 || call.k_bytes < 1 || call.v_bytes < 1) return -1;
-    const StoreSide k{call.k, call.k_plane, call.k_row, call.k_slot, call.k_bytes, call.k_dim};
-    const StoreSide v{call.v, call.v_plane, call.v_row, call.v_slot, call.v_bytes, call.v_dim};
+    const StoreSide k{call.k,      call.k_plane, call.k_row,   call.k_slot,
+                      call.k_bytes, call.k_dim,   call.k_factor};
+    const StoreSide v{call.v,      call.v_plane, call.v_row,   call.v_slot,
+                      call.v_bytes, call.v_dim,   call.v_factor};
     const int64_t rows = std::max<int64_t>(1, kTaskBytes / (call.k_bytes + call.v_bytes));
     sgl::for_each_index((call.rows + rows - 1) / rows, call.num_threads, [&] {
         return [&](int64_t i) {

@@ -45,7 +45,7 @@ POINTERS = {
     "table_starts_ptr": "*i64",
 }
 STRIDES = ("q_stride", "k_stride", "v_stride", "x_stride", "residual_stride")
-FLOATS = ("scale", "logit_cap", "eps", "offset", "alpha", "limit")
+FLOATS = ("scale", "logit_cap", "eps", "offset", "alpha", "limit", "k_factor", "v_factor")
 LOADS = r"cp\.async\.c[ag]\.shared\.global|(?:ld|st)\.global[.a-z0-9]*|wgmma\.mma_async|mma\.sync"
 
 

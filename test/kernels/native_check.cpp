@@ -134,7 +134,7 @@ std::vector<uint8_t> round_rows(Numbers& numbers, int64_t rows, int32_t to, int3
                     static_cast<char*>(numbers.data()) + i * width * bytes, width * bytes);
     SglStore call{turned.data(), turned.data(), codes.data(), others.data(), slots.data(),
                   width * bytes, width * bytes, width, width, rows, width, width, 0, 0,
-                  numbers.dtype, to, threads};
+                  numbers.dtype, to, threads, 1.0f, 1.0f};
     failures += sgl_store(&call) != 0 || codes != others;
     for (size_t i = 0; i < codes.size(); ++i) {
         const double value = fp8_at(to, codes[i]), was = numbers.at(i);

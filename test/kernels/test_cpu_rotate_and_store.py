@@ -113,6 +113,34 @@ def test_store_rounds_to_a_byte(dtype: torch.dtype, plane_dtype: torch.dtype) ->
         assert (same | nan).all()
 
 
+@pytest.mark.parametrize("plane_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_store_divides_by_scales(dtype: torch.dtype, plane_dtype: torch.dtype) -> None:
+    """Each side by its own, as a product with the float32 inverse, rounded once."""
+    x = all_sources(dtype).view(-1, 2, 64)
+    slots = torch.arange(len(x))
+    planes = [torch.zeros(len(x), 2, 64, dtype=plane_dtype) for _ in range(2)]
+    KVPlanes(*planes).store(slots, x, x, k_scale=0.3, v_scale=700.0, num_threads=2)
+    most = torch.finfo(plane_dtype).max
+    for plane, scale in zip(planes, (0.3, 700.0), strict=True):
+        inverse = torch.tensor(1.0 / scale, dtype=torch.float32)
+        expected = (x.float() * inverse).clamp(-most, most).to(plane_dtype)
+        nan = expected.float().isnan()
+        assert torch.equal(plane.float().isnan(), nan)
+        assert ((plane.view(torch.uint8) == expected.view(torch.uint8)) | nan).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "plane"), [("float32", "float32"), ("float8_e5m2", "float8_e5m2"), ("float32", "int8")]
+)
+def test_only_what_is_rounded_to_fp8_has_scales(x: str, plane: str) -> None:
+    width = 12 if plane == "int8" else 8
+    pair = [torch.zeros(9, 2, width).to(getattr(torch, plane)) for _ in range(2)]
+    new = torch.zeros(1, 2, 8).to(getattr(torch, x))
+    with pytest.raises(KernelError, match="rounded to fp8 have scales"):
+        KVPlanes(*pair).store(torch.tensor([3]), new, new, v_scale=2.0)
+
+
 def test_a_byte_is_stored_as_it_is() -> None:
     x = torch.arange(256, dtype=torch.uint8).view(2, 2, 64).view(torch.float8_e4m3fn)
     planes = [torch.zeros(9, 2, 64, dtype=torch.float8_e4m3fn) for _ in range(2)]

@@ -90,6 +90,25 @@ def test_stored_numbers_are_the_pools(plane_type: torch.dtype, dtype: torch.dtyp
         )
 
 
+@pytest.mark.parametrize("plane_type", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_are_the_pools(plane_type: torch.dtype, dtype: torch.dtype) -> None:
+    """Bit for bit; a rotation of no angle stores the same."""
+    q, k, v = rows((1, 3), (16, 8), dtype)
+    k[0] *= torch.logspace(-5, 5, k.shape[1], base=10).to(dtype)
+    v[1] *= 30_000.0
+    scales = {"k_scale": 0.3, "v_scale": 700.0}
+    stored = planes(plane_type, 3, (16, 8))
+    store_kv(k, v, SLOTS, *stored, **scales)
+    turned = planes(plane_type, 3, (16, 8))
+    cos, sin = torch.ones(5, 16), torch.zeros(5, 16)
+    rotate_and_store(q, k, v, cos, sin, SLOTS, *turned, **scales)
+    for x, name, plane, other in zip((k, v), scales, stored, turned, strict=True):
+        expected = round_to(x, plane_type, scales[name]).view(torch.uint8)
+        assert torch.equal(plane[SLOTS].flatten(1).view(torch.uint8), expected)
+        assert torch.equal(plane.view(torch.uint8), other.view(torch.uint8))
+
+
 @pytest.mark.parametrize("plane_type", [torch.float32, torch.float8_e4m3fn])
 def test_segments_at_unrelated_addresses(plane_type: torch.dtype) -> None:
     q, k, v = rows((6, 2), (16, 24), torch.float32)
@@ -130,3 +149,5 @@ def test_what_is_not_served_is_refused() -> None:
         store_kv(k, v.bfloat16(), SLOTS, k_plane, v_plane)
     with pytest.raises(KernelError, match="side by side"):
         store_kv(k.t().contiguous().t(), v, SLOTS, k_plane, v_plane)
+    with pytest.raises(KernelError, match="only planes of fp8 have scales"):
+        store_kv(k, v, SLOTS, k_plane, v_plane, k_scale=2.0)

@@ -112,6 +112,7 @@ def test_dtype_names_are_resolved() -> None:
     assert parse("--dtype", "float").dtype == "float32"
     assert parse("--kv-cache-dtype", "fp8_e5m2").kv_cache_dtype == "fp8_e5m2"
     assert parse("--kv-cache-dtype", "int8").kv_cache_dtype == "int8"
+    assert parse("--attention-backend", "flex_attention").attention_backend == "torch_native"
 
 
 def test_a_seed_is_drawn_once_and_kept() -> None:
@@ -186,6 +187,7 @@ def test_model_overrides_are_an_object() -> None:
         (["--kv-backing", "static", "--kv-segment-reserve", "1"], "maps every segment at start"),
         (["--kv-backing", "cuda_vmm"], "cuda_vmm needs a CUDA device, this is --device cpu"),
         (["--device", "cuda", "--kv-backing", "mmap"], "--kv-backing mmap is memory of the host"),
+        (["--quantization-param-path", "scales.json"], "set --kv-cache-dtype"),
         (["--device", "cuda", "--kv-cache-dtype", "int8"], "read by the backends of a CPU"),
         (["--attention-backend", "triton", "--kv-cache-dtype", "int8"], "take an fp8 one"),
         (["--device", "cuda", "--kv-parallel-size", "2"], "--kv-parallel-size spreads KV on"),

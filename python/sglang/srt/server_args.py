@@ -31,7 +31,12 @@ LOGGING = "Logging and health"
 
 MIN_REQUEST_LIMIT = 32 << 20
 
-_DTYPE_NAMES = {"half": "float16", "float": "float32", "bf16": "bfloat16"}
+_OTHER_NAMES = {
+    "half": "float16",
+    "float": "float32",
+    "bf16": "bfloat16",
+    "flex_attention": "torch_native",
+}
 
 
 @dataclass(frozen=True)
@@ -59,17 +64,25 @@ class ServerArgs(RankArgs, DoorArgs):
     kv_cache_dtype: str = flag(
         "auto",
         "Type of the KV cache; auto is the type of the activations. The two of fp8 halve what a "
-        "token takes in bfloat16; numbers are rounded to them unscaled. int8 keeps a float32 scale "
-        "for each token and kv head, 4 bytes beside head_dim: more exact than fp8.",
+        "token takes in bfloat16; numbers are divided by a layer's scales where the checkpoint has "
+        "them, and rounded. int8 keeps a float32 scale for each token and kv head, 4 bytes beside "
+        "head_dim: more exact than fp8.",
         group=DEVICE,
         choices=("auto", "bf16", "bfloat16", "float16", "float32", "fp8_e4m3", "fp8_e5m2", "int8"),
+    )
+    quantization_param_path: str | None = flag(
+        None,
+        "JSON file with a scale for each layer of an fp8 KV cache; wins over the checkpoint's.",
+        group=DEVICE,
+        metavar="PATH",
     )
     attention_backend: str = flag(
         None,
         "Which code computes attention; cpu is that of sgl-kernel. triton is for GPUs; on a CPU it "
-        "runs in Triton's interpreter alone, for tests.",
+        "runs in Triton's interpreter alone, for tests. flex_attention, which is torch's as well, "
+        "is taken as torch_native.",
         group=DEVICE,
-        choices=("auto", "cpu", "torch_native", "triton", "flashinfer"),
+        choices=("auto", "cpu", "torch_native", "flex_attention", "triton", "flashinfer"),
         default_text="on a CPU cpu where sgl-kernel is installed, on a GPU triton where it is, "
         "else torch_native",
     )
@@ -102,6 +115,21 @@ class ServerArgs(RankArgs, DoorArgs):
         "In recorded decode steps, the projection to q, k and v with norms, rotation and the store "
         "of K and V as one call. The same tokens; on two cores 0 to 5 % slower than one by one.",
         group=DEVICE,
+    )
+    enable_torch_compile: bool = flag(
+        False,
+        "Let torch.compile make the kernels of norms, gates and rotations in steps of few rows. It "
+        "needs a C++ compiler, and time at the first steps. On a CPU steps are not recorded then, "
+        "which is slower.",
+        group=DEVICE,
+    )
+    torch_compile_max_bs: int = flag(
+        32,
+        "Most rows of a step that --enable-torch-compile is for.",
+        group=DEVICE,
+        parse=int,
+        metavar="N",
+        minimum=1,
     )
     cpu_threads: int | None = flag(
         None,
@@ -339,9 +367,9 @@ class ServerArgs(RankArgs, DoorArgs):
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        for name in ("dtype", "kv_cache_dtype"):
+        for name in ("dtype", "kv_cache_dtype", "attention_backend"):
             value = getattr(self, name)
-            object.__setattr__(self, name, _DTYPE_NAMES.get(value, value))
+            object.__setattr__(self, name, _OTHER_NAMES.get(value, value))
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> ServerArgs:

@@ -185,13 +185,14 @@ def paged_attention(
 ) -> torch.Tensor:
     """Attend with q [R, H, D] over k and v [S, G, D]; returns [R, H, D] in the dtype of q.
 
-    k and v are of that dtype, or both of one fp8, whose numbers are taken as they are, unscaled; or
-    of int8 [S, G, D + 4], a head's bytes and behind them the float32 that they are multiples of.
-    The query at position p sees [0, p], with `window` only the last `window` of them, with `chunk`
-    those from p - p % chunk on. `logit_cap` c > 0 turns a score s into c * tanh(s / c). `sinks`
-    float32 [H] is a score per head that joins the softmax with no value. `lse` float32 [R, H], if
-    given, receives the natural logarithm of the denominator, sink included. Written are the rows
-    that blocks name, of `out` or else of a new tensor. `isa` lowers the instructions used.
+    k and v are of that dtype, or both of one fp8, whose numbers are taken as they are (a scale of K
+    belongs into `scale`, one of V to the result); or of int8 [S, G, D + 4], a head's bytes and
+    behind them the float32 that they are multiples of. The query at position p sees [0, p], with
+    `window` only the last `window` of them, with `chunk` those from p - p % chunk on. `logit_cap` c
+    > 0 turns a score s into c * tanh(s / c). `sinks` float32 [H] is a score per head that joins the
+    softmax with no value. `lse` float32 [R, H], if given, receives the natural logarithm of the
+    denominator, sink included. Written are the rows that blocks name, of `out` or else of a new
+    tensor. `isa` lowers the instructions used.
 
     Every visible position must lie in the tables; checked. Raises KernelError for shapes, types or
     tables that are not served.

@@ -132,6 +132,7 @@ class StoreCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("k_row", "v_row", "k_slot", "v_slot")),
         *((name, ctypes.c_int64) for name in ("rows", "k_bytes", "v_bytes", "k_dim", "v_dim")),
         *((name, ctypes.c_int32) for name in ("x_dtype", "plane_dtype", "num_threads")),
+        *((name, ctypes.c_float) for name in ("k_factor", "v_factor")),
     )
 
 

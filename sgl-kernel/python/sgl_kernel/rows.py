@@ -33,6 +33,8 @@ from sgl_kernel.library import (
 )
 from sgl_kernel.tape import empty, make
 
+_FP8 = frozenset(BYTE_DTYPES[dtype] for dtype in (torch.float8_e4m3fn, torch.float8_e5m2))
+
 
 def rms_norm(
     x: torch.Tensor,
@@ -310,13 +312,21 @@ class KVPlanes:
         self._row_bytes = tuple(p.shape[1] * p.shape[2] * p.element_size() for p in self.planes)
 
     def store(
-        self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, num_threads: int = 1
+        self,
+        slots: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+        num_threads: int = 1,
     ) -> None:
         """Write row i of k and v [R, G, D] into slot slots[i] of their planes.
 
         Rows are of the type of their plane. Into planes of fp8 they may be wider floats, both of
-        one type: rounded to the nearest, beyond the largest finite number to that one, NaN kept.
-        Into planes of int8 too: a head to multiples of its largest over 127, all NaN with one.
+        one type: divided by their scale, rounded to the nearest, beyond the largest finite number
+        to that one, NaN kept. Into planes of int8 too: a head to multiples of its largest over 127,
+        all NaN with one. Scales are for fp8 alone; dividing is a product with the float32 inverse.
         `slots` int64 [R] must be distinct and in [0, S), which the caller has made sure of: a
         step's slots are the same for every layer. Raises KernelError for other shapes or types.
         """
@@ -325,6 +335,8 @@ class KVPlanes:
             raise KernelError("slots must be contiguous int64")
         sources = []
         rounds = k.dtype == v.dtype and k.dtype in DTYPES and self._byte is not None
+        if (k_scale, v_scale) != (1.0, 1.0) and not (rounds and self._byte in _FP8):
+            raise KernelError("only rows that are rounded to fp8 have scales")
         shapes = self._rounded_shapes if rounds else self._shapes
         for new, shape, dtype in zip((k, v), shapes, self._dtypes, strict=True):
             fits = new.dtype == dtype or rounds
@@ -339,5 +351,6 @@ class KVPlanes:
             k_data, v_data, *self._addresses, slots.data_ptr(), k_row, v_row, *self._slot_bytes,
             rows, *self._row_bytes, *(width for _, width in self._rounded_shapes),
             DTYPES[k.dtype] if rounds else 0, self._byte if rounds else -1, num_threads,
+            1.0 / k_scale, 1.0 / v_scale,
         )  # fmt: skip
         make(Op.STORE, call, slots, k, v, *self.planes)

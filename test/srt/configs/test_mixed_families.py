@@ -118,3 +118,20 @@ def test_gpt_oss(tmp_path: Path) -> None:
         load(tmp_path, raw | {"swiglu_limit": 0})
     with pytest.raises(ValueError, match="quantized Hugging Face checkpoints are not supported"):
         load(tmp_path, raw | {"quantization_config": {"quant_method": "mxfp4"}})
+
+
+def test_a_quantised_cache_is_no_quantised_weight(tmp_path: Path) -> None:
+    raw: dict[str, Any] = {"architectures": ["GptOssForCausalLM"], "num_hidden_layers": 3}
+    cache = {
+        "quant_method": "compressed-tensors",
+        "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+        "config_groups": {},
+    }
+    assert load(tmp_path, raw | {"quantization_config": cache}).num_layers == 3
+    for change in (
+        {"config_groups": {"group_0": {"targets": ["Linear"]}}},
+        {"kv_cache_scheme": None},
+        {"quant_method": "fp8"},
+    ):
+        with pytest.raises(ValueError, match="quantized Hugging Face"):
+            load(tmp_path, raw | {"quantization_config": cache | change})

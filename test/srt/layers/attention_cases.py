@@ -63,10 +63,17 @@ class FakePool:
         return self.v[layer]
 
     def set_kv_buffer(
-        self, layer_id: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self,
+        layer_id: int,
+        loc: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
     ) -> None:
-        raw(self.k[layer_id])[loc] = raw(round_to(k, self.k[layer_id].dtype))
-        raw(self.v[layer_id])[loc] = raw(round_to(v, self.v[layer_id].dtype))
+        raw(self.k[layer_id])[loc] = raw(round_to(k, self.k[layer_id].dtype, k_scale))
+        raw(self.v[layer_id])[loc] = raw(round_to(v, self.v[layer_id].dtype, v_scale))
 
 
 @dataclass
@@ -85,6 +92,7 @@ class Case:
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
     make_pool: Callable[[KVCacheSpec, int], Any] = FakePool
+    value_factor: float = 1.0  # by which values are larger than what their scale is for
 
     def geometry(self) -> BatchGeometry:
         prefix = np.array([p for p, _ in self.lengths], np.int64)
@@ -121,9 +129,11 @@ class Case:
             k = torch.randn(prefix + extend, spec.kv_heads, spec.head_dim, generator=generator)
             v = torch.randn(prefix + extend, spec.kv_heads, spec.v_head_dim, generator=generator)
             k, v = (widen(round_to(x, dtype), computed) for x in (k, v))
+            k, v = k * layer.k_scale, v * layer.v_scale * self.value_factor
             kept = table.first_position
             old = table.slots(kept, prefix) if prefix > kept else torch.empty(0, dtype=torch.long)
-            pool.set_kv_buffer(layer.layer_id, old, k[kept:prefix], v[kept:prefix])
+            scales = {"k_scale": layer.k_scale, "v_scale": layer.v_scale}
+            pool.set_kv_buffer(layer.layer_id, old, k[kept:prefix], v[kept:prefix], **scales)
             new_k.append(k[prefix:])
             new_v.append(v[prefix:])
             locs.append(table.slots(prefix, prefix + extend))
@@ -164,7 +174,7 @@ class Case:
             group = layer.num_heads // layer.num_kv_heads
             keys = k.double().transpose(0, 1).repeat_interleave(group, 0)
             values = v.double().transpose(0, 1).repeat_interleave(group, 0)
-            scores = q @ keys.transpose(1, 2) * layer.scaling
+            scores = q @ keys.transpose(1, 2) * (layer.scaling / layer.k_scale)
             if layer.logit_cap:
                 scores = layer.logit_cap * torch.tanh(scores / layer.logit_cap)
             at = torch.arange(prefix, prefix + extend).unsqueeze(1)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from sglang.srt.layers.attention import torch_device_backend
 from sglang.srt.model_executor.cuda_graph_runner import CudaGraphRunner
@@ -130,9 +131,20 @@ def test_sampling_and_log_probabilities_are_those_of_the_host(
 
 
 @pytest.mark.skipif(triton_kernels() is None, reason="Triton is not installed")
-def test_recorded_steps_of_triton_attention(llama: tuple[str, list[list[int]]]) -> None:
+def test_recorded_steps_of_triton_attention(
+    llama: tuple[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Plans with fixed room, renewed in place, padded rows included; in Triton's interpreter."""
     path, expected = llama
+    kernels = triton_kernels()
+    assert kernels is not None
+    turn, turned = kernels.rotate_and_store, []
+
+    def rotate_and_store(q: torch.Tensor, *args: object, **more: object) -> object:
+        turned.append(len(q))
+        return turn(q, *args, **more)
+
+    monkeypatch.setattr(kernels, "rotate_and_store", rotate_and_store)
     flags = {"attention_backend": "triton", "cuda_graph_max_bs": 3}
     with late_tower(path, repeats_calls=True, **flags) as (engine, _):
         wanted = {"a": (1, 6), "b": (0, 5), "c": (3, 4)}
@@ -143,3 +155,4 @@ def test_recorded_steps_of_triton_attention(llama: tuple[str, list[list[int]]]) 
             assert engine.output(rid) == expected[number][:count]
         assert graphs_of(engine).recorded == (1, 2, 3)
         assert graphs_of(engine).num_replays > 3
+        assert {1, 2, 3} <= set(turned)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.utils.native import triton_kernels
 from srt.managers.test_engine_tokens import tower
 from srt.models.hf_models import make_hf_model, save
@@ -44,3 +46,49 @@ def test_tokens_are_those_of_torch_native(
     expected = answers(path, "torch_native", **flags)
     assert answers(path, "triton", **flags) == expected
     assert [len(tokens) for tokens in expected] == [6, 6, 6, 3]
+
+
+def first_step(path: str, **flags: object) -> tuple[list[int], list[torch.Tensor]]:
+    """Tokens of one request, and K of every layer in what stands on the first pages."""
+    with tower(path, attention_backend="triton", page_size=16, **flags) as engine:
+        engine.send("r", PROMPTS[1], max_new_tokens=4)
+        engine.run()
+        pool = engine.memory.kv_pool
+        layers = range(pool.spec.num_layers)
+        keys = [pool.get_key_buffer(layer)[16 : 16 + 57].clone() for layer in layers]
+        return engine.output("r"), keys
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "llama4"])
+def test_rotation_and_store_are_one_launch(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same keys as by the model's rotation; Llama 4 has a norm between the two."""
+    kernels = triton_kernels()
+    assert kernels is not None
+    path = save(make_hf_model(family), tmp_path)
+    counts = {"rotate_and_store": 0, "store_kv": 0}
+
+    def counted(name: str) -> None:
+        call = getattr(kernels, name)
+
+        def count(*args: object, **more: object) -> object:
+            counts[name] += 1
+            return call(*args, **more)
+
+        monkeypatch.setattr(kernels, name, count)
+
+    counted("rotate_and_store")
+    counted("store_kv")
+    tokens, keys = first_step(path)
+    layers = len(keys)
+    if family == "llama4":
+        assert counts == {"rotate_and_store": 0, "store_kv": 4 * layers}
+    else:  # the last layer of a prompt turns fewer queries than keys
+        assert counts == {"rotate_and_store": 4 * layers - 1, "store_kv": 1}
+    monkeypatch.setattr(TritonAttnBackend, "rotates", False)
+    others, single = first_step(path)
+    assert counts["store_kv"] >= 4 * layers
+    assert tokens == others
+    for found, expected in zip(keys, single, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)

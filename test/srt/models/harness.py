@@ -16,6 +16,7 @@ import torch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVGroupSpec
+from sglang.srt.mem_cache.segment_backing.segment_plane import round_to
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch, ForwardMode
 from sglang.srt.models.causal_lm import CausalLM
 from sglang.srt.utils.progress import Progress
@@ -39,10 +40,17 @@ class PlainPool:
         return self._v[layer_id]
 
     def set_kv_buffer(
-        self, layer_id: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self,
+        layer_id: int,
+        loc: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
     ) -> None:
-        self._k[layer_id].index_copy_(0, loc, k.to(self._k[layer_id].dtype))
-        self._v[layer_id].index_copy_(0, loc, v.to(self._v[layer_id].dtype))
+        self._k[layer_id].index_copy_(0, loc, round_to(k, self._k[layer_id].dtype, k_scale))
+        self._v[layer_id].index_copy_(0, loc, round_to(v, self._v[layer_id].dtype, v_scale))
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,8 @@ def check_combinations(args: Any) -> None:
     on_cpu = args.device == "cpu" and args.attention_backend not in ("triton", "flashinfer")
     if args.kv_cache_dtype == "int8" and not on_cpu:
         raise ValueError("--kv-cache-dtype int8 is read by the backends of a CPU; take an fp8 one")
+    if args.quantization_param_path is not None and not args.kv_cache_dtype.startswith("fp8"):
+        raise ValueError("--quantization-param-path scales a KV cache of fp8; set --kv-cache-dtype")
     if args.disable_radix_cache and args.max_cached_tokens is not None:
         raise ValueError("--max-cached-tokens bounds the radix cache; drop --disable-radix-cache")
     if args.disable_radix_cache and args.schedule_policy == "lpm":

@@ -18,7 +18,7 @@ _ARITIES = {"V": Arity.ONE, "V?": Arity.OPTIONAL, "V*": Arity.MANY}
 
 _ACCEPTED: tuple[tuple[str, str], ...] = (
     (
-        "there are no CUDA graphs and no compiled graphs here",
+        "graphs are recorded without such tuning here, and no whole step is compiled",
         """
         --disable-cuda-graph-padding; --cuda-graph-max-bs-prefill V; --cuda-graph-bs V*;
         --cuda-graph-bs-decode V*; --cuda-graph-bs-prefill V*; --cuda-graph-backend-decode V;
@@ -26,8 +26,7 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         --enable-breakable-cuda-graph; --debug-cuda-graph; --enable-piecewise-cuda-graph;
         --disable-piecewise-cuda-graph; --enforce-piecewise-cuda-graph;
         --piecewise-cuda-graph-max-tokens V; --piecewise-cuda-graph-tokens V*;
-        --piecewise-cuda-graph-compiler V; --enable-torch-compile;
-        --enable-torch-compile-debug-mode; --torch-compile-max-bs V;
+        --piecewise-cuda-graph-compiler V; --enable-torch-compile-debug-mode;
         --enable-layerwise-nvtx-marker; --pre-warm-nccl
         """,
     ),
@@ -168,7 +167,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (
         "quantised computation and other numeric formats are not served (GGUF files are)",
         """
-        --quantization-param-path V; --torchao-config V; --modelopt-quant V;
+        --torchao-config V; --modelopt-quant V;
         --modelopt-checkpoint-restore-path V; --modelopt-checkpoint-save-path V;
         --modelopt-export-path V; --quantize-and-serve; --enable-fp32-lm-head;
         --rl-quant-profile V

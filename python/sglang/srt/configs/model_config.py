@@ -230,7 +230,7 @@ def _build(
 ) -> ModelConfig:
     architecture = _pick_architecture(raw)
     family = FAMILIES[architecture]
-    if raw.get("quantization_config"):
+    if _has_quantized_weights(raw.get("quantization_config")):
         raise ValueError("quantized Hugging Face checkpoints are not supported (GGUF files are)")
     values = {**_COMMON_DEFAULTS, **family.defaults}
     values.update({k: v for k, v in raw.items() if v is not None or k in family.null_means_none})
@@ -277,6 +277,14 @@ def _build(
         raw=raw,
         **{trait.name: getattr(traits, trait.name) for trait in fields(traits)},
     )
+
+
+def _has_quantized_weights(quantization: Any) -> bool:
+    """False also where a checkpoint tells of a quantised KV cache alone (compressed-tensors)."""
+    if isinstance(quantization, Mapping) and quantization.get("kv_cache_scheme"):
+        of_cache = quantization.get("quant_method") == "compressed-tensors"
+        return not of_cache or bool(quantization.get("config_groups"))
+    return bool(quantization)
 
 
 def _head_shape(values: dict[str, Any], hidden: int, heads: int) -> tuple[int, int]:

@@ -11,18 +11,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from sglang.srt.layers.compiled import CompiledLayer, compiled
 from sglang.srt.utils.native import device_kernels_for, kernels_for
 
 # Below, the native kernel's call from Python costs more than PyTorch's passes over the memory.
 _FEW_ELEMENTS = 1 << 15
 
 
-class GatedActivation(nn.Module, ABC):
+class GatedActivation(CompiledLayer, ABC):
     """What the activations share: the native kernel where there is one, else `compute`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.compiles(x):
+            made: torch.Tensor = compiled(type(self).compute)(self, *x.chunk(2, dim=-1))
+            return made
         kernels = kernels_for(x)
         if kernels is not None and (x.numel() >= _FEW_ELEMENTS or kernels.is_recording()):
             flat = x.reshape(-1, x.shape[-1])

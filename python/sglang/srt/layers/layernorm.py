@@ -13,13 +13,13 @@ from typing import ClassVar, overload
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from sglang.srt.layers.compiled import CompiledLayer, compiled
 from sglang.srt.layers.weights import copy_checked, frozen_parameter
 from sglang.srt.utils.native import device_kernels_for, kernels_for
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(CompiledLayer):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
 
     weight_offset: ClassVar[float] = 0.0  # added to the checkpoint's weight
@@ -44,6 +44,12 @@ class RMSNorm(nn.Module):
 
         The norm comes in the weight's type, the sum in the residual's. Neither input is modified.
         """
+        if self.compiles(x):
+            if residual is None:
+                single: torch.Tensor = compiled(type(self)._norm)(self, x)
+                return single
+            pair: tuple[torch.Tensor, torch.Tensor] = compiled(type(self)._add)(self, x, residual)
+            return pair
         kernels = kernels_for(x, self.weight)
         if kernels is not None and (residual is None or residual.dtype is torch.float32):
             out, total = kernels.rms_norm(
@@ -61,19 +67,19 @@ class RMSNorm(nn.Module):
             flat = None if residual is None else residual.reshape(-1, x.shape[-1])
             normed, total = self._launch(there, x, flat, keep=False)
             return normed if residual is None else (normed, total)
-        if residual is None:
-            return self._norm(x)
-        total = x + residual
-        return self._norm(total), total
+        return self._norm(x) if residual is None else self._add(x, residual)
 
     def begin(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Norm of x [*, hidden_size] in the weight's type, and x in float32: a new residual."""
+        if self.compiles(x):
+            begun: tuple[torch.Tensor, torch.Tensor] = compiled(type(self)._begin)(self, x)
+            return begun
         kernels = kernels_for(x, self.weight)
         there = device_kernels_for(x, self.weight)
         if there is not None:
             return self._launch(there, x, None, keep=True)
         if kernels is None:
-            return self._norm(x), x.float()
+            return self._begin(x)
         out, residual = kernels.rms_norm(
             x.reshape(-1, x.shape[-1]),
             self.weight,
@@ -97,6 +103,13 @@ class RMSNorm(nn.Module):
             keep=keep,
         )
         return out.view(x.shape), x if total is None else total.view(x.shape)
+
+    def _begin(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._norm(x), x.float()
+
+    def _add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x + residual
+        return self._norm(total), total
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight if x.dtype == self.weight.dtype else self.weight.to(x.dtype)

@@ -2,7 +2,7 @@
 
 Models call it with the new tokens' q, k and v. It stores k and v at the slots that memory
 granted, then lets the batch's backend attend over every token that the request's table holds. It
-owns no state but its shape.
+owns no state but its shape and the scales of what is stored.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.rotary_embedding import Rotation
+from sglang.srt.layers.scaled import scaled
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
@@ -62,6 +64,16 @@ class RadixAttention(nn.Module):
         self.attention_chunk = attention_chunk
         self.logit_cap = logit_cap
         self.sinks: torch.Tensor | None = sinks
+        self.k_scale = self.v_scale = 1.0
+
+    def set_kv_scales(self, k_scale: float, v_scale: float) -> None:
+        """Let the cache hold k / k_scale and v / v_scale; both are above 0.
+
+        Scores are products with what is stored, so `scaling` takes `k_scale` up, before caps, sinks
+        and log-sum-exps; what attention gives is linear in v, so `forward` multiplies its result.
+        """
+        self.scaling *= k_scale / self.k_scale
+        self.k_scale, self.v_scale = k_scale, v_scale
 
     def forward(
         self,
@@ -71,19 +83,25 @@ class RadixAttention(nn.Module):
         forward_batch: ForwardBatch,
         *,
         rows_pruned: bool = False,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
         """Store k [T, G*D] and v [T, G*Dv]; attention of q [R, H*D] as [R, H*Dv] in q's dtype.
 
         R is T, or the rows of `forward_batch.logits_rows` when `rows_pruned` (the last layer,
-        where only they go on). Side effect: the slots `out_cache_loc` of this layer's group hold
-        k and v.
+        where only they go on). With a `rotation` q and k are still to be turned, which the batch's
+        backend must be one for (`rotates`). Side effect: the slots `out_cache_loc` of this layer's
+        group hold k and v.
         """
         backend: AttentionBackend = forward_batch.attn_backend
-        backend.store(
-            k.view(-1, self.num_kv_heads, self.head_dim),
-            v.view(-1, self.num_kv_heads, self.v_head_dim),
-            self,
-            forward_batch,
-        )
+        if rotation is not None:
+            q = backend.rotate_and_store(q, k, v, rotation, self, forward_batch)
+        else:
+            backend.store(
+                k.view(-1, self.num_kv_heads, self.head_dim),
+                v.view(-1, self.num_kv_heads, self.v_head_dim),
+                self,
+                forward_batch,
+            )
         heads = q.view(-1, self.num_heads, self.head_dim)
-        return backend.forward(heads, self, forward_batch, rows_pruned=rows_pruned)
+        out = backend.forward(heads, self, forward_batch, rows_pruned=rows_pruned)
+        return out if self.v_scale == 1.0 else scaled(out, self.v_scale)

@@ -14,18 +14,28 @@ Legend: T tokens, H heads, D head dim.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from sglang.srt.configs.rope_config import RopeConfig
+from sglang.srt.layers.compiled import CompiledLayer, compiled
 from sglang.srt.utils.native import kernels_for
+
+
+class Rotation(NamedTuple):
+    """How T tokens turn: cosine and signed sine float32 [T, D], pairs as `interleaved` says."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
+
 
 # Up to so many rows one native call is faster than PyTorch's ten.
 _FEW_ROWS = 64
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(CompiledLayer):
     """Rotates q and k by their positions.
 
     `dynamic` scaling makes a token's base depend on the length of its sequence. Here that length
@@ -66,6 +76,11 @@ class RotaryEmbedding(nn.Module):
         """A rotated copy of x [T, heads * D]; positions int64 [T]."""
         cos, sin = self.cos_sin(positions)
         return self._rotate(x, cos, sin)
+
+    def rotation(self, positions: torch.Tensor) -> Rotation:
+        """The rotation of int64 `positions` [T], for who turns rows himself; see `cos_sin`."""
+        cos, sin = self.cos_sin(positions)
+        return Rotation(cos.squeeze(1), sin.squeeze(1), self.interleaved)
 
     def cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and signed sine [T, 1, D] float32 of the positions [T].
@@ -110,6 +125,9 @@ class RotaryEmbedding(nn.Module):
         return points * _dynamic_frequencies(points + 1, self.head_dim, self.rope)
 
     def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        if self.compiles(x):
+            made: torch.Tensor = compiled(RotaryEmbedding._turn)(self, x, cos, sin)
+            return made
         kernels = kernels_for(x, cos) if x.dtype == self._dtype else None
         if kernels is not None:
             threads = torch.get_num_threads()
@@ -117,6 +135,9 @@ class RotaryEmbedding(nn.Module):
                 x, cos, sin, interleaved=self.interleaved, num_threads=threads
             )
             return turned
+        return self._turn(x, cos, sin)
+
+    def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         heads = x.view(x.shape[0], x.shape[-1] // self.head_dim, self.head_dim)
         if self.interleaved:
             swapped = heads.reshape(*heads.shape[:-1], self.head_dim // 2, 2).flip(-1).flatten(-2)

@@ -145,7 +145,7 @@ def make_recorder(
     """What decode steps are recorded on; None where they can't be or the user wants none.
 
     Tapes on a host, not with several ranks: a recording that is given up half-way would repeat
-    collectives. Graphs on a device, recorded before this returns.
+    collectives; nor of what torch.compile made. Graphs on a device, recorded before this returns.
     """
     if runtime.is_async:
         sizes = recorded_rows(args, type(backend))
@@ -163,6 +163,8 @@ def make_recorder(
         graphs.record()
         return graphs
     kernels = native_kernels() if backend.is_native else None
-    if kernels is None or args.disable_cuda_graph or args.num_ranks > 1:
+    if args.enable_torch_compile or args.disable_cuda_graph or args.num_ranks > 1:
+        return None
+    if kernels is None:
         return None
     return DecodeTapes(model, kernels, args.cuda_graph_max_bs, fuses=args.enable_fused_qk_norm_rope)

@@ -21,6 +21,7 @@ from sglang.srt.distributed.rank_grid import RankGrid
 from sglang.srt.environ import Environ
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.registry import get_attention_backend, make_attention_backend
+from sglang.srt.layers.compiled import compile_layers
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.managers.io_struct import SchedulerReady
 from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -221,7 +222,7 @@ def _load(
     *,
     show_progress: bool,
 ) -> CausalLM:
-    return load_model(
+    model = load_model(
         config,
         load_format=args.load_format,
         dtype=dtype,
@@ -230,7 +231,12 @@ def _load(
         show_progress=show_progress,
         seed=args.random_seed,
         quantization=args.quantization,
+        scales_kv=args.kv_cache_dtype.startswith("fp8"),
+        kv_scale_path=args.quantization_param_path,
     )
+    if args.enable_torch_compile:
+        compile_layers(model, args.torch_compile_max_bs)
+    return model
 
 
 def _batch_maker(

@@ -201,9 +201,16 @@ class MHATokenToKVPool:
         return self._group_of_layer[layer_id]
 
     def set_kv_buffer(
-        self, layer_id: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self,
+        layer_id: int,
+        loc: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
     ) -> None:
-        """Write new tokens: slot loc[t] of `layer_id` gets k[t] and v[t], rounded to the KV dtype.
+        """Write new tokens: slot loc[t] gets k[t] / k_scale and v[t] / v_scale in the KV dtype.
 
         `loc` int64 [T] of slots, distinct but for those of the dump page, `k` [T, G, D], `v`
         [T, G, D of V]. Slots that stand in a row are copied as one range, others one by one. `loc`
@@ -211,38 +218,50 @@ class MHATokenToKVPool:
         On a device that runs behind the host nobody looks at the values of `loc`, which would
         wait; see `check_slots`.
         """
-        if self._runtime.is_async:
-            self._scatter(layer_id, loc, k, v)
-            return
-        pieces = self._pieces_of(loc, len(self._keys[layer_id]))
+        pieces = None
+        if not self._runtime.is_async:
+            pieces = self._pieces_of(loc, len(self._keys[layer_id]))
         if pieces is None:
-            self._scatter(layer_id, loc, k, v)
+            self._scatter(layer_id, loc, k, v, k_scale, v_scale)
             return
-        for buffer, new in ((self._keys[layer_id], k), (self._values[layer_id], v)):
-            source, target = raw(round_to(new, self.dtype)), raw(buffer)
+        keys, values = self._keys[layer_id], self._values[layer_id]
+        for buffer, new, scale in ((keys, k, k_scale), (values, v, v_scale)):
+            source, target = raw(round_to(new, self.dtype, scale)), raw(buffer)
             for row, slot, count in pieces:
                 target[slot : slot + count].copy_(source[row : row + count])
 
-    def _scatter(self, layer_id: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _scatter(
+        self,
+        layer_id: int,
+        loc: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_scale: float,
+        v_scale: float,
+    ) -> None:
         """Write slots that stand apart; `_pieces_of` has seen that they exist."""
         kernels = None if self._runtime.is_async else native_kernels()
         if kernels is not None:
             # The kernel rounds to bytes itself, so that a tape can.
             if not self._is_byte or k.dtype != v.dtype:
-                k, v = round_to(k, self.dtype), round_to(v, self.dtype)
+                k, v = round_to(k, self.dtype, k_scale), round_to(v, self.dtype, v_scale)
+                k_scale = v_scale = 1.0
             planes = self._native_planes.get(layer_id)
             if planes is None:
                 planes = kernels.KVPlanes(self._keys[layer_id], self._values[layer_id])
                 self._native_planes[layer_id] = planes
-            planes.store(loc, k, v, num_threads=torch.get_num_threads())
+            planes.store(
+                *(loc, k, v), k_scale=k_scale, v_scale=v_scale, num_threads=torch.get_num_threads()
+            )
             return
         keys, values = self._keys[layer_id], self._values[layer_id]
         there = device_kernels_for(k, v) if k.dtype == v.dtype else None
         if there is not None:
-            there.store_kv(k.flatten(1), v.flatten(1), loc, keys, values)
+            rows = (k.flatten(1), v.flatten(1))
+            there.store_kv(*rows, loc, keys, values, k_scale=k_scale, v_scale=v_scale)
             return
-        for buffer, new in ((keys, k), (values, v)):
-            raw(buffer).index_copy_(0, loc, raw(round_to(new, self.dtype)))
+        for buffer, new, scale in ((keys, k, k_scale), (values, v, v_scale)):
+            raw(buffer).index_copy_(0, loc, raw(round_to(new, self.dtype, scale)))
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Address space of all key planes and of all value planes, in bytes."""
@@ -300,15 +319,22 @@ class SegmentTableKVPool(MHATokenToKVPool):
         return self._value_planes[layer_id]
 
     def set_kv_buffer(
-        self, layer_id: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self,
+        layer_id: int,
+        loc: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
     ) -> None:
         """See MHATokenToKVPool."""
         if loc is not self._last_loc:
             layout = self.layouts[self._group_of_layer[layer_id]]
             self._last_parts = split_by_segment(loc, layout.slots_per_segment)
             self._last_loc = loc
-        self._key_planes[layer_id].store(self._last_parts, round_to(k, self.dtype))
-        self._value_planes[layer_id].store(self._last_parts, round_to(v, self.dtype))
+        self._key_planes[layer_id].store(self._last_parts, round_to(k, self.dtype, k_scale))
+        self._value_planes[layer_id].store(self._last_parts, round_to(v, self.dtype, v_scale))
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Bytes that all keys and all values would take, were every segment mapped."""

@@ -25,6 +25,7 @@ from sglang.srt.layers.quantization.choice import choose_quantization
 from sglang.srt.layers.weights import WeightOwner
 from sglang.srt.model_loader.gguf_weights import gguf_weights
 from sglang.srt.model_loader.huge_pages import move_to_huge_pages
+from sglang.srt.model_loader.kv_scales import CheckpointScales, read_scale_file, set_kv_scales
 from sglang.srt.model_loader.weight_files import (
     WeightIterator,
     WeightSource,
@@ -51,14 +52,17 @@ def load_model(
     show_progress: bool = True,
     seed: int = 0,
     quantization: str | None = None,
+    scales_kv: bool = False,
+    kv_scale_path: str | None = None,
 ) -> CausalLM:
     """The model of `config` with weights in `dtype` on `device`, in eval mode, without gradients.
 
     `load_format` is one of `LOAD_FORMATS`; `auto` takes GGUF for a .gguf file, else safetensors,
     else files of torch.save. `dummy` needs no weight files: random values that depend on `seed`
-    alone. `quantization` is a name that `choose_quantization` knows, None its choice. Raises
-    ValueError, one line, for a wrong format, missing files, damaged files, missing or unexpected
-    weights, and a quantisation that can't be had.
+    alone. `quantization` is a name that `choose_quantization` knows, None its choice. `scales_kv`:
+    layers get the scales of an fp8 KV cache, those of the file `kv_scale_path`, else the
+    checkpoint's. Raises ValueError, one line, for a wrong format, missing files, damaged files,
+    missing or unexpected weights, scales that don't fit, and a quantisation that can't be had.
     """
     kept = choose_quantization(quantization, is_gguf=config.is_gguf, device=device)
     if load_format not in LOAD_FORMATS:
@@ -73,17 +77,25 @@ def load_model(
         model = model_class(config, parallel, dtype)
     if kept == "none":
         move_to_huge_pages(model, copy=False)
+    scales = CheckpointScales()
     with torch.no_grad():
         if source is None:
             fill_with_dummy_weights(model, seed)
         else:
-            _load(model, source, show_progress)
+            weights = scales.without_scales(source.weights)
+            _load(model, WeightSource(weights, source.num_weights), show_progress)
         if kept == "int8" and kernels is not None:
             for module in model.modules():
                 if isinstance(module, (WeightOwner, ExpertWeights)):
                     module.quantize(kernels)
         if kept != "none":
             move_to_huge_pages(model, copy=True)
+    if scales_kv:
+        found = scales.scales()
+        if kv_scale_path is not None:
+            place = (config.num_layers, parallel.tp_rank, parallel.tp_size)
+            found = read_scale_file(kv_scale_path, *place)
+        set_kv_scales(model, found)
     return model.requires_grad_(False).eval()
 
 

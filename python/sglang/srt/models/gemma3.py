@@ -18,6 +18,7 @@ from sglang.srt.layers.activation import GeluTanhAndMul
 from sglang.srt.layers.layernorm import GemmaRMSNorm
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.layers.rows import take_rows
+from sglang.srt.layers.scaled import scaled
 from sglang.srt.layers.weights import LoadedWeight
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.llama import (
@@ -29,7 +30,6 @@ from sglang.srt.models.llama import (
     LlamaModel,
 )
 from sglang.srt.models.multimodal import text_weights
-from sglang.srt.utils.native import kernels_for
 
 
 class Gemma3Attention(LlamaAttention):
@@ -89,12 +89,7 @@ class Gemma3Model(LlamaModel):
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings times sqrt(hidden)."""
-        embedded = super().embed(input_ids)
-        kernels = kernels_for(embedded)
-        if kernels is not None and kernels.is_recording():
-            scaled: torch.Tensor = kernels.scale(embedded, self.embed_factor)
-            return scaled
-        return embedded * self.embed_factor
+        return scaled(super().embed(input_ids), self.embed_factor)
 
 
 class Gemma3ForCausalLM(LlamaForCausalLM):

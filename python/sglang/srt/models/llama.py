@@ -88,6 +88,7 @@ class LlamaAttention(nn.Module):
     """Self-attention with rotary positions and grouped kv heads."""
 
     norm_class: ClassVar[type[RMSNorm]] = RMSNorm
+    rotates_last: ClassVar[bool] = True  # nothing happens to heads between rotation and store
 
     def __init__(
         self,
@@ -139,8 +140,12 @@ class LlamaAttention(nn.Module):
         self, x: torch.Tensor, forward_batch: ForwardBatch, *, rows_pruned: bool
     ) -> torch.Tensor:
         """Attend from x [T, hidden]: [T, hidden], or [R, hidden] when `rows_pruned`."""
-        positions = forward_batch.positions
-        if not rows_pruned:
+        positions, rotation = forward_batch.positions, None
+        if not rows_pruned and self.rotates_last and forward_batch.attn_backend.rotates:
+            q, k, v = self.qkv_proj.split(self.qkv_proj(x))
+            q, k = self._norm_heads(q, self.q_norm), self._norm_heads(k, self.k_norm)
+            rotation = self.rotary_emb.rotation(positions)
+        elif not rows_pruned:
             q, k, v = self.place(self.qkv_proj(x), positions)
         else:
             rows = forward_batch.logits_rows
@@ -149,7 +154,7 @@ class LlamaAttention(nn.Module):
             # Keys first: the angles of all positions are at hand from the layer before.
             k = self.place_keys(k, positions)
             q = self.place_queries(q, take_rows(positions, rows))
-        attended = self.attn(q, k, v, forward_batch, rows_pruned=rows_pruned)
+        attended = self.attn(q, k, v, forward_batch, rows_pruned=rows_pruned, rotation=rotation)
         output: torch.Tensor = self.o_proj(attended)
         return output
 

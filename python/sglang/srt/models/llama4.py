@@ -38,6 +38,8 @@ from sglang.srt.utils.native import kernels_for
 class Llama4Attention(LlamaAttention):
     """Turned and normalised heads in layers with positions, tempered queries in the others."""
 
+    rotates_last = False
+
     def __init__(
         self,
         config: ModelConfig,

@@ -29,17 +29,21 @@ def rotate_and_store(
     v_plane: torch.Tensor | Segments,
     *,
     interleaved: bool = False,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Rotated q [T, H * D] as a new tensor; slot slots[t] gets rotated k[t] and v[t].
 
     `k` [T, G * D] and `v` [T, G * E] of q's type, `cos` and `sin` float32 [T, D] (the sine's first
     half, or the first of each pair when `interleaved`, negated), `slots` int64 [T], distinct but
     for padding rows. Planes [S, G, D] and [S, G, E] as attention reads them. Numbers are rounded
-    to q's type, then to the planes'; beyond fp8's largest they become that. Raises KernelError
-    for shapes and types that are not served.
+    to q's type, then to the planes'; beyond fp8's largest they become that. Planes of fp8 hold
+    k / `k_scale` and v / `v_scale`, as products with the float32 inverse. Raises KernelError for
+    shapes and types that are not served.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _launch(q, k, v, (cos, sin), slots, k_plane, v_plane, out, interleaved)
+    scales = (k_scale, v_scale)
+    _launch(q, k, v, (cos, sin), slots, k_plane, v_plane, out, interleaved, scales)
     return out
 
 
@@ -49,9 +53,12 @@ def store_kv(
     slots: torch.Tensor,
     k_plane: torch.Tensor | Segments,
     v_plane: torch.Tensor | Segments,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """Slot slots[t] gets k[t] and v[t]; as `rotate_and_store` without a rotation."""
-    _launch(k[:, :0], k, v, None, slots, k_plane, v_plane, k, False)
+    _launch(k[:, :0], k, v, None, slots, k_plane, v_plane, k, False, (k_scale, v_scale))
 
 
 def _launch(
@@ -64,6 +71,7 @@ def _launch(
     v_plane: torch.Tensor | Segments,
     out: torch.Tensor,
     interleaved: bool,
+    scales: tuple[float, float],
 ) -> None:
     check_device(k)
     kv_heads, head_dim = _shape(k_plane)
@@ -90,11 +98,13 @@ def _launch(
     cos, sin = (k, k) if angles is None else angles
     if rotates and not (cos.is_contiguous() and sin.is_contiguous()):
         raise KernelError("cosines and sines must be contiguous")
+    is_fp8 = k_plane.dtype.itemsize == 1
+    if scales != (1.0, 1.0) and not is_fp8:
+        raise KernelError(f"only planes of fp8 have scales, not {k_plane.dtype}")
     if not tokens:
         return
     kv_blocks = -(-kv_heads // _HEADS)
     blocks = 2 * kv_blocks + (-(-num_heads // _HEADS) if rotates else 0)
-    is_fp8 = k_plane.dtype.itemsize == 1
     segmented = isinstance(k_plane, Segments)
     rotate_and_store_kernel[(tokens, blocks)](
         q,
@@ -110,6 +120,8 @@ def _launch(
         k.stride(0),
         v.stride(0),
         k_plane.slots if isinstance(k_plane, Segments) else 1,
+        1.0 / scales[0],
+        1.0 / scales[1],
         NUM_HEADS=num_heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,

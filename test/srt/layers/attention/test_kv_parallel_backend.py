@@ -52,11 +52,18 @@ class SharedPool(FakePool):
         self.spec, self.share = spec, share
 
     def set_kv_buffer(
-        self, layer_id: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self,
+        layer_id: int,
+        loc: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
     ) -> None:
         group = self.spec.group_of_layer()[layer_id]
         places = torch.from_numpy(self.share.write_slots(group, loc.numpy()))
-        super().set_kv_buffer(layer_id, places, k, v)
+        super().set_kv_buffer(layer_id, places, k, v, k_scale=k_scale, v_scale=v_scale)
 
 
 def attend(

@@ -27,7 +27,7 @@ from sglang.srt.layers.attention.torch_native_plan import (
 from sglang.srt.layers.attention.torch_native_table import SegmentTableAttnBackend
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, make_segment_layouts
 from sglang.srt.mem_cache.memory_pool import make_kv_pool
-from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane
+from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane, round_to
 from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
 from srt.layers.attention_cases import DTYPES, Case, make_layer, make_spec, make_tables
 
@@ -68,10 +68,18 @@ class TablePool:
         return self.planes[layer, "v"]
 
     def set_kv_buffer(
-        self, layer_id: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self,
+        layer_id: int,
+        loc: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
     ) -> None:
-        self.planes[layer_id, "k"][loc] = k
-        self.planes[layer_id, "v"][loc] = v
+        for name, new, scale in (("k", k, k_scale), ("v", v, v_scale)):
+            plane = self.planes[layer_id, name]
+            plane[loc] = round_to(new, plane.dtype, scale)
 
 
 def pool_of(segment_slots: int) -> Callable[[KVCacheSpec, int], TablePool]:

@@ -12,12 +12,17 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from sglang.srt.errors import InvariantError
+from sglang.srt.layers.rotary_embedding import Rotation
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
 
 
 class AttentionLayer(Protocol):
-    """The shape of the calling layer; see `RadixAttention` for the meaning of each."""
+    """The calling layer; see `RadixAttention` for the meaning of each.
+
+    `scaling` multiplies a query's product with a stored key, so `k_scale` is in it. Results are in
+    units of what is stored: the layer multiplies them by `v_scale`.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -29,6 +34,8 @@ class AttentionLayer(Protocol):
     attention_chunk: int | None
     logit_cap: float
     sinks: torch.Tensor | None
+    k_scale: float
+    v_scale: float
 
 
 class AttentionBackend(ABC):
@@ -42,6 +49,7 @@ class AttentionBackend(ABC):
     preferred_page_size: ClassVar[int] = 64
     records_steps: ClassVar[bool] = False  # has `may_record` and `renew`
     is_native: ClassVar[bool] = False  # computes a recorded step by calls that a tape takes
+    rotates: ClassVar[bool] = False  # has `rotate_and_store`
 
     def __init__(self, spec: KVCacheSpec) -> None:
         self.spec = spec
@@ -73,10 +81,28 @@ class AttentionBackend(ABC):
     ) -> None:
         """Put new tokens' k [T, G, D] and v [T, G, Dv] into the slots that the batch names.
 
-        Whatever attends next sees them, rounded to the KV dtype.
+        Whatever attends next sees them, divided by the layer's scales and rounded to the KV dtype.
         """
         loc = forward_batch.out_cache_loc[self.group_of_layer[layer.layer_id]]
-        forward_batch.token_to_kv_pool.set_kv_buffer(layer.layer_id, loc, k, v)
+        forward_batch.token_to_kv_pool.set_kv_buffer(
+            layer.layer_id, loc, k, v, k_scale=layer.k_scale, v_scale=layer.v_scale
+        )
+
+    def rotate_and_store(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rotation: Rotation,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
+    ) -> torch.Tensor:
+        """Turn q [T, H * D] and k [T, G * D] and `store` k and v [T, G * Dv]; the turned q, new.
+
+        Where `rotates` says so: one launch instead of three.
+        """
+        del q, k, v, rotation, forward_batch
+        raise InvariantError(f"{self.name} turns no rows, as layer {layer.layer_id} asks it to")
 
     @abstractmethod
     def forward(

@@ -19,6 +19,7 @@ import torch
 from sglang.srt.errors import InvariantError
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer
 from sglang.srt.layers.attention.triton_tables import DeviceTables
+from sglang.srt.layers.rotary_embedding import Rotation
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
@@ -97,6 +98,7 @@ class TritonAttnBackend(AttentionBackend):
     name: ClassVar[str] = "triton"
     preferred_page_size: ClassVar[int] = 64
     records_steps: ClassVar[bool] = True
+    rotates: ClassVar[bool] = True
 
     def __init__(
         self, spec: KVCacheSpec, *, chip: Any = None, part_bytes: int = _PART_BYTES
@@ -150,13 +152,37 @@ class TritonAttnBackend(AttentionBackend):
 
         Slots are not looked at: on a device they were checked when the batch moved there.
         """
+        targets = self._targets(layer, forward_batch, k.device)
+        scales = {"k_scale": layer.k_scale, "v_scale": layer.v_scale}
+        self._kernels.store_kv(k.flatten(1), v.flatten(1), *targets, **scales)
+
+    def rotate_and_store(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rotation: Rotation,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.rotate_and_store`. Numbers are rounded to q's type, then stored."""
+        targets = self._targets(layer, forward_batch, k.device)
+        scales = {"k_scale": layer.k_scale, "v_scale": layer.v_scale}
+        cos, sin, interleaved = rotation
+        turned: torch.Tensor = self._kernels.rotate_and_store(
+            q, k, v, cos, sin, *targets, interleaved=interleaved, **scales
+        )
+        return turned
+
+    def _targets(
+        self, layer: AttentionLayer, forward_batch: ForwardBatch, device: torch.device
+    ) -> tuple[Any, ...]:
+        """The new tokens' slots, and the planes of K and V as the kernels take them."""
         pool = forward_batch.token_to_kv_pool
-        self._kernels.store_kv(
-            k.flatten(1),
-            v.flatten(1),
+        return (
             forward_batch.out_cache_loc[self.group_of_layer[layer.layer_id]],
-            self._plane(pool.get_key_buffer(layer.layer_id), k.device),
-            self._plane(pool.get_value_buffer(layer.layer_id), v.device),
+            self._plane(pool.get_key_buffer(layer.layer_id), device),
+            self._plane(pool.get_value_buffer(layer.layer_id), device),
         )
 
     def forward(

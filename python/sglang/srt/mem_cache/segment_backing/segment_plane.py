@@ -28,12 +28,14 @@ class SegmentPart(NamedTuple):
     local: torch.Tensor | tuple[int, int]
 
 
-def round_to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x` in the KV dtype; what is beyond the largest number of fp8 becomes that number.
+def round_to(x: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    """`x` / `scale` in the KV dtype; what is beyond the largest number of fp8 becomes that number.
 
     NaN stays NaN. torch alone would make NaN or infinity of it, which one later query after another
     would spread. Of int8 x [*, D] becomes rows [*, D + 4], see `pack_int8`.
     """
+    if scale != 1.0:
+        x = x.float() * (1.0 / scale)
     if dtype is torch.int8:
         return x if x.dtype is torch.int8 else pack_int8(x)
     if x.dtype != dtype and dtype.itemsize == 1:

@@ -50,13 +50,16 @@ def _to_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr
 
 
 @triton.jit
-def _stored(x, X_TYPE: tl.constexpr, KV_TYPE: tl.constexpr, LARGEST: tl.constexpr):
-    """Float32 numbers as the cache holds them: rounded as the model does, then to its type."""
+def _stored(x, factor, X_TYPE: tl.constexpr, KV_TYPE: tl.constexpr, LARGEST: tl.constexpr):
+    """Float32 numbers as the cache holds them: rounded as the model does, then to its type.
+
+    Those of fp8 are multiplied by `factor` in between.
+    """
     x = x.to(X_TYPE)
     if KV_TYPE == tl.float8e4nv:
-        return _to_fp8(x.to(tl.float32), 3, 7, LARGEST).to(KV_TYPE, bitcast=True)
+        return _to_fp8(x.to(tl.float32) * factor, 3, 7, LARGEST).to(KV_TYPE, bitcast=True)
     elif KV_TYPE == tl.float8e5:
-        return _to_fp8(x.to(tl.float32), 2, 15, LARGEST).to(KV_TYPE, bitcast=True)
+        return _to_fp8(x.to(tl.float32) * factor, 2, 15, LARGEST).to(KV_TYPE, bitcast=True)
     else:
         return x.to(KV_TYPE)
 
@@ -64,7 +67,7 @@ def _stored(x, X_TYPE: tl.constexpr, KV_TYPE: tl.constexpr, LARGEST: tl.constexp
 @triton.jit
 def rotate_and_store_kernel(
     q_ptr, k_ptr, v_ptr, q_out_ptr, cos_ptr, sin_ptr, slots_ptr, k_plane_ptr, v_plane_ptr,
-    q_stride, k_stride, v_stride, segment_slots,
+    q_stride, k_stride, v_stride, segment_slots, k_factor, v_factor,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_HEADS: tl.constexpr,
@@ -99,7 +102,7 @@ def rotate_and_store_kernel(
         v_target = _slot_pointer(
             v_plane_ptr, v_slot, KV_HEADS * VALUE_DIM, segment_slots, KV_TYPE, SEGMENTED
         )
-        tl.store(v_target + place, _stored(v, X_TYPE, KV_TYPE, LARGEST), mask=v_mask)
+        tl.store(v_target + place, _stored(v, v_factor, X_TYPE, KV_TYPE, LARGEST), mask=v_mask)
     else:
         if ROTATES:
             angle = token * HEAD_DIM
@@ -123,8 +126,10 @@ def rotate_and_store_kernel(
                 k_plane_ptr, slot, KV_HEADS * HEAD_DIM, segment_slots, KV_TYPE, SEGMENTED
             )
             target += head[:, None] * HEAD_DIM
-            tl.store(target + first[None, :], _stored(y_1, X_TYPE, KV_TYPE, LARGEST), mask=mask)
-            tl.store(target + second[None, :], _stored(y_2, X_TYPE, KV_TYPE, LARGEST), mask=mask)
+            kept_1 = _stored(y_1, k_factor, X_TYPE, KV_TYPE, LARGEST)
+            kept_2 = _stored(y_2, k_factor, X_TYPE, KV_TYPE, LARGEST)
+            tl.store(target + first[None, :], kept_1, mask=mask)
+            tl.store(target + second[None, :], kept_2, mask=mask)
         else:
             if ROTATES:
                 head = (block - 2 * kv_blocks) * BLOCK_HEADS + heads
