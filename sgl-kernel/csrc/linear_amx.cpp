@@ -5,7 +5,10 @@
 // row] and are turned around at the end. A row is a column of its own: it adds up along its inputs in the
 // same way, whatever stands beside it.
 //
-// Legend: a block is 16 outputs, a group 16 rows or all where there are fewer.
+// Where the packed inputs pass the second cache, they are taken in parts, and the sums of a range of
+// outputs wait for the next part in memory.
+//
+// Legend: a block is 16 outputs, a group 16 rows or all where there are fewer, a step 32 inputs.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -13,12 +16,15 @@
 
 #include "linear.h"
 #include "numbers.h"
+#include "scratch.h"
 #include "tiles.h"
 
 namespace {
 
 constexpr int64_t kLine = 64;  // bytes of 32 inputs, of a tile's row and of the cache's line
 constexpr int64_t kStep = 32;  // inputs of a tile
+constexpr int64_t kPartBytes = 512 << 10;  // of the packed inputs that are multiplied at a time
+constexpr int64_t kPartOuts = 256;         // outputs whose sums wait
 
 int64_t columns_of(const SglLinear& call) { return std::min<int64_t>(call.rows, kTile); }
 int64_t groups_of(const SglLinear& call) { return (call.rows + kTile - 1) / kTile; }
@@ -46,21 +52,32 @@ void configure(const SglLinear& call) {
     _tile_loadconfig(config);
 }
 
-// Lines of the weight that are asked for with a block's part of a step, in the order of their addresses:
+// Steps [begin, end) of all.
+struct Part {
+    int64_t begin, end;
+};
+
+// Lines of the weight that are asked for with a block's half of a step, in the order of their addresses:
 // half of the rows of the next blocks. The processor's own fetching finds the others behind them, and
 // asked for too they were slower.
 class Ahead {
   public:
-    explicit Ahead(const char* at) : at_(at) {}
+    // `bytes` of each row from `at` on, which stand `row` bytes apart; none where `at` is null.
+    Ahead(const char* at, int64_t bytes, int64_t row)
+        : at_(at), end_(at + bytes), row_(row), skip_(row - bytes) {}
 
     inline void ask() {
         if (!at_) return;
         for (int i = 0; i < kLines; ++i, at_ += kLine) _mm_prefetch(at_, _MM_HINT_T1);
+        if (skip_ == 0 || at_ < end_) return;
+        at_ += skip_;
+        end_ += row_;
     }
 
   private:
     static constexpr int kLines = 8;
-    const char* at_;
+    const char *at_, *end_;
+    int64_t row_, skip_;
 };
 
 // Adds the products of 32 inputs, of one or two blocks and one or two groups.
@@ -122,50 +139,104 @@ void finish(const SglLinear& call, const float* sums, int64_t group, int64_t out
     for (int64_t i = 0; i < count; ++i) store_row(rows[i]);
 }
 
-// Outputs [first, last) of one group or two, of blocks that begin with output `out`.
+// A tile's sums, and those that wait in memory: [blocks, groups, 16, 16].
+using Sums = float[kTile * kTile];
+
 template <int kBlocks, int kGroups>
-void multiply(const SglLinear& call, const char* packed, int64_t group, int64_t out, int64_t first,
-              int64_t last, Ahead* ahead) {
-    const int64_t weight_row = call.weight_row * 2, columns = columns_of(call) * 4;
-    const int64_t group_size = group_bytes(call), step = kTile * columns;
-    const char* weight = static_cast<const char*>(call.weight) + out * weight_row;
-    packed += group * group_size;
-    _tile_zero(0);
-    if constexpr (kGroups == 2) _tile_zero(1);
-    if constexpr (kBlocks == 2) _tile_zero(2);
-    if constexpr (kBlocks == 2 && kGroups == 2) _tile_zero(3);
-    for (int64_t steps = call.in_features / kStep; steps; --steps, weight += kLine, packed += step)
-        add_step<kBlocks, kGroups>(weight, weight_row, packed, group_size, columns, [&] {
-            ahead->ask();
-        });
-    if (call.in_features % kStep)
-        add_rest<kBlocks, kGroups>(call, weight - call.in_features / kStep * kLine, packed, columns);
-    alignas(64) float sums[4][kTile * kTile];
-    const int64_t stride = call.rows == 1 ? 4 : kLine;
-    _tile_stored(0, sums[0], stride);
-    if constexpr (kGroups == 2) _tile_stored(1, sums[1], stride);
-    if constexpr (kBlocks == 2) _tile_stored(2, sums[2], stride);
-    if constexpr (kBlocks == 2 && kGroups == 2) _tile_stored(3, sums[3], stride);
+void load_sums(const Sums* sums, int64_t groups, int64_t stride) {
     finish_stores();
-    for (int b = 0; b < kBlocks; ++b)
-        for (int g = 0; g < kGroups; ++g)
-            finish(call, sums[b * 2 + g], group + g, out + b * kTile, b ? out + kTile : first,
-                   std::min(last, out + (b + 1) * kTile));
+    _tile_loadd(0, sums[0], stride);
+    if constexpr (kGroups == 2) _tile_loadd(1, sums[1], stride);
+    if constexpr (kBlocks == 2) _tile_loadd(2, sums[groups], stride);
+    if constexpr (kBlocks == 2 && kGroups == 2) _tile_loadd(3, sums[groups + 1], stride);
 }
 
-// Outputs [first, last) of all rows, of the blocks that begin with `out`.
+template <int kBlocks, int kGroups>
+void store_sums(Sums* sums, int64_t groups, int64_t stride) {
+    _tile_stored(0, sums[0], stride);
+    if constexpr (kGroups == 2) _tile_stored(1, sums[1], stride);
+    if constexpr (kBlocks == 2) _tile_stored(2, sums[groups], stride);
+    if constexpr (kBlocks == 2 && kGroups == 2) _tile_stored(3, sums[groups + 1], stride);
+    finish_stores();
+}
+
+// Blocks that begin with output `out`, of which [first, last) are wanted.
+struct Outs {
+    int64_t out, first, last;
+};
+
+// A part of the products of one group or two. `sums` are the group's, those of the next block `groups`
+// further.
+template <int kBlocks, int kGroups>
+void multiply(const SglLinear& call, const char* packed, int64_t group, const Outs& outs,
+              const Part& part, Sums* sums, int64_t groups, Ahead* ahead) {
+    const int64_t weight_row = call.weight_row * 2, columns = columns_of(call) * 4;
+    const int64_t group_size = group_bytes(call), step = kTile * columns;
+    const int64_t stride = call.rows == 1 ? 4 : kLine;
+    const char* weight = static_cast<const char*>(call.weight) + outs.out * weight_row;
+    packed += group * group_size + part.begin * step;
+    if (part.begin) {
+        load_sums<kBlocks, kGroups>(sums, groups, stride);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    const int64_t whole = std::min(part.end, call.in_features / kStep);
+    for (int64_t i = part.begin; i < whole; ++i, packed += step)
+        add_step<kBlocks, kGroups>(weight + i * kLine, weight_row, packed, group_size, columns,
+                                   [&] { ahead->ask(); });
+    if (whole < part.end) add_rest<kBlocks, kGroups>(call, weight, packed, columns);
+    store_sums<kBlocks, kGroups>(sums, groups, stride);
+    if (part.end < steps_of(call)) return;
+    for (int b = 0; b < kBlocks; ++b)
+        for (int g = 0; g < kGroups; ++g) {
+            const int64_t out = outs.out + b * kTile;
+            finish(call, sums[b * groups + g], group + g, out, std::max(out, outs.first),
+                   std::min(outs.last, out + kTile));
+        }
+}
+
+// The same of all groups; all sums of a group's blocks are used at once where nothing waits.
 template <int kBlocks>
-void multiply_blocks(const SglLinear& call, const char* packed, int64_t out, int64_t first,
-                     int64_t last) {
-    const int64_t next = out + kBlocks * kTile, groups = groups_of(call);
+void multiply_rows(const SglLinear& call, const char* packed, const Outs& outs, const Part& part,
+                   Sums* waiting, Ahead* ahead) {
+    const int64_t groups = groups_of(call);
+    alignas(64) Sums at_once[4];
+    for (int64_t group = 0; group < groups; group += 2) {
+        Sums* sums = waiting ? waiting + group : at_once;
+        const int64_t apart = waiting ? groups : 2;
+        if (group + 1 < groups)
+            multiply<kBlocks, 2>(call, packed, group, outs, part, sums, apart, ahead);
+        else
+            multiply<kBlocks, 1>(call, packed, group, outs, part, sums, apart, ahead);
+    }
+}
+
+// Part of the products of outputs [first, last) of all rows.
+void multiply_part(const SglLinear& call, const char* packed, int64_t first, int64_t last,
+                   const Part& part, Sums* waiting) {
+    const int64_t weight_row = call.weight_row * 2, groups = groups_of(call);
+    const char* weight = static_cast<const char*>(call.weight) + part.begin * kLine;
     // Where several threads share the outputs out, those behind the range are another's.
-    const bool wanted = next < (call.num_threads == 1 ? call.out_features : last);
-    const char* weight = static_cast<const char*>(call.weight);
-    Ahead ahead(wanted ? weight + next * call.weight_row * 2 : nullptr);
-    int64_t group = 0;
-    for (; group + 2 <= groups; group += 2)
-        multiply<kBlocks, 2>(call, packed, group, out, first, last, &ahead);
-    if (group < groups) multiply<kBlocks, 1>(call, packed, group, out, first, last, &ahead);
+    const int64_t mine = call.num_threads == 1 ? call.out_features : last;
+    const int64_t bytes = std::min(part.end * kLine, call.in_features * 2) - part.begin * kLine;
+    for (int64_t out = first; out < last;) {
+        const int64_t next = out + 2 * kTile;
+        Ahead ahead(next < mine ? weight + next * weight_row : nullptr, bytes, weight_row);
+        if (next <= last) {
+            multiply_rows<2>(call, packed, {out, out, last}, part, waiting, &ahead);
+            out = next;
+            if (waiting) waiting += 2 * groups;
+            continue;
+        }
+        // The last block may begin in the one before it, and leaves the outputs that are there.
+        const int64_t begin = std::max<int64_t>(0, std::min(out, last - kTile));
+        multiply_rows<1>(call, packed, {begin, out, last}, part, waiting, &ahead);
+        out = begin + kTile;
+        if (waiting) waiting += groups;
+    }
 }
 
 }  // namespace
@@ -196,17 +267,20 @@ const char* sgl::pack_rows(const SglLinear& call, char* room) {
 }
 
 void sgl::linear_tiles(const SglLinear& call, const char* packed, int64_t first, int64_t last) {
+    thread_local sgl::Scratch room;
+    const int64_t steps = steps_of(call), groups = groups_of(call);
+    const int64_t parts = (groups * group_bytes(call) + kPartBytes - 1) / kPartBytes;
     configure(call);
-    for (int64_t out = first; out < last;) {
-        if (last - out >= 2 * kTile) {
-            multiply_blocks<2>(call, packed, out, out, last);
-            out += 2 * kTile;
-            continue;
-        }
-        // The last block may begin in the one before it, and leaves the outputs that are there.
-        const int64_t begin = std::max<int64_t>(0, std::min(out, last - kTile));
-        multiply_blocks<1>(call, packed, begin, out, last);
-        out = begin + kTile;
+    if (parts <= 1) {
+        multiply_part(call, packed, first, last, {0, steps}, nullptr);
+        end_tiles();
+        return;
     }
+    const int64_t blocks = std::min(last - first, kPartOuts) / kTile + 1;
+    auto* waiting = reinterpret_cast<Sums*>(room.take(blocks * groups * sizeof(Sums)));
+    for (int64_t out = first; out < last; out += kPartOuts)
+        for (int64_t i = 0; i < parts; ++i)
+            multiply_part(call, packed, out, std::min(last, out + kPartOuts),
+                          {steps * i / parts, steps * (i + 1) / parts}, waiting);
     end_tiles();
 }
