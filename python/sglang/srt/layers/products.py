@@ -2,9 +2,8 @@
 
 - *A few rows*, as in a decode step, wait for the weight to be read. Where the native kernels are
   installed they read it once, in its own type. With bfloat16 dot instructions the kernel is faster
-  up to more rows, and on matrix tiles (AMX), for which PyTorch packs the weight anew in each call,
-  up to still more. Without either it widens the weight in registers, and where PyTorch takes
-  bfloat16 apart with AVX-512 it is faster for one row only.
+  up to more rows, and on matrix tiles (AMX) up to still more. Without either it widens the weight
+  in registers, and where PyTorch takes bfloat16 apart with AVX-512 it is faster for one row only.
 - *Many rows of a 16-bit type*, on a CPU without instructions for it: PyTorch takes such products
   apart, element by element, and reaches a seventh of what the same processor does in float32. There
   a tile of the weight is widened, multiplied in float32 and rounded once.
