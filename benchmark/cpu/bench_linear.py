@@ -24,7 +24,7 @@ from sglang.srt.layers.products import cpu_multiplies, widened_linear
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576), (2048, 8192),
           (4096, 14336))  # fmt: skip
-ROWS = (1, 2, 4, 8, 16, 32, 64)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float32)
 ALL_BYTES = 160 << 20  # of the weights in turn
 

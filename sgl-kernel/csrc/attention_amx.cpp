@@ -13,11 +13,10 @@
 
 #include "attention.h"
 #include "exp2_avx512.h"
+#include "tiles.h"
 
 namespace sgl {
 namespace {
-
-constexpr int kTile = 16;
 
 struct Scratch {
     char* queries;        // [groups, M / 16, D / 32, 16, 16] dwords: pairs of D x states
@@ -29,9 +28,6 @@ struct Scratch {
     float* top;           // [groups, M]
     float* sum;           // [groups, M]
 };
-
-// Tile loads don't tell the compiler that they read memory: stores before them must be done.
-inline void finish_stores() { asm volatile("" ::: "memory"); }
 
 int64_t padded(int64_t states) { return (states + kTile - 1) / kTile * kTile; }
 
@@ -65,33 +61,6 @@ inline __m512 soften(__m512 scores, float cap) {
     const __m512i sign = _mm512_and_si512(_mm512_castps_si512(y), _mm512_set1_epi32(INT32_MIN));
     const __m512i bits = _mm512_or_si512(_mm512_castps_si512(tanh), sign);
     return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(cap));
-}
-
-// Transposes 16 x 16 dwords.
-inline void transpose(__m512i* rows) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-        rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        rows[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        rows[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
 }
 
 class AmxTask {
@@ -357,17 +326,9 @@ int64_t amx_scratch_bytes(const SglAttention& call, int64_t max_queries, int64_t
     return lay_out(call, states, groups, nullptr, &unused);
 }
 
-void amx_begin() {
-    alignas(64) uint8_t config[64] = {1};  // palette 1: eight tiles of up to 16 rows of 64 bytes
-    for (int i = 0; i < 8; ++i) {
-        config[16 + 2 * i] = 64;
-        config[48 + i] = kTile;
-    }
-    finish_stores();
-    _tile_loadconfig(config);
-}
+void amx_begin() { begin_tiles(); }
 
-void amx_end() { _tile_release(); }
+void amx_end() { end_tiles(); }
 
 void run_task_amx(const SglAttention& call, const Task& task, const States& states, void* scratch) {
     AmxTask(call, task, static_cast<char*>(scratch)).run(states);

@@ -12,12 +12,14 @@
 #include "parallel.h"
 #include "quantized.h"
 #include "rows.h"
+#include "scratch.h"
 
 namespace {
 
 constexpr int64_t kTasksPerThread = 8;      // so that threads end together
 constexpr int64_t kTaskInputs = 32 << 10;   // inputs of all outputs; fewer are not worth a task
 constexpr int64_t kOutsAtOnce = 24;         // ranges are multiples of it, as the products like them
+constexpr int64_t kTileOutsAtOnce = 96;     // the same where some are taken by tiles
 constexpr int64_t kLine = 64;
 
 int64_t size_of(int32_t dtype) { return dtype == SGL_FLOAT32 ? 4 : 2; }
@@ -219,6 +221,12 @@ struct Product {
         l.isa = call.isa;
         l.num_threads = 1;
 #if defined(__x86_64__)
+        if (inputs.by_dots() && call.isa == SGL_AMX) {
+            thread_local sgl::Scratch room;
+            const char* packed = sgl::pack_rows(l, room.take(sgl::packed_bytes(l)));
+            sgl::linear_tiles(l, packed, 0, l.out_features);
+            return;
+        }
         if (inputs.by_dots()) {
             sgl::linear_dots(l, 0, l.out_features);
             return;
@@ -259,7 +267,8 @@ int32_t type_given(const SglExperts& call, const SglExpertMatrix& matrix) {
 int64_t outs_of_a_task(const SglExperts& call, int64_t all, int64_t inputs) {
     const int64_t least = kTaskInputs / inputs + 1;
     const int64_t fair = all / (kTasksPerThread * call.num_threads) + 1;
-    return (std::max(least, fair) + kOutsAtOnce - 1) / kOutsAtOnce * kOutsAtOnce;
+    const int64_t at_once = call.isa == SGL_AMX ? kTileOutsAtOnce : kOutsAtOnce;
+    return (std::max(least, fair) + at_once - 1) / at_once * at_once;
 }
 
 // Each choice's row times its weight, rounded as the row is.

@@ -57,8 +57,15 @@ int32_t sgl::linear_then(const SglLinear& call, After* after) {
     if (call.dtype < SGL_FLOAT32 || call.dtype > SGL_FLOAT16 || call.num_threads < 1) return -1;
     if (call.rows < 1 || call.out_features < 1 || call.in_features < 1) return -1;
 #if defined(__x86_64__)
-    const bool dots = call.isa >= SGL_AVX512_BF16 && call.isa <= SGL_AMX;
-    if (dots && call.dtype == SGL_BFLOAT16) {
+    if (call.isa == SGL_AMX && call.dtype == SGL_BFLOAT16) {
+        thread_local sgl::Scratch room;
+        const char* packed = sgl::pack_rows(call, room.take(sgl::packed_bytes(call)));
+        over_outs(call, sgl::kTileOuts, after, [&](int64_t first, int64_t last) {
+            sgl::linear_tiles(call, packed, first, last);
+        });
+        return 0;
+    }
+    if (call.isa == SGL_AVX512_BF16 && call.dtype == SGL_BFLOAT16) {
         over_outs(call, sgl::kDotOuts, after, [&](int64_t first, int64_t last) {
             sgl::linear_dots(call, first, last);
         });

@@ -19,4 +19,11 @@ void linear_avx512(const SglLinear&, const float*, int64_t, int64_t, int64_t);
 constexpr int64_t kDotOuts = 6;
 void linear_dots(const SglLinear&, int64_t first, int64_t last);
 
+// The same on AMX tiles, of rows that pack_rows() has packed into a room of packed_bytes(), or has found
+// to need none. Ranges had best be multiples of kTileOuts.
+constexpr int64_t kTileOuts = 32;
+int64_t packed_bytes(const SglLinear&);
+const char* pack_rows(const SglLinear&, char* room);
+void linear_tiles(const SglLinear&, const char* packed, int64_t first, int64_t last);
+
 }  // namespace sgl

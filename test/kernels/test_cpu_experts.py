@@ -173,6 +173,19 @@ def test_rows_through_their_experts(
         assert torch.equal(wide.to(dtype), found)
 
 
+@pytest.mark.parametrize("isa", LEVELS)
+def test_many_rows_of_an_expert(isa: Isa) -> None:
+    """Other numbers of rows for each expert, of which some pass the height of a tile."""
+    weights = Weights(("numbers", "numbers", "numbers"), torch.bfloat16, bias=True)
+    x = torch.randn(60, HIDDEN).bfloat16()
+    experts = torch.tensor([0] * 37 + [3] * 17 + [4] * 5 + [1])[:, None]
+    shares = torch.rand(60, 1)
+    for threads in (1, 2):
+        mixture = weights.mixture(GATES[0], torch.bfloat16)
+        found = mixture(x, experts, shares, num_threads=threads, isa=isa)
+        close(found, weights.reference(x, experts, shares, GATES[0]), torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize("layout", ["numbers", "4+min"])
 def test_scaled_inputs_and_what_is_added(layout: str, dtype: torch.dtype) -> None:

@@ -56,35 +56,55 @@ def test_many_outputs_are_cut_into_tasks(rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("isa", LEVELS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 33])
-@pytest.mark.parametrize("outs", [5, 8, 13])
-def test_wide_rows(outs: int, rows: int, isa: Isa) -> None:
+@pytest.mark.parametrize(
+    ("rows", "outs"),
+    [(rows, outs) for rows in (1, 2, 3, 4, 7, 33) for outs in (5, 8, 13)] + [(70, 600), (130, 37)],
+)
+def test_wide_rows(rows: int, outs: int, isa: Isa) -> None:
     """More inputs than the kernels take at a time."""
     x, weight, bias = operands(rows, outs, 4871, torch.bfloat16)
     check(linear(x, weight, bias, isa=isa), x, weight, bias)
 
 
+@pytest.mark.parametrize("isa", [isa for isa in LEVELS if Isa.AVX512_BF16 <= isa <= Isa.AMX])
+@pytest.mark.parametrize("outs", [23, 81])
 @pytest.mark.parametrize("width", [40, 576, 4871])
-def test_dot_products_of_a_row_do_not_depend_on_the_others(width: int) -> None:
-    if not Isa.AVX512_BF16 <= cpu_isa() <= Isa.AMX:
-        pytest.skip("no dot products of bfloat16")
-    x, weight, bias = operands(33, 23, width, torch.bfloat16)
-    alone = torch.cat([linear(row[None], weight, bias) for row in x])
-    for count in (2, 3, 4, 5, 8, 33):
-        assert torch.equal(linear(x[:count], weight, bias), alone[:count])
+def test_dot_products_of_a_row_do_not_depend_on_the_others(width: int, outs: int, isa: Isa) -> None:
+    x, weight, bias = operands(70, outs, width, torch.bfloat16)
+    alone = torch.cat([linear(row[None], weight, bias, isa=isa) for row in x])
+    for count in (2, 3, 4, 5, 8, 16, 17, 33, 48, 70):
+        assert torch.equal(linear(x[:count], weight, bias, isa=isa), alone[:count])
 
 
-def test_strided_rows_and_parts_of_a_weight() -> None:
-    x, weight, bias = operands(8, 40, 64, torch.bfloat16)
-    some, part = x[::2, 16:48], weight[3:30, 16:48]
-    check(linear(some, part, bias[3:30]), some, part, bias[3:30])
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 40, 65, 130])
+@pytest.mark.parametrize("outs", [3, 16, 31, 33, 64, 95])
+def test_heights_and_widths_around_a_tile(outs: int, rows: int, isa: Isa) -> None:
+    for width in (32, 33, 95):
+        x, weight, bias = operands(rows, outs, width, torch.bfloat16)
+        check(linear(x, weight, bias, isa=isa), x, weight, bias)
+        check(linear(x, weight, isa=isa, num_threads=2), x, weight, None)
 
 
-def test_infinity_and_nan_stay_where_they_are() -> None:
-    x, weight, _ = operands(3, 9, 40, torch.float32)
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("rows", [1, 8, 40])
+def test_strided_rows_and_parts_of_a_weight(rows: int, isa: Isa) -> None:
+    x, weight, bias = operands(2 * rows, 40, 96, torch.bfloat16)
+    # What stands beside the parts would show in any sum that it entered.
+    for around in (x[:, :16], x[:, 67:], x[1::2], weight[:3], weight[38:], weight[:, :16]):
+        around.fill_(float("nan"))
+    weight[:, 67:] = float("nan")
+    some, part = x[::2, 16:67], weight[3:38, 16:67]
+    check(linear(some, part, bias[3:38], isa=isa), some, part, bias[3:38])
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinity_and_nan_stay_where_they_are(dtype: torch.dtype, isa: Isa) -> None:
+    x, weight, _ = operands(3, 9, 40, dtype)
     x[1, 39] = float("inf")
     weight[4, 0] = float("nan")
-    found = linear(x, weight)
+    found = linear(x, weight, isa=isa)
     assert found[:, 4].isnan().all()
     others = found[:, [0, 1, 2, 3, 5, 6, 7, 8]]
     assert others[[0, 2]].isfinite().all()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -187,6 +190,27 @@ def test_shards_add_up(layout: ExpertLayout, bias: bool, monkeypatch: pytest.Mon
     parts = [make_experts(layout, ParallelState(rank, 4), bias=bias) for rank in range(4)]
     assert parts[0].gate_up_proj.shape == (E, 4, H)
     torch.testing.assert_close(sum(part(x, routing) for part in parts), whole, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype", "rows"),
+    [
+        ("AVX2", torch.bfloat16, 32),
+        ("AVX512_BF16", torch.bfloat16, 96),
+        ("AMX", torch.bfloat16, 384),
+        ("AMX", torch.float32, 32),
+    ],
+)
+def test_how_many_tokens_are_few(isa: str, dtype: torch.dtype, rows: int) -> None:
+    layer = Experts(E, H, WIDTH, layout=ExpertLayout.MERGED, parallel=ParallelState(), dtype=dtype)
+    kernels: Any = SimpleNamespace(
+        is_recording=lambda: False, cpu_isa=lambda: SimpleNamespace(name=isa)
+    )
+    assert layer._has_few(kernels, rows, 2)
+    assert not layer._has_few(kernels, rows + 1, 2)
+    assert not layer._has_few(kernels, 0, 2)
+    kernels.is_recording = lambda: True
+    assert layer._has_few(kernels, rows + 1, 2)
 
 
 def test_wrong_tensors_are_refused_by_name() -> None:

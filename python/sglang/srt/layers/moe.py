@@ -28,8 +28,10 @@ from sglang.srt.layers.weights import copy_checked, frozen_parameter
 from sglang.srt.utils.native import device_kernels_for, kernels_for
 
 # Up to so many tokens one native call is the faster way, or up to so many for each expert on the
-# average where dot instructions or codes are multiplied; see benchmark/cpu/bench_experts.py.
+# average where codes are multiplied; see benchmark/cpu/bench_experts.py.
 _NATIVE_ROWS = 32
+# The same for each expert where bfloat16 is multiplied by dot instructions or on tiles.
+_NATIVE_ROWS_BY_ISA = {"AVX512_BF16": 32, "AMX": 128}
 
 
 class Routing(NamedTuple):
@@ -172,10 +174,12 @@ class Experts(ExpertWeights):
         """Whether so many tokens are few enough for the native call, all or for each expert."""
         if rows <= _NATIVE_ROWS or kernels.is_recording():
             return rows > 0
-        isa = kernels.cpu_isa()
-        by_dots = self.gate_up_proj.dtype is torch.bfloat16 and isa == kernels.Isa.AVX512_BF16
-        few = rows * num_chosen <= _NATIVE_ROWS * self.num_experts
-        return few and (by_dots or self.gate is not None)
+        most = 0
+        if self.gate is not None:
+            most = _NATIVE_ROWS
+        elif self.gate_up_proj.dtype is torch.bfloat16:
+            most = _NATIVE_ROWS_BY_ISA.get(kernels.cpu_isa().name, 0)
+        return rows * num_chosen <= most * self.num_experts
 
     def _add_ranks(
         self, mixture: Any, x: torch.Tensor, routing: Routing, added: torch.Tensor | None

@@ -2,9 +2,8 @@
 
 - *A few rows*, as in a decode step, wait for the weight to be read. Where the native kernels are
   installed they read it once, in its own type. With bfloat16 dot instructions the kernel is faster
-  up to more rows. Without them it widens the weight in registers, and where PyTorch takes bfloat16
-  apart with AVX-512 it is faster for one row only. Beside matrix tiles (AMX) the kernel was not
-  measured, and PyTorch's products stay.
+  up to more rows, and on matrix tiles (AMX) up to still more. Without either it widens the weight
+  in registers, and where PyTorch takes bfloat16 apart with AVX-512 it is faster for one row only.
 - *Many rows of a 16-bit type*, on a CPU without instructions for it: PyTorch takes such products
   apart, element by element, and reaches a seventh of what the same processor does in float32. There
   a tile of the weight is widened, multiplied in float32 and rounded once.
@@ -27,6 +26,8 @@ _NATIVE_ROWS_BESIDE = {
     ("AVX512", torch.bfloat16): 1,
     ("AVX512_BF16", torch.bfloat16): 64,
     ("AVX512_BF16", torch.float32): 8,
+    ("AMX", torch.bfloat16): 128,
+    ("AMX", torch.float32): 8,
 }
 _MOST_NATIVE_ROWS = max(_NATIVE_ROWS, *_NATIVE_ROWS_BESIDE.values())
 # Without the kernel, fewer rows than these cost less as they are: widening writes the weight anew.
