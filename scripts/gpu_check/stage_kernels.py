@@ -12,6 +12,8 @@ from gpu_check.setting import Setting
 from gpu_check.shapes import AttentionShape, kernel_shapes
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.registry import get_attention_backend
+from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES
+from sglang.srt.mem_cache.segment_backing.segment_plane import raw, round_to
 from sglang.srt.utils.native import triton_kernels
 
 BACKENDS = ("triton", "flashinfer", "torch_native")
@@ -160,6 +162,30 @@ def _store(setting: Setting, dtype: torch.dtype) -> float:
     )
 
 
-LAYERS = {"norm": _norm, "gate": _gate, "mixture": _mixture, "rotate and store": _store}
+def _store_scaled(setting: Setting, dtype: torch.dtype) -> float:
+    """0 where every byte is the one that PyTorch rounds to, 1 where one is another."""
+    kernels: Any = triton_kernels()
+    rows, heads, dim = 7, 4, 64
+    slots = torch.arange(rows, device=setting.device) + 3
+    x = _numbers(setting, dtype, rows, heads * dim) * 300
+    same = True
+    for name in ("fp8_e4m3", "fp8_e5m2"):
+        kind = KV_TORCH_DTYPES[name]
+        planes = [torch.zeros(20, heads, dim, device=setting.device).to(kind) for _ in range(2)]
+        scales = {"k_scale": 0.3, "v_scale": 70.0}
+        kernels.store_kv(x, x, slots, *planes, **scales)
+        for plane, scale in zip(planes, scales.values(), strict=True):
+            expected = raw(round_to(x, kind, scale)).view(rows, heads, dim)
+            same &= torch.equal(raw(plane)[slots], expected)
+    return 0.0 if same else 1.0
+
+
+LAYERS = {
+    "norm": _norm,
+    "gate": _gate,
+    "mixture": _mixture,
+    "rotate and store": _store,
+    "store scaled fp8": _store_scaled,
+}
 # The quick one first.
 PARTS = (("layers", check_layers), ("attention", check_attention))

@@ -101,12 +101,13 @@ def test_stores(plane_type: torch.dtype, segmented: bool) -> None:
             )
             for plane in planes
         ]
-    store_kv(k, v, slots, *targets)
-    for x, plane in ((k, planes[0]), (v, planes[1])):
+    k_scale, v_scale = (0.3, 70.0) if plane_type in FP8 else (1.0, 1.0)
+    store_kv(k, v, slots, *targets, k_scale=k_scale, v_scale=v_scale)
+    for x, plane, scale in ((k, planes[0], k_scale), (v, planes[1], v_scale)):
         found = plane.view(torch.uint8 if plane_type in FP8 else plane_type)[slots]
         found = found.view(plane_type).flatten(1).float()
         torch.testing.assert_close(
-            found, round_to(x, plane_type).float(), rtol=0, atol=0, equal_nan=True
+            found, round_to(x, plane_type, scale).float(), rtol=0, atol=0, equal_nan=True
         )
     angles = torch.rand(tokens, dim // 2, generator=generator, dtype=torch.float64) * 6
     cos = torch.cat((angles.cos(), angles.cos()), -1)

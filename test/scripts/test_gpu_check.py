@@ -14,7 +14,7 @@ import torch
 from gpu_check import __main__ as gpu_check
 from gpu_check import shapes
 from gpu_check.records import Journal, Record, Status, exit_code, line_of, markdown, read_journal
-from gpu_check.stage_scout import RANKS, Rank, write_config
+from gpu_check.stage_scout import RANKS, Rank, extrapolated_ms, write_config
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.managers.scheduler_pool_plan import kv_cache_spec
@@ -102,6 +102,10 @@ def test_the_scout_rank_has_the_published_shape(tmp_path: Path) -> None:
     assert chunked.first_position == 9_999_999 - 9_999_999 % 8192
     assert full.page_ids[0] == layouts[0].pages_per_segment
     assert int(full.page_ids[-1]) < layouts[0].max_segments * layouts[0].pages_per_segment
+
+
+def test_what_does_not_fit_is_extrapolated_on_a_line() -> None:
+    assert extrapolated_ms((4_000_000, 8.0), (8_000_000, 14.0), 10_000_000) == 17.0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
