@@ -21,8 +21,8 @@
 
 namespace {
 
-constexpr int64_t kLine = 64;  // bytes of 32 inputs, of a tile's row and of the cache's line
-constexpr int64_t kStep = 32;  // inputs of a tile
+constexpr int64_t kLine = 64;              // bytes of 32 inputs, of a tile's row and of the cache's line
+constexpr int64_t kStep = 32;              // inputs of a tile
 constexpr int64_t kPartBytes = 512 << 10;  // of the packed inputs that are multiplied at a time
 constexpr int64_t kPartOuts = 256;         // outputs whose sums wait
 
@@ -64,7 +64,7 @@ class Ahead {
   public:
     // `bytes` of each row from `at` on, which stand `row` bytes apart; none where `at` is null.
     Ahead(const char* at, int64_t bytes, int64_t row)
-        : at_(at), end_(at + bytes), row_(row), skip_(row - bytes) {}
+        : at_(at), end_(at ? at + bytes : nullptr), row_(row), skip_(row - bytes) {}
 
     inline void ask() {
         if (!at_) return;
@@ -103,7 +103,8 @@ inline void add_step(const char* weight, int64_t weight_row, const char* packed,
 // The inputs beyond whole steps: nothing behind a weight's row may be read.
 template <int kBlocks, int kGroups>
 void add_rest(const SglLinear& call, const char* weight, const char* packed, int64_t columns) {
-    const int64_t d = call.in_features / kStep * kStep, outs = std::min<int64_t>(call.out_features, kTile);
+    const int64_t d = call.in_features / kStep * kStep;
+    const int64_t outs = std::min<int64_t>(call.out_features, kTile);
     alignas(64) char rest[kBlocks * kTile * kLine];
     for (int64_t i = 0; i < (kBlocks - 1) * kTile + outs; ++i)
         _mm512_store_si512(rest + i * kLine, load_inputs(call, weight + i * call.weight_row * 2, d));
