@@ -23,6 +23,17 @@ constexpr int64_t kStepBytes = 2 * kTileBytes;  // a block of them as numbers
 constexpr int64_t kLag = 4;                // blocks from a number's store to its use
 constexpr int64_t kRing = 2 * kLag;
 
+// The bits that the bytes of a line take, of the 8 bytes of codes that are in its place: a word takes
+// one code twice, from 2 bits before it on.
+struct Shifts {
+    alignas(64) uint8_t of[64];
+    constexpr Shifts() : of() {
+        for (int i = 0; i < 64; ++i)
+            of[i] = static_cast<uint8_t>((4 * (i / 16 * 4 + i % 8 / 2) + 62) % 64);
+    }
+};
+constexpr Shifts kShifts;
+
 // Codes of kOuts outputs, with what belongs to them.
 struct Source {
     const char* codes;
@@ -42,15 +53,13 @@ class Numbers {
         if (at == 0) widen_scales(b);
         const char* codes = from_.codes + b * kBlock * kBits / 8;
 #pragma GCC unroll 4
-        for (int64_t n = 0; n < kOuts; n += 2, codes += 2 * from_.code_row, to += 2 * 64) {
+        for (int64_t n = 0; n < kOuts; ++n, codes += from_.code_row, to += 64) {
             const float* scale = scale_[n] + at * kScales;
             const float* least = kMins ? least_[n] + at * kScales : nullptr;
             if (kBits == 4)
                 look_up(codes, scale, least, to);
             else
-                for (int64_t i = 0; i < 2; ++i)
-                    multiply(codes + i * from_.code_row, scale + i * 16,
-                             kMins ? least + i * 16 : nullptr, to + i * 64);
+                multiply(codes, scale, least, to);
         }
     }
 
@@ -80,29 +89,25 @@ class Numbers {
         return kMins ? _mm512_fmadd_ps(code, s, _mm512_set1_ps(*least)) : _mm512_mul_ps(code, s);
     }
 
-    // Two outputs of 4 bits. A table holds what the 16 codes of each are worth; a quarter of a line
-    // holds what its output's words have in one of their four codes.
-    void look_up(const char* codes, const float* scale, const float* least, char* to) const {
+    // Of 4 bits: a table holds what the 16 codes are worth, and a line looks its words up byte by byte,
+    // each the upper half of a float. A quarter has the codes of 2 bytes of each half of the block.
+    static void look_up(const char* codes, const float* scale, const float* least, char* to) {
         const __m512 all = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(
-            scaled(all, scale + 16, kMins ? least + 16 : nullptr), scaled(all, scale, least));
-        const __m512i low = _mm512_set1_epi16(15), second = _mm512_set1_epi16(16);
-        const __m512i first_codes = _mm512_and_si512(nibbles(codes), low);
-        const __m512i second_codes =
-            _mm512_ternarylogic_epi64(nibbles(codes + from_.code_row), low, second, 0xea);
-        _mm512_store_si512(to, _mm512_permutexvar_epi16(first_codes, table));
-        _mm512_store_si512(to + 64, _mm512_permutexvar_epi16(second_codes, table));
+        const __m512i table = rounded(scaled(all, scale, least));
+        const __m512i both = _mm512_broadcast_i32x4(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+        // Codes from their third bit on, with others' bits about them.
+        const __m512i fields = _mm512_multishift_epi64_epi8(
+            _mm512_load_si512(kShifts.of), both);
+        const __m512i places = _mm512_ternarylogic_epi32(fields, _mm512_set1_epi8(0x3c),
+                                                         _mm512_set1_epi16(0x0302), 0xea);
+        _mm512_store_si512(to, _mm512_permutexvar_epi8(places, table));
     }
 
-    static __m512i nibbles(const char* codes) {
-        const __m512i words = _mm512_broadcast_i32x4(
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-        const __m512i shifts = _mm512_inserti64x4(
-            _mm512_castsi256_si512(_mm256_setr_epi64x(0, 0, kEach * 4, kEach * 4)),
-            _mm256_setr_epi64x(kEach * 8, kEach * 8, kEach * 12, kEach * 12), 1);
-        return _mm512_srlv_epi16(words, shifts);
+    // To the nearest bfloat16, ties away from 0, in the upper halves.
+    static __m512i rounded(__m512 x) {
+        return _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
     }
-    static constexpr int64_t kEach = 0x0001000100010001;  // of a word
 
     static void multiply(const char* codes, const float* scale, const float* least, char* to) {
         __m512 half[2];
@@ -290,8 +295,8 @@ void multiply_layout(const SglQuantized& call, const char* x, int64_t first, int
 inline __m512i order_of(int32_t bits) {
     alignas(64) uint16_t order[kBlock];
     for (int i = 0; i < kBlock; ++i) {
-        const int quarter = i / 8, byte = i % 8 * 2 + quarter / 2;
-        order[i] = static_cast<uint16_t>(bits == 8 ? i : byte + quarter % 2 * 16);
+        const int code = i / 8 * 4 + i % 4, byte = i % 8 / 4 * 8 + code / 2;
+        order[i] = static_cast<uint16_t>(bits == 8 ? i : byte + code % 2 * 16);
     }
     return _mm512_load_si512(order);
 }

@@ -149,7 +149,11 @@ def test_products_with_a_rounded_weight(rows: int, outs: int, width: int, layout
     x, bias = whole[:, 3:], torch.randn(outs, generator=generator).bfloat16()
     out = weight.multiply(x, bias, num_threads=2, round_weight=True)
     assert out.dtype is torch.bfloat16
-    wide = (numbers(weight) / 0.25).bfloat16().double() * 0.25
+    # Four bits to the nearest, ties away from 0; eight bits with ties to even.
+    wide = (numbers(weight) / 0.25).float()
+    if weight.bits == 4:
+        wide = (wide.view(torch.int32) + 0x8000 & -0x10000).view(torch.float32)
+    wide = wide.bfloat16().double() * 0.25
     want = x.double() @ wide.t() + bias.double()
     terms = x.double().abs() @ wide.abs().t() + bias.double().abs()
     error = (out.double() - want).abs()
