@@ -90,7 +90,7 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize(
     ("rows", "outs", "width"),
-    [(1, 1, 32), (1, 67, 576), (2, 5, 96), (3, 8, 128), (5, 9, 288), (33, 40, 320)],
+    [(1, 1, 32), (1, 67, 576), (2, 5, 96), (3, 8, 128), (5, 9, 288), (9, 3, 160), (33, 40, 320)],
 )
 def test_products_of_rounded_inputs(
     rows: int, outs: int, width: int, dtype: torch.dtype, layout: str
@@ -115,9 +115,18 @@ def test_products_of_rounded_inputs(
 @with_byte_dots
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_rounded_rows_do_not_depend_on_their_neighbours(layout: str) -> None:
-    weight, x = make(layout, 50, 576), torch.randn(9, 576).bfloat16()
-    alone = torch.cat([weight.multiply(row[None], round_inputs=True) for row in x])
-    assert torch.equal(weight.multiply(x, num_threads=2, round_inputs=True), alone)
+    """Up to eight rows, and beyond: from there on blocks are added up in another order."""
+    weight, x = make(layout, 50, 576), torch.randn(43, 576)
+    out = weight.multiply(x, num_threads=2, round_inputs=True)
+    for rows in (1, 5, 8, 9, 17, 30):
+        some = weight.multiply(x[-rows:], round_inputs=True)
+        if rows > 8:
+            assert torch.equal(out[-rows:], some)
+            continue
+        alone = torch.cat([weight.multiply(row[None], round_inputs=True) for row in x[-rows:]])
+        assert torch.equal(some, alone)
+        terms = rounded(x[-rows:]).abs() @ numbers(weight).abs().t()
+        assert ((out[-rows:] - some).abs() <= 1e-6 * terms).all()
 
 
 @with_byte_dots
