@@ -1,8 +1,9 @@
 """Products with quantised weights: by codes, and with the same weight in bfloat16.
 
-"engine" is what a layer does (codes up to 64 rows, then a tile of numbers at a time), "codes" the
-kernel alone, "rounded" the same with inputs rounded to bytes, where the processor multiplies those,
-"bfloat16" what a layer does with numbers, "native bfloat16" its kernel alone.
+"engine" is what a layer does, "codes" the kernel alone, "rounded" the same with inputs rounded to
+bytes, where the processor multiplies those, "tiles" with the weight rounded to bfloat16, where it
+has matrix tiles, "tiled" a tile of numbers at a time by PyTorch, "bfloat16" what a layer does with
+numbers, "native bfloat16" its kernel alone.
 Measured in turns, medians, microseconds a product; "speedup" is bfloat16 over engine, "gb_s" the
 codes and scales read per second, "of_read" that as a share of what a plain loop reads. Each shape
 has as many weights in turn as pass the last-level cache, as the layers of a model do. With
@@ -21,9 +22,9 @@ import torch
 
 from bench_attention import medians
 from cpu_report import Clock, clock_and_threads, parser, print_report
-from sgl_kernel import QuantizedWeight, has_byte_dots, read_sum
+from sgl_kernel import QuantizedWeight, has_byte_dots, has_tiles, read_sum
 from sgl_kernel import linear as native_linear
-from sglang.srt.layers.products import linear
+from sglang.srt.layers.products import linear, tiled_linear
 from sglang.srt.layers.quantization.matrix import QuantizedMatrix
 
 SHAPES = ((960, 576), (3072, 576), (576, 1536), (49152, 576), (2048, 8192))
@@ -39,6 +40,18 @@ def make(bits: int, with_mins: bool, outs: int, width: int) -> QuantizedWeight:
     codes = torch.randint(0, 100, (outs, width * bits // 8)).to(dtype)
     scales = torch.rand(outs, width // GROUP).half()
     return QuantizedWeight(codes, scales, -scales if with_mins else None, gain=2.0**-10)
+
+
+def left_out(rows: int) -> set[str]:
+    """The ways that so many rows don't go, or that this processor has not."""
+    missing = {"tiled"} if rows < 32 else set(NATIVE) if rows > 64 else set()
+    missing |= set() if has_byte_dots() else {"rounded"}
+    return missing | (set() if has_tiles() else {"tiles"})
+
+
+def fill(weight: QuantizedWeight, threads: int, tile: torch.Tensor, first: int) -> None:
+    """Write the outputs from `first` on into `tile`."""
+    weight.rows(first, first + len(tile)).dequantize_into(tile, num_threads=threads)
 
 
 def for_each(way: Callable[[int], object], count: int) -> None:
@@ -64,12 +77,16 @@ def measure(
             "rounded": lambda i, x=x: weights[i].multiply(
                 x, num_threads=threads, round_inputs=True
             ),
+            "tiles": lambda i, x=x: weights[i].multiply(x, num_threads=threads, round_weight=True),
+            "tiled": lambda i, x=x: tiled_linear(
+                x, (outs, width), partial(fill, weights[i], threads), None, torch.bfloat16
+            ),
             "bfloat16": lambda i, x=x: linear(x, wide[i % len(wide)]),
             "native bfloat16": lambda i, x=x: native_linear(
                 x, wide[i % len(wide)], num_threads=threads
             ),
         }
-        for name in NATIVE if rows > 64 else () if has_byte_dots() else ("rounded",):
+        for name in left_out(rows):
             del ways[name]
         if first.codes.nbytes % 64 == 0:
             ways["read"] = lambda i: read_sum(weights[i].codes, threads)
@@ -87,6 +104,10 @@ def measure(
             row["of_read"] = round(share, 3)
         if "rounded" in us:
             row["codes_over_rounded"] = round(us["codes"] / us["rounded"], 2)
+        if "tiles" in us and "rounded" in us:
+            row["rounded_over_tiles"] = round(us["rounded"] / us["tiles"], 2)
+        if "tiles" in us and "tiled" in us:
+            row["tiled_over_tiles"] = round(us["tiled"] / us["tiles"], 2)
         found.append(row)
     return found
 

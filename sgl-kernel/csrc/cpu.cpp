@@ -19,11 +19,12 @@ bool has_dot_products() {
     return eax & (1u << 5);  // AVX-512-BF16
 }
 
+// With AVX-512-VBMI, which comes with every processor that has the tiles.
 bool has_amx_bf16() {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-    const bool tile = edx & (1u << 24), bf16 = edx & (1u << 22);
-    return tile && bf16;
+    const bool tile = edx & (1u << 24), bf16 = edx & (1u << 22), bytes = ecx & (1u << 1);
+    return tile && bf16 && bytes;
 }
 
 // The tiles' 8 KiB of state are given to a process only when it asks (Linux, x86/xstate).

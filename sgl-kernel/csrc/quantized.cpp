@@ -15,6 +15,10 @@ constexpr int64_t kTasksPerThread = 8;     // so that threads end together
 constexpr int64_t kTaskCodes = 32 << 10;   // fewer are not worth a task
 constexpr int64_t kBlock = 32;
 constexpr int64_t kOutsAtOnce = 8;         // ranges are multiples of it
+constexpr int64_t kTileOuts = 32;          // the same by tiles
+constexpr int64_t kTile = 16;              // rows that are packed together
+// Rows that are packed at a time: at least so many, or what stays in the second cache.
+constexpr int64_t kPackedRows = 256, kPackedBytes = 1 << 20;
 
 void sum_groups(const SglQuantized& call, const float* x, float* sums) {
     const int64_t count = call.rows * (call.in_features / call.group);
@@ -33,15 +37,16 @@ bool is_served(const SglQuantized& call) {
            (call.bits == 8 && (call.group == 32 || call.group == 16));
 }
 
-int64_t outs_of_a_task(const SglQuantized& call) {
+int64_t outs_of_a_task(const SglQuantized& call, int64_t at_once) {
     const int64_t least = kTaskCodes / call.in_features + 1;
     const int64_t fair = call.out_features / (kTasksPerThread * call.num_threads) + 1;
-    return (std::max(least, fair) + kOutsAtOnce - 1) / kOutsAtOnce * kOutsAtOnce;
+    return (std::max(least, fair) + at_once - 1) / at_once * at_once;
 }
 
 template <class Work>
-void over_outs(const SglQuantized& call, int64_t count, sgl::After* after, const Work& work) {
-    const int64_t outs = outs_of_a_task(call);
+void over_outs(const SglQuantized& call, int64_t count, int64_t at_once, sgl::After* after,
+               const Work& work) {
+    const int64_t outs = outs_of_a_task(call, at_once);
     sgl::for_each_index((count + outs - 1) / outs, call.num_threads, [&] {
         return [&](int64_t i) {
             const int64_t first = i * outs, last = std::min(count, first + outs);
@@ -59,13 +64,47 @@ const float* widened(const SglQuantized& call) {
     return wide;
 }
 
+#if defined(__x86_64__)
+// Rows [first, first + count) by tiles.
+void multiply_some(const SglQuantized& whole, int64_t first, int64_t count, sgl::After* after) {
+    SglQuantized call = whole;
+    call.rows = count;
+    call.x = static_cast<const Bf16*>(whole.x) + first * whole.x_row;
+    call.out = static_cast<Bf16*>(whole.out) + first * whole.out_row;
+    thread_local sgl::Scratch room;
+    char* packed = room.take(sgl::packed_bytes(call));
+    sgl::for_each_index((count + kTile - 1) / kTile, call.num_threads, [&] {
+        return [&](int64_t tile) { sgl::pack_inputs(call, tile, packed); };
+    });
+    over_outs(call, call.out_features, kTileOuts, after, [&](int64_t from, int64_t to) {
+        sgl::multiply_packed(call, packed, from, to);
+    });
+}
+#endif
+
+int32_t multiply_packed(const SglQuantized& call, sgl::After* after) {
+#if defined(__x86_64__)
+    if (call.isa != SGL_AMX || call.dtype != SGL_BFLOAT16) return -1;
+    const int64_t most = std::max(kPackedRows, kPackedBytes / (2 * call.in_features));
+    for (int64_t row = 0; row < call.rows; row += most) {
+        const int64_t count = std::min(most, call.rows - row);
+        multiply_some(call, row, count, row + count == call.rows ? after : nullptr);
+    }
+    return 0;
+#else
+    (void)call;
+    (void)after;
+    return -1;
+#endif
+}
+
 int32_t multiply_rounded(const SglQuantized& call, sgl::After* after) {
 #if defined(__x86_64__)
     if (call.isa < SGL_AVX512_BF16 || call.isa > SGL_AMX) return -1;
     thread_local sgl::Scratch room;
     char* lines = room.take(sgl::rounded_bytes(call));
     sgl::round_inputs(call, widened(call), lines);
-    over_outs(call, call.out_features, after, [&](int64_t first, int64_t last) {
+    over_outs(call, call.out_features, kOutsAtOnce, after, [&](int64_t first, int64_t last) {
         sgl::multiply_rounded(call, lines, first, last);
     });
     return 0;
@@ -80,6 +119,7 @@ int32_t multiply_rounded(const SglQuantized& call, sgl::After* after) {
 
 int32_t sgl::quantized_linear_then(const SglQuantized& call, After* after) {
     if (!is_served(call) || call.rows < 1) return -1;
+    if (call.round_weight) return ::multiply_packed(call, after);
     if (call.round_inputs) return ::multiply_rounded(call, after);
     const sgl::MultiplyQuantized multiply = SGL_CHOOSE(call.isa, sgl::multiply_quantized);
     const float* x = widened(call);
@@ -90,7 +130,7 @@ int32_t sgl::quantized_linear_then(const SglQuantized& call, After* after) {
         sums = reinterpret_cast<float*>(room.take(count * 4));
         sum_groups(call, x, sums);
     }
-    over_outs(call, call.out_features, after, [&](int64_t first, int64_t last) {
+    over_outs(call, call.out_features, kOutsAtOnce, after, [&](int64_t first, int64_t last) {
         multiply(call, x, sums, first, last);
     });
     return 0;
@@ -105,7 +145,7 @@ extern "C" int32_t sgl_dequantize(const SglQuantized* arguments) {
     if (!is_served(call)) return -1;
     const sgl::Dequantize dequantize = SGL_CHOOSE(call.isa, sgl::dequantize);
     const int64_t count = call.ids ? call.rows : call.out_features;
-    over_outs(call, count, nullptr, [&](int64_t first, int64_t last) {
+    over_outs(call, count, kOutsAtOnce, nullptr, [&](int64_t first, int64_t last) {
         dequantize(call, first, last);
     });
     return 0;

@@ -19,10 +19,18 @@ using MultiplyQuantized = void (*)(const SglQuantized&, const float* x, const fl
 using Dequantize = void (*)(const SglQuantized&, int64_t first, int64_t last);
 
 // The inputs rounded to bytes, for multiply_rounded: room for them, and how they get there from fp32
-// [rows, in_features]. Inputs and codes meet in quantized_dots.cpp, which says how they lie.
+// [rows, in_features]. Inputs and codes meet in quantized_dots.cpp; quantized_lines.h says how they lie.
 int64_t rounded_bytes(const SglQuantized&);
 void round_inputs(const SglQuantized&, const float* x, char* to);
 void multiply_rounded(const SglQuantized&, const char* x, int64_t first, int64_t last);
+// The same for more than a few rows, see quantized_lanes.cpp.
+void multiply_lanes(const SglQuantized&, const char* x, int64_t first, int64_t last);
+
+// The inputs as they are, for multiply_packed, which rounds the weight: room for them, and how 16 rows,
+// from 16 * tile on, get there. See quantized_amx.cpp.
+int64_t packed_bytes(const SglQuantized&);
+void pack_inputs(const SglQuantized&, int64_t tile, char* to);
+void multiply_packed(const SglQuantized&, const char* x, int64_t first, int64_t last);
 
 void multiply_quantized_generic(const SglQuantized&, const float*, const float*, int64_t, int64_t);
 void multiply_quantized_avx2(const SglQuantized&, const float*, const float*, int64_t, int64_t);

@@ -11,33 +11,13 @@
 #include "add_lanes.h"
 #include "numbers.h"
 #include "quantized.h"
+#include "quantized_lines.h"
 
 namespace {
 
-constexpr int kBlock = 32, kBlocks = 4;  // codes of a block, blocks at a time
 constexpr int kOuts = 4, kRows = 4;      // sums that are added up at a time
+constexpr int64_t kMostRows = 8;         // more are multiplied lane by lane
 constexpr int64_t kAhead = 8 << 10;      // bytes of the codes asked for ahead
-
-// 128 inputs of a row are so many lines of 64 bytes, in the order in which four blocks of codes come:
-// bytes of the first 16 inputs of each block, of the others, scales. A lane is 4 bytes. For codes + 128
-// -128 times the sum of each lane follows; for minima its sum times its scale. Where a block has one
-// scale, both halves' lanes are summed together.
-struct Lines {
-    int scales;
-    bool offsets, minima;
-
-    constexpr int count() const { return 3 + scales * (offsets + minima); }
-    constexpr int offset(int which) const { return 3 + which; }
-    constexpr int sum(int which) const { return 3 + scales * offsets + which; }
-};
-
-Lines lines_of(const SglQuantized& call) {
-    return {call.group == 16 ? 2 : 1, call.bits == 8, call.mins != nullptr};
-}
-
-int64_t parts_of(const SglQuantized& call) {
-    return (call.in_features / kBlock + kBlocks - 1) / kBlocks;
-}
 
 // The lowest scale of each block, or the one after it, in the lanes of its quarter.
 template <int kScales, int kWhich>
@@ -270,6 +250,10 @@ void sgl::round_inputs(const SglQuantized& call, const float* x, char* to) {
 
 void sgl::multiply_rounded(const SglQuantized& call, const char* x, int64_t first,
                            int64_t last) {
+    if (call.rows > kMostRows) {
+        multiply_lanes(call, x, first, last);
+        return;
+    }
     if (call.bits == 4) multiply_layout<4, 1>(call, x, first, last);
     if (call.bits == 8 && call.group == 32) multiply_layout<8, 1>(call, x, first, last);
     if (call.bits == 8 && call.group == 16) multiply_layout<8, 2>(call, x, first, last);

@@ -7,10 +7,18 @@ import torch
 
 sgl_kernel = pytest.importorskip("sgl_kernel")
 
-from sgl_kernel import Isa, KernelError, QuantizedWeight, cpu_isa, has_byte_dots  # noqa: E402
+from sgl_kernel import (  # noqa: E402
+    Isa,
+    KernelError,
+    QuantizedWeight,
+    cpu_isa,
+    has_byte_dots,
+    has_tiles,
+)
 
 LEVELS = [isa for isa in Isa if isa <= cpu_isa() and (isa != Isa.NEON or cpu_isa() == Isa.NEON)]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1.01 * 2.0**-8, torch.float16: 1.01 * 2.0**-11}
+with_tiles = pytest.mark.skipif(not has_tiles(), reason="no matrix tiles")
 with_byte_dots = pytest.mark.skipif(not has_byte_dots(), reason="no dot products of bytes")
 LAYOUTS = {  # bits, group, with minima
     "4": (4, 32, False),
@@ -82,7 +90,7 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize(
     ("rows", "outs", "width"),
-    [(1, 1, 32), (1, 67, 576), (2, 5, 96), (3, 8, 128), (5, 9, 288), (33, 40, 320)],
+    [(1, 1, 32), (1, 67, 576), (2, 5, 96), (3, 8, 128), (5, 9, 288), (9, 3, 160), (33, 40, 320)],
 )
 def test_products_of_rounded_inputs(
     rows: int, outs: int, width: int, dtype: torch.dtype, layout: str
@@ -107,9 +115,18 @@ def test_products_of_rounded_inputs(
 @with_byte_dots
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_rounded_rows_do_not_depend_on_their_neighbours(layout: str) -> None:
-    weight, x = make(layout, 50, 576), torch.randn(9, 576).bfloat16()
-    alone = torch.cat([weight.multiply(row[None], round_inputs=True) for row in x])
-    assert torch.equal(weight.multiply(x, num_threads=2, round_inputs=True), alone)
+    """Up to eight rows, and beyond: from there on blocks are added up in another order."""
+    weight, x = make(layout, 50, 576), torch.randn(43, 576)
+    out = weight.multiply(x, num_threads=2, round_inputs=True)
+    for rows in (1, 5, 8, 9, 17, 30):
+        some = weight.multiply(x[-rows:], round_inputs=True)
+        if rows > 8:
+            assert torch.equal(out[-rows:], some)
+            continue
+        alone = torch.cat([weight.multiply(row[None], round_inputs=True) for row in x[-rows:]])
+        assert torch.equal(some, alone)
+        terms = rounded(x[-rows:]).abs() @ numbers(weight).abs().t()
+        assert ((out[-rows:] - some).abs() <= 1e-6 * terms).all()
 
 
 @with_byte_dots
@@ -126,6 +143,52 @@ def test_rounded_rows_keep_what_is_not_finite(layout: str, dtype: torch.dtype) -
 def test_rounding_wants_its_instructions() -> None:
     with pytest.raises(KernelError, match="dot products"):
         make("4", 8, 64).multiply(torch.zeros(2, 64), isa=Isa.GENERIC, round_inputs=True)
+
+
+@with_tiles
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize(
+    ("rows", "outs", "width"),
+    [(1, 1, 32), (5, 67, 576), (16, 32, 128), (17, 5, 160), (33, 40, 320), (70, 100, 2048)],
+)
+def test_products_with_a_rounded_weight(rows: int, outs: int, width: int, layout: str) -> None:
+    weight = make(layout, outs, width, gain=0.25)
+    generator = torch.Generator().manual_seed(rows)
+    whole = torch.randn(rows, width + 3, generator=generator).bfloat16()
+    x, bias = whole[:, 3:], torch.randn(outs, generator=generator).bfloat16()
+    out = weight.multiply(x, bias, num_threads=2, round_weight=True)
+    assert out.dtype is torch.bfloat16
+    # Four bits to the nearest, ties away from 0; eight bits with ties to even.
+    wide = (numbers(weight) / 0.25).float()
+    if weight.bits == 4:
+        wide = (wide.view(torch.int32) + 0x8000 & -0x10000).view(torch.float32)
+    wide = wide.bfloat16().double() * 0.25
+    want = x.double() @ wide.t() + bias.double()
+    terms = x.double().abs() @ wide.abs().t() + bias.double().abs()
+    error = (out.double() - want).abs()
+    assert (error <= ROUNDING[torch.bfloat16] * want.abs() + 1e-6 * terms).all()
+
+
+@with_tiles
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_rows_of_a_rounded_weight_do_not_depend_on_their_neighbours(layout: str) -> None:
+    """Nor on how many are packed at a time: more than 2048 of this width are packed in turns."""
+    weight, x = make(layout, 50, 256), torch.randn(2100, 256).bfloat16()
+    x[7, 40], x[2090, 255] = float("nan"), float("inf")
+    out = weight.multiply(x, num_threads=2, round_weight=True)
+    for first, last in ((0, 1), (7, 8), (3, 21), (2030, 2070), (2090, 2091)):
+        some = weight.multiply(x[first:last], round_weight=True)
+        torch.testing.assert_close(out[first:last], some, rtol=0, atol=0, equal_nan=True)
+    lost = torch.tensor([7, 2090])
+    assert not out[lost].isfinite().any()
+    assert out[8:2090].isfinite().all()
+
+
+def test_a_rounded_weight_wants_tiles_and_their_type() -> None:
+    weight = make("4", 8, 64)
+    for x, isa in ((torch.zeros(2, 64), None), (torch.zeros(2, 64).bfloat16(), Isa.GENERIC)):
+        with pytest.raises(KernelError, match="rounded weight"):
+            weight.multiply(x, isa=isa, round_weight=True)
 
 
 @pytest.mark.parametrize("isa", LEVELS)

@@ -8,7 +8,7 @@ from sgl_kernel.attention import (
     serves_attention,
 )
 from sgl_kernel.experts import ExpertMatrix, Mixture, RouteKind, route
-from sgl_kernel.library import Isa, KernelError, Op, cpu_isa, has_byte_dots, read_sum
+from sgl_kernel.library import Isa, KernelError, Op, cpu_isa, has_byte_dots, has_tiles, read_sum
 from sgl_kernel.linear import linear
 from sgl_kernel.quantized import QuantizedWeight
 from sgl_kernel.rows import (
@@ -51,6 +51,7 @@ __all__ = [
     "gather",
     "has_byte_dots",
     "has_prompt_kernel",
+    "has_tiles",
     "highest",
     "is_recording",
     "linear",

@@ -85,7 +85,7 @@ class QuantizedCall(ctypes.Structure):
         ("gain", ctypes.c_float),
         *(
             (name, ctypes.c_int32)
-            for name in ("bits", "dtype", "isa", "num_threads", "round_inputs")
+            for name in ("bits", "dtype", "isa", "num_threads", "round_inputs", "round_weight")
         ),
     )
 
@@ -357,6 +357,11 @@ def allowed_isa(isa: Isa | None) -> Isa:
 def has_byte_dots(isa: Isa | None = None) -> bool:
     """Whether rounded inputs are multiplied as bytes here, with no more than `isa`, if given."""
     return Isa.AVX512_BF16 <= allowed_isa(isa) <= Isa.AMX
+
+
+def has_tiles(isa: Isa | None = None) -> bool:
+    """Whether bfloat16 is multiplied by matrix tiles here, with no more than `isa`, if given."""
+    return allowed_isa(isa) == Isa.AMX
 
 
 def read_sum(data: torch.Tensor, num_threads: int) -> int:

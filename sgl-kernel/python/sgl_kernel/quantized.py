@@ -21,6 +21,7 @@ from sgl_kernel.library import (
     QuantizedCall,
     allowed_isa,
     has_byte_dots,
+    has_tiles,
 )
 from sgl_kernel.tape import empty, make
 
@@ -115,13 +116,15 @@ class QuantizedWeight:
         num_threads: int = 1,
         isa: Isa | None = None,
         round_inputs: bool = False,
+        round_weight: bool = False,
     ) -> torch.Tensor:
         """x [R, K] times the weight transposed, plus bias [N]: [R, N] in the type of x.
 
         Summed in float32 and rounded once. `isa` lowers the instructions used. `round_inputs`
         multiplies integers: each 32 inputs are rounded to multiples of their largest over 127
-        first. Raises KernelError for shapes and types that are not served, and for `round_inputs`
-        without `has_byte_dots`.
+        first. `round_weight` multiplies by matrix tiles an x of bfloat16, to which the weight is
+        rounded first, before the gain. Raises KernelError for shapes and types that are not served,
+        for both roundings, and for one of them without `has_byte_dots` or `has_tiles`.
         """
         rows, width = x.shape
         if x.dtype not in DTYPES or width != self.shape[1] or x.stride(1) != 1:
@@ -132,11 +135,13 @@ class QuantizedWeight:
             raise KernelError(f"bias must be contiguous {x.dtype} [{self.shape[0]}]")
         if round_inputs and not has_byte_dots(isa):
             raise KernelError("rounded inputs are not served without dot products of bytes")
+        if round_weight and (round_inputs or x.dtype != torch.bfloat16 or not has_tiles(isa)):
+            raise KernelError(f"a rounded weight is not served for {x.dtype}, or without tiles")
         out = empty((rows, self.shape[0]), x.dtype)
         if rows and self.shape[0]:
             call = self._call(out, num_threads, isa)
             call.x, call.x_row, call.rows = x.data_ptr(), x.stride(0), rows
-            call.round_inputs = round_inputs
+            call.round_inputs, call.round_weight = round_inputs, round_weight
             call.bias = None if bias is None else bias.data_ptr()
             make(Op.QUANTIZED_LINEAR, call, x, bias, *self._parts)
         return out
@@ -187,7 +192,7 @@ class QuantizedWeight:
             None if self.mins is None else self.mins.data_ptr(), None,
             0, out.stride(0), self.codes.stride(0), self.scales.stride(0),
             0, *self.shape, self.group, self.gain, self.bits, DTYPES[out.dtype],
-            allowed_isa(isa), num_threads, False,
+            allowed_isa(isa), num_threads, False, False,
         )  # fmt: skip
 
     def __repr__(self) -> str:

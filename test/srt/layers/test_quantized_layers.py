@@ -72,7 +72,7 @@ def test_leading_dimensions_and_half_precision() -> None:
     bound = 0.01 * want.abs() + 0.05 + step / 2 * wide.abs().sum(1)
     assert ((out.float() - want).abs() <= bound).all()
     assert matrix.product(x[:0]).shape == (0, 30, 48)
-    many = torch.randn(3, 30, 64).bfloat16()  # by tiles of numbers
+    many = torch.randn(3, 30, 64).bfloat16()  # by tiles, of the matrix or of the processor
     out = matrix.product(many)
     assert out.dtype is torch.bfloat16
     torch.testing.assert_close(out.float(), many.float() @ wide.t(), rtol=0.01, atol=0.05)
@@ -207,16 +207,22 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 64, 65])
+@pytest.mark.parametrize("rows", [1, 4, 5, 64, 65])
 def test_inputs_of_16_bits_are_rounded_for_a_few_rows(dtype: torch.dtype, rows: int) -> None:
-    """Only where bytes are multiplied: everywhere else few rows are exact too."""
+    """Only where bytes are multiplied: everywhere else few rows are exact too.
+
+    Beside matrix tiles, more than four rows of bfloat16 meet a rounded weight instead.
+    """
     codes = torch.randint(-127, 128, (24, 96), dtype=torch.int8)
     scales = torch.rand(24, 3).half() + 0.1
     weight = KERNELS.QuantizedWeight(codes, scales)
     x = torch.randn(rows, 96).to(dtype)
     found = QuantizedMatrix([weight]).product(x)
     exact = x.double() @ weight.dequantize(torch.float32).double().t()
-    if dtype is torch.float32 or rows > 64 or not KERNELS.has_byte_dots():
+    if dtype is torch.bfloat16 and rows > 4 and KERNELS.has_tiles():
+        assert torch.equal(found, weight.multiply(x, round_weight=True))
+        assert not torch.equal(found, weight.multiply(x, round_inputs=True))
+    elif dtype is torch.float32 or rows > 64 or not KERNELS.has_byte_dots():
         terms = x.double().abs() @ weight.dequantize(torch.float32).double().abs().t()
         assert ((found.double() - exact).abs() <= 8 * torch.finfo(dtype).eps * terms).all()
     else:

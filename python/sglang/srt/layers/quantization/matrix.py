@@ -4,7 +4,8 @@ A few rows of input go through the native kernel, which reads every code once. M
 tile of the weight at a time, turned into numbers and multiplied by PyTorch: the work of that is
 then small beside the product's. In float32 both compute with the same numbers. Inputs of 16 bits,
 which are rounded already, are rounded once more to bytes for a few rows where the processor
-multiplies bytes; see docs/quantized_weights.md.
+multiplies bytes. Where it multiplies bfloat16 by matrix tiles, all but a few rows of that type meet
+a weight that the native kernel rounds to it. See docs/quantized_weights.md.
 
 Legend: N outputs, K inputs.
 """
@@ -23,6 +24,8 @@ from sglang.srt.utils.native import native_kernels
 
 # Up to so many rows the native kernel is the faster way, see benchmark/cpu/bench_quantized.py.
 _NATIVE_ROWS = 64
+# Beside matrix tiles inputs are rounded up to so many rows only, see the same.
+_ROUNDED_ROWS_BESIDE_TILES = 4
 QUANTIZED_BLOCK = 32  # inputs that can't be cut apart
 
 
@@ -32,9 +35,21 @@ def _has_byte_dots() -> bool:
     return kernels is not None and bool(kernels.has_byte_dots())
 
 
+@cache
+def _has_tiles() -> bool:
+    kernels = native_kernels()
+    return kernels is not None and bool(kernels.has_tiles())
+
+
 def rounds_inputs(dtype: torch.dtype) -> bool:
     """Whether a few inputs of `dtype` are rounded to bytes for products with codes."""
     return dtype is not torch.float32 and _has_byte_dots()
+
+
+def _by_tiles(flat: torch.Tensor) -> bool:
+    """Whether matrix tiles multiply the rows of flat [R, K] fastest."""
+    few = len(flat) <= _ROUNDED_ROWS_BESIDE_TILES
+    return not few and flat.dtype is torch.bfloat16 and _has_tiles()
 
 
 class QuantizedWeight(Protocol):
@@ -69,6 +84,7 @@ class QuantizedWeight(Protocol):
         *,
         num_threads: int = 1,
         round_inputs: bool = False,
+        round_weight: bool = False,
     ) -> torch.Tensor: ...
 
     def dequantize(self, dtype: torch.dtype, *, num_threads: int = 1) -> torch.Tensor: ...
@@ -126,7 +142,7 @@ class QuantizedMatrix:
         """
         last = self.shape[0] if last is None else last
         flat = x.reshape(-1, self.shape[1])
-        if len(flat) <= _NATIVE_ROWS:
+        if len(flat) <= _NATIVE_ROWS or _by_tiles(flat):
             out = self._native(flat, bias, first, last)
         else:
             tile_dtype = x.dtype if cpu_multiplies(x.dtype) else torch.float32
@@ -155,12 +171,17 @@ class QuantizedMatrix:
         self, flat: torch.Tensor, bias: torch.Tensor | None, first: int, last: int
     ) -> torch.Tensor:
         threads = torch.get_num_threads()
-        rounds = rounds_inputs(flat.dtype)
+        tiles = _by_tiles(flat)
+        rounds = not tiles and rounds_inputs(flat.dtype)
         outs = []
         for begin, part in self._parts_of(first, last):
             end = begin + part.shape[0]
             some = None if bias is None else bias[begin - first : end - first]
-            outs.append(part.multiply(flat, some, num_threads=threads, round_inputs=rounds))
+            outs.append(
+                part.multiply(
+                    flat, some, num_threads=threads, round_inputs=rounds, round_weight=tiles
+                )
+            )
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def _fill(self, tile: torch.Tensor, first: int) -> None:
