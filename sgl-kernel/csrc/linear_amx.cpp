@@ -206,6 +206,8 @@ void multiply_rows(const SglLinear& call, const char* packed, const Outs& outs, 
     const int64_t groups = groups_of(call);
     alignas(64) Sums at_once[4];
     for (int64_t group = 0; group < groups; group += 2) {
+        // With the first groups half of the next rows are asked for, which is what reads best.
+        if (group) *ahead = Ahead(nullptr, 0, 0);
         Sums* sums = waiting ? waiting + group : at_once;
         const int64_t apart = waiting ? groups : 2;
         if (group + 1 < groups)
