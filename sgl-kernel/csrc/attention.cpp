@@ -75,8 +75,8 @@ int64_t few_queries(const SglAttention& call, int64_t states) {
 Kernel choose_kernel(const SglAttention& call) {
 #if defined(__x86_64__)
     const bool pairs = call.dtype == SGL_BFLOAT16 && call.head_dim % 32 == 0;
-    if (call.isa == SGL_AMX && pairs && !wide_bytes(call))
-        return {run_task_amx, run_task_amx, finish_avx512, Kernel::kTiles};
+    if (call.isa == SGL_AMX && pairs)
+        return {run_decode_dots, run_task_amx, finish_avx512, Kernel::kTiles, 1};
     if (call.isa >= SGL_AVX512_BF16 && call.isa != SGL_NEON && pairs)
         return {run_decode_dots, run_blocked_dots, finish_avx512, Kernel::kBlocked,
                 few_queries(call, 12)};
@@ -207,7 +207,7 @@ void add_states(const SglAttention& call, const States& more, int64_t count, con
 int64_t kernel_bytes(const SglAttention& call, const Plan& plan, const Kernel& kernel) {
 #if defined(__x86_64__)
     if (kernel.many == Kernel::kTiles)
-        return amx_scratch_bytes(call, plan.most_queries, plan.most_heads);
+        return wide_bytes(call) + amx_scratch_bytes(call, plan.most_queries, plan.most_heads);
     if (kernel.many == Kernel::kBlocked) {
         const int64_t states = plan.most_queries * call.heads_per_group;
         return wide_bytes(call) + BlockedScratch().lay_out(states, call.head_dim, nullptr);
