@@ -28,13 +28,14 @@ constexpr int kMost = kParts * kKeys;    // keys
 constexpr int kPair = 2 * kTile;         // states, keys or elements that four tiles of sums cover
 constexpr int kTileCells = kTile * kTile;  // dwords of a tile
 constexpr int kVectors = kMost / kTile;  // of a state's scores
+constexpr float kSlack = 8.0f;           // powers of two
 
 struct Scratch {
     uint32_t* queries;  // [groups, M / 16, D / 32] tiles of states x pairs of elements
     uint32_t* keys;     // [kMost / 16, D / 32] tiles of pairs of elements x keys
     uint32_t* values;   // [kMost / 32, D / 16] tiles of pairs of keys x elements
-    float* scores;      // [kMost / 16, 32, 16]: tiles of keys, states, keys
-    uint32_t* weights;  // [kMost / 32, 32, 16]: steps of keys, states, pairs of keys
+    float* scores;      // [2, kMost / 16, 32, 16]: turns, tiles of keys, states, keys
+    uint32_t* weights;  // [2, kMost / 32, 32, 16]: turns, steps of keys, states, pairs of keys
     float* acc;         // [groups, M, D]
     float* sums;        // [groups, M, 16]: lanes
     float* top;         // [groups, M]
@@ -55,8 +56,8 @@ int64_t lay_out(const SglAttention& call, int64_t states, int64_t groups, char* 
     take(&scratch->queries, rows * dim * 2);
     take(&scratch->keys, kMost * dim * 2);
     take(&scratch->values, kMost * dim * 2);
-    take(&scratch->scores, kMost * kPair * 4);
-    take(&scratch->weights, kMost * kPair * 2);
+    take(&scratch->scores, 2 * kMost * kPair * 4);
+    take(&scratch->weights, 2 * kMost * kPair * 2);
     take(&scratch->acc, rows * dim * 4);
     take(&scratch->sums, rows * kTile * 4);
     take(&scratch->top, rows * 4);
@@ -175,10 +176,14 @@ class AmxTask {
             pack_values(i);
         }
         one_by_one_ = !see(0, states_).all && !has_finite_values();
-        for (int64_t m = 0; m < rows_; m += kPair) {
-            ask(g, m);
-            if (rows_ - m == kTile) attend<1>(m);
-            else attend<2>(m);
+        Work before, now, after;
+        int turn = 0;
+        for (int64_t m = 0; m < rows_ || now.rows || after.rows; m += kPair, turn ^= 1) {
+            before = now;
+            now = after;
+            after = m < rows_ ? work_on(m, turn) : Work();
+            attend(before, now, after);
+            if (m < rows_) ask(g, m);
         }
     }
 
@@ -281,29 +286,60 @@ class AmxTask {
         return {begin_of(m), end_of(m + rows - 1), all};
     }
 
-    template <int kTiles>
-    void attend(int64_t m) {
-        const Sight sight = see(m, kTiles * kTile);
-        if (sight.begin >= sight.end) return;
-        const int first = sight.begin / kPair, last = (sight.end - 1) / kPair + 1;
-        for (int step = first; step < last; ++step) score<kTiles>(m, step);
-        const int64_t rows = std::min<int64_t>(kTiles * kTile, states_ - m);
-        for (int r = 0; r < rows; ++r) {
-            if (rewrites_) rewrite(r, 2 * first, 2 * last);
-            if (!sight.all) hide(r, m + r, 2 * first, 2 * last);
-            weigh(r, m + r, 2 * first, 2 * last);
-        }
-        if (one_by_one_ && !sight.all)
-            for (int r = 0; r < rows; ++r) add_seen(r, m + r);
-        else
-            for (int d = 0; d < dim_; d += kPair) add_values<kTiles>(m, d, first, last);
+    // 32 states or the last 16, and the steps [first, last) of keys that some of them see.
+    struct Work {
+        int64_t m = 0;
+        int rows = 0, first = 0, last = 0;
+        bool all = false, is_pair = false;
+        float* scores = nullptr;
+        uint32_t* weights = nullptr;
+    };
+
+    Work work_on(int64_t m, int turn) const {
+        Work work;
+        const int64_t padded_rows = std::min<int64_t>(kPair, rows_ - m);
+        const Sight sight = see(m, padded_rows);
+        if (sight.begin >= sight.end) return work;
+        work.m = m;
+        work.rows = static_cast<int>(std::min(padded_rows, states_ - m));
+        work.first = sight.begin / kPair;
+        work.last = (sight.end - 1) / kPair + 1;
+        work.all = sight.all;
+        work.is_pair = padded_rows == kPair;
+        work.scores = s_.scores + turn * kMost * kPair;
+        work.weights = s_.weights + turn * kMost * kPair / 2;
+        return work;
     }
 
-    // Scores of states [m, m + kTiles * 16) with the keys of a step.
+    // The softmax of some states, and between its rows the products of those before and after them:
+    // tiles and vectors then work at the same time.
+    void attend(const Work& before, const Work& now, const Work& after) {
+        const bool careful = one_by_one_ && !before.all;
+        const int adds = before.rows && !careful ? dim_ / kPair : 0;
+        const int products = adds + after.last - after.first;
+        int done = 0;
+        for (int r = 0; r < now.rows; ++r) {
+            weigh(now, r);
+            for (; done < products * (r + 1) / now.rows; ++done) multiply(before, after, adds, done);
+        }
+        for (; done < products; ++done) multiply(before, after, adds, done);
+        for (int r = 0; careful && r < before.rows; ++r) add_seen(before, r);
+    }
+
+    void multiply(const Work& before, const Work& after, int adds, int index) {
+        if (index >= adds) {
+            const int step = after.first + index - adds;
+            return after.is_pair ? score<2>(after, step) : score<1>(after, step);
+        }
+        return before.is_pair ? add_values<2>(before, index * kPair)
+                              : add_values<1>(before, index * kPair);
+    }
+
+    // Scores of the states with the keys of a step.
     template <int kTiles>
-    void score(int64_t m, int step) {
+    void score(const Work& work, int step) const {
         const int64_t tile = int64_t{kTile} * dim_ / 2;  // dwords of 16 rows
-        const uint32_t *a = s_.queries + (row_ + m) * dim_ / 2, *b = s_.keys + 2 * step * tile;
+        const uint32_t *a = s_.queries + (row_ + work.m) * dim_ / 2, *b = s_.keys + 2 * step * tile;
         finish_stores();
         _tile_zero(0);
         _tile_zero(1);
@@ -320,7 +356,7 @@ class AmxTask {
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
-        float* to = s_.scores + step * 2 * kPair * kTile;
+        float* to = work.scores + step * 2 * kPair * kTile;
         _tile_stored(0, to, 64);
         _tile_stored(1, to + kPair * kTile, 64);
         if (kTiles == 1) return;
@@ -328,60 +364,94 @@ class AmxTask {
         _tile_stored(3, to + kPair * kTile + kTileCells, 64);
     }
 
-    float* score_at(int r, int v) const { return s_.scores + (v * kPair + r) * kTile; }
+    // Row r of the scores, of which vectors stand kPair rows apart, to weights.
+    void weigh(const Work& work, int r) {
+        float* scores = work.scores + r * kTile;
+        const int first = 2 * work.first, last = 2 * work.last;
+        const int64_t m = work.m + r;
+        if (rewrites_) rewrite(scores, first, last);
+        if (!work.all) hide(scores, m, first, last);
+        uint32_t* weights = work.weights + r * kTile;
+        if (first == 0 && last == kVectors) return weigh_whole(scores, m, weights);
+        __m512 most = _mm512_set1_ps(-INFINITY);
+        for (int v = first; v < last; ++v) most = _mm512_max_ps(scores_at(scores, v), most);
+        const __m512 down = settle(m, most), scale = _mm512_set1_ps(scale_);
+        __m512 total = _mm512_setzero_ps();
+        for (int v = first; v < last; v += 2) {
+            const __m512 a = short_exp2(_mm512_fmsub_ps(scores_at(scores, v), scale, down));
+            const __m512 b = short_exp2(_mm512_fmsub_ps(scores_at(scores, v + 1), scale, down));
+            total = _mm512_add_ps(total, _mm512_add_ps(a, b));
+            store_weights(a, b, weights + v / 2 * kPair * kTile);
+        }
+        add_sum(m, total);
+    }
 
-    void rewrite(int r, int first, int last) const {
+    static __m512 scores_at(const float* scores, int v) {
+        return _mm512_load_ps(scores + v * kPair * kTile);
+    }
+    static void store_weights(__m512 a, __m512 b, uint32_t* to) {
+        _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    }
+    void add_sum(int64_t m, __m512 total) {
+        float* sums = s_.sums + (row_ + m) * kTile;
+        _mm512_store_ps(sums, _mm512_add_ps(_mm512_load_ps(sums), total));
+    }
+
+    // The same of a row of kMost, in registers.
+    void weigh_whole(const float* scores, int64_t m, uint32_t* weights) {
+        __m512 x[kVectors], most[2];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) x[v] = scores_at(scores, v);
+        most[0] = _mm512_max_ps(x[0], _mm512_set1_ps(-INFINITY));
+        most[1] = _mm512_max_ps(x[1], _mm512_set1_ps(-INFINITY));
+#pragma GCC unroll 8
+        for (int v = 2; v < kVectors; ++v) most[v % 2] = _mm512_max_ps(x[v], most[v % 2]);
+        const __m512 down = settle(m, _mm512_max_ps(most[0], most[1]));
+        const __m512 scale = _mm512_set1_ps(scale_);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) x[v] = short_exp2(_mm512_fmsub_ps(x[v], scale, down));
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v += 2)
+            store_weights(x[v], x[v + 1], weights + v / 2 * kPair * kTile);
+        add_sum(m, _mm512_add_ps(
+                       _mm512_add_ps(_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3])),
+                       _mm512_add_ps(_mm512_add_ps(x[4], x[5]), _mm512_add_ps(x[6], x[7]))));
+    }
+
+    // What is taken off the scaled scores of a state. It need not be the highest, only near: raising
+    // it multiplies all that was added up, and weights of up to 2^kSlack are as exact as those below 1.
+    __m512 settle(int64_t m, __m512 most) {
+        const float* top = s_.top + row_ + m;
+        const __m512 scaled = _mm512_mul_ps(most, _mm512_set1_ps(scale_));
+        if (_mm512_cmp_ps_mask(scaled, _mm512_set1_ps(*top + kSlack), _CMP_GT_OQ))
+            raise(m, _mm512_reduce_max_ps(scaled));
+        return _mm512_set1_ps(*top);
+    }
+
+    void rewrite(float* scores, int first, int last) const {
+        const __m512 scale = _mm512_set1_ps(call_.scale), base = _mm512_set1_ps(kLog2e);
         for (int v = first; v < last; ++v) {
-            const float cap = call_.logit_cap;
-            const __m512 x = _mm512_mul_ps(_mm512_load_ps(score_at(r, v)), _mm512_set1_ps(call_.scale));
-            _mm512_store_ps(score_at(r, v),
-                            _mm512_mul_ps(cap > 0.0f ? soften(x, cap) : x, _mm512_set1_ps(kLog2e)));
+            __m512 x = _mm512_mul_ps(scores_at(scores, v), scale);
+            if (call_.logit_cap > 0.0f) x = soften(x, call_.logit_cap);
+            _mm512_store_ps(scores + v * kPair * kTile, _mm512_mul_ps(x, base));
         }
     }
 
     // Minus infinity in place of the scores of keys that state m does not see.
-    void hide(int r, int64_t m, int first, int last) const {
+    void hide(float* scores, int64_t m, int first, int last) const {
         const int begin = begin_of(m), end = end_of(m);
         for (int v = first; v < last; ++v) {
             const int from = std::clamp(begin - v * kTile, 0, kTile);
             const int to = std::clamp(end - v * kTile, 0, kTile);
             const auto seen = static_cast<__mmask16>(((1u << to) - 1) & ~((1u << from) - 1));
             if (seen == 0xffff) continue;
-            const __m512 x = _mm512_load_ps(score_at(r, v));
-            _mm512_store_ps(score_at(r, v),
+            const __m512 x = scores_at(scores, v);
+            _mm512_store_ps(scores + v * kPair * kTile,
                             _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, x));
         }
     }
 
-    // Turns a state's scores into weights, and moves the state on.
-    void weigh(int r, int64_t m, int first, int last) {
-        const __m512 scale = _mm512_set1_ps(scale_);
-        const __m512 lowest = _mm512_set1_ps(-INFINITY);
-        __m512 even = lowest, odd = lowest;
-        for (int v = first; v < last; v += 2) {
-            even = _mm512_max_ps(_mm512_load_ps(score_at(r, v)), even);
-            odd = _mm512_max_ps(_mm512_load_ps(score_at(r, v + 1)), odd);
-        }
-        const __m512 most = _mm512_mul_ps(_mm512_max_ps(even, odd), scale);
-        float* top = s_.top + row_ + m;
-        if (_mm512_cmp_ps_mask(most, _mm512_set1_ps(*top), _CMP_GT_OQ))
-            raise(m, _mm512_reduce_max_ps(most));
-        const __m512 down = _mm512_set1_ps(*top);
-        float* sums = s_.sums + (row_ + m) * kTile;
-        __m512 total = _mm512_load_ps(sums), other = _mm512_setzero_ps();
-        for (int v = first; v < last; v += 2) {
-            const __m512 a = short_exp2(_mm512_fmsub_ps(_mm512_load_ps(score_at(r, v)), scale, down));
-            const __m512 b =
-                short_exp2(_mm512_fmsub_ps(_mm512_load_ps(score_at(r, v + 1)), scale, down));
-            total = _mm512_add_ps(total, a);
-            other = _mm512_add_ps(other, b);
-            _mm512_store_si512(s_.weights + (v / 2 * kPair + r) * kTile,
-                               (__m512i)_mm512_cvtne2ps_pbh(b, a));
-        }
-        _mm512_store_ps(sums, _mm512_add_ps(total, other));
-    }
-
-    // Few blocks do: what is new rarely passes the highest of all that came before.
+    // Few blocks do, beside the first.
     __attribute__((noinline)) void raise(int64_t m, float top) {
         const int64_t state = row_ + m;
         const __m512 keep = exp2_small(_mm512_set1_ps(s_.top[state] - top));
@@ -392,19 +462,19 @@ class AmxTask {
         s_.top[state] = top;
     }
 
-    // acc [states, 32] from element d on += weights of the steps [first, last) x values.
+    // acc [states, 32] from element d on += weights x values.
     template <int kTiles>
-    void add_values(int64_t m, int d, int first, int last) {
+    void add_values(const Work& work, int d) const {
         const int64_t bytes = int64_t{dim_} * 4, tile = int64_t{kTile} * dim_;
-        float* acc = s_.acc + (row_ + m) * dim_ + d;
-        const uint32_t *a = s_.weights + first * kPair * kTile;
-        const uint32_t *b = s_.values + first * tile + int64_t{d} * kTile;
+        float* acc = s_.acc + (row_ + work.m) * dim_ + d;
+        const uint32_t* a = work.weights + work.first * kPair * kTile;
+        const uint32_t* b = s_.values + work.first * tile + int64_t{d} * kTile;
         finish_stores();
         _tile_loadd(0, acc, bytes);
         _tile_loadd(1, acc + kTile, bytes);
         if (kTiles == 2) _tile_loadd(2, acc + tile, bytes);
         if (kTiles == 2) _tile_loadd(3, acc + tile + kTile, bytes);
-        for (int step = first; step < last; ++step, a += kPair * kTile, b += tile) {
+        for (int step = work.first; step < work.last; ++step, a += kPair * kTile, b += tile) {
             _tile_loadd(4, a, 64);
             _tile_loadd(6, b, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -422,13 +492,13 @@ class AmxTask {
         _tile_stored(3, acc + tile + kTile, bytes);
     }
 
-    // The values that state m sees, and no others.
-    void add_seen(int r, int64_t m) {
-        const int end = end_of(m);
-        float* acc = s_.acc + (row_ + m) * dim_;
-        for (int n = begin_of(m); n < end; ++n) {
-            const auto* weights =
-                reinterpret_cast<const Bf16*>(s_.weights + (n / kPair * kPair + r) * kTile);
+    // The values that row r's state sees, and no others.
+    void add_seen(const Work& work, int r) const {
+        const int end = end_of(work.m + r);
+        float* acc = s_.acc + (row_ + work.m + r) * dim_;
+        for (int n = begin_of(work.m + r); n < end; ++n) {
+            const auto* weights = reinterpret_cast<const Bf16*>(
+                work.weights + (n / kPair * kPair + r) * kTile);
             const float weight = to_float(weights[n % kPair]);
             for (int d = 0; d < dim_; ++d) acc[d] += weight * to_float(values_[n][d]);
         }
