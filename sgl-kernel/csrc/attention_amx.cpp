@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "amx_blocks.h"
 #include "attention.h"
 #include "exp2_avx512.h"
 #include "numbers.h"
@@ -19,90 +20,6 @@
 #include "wide_rows.h"
 
 namespace {
-
-using sgl::kKeys;
-using sgl::kLog2e;
-
-constexpr int kParts = 2;                // blocks of kKeys that are packed at a time
-constexpr int kMost = kParts * kKeys;    // keys
-constexpr int kPair = 2 * kTile;         // states, keys or elements that four tiles of sums cover
-constexpr int kTileCells = kTile * kTile;  // dwords of a tile
-constexpr int kVectors = kMost / kTile;  // of a state's scores
-constexpr float kSlack = 8.0f;           // powers of two
-
-struct Scratch {
-    uint32_t* queries;  // [groups, M / 16, D / 32] tiles of states x pairs of elements
-    uint32_t* keys;     // [kMost / 16, D / 32] tiles of pairs of elements x keys
-    uint32_t* values;   // [kMost / 32, D / 16] tiles of pairs of keys x elements
-    float* scores;      // [2, kMost / 16, 32, 16]: turns, tiles of keys, states, keys
-    uint32_t* weights;  // [2, kMost / 32, 32, 16]: turns, steps of keys, states, pairs of keys
-    float* acc;         // [groups, M, D]
-    float* sums;        // [groups, M, 16]: lanes
-    float* top;         // [groups, M]
-    Bf16* missing;      // [D] zeros, in place of rows that are no key
-};
-
-int64_t padded(int64_t states) { return (states + kTile - 1) / kTile * kTile; }
-
-// Lays the scratch out at `base` and returns its size; a null base only measures.
-int64_t lay_out(const SglAttention& call, int64_t states, int64_t groups, char* base,
-                Scratch* scratch) {
-    const int64_t dim = call.head_dim, rows = groups * padded(states);
-    int64_t at = 0;
-    const auto take = [&](auto** place, int64_t bytes) {
-        *place = reinterpret_cast<std::remove_reference_t<decltype(*place)>>(base + at);
-        at += (bytes + 63) / 64 * 64;
-    };
-    take(&scratch->queries, rows * dim * 2);
-    take(&scratch->keys, kMost * dim * 2);
-    take(&scratch->values, kMost * dim * 2);
-    take(&scratch->scores, 2 * kMost * kPair * 4);
-    take(&scratch->weights, 2 * kMost * kPair * 2);
-    take(&scratch->acc, rows * dim * 4);
-    take(&scratch->sums, rows * kTile * 4);
-    take(&scratch->top, rows * 4);
-    take(&scratch->missing, dim * 2);
-    return at;
-}
-
-// 2^x for x <= 0, off by 9e-5 of it: a weight loses more when it is rounded to bf16. 0 for minus
-// infinity, NaN for NaN. Scaling is by the whole number below x, which the vector unit finds itself.
-inline __m512 short_exp2(__m512 x) {
-    const __m512 t = _mm512_reduce_ps(x, 0x09);  // x - floor(x)
-    __m512 y = _mm512_set1_ps(7.7067051e-2f);
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(2.2764498e-1f));
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(6.9511679e-1f));
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, x);
-}
-
-// cap * tanh(x / cap), where tanh(y) = sign(y) * (1 - e) / (1 + e) with e = exp(-2 |y|)
-inline __m512 soften(__m512 x, float cap) {
-    const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.0f / cap)), one = _mm512_set1_ps(1.0f);
-    const __m512 e = exp2_small(_mm512_mul_ps(_mm512_abs_ps(y), _mm512_set1_ps(-2.0f * kLog2e)));
-    const __m512 tanh = _mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e));
-    const __m512 sign = _mm512_and_ps(y, _mm512_set1_ps(-0.0f));
-    return _mm512_mul_ps(_mm512_or_ps(tanh, sign), _mm512_set1_ps(cap));
-}
-
-// Keys of a task from position `base` on, a multiple of kKeys: those in [lo, hi) are the task's.
-struct Keys {
-    int64_t base, lo, hi;
-    sgl::KeyBlock parts[kParts];  // part i begins at base + i * kKeys, or at lo within it
-
-    void find(const SglAttention& call, const sgl::Task& task, int64_t from) {
-        lo = from;
-        base = from - from % kKeys;
-        hi = std::min(task.hi, base + kMost);
-        for (int i = 0; i < kParts; ++i) {
-            const int64_t first = std::max(lo, base + i * kKeys);
-            parts[i].count = 0;
-            if (first < hi) parts[i].find(call, task.table, first, sgl::block_end(first, hi));
-        }
-    }
-    // Rows of part i before its first key.
-    int offset(int i) const { return static_cast<int>(std::max<int64_t>(0, lo - base - i * kKeys)); }
-};
 
 class AmxTask {
   public:
@@ -138,7 +55,7 @@ class AmxTask {
     const bool rewrites_;  // scores, before they are multiplied with scale_
     const float scale_;
     char* wide_;  // memory of widened rows, where planes are of a byte: of floats, or two parts of bf16
-    Scratch s_;
+    AmxScratch s_;
     Keys now_, next_;
     int64_t row_ = 0;          // of the present group's first state in acc, sums and top
     bool one_by_one_ = false;  // whether values that some states don't see may not be multiplied by 0
@@ -173,7 +90,7 @@ class AmxTask {
             list_rows(g, i);
             if (now_.parts[i].count == 0) continue;
             pack_keys(i);
-            pack_values(i);
+            pack_values(g, i);
         }
         one_by_one_ = !see(0, states_).all && !has_finite_values();
         Work before, now, after;
@@ -183,7 +100,8 @@ class AmxTask {
             now = after;
             after = m < rows_ ? work_on(m, turn) : Work();
             attend(before, now, after);
-            if (m < rows_) ask(g, m);
+            if (m < rows_ && rows_ > kPair)
+                ask(g, m * kMost / rows_, std::min<int64_t>(kMost, (m + kPair) * kMost / rows_));
         }
     }
 
@@ -211,12 +129,11 @@ class AmxTask {
         return static_cast<const Bf16*>(plane) + head + slot;
     }
 
-    // Asks for the share of the next block's rows that is due before states from m on. Spread over a
-    // block's work: asked for all at once, they would only queue, and work and memory take turns.
-    void ask(int g, int64_t m) const {
+    // Asks for rows [first, last) of the next block. Spread over a block's work: asked for all at once,
+    // they would only queue, and work and memory take turns.
+    void ask(int g, int64_t first, int64_t last) const {
         if (sgl::wide_bytes(call_) || next_.lo >= task_.hi) return;
-        const int64_t last = std::min<int64_t>(kMost, (m + kPair) * kMost / rows_);
-        for (int64_t n = m * kMost / rows_; n < last; ++n) {
+        for (int64_t n = first; n < last; ++n) {
             const sgl::KeyBlock& part = next_.parts[n / kKeys];
             if (n % kKeys >= part.count) continue;
             const int64_t slot = part.slots[n % kKeys];
@@ -236,13 +153,15 @@ class AmxTask {
             }
     }
 
-    void pack_values(int i) {
+    // With few states packing is most of the work, and rows to come are asked for here.
+    void pack_values(int g, int i) {
         const __m512i low = _mm512_set_epi16(
             47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36,
             4, 35, 3, 34, 2, 33, 1, 32, 0);
         const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(kTile));
         for (int n = i * kKeys; n < (i + 1) * kKeys; n += 2) {
             uint32_t* to = s_.values + n / kPair * kTile * dim_ + n % kPair / 2 * kTile;
+            if (rows_ <= kPair) ask(g, n, n + 2);
             for (int d = 0; d < dim_; d += kPair, to += 2 * kTileCells) {
                 const __m512i a = _mm512_loadu_si512(values_[n] + d);
                 const __m512i b = _mm512_loadu_si512(values_[n + 1] + d);
@@ -454,6 +373,10 @@ class AmxTask {
     // Few blocks do, beside the first.
     __attribute__((noinline)) void raise(int64_t m, float top) {
         const int64_t state = row_ + m;
+        if (s_.top[state] <= sgl::kLowest) {  // nothing was added up
+            s_.top[state] = top;
+            return;
+        }
         const __m512 keep = exp2_small(_mm512_set1_ps(s_.top[state] - top));
         float* sums = s_.sums + state * kTile;
         _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), keep));
@@ -508,7 +431,7 @@ class AmxTask {
 }  // namespace
 
 int64_t sgl::amx_scratch_bytes(const SglAttention& call, int64_t max_queries, int64_t groups) {
-    ::Scratch unused;
+    AmxScratch unused;
     return lay_out(call, max_queries * call.heads_per_group, groups, nullptr, &unused);
 }
 
