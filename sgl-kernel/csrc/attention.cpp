@@ -12,6 +12,7 @@
 #include "attention.h"
 
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "parallel.h"
@@ -21,8 +22,7 @@ namespace sgl {
 namespace {
 
 constexpr int64_t kTileQueries = 64;
-constexpr int64_t kTileStates = 384;  // of the blocked kernel: what was packed serves all of them
-constexpr int64_t kRowsAtOnce = 6;    // of the blocked kernel
+constexpr int64_t kTileStates = 384;  // what was packed serves all of them
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kMinDecodeKeys = 256;   // fewer keys are not worth a merge
 constexpr int64_t kMinExtendKeys = 2048;
@@ -72,11 +72,18 @@ int64_t few_queries(const SglAttention& call, int64_t states) {
     return wide_bytes(call) ? 1 : std::max<int64_t>(1, states / call.heads_per_group);
 }
 
+// Whether beside AMX's tiles the dot products serve a single query faster: they read K and V where they
+// lie, but their work grows with the heads of a group, and tiles of 16 rows take up to 16 alike.
+bool takes_dots(const SglAttention& call) {
+    return call.heads_per_group <= (call.head_dim < 128 ? 6 : 8);
+}
+
 Kernel choose_kernel(const SglAttention& call) {
 #if defined(__x86_64__)
     const bool pairs = call.dtype == SGL_BFLOAT16 && call.head_dim % 32 == 0;
-    if (call.isa == SGL_AMX && pairs && !wide_bytes(call))
-        return {run_task_amx, run_task_amx, finish_avx512, Kernel::kTiles};
+    if (call.isa == SGL_AMX && pairs)
+        return {takes_dots(call) ? run_decode_dots : run_task_amx, run_task_amx, finish_avx512,
+                Kernel::kTiles};
     if (call.isa >= SGL_AVX512_BF16 && call.isa != SGL_NEON && pairs)
         return {run_decode_dots, run_blocked_dots, finish_avx512, Kernel::kBlocked,
                 few_queries(call, 12)};
@@ -90,46 +97,50 @@ Kernel choose_kernel(const SglAttention& call) {
     return {run_task_generic, run_task_generic, finish_generic, Kernel::kPlain};
 }
 
+// Queries whose states a kernel takes at once, or some whole number of times.
+int64_t rows_at_once(const SglAttention& call, const Kernel& kernel) {
+    return kernel.many == Kernel::kTiles ? 32 / std::gcd(32, call.heads_per_group) : 6;
+}
+
 // Queries that a tile should have: many, yet in enough tiles to give each thread some.
 int64_t tile_queries(const SglAttention& call, const Kernel& kernel) {
-    if (kernel.many != Kernel::kBlocked) return kTileQueries;
+    if (kernel.many == Kernel::kPlain) return kTileQueries;
     int64_t rows = 0;
     for (int64_t b = 0; b < call.num_blocks; ++b) rows += call.block_rows[b];
     const int64_t fair = rows * call.num_kv_heads / (kTasksPerThread * call.num_threads);
-    const int64_t most = std::max(kRowsAtOnce, kTileStates / call.heads_per_group);
+    const int64_t most =
+        std::max(rows_at_once(call, kernel), kTileStates / call.heads_per_group);
     const int64_t least = std::min(kTileQueries, most);
     return std::clamp(fair, least, most);
 }
 
 // Rows of a block's tiles, about as many as wanted and with no small rest.
-int64_t even_rows(int64_t rows, int64_t wanted) {
+int64_t even_rows(int64_t rows, int64_t wanted, int64_t at_once) {
     const int64_t tiles = std::max<int64_t>(1, (rows + wanted / 2) / wanted);
-    return ((rows + tiles - 1) / tiles + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
+    return ((rows + tiles - 1) / tiles + at_once - 1) / at_once * at_once;
 }
 
-// Every block's queries in tiles.
+// Every block's queries in tiles, those of a kv head one after the other: what the first reads of K and
+// V lies in the cache for the others.
 void make_tiles(const SglAttention& call, const Kernel& kernel, std::vector<Task>& tiles) {
-    const int64_t wanted = tile_queries(call, kernel);
+    const int64_t wanted = tile_queries(call, kernel), at_once = rows_at_once(call, kernel);
     for (int64_t b = 0; b < call.num_blocks; ++b) {
         const int64_t rows = call.block_rows[b];
         const int64_t tile_rows =
-            kernel.many == Kernel::kBlocked ? even_rows(rows, wanted) : wanted;
-        for (int64_t at = 0; at < rows; at += tile_rows) {
-            const int64_t count = std::min(tile_rows, rows - at);
-            const int64_t position = call.block_position[b] + at;
-            Task tile{call.block_row[b] + at, position, first_seen(call, position),
-                      position + count, call.block_table[b], static_cast<int32_t>(count), 0,
-                      call.num_kv_heads};
-            if (kernel.is_few(tile)) {
-                tiles.push_back(tile);
-                continue;
-            }
-            for (int32_t g = 0; g < call.num_kv_heads; ++g) {
-                tile.g0 = g;
-                tile.g1 = g + 1;
+            kernel.many == Kernel::kPlain ? wanted : even_rows(rows, wanted, at_once);
+        for (int32_t g = 0; g < call.num_kv_heads; ++g)
+            for (int64_t at = 0; at < rows; at += tile_rows) {
+                const int64_t count = std::min(tile_rows, rows - at);
+                const int64_t position = call.block_position[b] + at;
+                Task tile{call.block_row[b] + at, position, first_seen(call, position),
+                          position + count, call.block_table[b], static_cast<int32_t>(count), g,
+                          g + 1};
+                if (kernel.is_few(tile)) {
+                    if (g > 0) continue;
+                    tile.g1 = call.num_kv_heads;
+                }
                 tiles.push_back(tile);
             }
-        }
     }
 }
 
@@ -207,7 +218,7 @@ void add_states(const SglAttention& call, const States& more, int64_t count, con
 int64_t kernel_bytes(const SglAttention& call, const Plan& plan, const Kernel& kernel) {
 #if defined(__x86_64__)
     if (kernel.many == Kernel::kTiles)
-        return amx_scratch_bytes(call, plan.most_queries, plan.most_heads);
+        return wide_bytes(call) + amx_scratch_bytes(call, plan.most_queries, plan.most_heads);
     if (kernel.many == Kernel::kBlocked) {
         const int64_t states = plan.most_queries * call.heads_per_group;
         return wide_bytes(call) + BlockedScratch().lay_out(states, call.head_dim, nullptr);

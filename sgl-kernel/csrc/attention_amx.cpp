@@ -1,9 +1,10 @@
-// Attention on AMX tiles: bf16 products, fp32 sums and softmax.
+// Attention of many states at once on AMX tiles: bf16 products, fp32 sums and softmax.
 //
-// A tile of 16 keys is read where it lies (its rows are a slot's stride apart) and multiplied with
-// 16 packed states, so scores come out as [key, state]: the softmax over keys needs no horizontal
-// step. Weights turn into bf16 and are transposed in registers; V is packed in pairs of keys, as
-// the tile product wants its right side, once per block for all states.
+// A block of keys is packed once for all states of a task: keys transposed in pairs along the head,
+// values in pairs of keys, which is how a tile product wants its right side. States are taken 32 at a
+// time with 32 keys or 32 elements of the head: four tiles of sums for two of either side, so that
+// each tile loaded serves two products. Scores come out as [state, key]; the running softmax is that
+// of blocked_attention.h, and its weights go, rounded to bf16, into the next product as they stand.
 //
 // Legend: as in attention.h; M states of one kv head, padded to multiples of 16.
 #include <immintrin.h>
@@ -11,327 +12,434 @@
 #include <cmath>
 #include <cstring>
 
+#include "amx_blocks.h"
 #include "attention.h"
 #include "exp2_avx512.h"
+#include "numbers.h"
 #include "tiles.h"
+#include "wide_rows.h"
 
-namespace sgl {
 namespace {
-
-struct Scratch {
-    char* queries;        // [groups, M / 16, D / 32, 16, 16] dwords: pairs of D x states
-    uint32_t* value_pairs;  // [kKeys / 2, D]: keys 2i and 2i + 1
-    uint16_t* key_copy;   // [kKeys, D], for keys that do not stand in a row
-    float* scores;        // [kKeys, 16]
-    uint32_t* weights;    // [2, 16, 16]: halves of the keys; states x pairs of keys
-    float* acc;           // [groups, M, D]
-    float* top;           // [groups, M]
-    float* sum;           // [groups, M]
-};
-
-int64_t padded(int64_t states) { return (states + kTile - 1) / kTile * kTile; }
-
-// Lays the scratch out at `base` and returns its size; a null base only measures.
-int64_t lay_out(const SglAttention& call, int64_t states, int64_t groups, char* base,
-                Scratch* scratch) {
-    const int64_t dim = call.head_dim, rows = groups * padded(states);
-    int64_t at = 0;
-    const auto take = [&](int64_t bytes) {
-        char* place = base + at;
-        at += (bytes + 63) / 64 * 64;
-        return place;
-    };
-    scratch->queries = take(rows * dim * 2);
-    scratch->value_pairs = reinterpret_cast<uint32_t*>(take(kKeys / 2 * dim * 4));
-    scratch->key_copy = reinterpret_cast<uint16_t*>(take(kKeys * dim * 2));
-    scratch->scores = reinterpret_cast<float*>(take(kKeys * kTile * 4));
-    scratch->weights = reinterpret_cast<uint32_t*>(take(2 * kTile * kTile * 4));
-    scratch->acc = reinterpret_cast<float*>(take(rows * dim * 4));
-    scratch->top = reinterpret_cast<float*>(take(rows * 4));
-    scratch->sum = reinterpret_cast<float*>(take(rows * 4));
-    return at;
-}
-
-inline __m512 soften(__m512 scores, float cap) {
-    // tanh(y) = sign(y) * (1 - e) / (1 + e) with e = exp(-2 |y|)
-    const __m512 y = _mm512_mul_ps(scores, _mm512_set1_ps(1.0f / cap));
-    const __m512 size = _mm512_abs_ps(y), one = _mm512_set1_ps(1.0f);
-    const __m512 e = exp2_small(_mm512_mul_ps(size, _mm512_set1_ps(-2.0f * kLog2e)));
-    const __m512 tanh = _mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e));
-    const __m512i sign = _mm512_and_si512(_mm512_castps_si512(y), _mm512_set1_epi32(INT32_MIN));
-    const __m512i bits = _mm512_or_si512(_mm512_castps_si512(tanh), sign);
-    return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(cap));
-}
 
 class AmxTask {
   public:
-    AmxTask(const SglAttention& call, const Task& task, char* memory)
+    AmxTask(const SglAttention& call, const sgl::Task& task, char* memory)
         : call_(call), task_(task), dim_(call.head_dim), per_group_(call.heads_per_group),
-          states_(int64_t{task.rows} * per_group_), rows_(padded(states_)) {
-        lay_out(call, states_, task.g1 - task.g0, memory, &s_);
+          states_(int64_t{task.rows} * per_group_), rows_(padded(states_)),
+          rewrites_(call.logit_cap > 0.0f || call.scale <= 0.0f),
+          scale_(rewrites_ ? 1.0f : call.scale * kLog2e), wide_(memory) {
+        lay_out(call, states_, task.g1 - task.g0, memory + sgl::wide_bytes(call), &s_);
     }
 
-    void run(const States& states) {
+    void run(const sgl::States& states) {
         const int64_t groups = task_.g1 - task_.g0;
         std::fill_n(s_.acc, groups * rows_ * dim_, 0.0f);
-        std::fill_n(s_.top, groups * rows_, kLowest);
-        std::fill_n(s_.sum, groups * rows_, 0.0f);
+        std::fill_n(s_.sums, groups * rows_ * kTile, 0.0f);
+        std::fill_n(s_.top, groups * rows_, sgl::kLowest);
+        std::memset(s_.missing, 0, static_cast<size_t>(dim_) * 2);
         for (int g = task_.g0; g < task_.g1; ++g) pack_queries(g);
-        find(task_.lo, &next_);
-        for (lo_ = task_.lo; lo_ < task_.hi;) {
-            block_ = next_;
-            find(lo_ + block_.count, &next_);
+        next_.find(call_, task_, task_.lo);
+        while (next_.lo < task_.hi) {
+            now_ = next_;
+            next_.find(call_, task_, now_.hi);
             for (int g = task_.g0; g < task_.g1; ++g) attend_group(g);
-            lo_ += block_.count;
         }
-        for (int64_t i = 0; i < groups; ++i) {
-            std::memcpy(states.acc + i * states_ * dim_, s_.acc + i * rows_ * dim_,
-                        static_cast<size_t>(states_ * dim_) * 4);
-            std::memcpy(states.top + i * states_, s_.top + i * rows_, static_cast<size_t>(states_) * 4);
-            std::memcpy(states.sum + i * states_, s_.sum + i * rows_, static_cast<size_t>(states_) * 4);
-        }
+        for (int64_t i = 0; i < groups; ++i) hand_over(i, states);
     }
 
   private:
     const SglAttention& call_;
-    const Task& task_;
+    const sgl::Task& task_;
     const int dim_, per_group_;
     const int64_t states_, rows_;
-    Scratch s_;
-    KeyBlock block_, next_;
-    int64_t lo_ = 0;
+    const bool rewrites_;  // scores, before they are multiplied with scale_
+    const float scale_;
+    char* wide_;  // memory of widened rows, where planes are of a byte: of floats, or two parts of bf16
+    AmxScratch s_;
+    Keys now_, next_;
+    int64_t row_ = 0;          // of the present group's first state in acc, sums and top
+    bool one_by_one_ = false;  // whether values that some states don't see may not be multiplied by 0
+    const Bf16* keys_[kMost];
+    const Bf16* values_[kMost];
 
-    void find(int64_t lo, KeyBlock* block) const {
-        block->count = 0;
-        if (lo < task_.hi) block->find(call_, task_.table, lo, block_end(lo, task_.hi));
-    }
-
-    // Keys n and n + 1 of the block that follows. Spread over a block's work: asked for all at once,
-    // they would only queue, and work and memory would take turns.
-    void prefetch_pair(const uint16_t* plane, int64_t stride, int n) const {
-        if (n + 1 >= next_.count) return;
-        prefetch_row(plane + next_.slots[n] * stride, dim_ * 2);
-        prefetch_row(plane + next_.slots[n + 1] * stride, dim_ * 2);
+    void hand_over(int64_t group, const sgl::States& states) const {
+        const int64_t to = group * states_, from = group * rows_;
+        std::memcpy(states.acc + to * dim_, s_.acc + from * dim_,
+                    static_cast<size_t>(states_ * dim_) * 4);
+        std::memcpy(states.top + to, s_.top + from, static_cast<size_t>(states_) * 4);
+        for (int64_t m = 0; m < states_; ++m)
+            states.sum[to + m] = _mm512_reduce_add_ps(_mm512_load_ps(s_.sums + (from + m) * kTile));
     }
 
     void pack_queries(int g) {
-        auto* packed = reinterpret_cast<__m512i*>(s_.queries) + (g - task_.g0) * rows_ * dim_ / 32;
-        const auto* q = static_cast<const uint16_t*>(call_.q) + g * per_group_ * call_.q_head;
-        for (int64_t first = 0; first < rows_; first += kTile)
-            for (int d = 0; d < dim_; d += 32, packed += kTile) {
-                __m512i rows[kTile];
-                for (int i = 0; i < kTile; ++i) {
-                    const int64_t m = first + i;
-                    rows[i] = _mm512_setzero_si512();
-                    if (m >= states_) continue;
-                    const int64_t row = task_.row + m / per_group_, j = m % per_group_;
-                    rows[i] = _mm512_loadu_si512(q + row * call_.q_row + j * call_.q_head + d);
-                }
-                transpose(rows);
-                for (int i = 0; i < kTile; ++i) _mm512_store_si512(packed + i, rows[i]);
-            }
+        uint32_t* to = s_.queries + (g - task_.g0) * rows_ * dim_ / 2;
+        const auto* q = static_cast<const Bf16*>(call_.q) + g * per_group_ * call_.q_head;
+        for (int64_t m = 0; m < rows_; ++m) {
+            const int64_t row = task_.row + m / per_group_, j = m % per_group_;
+            const Bf16* from = q + row * call_.q_row + j * call_.q_head;
+            uint32_t* at = to + m / kTile * kTile * dim_ / 2 + m % kTile * kTile;
+            for (int d = 0; d < dim_; d += kPair, at += kTileCells)
+                _mm512_store_si512(at, m < states_ ? _mm512_loadu_si512(from + d)
+                                                   : _mm512_setzero_si512());
+        }
     }
 
     void attend_group(int g) {
-        const auto* keys = static_cast<const uint16_t*>(call_.k) + g * call_.k_head;
-        const uint16_t* first = keys + block_.slots[0] * call_.k_slot;
-        int64_t stride = call_.k_slot;
-        if (!block_.contiguous || block_.count < kKeys) {
-            copy_keys(keys);
-            first = s_.key_copy;
-            stride = dim_;
+        row_ = (g - task_.g0) * rows_;
+        for (int i = 0; i < kParts; ++i) {
+            list_rows(g, i);
+            if (now_.parts[i].count == 0) continue;
+            pack_keys(i);
+            pack_values(g, i);
         }
-        const auto* values = static_cast<const uint16_t*>(call_.v) + g * call_.v_head;
-        pack_values(values, keys);
-        const int64_t row = (g - task_.g0) * rows_;
-        const char* packed = s_.queries + row * dim_ * 2;
-        for (int64_t m = 0; m < rows_; m += kTile, packed += kTile * dim_ * 2) {
-            __m512i begin, end;
-            const Sight sight = see(m, &begin, &end);
-            if (sight == Sight::kNothing) continue;
-            score(first, stride, packed);
-            weigh(sight, begin, end, s_.top + row + m, s_.sum + row + m,
-                  s_.acc + (row + m) * dim_, m == 0 ? values : nullptr);
-            add_values(s_.acc + (row + m) * dim_);
+        one_by_one_ = !see(0, states_).all && !has_finite_values();
+        Work before, now, after;
+        int turn = 0;
+        for (int64_t m = 0; m < rows_ || now.rows || after.rows; m += kPair, turn ^= 1) {
+            before = now;
+            now = after;
+            after = m < rows_ ? work_on(m, turn) : Work();
+            attend(before, now, after);
+            if (m < rows_ && rows_ > kPair)
+                ask(g, m * kMost / rows_, std::min<int64_t>(kMost, (m + kPair) * kMost / rows_));
         }
     }
 
-    enum class Sight { kNothing, kSome, kAll };
-
-    // The keys of the block [begin, end) that each of 16 states sees.
-    Sight see(int64_t m, __m512i* begin, __m512i* end) const {
-        alignas(64) int32_t from[kTile], to[kTile];
-        bool any = false, all = block_.count == kKeys;
-        for (int i = 0; i < kTile; ++i) {
-            const int64_t position = task_.position + std::min(m + i, states_ - 1) / per_group_;
-            from[i] = clip(first_seen(call_, position) - lo_);
-            to[i] = clip(position + 1 - lo_);
-            any |= from[i] < to[i];
-            all &= from[i] == 0 && to[i] == kKeys;
-            if (all && task_.rows == 1) break;  // the states of one query see alike
-        }
-        if (all) return Sight::kAll;
-        *begin = _mm512_load_si512(from);
-        *end = _mm512_load_si512(to);
-        return any ? Sight::kSome : Sight::kNothing;
-    }
-
-    int32_t clip(int64_t n) const {
-        return static_cast<int32_t>(std::clamp<int64_t>(n, 0, block_.count));
-    }
-
-    void copy_keys(const uint16_t* keys) {
-        const size_t bytes = static_cast<size_t>(dim_) * 2;
+    // The rows of part i, and those of the same part to come asked for where they are widened.
+    void list_rows(int g, int i) {
+        const sgl::KeyBlock& part = now_.parts[i];
+        const Bf16 *listed_keys[kKeys], *listed_values[kKeys];
+        if (sgl::wide_bytes(call_) && part.count)
+            widen_block(call_, g, part, &next_.parts[i], wide_ + i * sgl::wide_bytes(call_) / kParts,
+                        listed_keys, listed_values);
+        else
+            for (int n = 0; n < part.count; ++n) {
+                listed_keys[n] = row(call_.k, g * call_.k_head, part.slots[n] * call_.k_slot);
+                listed_values[n] = row(call_.v, g * call_.v_head, part.slots[n] * call_.v_slot);
+            }
+        const int offset = now_.offset(i);
         for (int n = 0; n < kKeys; ++n) {
-            uint16_t* row = s_.key_copy + n * dim_;
-            if (n < block_.count) std::memcpy(row, keys + block_.slots[n] * call_.k_slot, bytes);
-            else std::memset(row, 0, bytes);
+            const bool is_key = n >= offset && n < offset + part.count;
+            keys_[i * kKeys + n] = is_key ? listed_keys[n - offset] : s_.missing;
+            values_[i * kKeys + n] = is_key ? listed_values[n - offset] : s_.missing;
         }
     }
 
-    void pack_values(const uint16_t* values, const uint16_t* keys) {
+    static const Bf16* row(const void* plane, int64_t head, int64_t slot) {
+        return static_cast<const Bf16*>(plane) + head + slot;
+    }
+
+    // Asks for rows [first, last) of the next block. Spread over a block's work: asked for all at once,
+    // they would only queue, and work and memory take turns.
+    void ask(int g, int64_t first, int64_t last) const {
+        if (sgl::wide_bytes(call_) || next_.lo >= task_.hi) return;
+        for (int64_t n = first; n < last; ++n) {
+            const sgl::KeyBlock& part = next_.parts[n / kKeys];
+            if (n % kKeys >= part.count) continue;
+            const int64_t slot = part.slots[n % kKeys];
+            sgl::prefetch_row(row(call_.k, g * call_.k_head, slot * call_.k_slot), dim_ * 2);
+            sgl::prefetch_row(row(call_.v, g * call_.v_head, slot * call_.v_slot), dim_ * 2);
+        }
+    }
+
+    void pack_keys(int i) {
+        uint32_t* to = s_.keys + i * kKeys * dim_ / 2;
+        for (int n = i * kKeys; n < (i + 1) * kKeys; n += kTile)
+            for (int d = 0; d < dim_; d += kPair, to += kTileCells) {
+                __m512i rows[kTile];
+                for (int k = 0; k < kTile; ++k) rows[k] = _mm512_loadu_si512(keys_[n + k] + d);
+                transpose(rows);
+                for (int k = 0; k < kTile; ++k) _mm512_store_si512(to + k * kTile, rows[k]);
+            }
+    }
+
+    // With few states packing is most of the work, and rows to come are asked for here.
+    void pack_values(int g, int i) {
         const __m512i low = _mm512_set_epi16(
             47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36,
             4, 35, 3, 34, 2, 33, 1, 32, 0);
-        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-        const __m512i zero = _mm512_setzero_si512();
-        for (int n = 0; n < kKeys; n += 2) {
-            const uint16_t* a = values + block_.slots[n] * call_.v_slot;
-            const uint16_t* b = values + block_.slots[n + 1] * call_.v_slot;
-            uint32_t* to = s_.value_pairs + n / 2 * dim_;
-            prefetch_pair(keys, call_.k_slot, n);
-            for (int d = 0; d < dim_; d += 32) {
-                const __m512i x = n < block_.count ? _mm512_loadu_si512(a + d) : zero;
-                const __m512i y = n + 1 < block_.count ? _mm512_loadu_si512(b + d) : zero;
-                _mm512_store_si512(to + d, _mm512_permutex2var_epi16(x, low, y));
-                _mm512_store_si512(to + d + 16, _mm512_permutex2var_epi16(x, high, y));
+        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(kTile));
+        for (int n = i * kKeys; n < (i + 1) * kKeys; n += 2) {
+            uint32_t* to = s_.values + n / kPair * kTile * dim_ + n % kPair / 2 * kTile;
+            if (rows_ <= kPair) ask(g, n, n + 2);
+            for (int d = 0; d < dim_; d += kPair, to += 2 * kTileCells) {
+                const __m512i a = _mm512_loadu_si512(values_[n] + d);
+                const __m512i b = _mm512_loadu_si512(values_[n + 1] + d);
+                _mm512_store_si512(to, _mm512_permutex2var_epi16(a, low, b));
+                _mm512_store_si512(to + kTileCells, _mm512_permutex2var_epi16(a, high, b));
             }
         }
     }
 
-    // Scores [kKeys, 16] of the block's keys with 16 packed states.
-    void score(const uint16_t* keys, int64_t stride, const char* packed) {
-        const int64_t bytes = stride * 2, tile = kTile * stride;
+    bool has_finite_values() const {
+        const __m512i exponent = _mm512_set1_epi16(0x7f80);
+        __mmask32 found = 0;
+        for (int n = 0; n < now_.hi - now_.base; ++n)
+            for (int d = 0; d < dim_; d += kPair) {
+                const __m512i x = _mm512_and_si512(_mm512_loadu_si512(values_[n] + d), exponent);
+                found |= _mm512_cmpeq_epi16_mask(x, exponent);
+            }
+        return found == 0;
+    }
+
+    // Keys [begin, end) of the block that some of the states [m, m + rows) see; `all` of them see
+    // the whole block.
+    struct Sight {
+        int begin, end;
+        bool all;
+    };
+
+    int64_t position(int64_t m) const {
+        return task_.position + std::min(m, states_ - 1) / per_group_;
+    }
+    int begin_of(int64_t m) const {
+        const int64_t first = std::max(sgl::first_seen(call_, position(m)), now_.lo);
+        return static_cast<int>(std::min(first, now_.hi) - now_.base);
+    }
+    int end_of(int64_t m) const {
+        const int64_t end = std::clamp(position(m) + 1, now_.lo, now_.hi);
+        return static_cast<int>(end - now_.base);
+    }
+    Sight see(int64_t m, int64_t rows) const {
+        const bool all = begin_of(m + rows - 1) == 0 && end_of(m) == kMost;
+        return {begin_of(m), end_of(m + rows - 1), all};
+    }
+
+    // 32 states or the last 16, and the steps [first, last) of keys that some of them see.
+    struct Work {
+        int64_t m = 0;
+        int rows = 0, first = 0, last = 0;
+        bool all = false, is_pair = false;
+        float* scores = nullptr;
+        uint32_t* weights = nullptr;
+    };
+
+    Work work_on(int64_t m, int turn) const {
+        Work work;
+        const int64_t padded_rows = std::min<int64_t>(kPair, rows_ - m);
+        const Sight sight = see(m, padded_rows);
+        if (sight.begin >= sight.end) return work;
+        work.m = m;
+        work.rows = static_cast<int>(std::min(padded_rows, states_ - m));
+        work.first = sight.begin / kPair;
+        work.last = (sight.end - 1) / kPair + 1;
+        work.all = sight.all;
+        work.is_pair = padded_rows == kPair;
+        work.scores = s_.scores + turn * kMost * kPair;
+        work.weights = s_.weights + turn * kMost * kPair / 2;
+        return work;
+    }
+
+    // The softmax of some states, and between its rows the products of those before and after them:
+    // tiles and vectors then work at the same time.
+    void attend(const Work& before, const Work& now, const Work& after) {
+        const bool careful = one_by_one_ && !before.all;
+        const int adds = before.rows && !careful ? dim_ / kPair : 0;
+        const int products = adds + after.last - after.first;
+        int done = 0;
+        for (int r = 0; r < now.rows; ++r) {
+            weigh(now, r);
+            for (; done < products * (r + 1) / now.rows; ++done) multiply(before, after, adds, done);
+        }
+        for (; done < products; ++done) multiply(before, after, adds, done);
+        for (int r = 0; careful && r < before.rows; ++r) add_seen(before, r);
+    }
+
+    void multiply(const Work& before, const Work& after, int adds, int index) {
+        if (index >= adds) {
+            const int step = after.first + index - adds;
+            return after.is_pair ? score<2>(after, step) : score<1>(after, step);
+        }
+        return before.is_pair ? add_values<2>(before, index * kPair)
+                              : add_values<1>(before, index * kPair);
+    }
+
+    // Scores of the states with the keys of a step.
+    template <int kTiles>
+    void score(const Work& work, int step) const {
+        const int64_t tile = int64_t{kTile} * dim_ / 2;  // dwords of 16 rows
+        const uint32_t *a = s_.queries + (row_ + work.m) * dim_ / 2, *b = s_.keys + 2 * step * tile;
         finish_stores();
         _tile_zero(0);
         _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int d = 0; d < dim_; d += 32, packed += kTile * 64) {
-            _tile_loadd(7, packed, 64);
-            _tile_loadd(4, keys + d, bytes);
-            _tile_dpbf16ps(0, 4, 7);
-            _tile_loadd(5, keys + tile + d, bytes);
-            _tile_dpbf16ps(1, 5, 7);
-            _tile_loadd(6, keys + 2 * tile + d, bytes);
-            _tile_dpbf16ps(2, 6, 7);
-            _tile_loadd(4, keys + 3 * tile + d, bytes);
-            _tile_dpbf16ps(3, 4, 7);
-        }
-        _tile_stored(0, s_.scores, 64);
-        _tile_stored(1, s_.scores + 256, 64);
-        _tile_stored(2, s_.scores + 512, 64);
-        _tile_stored(3, s_.scores + 768, 64);
-    }
-
-    // Scores to weights in bf16, and the states moved on. Prefetches the next rows of `ahead`.
-    void weigh(Sight sight, __m512i begin, __m512i end, float* top, float* sum, float* acc,
-               const uint16_t* ahead) {
-        const float cap = call_.logit_cap;
-        const __m512 scale = _mm512_set1_ps(cap > 0.0f ? call_.scale : call_.scale * kLog2e);
-        const __m512 old = _mm512_load_ps(top);
-        __m512 highest = old;
-        for (int n = 0; n < kKeys; ++n) {
-            float* at = s_.scores + n * kTile;
-            __m512 x = _mm512_mul_ps(_mm512_load_ps(at), scale);
-            if (cap > 0.0f) x = _mm512_mul_ps(soften(x, cap), _mm512_set1_ps(kLog2e));
-            if (sight == Sight::kSome) {
-                const __m512i key = _mm512_set1_epi32(n);
-                const __mmask16 seen = _mm512_cmpge_epi32_mask(key, begin) &
-                                       _mm512_cmplt_epi32_mask(key, end);
-                x = _mm512_mask_blend_ps(seen, _mm512_set1_ps(-INFINITY), x);
-            }
-            highest = _mm512_max_ps(x, highest);
-            _mm512_store_ps(at, x);
-        }
-        __m512 added = _mm512_setzero_ps();
-        for (int half = 0; half < 2; ++half) {
-            __m512i pairs[kTile];
-            const float* at = s_.scores + half * 32 * kTile;
-            for (int i = 0; i < kTile; ++i, at += 2 * kTile) {
-                const __m512 a = exp2_small(_mm512_sub_ps(_mm512_load_ps(at), highest));
-                const __m512 b = exp2_small(_mm512_sub_ps(_mm512_load_ps(at + kTile), highest));
-                added = _mm512_add_ps(added, _mm512_add_ps(a, b));
-                pairs[i] = pair_up(a, b);
-                if (ahead) prefetch_pair(ahead, call_.v_slot, half * 32 + 2 * i);
-            }
-            transpose(pairs);
-            auto* to = reinterpret_cast<__m512i*>(s_.weights) + half * kTile;
-            for (int i = 0; i < kTile; ++i) _mm512_store_si512(to + i, pairs[i]);
-        }
-        const __mmask16 moved = _mm512_cmp_ps_mask(highest, old, _CMP_GT_OQ);
-        const __m512 keep = exp2_small(_mm512_sub_ps(old, highest));
-        if (moved) rescale(acc, keep, moved);
-        _mm512_store_ps(sum, _mm512_fmadd_ps(_mm512_load_ps(sum), keep, added));
-        _mm512_store_ps(top, highest);
-    }
-
-    // Dwords of two bf16 each: a below, b above.
-    static __m512i pair_up(__m512 a, __m512 b) {
-        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a));
-        const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b));
-        return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-    }
-
-    void rescale(float* acc, __m512 keep, __mmask16 moved) const {
-        alignas(64) float factors[kTile];
-        _mm512_store_ps(factors, keep);
-        for (int i = 0; i < kTile; ++i) {
-            if (!(moved >> i & 1)) continue;
-            const __m512 factor = _mm512_set1_ps(factors[i]);
-            for (float *x = acc + i * dim_, *last = x + dim_; x < last; x += 16)
-                _mm512_store_ps(x, _mm512_mul_ps(_mm512_load_ps(x), factor));
-        }
-    }
-
-    // acc [16, D] += weights [16, kKeys] x V [kKeys, D].
-    void add_values(float* acc) {
-        const int64_t bytes = int64_t{dim_} * 4;
-        const uint32_t *low = s_.value_pairs, *high = low + 16 * dim_;
-        finish_stores();
-        _tile_loadd(4, s_.weights, 64);
-        _tile_loadd(5, s_.weights + 256, 64);
-        for (int d = 0; d < dim_; d += 32) {
-            _tile_loadd(0, acc + d, bytes);
-            _tile_loadd(1, acc + d + 16, bytes);
-            _tile_loadd(6, low + d, bytes);
+        if (kTiles == 2) _tile_zero(2);
+        if (kTiles == 2) _tile_zero(3);
+        for (int d = 0; d < dim_; d += kPair, a += kTileCells, b += kTileCells) {
+            _tile_loadd(4, a, 64);
+            _tile_loadd(6, b, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, low + d + 16, bytes);
+            _tile_loadd(7, b + tile, 64);
             _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(6, high + d, bytes);
-            _tile_dpbf16ps(0, 5, 6);
-            _tile_loadd(7, high + d + 16, bytes);
-            _tile_dpbf16ps(1, 5, 7);
-            _tile_stored(0, acc + d, bytes);
-            _tile_stored(1, acc + d + 16, bytes);
+            if (kTiles == 1) continue;
+            _tile_loadd(5, a + tile, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        float* to = work.scores + step * 2 * kPair * kTile;
+        _tile_stored(0, to, 64);
+        _tile_stored(1, to + kPair * kTile, 64);
+        if (kTiles == 1) return;
+        _tile_stored(2, to + kTileCells, 64);
+        _tile_stored(3, to + kPair * kTile + kTileCells, 64);
+    }
+
+    // Row r of the scores, of which vectors stand kPair rows apart, to weights.
+    void weigh(const Work& work, int r) {
+        float* scores = work.scores + r * kTile;
+        const int first = 2 * work.first, last = 2 * work.last;
+        const int64_t m = work.m + r;
+        if (rewrites_) rewrite(scores, first, last);
+        if (!work.all) hide(scores, m, first, last);
+        uint32_t* weights = work.weights + r * kTile;
+        if (first == 0 && last == kVectors) return weigh_whole(scores, m, weights);
+        __m512 most = _mm512_set1_ps(-INFINITY);
+        for (int v = first; v < last; ++v) most = _mm512_max_ps(scores_at(scores, v), most);
+        const __m512 down = settle(m, most), scale = _mm512_set1_ps(scale_);
+        __m512 total = _mm512_setzero_ps();
+        for (int v = first; v < last; v += 2) {
+            const __m512 a = short_exp2(_mm512_fmsub_ps(scores_at(scores, v), scale, down));
+            const __m512 b = short_exp2(_mm512_fmsub_ps(scores_at(scores, v + 1), scale, down));
+            total = _mm512_add_ps(total, _mm512_add_ps(a, b));
+            store_weights(a, b, weights + v / 2 * kPair * kTile);
+        }
+        add_sum(m, total);
+    }
+
+    static __m512 scores_at(const float* scores, int v) {
+        return _mm512_load_ps(scores + v * kPair * kTile);
+    }
+    static void store_weights(__m512 a, __m512 b, uint32_t* to) {
+        _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    }
+    void add_sum(int64_t m, __m512 total) {
+        float* sums = s_.sums + (row_ + m) * kTile;
+        _mm512_store_ps(sums, _mm512_add_ps(_mm512_load_ps(sums), total));
+    }
+
+    // The same of a row of kMost, in registers.
+    void weigh_whole(const float* scores, int64_t m, uint32_t* weights) {
+        __m512 x[kVectors], most[2];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) x[v] = scores_at(scores, v);
+        most[0] = _mm512_max_ps(x[0], _mm512_set1_ps(-INFINITY));
+        most[1] = _mm512_max_ps(x[1], _mm512_set1_ps(-INFINITY));
+#pragma GCC unroll 8
+        for (int v = 2; v < kVectors; ++v) most[v % 2] = _mm512_max_ps(x[v], most[v % 2]);
+        const __m512 down = settle(m, _mm512_max_ps(most[0], most[1]));
+        const __m512 scale = _mm512_set1_ps(scale_);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) x[v] = short_exp2(_mm512_fmsub_ps(x[v], scale, down));
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v += 2)
+            store_weights(x[v], x[v + 1], weights + v / 2 * kPair * kTile);
+        add_sum(m, _mm512_add_ps(
+                       _mm512_add_ps(_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3])),
+                       _mm512_add_ps(_mm512_add_ps(x[4], x[5]), _mm512_add_ps(x[6], x[7]))));
+    }
+
+    // What is taken off the scaled scores of a state. It need not be the highest, only near: raising
+    // it multiplies all that was added up, and weights of up to 2^kSlack are as exact as those below 1.
+    __m512 settle(int64_t m, __m512 most) {
+        const float* top = s_.top + row_ + m;
+        const __m512 scaled = _mm512_mul_ps(most, _mm512_set1_ps(scale_));
+        if (_mm512_cmp_ps_mask(scaled, _mm512_set1_ps(*top + kSlack), _CMP_GT_OQ))
+            raise(m, _mm512_reduce_max_ps(scaled));
+        return _mm512_set1_ps(*top);
+    }
+
+    void rewrite(float* scores, int first, int last) const {
+        const __m512 scale = _mm512_set1_ps(call_.scale), base = _mm512_set1_ps(kLog2e);
+        for (int v = first; v < last; ++v) {
+            __m512 x = _mm512_mul_ps(scores_at(scores, v), scale);
+            if (call_.logit_cap > 0.0f) x = soften(x, call_.logit_cap);
+            _mm512_store_ps(scores + v * kPair * kTile, _mm512_mul_ps(x, base));
+        }
+    }
+
+    // Minus infinity in place of the scores of keys that state m does not see.
+    void hide(float* scores, int64_t m, int first, int last) const {
+        const int begin = begin_of(m), end = end_of(m);
+        for (int v = first; v < last; ++v) {
+            const int from = std::clamp(begin - v * kTile, 0, kTile);
+            const int to = std::clamp(end - v * kTile, 0, kTile);
+            const auto seen = static_cast<__mmask16>(((1u << to) - 1) & ~((1u << from) - 1));
+            if (seen == 0xffff) continue;
+            const __m512 x = scores_at(scores, v);
+            _mm512_store_ps(scores + v * kPair * kTile,
+                            _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, x));
+        }
+    }
+
+    // Few blocks do, beside the first.
+    __attribute__((noinline)) void raise(int64_t m, float top) {
+        const int64_t state = row_ + m;
+        if (s_.top[state] <= sgl::kLowest) {  // nothing was added up
+            s_.top[state] = top;
+            return;
+        }
+        const __m512 keep = exp2_small(_mm512_set1_ps(s_.top[state] - top));
+        float* sums = s_.sums + state * kTile;
+        _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), keep));
+        for (float *x = s_.acc + state * dim_, *last = x + dim_; x < last; x += kTile)
+            _mm512_store_ps(x, _mm512_mul_ps(_mm512_load_ps(x), keep));
+        s_.top[state] = top;
+    }
+
+    // acc [states, 32] from element d on += weights x values.
+    template <int kTiles>
+    void add_values(const Work& work, int d) const {
+        const int64_t bytes = int64_t{dim_} * 4, tile = int64_t{kTile} * dim_;
+        float* acc = s_.acc + (row_ + work.m) * dim_ + d;
+        const uint32_t* a = work.weights + work.first * kPair * kTile;
+        const uint32_t* b = s_.values + work.first * tile + int64_t{d} * kTile;
+        finish_stores();
+        _tile_loadd(0, acc, bytes);
+        _tile_loadd(1, acc + kTile, bytes);
+        if (kTiles == 2) _tile_loadd(2, acc + tile, bytes);
+        if (kTiles == 2) _tile_loadd(3, acc + tile + kTile, bytes);
+        for (int step = work.first; step < work.last; ++step, a += kPair * kTile, b += tile) {
+            _tile_loadd(4, a, 64);
+            _tile_loadd(6, b, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, b + kTileCells, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            if (kTiles == 1) continue;
+            _tile_loadd(5, a + kTileCells, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, acc, bytes);
+        _tile_stored(1, acc + kTile, bytes);
+        if (kTiles == 1) return;
+        _tile_stored(2, acc + tile, bytes);
+        _tile_stored(3, acc + tile + kTile, bytes);
+    }
+
+    // The values that row r's state sees, and no others.
+    void add_seen(const Work& work, int r) const {
+        const int end = end_of(work.m + r);
+        float* acc = s_.acc + (row_ + work.m + r) * dim_;
+        for (int n = begin_of(work.m + r); n < end; ++n) {
+            const auto* weights = reinterpret_cast<const Bf16*>(
+                work.weights + (n / kPair * kPair + r) * kTile);
+            const float weight = to_float(weights[n % kPair]);
+            for (int d = 0; d < dim_; ++d) acc[d] += weight * to_float(values_[n][d]);
         }
     }
 };
 
 }  // namespace
 
-int64_t amx_scratch_bytes(const SglAttention& call, int64_t max_queries, int64_t groups) {
-    Scratch unused;
-    const int64_t states = max_queries * call.heads_per_group;
-    return lay_out(call, states, groups, nullptr, &unused);
+int64_t sgl::amx_scratch_bytes(const SglAttention& call, int64_t max_queries, int64_t groups) {
+    AmxScratch unused;
+    return lay_out(call, max_queries * call.heads_per_group, groups, nullptr, &unused);
 }
 
-void amx_begin() { begin_tiles(); }
+void sgl::amx_begin() { begin_tiles(); }
 
-void amx_end() { end_tiles(); }
+void sgl::amx_end() { end_tiles(); }
 
-void run_task_amx(const SglAttention& call, const Task& task, const States& states, void* scratch) {
+void sgl::run_task_amx(const SglAttention& call, const Task& task, const States& states,
+                       void* scratch) {
     AmxTask(call, task, static_cast<char*>(scratch)).run(states);
 }
-
-}  // namespace sgl

@@ -313,12 +313,27 @@ def test_a_value_shows_only_to_those_who_see_it(
             want, _ = problem.reference()
             planes[at] = torch.full((64,), bad).to(kv_dtype or dtype).view(planes.dtype)
             for isa in LEVELS:
-                if isa == Isa.AMX and kv_dtype is None and dtype == torch.bfloat16:
-                    continue  # its tiles multiply whole blocks
                 out, _ = problem.run(isa, 1)
                 assert not out[30 : last - 90].isfinite().any()
                 hidden = [*range(30), *range(last - 90, 107)]
                 torch.testing.assert_close(out[hidden], want[hidden], rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("group", [1, 7, 17])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_value_before_the_window_stays_hidden(dtype: torch.dtype, group: int) -> None:
+    """From single queries, in the block in which their window begins."""
+    problem = Problem([(200, 1), (70, 1)], dtype=dtype, group=group, window=50)
+    want, _ = problem.reference()
+    problem.v[problem.slots[0][150]] = float("nan")  # the query at 200 sees 151 and what follows
+    for isa in LEVELS:
+        out, _ = problem.run(isa, 1)
+        torch.testing.assert_close(out, want, rtol=0, atol=TOLERANCE[dtype])
+    problem.v[problem.slots[0][151]] = float("nan")
+    for isa in LEVELS:
+        out, _ = problem.run(isa, 1)
+        assert out[0].isnan().all()
+        assert not out[1].isnan().any()
 
 
 def test_slots_beyond_four_gib() -> None:
