@@ -53,8 +53,9 @@ class ModelRunner:
         if self.tapes is not None and tuple(sample_rows) == tuple(range(forward_batch.num_tokens)):
             found = self.tapes.compute(forward_batch, before)
             if found is not None:
-                nothing = [None] * forward_batch.batch_size
-                return LogitsProcessorOutput(found.logits, nothing, found.highest)
+                return LogitsProcessorOutput(
+                    found.logits, [None] * forward_batch.batch_size, found.highest
+                )
         before()
         hidden = self.model(forward_batch)
         return self._logits_processor(
