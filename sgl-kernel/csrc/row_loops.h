@@ -187,4 +187,29 @@ inline void highest_some(const SglHighest& call, int64_t first, int64_t last) {
     }
 }
 
+// Weights in (0, 1]; what is below e^-87 would not be a normal number, and is 0.
+inline void weigh_blocks(const float* logits, int64_t width, float highest, float temperature,
+                         float least, float* weights, float* sums, float* tops) {
+    constexpr int64_t kBlock = sgl::kWeightBlock;
+    constexpr float kLowest = -87.0f;
+    for (int64_t begin = 0; begin < width; begin += kBlock, ++sums, ++tops) {
+        const int64_t count = width - begin < kBlock ? width - begin : kBlock;
+        const float* x = logits + begin;
+        float* to = weights + begin;
+        float sum = 0.0f, top = 0.0f;
+#pragma omp simd reduction(+ : sum) reduction(max : top)
+        for (int64_t d = 0; d < count; ++d) {
+            const float y = (x[d] - highest) / temperature;
+            float w = exp_any(y);
+            w = y >= kLowest && w >= least ? w : 0.0f;  // NaN is none
+            to[d] = w;
+            sum += w;
+            top = w > top ? w : top;
+        }
+        for (int64_t d = count; d < kBlock; ++d) to[d] = 0.0f;
+        *sums = sum;
+        *tops = top;
+    }
+}
+
 }  // namespace

@@ -16,3 +16,8 @@ void sgl::rotate_rows_generic(const SglRotate& call, int64_t first, int64_t last
 void sgl::highest_rows_generic(const SglHighest& call, int64_t first, int64_t last) {
     highest_some(call, first, last);
 }
+
+void sgl::weigh_row_generic(const float* logits, int64_t width, float highest, float temperature,
+                            float least, float* weights, float* sums, float* tops) {
+    weigh_blocks(logits, width, highest, temperature, least, weights, sums, tops);
+}

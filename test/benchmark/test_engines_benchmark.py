@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import bench_engines
-from engines.served import HttpEngine, LlamaEngine, Taken
+from engines.served import EngineEnded, HttpEngine, LlamaEngine, Taken
 
 # Answers /v1/completions with `max_tokens` chunks; LIES makes its usage wrong.
 SERVER = """
@@ -105,13 +105,45 @@ def asked() -> list[tuple[str, int, int]]:
 
 def test_rounds_take_turns_and_the_first_does_not_count(asked: list[tuple[str, int, int]]) -> None:
     engines = [Recorder(name, asked, Taken(2.0, 4.0, 8.0)) for name in ("a", "b")]
-    found = bench_engines.rounds_of(engines, 2)
+    found = bench_engines.rounds_of(engines, 2, {})
     streams = [name for name, prompts, new in asked if (prompts, new) == (1, 128)]
     assert streams == ["a", "b", "b", "a", "a", "b"]
     assert found["one stream, tok/s"] == {"a": [127 / 4] * 2, "b": [127 / 4] * 2}
     assert found["prefill of 4,096, tok/s"]["a"] == [2048.0] * 2
     assert found["16 concurrent, tok/s"]["b"] == [16 * 128 / 8] * 2
     assert found["cached prefix, s to first token"]["a"] == [2.0] * 2
+
+
+def test_an_engine_that_ends_leaves_the_others_their_figures(
+    asked: list[tuple[str, int, int]],
+) -> None:
+    class Ending(Recorder):
+        def run(self, prompts: list[list[int]], new_tokens: int) -> Taken:
+            if len(prompts) == 16:
+                raise EngineEnded("b ended with -11")
+            return super().run(prompts, new_tokens)
+
+    ended: dict[str, str] = {}
+    taken = Taken(2.0, 4.0, 8.0)
+    engines = [Recorder("a", asked, taken), Ending("b", asked, taken)]
+    found = bench_engines.rounds_of(engines, 2, ended)
+    assert ended == {"b": "b ended with -11"}
+    assert found["16 concurrent, tok/s"]["a"] == [16 * 128 / 8] * 2
+    for figures in found.values():
+        assert np.isnan(figures["b"]).all()  # the round that warms up came through, no other
+        assert len(figures["b"]) == len(figures["a"]) == 2
+    assert [name for name, *_ in asked].count("b") == 2
+
+
+def test_a_killed_server_is_told_from_a_refusal(tmp_path: Path) -> None:
+    engine = http_engine(tmp_path, SERVER.replace("LIES", "0"))
+    try:
+        engine._process.kill()
+        engine._process.wait()
+        with pytest.raises(EngineEnded, match="fake ended with -9"):
+            engine.run([[1, 2, 3]], 5)
+    finally:
+        engine.end()
 
 
 def test_all_engines_end_when_one_can_not_start(asked: list[tuple[str, int, int]]) -> None:

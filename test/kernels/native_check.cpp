@@ -2,9 +2,11 @@
 //
 // Every call of the C interface that computes, at the level of sgl_cpu_isa(), in fp32 and bf16 (with K
 // and V of fp8 too, rounded by a store) and with one and three threads. Prints a line for each and exits 1 when one is too far off.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -300,10 +302,48 @@ void check_experts(int32_t dtype, int32_t threads) {
     compare("experts", out, want);
 }
 
+// Many draws of one row, without filters and of the 5 most likely: against sums in double.
+void check_sample(int32_t threads) {
+    const int64_t width = 131, count = 200;
+    Numbers logits(SGL_FLOAT32, width);
+    std::vector<int64_t> order(width), tokens(count), rows(count), top_k(count);
+    float highest = logits.wide[0];
+    for (const float one : logits.wide) highest = std::fmax(highest, one);
+    std::iota(rows.begin(), rows.end(), int64_t{0});
+    std::vector<float> tops(count, highest), heat(count, 0.8f), none(count, 0.0f);
+    std::vector<double> u(count), all(count, 1.0);
+    for (int64_t i = 0; i < count; ++i) u[i] = (i + 0.5) / count;
+    bool good = true;
+    for (const int64_t chosen : {width, int64_t{5}}) {
+        std::fill(top_k.begin(), top_k.end(), chosen);
+        SglSample call{logits.wide.data(), tops.data(), tokens.data(), rows.data(), heat.data(),
+                       u.data(), top_k.data(), all.data(), none.data(), 0, count, width,
+                       sgl_cpu_isa(), threads};
+        failures += sgl_sample(&call) != 0;
+        const auto weight = [&](int64_t id) { return std::exp((logits.wide[id] - highest) / 0.8); };
+        std::iota(order.begin(), order.end(), int64_t{0});
+        if (chosen < width)
+            std::sort(order.begin(), order.end(),
+                      [&](int64_t a, int64_t b) { return logits.wide[a] > logits.wide[b]; });
+        double mass = 0;
+        for (int64_t i = 0; i < chosen; ++i) mass += weight(order[i]);
+        for (int64_t i = 0; i < count; ++i) {
+            double before = 0;
+            int64_t place = 0;
+            while (place < chosen && order[place] != tokens[i]) before += weight(order[place++]);
+            const double end = place < chosen ? before + weight(order[place]) : -1, at = u[i] * mass;
+            good &= at >= before - 1e-5 * mass && at < end + 1e-5 * mass;
+        }
+    }
+    failures += !good;
+    std::printf("sample %s\n", good ? "ok" : "WRONG");
+}
+
 }  // namespace
 
 int main() {
     std::printf("level %d\n", sgl_cpu_isa());
+    for (int32_t threads : {1, 3}) check_sample(threads);
     for (int32_t dtype : {SGL_FLOAT32, SGL_BFLOAT16})
         for (int32_t threads : {1, 3}) {
             check_linear(dtype, threads);

@@ -32,6 +32,10 @@ class Taken:
     total_s: float
 
 
+class EngineEnded(RuntimeError):
+    """An engine's process is gone."""
+
+
 class Engine(Protocol):
     name: str
     start_s: float
@@ -108,7 +112,12 @@ class HttpEngine:
     def run(self, prompts: Prompts, new_tokens: int) -> Taken:
         began = time.perf_counter()
         with ThreadPoolExecutor(len(prompts)) as pool:
-            taken = list(pool.map(lambda ids: self._stream(ids, new_tokens), prompts))
+            try:
+                taken = list(pool.map(lambda ids: self._stream(ids, new_tokens), prompts))
+            except OSError as error:
+                if (code := self._process.poll()) is None:
+                    raise
+                raise EngineEnded(f"{self.name} ended with {code}") from error
         total = time.perf_counter() - began
         firsts, rests = (sorted(column) for column in zip(*taken, strict=True))
         return Taken(firsts[len(firsts) // 2], rests[len(rests) // 2], total)
@@ -144,7 +153,7 @@ class LlamaEngine:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name} ended with {self._process.wait()}")
+            raise EngineEnded(f"{self.name} ended with {self._process.wait()}")
         found: dict[str, float] = json.loads(line)
         return found
 

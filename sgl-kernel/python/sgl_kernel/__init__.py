@@ -26,6 +26,7 @@ from sgl_kernel.rows import (
     silu_and_mul,
     widen,
 )
+from sgl_kernel.sampling import sample
 from sgl_kernel.tape import Arena, NotRecorded, Tape, is_recording, record
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "route",
+    "sample",
     "scale",
     "scale_by_position",
     "serves_attention",

@@ -175,6 +175,17 @@ class HighestCall(ctypes.Structure):
     )
 
 
+class SampleCall(ctypes.Structure):
+    """`SglSample` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("logits", "highest", "tokens", "rows")),
+        *((name, ctypes.c_void_p) for name in ("temperature", "u", "top_k", "top_p", "min_p")),
+        *((name, ctypes.c_int64) for name in ("logit_row", "count", "width")),
+        *((name, ctypes.c_int32) for name in ("isa", "num_threads")),
+    )
+
+
 class ScaleCall(ctypes.Structure):
     """`SglScale` of csrc/api.h, field by field."""
 
@@ -282,6 +293,7 @@ _CALLS = {
     "widen": WidenCall,
     "highest": HighestCall,
     "scale": ScaleCall,
+    "sample": SampleCall,
     "route": RouteCall,
     "experts": ExpertsCall,
 }

@@ -7,9 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang.srt.errors import InvariantError
-from sglang.srt.layers.sampler import Sampler, _mix64, choose_token, uniform
+from sglang.srt.layers.sampler import (
+    Draw,
+    Sampler,
+    _choose,
+    _choose_by_torch,
+    _mix64,
+    choose_token,
+    uniform,
+)
 from sglang.srt.model_executor.forward_batch_info import LogprobSpec
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.native import native_kernels
 from srt.layers.sampler_cases import NO_IDS, V, logits_of, sample_one, spec_of
 
 
@@ -399,3 +408,24 @@ def test_all_random_rows_of_a_block_boundary(monkeypatch: pytest.MonkeyPatch) ->
     whole = run()
     monkeypatch.setattr("sglang.srt.layers.sampler._BLOCK_BYTES", 4 * V * 2)
     assert run() == whole
+
+
+def test_native_draws_are_those_of_pytorch() -> None:
+    if native_kernels() is None:
+        pytest.skip("no native kernels")
+    filters = [
+        SamplingParams(),
+        SamplingParams(temperature=0.7, top_k=20, top_p=0.9),
+        SamplingParams(top_p=0.95),
+        SamplingParams(temperature=1.5, min_p=0.02),
+    ]
+    n, v = 200, 3000
+    logits = torch.randn(n + 1, v, generator=torch.Generator().manual_seed(3)) * 3
+    draws = [Draw(row, filters[row % 4], uniform(row, 7)) for row in range(n)]
+    best, greedy = logits.max(-1)
+    found, wanted = greedy.clone(), greedy.clone()
+    _choose(logits, best, found, draws)
+    _choose_by_torch(logits, best, wanted, draws)
+    assert torch.equal(found, wanted)
+    assert int((found != greedy).sum()) > n // 2
+    assert found[n] == greedy[n]

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,8 @@ from sglang.srt.utils.native import kernels_for
 _MASK64 = (1 << 64) - 1
 _FIRST_CANDIDATES = 256
 _BLOCK_BYTES = 32 << 20
+# Fewer logits are drawn from by one thread: waking others takes longer.
+_TEAM_LOGITS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +113,13 @@ class Sampler:
         invalid = _clean(logits, best)
         if invalid:
             best, tokens = _highest(logits)
-        if not all(state.params.greedy for state in states) or any(
-            spec is not None and spec.output for spec in logprob_specs
-        ):
-            logits -= best.unsqueeze(-1)
-        self._choose(logits, tokens, states, positions)
+        random_rows = [i for i, state in enumerate(states) if not state.params.greedy]
+        draws = [Draw.of(i, states[i], positions[i]) for i in random_rows]
+        if draws:
+            _choose(logits, best, tokens, draws)
         logprobs = [
-            _output_logprobs(logits[i : i + 1], tokens[i : i + 1], spec)
-            for i, spec in enumerate(logprob_specs)
+            _output_logprobs(logits[i : i + 1], best[i], tokens[i : i + 1], state.params, spec)
+            for i, (state, spec) in enumerate(zip(states, logprob_specs, strict=True))
         ]
         for state, token in zip(states, tokens.tolist(), strict=True):
             state.add(token)
@@ -130,25 +132,58 @@ class Sampler:
             raise InvariantError(f"row {row} is sampled but was never admitted")
         return state
 
-    def _choose(
-        self,
-        logits: torch.Tensor,
-        tokens: torch.Tensor,
-        states: Sequence[SamplingRow],
-        positions: Sequence[int],
-    ) -> None:
-        """Overwrite the random rows of `tokens`; divides their `logits` by the temperature."""
-        random_rows = [i for i, state in enumerate(states) if not state.params.greedy]
-        step = max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
-        for start in range(0, len(random_rows), step):
-            block = random_rows[start : start + step]
-            heat = torch.tensor([states[i].params.temperature for i in block])
-            scaled = logits[block] / heat.unsqueeze(-1)
-            logits[block] = scaled
-            # A kernel per row: a row's probabilities do not depend on the other rows.
-            probs = scaled.softmax(-1)
-            for i, p in zip(block, probs, strict=True):
-                tokens[i] = choose_token(p, states[i].params, uniform(states[i].seed, positions[i]))
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One random row of a batch: its parameters and the number in [0, 1) that picks its token."""
+
+    row: int
+    params: SamplingParams
+    u: float
+
+    @classmethod
+    def of(cls, row: int, state: SamplingRow, position: int) -> Self:
+        """The draw at an absolute position of a request."""
+        return cls(row, state.params, uniform(state.seed, position))
+
+
+def _choose(
+    logits: torch.Tensor, best: torch.Tensor, tokens: torch.Tensor, draws: Sequence[Draw]
+) -> None:
+    """Overwrite the random rows of `tokens`; `best` [B] are the maxima of `logits`."""
+    kernels = kernels_for(logits)
+    if kernels is None:
+        _choose_by_torch(logits, best, tokens, draws)
+        return
+    params = [draw.params for draw in draws]
+    many = len(draws) * logits.shape[1] >= _TEAM_LOGITS
+    kernels.sample(
+        logits,
+        best,
+        tokens,
+        rows=np.array([draw.row for draw in draws]),
+        temperature=np.array([p.temperature for p in params], np.float32),
+        u=np.array([draw.u for draw in draws]),
+        top_k=np.array([p.top_k for p in params]),
+        top_p=np.array([p.top_p for p in params], np.float64),
+        min_p=np.array([p.min_p for p in params], np.float32),
+        num_threads=torch.get_num_threads() if many else 1,
+    )
+
+
+def _choose_by_torch(
+    logits: torch.Tensor, best: torch.Tensor, tokens: torch.Tensor, draws: Sequence[Draw]
+) -> None:
+    """`_choose` without the native kernels."""
+    step = max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
+    for start in range(0, len(draws), step):
+        block = draws[start : start + step]
+        rows = [draw.row for draw in block]
+        heat = torch.tensor([draw.params.temperature for draw in block])
+        scaled = (logits[rows] - best[rows].unsqueeze(-1)) / heat.unsqueeze(-1)
+        # A kernel per row: a row's probabilities do not depend on the other rows.
+        for draw, probs in zip(block, scaled.softmax(-1), strict=True):
+            tokens[draw.row] = choose_token(probs, draw.params, draw.u)
 
 
 def choose_token(probs: torch.Tensor, params: SamplingParams, u: float) -> int:
@@ -233,11 +268,18 @@ def _clean(logits: torch.Tensor, best: torch.Tensor) -> tuple[int, ...]:
 
 
 def _output_logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, spec: LogprobSpec | None
+    logits: torch.Tensor,
+    best: torch.Tensor,
+    tokens: torch.Tensor,
+    params: SamplingParams,
+    spec: LogprobSpec | None,
 ) -> LogprobArrays | None:
-    """Log probabilities of one sampled row [1, V] and its token [1]."""
+    """Log probabilities of one sampled row [1, V], which is overwritten, and its token [1]."""
     if spec is None or not spec.output:
         return None
+    logits -= best
+    if not params.greedy:
+        logits /= params.temperature
     picked = torch.from_numpy(spec.picked_ids.astype(np.int64))
     block = reduce_logits(logits, tokens, spec.top_num, picked)
     return pack_logprobs(tokens.numpy().astype(np.int32), [block], spec.picked_ids)
