@@ -47,6 +47,7 @@ class FailingCalls(HostCalls):
         self.num_advised = 0
         self.num_filled = 0
         self.largest_populated = 0
+        self.populated: list[int] = []  # addresses
         self.protect_error: int | None = None
         self.failing_protects: set[int] = set()  # numbers of failing ones; empty: all
         self.num_protected = 0
@@ -67,6 +68,7 @@ class FailingCalls(HostCalls):
     def advise(self, address: int, length: int, advice: int) -> None:
         if advice == MADV_POPULATE_WRITE:
             self.largest_populated = max(self.largest_populated, length)
+            self.populated.append(address)
         number = self.advice_error.get(advice)
         if number is not None:
             self.num_advised += 1
@@ -117,6 +119,26 @@ def test_whichever_call_of_a_map_fails_nothing_stays(number: int, debug_protect:
     backing.map(G, ids(1, 3, 4))
     assert calls.num_advised == 8
     assert backing.resident_bytes() == (before or 0) + 3 * layouts[0].segment_bytes
+    backing.close()
+
+
+def test_threads_that_map_together_end_together() -> None:
+    """After a refusal nobody begins another piece; then all pieces are mapped, each once."""
+    calls = FailingCalls()
+    layouts = make_layouts()
+    backing = MmapBacking(calls=calls, num_threads=3)
+    backing.reserve(SPEC, layouts)
+    before = backing.resident_bytes()
+    calls.advice_error = {MADV_POPULATE_WRITE: errno.ENOMEM}
+    with pytest.raises(BackingError, match="map 5 KV segments"):
+        backing.map(G, ids(1, 3, 5, 7, 9))
+    assert 1 <= calls.num_advised <= 3  # of 4 planes x 5 runs
+    assert backing.resident_bytes() == before
+    calls.advice_error = {}
+    calls.populated.clear()
+    backing.map(G, ids(1, 3, 5, 7, 9))
+    assert len(set(calls.populated)) == len(calls.populated) == 20
+    assert backing.resident_bytes() == (before or 0) + 5 * layouts[0].segment_bytes
     backing.close()
 
 

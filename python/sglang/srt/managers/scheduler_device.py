@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.device_sampler import DeviceSampler
@@ -66,6 +68,7 @@ def open_backing(
         streams=runtime.stream_handles,
         debug_protect=debug_protect,
         available_bytes=available_bytes if runtime.is_async else None,
+        num_threads=torch.get_num_threads(),
     )
 
 

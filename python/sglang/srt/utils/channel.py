@@ -117,7 +117,7 @@ class Receiver(Generic[T]):
     def drain(self) -> list[T]:
         """All messages that are already here, without waiting."""
         messages: list[T] = []
-        while self._socket.getsockopt(zmq.EVENTS) & _POLLIN:
+        while int(self._socket.getsockopt(zmq.EVENTS)) & _POLLIN:
             messages.append(self._read(self._socket.recv(zmq.NOBLOCK)))
         return messages
 

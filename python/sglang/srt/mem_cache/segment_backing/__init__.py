@@ -25,6 +25,7 @@ def make_backing(
     streams: Sequence[int] = (0,),
     debug_protect: bool = False,
     available_bytes: Callable[[], int] | None = None,
+    num_threads: int = 1,
     make_driver: Callable[..., VmmDriver] = CudaDriver,
 ) -> SegmentBacking:
     """The backing that `--kv-backing` names; "auto" takes what works best on `device`.
@@ -32,9 +33,10 @@ def make_backing(
     That is mmap, else segment_table on a CPU; cuda_vmm, else static on a GPU. `streams` are the
     handles of the streams on which work reads the memory (cuda_vmm only). `debug_protect` makes
     memory that is not mapped inaccessible (mmap only). `available_bytes` replaces the system's
-    figure of memory that may be taken; on a GPU static and segment_table need it. `make_driver`
-    replaces the driver of cuda_vmm. Raises BackingError when the machine can't support the kind
-    (the message suggests one that works), ValueError for another name.
+    figure of memory that may be taken; on a GPU static and segment_table need it. `num_threads`
+    map segments together (mmap only). `make_driver` replaces the driver of cuda_vmm. Raises
+    BackingError when the machine can't support the kind (the message suggests one that works),
+    ValueError for another name.
     """
     if kind == "auto" and device != "cpu":
         try:
@@ -44,7 +46,11 @@ def make_backing(
             kind = "static"
     if kind in ("auto", "mmap"):
         try:
-            return MmapBacking(debug_protect=debug_protect, available_bytes=available_bytes)
+            return MmapBacking(
+                debug_protect=debug_protect,
+                available_bytes=available_bytes,
+                num_threads=num_threads,
+            )
         except BackingError as error:
             if kind == "mmap":
                 raise

@@ -13,6 +13,7 @@ import errno
 import mmap
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +61,9 @@ class MmapBacking:
     """Elastic backing on private anonymous memory (Linux).
 
     `available_bytes` says how much memory may still be taken (None: read from the system at each
-    map), `margin_bytes` of which are never used. With `debug_protect` everything that is not
+    map), `margin_bytes` of which are never used. `num_threads` share the work of a map: the system
+    clears every page, and whoever waits for a segment's memory does not compute meanwhile. With
+    `debug_protect` everything that is not
     mapped is inaccessible, so that a stray access ends the process at once, at the price of up
     to two more kernel mappings per plane and run of mapped segments.
     """
@@ -74,6 +77,7 @@ class MmapBacking:
         debug_protect: bool = False,
         available_bytes: Callable[[], int] | None = None,
         margin_bytes: int = MARGIN_BYTES,
+        num_threads: int = 1,
         calls: HostCalls | None = None,
         system_root: Path = Path("/"),
     ) -> None:
@@ -84,6 +88,8 @@ class MmapBacking:
         self._debug_protect = debug_protect
         self._available = available_bytes or (lambda: read_host_memory().available_bytes)
         self._margin_bytes = margin_bytes
+        self._num_threads = num_threads
+        self._helpers: ThreadPoolExecutor | None = None
         self._calls = calls or HostCalls()
         self._huge_page_bytes = read_huge_page_bytes(system_root)
         self._can_populate = True
@@ -127,10 +133,11 @@ class MmapBacking:
         runs = self._runs(group, segments)
         self._check_headroom(len(segments) * self._layouts[group].segment_bytes)
         try:
-            for address, length in self._ranges(group, runs):
-                if self._debug_protect:
+            ranges = list(self._ranges(group, runs))
+            if self._debug_protect:
+                for address, length in ranges:
                     self._calls.protect(address, length, accessible=True)
-                self._populate(address, length)
+            self._populate_together(ranges)
         except (OSError, BackingError) as error:
             for address, length in self._ranges(group, runs):
                 # what can't be given back now is, when the segment is mapped and unmapped again
@@ -175,6 +182,9 @@ class MmapBacking:
 
     def close(self) -> None:
         """See SegmentBacking."""
+        if self._helpers is not None:
+            self._helpers.shutdown(wait=True)
+            self._helpers = None
         if self._length:
             self._calls.release(self._address, self._length)
         self._address = self._length = 0
@@ -270,12 +280,34 @@ class MmapBacking:
 
     def _populate(self, address: int, length: int) -> None:
         """Commit memory piece by piece. Raises OSError, or BackingError without headroom."""
-        for offset in range(0, length, PIECE_BYTES):
-            piece = min(PIECE_BYTES, length - offset)
-            if not (self._can_populate and self._populate_piece(address + offset, piece)):
+        for place, piece in _pieces(address, length):
+            if not (self._can_populate and self._populate_piece(place, piece)):
                 # touching pages has no way to refuse but the kernel's killer: look before each
                 self._check_headroom(piece)
-                self._calls.fill_zero(address + offset, piece)
+                self._calls.fill_zero(place, piece)
+
+    def _populate_together(self, ranges: list[tuple[int, int]]) -> None:
+        """`_populate` ranges, piece by piece on all threads; what it raises ends all of them."""
+        pieces = [piece for address, length in ranges for piece in _pieces(address, length)]
+        count = min(self._num_threads, len(pieces)) - 1
+        if count > 0 and self._helpers is None:
+            self._helpers = ThreadPoolExecutor(self._num_threads - 1, "kv-populate")
+        left = iter(pieces)  # each piece goes to one thread
+
+        def work() -> None:
+            try:
+                for address, length in left:
+                    self._populate(address, length)
+            finally:
+                list(left)  # nobody begins another one after a refusal
+
+        helpers = [self._helpers.submit(work) for _ in range(count) if self._helpers is not None]
+        try:
+            work()
+        finally:
+            wait(helpers)
+        for helper in helpers:
+            helper.result()
 
     def _populate_piece(self, address: int, length: int) -> bool:
         """True when the kernel populated the piece, False when it does not know how to."""
@@ -319,6 +351,12 @@ class MmapBacking:
                 f"{format_bytes(wanted_bytes)} wanted, {format_bytes(available)} available, of "
                 f"which {format_bytes(self._margin_bytes)} are left to the rest of the machine"
             )
+
+
+def _pieces(address: int, length: int) -> Iterator[tuple[int, int]]:
+    """(address, length) of the parts of a range that one system call populates."""
+    for offset in range(0, length, PIECE_BYTES):
+        yield address + offset, min(PIECE_BYTES, length - offset)
 
 
 def unsupported_reason(root: Path = Path("/")) -> str | None:
