@@ -48,7 +48,7 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "no mixture-of-experts model is served here",
+        "experts are computed by our kernels and split as other weights are",
         """
         --moe-a2a-backend V; --moe-runner-backend V; --moe-dense-tp-size V;
         --flashinfer-mxfp4-moe-precision V; --enable-flashinfer-cutlass-moe;
