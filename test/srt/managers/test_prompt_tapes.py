@@ -142,6 +142,46 @@ def test_tapes_give_way_to_others(
         assert tapes.recorded_prompts != last
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"enable_fused_qk_norm_rope": True},
+        {"kv_cache_dtype": "int8", "dtype": "bfloat16"},
+        {"kv_cache_dtype": "fp8_e4m3", "dtype": "bfloat16"},
+        {"quantization": "int8", "dtype": "bfloat16"},
+    ],
+    ids=lambda flags: ",".join(f"{k}={v}" for k, v in flags.items()),
+)
+def test_the_same_first_logits_as_call_by_call(
+    llama: tuple[str, list[list[int]]], flags: dict[str, object]
+) -> None:
+    """Rounded caches and weights: log probabilities of first tokens, with tapes and without."""
+    path, _ = llama
+    found = []
+    for off in (False, True):
+        with tower(path, page_size=16, disable_cuda_graph=off, **flags) as engine:
+            ask(engine, "prefix", PREFIX)
+            for turn in range(3):  # call by call, recorded, played
+                for count in (9, 33, 12, 60):
+                    prompt = PREFIX + ids(count, 100 * turn + count)
+                    engine.send(f"r{turn}-{count}", prompt, max_new_tokens=1)
+                    asked = engine.channel.inbox[-1]
+                    asked.return_logprob, asked.logprob_start_len = True, len(prompt)
+                    engine.run()
+            outs = {out.rid: out for out in engine.channel.outs if out.output_logprobs}
+            found.append(
+                {
+                    rid: float(np.frombuffer(out.output_logprobs.logprobs, "<f4")[0])
+                    for rid, out in outs.items()
+                }
+            )
+            assert off or len(tapes_of(engine).recorded_prompts) >= 3
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]) == 12
+    for rid, value in found[0].items():
+        assert abs(value - found[1][rid]) < 0.1, rid
+
+
 def test_without_tapes(llama: tuple[str, list[list[int]]]) -> None:
     path, expected = llama
     with tower(path, disable_cuda_graph=True) as engine:
