@@ -150,6 +150,8 @@ Team::~Team() {
     crew().end();
 }
 
+bool leads_team() { return leads; }
+
 void run_on_threads(int num_threads, void (*body)(void*), void* context) {
     if (num_threads <= 1) {
         body(context);

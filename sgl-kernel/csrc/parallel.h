@@ -23,6 +23,9 @@ class Team {
     bool leads_ = false;
 };
 
+// Whether the calls of this thread run on a team now: threads that a call need not wake.
+bool leads_team();
+
 // Calls `task(index)` for every index below `count`, each once, on up to `num_threads` threads.
 // `make_worker()` runs once on each thread and gives the callable that takes the indices.
 template <class MakeWorker>

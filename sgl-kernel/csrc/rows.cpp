@@ -13,11 +13,13 @@
 namespace {
 
 constexpr int64_t kTaskElements = 32 << 10;  // fewer are not worth a thread's waking
+constexpr int64_t kTeamElements = 4 << 10;   // the same where threads wait without sleeping
 constexpr int64_t kTaskBytes = 256 << 10;    // copied
 
 template <class Call>
 void over_rows(const Call& call, void (*work)(const Call&, int64_t, int64_t)) {
-    const int64_t rows = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, call.width));
+    const int64_t elements = sgl::leads_team() ? kTeamElements : kTaskElements;
+    const int64_t rows = std::max<int64_t>(1, elements / std::max<int64_t>(1, call.width));
     sgl::for_each_index((call.rows + rows - 1) / rows, call.num_threads, [&] {
         return [&](int64_t i) { work(call, i * rows, std::min(call.rows, (i + 1) * rows)); };
     });
