@@ -113,8 +113,11 @@ class Sampler:
         invalid = _clean(logits, best)
         if invalid:
             best, tokens = _highest(logits)
-        random_rows = [i for i, state in enumerate(states) if not state.params.greedy]
-        draws = [Draw.of(i, states[i], positions[i]) for i in random_rows]
+        draws = [
+            Draw.of(i, state, positions[i])
+            for i, state in enumerate(states)
+            if not state.params.greedy
+        ]
         if draws:
             _choose(logits, best, tokens, draws)
         logprobs = [

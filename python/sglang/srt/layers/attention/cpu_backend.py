@@ -194,30 +194,22 @@ class CpuAttnBackend(TorchNativeAttnBackend):
 
     def renew(self, plan: CpuPlan, geometry: BatchGeometry) -> None:
         """See `AttentionBackend.renew`."""
-        if plan.has_prompts:
-            self._renew_prompts(plan, geometry)
-            return
-        for blocks in plan.blocks.values():
+        for pruned, blocks in plan.blocks.items():
             for part in blocks:
-                part.positions[:] = geometry.extend_prefix_lens
+                if not plan.has_prompts:
+                    part.positions[:] = geometry.extend_prefix_lens
+                    continue
+                arrays = (part.rows, part.counts, part.positions, part.requests)
+                for array, new in zip(arrays, _query_rows(geometry, pruned), strict=True):
+                    array[:] = new
         for group, tables in plan.tables.items():
             views = geometry.block_tables[group]
-            if plan.views.get(group) is views:
+            # Of the same tables only positions are checked again, so not where counts change, too.
+            if plan.views.get(group) is views and not plan.has_prompts:
                 tables.check_again()
                 continue
             tables.renew([view.page_ids for view in views], [view.first_position for view in views])
             plan.views[group] = views
-
-    def _renew_prompts(self, plan: CpuPlan, geometry: BatchGeometry) -> None:
-        """`renew` where the numbers of queries change, too."""
-        for pruned, blocks in plan.blocks.items():
-            for part in blocks:
-                names = (part.rows, part.counts, part.positions, part.requests)
-                for array, new in zip(names, _query_rows(geometry, pruned), strict=True):
-                    array[:] = new
-        for group, tables in plan.tables.items():
-            views = geometry.block_tables[group]
-            tables.renew([view.page_ids for view in views], [view.first_position for view in views])
 
     def _tables(self, plan: CpuPlan, group: int) -> Any:
         if group not in plan.tables:
