@@ -280,11 +280,15 @@ class MmapBacking:
 
     def _populate(self, address: int, length: int) -> None:
         """Commit memory piece by piece. Raises OSError, or BackingError without headroom."""
-        for place, piece in _pieces(address, length):
-            if not (self._can_populate and self._populate_piece(place, piece)):
-                # touching pages has no way to refuse but the kernel's killer: look before each
-                self._check_headroom(piece)
-                self._calls.fill_zero(place, piece)
+        for piece in _pieces(address, length):
+            self._populate_piece(*piece)
+
+    def _populate_piece(self, address: int, length: int) -> None:
+        """Commit a piece. Raises OSError, or BackingError without headroom."""
+        if not (self._can_populate and self._try_populate(address, length)):
+            # touching pages has no way to refuse but the kernel's killer: look before each
+            self._check_headroom(length)
+            self._calls.fill_zero(address, length)
 
     def _populate_together(self, ranges: list[tuple[int, int]]) -> None:
         """`_populate` ranges, piece by piece on all threads; what it raises ends all of them."""
@@ -296,8 +300,8 @@ class MmapBacking:
 
         def work() -> None:
             try:
-                for address, length in left:
-                    self._populate(address, length)
+                for piece in left:
+                    self._populate_piece(*piece)
             finally:
                 list(left)  # nobody begins another one after a refusal
 
@@ -309,7 +313,7 @@ class MmapBacking:
         for helper in helpers:
             helper.result()
 
-    def _populate_piece(self, address: int, length: int) -> bool:
+    def _try_populate(self, address: int, length: int) -> bool:
         """True when the kernel populated the piece, False when it does not know how to."""
         for _ in range(MAX_RETRIES):
             try:
