@@ -9,11 +9,10 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 
 from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.layers.rows import take_rows
 from sglang.srt.layers.weights import LoadedWeight, WeightOwner, narrow_rows
-from sglang.srt.utils.native import kernels_for
 
 
 class _VocabShard(WeightOwner):
@@ -47,7 +46,7 @@ class _VocabShard(WeightOwner):
 
 
 class VocabParallelEmbedding(_VocabShard):
-    """Token ids [*] -> embeddings [*, embedding_dim]; ids must be in [0, num_embeddings)."""
+    """Token ids [T] -> embeddings [T, embedding_dim]; ids must be in [0, num_embeddings)."""
 
     def __init__(
         self,
@@ -70,11 +69,7 @@ class VocabParallelEmbedding(_VocabShard):
     def _look_up(self, rows: torch.Tensor) -> torch.Tensor:
         if self.quantized is not None:
             return self.quantized.take(rows, self.weight.dtype)
-        kernels = kernels_for(self.weight)
-        if kernels is not None and kernels.is_recording():
-            gathered: torch.Tensor = kernels.gather(self.weight, rows)
-            return gathered
-        return F.embedding(rows, self.weight)
+        return take_rows(self.weight, rows)
 
 
 class ParallelLMHead(_VocabShard):
