@@ -170,8 +170,28 @@ def test_detokenize(server: LiveServer) -> None:
     whole = {"tokens": [1, 97], "skip_special_tokens": False}
     assert server.post("/v1/detokenize", whole).json() == {"text": "\x01a"}
     bad: list[Any] = [{}, {"tokens": []}, {"tokens": "a"}, {"tokens": ["a"]}, {"tokens": [-1]}]
-    for body in bad:
+    for body in [*bad, {"tokens": None}, {"tokens": [[97], []]}, {"tokens": [97, [98]]}]:
         assert server.post("/detokenize", body).status_code == 400
+
+
+@pytest.mark.parametrize("times", [1, 20_000])
+def test_detokenize_of_several_lists(server: LiveServer, times: int) -> None:
+    """Short ones, and those of a body that is read in pieces."""
+    reply = server.post("/detokenize", {"tokens": [[1, 97, 98] * times, [99]]})
+    assert reply.json() == {"text": ["ab" * times, "c"]}
+    assert server.post("/detokenize", {"tokens": [[97]]}).json() == {"text": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "name"), [([97, 1 << 12], "tokens[1]"), ([[97], [1 << 12]], "tokens[1][0]")]
+)
+def test_detokenize_names_an_id_outside_the_vocabulary(
+    server: LiveServer, tokens: list[Any], name: str
+) -> None:
+    reply = server.post("/detokenize", {"tokens": tokens})
+    assert reply.status_code == 400
+    message = reply.json()["error"]["message"]
+    assert message == f"{name} is 4096, but the vocabulary has 4096 ids."
 
 
 def samples(text: str) -> dict[str, float]:

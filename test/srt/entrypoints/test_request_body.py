@@ -42,6 +42,7 @@ def test_list_kind(text: bytes, kind: bytes) -> None:
 def test_json_errors_say_where() -> None:
     with pytest.raises(RequestError, match=re.escape("Invalid JSON in the request body")) as caught:
         split_object(b'{"a": 01}')
+    assert "JSON is malformed" in caught.value.message
     assert "byte 7" in caught.value.message
     assert caught.value.http_status == 400
 

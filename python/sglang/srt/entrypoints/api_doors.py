@@ -18,6 +18,7 @@ from sglang.srt.entrypoints.generate_request_body import (
     GenerateCall,
     parse_binary_generate,
     parse_generate,
+    read_id_prompts,
 )
 from sglang.srt.entrypoints.http_errors import ApiShape, JsonResponse, bad_field, bad_json
 from sglang.srt.entrypoints.openai.chat_messages import template_kwargs, template_messages
@@ -28,7 +29,6 @@ from sglang.srt.entrypoints.request_body import (
     FieldValue,
     off_loop,
     read_body,
-    read_token_ids,
     split_body,
     split_object,
 )
@@ -38,6 +38,7 @@ from sglang.srt.entrypoints.server_context import ServerContext
 from sglang.srt.entrypoints.token_id_reader import IdLists
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import IdArray
+from sglang.srt.managers.request_validation import check_ids
 
 
 class TokenizeBody(msgspec.Struct, frozen=True):
@@ -54,9 +55,9 @@ class TokenizeBody(msgspec.Struct, frozen=True):
 
 
 class DetokenizeBody(msgspec.Struct, frozen=True):
-    """The fields of /detokenize."""
+    """The fields of /detokenize; `tokens` is needed."""
 
-    tokens: msgspec.Raw | IdLists
+    tokens: msgspec.Raw | IdLists | None = None
     skip_special_tokens: bool = True
     model: str = ""
 
@@ -129,13 +130,17 @@ class ApiDoors:
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""
-        fields = await self._fields(request)
-        if "tokens" not in fields:
+        body = DETOKENIZE_FIELDS.read(await self._fields(request))
+        if body.tokens is None:
             raise bad_field("tokens", "it is missing")
-        body = DETOKENIZE_FIELDS.read(fields)
-        ids = read_token_ids("tokens", body.tokens)
+        lists = read_id_prompts("tokens", body.tokens)
         service = self._context.serving.service
-        return JsonResponse({"text": await service.detokenize(ids, body.skip_special_tokens)})
+        texts = []
+        for number, ids in enumerate(lists.arrays):
+            name = f"tokens[{number}]" if lists.is_batch else "tokens"
+            await off_loop(ids.nbytes, check_ids, ids, service.model_config.vocab_size, name)
+            texts.append(await service.detokenize(ids, body.skip_special_tokens))
+        return JsonResponse({"text": texts if lists.is_batch else texts[0]})
 
     async def _fields(self, request: Request) -> dict[str, FieldValue]:
         body = await read_body(request, self._context.request_byte_limit)
@@ -172,4 +177,4 @@ def _parse_completion(body: bytearray) -> tuple[CompletionBody, list[str | IdArr
 
 
 def _split_text(body: bytearray) -> dict[str, FieldValue]:
-    return split_body(body, ids_in=["tokens"], text_in=["prompt"], most_lists=1)
+    return split_body(body, ids_in=["tokens"], text_in=["prompt"], most_lists=MAX_SEQUENCES)

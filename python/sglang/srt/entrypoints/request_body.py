@@ -18,9 +18,8 @@ from starlette.requests import Request
 
 from sglang.srt.entrypoints.body_outline import Outline, take_long_values
 from sglang.srt.entrypoints.http_errors import bad_field, bad_json
-from sglang.srt.entrypoints.token_id_reader import WHITESPACE, IdLists, id_list
+from sglang.srt.entrypoints.token_id_reader import WHITESPACE, IdLists
 from sglang.srt.errors import RequestError
-from sglang.srt.managers.generate_request import IdArray
 
 RawFields = dict[str, msgspec.Raw]
 # A field's JSON text, or what was read already: a long text, token ids.
@@ -137,7 +136,7 @@ def decode_field(
 
 def _plain(error: Exception) -> str:
     text = str(error).removesuffix(".")
-    return text[:1].lower() + text[1:]
+    return text if text.startswith("JSON") else text[:1].lower() + text[1:]
 
 
 def first_char(raw: msgspec.Raw) -> bytes:
@@ -157,15 +156,3 @@ def list_kind(raw: msgspec.Raw) -> bytes:
 def split_list(raw: msgspec.Raw) -> list[msgspec.Raw]:
     """The elements of a raw list, not decoded."""
     return _RAW_LIST.decode(raw)
-
-
-def read_token_ids(name: str, value: FieldValue) -> IdArray:
-    """Token ids of a JSON list of integers, int32 [n].
-
-    Raises RequestError 400 naming `name` and the element when it is anything else.
-    """
-    if isinstance(value, IdLists):
-        if value.is_batch:
-            raise bad_field(name, "expected a list of token ids, not a list of lists")
-        return value.arrays[0]
-    return id_list(name, value.encode() if isinstance(value, str) else bytes(memoryview(value)))

@@ -195,13 +195,3 @@ def _problem(word: bytes, after: bytes) -> str | None:
     if _INTEGER.fullmatch(word):
         return f"is {shown}: this token id is out of range (0 to {MAX_TOKEN_ID})"
     return f"is {shown}, but token ids must be integers"
-
-
-def id_list(name: str, raw: bytes) -> IdArray:
-    """The token ids of JSON text that is one list and nothing else; raises RequestError 400."""
-    if raw[:1] != b"[":
-        raise bad_field(name, "expected a list of token ids")
-    ids, end = read_id_list(name, raw, 0)
-    if end != len(raw):
-        raise RequestError(f"Invalid value for '{name}': there is text after the list.", 400)
-    return ids

@@ -87,8 +87,11 @@ def _check_logprob_fields(request: GenerateRequest, vocab_size: int) -> None:
         )
 
 
-def check_ids(input_ids: IdArray, vocab_size: int) -> None:
-    """Check that a prompt has tokens and that the model has an embedding for each."""
+def check_ids(input_ids: IdArray, vocab_size: int, name: str = "input_ids") -> None:
+    """Check that a prompt has tokens and that the model has an embedding for each.
+
+    `name` is what the message calls the ids.
+    """
     if input_ids.ndim != 1 or len(input_ids) == 0:
         raise RequestError(_EMPTY_PROMPT)
     for start in range(0, len(input_ids), _IDS_AT_ONCE):  # bounded memory, whatever the length
@@ -97,7 +100,7 @@ def check_ids(input_ids: IdArray, vocab_size: int) -> None:
             continue
         at = start + int(np.flatnonzero((block < 0) | (block >= vocab_size))[0])
         raise RequestError(
-            f"input_ids[{at}] is {int(input_ids[at])}, but the vocabulary has {vocab_size} ids."
+            f"{name}[{at}] is {int(input_ids[at])}, but the vocabulary has {vocab_size} ids."
         )
 
 

@@ -103,4 +103,6 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     )
         for token_id, bias in self.logit_bias.items():
             if math.isnan(bias) or not -1e6 <= bias <= 1e6:
-                raise RequestError(f"logit_bias of token {token_id} must be finite, got {bias}.")
+                raise RequestError(
+                    f"logit_bias of token {token_id} must be in [-1e6, 1e6], got {bias}."
+                )

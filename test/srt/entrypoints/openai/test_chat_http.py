@@ -284,6 +284,7 @@ def test_an_error_inside_a_stream(server: LiveServer) -> None:
         ({"functions": [{}]}, "functions"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"logit_bias": {"5000": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 1e9}}, "logit_bias of token 5 must be in [-1e6, 1e6]"),
         ({"stop": [""]}, "stop"),
         ({"stream_options": 5}, "stream_options"),
         ({"rid": ""}, "rid"),
