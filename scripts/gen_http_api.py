@@ -38,11 +38,12 @@ nothing (null, and the values in brackets). Null means "not given".
 | `/generate` | POST, PUT | SGLang's native API |
 | `/v1/chat/completions`, `/v1/completions` | POST | OpenAI's API |
 | `/v1/models`, `/v1/models/{id}` | GET | `max_model_len` is the effective context |
-| `/tokenize`, `/detokenize`, both also below `/v1` | POST | |
+| `/tokenize`, also below `/v1` | POST | `prompt` (one text or several) or `messages`, to `tokens` |
+| `/detokenize`, also below `/v1` | POST | `tokens` (a list of ids or of such lists), to `text` |
 | `/health`, `/ready`, `/ping` | GET | the scheduler's signs of life; answers at once |
 | `/health_generate` | GET | really generates a token |
 | `/model_info`, `/get_model_info` | GET | |
-| `/server_info`, `/get_server_info` | GET | settings, state, `memory` |
+| `/server_info`, `/get_server_info` | GET | settings, `memory`, each replica's `internal_states` |
 | `/get_load` | GET | requests and tokens of each replica, for routers |
 | `/flush_cache?timeout=0` | GET, POST | 400 while requests run |
 | `/abort_request` | POST | `rid` (also the start of several ids) or `abort_all` |
@@ -53,14 +54,20 @@ nothing (null, and the values in brackets). Null means "not given".
 
 ## What to know
 
+- An error is `{"object": "error", "message": ..., "type": ..., "param": null, "code": 400}` below
+  `/v1` and `{"error": {"message": ...}}` elsewhere. In a stream that has begun, the event
+  `{"error": ...}` holds the former, or a message with `type`, `code` and `retryable`.
+- Any other path is answered with 404: embeddings, scores, `/v1/responses`, `/v1/messages`, sessions
+  and LoRA adapters are not served.
 - With `--api-key` every path but the four of health asks for `Authorization: Bearer KEY` (401
   `{"error":"Unauthorized"}`), `/metrics` included.
 - With `--admin-api-key`, `/set_kv_budget`, `/compact_kv` and `/flush_cache` ask for that key and
   no other.
 - While the model is loaded, and while the server ends, everything answers 503.
 - A body above `--max-request-bytes` is refused with 413 as soon as that is known.
-- Token ids in JSON (`input_ids`, `prompt` of `/v1/completions`) are one list of integers or a list
-  of such lists; a 400 names the element that is none.
+- Token ids in JSON (`input_ids`, `prompt` of `/v1/completions`, `tokens` of `/detokenize`) are one
+  list of integers or a list of such lists; a 400 names the element that is none, or that is not in
+  the vocabulary.
 - `/generate` also takes the ids as bytes: a body of type `application/octet-stream` that is one
   prompt of little-endian int32 ids, with the other fields as a JSON object in the header
   `{header}`; or their base64 text in `input_ids_b64`. Bodies longer than the context needs
@@ -76,8 +83,8 @@ nothing (null, and the values in brackets). Null means "not given".
   "tokens_per_s": x, "eta_s": x}`. OpenAI's clients skip them. `eta_s` (null: no rate yet) is at
   the present rate: the rate of full attention falls as the prompt gets longer. The first comment
   sends the status, so an error after it is an event.
-- `/server_info` lists the same numbers in `prefill` of each of its `requests` (null: not under
-  way); the log has them every five seconds.
+- `/server_info` lists the same numbers in `prefill` of each of the `requests` of `internal_states`
+  (null: not under way); the log has them every five seconds.
 - On `/generate`, stream events repeat the whole text unless `--incremental-streaming-output`. A
   client that reads slowly gets fewer, larger events; nothing is dropped.
 - A client that closes its connection, even only its sending side, ends its request.
