@@ -19,7 +19,12 @@ from sglang.srt.mem_cache.allocator import PageAllocator
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, HeldWindow
 from sglang.srt.mem_cache.canary import KVCanary
 from sglang.srt.mem_cache.decode_steps import DecodeSteps
-from sglang.srt.mem_cache.group_parts import make_allocators, make_ladder, make_prefix_cache
+from sglang.srt.mem_cache.group_parts import (
+    make_allocators,
+    make_ladder,
+    make_manager,
+    make_prefix_cache,
+)
 from sglang.srt.mem_cache.integrity import audit
 from sglang.srt.mem_cache.kv_events import EventSink, KVEventRecorder
 from sglang.srt.mem_cache.kv_layout import (
@@ -28,9 +33,7 @@ from sglang.srt.mem_cache.kv_layout import (
     KVCacheSpec,
     KVRanks,
     ReqPoolIdx,
-    make_segment_layouts,
     num_pages_for,
-    trim_layouts_to_budget,
 )
 from sglang.srt.mem_cache.lease import DecodeRows, KVLease, KVPlacement, PageNeed
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool, make_kv_pool
@@ -118,32 +121,24 @@ class KVMemory:
         the machine could ever hold. `prefix_idle_s` negative: prefixes never grow old.
         `max_cached_tokens` None: no bound. `event_sink` hears at each step boundary what the prefix
         cache stored and dropped (None: nothing is recorded). `prefill_chunk` is the most tokens of
-        a request that one step computes; only window groups ask. `ranks` None: this rank is alone.
-        `kv_ranks` share the pages of each request; budget and bytes are those of one of them.
-        Raises ValueError when the budget can't hold the idle state, BackingError when the machine
-        refuses it; nothing is then held.
+        a request in one step; only window groups ask. `ranks` None: this rank is alone. `kv_ranks`
+        share the pages of each request; budget and bytes are those of one of them. Raises
+        ValueError when the budget can't hold the idle state, BackingError when the machine refuses
+        it; nothing is then held.
         """
-        layouts = make_segment_layouts(
+        manager = make_manager(
             spec,
+            backing,
+            budget_bytes=budget_bytes,
+            machine_bytes=machine_bytes,
             slots_per_segment=slots_per_segment,
             auto_segment_bytes=auto_segment_bytes,
             auto_min_slots=auto_min_slots,
-            granule_bytes=backing.granule_bytes,
-            machine_bytes=machine_bytes,
-            budget_bytes=budget_bytes,
-            kv_parallel=kv_ranks.size,
-        )
-        if not backing.elastic:
-            layouts = trim_layouts_to_budget(layouts, budget_bytes)
-        backing.reserve(spec, tuple(layout.on_rank for layout in layouts))
-        manager = SegmentManager(
-            layouts,
-            backing,
-            budget_bytes=budget_bytes,
             reserve_segments=reserve_segments,
             idle_release_s=idle_release_s,
             now=now,
             ranks=ranks,
+            kv_parallel=kv_ranks.size,
         )
         allocators = make_allocators(spec, manager)
         events = None if event_sink is None else KVEventRecorder(spec.page_size, event_sink)
@@ -153,7 +148,7 @@ class KVMemory:
             allocators,
             make_prefix_cache(spec, allocators, enable_prefix_cache, eviction_policy, events),
             ReqToTokenPool(max_requests, spec.num_groups, spec.page_size),
-            make_kv_pool(spec, layouts, backing, kv_ranks.rank),
+            make_kv_pool(spec, manager.layouts, backing, kv_ranks.rank),
             prefix_idle_s=prefix_idle_s,
             max_cached_tokens=max_cached_tokens,
             events=events,
@@ -287,11 +282,7 @@ class KVMemory:
         keep_window = keep_window and self.recycler.active
         if num_tokens < lease.next_share_tokens and not keep_window:
             return
-        self._check_computed(lease, num_tokens)
-        tables = tuple(table.page_ids for table in lease.tables)
-        self.cache.insert(lease.handle, token_ids, num_tokens, tables)
-        if keep_window:
-            self._keep_window(lease, token_ids, num_tokens)
+        self._insert(lease, token_ids, num_tokens, keep_window=keep_window)
         own = lease.handle.num_tokens
         lease.next_share_tokens = own + max(self.page_size, 2 * (num_tokens - own))
 
@@ -304,11 +295,7 @@ class KVMemory:
         if lease.closed:
             raise InvariantError(f"{lease!r} was closed twice")
         if token_ids is not None:
-            self._check_computed(lease, num_tokens)
-            tables = tuple(table.page_ids for table in lease.tables)
-            self.cache.insert(lease.handle, token_ids, num_tokens, tables)
-            if self.recycler.active:
-                self._keep_window(lease, token_ids, num_tokens)
+            self._insert(lease, token_ids, num_tokens, keep_window=self.recycler.active)
         lease.closed = True
         for allocator, table in zip(self.allocators, lease.tables, strict=True):
             allocator.index.drop_row(table.page_ids)
@@ -438,13 +425,17 @@ class KVMemory:
         end = need.lease.num_tokens + need.num_tokens
         return num_pages_for(end, self.page_size) - need.lease.tables[0].end_page
 
-    def _keep_window(self, lease: KVLease, token_ids: Int32Array, num_tokens: int) -> None:
-        held = [HeldWindow(table.page_ids, table.first_page) for table in lease.tables]
-        self.cache.keep_window(lease.handle, token_ids, num_tokens, held)
-
-    def _check_computed(self, lease: KVLease, num_tokens: int) -> None:
+    def _insert(
+        self, lease: KVLease, token_ids: Int32Array, num_tokens: int, *, keep_window: bool
+    ) -> None:
+        """Cache computed tokens, and with `keep_window` what window groups see from their end."""
         if lease.closed or num_tokens > lease.num_tokens:
             raise InvariantError(f"{lease!r} has no {num_tokens} computed tokens")
+        tables = tuple(table.page_ids for table in lease.tables)
+        self.cache.insert(lease.handle, token_ids, num_tokens, tables)
+        if keep_window:
+            held = [HeldWindow(table.page_ids, table.first_page) for table in lease.tables]
+            self.cache.keep_window(lease.handle, token_ids, num_tokens, held)
 
     def __repr__(self) -> str:
         return (
