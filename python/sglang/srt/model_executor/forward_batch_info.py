@@ -169,33 +169,16 @@ class ForwardBatch:
         prefix = np.fromiter((item.start for item in items), np.int64, len(items))
         starts = np.cumsum(lens) - lens
         total = int(lens.sum())
-        input_ids = np.empty(total, np.int64)
         positions = np.arange(total, dtype=np.int64) + np.repeat(prefix - starts, lens)
-        relay_at: list[int] = []
-        relay_rows: list[int] = []
-        for item, q_start in zip(items, starts.tolist(), strict=True):
-            if item.from_relay:
-                relay_at.append(q_start)
-                relay_rows.append(item.lease.row)
-                input_ids[q_start] = 0
-            else:
-                ids = item.req.tokens.view(item.start, item.start + item.num_tokens)
-                input_ids[q_start : q_start + item.num_tokens] = ids
+        input_ids, relay_at, relay_rows = _packed_ids(batch, starts, total)
         logits_rows = _logits_rows(batch, starts)
-        if placement.tables is not None:
-            tables: tuple[tuple[BlockTableView, ...], ...] = placement.tables()
-        else:
-            tables = tuple(
-                tuple(item.lease.tables[group].snapshot() for item in items)
-                for group in range(len(placement.out_cache_loc))
-            )
         geometry = BatchGeometry(
             seq_lens=prefix + lens,
             extend_prefix_lens=prefix,
             extend_seq_lens=lens,
             q_starts=starts,
             logits_rows=logits_rows,
-            block_tables=tables,
+            block_tables=_block_tables(batch, placement),
             page_size=page_size,
         )
         return cls(
@@ -212,9 +195,39 @@ class ForwardBatch:
             attn_backend=backend,
             attn_plan=backend.plan(geometry),
             progress=progress,
-            relay_at=np.array(relay_at, np.int64),
-            relay_rows=np.array(relay_rows, np.int64),
+            relay_at=relay_at,
+            relay_rows=relay_rows,
         )
+
+
+def _packed_ids(
+    batch: ScheduleBatch, starts: Int64Array, total: int
+) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Ids [T] of all new tokens, the rows of those still to be sampled (0), and their KV rows."""
+    input_ids = np.empty(total, np.int64)
+    relay_at: list[int] = []
+    relay_rows: list[int] = []
+    for item, q_start in zip(batch.items, starts.tolist(), strict=True):
+        if item.from_relay:
+            relay_at.append(q_start)
+            relay_rows.append(item.lease.row)
+            input_ids[q_start] = 0
+        else:
+            ids = item.req.tokens.view(item.start, item.start + item.num_tokens)
+            input_ids[q_start : q_start + item.num_tokens] = ids
+    return input_ids, np.array(relay_at, np.int64), np.array(relay_rows, np.int64)
+
+
+def _block_tables(
+    batch: ScheduleBatch, placement: KVPlacement
+) -> tuple[tuple[BlockTableView, ...], ...]:
+    """Snapshots [group][B] of the requests' pages; the placement's where it brings them."""
+    if placement.tables is not None:
+        return placement.tables()
+    return tuple(
+        tuple(item.lease.tables[group].snapshot() for item in batch.items)
+        for group in range(len(placement.out_cache_loc))
+    )
 
 
 def _logits_rows(batch: ScheduleBatch, starts: Int64Array) -> Int64Array:
