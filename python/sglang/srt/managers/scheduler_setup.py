@@ -16,7 +16,6 @@ import torch
 
 from sglang.srt.configs.model_config import ModelConfig, resolve_context_length
 from sglang.srt.distributed.communicator import Communicator, RankLinks
-from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.distributed.rank_grid import RankGrid
 from sglang.srt.environ import Environ
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -49,7 +48,7 @@ from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
 from sglang.srt.mem_cache.canary_perturb import Perturbation
 from sglang.srt.mem_cache.capacity import request_page_bounds
 from sglang.srt.mem_cache.kv_events import EventSink
-from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVRanks
+from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.mem_cache.segment_backing import SegmentBacking
 from sglang.srt.model_executor.decode_tapes import CausalLM
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -86,6 +85,19 @@ class SchedulerParts:
     ready: SchedulerReady
     publisher: KVEventPublisher | None = None
     canary: SchedulerCanary | None = None
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """Who builds: its settings and device, its place, and its links to the others."""
+
+    args: ServerArgs
+    environ: Environ
+    runtime: DeviceRuntime
+    place: RankPlace
+    grid: RankGrid
+    links: RankLinks | None
+    everyone: Communicator | None
 
 
 def resolve_dtype(requested: str, checkpoint: str, device: str = "cpu") -> str:
@@ -144,37 +156,19 @@ def build_scheduler_parts(
     )
     requested = resolve_context_length(config, args.context_length, environ)
     grid = RankGrid.of(links, args.kv_parallel_size)
+    rank = _Rank(args, environ, runtime, place, grid, links, everyone)
     dtype = resolve_dtype(args.dtype, config.torch_dtype, args.device)
     free_before = runtime.read_memory().available_bytes
-    show = place.number == 0
-    model = _load(args, config, grid.parallel, DTYPES[dtype], runtime, show_progress=show)
+    model = _load(rank, config, DTYPES[dtype])
     backend_class = get_attention_backend(args.attention_backend, args.device)
     page_size = args.page_size or backend_class.preferred_page_size
     kv_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
     spec = kv_cache_spec(config, grid.parallel, kv_dtype, page_size)
     damage = _perturbation(args, environ, spec)
     runtime.synchronize()  # the weights were copied elsewhere than on the compute stream
-    backing = open_backing(args, runtime, debug_protect=environ.kv_debug_protect)
-    num_sharing = 1 if runtime.is_async else place.num_here  # a device is one scheduler's
-    host = agreed_memory(everyone, num_sharing, runtime.read_memory)
-    device_plan = agreed_device_plan(
-        everyone,
-        plan_of_device(
-            args, runtime, free_before, config, spec, backend_class, backing.granule_bytes
-        ),
+    plan, memory, publisher = _open_pool(
+        rank, config, spec, backend_class, requested=requested, free_before=free_before
     )
-    min_slots = auto_min_slots(runtime)
-    plan = plan_pool(args, spec, backing, host, requested, device_plan, min_slots)
-    if plan.clamp.is_clamped:
-        logger.warning("Context length clamped: %s.", plan.clamp.explanation)
-    # All ranks cache alike; one of them tells.
-    publisher = open_publisher(args.kv_events_config if place.tp_rank == 0 else None, place)
-    sink = None if publisher is None else publisher.publish
-    memory = _make_memory(
-        args, spec, backing, plan, host.total_bytes, sink, links, grid.kv_ranks, min_slots
-    )
-    memory.kv_pool.serve(runtime)
-    _warn_of_nothing_shared(args, memory)
     backend = make_attention_backend(backend_class, memory.kv_pool, grid.kv_group)
     recorder = make_recorder(args, model, backend, runtime, memory.kv_pool)
     runner = ModelRunner(model, LogitsProcessor(), recorder)
@@ -213,22 +207,15 @@ def _set_threads(args: ServerArgs, runtime: DeviceRuntime, num_here: int) -> Non
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
-def _load(
-    args: ServerArgs,
-    config: ModelConfig,
-    parallel: ParallelState,
-    dtype: torch.dtype,
-    runtime: DeviceRuntime,
-    *,
-    show_progress: bool,
-) -> CausalLM:
+def _load(rank: _Rank, config: ModelConfig, dtype: torch.dtype) -> CausalLM:
+    args = rank.args
     model = load_model(
         config,
         load_format=args.load_format,
         dtype=dtype,
-        parallel=parallel,
-        device=runtime.device,
-        show_progress=show_progress,
+        parallel=rank.grid.parallel,
+        device=rank.runtime.device,
+        show_progress=rank.place.number == 0,
         seed=args.random_seed,
         quantization=args.quantization,
         scales_kv=args.kv_cache_dtype.startswith("fp8"),
@@ -247,10 +234,9 @@ def _batch_maker(
     def make_batch(batch: ScheduleBatch, placement: KVPlacement) -> ForwardBatch:
         slots = enumerate(placement.out_cache_loc)
         places = tuple(share.write_slots(group, loc) for group, loc in slots)
-        placement = KVPlacement(places, placement.ticket)
         return ForwardBatch.from_schedule_batch(
             batch,
-            placement,
+            KVPlacement(places, placement.ticket),
             pool=memory.kv_pool,
             backend=backend,
             page_size=page_size,
@@ -260,18 +246,53 @@ def _batch_maker(
     return make_batch
 
 
+def _open_pool(
+    rank: _Rank,
+    config: ModelConfig,
+    spec: KVCacheSpec,
+    backend_class: type[AttentionBackend],
+    *,
+    requested: int,
+    free_before: int,
+) -> tuple[PoolPlan, KVMemory, KVEventPublisher | None]:
+    """The pool in what the weights left, and who tells of its cache (None: nobody is to).
+
+    `requested` tokens of context are clamped to it; `free_before` were the device's bytes before
+    the weights. All ranks agree on the numbers.
+    """
+    args, runtime = rank.args, rank.runtime
+    backing = open_backing(args, runtime, debug_protect=rank.environ.kv_debug_protect)
+    num_sharing = 1 if runtime.is_async else rank.place.num_here  # a device is one scheduler's
+    host = agreed_memory(rank.everyone, num_sharing, runtime.read_memory)
+    device_plan = agreed_device_plan(
+        rank.everyone,
+        plan_of_device(
+            args, runtime, free_before, config, spec, backend_class, backing.granule_bytes
+        ),
+    )
+    plan = plan_pool(args, spec, backing, host, requested, device_plan, auto_min_slots(runtime))
+    if plan.clamp.is_clamped:
+        logger.warning("Context length clamped: %s.", plan.clamp.explanation)
+    # All ranks cache alike; one of them tells.
+    events = args.kv_events_config if rank.place.tp_rank == 0 else None
+    publisher = open_publisher(events, rank.place)
+    sink = None if publisher is None else publisher.publish
+    memory = _make_memory(rank, spec, backing, plan, host.total_bytes, sink)
+    memory.kv_pool.serve(runtime)
+    _warn_of_nothing_shared(args, memory)
+    return plan, memory, publisher
+
+
 def _make_memory(
-    args: ServerArgs,
+    rank: _Rank,
     spec: KVCacheSpec,
     backing: SegmentBacking,
     plan: PoolPlan,
     machine_bytes: int,
     event_sink: EventSink | None,
-    links: RankLinks | None,
-    kv_ranks: KVRanks,
-    min_slots: int,
 ) -> KVMemory:
-    ranks = None if links is None else links.control
+    args = rank.args
+    ranks = None if rank.links is None else rank.links.control
     now_ms = int(time.monotonic() * 1e3)
     return KVMemory.create(
         spec,
@@ -281,7 +302,7 @@ def _make_memory(
         max_requests=plan.max_running_requests,
         slots_per_segment=args.kv_segment_size,
         auto_segment_bytes=AUTO_SEGMENT_BYTES,
-        auto_min_slots=min_slots,
+        auto_min_slots=auto_min_slots(rank.runtime),
         reserve_segments=reserve_of(args, backing),
         idle_release_s=args.kv_idle_release_seconds,
         prefix_idle_s=args.prefix_cache_idle_seconds,
@@ -292,7 +313,7 @@ def _make_memory(
         prefill_chunk=prefill_chunk_tokens(args),
         now=(now_ms if ranks is None else ranks.agree((now_ms,))[0]) / 1e3,
         ranks=ranks,
-        kv_ranks=kv_ranks,
+        kv_ranks=rank.grid.kv_ranks,
     )
 
 
