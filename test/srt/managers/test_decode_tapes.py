@@ -79,6 +79,28 @@ def test_what_is_no_native_call_is_computed_as_ever(
     assert "are not recorded: aten." in caplog.text
 
 
+def test_steps_have_the_same_tables_until_a_page_begins(
+    llama: tuple[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a step need not look at the pages of all its requests again."""
+    seen: dict[int, tuple[object, ...]] = {}
+    pack = ForwardBatch.from_schedule_batch
+
+    def watch(*args: Any, **kwargs: Any) -> ForwardBatch:
+        batch = pack(*args, **kwargs)
+        if batch.num_tokens == 1:
+            seen[int(batch.geometry.seq_lens[0])] = batch.geometry.block_tables
+        return batch
+
+    monkeypatch.setattr(ForwardBatch, "from_schedule_batch", watch)
+    with tower(llama[0], page_size=16) as engine:
+        engine.send("one", [1, 2], max_new_tokens=31)
+        engine.run()
+    assert list(seen) == list(range(3, 33))
+    changed = [length for length in range(4, 33) if seen[length] is not seen[length - 1]]
+    assert changed == [17]
+
+
 def test_flags(llama: tuple[str, list[list[int]]]) -> None:
     path, expected = llama
     with tower(path, disable_cuda_graph=True) as engine:

@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -236,7 +236,7 @@ def _batch_maker(
         places = tuple(share.write_slots(group, loc) for group, loc in slots)
         return ForwardBatch.from_schedule_batch(
             batch,
-            KVPlacement(places, placement.ticket),
+            replace(placement, out_cache_loc=places),
             pool=memory.kv_pool,
             backend=backend,
             page_size=page_size,
