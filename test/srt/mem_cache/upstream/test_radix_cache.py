@@ -160,6 +160,62 @@ ACTION = st.one_of(
 )
 
 
+class PlainModel:
+    """What the cache ought to hold: the slots of each whole page, by the tokens up to its end."""
+
+    def __init__(self, cache: RadixCache, page_size: int) -> None:
+        self.cache = cache
+        self.page_size = page_size
+        self.slots: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        self.locks: list[NodeRef] = []
+
+    def key_of(self, blocks: list[int], salt: str, tail: int = 0) -> RadixKey:
+        tokens = [t for block in blocks for t in [*[7] * (self.page_size - 1), block]]
+        return RadixKey(tokens + [9] * (tail % self.page_size), None, salt)
+
+    def beginnings(self, key: RadixKey) -> list[tuple[str, tuple[int, ...]]]:
+        size = self.page_size
+        tokens, salt = tuple(key.token_ids.tolist()), key.cache_salt or ""
+        whole = len(tokens) // size * size
+        return [(salt, tokens[:end]) for end in range(size, whole + 1, size)]
+
+    def check_match(self, key: RadixKey) -> MatchResult:
+        found, wanted = match(self.cache, key), []
+        for beginning in self.beginnings(key):
+            if beginning not in self.slots:
+                break
+            wanted += self.slots[beginning]
+        assert found.device_indices.tolist() == wanted
+        return found
+
+    def put(self, key: RadixKey, known: int) -> None:
+        """Put a key into both; the first `known` tokens keep their slots."""
+        slots = put(self.cache, key)
+        for number, beginning in enumerate(self.beginnings(key)):
+            first, end = number * self.page_size, (number + 1) * self.page_size
+            if end > known:
+                self.slots[beginning] = slots[first:end]
+
+    def forget_what_is_gone(self) -> int:
+        """Drop from the model what the cache evicted; what is left must hold together."""
+        count = 0
+        for salt, tokens in sorted(self.slots, key=lambda item: -len(item[1])):
+            if len(match(self.cache, RadixKey(tokens, None, salt)).device_indices) < len(tokens):
+                del self.slots[salt, tokens]
+                count += self.page_size
+        for lock in self.locks:
+            assert all(beginning in self.slots for beginning in self.beginnings(lock.key))
+        return count
+
+    def check(self) -> None:
+        locked = {b for lock in self.locks for b in self.beginnings(lock.key)}
+        assert self.cache.total_size() == len(self.slots) * self.page_size
+        assert self.cache.protected_size() == len(locked) * self.page_size
+        free = self.cache.token_to_kv_pool_allocator.available_size()
+        assert free == (60 - len(self.slots)) * self.page_size
+        self.cache.inner.check([handle for lock in self.locks for handle in lock._handles])
+
+
 @settings(max_examples=120, deadline=None)
 @given(
     page_size=st.sampled_from([1, 16, 64]),
@@ -168,67 +224,28 @@ ACTION = st.one_of(
 )
 def test_against_a_plain_model(page_size: int, policy: str, actions: list[tuple]) -> None:
     cache = make_cache(page_size, 60, policy)
-    allocator = cache.token_to_kv_pool_allocator
-    model: dict[tuple[str, tuple[int, ...]], list[int]] = {}  # whole pages of beginnings -> slots
-    locks: list[NodeRef] = []
-
-    def key_of(blocks: list[int], salt: str, tail: int = 0) -> RadixKey:
-        tokens = [t for block in blocks for t in [*[7] * (page_size - 1), block]]
-        return RadixKey(tokens + [9] * (tail % page_size), None, salt)
-
-    def beginnings(key: RadixKey) -> list[tuple[str, tuple[int, ...]]]:
-        tokens, salt = tuple(key.token_ids.tolist()), key.cache_salt or ""
-        whole = len(tokens) // page_size * page_size
-        return [(salt, tokens[:end]) for end in range(page_size, whole + 1, page_size)]
-
-    def check_match(key: RadixKey) -> MatchResult:
-        found, wanted = match(cache, key), []
-        for beginning in beginnings(key):
-            if beginning not in model:
-                break
-            wanted += model[beginning]
-        assert found.device_indices.tolist() == wanted
-        return found
-
-    def forget_what_is_gone() -> int:
-        """Drop from the model what the cache evicted; what is left must hold together."""
-        count = 0
-        for salt, tokens in sorted(model, key=lambda item: -len(item[1])):
-            if len(match(cache, RadixKey(tokens, None, salt)).device_indices) < len(tokens):
-                del model[salt, tokens]
-                count += page_size
-        for lock in locks:
-            assert all(beginning in model for beginning in beginnings(lock.key))
-        return count
-
+    model = PlainModel(cache, page_size)
     for name, *args in actions:
         if name == "put":
-            key = key_of(*args)
-            known = len(check_match(key).device_indices)
-            if allocator.available_size() < len(key):
+            key = model.key_of(*args)
+            known = len(model.check_match(key).device_indices)
+            if cache.token_to_kv_pool_allocator.available_size() < len(key):
                 continue
-            slots = put(cache, key)
-            for number, beginning in enumerate(beginnings(key)):
-                if (number + 1) * page_size > known:
-                    model[beginning] = slots[number * page_size : (number + 1) * page_size]
+            model.put(key, known)
         elif name == "lock":
-            node = check_match(key_of(*args)).last_device_node
+            node = model.check_match(model.key_of(*args)).last_device_node
             cache.inc_lock_ref(node)
-            locks.append(node)
-        elif name == "unlock" and locks:
-            cache.dec_lock_ref(locks.pop(args[0] % len(locks)))
+            model.locks.append(node)
+        elif name == "unlock" and model.locks:
+            cache.dec_lock_ref(model.locks.pop(args[0] % len(model.locks)))
         elif name == "evict":
             able = cache.evictable_size()
             freed = cache.evict(EvictParams(args[0])).num_tokens_evicted
             assert freed == min(able, -(-args[0] // page_size) * page_size)
-            assert forget_what_is_gone() == freed
+            assert model.forget_what_is_gone() == freed
         elif name == "reset":
             cache.reset()
-            forget_what_is_gone()
+            model.forget_what_is_gone()
             assert cache.evictable_size() == 0
-        locked = {b for lock in locks for b in beginnings(lock.key)}
-        assert cache.total_size() == len(model) * page_size
-        assert cache.protected_size() == len(locked) * page_size
-        assert allocator.available_size() == (60 - len(model)) * page_size
-        cache.inner.check([handle for lock in locks for handle in lock._handles])
-    assert np.sum([len(slots) for slots in model.values()]) == cache.total_size()
+        model.check()
+    assert np.sum([len(slots) for slots in model.slots.values()]) == cache.total_size()
