@@ -49,7 +49,6 @@ from sglang.srt.mem_cache.window_rule import window_rules
 Int32Array = npt.NDArray[np.int32]
 _Granted = TypeVar("_Granted")
 
-
 __all__ = ["DecodeRows", "KVLease", "KVMemory", "KVPlacement", "PageNeed"]
 
 
@@ -120,11 +119,10 @@ class KVMemory:
         `slots_per_segment` None means auto, see `make_segment_layouts`; `machine_bytes` is all that
         the machine could ever hold. `prefix_idle_s` negative: prefixes never grow old.
         `max_cached_tokens` None: no bound. `event_sink` hears at each step boundary what the prefix
-        cache stored and dropped (None: nothing is recorded). `prefill_chunk` is the most tokens of
-        a request in one step; only window groups ask. `ranks` None: this rank is alone. `kv_ranks`
-        share the pages of each request; budget and bytes are those of one of them. Raises
-        ValueError when the budget can't hold the idle state, BackingError when the machine refuses
-        it; nothing is then held.
+        cache stored and dropped (None: nobody does). `prefill_chunk` is the most tokens of a
+        request in one step; only window groups ask. `ranks` None: this rank is alone. `kv_ranks`
+        share the pages of each request; budget and bytes are those of one of them. Nothing is held
+        after ValueError, the budget can't hold the idle state, or BackingError, the machine can't.
         """
         manager = make_manager(
             spec,
