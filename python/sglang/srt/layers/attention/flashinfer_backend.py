@@ -17,9 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +25,12 @@ import torch
 
 from sglang.srt.errors import InvariantError
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer
+from sglang.srt.layers.attention.flashinfer_wrappers import (
+    DecodeWrapper,
+    FlashInferWrappers,
+    PrefillWrapper,
+    Wrappers,
+)
 from sglang.srt.layers.attention.merge import apply_sinks
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES
@@ -35,91 +39,6 @@ from sglang.srt.utils.device import upload
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
-
-_WORKSPACE_BYTES = 256 << 20  # of floats, zeroed once; both wrappers share it
-
-
-class DecodeWrapper(Protocol):
-    """`flashinfer.BatchDecodeWithPagedKVCacheWrapper`: one query for each sequence."""
-
-    def plan(
-        self,
-        indptr: torch.Tensor,
-        indices: torch.Tensor,
-        last_page_len: torch.Tensor,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        page_size: int,
-        **options: Any,
-    ) -> None:
-        """Page tables int32: `indptr` [N + 1], `indices` [pages], `last_page_len` [N]."""
-
-    def run(self, q: torch.Tensor, paged_kv_cache: Any, *, return_lse: bool) -> Any:
-        """q [N, H, D] over (k, v) of [pages, page_size, G, D]: (out [N, H, D], lse to base 2)."""
-
-
-class PrefillWrapper(Protocol):
-    """`flashinfer.BatchPrefillWithPagedKVCacheWrapper`: runs of queries."""
-
-    def plan(
-        self,
-        qo_indptr: torch.Tensor,
-        paged_kv_indptr: torch.Tensor,
-        paged_kv_indices: torch.Tensor,
-        paged_kv_last_page_len: torch.Tensor,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        head_dim_qk: int,
-        page_size: int,
-        **options: Any,
-    ) -> None:
-        """As `DecodeWrapper.plan`, with the sequences' rows: `qo_indptr` int32 [N + 1]."""
-
-    def run(self, q: torch.Tensor, paged_kv_cache: Any, *, return_lse: bool) -> Any:
-        """As `DecodeWrapper.run`, with q [R, H, D]."""
-
-
-class Wrappers(Protocol):
-    """Makes wrappers over a workspace on `device`; what the package offers, or a stand-in."""
-
-    def decode(self, device: torch.device) -> DecodeWrapper: ...
-
-    def prefill(self, device: torch.device) -> PrefillWrapper: ...
-
-
-class FlashInferWrappers:
-    """The package's own wrappers, one workspace a device."""
-
-    def __init__(self) -> None:
-        self._package = import_module("flashinfer")
-        self._workspaces: dict[torch.device, torch.Tensor] = {}
-
-    def decode(self, device: torch.device) -> DecodeWrapper:
-        """See Wrappers. Tensor cores: they serve every number of heads in a group."""
-        made: DecodeWrapper = self._package.BatchDecodeWithPagedKVCacheWrapper(
-            self._workspace(device), "NHD", use_tensor_cores=True
-        )
-        return made
-
-    def prefill(self, device: torch.device) -> PrefillWrapper:
-        """See Wrappers."""
-        made: PrefillWrapper = self._package.BatchPrefillWithPagedKVCacheWrapper(
-            self._workspace(device), "NHD"
-        )
-        return made
-
-    def _workspace(self, device: torch.device) -> torch.Tensor:
-        if device not in self._workspaces:
-            self._workspaces[device] = torch.zeros(
-                _WORKSPACE_BYTES, dtype=torch.uint8, device=device
-            )
-        return self._workspaces[device]
-
-
-def has_flashinfer() -> bool:
-    """Whether the package is installed; it is imported when the backend is made."""
-    return find_spec("flashinfer") is not None
 
 
 class LayerKind(NamedTuple):
@@ -260,17 +179,18 @@ class FlashInferAttnBackend(AttentionBackend):
             torch.from_numpy(part) for part in (found.rows, found.indptr, found.last)
         )
         options, shape = self.options(kind, heads.dtype), self.shape(kind)
-        if (np.diff(found.rows) == 1).all():
-            decode: Any = self._wrapper(kind, True, heads.device)
-            decode.plan(indptr, pages, last, *shape, **options)
-            return _checked(decode)
-        prefill: Any = self._wrapper(kind, False, heads.device)
-        prefill.plan(rows, indptr, pages, last, *shape, causal=True, **options)
-        return _checked(prefill)
+        wrapper: Any = self._wrapper(kind, geometry, heads.device)
+        if _is_single(geometry, kind):
+            wrapper.plan(indptr, pages, last, *shape, **options)
+        else:
+            wrapper.plan(rows, indptr, pages, last, *shape, causal=True, **options)
+        made: DecodeWrapper | PrefillWrapper = wrapper
+        return made
 
     def _wrapper(
-        self, kind: LayerKind, single: bool, device: torch.device
+        self, kind: LayerKind, geometry: BatchGeometry, device: torch.device
     ) -> DecodeWrapper | PrefillWrapper:
+        single = _is_single(geometry, kind)
         key = (kind, single)
         if key not in self._made:
             make: Callable[[torch.device], DecodeWrapper | PrefillWrapper] = (
@@ -280,9 +200,9 @@ class FlashInferAttnBackend(AttentionBackend):
         return self._made[key]
 
 
-def _checked(wrapper: Any) -> DecodeWrapper | PrefillWrapper:
-    made: DecodeWrapper | PrefillWrapper = wrapper
-    return made
+def _is_single(geometry: BatchGeometry, kind: LayerKind) -> bool:
+    """Whether every sequence of a step has one query."""
+    return kind.pruned or not (geometry.extend_seq_lens > 1).any()
 
 
 def make_sequences(geometry: BatchGeometry, kind: LayerKind) -> Sequences:

@@ -22,11 +22,10 @@ from sglang.srt.layers.attention.flashinfer_backend import (
     Int32Array,
     Int64Array,
     LayerKind,
-    PrefillWrapper,
     Sequences,
-    Wrappers,
     make_sequences,
 )
+from sglang.srt.layers.attention.flashinfer_wrappers import PrefillWrapper, Wrappers
 from sglang.srt.layers.attention.merge import Partial, PartialSum, apply_sinks
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane
