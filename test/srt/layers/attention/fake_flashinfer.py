@@ -1,7 +1,8 @@
 """Stand-ins for FlashInfer's wrappers: they do in torch what its documentation says of them.
 
 Documented: page tables int32, a causal mask aligned at the end, log-sum-exps to base 2. A query at
-place i of its sequence's keys sees keys j <= i with i - j <= window_left.
+place i of its sequence's keys sees keys j <= i with i - j <= window_left. `k_scale` is what K is
+multiplied by.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class FakeWrapper:
         self.shape = (heads, kv_heads, dim, page_size)
         self.options = options
 
-    def run(self, q: torch.Tensor, paged_kv_cache: Any, *, return_lse: bool) -> Any:
+    def run(
+        self, q: torch.Tensor, paged_kv_cache: Any, *, return_lse: bool, k_scale: float = 1.0
+    ) -> Any:
         assert return_lse
         rows, indptr, indices, last = self.tables
         heads, kv_heads, dim, page_size = self.shape
@@ -61,6 +64,7 @@ class FakeWrapper:
             )
             queries = q[rows[n] : rows[n + 1]].float()
             scores = torch.einsum("mhd,nhd->hmn", queries, k) * self.options["sm_scale"]
+            scores = scores * k_scale
             cap = self.options["logits_soft_cap"]
             if cap is not None:
                 scores = cap * torch.tanh(scores / cap)

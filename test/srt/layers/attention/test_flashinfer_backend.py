@@ -78,6 +78,8 @@ def cases(draw: st.DrawFn) -> Case:
         cap=draw(st.sampled_from([0.0, 0.0, 2.0])),
         sinks=draw(st.booleans()),
     )
+    if dtype == "fp8_e4m3":
+        layer.set_kv_scales(draw(st.sampled_from([1.0, 0.7, 3.3])), 1.0)
     total = sum(extend for _, extend in lengths)
     rows = sorted(draw(st.sets(st.integers(0, total - 1), max_size=8))) if total else []
     run_pages = draw(st.sampled_from([[], [1], [2, 9]]))
@@ -137,6 +139,23 @@ def test_a_step_plans_once_for_all_layers_of_a_kind() -> None:
     assert wrappers.made[0].num_plans == 1
     assert backend._planned(backend.plan(geometry), layer, False, heads) is first
     assert wrappers.made[0].num_plans == 2
+
+
+def test_layers_of_any_scale_share_a_plan() -> None:
+    spec = make_spec(page_size=4, dtype="fp8_e4m3", head_dim=16)
+    wrappers = FakeWrappers()
+    backend = FlashInferAttnBackend(spec, wrappers)
+    lengths = [(9, 1), (30, 1)]
+    case = Case(spec, lengths, make_tables(lengths, 4, []), make_layer(spec))
+    plan = backend.plan(case.geometry())
+    heads = torch.zeros(2, 6, 16, dtype=torch.bfloat16)
+    for number in range(200):
+        layer = make_layer(spec)
+        layer.scaling = 1 / 11.3  # no power of two, so that products round
+        layer.set_kv_scales(0.013 * (number + 1), 1.0)
+        backend._planned(plan, layer, False, heads)
+    assert len(wrappers.made) == 1
+    assert wrappers.made[0].num_plans == 1
 
 
 def kind_of(**changes: Any) -> LayerKind:

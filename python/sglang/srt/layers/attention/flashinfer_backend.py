@@ -42,7 +42,7 @@ Int64Array = npt.NDArray[np.int64]
 
 
 class LayerKind(NamedTuple):
-    """Layers of one kind share a plan."""
+    """Layers of one kind share a plan. `scaling` is that of what K means, not of what is stored."""
 
     group: int
     window: int | None
@@ -62,7 +62,8 @@ class LayerKind(NamedTuple):
             pruned,
             layer.num_heads,
             layer.logit_cap,
-            layer.scaling,
+            # Rounded, so that layers agree whatever scale theirs was multiplied and divided by.
+            float(np.float32(layer.scaling / layer.k_scale)),
         )
 
 
@@ -135,7 +136,7 @@ class FlashInferAttnBackend(AttentionBackend):
                 pool.get_value_buffer(layer.layer_id),
             )
         )
-        out, lse = wrapper.run(heads, planes, return_lse=True)
+        out, lse = wrapper.run(heads, planes, return_lse=True, **scales_of(layer))
         if layer.sinks is not None:
             out = out.float()
             apply_sinks(out, lse * math.log(2.0), layer.sinks)
@@ -198,6 +199,11 @@ class FlashInferAttnBackend(AttentionBackend):
             )
             self._made[key] = make(device)
         return self._made[key]
+
+
+def scales_of(layer: AttentionLayer) -> dict[str, float]:
+    """The keywords by which a run learns what a layer's K is divided by in the cache."""
+    return {} if layer.k_scale == 1.0 else {"k_scale": layer.k_scale}
 
 
 def _is_single(geometry: BatchGeometry, kind: LayerKind) -> bool:

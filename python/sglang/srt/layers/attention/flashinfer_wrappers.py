@@ -34,8 +34,13 @@ class DecodeWrapper(Protocol):
     ) -> None:
         """Page tables int32: `indptr` [N + 1], `indices` [pages], `last_page_len` [N]."""
 
-    def run(self, q: torch.Tensor, paged_kv_cache: Any, *, return_lse: bool) -> Any:
-        """q [N, H, D] over (k, v) of [pages, page_size, G, D]: (out [N, H, D], lse to base 2)."""
+    def run(
+        self, q: torch.Tensor, paged_kv_cache: Any, *, return_lse: bool, **scales: float
+    ) -> Any:
+        """q [N, H, D] over (k, v) of [pages, page_size, G, D]: (out [N, H, D], lse to base 2).
+
+        With `k_scale` K counts as so many times what is stored.
+        """
 
 
 class PrefillWrapper(Protocol):
@@ -55,7 +60,9 @@ class PrefillWrapper(Protocol):
     ) -> None:
         """As `DecodeWrapper.plan`, with the sequences' rows: `qo_indptr` int32 [N + 1]."""
 
-    def run(self, q: torch.Tensor, paged_kv_cache: Any, *, return_lse: bool) -> Any:
+    def run(
+        self, q: torch.Tensor, paged_kv_cache: Any, *, return_lse: bool, **scales: float
+    ) -> Any:
         """As `DecodeWrapper.run`, with q [R, H, D]."""
 
 
@@ -86,9 +93,11 @@ class FencedWrapper:
         self._wrapper.plan(*tables, **options)
         self._copied = self._mark()
 
-    def run(self, q: torch.Tensor, paged_kv_cache: Any, *, return_lse: bool) -> Any:
+    def run(
+        self, q: torch.Tensor, paged_kv_cache: Any, *, return_lse: bool, **scales: float
+    ) -> Any:
         """See DecodeWrapper."""
-        return self._wrapper.run(q, paged_kv_cache, return_lse=return_lse)
+        return self._wrapper.run(q, paged_kv_cache, return_lse=return_lse, **scales)
 
 
 def _mark_stream() -> Callable[[], None]:
