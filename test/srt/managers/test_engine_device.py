@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from sglang.srt.layers.attention import torch_device_backend
+from sglang.srt.layers.attention import flashinfer_backend, registry, torch_device_backend
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, int32_buffer
 from sglang.srt.model_executor.cuda_graph_runner import CudaGraphRunner
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.native import triton_kernels
+from srt.layers.attention.fake_flashinfer import FakeWrappers
 from srt.managers.test_engine_tokens import NEW_TOKENS, PROMPTS, DeviceTower, answer_all, tower
 from srt.models.hf_models import hf_greedy, make_hf_model, save
 from srt.utils.fake_device import LateRuntime
@@ -216,3 +217,27 @@ def test_recorded_steps_of_triton_attention(
         assert graphs_of(engine).recorded == (1, 2, 3)
         assert graphs_of(engine).num_replays > 3
         assert {1, 2, 3} <= set(turned)
+
+
+def test_recorded_steps_of_flashinfer(
+    llama: tuple[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins for its wrappers, strict in what its documentation says of graphs."""
+    path, _ = llama
+    monkeypatch.setattr(registry, "has_flashinfer", lambda: True)
+    monkeypatch.setattr(flashinfer_backend, "FlashInferWrappers", FakeWrappers)
+    monkeypatch.setattr(flashinfer_backend, "RECORDED_PAGES", 12)
+    flags = {"attention_backend": "flashinfer", "dtype": "float16", "cuda_graph_max_bs": 3}
+    answers = []
+    for disabled in (True, False):
+        with late_tower(path, disable_cuda_graph=disabled, **flags) as (engine, _):
+            wanted = {"a": (1, 9), "b": (0, 8), "c": (3, 5), "d": (2, 30)}
+            for rid, (number, count) in wanted.items():
+                engine.send(rid, PROMPTS[number], max_new_tokens=count)
+            engine.run()
+            answers.append([engine.output(rid) for rid in wanted])
+            assert [len(one) for one in answers[-1]] == [count for _, count in wanted.values()]
+            if not disabled:
+                assert graphs_of(engine).recorded == (1, 2, 3)
+                assert graphs_of(engine).num_replays > 20
+    assert answers[0] == answers[1]

@@ -139,7 +139,11 @@ def plan_of_device(
         activation_tokens=prefill_chunk_tokens(args),
         graph_rows=max(sizes, default=0),
         ranks=args.num_ranks,
-        allocations=(("dump pages", fixed_bytes(spec, granule_bytes)), *beside),
+        allocations=(
+            ("dump pages", fixed_bytes(spec, granule_bytes)),
+            ("attention backend", backend.device_bytes(sizes, spec.num_groups)),
+            *beside,
+        ),
     )
     plan = plan_device_memory(
         memory.total_bytes, free_before, free_after, args.mem_fraction_static, needs

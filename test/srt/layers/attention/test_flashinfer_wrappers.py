@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang.srt.layers.attention import flashinfer_wrappers
-from sglang.srt.layers.attention.flashinfer_wrappers import FlashInferWrappers
+from sglang.srt.layers.attention.flashinfer_wrappers import FlashInferWrappers, PageBuffers
 
 
 class FakePackage:
@@ -37,13 +37,21 @@ def test_wrappers_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flashinfer_wrappers, "WORKSPACE_BYTES", 64)
     package = FakePackage()
     wrappers = FlashInferWrappers(package, package.mark)
+    one = PageBuffers(*(torch.zeros(n, dtype=torch.int32) for n in (3, 9, 2)))
     device = torch.device("cpu")
     made: Any = wrappers.decode(device)
     wrappers.prefill(device)
-    assert [layout for layout, _ in package.calls] == ["NHD"] * 2
-    decode, prefill = (more for _, more in package.calls)
+    wrappers.recorded_decode(one)
+    assert [layout for layout, _ in package.calls] == ["NHD"] * 3
+    decode, prefill, recorded = (more for _, more in package.calls)
     assert decode == {"use_tensor_cores": True}
     assert prefill == {}
+    assert recorded.pop("use_cuda_graph") is True
+    assert recorded.pop("use_tensor_cores") is True
+    names = ("indptr", "indices", "last_page_len")
+    for name, buffer in zip(names, one, strict=True):
+        assert recorded.pop(f"paged_kv_{name}_buffer") is buffer
+    assert recorded == {}
     # A plan's staging memory is the wrapper's: the next one waits for what was copied from it.
     made.plan(1)
     made.plan(2)

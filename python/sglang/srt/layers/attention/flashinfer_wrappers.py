@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 
 WORKSPACE_BYTES: Final = 256 << 20  # of floats, zeroed once; all wrappers share it
+# What a wrapper takes beside, as an issue of FlashInfer's found for 0.5.1 (number 2046).
+WRAPPER_BYTES: Final = 72 << 20
 
 
 class DecodeWrapper(Protocol):
@@ -66,12 +68,31 @@ class PrefillWrapper(Protocol):
         """As `DecodeWrapper.run`, with q [R, H, D]."""
 
 
+class PageBuffers(NamedTuple):
+    """Where a recorded wrapper keeps its page tables for good, int32 on the device.
+
+    `indptr` [N + 1] and `last` [N] are for exactly N sequences, `pages` for at most as many ids as
+    it has room.
+    """
+
+    indptr: torch.Tensor
+    pages: torch.Tensor
+    last: torch.Tensor
+
+
 class Wrappers(Protocol):
     """Makes wrappers over a workspace on `device`; what the package offers, or a stand-in."""
 
     def decode(self, device: torch.device) -> DecodeWrapper: ...
 
     def prefill(self, device: torch.device) -> PrefillWrapper: ...
+
+    def recorded_decode(self, buffers: PageBuffers) -> DecodeWrapper:
+        """One whose `run` may be captured in a graph, which then does what was planned last.
+
+        `plan` copies tables into the buffers; it is called between replays, never in a capture, and
+        for N sequences only.
+        """
 
 
 class FencedWrapper:
@@ -134,6 +155,20 @@ class FlashInferWrappers:
         """See Wrappers."""
         return self._fenced(
             self._package.BatchPrefillWithPagedKVCacheWrapper(self._workspace(device), "NHD")
+        )
+
+    def recorded_decode(self, buffers: PageBuffers) -> DecodeWrapper:
+        """See Wrappers."""
+        return self._fenced(
+            self._package.BatchDecodeWithPagedKVCacheWrapper(
+                self._workspace(buffers.pages.device),
+                "NHD",
+                use_cuda_graph=True,
+                use_tensor_cores=True,
+                paged_kv_indptr_buffer=buffers.indptr,
+                paged_kv_indices_buffer=buffers.pages,
+                paged_kv_last_page_len_buffer=buffers.last,
+            )
         )
 
     def _fenced(self, wrapper: Any) -> FencedWrapper:
