@@ -20,9 +20,10 @@ from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, int32_buffe
 from sglang.srt.model_executor.cuda_graph_runner import CudaGraphRunner
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.native import triton_kernels
+from sglang.srt.utils.sizes import format_bytes
 from srt.layers.attention.fake_flashinfer import FakeWrappers
 from srt.managers.test_engine_tokens import NEW_TOKENS, PROMPTS, DeviceTower, answer_all, tower
-from srt.models.hf_models import hf_greedy, make_hf_model, save
+from srt.models.hf_models import VOCAB, hf_greedy, make_hf_model, save
 from srt.utils.fake_device import LateRuntime
 
 FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "llama4")
@@ -219,8 +220,25 @@ def test_recorded_steps_of_triton_attention(
         assert {1, 2, 3} <= set(turned)
 
 
+@pytest.mark.parametrize(("running", "counted"), [(None, 6), (4, 4), (9, 6)])
+def test_counts_for_penalties_come_off_the_budget(
+    llama: tuple[str, list[list[int]]],
+    caplog: pytest.LogCaptureFixture,
+    running: int | None,
+    counted: int,
+) -> None:
+    path, _ = llama
+    flags = {"max_running_requests": running, "cuda_graph_max_bs": 6, "disable_cuda_graph": True}
+    with caplog.at_level("INFO"), late_tower(path, **flags):
+        pass
+    (line,) = [one for one in caplog.messages if one.startswith("device memory")]
+    assert f" + counts for penalties {format_bytes(4 * VOCAB * counted)} + " in line
+
+
 def test_recorded_steps_of_flashinfer(
-    llama: tuple[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+    llama: tuple[str, list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Stand-ins for its wrappers, strict in what its documentation says of graphs."""
     path, _ = llama
@@ -230,13 +248,17 @@ def test_recorded_steps_of_flashinfer(
     flags = {"attention_backend": "flashinfer", "dtype": "float16", "cuda_graph_max_bs": 3}
     answers = []
     for disabled in (True, False):
-        with late_tower(path, disable_cuda_graph=disabled, **flags) as (engine, _):
+        caplog.clear()
+        tower_of = late_tower(path, disable_cuda_graph=disabled, **flags)
+        with caplog.at_level("INFO"), tower_of as (engine, _):
             wanted = {"a": (1, 9), "b": (0, 8), "c": (3, 5), "d": (2, 30)}
             for rid, (number, count) in wanted.items():
                 engine.send(rid, PROMPTS[number], max_new_tokens=count)
             engine.run()
             answers.append([engine.output(rid) for rid in wanted])
             assert [len(one) for one in answers[-1]] == [count for _, count in wanted.values()]
+            taken = flashinfer_backend.FlashInferAttnBackend.device_bytes((1, 2, 3), 1)
+            assert (f" + attention backend {format_bytes(taken)} + " in caplog.text) != disabled
             if not disabled:
                 assert graphs_of(engine).recorded == (1, 2, 3)
                 assert graphs_of(engine).num_replays > 20
