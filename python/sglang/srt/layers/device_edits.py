@@ -98,10 +98,12 @@ class CountTable:
         entries = self._table.index_select(0, edits.places)
         some = logits.index_select(0, edits.rows)
         repetition, frequency, presence = edits.factors.unsqueeze(-1)
-        scaled = torch.where(some > 0, some / repetition, some * repetition)
-        some = torch.where(entries > 0, scaled, some)
-        counts = entries >> 1
-        less = some - (frequency * counts + presence)
+        # At most five arrays of N x V are alive at once, fewer than what a sort takes.
+        seen = torch.where(some > 0, some / repetition, some * repetition)
+        some = torch.where(entries > 0, seen, some)
+        del seen
+        counts = entries.bitwise_right_shift_(1)  # a copy of the rows
+        less = some - (frequency * counts).add_(presence)
         logits.index_copy_(0, edits.rows, torch.where(counts > 0, less, some))
 
     def add(self, edits: LogitEdits, tokens: torch.Tensor) -> None:
