@@ -9,15 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from sglang.srt.layers.attention import torch_device_backend
+from sglang.srt.layers.attention import flashinfer_backend, registry, torch_device_backend
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, int32_buffer
 from sglang.srt.model_executor.cuda_graph_runner import CudaGraphRunner
+from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.native import triton_kernels
+from sglang.srt.utils.sizes import format_bytes
+from srt.layers.attention.fake_flashinfer import FakeWrappers
 from srt.managers.test_engine_tokens import NEW_TOKENS, PROMPTS, DeviceTower, answer_all, tower
-from srt.models.hf_models import hf_greedy, make_hf_model, save
+from srt.models.hf_models import VOCAB, hf_greedy, make_hf_model, save
 from srt.utils.fake_device import LateRuntime
 
 FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "llama4")
@@ -112,24 +118,78 @@ def test_retraction_growth_and_chunks(
         assert graphs_of(engine).num_replays > 0
 
 
+class CountingRuntime(LateRuntime):
+    """Counts the steps that were launched as well; where nothing is recorded, as it is here."""
+
+    num_launched = 0
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        with super().computing():
+            yield
+        self.num_launched += 1
+
+
+# Everything that a host knows how to edit logits by, and nothing of it.
+ASKED: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0, "repetition_penalty": 1.3},
+    {"frequency_penalty": 0.3, "presence_penalty": -0.2},
+    {},
+    {"temperature": 0.0, "logit_bias": {3: 2.0, 5: -4.0}, "frequency_penalty": 1.5},
+    {"min_new_tokens": 40, "stop_token_ids": tuple(range(60)), "repetition_penalty": 0.9},
+    {"temperature": 0.0, "presence_penalty": 1.0},
+)
+
+
+@pytest.mark.parametrize(
+    "memory", [{}, {"page_size": 16, "kv_segment_size": 64, "max_total_tokens": 384}]
+)
 def test_sampling_and_log_probabilities_are_those_of_the_host(
     llama: tuple[str, list[list[int]]],
+    memory: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Step n + 1 is launched before the host knows the tokens of n, which its penalties count."""
     path, _ = llama
+    monkeypatch.setattr("sglang.srt.managers.schedule_batch.CLIP_MAX_NEW_TOKENS", 2)
     # Tokens whose probabilities differ by less than what sums round stand in either order, and the
     # two may round apart. This seed draws none of them.
-    params = {"temperature": 0.8, "top_p": 0.9, "sampling_seed": 12}
-    outputs = []
-    for runtime in (None, LateRuntime()):
+    params = {"temperature": 0.8, "top_p": 0.9, "sampling_seed": 12, "max_new_tokens": NEW_TOKENS}
+    outputs, numbers = [], []
+    late = CountingRuntime()
+    for runtime in (None, late):
         device = "cpu" if runtime is None else "cuda"
-        flags = {"attention_backend": "torch_native", "disable_cuda_graph": True}
+        flags = {"attention_backend": "torch_native", "disable_cuda_graph": True, **memory}
         with tower(path, runtime=runtime, device=device, **flags) as engine:
-            for number, prompt in enumerate(PROMPTS[:4]):
-                penalty = {"frequency_penalty": 0.3} if number == 2 else {}
-                engine.send(f"r{number}", prompt, **params, **penalty)
+            for number, prompt in enumerate(PROMPTS):
+                engine.channel.inbox.append(
+                    TokenizedGenerateReqInput(
+                        rid=f"r{number}",
+                        input_ids=memoryview(int32_buffer(prompt)),
+                        sampling_params=SamplingParams(**{**params, **ASKED[number]}),
+                        return_logprob=number % 2 == 1,
+                        logprob_start_len=len(prompt),
+                        top_logprobs_num=number,
+                        token_ids_logprob=int32_buffer([7, 1]) if number == 3 else b"",
+                    )
+                )
             engine.run()
-            outputs.append([engine.output(f"r{number}") for number in range(4)])
+            outputs.append([engine.output(f"r{number}") for number in range(len(PROMPTS))])
+            found = [out.output_logprobs for out in engine.channel.outs if out.rid == "r3"]
+            told = [one for one in found if one is not None]
+            assert sum(one.num_rows for one in told) == NEW_TOKENS
+            numbers.append(
+                [
+                    np.frombuffer(b"".join(getattr(one, name) for one in told), "<f4")
+                    for name in ("logprobs", "top_logprobs", "picked_logprobs")
+                ]
+            )
+            assert bool(engine.scheduler.counters.num_retractions) == bool(memory)
     assert outputs[0] == outputs[1]
+    for host, device_ones, count in zip(*numbers, (1, 3, 2), strict=True):
+        assert len(host) == count * NEW_TOKENS
+        np.testing.assert_allclose(device_ones, host, atol=1e-4)
+    assert late.num_launched == late.num_fetches == late.num_waits  # a step waits for its own end
 
 
 @pytest.mark.skipif(triton_kernels() is None, reason="Triton is not installed")
@@ -158,3 +218,48 @@ def test_recorded_steps_of_triton_attention(
         assert graphs_of(engine).recorded == (1, 2, 3)
         assert graphs_of(engine).num_replays > 3
         assert {1, 2, 3} <= set(turned)
+
+
+@pytest.mark.parametrize(("running", "counted"), [(None, 6), (4, 4), (9, 6)])
+def test_counts_for_penalties_come_off_the_budget(
+    llama: tuple[str, list[list[int]]],
+    caplog: pytest.LogCaptureFixture,
+    running: int | None,
+    counted: int,
+) -> None:
+    path, _ = llama
+    flags = {"max_running_requests": running, "cuda_graph_max_bs": 6, "disable_cuda_graph": True}
+    with caplog.at_level("INFO"), late_tower(path, **flags):
+        pass
+    (line,) = [one for one in caplog.messages if one.startswith("device memory")]
+    assert f" + counts for penalties {format_bytes(4 * VOCAB * counted)} + " in line
+
+
+def test_recorded_steps_of_flashinfer(
+    llama: tuple[str, list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Stand-ins for its wrappers, strict in what its documentation says of graphs."""
+    path, _ = llama
+    monkeypatch.setattr(registry, "has_flashinfer", lambda: True)
+    monkeypatch.setattr(flashinfer_backend, "FlashInferWrappers", FakeWrappers)
+    monkeypatch.setattr(flashinfer_backend, "RECORDED_PAGES", 12)
+    flags = {"attention_backend": "flashinfer", "dtype": "float16", "cuda_graph_max_bs": 3}
+    answers = []
+    for disabled in (True, False):
+        caplog.clear()
+        tower_of = late_tower(path, disable_cuda_graph=disabled, **flags)
+        with caplog.at_level("INFO"), tower_of as (engine, _):
+            wanted = {"a": (1, 9), "b": (0, 8), "c": (3, 5), "d": (2, 30)}
+            for rid, (number, count) in wanted.items():
+                engine.send(rid, PROMPTS[number], max_new_tokens=count)
+            engine.run()
+            answers.append([engine.output(rid) for rid in wanted])
+            assert [len(one) for one in answers[-1]] == [count for _, count in wanted.values()]
+            taken = flashinfer_backend.FlashInferAttnBackend.device_bytes((1, 2, 3), 1)
+            assert (f" + attention backend {format_bytes(taken)} + " in caplog.text) != disabled
+            if not disabled:
+                assert graphs_of(engine).recorded == (1, 2, 3)
+                assert graphs_of(engine).num_replays > 20
+    assert answers[0] == answers[1]

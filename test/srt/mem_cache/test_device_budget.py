@@ -73,9 +73,11 @@ def test_what_a_step_takes_beside() -> None:
             num_groups=2,
             max_pages=(10_000_000, 50),
             vocab_size=1000,
+            counted_rows=5,
         )
     )
     assert found["block tables"] == 2 * 8 * 10_000_000 + 64 * MIB
     assert found["inputs of graphs"] == 8 * 8 * 4
     assert found["relay of tokens"] == 800
+    assert found["counts for penalties"] == 4 * 1000 * 5
     assert found["logits and sampling"] == 1000 * 8 * (4 + 32)

@@ -1,9 +1,9 @@
 """The sampler of a device that runs behind the host: tokens are chosen there and nothing waits.
 
-Greedy rows and random rows with temperature, top_k, top_p and min_p are chosen by tensor
-operations, with the same random number for (seed, position) and the same rule as `Sampler`. Rows
-that edit logits by what was generated (penalties, logit_bias, hidden stop tokens) or want log
-probabilities are handed to `Sampler` on the host: a step with such a row waits for the device.
+Rows are edited (`device_edits`), then chosen by tensor operations, with the same random number for
+(seed, position) and the same rule as `Sampler`; tokens and log probabilities go to the host in one
+copy (`late_results`). Requests with penalties for which the table of counts has no place are handed
+to `Sampler` on the host: a step with such a row waits for the device.
 
 Used by the worker in place of `Sampler`, from the same thread. Not yet run on hardware; the rules
 are tested on a CPU, token for token against `Sampler`.
@@ -19,6 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.layers.device_edits import (
+    CountTable,
+    LogitEdits,
+    add_bias_and_hide,
+    plan_edits,
+)
+from sglang.srt.layers.late_results import Wanted, gather_results
 from sglang.srt.layers.logprobs import Highest
 from sglang.srt.layers.sampler import SampleOutput, Sampler, uniform
 from sglang.srt.layers.sampling_row import SamplingRow
@@ -29,11 +36,17 @@ from sglang.srt.utils.device import DeviceRuntime
 
 
 class DeviceSampler:
-    """`Sampler`'s interface for logits on `runtime`'s device."""
+    """`Sampler`'s interface for logits on `runtime`'s device.
 
-    def __init__(self, runtime: DeviceRuntime, host: Sampler | None = None) -> None:
+    Requests with penalties are counted there, `counted_rows` of them at a time.
+    """
+
+    def __init__(
+        self, runtime: DeviceRuntime, host: Sampler | None = None, *, counted_rows: int = 256
+    ) -> None:
         self._runtime = runtime
         self._host = host or Sampler()
+        self._counts = CountTable(counted_rows)
 
     def admit(
         self,
@@ -45,10 +58,12 @@ class DeviceSampler:
     ) -> None:
         """See `Sampler.admit`."""
         self._host.admit(row, params, seed, prompt_ids, output_ids)
+        self._counts.admit(row, self._host.state(row))
 
     def drop(self, row: int) -> None:
         """See `Sampler.drop`."""
         self._host.drop(row)
+        self._counts.drop(row)
 
     def sample(
         self,
@@ -59,30 +74,47 @@ class DeviceSampler:
         logprob_specs: Sequence[LogprobSpec | None],
         highest: Highest | None = None,
     ) -> SampleOutput:
-        """See `Sampler.sample`; `token_ids` and `invalid` stay on the device."""
+        """See `Sampler.sample`; `token_ids` stay on the device, the rest comes with `late`."""
         del highest  # no graph finds it
         states = [self._host.state(row) for row in rows]
+        places = [self._counts.place(row) for row in rows]
         by_host = [
             i
-            for i, (state, hides, spec) in enumerate(
-                zip(states, suppress_stop, logprob_specs, strict=True)
-            )
-            if state.edits_logits or hides or (spec is not None and spec.output)
+            for i, (state, place) in enumerate(zip(states, places, strict=True))
+            if state.counts_tokens and place is None
         ]
-        logprobs: list[LogprobArrays | None] = [None] * len(rows)
-        edited = self._sample_on_host(
-            logits, by_host, rows, positions, suppress_stop, logprob_specs, logprobs
-        )
+        some = (by_host, rows, positions, suppress_stop, logprob_specs)
+        edited, known = self._sample_on_host(logits, *some) if by_host else ([], {})
+        edits = self._edit(logits, plan_edits(states, places, suppress_stop, by_host))
         tokens, invalid = _greedy(logits)
-        here = set(range(len(rows))).difference(by_host)
-        random_rows = [i for i in sorted(here) if not states[i].params.greedy]
+        here = [i for i in range(len(rows)) if i not in by_host]
+        random_rows = [i for i in here if not states[i].params.greedy]
         if random_rows:
             self._choose(logits, tokens, states, positions, random_rows)
+        if edits is not None:
+            self._counts.add(edits, tokens)
         if by_host:
-            places, chosen, were_invalid = self._runtime.move(edited)
-            tokens.index_copy_(0, places, chosen)
-            invalid.index_copy_(0, places, were_invalid)
-        return SampleOutput(tokens, logprobs, (), invalid)
+            at, chosen, were_invalid = self._runtime.move(edited)
+            tokens.index_copy_(0, at, chosen)
+            invalid.index_copy_(0, at, were_invalid)
+        wanted = [
+            Wanted(i, spec, 1.0 if states[i].params.greedy else states[i].params.temperature)
+            for i in here
+            if (spec := logprob_specs[i]) is not None and spec.output
+        ]
+        late = gather_results(self._runtime, logits, tokens, invalid, wanted, known)
+        return SampleOutput(tokens, [None] * len(rows), (), late)
+
+    def _edit(self, logits: torch.Tensor, planned: LogitEdits | None) -> LogitEdits | None:
+        """Change `logits` as planned on the host; the plan, on the device."""
+        if planned is None:
+            return None
+        if len(planned.rows):
+            self._counts.settle(self._runtime, logits.shape[-1])
+        edits = LogitEdits(*self._runtime.move(planned))
+        self._counts.penalise(logits, edits)
+        add_bias_and_hide(logits, edits)
+        return edits
 
     def _sample_on_host(
         self,
@@ -92,11 +124,9 @@ class DeviceSampler:
         positions: Sequence[int],
         suppress_stop: Sequence[bool],
         logprob_specs: Sequence[LogprobSpec | None],
-        logprobs: list[LogprobArrays | None],
-    ) -> list[torch.Tensor]:
-        """Places, tokens and whether they were invalid of the rows `by_host`, all on the host."""
-        if not by_host:
-            return []
+    ) -> tuple[list[torch.Tensor], dict[int, LogprobArrays]]:
+        """Places, tokens and whether they were invalid of the rows `by_host`, all on the host; and
+        their log probabilities by row."""
         (index,) = self._runtime.move([torch.tensor(by_host)])
         some = logits.index_select(0, index)
         copied = torch.from_numpy(self._runtime.fetch(some).wait())
@@ -107,11 +137,11 @@ class DeviceSampler:
             [suppress_stop[i] for i in by_host],
             [logprob_specs[i] for i in by_host],
         )
-        for i, arrays in zip(by_host, out.logprobs, strict=True):
-            logprobs[i] = arrays
+        pairs = zip(by_host, out.logprobs, strict=True)
+        known = {i: arrays for i, arrays in pairs if arrays is not None}
         invalid = torch.zeros(len(by_host), dtype=torch.bool)
         invalid[list(out.invalid_rows)] = True
-        return [torch.tensor(by_host), out.token_ids, invalid]
+        return [torch.tensor(by_host), out.token_ids, invalid], known
 
     def _choose(
         self,

@@ -92,3 +92,18 @@ def stable_topk(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
         chosen = values[row][candidates].sort(descending=True, stable=True)[1][:k]
         ids[row] = candidates[chosen]
     return top, ids
+
+
+def topk_without_waiting(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`stable_topk` of float32 [N, V] without NaN, by operations that look at no value.
+
+    Numbers and places make one integer each, of which no two are equal: the number's bits, so
+    turned that integers rank as they do, above the place counted from the end.
+    """
+    bits = (values + 0.0).view(torch.int32)  # -0 is 0 here
+    ranked = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    last = values.shape[-1] - 1
+    from_end = torch.arange(last, -1, -1, device=values.device)
+    keys = (ranked.to(torch.int64) << 32).add_(from_end)
+    ids = last - (torch.topk(keys, k, dim=-1).values & 0xFFFFFFFF)
+    return values.gather(-1, ids), ids

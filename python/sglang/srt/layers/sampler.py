@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from sglang.srt.errors import InvariantError
+from sglang.srt.layers.late_results import LateResults
 from sglang.srt.layers.logprobs import Highest, pack_logprobs, reduce_logits, stable_topk
 from sglang.srt.layers.sampling_row import SamplingRow
 from sglang.srt.managers.io_struct import LogprobArrays
@@ -44,13 +45,13 @@ class SampleOutput:
 
     `invalid_rows` are the indices of rows whose logits had NaN or no finite maximum: their token
     is the best of the usable logits (NaN counts as impossible; with none usable, all are equal).
-    `invalid` bool [B], on the device of `token_ids`, tells it instead where looking would wait.
+    Where looking would wait, `late` tells both when it has come, and nothing here does.
     """
 
     token_ids: torch.Tensor
     logprobs: list[LogprobArrays | None]
     invalid_rows: tuple[int, ...]
-    invalid: torch.Tensor | None = None
+    late: LateResults | None = None
 
 
 class Sampler:

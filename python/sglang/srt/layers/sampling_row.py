@@ -13,6 +13,7 @@ import torch
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 Int64Array = npt.NDArray[np.int64]
+Int32Array = npt.NDArray[np.int32]
 
 _MIN_ROOM = 64
 
@@ -22,7 +23,8 @@ class SamplingRow:
 
     Invariants: `_out_ids[:n]` are the n distinct output tokens in order of appearance,
     `_out_counts` how often each came, `_out_fresh` whether the prompt lacks it, `_place` the index
-    of each. Nothing is counted when no penalty is asked for.
+    of each. Nothing is counted when no penalty is asked for (`counts_tokens`). `bias_ids` int64 and
+    `bias` float32 [M] are the logit_bias, `stop_ids` int64 the tokens that min_new_tokens hides.
     """
 
     def __init__(
@@ -34,8 +36,8 @@ class SamplingRow:
     ) -> None:
         self.params = params
         self.seed = seed
-        self._counts_tokens = params.has_penalties
-        self.edits_logits = self._counts_tokens or bool(params.logit_bias)
+        self.counts_tokens = params.has_penalties
+        self.edits_logits = self.counts_tokens or bool(params.logit_bias)
         # Nothing but the highest logit decides its token, and nothing has to be remembered of it.
         self.takes_highest = params.greedy and not self.edits_logits
         self._prompt_ids = np.empty(0, np.int64)
@@ -45,18 +47,18 @@ class SamplingRow:
         self._out_ids = np.empty(0, np.int64)
         self._out_counts = np.empty(0, np.float32)
         self._out_fresh = np.empty(0, np.bool_)
-        if self._counts_tokens:
+        if self.counts_tokens:
             ids, firsts, counts = np.unique(output_ids, return_index=True, return_counts=True)
             order = np.argsort(firsts)
             for token, count in zip(ids[order].tolist(), counts[order].tolist(), strict=True):
                 self._count(token, count)
-        self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
-        self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
-        self._stop_ids = torch.tensor(params.stop_token_ids, dtype=torch.int64)
+        self.bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
+        self.bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+        self.stop_ids = torch.tensor(params.stop_token_ids, dtype=torch.int64)
 
     def add(self, token: int) -> None:
         """Note a sampled token; amortised O(1)."""
-        if self._counts_tokens:
+        if self.counts_tokens:
             self._count(token, 1)
 
     def edit(self, logits: torch.Tensor) -> None:
@@ -76,12 +78,22 @@ class SamplingRow:
         if n and (params.frequency_penalty != 0.0 or params.presence_penalty != 0.0):
             counts = torch.from_numpy(self._out_counts[:n])
             logits[ids] -= params.frequency_penalty * counts + params.presence_penalty
-        if len(self._bias_ids):
-            logits[self._bias_ids] += self._bias
+        if len(self.bias_ids):
+            logits[self.bias_ids] += self.bias
+
+    def seen(self) -> tuple[Int64Array, Int32Array]:
+        """Distinct tokens int64 [n] that penalties count, and twice the count of each in the
+        output, plus 1 where the prompt has it; int32 [n]."""
+        n = len(self._place)
+        ids = self._out_ids[:n]
+        twice = 2 * self._out_counts[:n].astype(np.int32) + ~self._out_fresh[:n]
+        unsaid = self._prompt_ids[~np.isin(self._prompt_ids, ids)]
+        ones = np.ones(len(unsaid), np.int32)
+        return np.concatenate((ids, unsaid)), np.concatenate((twice.astype(np.int32), ones))
 
     def hide_stop_tokens(self, logits: torch.Tensor) -> None:
         """Make the stop tokens impossible in float32 [V], in place (min_new_tokens)."""
-        logits[self._stop_ids] = float("-inf")
+        logits[self.stop_ids] = float("-inf")
 
     def _count(self, token: int, count: int) -> None:
         place = self._place.get(token)

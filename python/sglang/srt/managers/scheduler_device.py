@@ -72,9 +72,18 @@ def open_backing(
     )
 
 
-def make_sampler(runtime: DeviceRuntime) -> TokenSampler:
+def counted_rows(args: ServerArgs) -> int:
+    """Requests with penalties that a device counts at a time: those of the largest graph."""
+    if args.max_running_requests is None:
+        return args.cuda_graph_max_bs
+    return min(args.cuda_graph_max_bs, args.max_running_requests)
+
+
+def make_sampler(args: ServerArgs, runtime: DeviceRuntime) -> TokenSampler:
     """The sampler for logits on the runtime's device."""
-    return DeviceSampler(runtime) if runtime.is_async else Sampler()
+    if runtime.is_async:
+        return DeviceSampler(runtime, counted_rows=counted_rows(args))
+    return Sampler()
 
 
 def recorded_rows(args: ServerArgs, backend: type[AttentionBackend]) -> tuple[int, ...]:
@@ -124,12 +133,17 @@ def plan_of_device(
             for group in range(spec.num_groups)
         ],
         vocab_size=config.vocab_size,
+        counted_rows=counted_rows(args),
     )
     needs = DeviceNeeds(
         activation_tokens=prefill_chunk_tokens(args),
         graph_rows=max(sizes, default=0),
         ranks=args.num_ranks,
-        allocations=(("dump pages", fixed_bytes(spec, granule_bytes)), *beside),
+        allocations=(
+            ("dump pages", fixed_bytes(spec, granule_bytes)),
+            ("attention backend", backend.device_bytes(sizes, spec.num_groups)),
+            *beside,
+        ),
     )
     plan = plan_device_memory(
         memory.total_bytes, free_before, free_after, args.mem_fraction_static, needs

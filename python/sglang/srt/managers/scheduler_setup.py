@@ -173,7 +173,7 @@ def build_scheduler_parts(
     recorder = make_recorder(args, model, backend, runtime, memory.kv_pool)
     runner = ModelRunner(model, LogitsProcessor(), recorder)
     num_rows = plan.max_running_requests + 1
-    worker = TpModelWorker(runner, make_sampler(runtime), num_rows, runtime)
+    worker = TpModelWorker(runner, make_sampler(args, runtime), num_rows, runtime)
     runtime.synchronize()
     limits = _limits(args, plan, page_size, spec)
     logger.info("KV pool ready: %r", memory)

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.layers.late_results import LateResults, StepTold
 from sglang.srt.layers.logprobs import Highest
 from sglang.srt.layers.sampler import SampleOutput
 from sglang.srt.managers.generation_result import GenerationBatchResult
@@ -66,10 +67,11 @@ class TokenSampler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step under way. `tokens` [B], or [2, B] with a 1 for each invalid row below."""
+    """A step under way. `told` are the tokens [B], or what `late` reads them and more from."""
 
     began: float
-    tokens: HostCopy
+    told: HostCopy
+    late: LateResults | None
     output_logprobs: Sequence[LogprobArrays | None]
     input_logprobs: Sequence[LogprobArrays | None]
     invalid_rows: tuple[int, ...]
@@ -194,12 +196,10 @@ class TpModelWorker:
                 logits.highest,
             )
             self._relay.note(out.token_ids)
-            known = out.token_ids
-            if out.invalid is not None:
-                known = torch.stack((known, out.invalid.to(known.dtype)))
             return _Launched(
                 began,
-                self._runtime.fetch(known),
+                self._runtime.fetch(out.token_ids if out.late is None else out.late.values),
+                out.late,
                 out.logprobs,
                 logits.input_logprobs,
                 out.invalid_rows,
@@ -208,18 +208,17 @@ class TpModelWorker:
 
     def _finish(self, step: _Launched) -> GenerationBatchResult:
         """The result of a launched step; returns when it has come."""
-        token_ids = step.tokens.wait()
-        invalid_rows = step.invalid_rows
-        if token_ids.ndim == 2:
-            token_ids, invalid = token_ids
-            invalid_rows = tuple(np.flatnonzero(invalid).tolist())
+        values = step.told.wait()
+        told = StepTold(values, list(step.output_logprobs), step.invalid_rows)
+        if step.late is not None:
+            told = step.late.read(values)
         step.progress.tick()
         # Steps are computed one after another: a step's time begins when the one before ended.
         began, self._last_end = max(step.began, self._last_end), time.perf_counter()
         return GenerationBatchResult(
-            token_ids=token_ids,
-            output_logprobs=step.output_logprobs,
+            token_ids=told.token_ids,
+            output_logprobs=told.logprobs,
             input_logprobs=step.input_logprobs,
             forward_s=self._last_end - began,
-            invalid_rows=invalid_rows,
+            invalid_rows=told.invalid_rows,
         )

@@ -131,22 +131,25 @@ def step_allocations(
     num_groups: int,
     max_pages: Sequence[int],
     vocab_size: int,
+    counted_rows: int,
 ) -> tuple[tuple[str, int], ...]:
     """What a server takes on a device beside weights, KV and activations, by name, in bytes.
 
     `num_rows` requests at most; graphs of up to `graph_rows` rows; `max_pages` per group of all
-    requests' tables together.
+    requests' tables together. The tokens of `counted_rows` requests are counted for penalties.
     """
     inputs = graph_rows * 8 * (2 + num_groups)
     # A row's table is int64 on the device at most, and a range may be twice as large as its pages.
     tables = sum(max(_LEAST_TABLE_BYTES, 2 * 8 * pages) for pages in max_pages)
     # Logits of all graphs in float32, and what sorting them takes beside: probabilities, sums in
-    # float64, ids and the keys' copies.
+    # float64, ids and the keys' copies. Penalties and the keys of log probabilities take less, and
+    # are gone before, or made after.
     logits = 4 * vocab_size * graph_rows
     sampling = vocab_size * max(graph_rows, 1) * (4 + 4 + 8 + 8 + 8)
     return (
         ("block tables", tables),
         ("inputs of graphs", inputs),
         ("relay of tokens", 8 * num_rows),
+        ("counts for penalties", 4 * vocab_size * counted_rows),
         ("logits and sampling", logits + sampling),
     )

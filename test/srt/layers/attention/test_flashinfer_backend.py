@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -24,94 +23,15 @@ from sglang.srt.layers.attention.registry import get_attention_backend
 from sglang.srt.layers.attention.torch_device_backend import TorchDeviceAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+from srt.layers.attention.fake_flashinfer import ATOL, FakeWrappers
 from srt.layers.attention.test_torch_native_table import pool_of
-from srt.layers.attention_cases import Case, FakeTable, make_layer, make_spec, make_tables
-
-ATOL = {"bfloat16": 3e-2, "float16": 4e-3, "fp8_e4m3": 3e-2}
-
-
-class FakeWrapper:
-    """Documented: page tables int32, a causal mask aligned at the end, log-sum-exps to base 2.
-
-    A query at place i of its sequence's keys sees keys j <= i with i - j <= window_left.
-    """
-
-    def __init__(self, single: bool) -> None:
-        self.single = single
-        self.num_plans = 0
-
-    def plan(self, *tables: Any, **options: Any) -> None:
-        self.num_plans += 1
-        self.causal = True
-        *arrays, heads, kv_heads, dim, page_size = tables
-        for array in arrays:
-            assert array.dtype is torch.int32
-        if self.single:
-            indptr, indices, last = arrays
-            rows = torch.arange(len(indptr), dtype=torch.int32)
-        else:
-            rows, indptr, indices, last = arrays
-            self.causal = options.pop("causal")
-        assert (last >= 1).all()
-        assert (last <= page_size).all()
-        assert set(options) == {
-            "window_left",
-            "logits_soft_cap",
-            "sm_scale",
-            "q_data_type",
-            "kv_data_type",
-        }
-        self.tables = (rows.tolist(), indptr.tolist(), indices.long(), last.tolist())
-        self.shape = (heads, kv_heads, dim, page_size)
-        self.options = options
-
-    def run(self, q: torch.Tensor, paged_kv_cache: Any, *, return_lse: bool) -> Any:
-        assert return_lse
-        rows, indptr, indices, last = self.tables
-        heads, kv_heads, dim, page_size = self.shape
-        keys, values = paged_kv_cache
-        assert q.dtype is self.options["q_data_type"]
-        assert q.dtype in (torch.bfloat16, torch.float16)
-        assert keys.dtype is self.options["kv_data_type"]
-        assert keys.shape[1:] == values.shape[1:] == (page_size, kv_heads, dim)
-        out = torch.empty(q.shape, dtype=q.dtype)
-        lse = torch.empty(q.shape[:2])
-        for n in range(len(last)):
-            some = indices[indptr[n] : indptr[n + 1]]
-            count = (len(some) - 1) * page_size + last[n]
-            k, v = (
-                plane[some].flatten(0, 1)[:count].float().repeat_interleave(heads // kv_heads, 1)
-                for plane in paged_kv_cache
-            )
-            queries = q[rows[n] : rows[n + 1]].float()
-            scores = torch.einsum("mhd,nhd->hmn", queries, k) * self.options["sm_scale"]
-            cap = self.options["logits_soft_cap"]
-            if cap is not None:
-                scores = cap * torch.tanh(scores / cap)
-            at = torch.arange(count - len(queries), count).unsqueeze(1)
-            key_at = torch.arange(count)
-            visible = (key_at <= at) | (not self.causal)
-            if self.options["window_left"] >= 0:
-                visible &= at - key_at <= self.options["window_left"]
-            scores = scores.masked_fill(~visible, float("-inf"))
-            out[rows[n] : rows[n + 1]] = torch.einsum("hmn,nhd->mhd", scores.softmax(-1), v).to(
-                q.dtype
-            )
-            lse[rows[n] : rows[n + 1]] = (scores.logsumexp(-1) / math.log(2.0)).transpose(0, 1)
-        return out, lse
-
-
-class FakeWrappers:
-    def __init__(self) -> None:
-        self.made: list[FakeWrapper] = []
-
-    def decode(self, device: torch.device) -> FakeWrapper:
-        self.made.append(FakeWrapper(True))
-        return self.made[-1]
-
-    def prefill(self, device: torch.device) -> FakeWrapper:
-        self.made.append(FakeWrapper(False))
-        return self.made[-1]
+from srt.layers.attention_cases import (
+    Case,
+    FakeTable,
+    make_layer,
+    make_spec,
+    make_tables,
+)
 
 
 def check_on_segments(case: Case, segment_pages: int) -> None:
@@ -158,6 +78,8 @@ def cases(draw: st.DrawFn) -> Case:
         cap=draw(st.sampled_from([0.0, 0.0, 2.0])),
         sinks=draw(st.booleans()),
     )
+    if dtype == "fp8_e4m3":
+        layer.set_kv_scales(draw(st.sampled_from([1.0, 0.7, 3.3])), 1.0)
     total = sum(extend for _, extend in lengths)
     rows = sorted(draw(st.sets(st.integers(0, total - 1), max_size=8))) if total else []
     run_pages = draw(st.sampled_from([[], [1], [2, 9]]))
@@ -217,6 +139,23 @@ def test_a_step_plans_once_for_all_layers_of_a_kind() -> None:
     assert wrappers.made[0].num_plans == 1
     assert backend._planned(backend.plan(geometry), layer, False, heads) is first
     assert wrappers.made[0].num_plans == 2
+
+
+def test_layers_of_any_scale_share_a_plan() -> None:
+    spec = make_spec(page_size=4, dtype="fp8_e4m3", head_dim=16)
+    wrappers = FakeWrappers()
+    backend = FlashInferAttnBackend(spec, wrappers)
+    lengths = [(9, 1), (30, 1)]
+    case = Case(spec, lengths, make_tables(lengths, 4, []), make_layer(spec))
+    plan = backend.plan(case.geometry())
+    heads = torch.zeros(2, 6, 16, dtype=torch.bfloat16)
+    for number in range(200):
+        layer = make_layer(spec)
+        layer.scaling = 1 / 11.3  # no power of two, so that products round
+        layer.set_kv_scales(0.013 * (number + 1), 1.0)
+        backend._planned(plan, layer, False, heads)
+    assert len(wrappers.made) == 1
+    assert wrappers.made[0].num_plans == 1
 
 
 def kind_of(**changes: Any) -> LayerKind:

@@ -7,6 +7,7 @@ stores and attends once a layer. It never changes a table.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -54,6 +55,15 @@ class AttentionBackend(ABC):
     def __init__(self, spec: KVCacheSpec) -> None:
         self.spec = spec
         self.group_of_layer = spec.group_of_layer()
+
+    @classmethod
+    def device_bytes(cls, sizes: Sequence[int], num_groups: int) -> int:
+        """Memory that it takes on a device beside tables and what a step computes.
+
+        `sizes` are the numbers of rows of recorded steps.
+        """
+        del sizes, num_groups
+        return 0
 
     @abstractmethod
     def plan(self, geometry: BatchGeometry) -> Any:

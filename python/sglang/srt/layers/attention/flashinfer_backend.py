@@ -4,7 +4,8 @@ A step becomes *sequences*: runs of query rows at neighbouring positions that se
 of keys which ends at the last of them. So windows, chunks and single wanted rows are all sequences
 of their own, and the wrappers' causal mask, which is aligned at the end, is right for each. Page
 tables go to the device once for each kind of layer. FlashInfer's log-sum-exps are to base 2; sinks
-join by them in float32 here.
+join by them in float32 here. A decode step is recorded with wrappers of its own, whose tables have
+fixed places and which are planned anew between replays.
 
 Written from FlashInfer's documentation (docs.flashinfer.ai) and tested with wrappers that do in
 plain torch what it says; not yet run against the package. It computes in 16 bits only.
@@ -15,11 +16,9 @@ Legend: R query rows, H query heads, G kv heads, D head dim, N sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +26,15 @@ import torch
 
 from sglang.srt.errors import InvariantError
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer
+from sglang.srt.layers.attention.flashinfer_wrappers import (
+    WORKSPACE_BYTES,
+    WRAPPER_BYTES,
+    DecodeWrapper,
+    FlashInferWrappers,
+    PageBuffers,
+    PrefillWrapper,
+    Wrappers,
+)
 from sglang.srt.layers.attention.merge import apply_sinks
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES
@@ -36,94 +44,13 @@ from sglang.srt.utils.device import upload
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
-_WORKSPACE_BYTES = 256 << 20  # of floats, zeroed once; both wrappers share it
-
-
-class DecodeWrapper(Protocol):
-    """`flashinfer.BatchDecodeWithPagedKVCacheWrapper`: one query for each sequence."""
-
-    def plan(
-        self,
-        indptr: torch.Tensor,
-        indices: torch.Tensor,
-        last_page_len: torch.Tensor,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        page_size: int,
-        **options: Any,
-    ) -> None:
-        """Page tables int32: `indptr` [N + 1], `indices` [pages], `last_page_len` [N]."""
-
-    def run(self, q: torch.Tensor, paged_kv_cache: Any, *, return_lse: bool) -> Any:
-        """q [N, H, D] over (k, v) of [pages, page_size, G, D]: (out [N, H, D], lse to base 2)."""
-
-
-class PrefillWrapper(Protocol):
-    """`flashinfer.BatchPrefillWithPagedKVCacheWrapper`: runs of queries."""
-
-    def plan(
-        self,
-        qo_indptr: torch.Tensor,
-        paged_kv_indptr: torch.Tensor,
-        paged_kv_indices: torch.Tensor,
-        paged_kv_last_page_len: torch.Tensor,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        head_dim_qk: int,
-        page_size: int,
-        **options: Any,
-    ) -> None:
-        """As `DecodeWrapper.plan`, with the sequences' rows: `qo_indptr` int32 [N + 1]."""
-
-    def run(self, q: torch.Tensor, paged_kv_cache: Any, *, return_lse: bool) -> Any:
-        """As `DecodeWrapper.run`, with q [R, H, D]."""
-
-
-class Wrappers(Protocol):
-    """Makes wrappers over a workspace on `device`; what the package offers, or a stand-in."""
-
-    def decode(self, device: torch.device) -> DecodeWrapper: ...
-
-    def prefill(self, device: torch.device) -> PrefillWrapper: ...
-
-
-class FlashInferWrappers:
-    """The package's own wrappers, one workspace a device."""
-
-    def __init__(self) -> None:
-        self._package = import_module("flashinfer")
-        self._workspaces: dict[torch.device, torch.Tensor] = {}
-
-    def decode(self, device: torch.device) -> DecodeWrapper:
-        """See Wrappers. Tensor cores: they serve every number of heads in a group."""
-        made: DecodeWrapper = self._package.BatchDecodeWithPagedKVCacheWrapper(
-            self._workspace(device), "NHD", use_tensor_cores=True
-        )
-        return made
-
-    def prefill(self, device: torch.device) -> PrefillWrapper:
-        """See Wrappers."""
-        made: PrefillWrapper = self._package.BatchPrefillWithPagedKVCacheWrapper(
-            self._workspace(device), "NHD"
-        )
-        return made
-
-    def _workspace(self, device: torch.device) -> torch.Tensor:
-        if device not in self._workspaces:
-            self._workspaces[device] = torch.zeros(
-                _WORKSPACE_BYTES, dtype=torch.uint8, device=device
-            )
-        return self._workspaces[device]
-
-
-def has_flashinfer() -> bool:
-    """Whether the package is installed; it is imported when the backend is made."""
-    return find_spec("flashinfer") is not None
+# Page ids that a recorded step may read; longer tables are computed call by call.
+RECORDED_PAGES: Final = 1 << 22
+_PAGE_ID_BYTES: Final = 4
 
 
 class LayerKind(NamedTuple):
-    """Layers of one kind share a plan."""
+    """Layers of one kind share a plan. `scaling` is that of what K means, not of what is stored."""
 
     group: int
     window: int | None
@@ -143,7 +70,8 @@ class LayerKind(NamedTuple):
             pruned,
             layer.num_heads,
             layer.logit_cap,
-            layer.scaling,
+            # Rounded, so that layers agree whatever scale theirs was multiplied and divided by.
+            float(np.float32(layer.scaling / layer.k_scale)),
         )
 
 
@@ -160,12 +88,24 @@ class Sequences(NamedTuple):
     last: Int32Array
 
 
+class Planned(NamedTuple):
+    """A wrapper that was planned, for queries of which type and on which device."""
+
+    wrapper: DecodeWrapper | PrefillWrapper
+    q_dtype: torch.dtype
+    device: torch.device
+
+
 @dataclass(frozen=True, slots=True)
 class FlashInferPlan:
-    """A step's lengths and tables, and the wrappers that were planned for it."""
+    """A step's lengths and tables, and the wrappers that were planned for it.
+
+    `recorded`: the wrappers keep their tables where they are and are nobody else's.
+    """
 
     geometry: BatchGeometry
-    planned: dict[LayerKind, DecodeWrapper | PrefillWrapper] = field(default_factory=dict)
+    recorded: bool = False
+    planned: dict[LayerKind, Planned] = field(default_factory=dict)
 
 
 class FlashInferAttnBackend(AttentionBackend):
@@ -177,6 +117,7 @@ class FlashInferAttnBackend(AttentionBackend):
 
     name: ClassVar[str] = "flashinfer"
     preferred_page_size: ClassVar[int] = 64
+    records_steps: ClassVar[bool] = True
 
     def __init__(self, spec: KVCacheSpec, wrappers: Wrappers | None = None) -> None:
         super().__init__(spec)
@@ -188,10 +129,37 @@ class FlashInferAttnBackend(AttentionBackend):
         self.wrappers = wrappers or FlashInferWrappers()
         # A wrapper's buffers are those of its last plan, which work in flight may read in order.
         self._made: dict[tuple[LayerKind, bool], DecodeWrapper | PrefillWrapper] = {}
+        # Page ids of recorded steps: those of all sizes, since one step is computed at a time.
+        self._recorded_pages: dict[LayerKind, torch.Tensor] = {}
+
+    @classmethod
+    def device_bytes(cls, sizes: Sequence[int], num_groups: int) -> int:
+        """See `AttentionBackend`: the workspace, wrappers, and recorded tables."""
+        some = 2 * (num_groups + 1)  # prompts and decodes, and the last layer's wanted rows
+        tables = _PAGE_ID_BYTES * (RECORDED_PAGES + max(sizes)) if sizes else 0
+        wrappers = WRAPPER_BYTES * (some + num_groups * len(sizes))
+        return WORKSPACE_BYTES + wrappers + num_groups * tables
 
     def plan(self, geometry: BatchGeometry) -> FlashInferPlan:
         """Hold the geometry; wrappers are planned when layers of new kinds ask."""
         return FlashInferPlan(geometry)
+
+    def plan_recorded(self, geometry: BatchGeometry) -> FlashInferPlan:
+        """See `AttentionBackend`: as many sequences as requests, tables at fixed places."""
+        return FlashInferPlan(geometry, recorded=True)
+
+    def may_record(self, geometry: BatchGeometry) -> bool:
+        """See `AttentionBackend`: one token for each request, as long as the tables find room."""
+        most = max(
+            (sum(len(view.page_ids) for view in views) for views in geometry.block_tables),
+            default=0,
+        )
+        return most <= RECORDED_PAGES and bool((geometry.extend_seq_lens == 1).all())
+
+    def renew(self, plan: FlashInferPlan, geometry: BatchGeometry) -> None:
+        """See `AttentionBackend.renew`."""
+        for kind, planned in plan.planned.items():
+            self._plan_wrapper(planned, geometry, kind)
 
     def forward(
         self,
@@ -216,7 +184,7 @@ class FlashInferAttnBackend(AttentionBackend):
                 pool.get_value_buffer(layer.layer_id),
             )
         )
-        out, lse = wrapper.run(heads, planes, return_lse=True)
+        out, lse = wrapper.run(heads, planes, return_lse=True, **scales_of(layer))
         if layer.sinks is not None:
             out = out.float()
             apply_sinks(out, lse * math.log(2.0), layer.sinks)
@@ -245,32 +213,50 @@ class FlashInferAttnBackend(AttentionBackend):
     def _planned(
         self, plan: FlashInferPlan, layer: AttentionLayer, pruned: bool, heads: torch.Tensor
     ) -> DecodeWrapper | PrefillWrapper:
+        # All rows of a recorded step are wanted.
+        pruned = pruned and not plan.recorded
         kind = LayerKind.of(self.group_of_layer[layer.layer_id], layer, pruned=pruned)
         if kind not in plan.planned:
-            plan.planned[kind] = self._plan_kind(plan.geometry, kind, heads)
-        return plan.planned[kind]
+            if plan.recorded:
+                size = len(plan.geometry.seq_lens)
+                wrapper = self._recorded_wrapper(kind, size, heads.device)
+            else:
+                wrapper = self._wrapper(kind, plan.geometry, heads.device)
+            planned = Planned(wrapper, heads.dtype, heads.device)
+            self._plan_wrapper(planned, plan.geometry, kind)
+            plan.planned[kind] = planned
+        return plan.planned[kind].wrapper
 
-    def _plan_kind(
-        self, geometry: BatchGeometry, kind: LayerKind, heads: torch.Tensor
-    ) -> DecodeWrapper | PrefillWrapper:
+    def _plan_wrapper(self, planned: Planned, geometry: BatchGeometry, kind: LayerKind) -> None:
         found = make_sequences(geometry, kind)
         # Where plans look at lengths they look at the host; only the pages are read on the device.
-        (pages,) = upload([torch.from_numpy(found.pages)], heads.device)
+        (pages,) = upload([torch.from_numpy(found.pages)], planned.device)
         rows, indptr, last = (
             torch.from_numpy(part) for part in (found.rows, found.indptr, found.last)
         )
-        options, shape = self.options(kind, heads.dtype), self.shape(kind)
-        if (np.diff(found.rows) == 1).all():
-            decode: Any = self._wrapper(kind, True, heads.device)
-            decode.plan(indptr, pages, last, *shape, **options)
-            return _checked(decode)
-        prefill: Any = self._wrapper(kind, False, heads.device)
-        prefill.plan(rows, indptr, pages, last, *shape, causal=True, **options)
-        return _checked(prefill)
+        options, shape = self.options(kind, planned.q_dtype), self.shape(kind)
+        wrapper: Any = planned.wrapper
+        if _is_single(geometry, kind):
+            wrapper.plan(indptr, pages, last, *shape, **options)
+        else:
+            wrapper.plan(rows, indptr, pages, last, *shape, causal=True, **options)
+
+    def _recorded_wrapper(
+        self, kind: LayerKind, size: int, device: torch.device
+    ) -> DecodeWrapper | PrefillWrapper:
+        room = RECORDED_PAGES + size  # rows that are too many have a page each
+        pages = self._recorded_pages.get(kind)
+        if pages is None or len(pages) < room:
+            pages = torch.zeros(room, dtype=torch.int32, device=device)
+            self._recorded_pages[kind] = pages
+        indptr = torch.zeros(size + 1, dtype=torch.int32, device=device)
+        last = torch.ones(size, dtype=torch.int32, device=device)
+        return self.wrappers.recorded_decode(PageBuffers(indptr, pages, last))
 
     def _wrapper(
-        self, kind: LayerKind, single: bool, device: torch.device
+        self, kind: LayerKind, geometry: BatchGeometry, device: torch.device
     ) -> DecodeWrapper | PrefillWrapper:
+        single = _is_single(geometry, kind)
         key = (kind, single)
         if key not in self._made:
             make: Callable[[torch.device], DecodeWrapper | PrefillWrapper] = (
@@ -280,9 +266,14 @@ class FlashInferAttnBackend(AttentionBackend):
         return self._made[key]
 
 
-def _checked(wrapper: Any) -> DecodeWrapper | PrefillWrapper:
-    made: DecodeWrapper | PrefillWrapper = wrapper
-    return made
+def scales_of(layer: AttentionLayer) -> dict[str, float]:
+    """The keywords by which a run learns what a layer's K is divided by in the cache."""
+    return {} if layer.k_scale == 1.0 else {"k_scale": layer.k_scale}
+
+
+def _is_single(geometry: BatchGeometry, kind: LayerKind) -> bool:
+    """Whether every sequence of a step has one query."""
+    return kind.pruned or not (geometry.extend_seq_lens > 1).any()
 
 
 def make_sequences(geometry: BatchGeometry, kind: LayerKind) -> Sequences:

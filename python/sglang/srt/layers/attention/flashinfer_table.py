@@ -22,11 +22,11 @@ from sglang.srt.layers.attention.flashinfer_backend import (
     Int32Array,
     Int64Array,
     LayerKind,
-    PrefillWrapper,
     Sequences,
-    Wrappers,
     make_sequences,
+    scales_of,
 )
+from sglang.srt.layers.attention.flashinfer_wrappers import PrefillWrapper, Wrappers
 from sglang.srt.layers.attention.merge import Partial, PartialSum, apply_sinks
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane
@@ -99,7 +99,7 @@ class FlashInferTableBackend(AttentionBackend):
         planes = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
         total = PartialSum()
         for run in plan.runs[kind]:
-            total.add(self._attend(heads, kind, run, planes))
+            total.add(self._attend(heads, kind, run, planes, scales_of(layer)))
             forward_batch.progress.tick()
         out, lse = total.result()
         if layer.sinks is not None:
@@ -113,6 +113,7 @@ class FlashInferTableBackend(AttentionBackend):
         kind: LayerKind,
         run: Run,
         planes: tuple[SegmentPlane, SegmentPlane],
+        scales: dict[str, float],
     ) -> Partial:
         """One run's output [R, H, D] and natural log-sum-exp [R, H]; rows outside see nothing."""
         if self._wrapper is None:
@@ -144,7 +145,8 @@ class FlashInferTableBackend(AttentionBackend):
             causal=causal,
             **options,
         )
-        out, lse = self._wrapper.run(heads.index_select(0, rows), tuple(pools), return_lse=True)
+        some = heads.index_select(0, rows)
+        out, lse = self._wrapper.run(some, tuple(pools), return_lse=True, **scales)
         if len(run.rows) == len(heads):
             return out, lse * math.log(2.0)
         whole = out.new_zeros(heads.shape)

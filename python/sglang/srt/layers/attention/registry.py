@@ -5,11 +5,9 @@ from __future__ import annotations
 from sglang.srt.distributed.communicator import TensorCommunicator
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.cpu_backend import CpuAttnBackend, has_native_kernels
-from sglang.srt.layers.attention.flashinfer_backend import (
-    FlashInferAttnBackend,
-    has_flashinfer,
-)
+from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from sglang.srt.layers.attention.flashinfer_table import FlashInferTableBackend
+from sglang.srt.layers.attention.flashinfer_wrappers import has_flashinfer
 from sglang.srt.layers.attention.kv_parallel_backend import KVParallelAttnBackend
 from sglang.srt.layers.attention.torch_device_backend import TorchDeviceAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
