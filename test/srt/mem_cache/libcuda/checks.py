@@ -304,7 +304,7 @@ def check_what_the_driver_does_not_take() -> None:
 def check_stage_2_of_gpu_check(folder: Path) -> None:
     """The check of a GPU itself, every figure by the driver."""
     setting = make_setting(True, 60.0, folder)
-    journal = Journal(folder / "stage_2.jsonl", 2)
+    journal = Journal(folder / "journal.jsonl", 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STAND_IN_BYTES", str(2 << 30))  # its segments are of 256 MiB
         patch.setattr(
@@ -313,7 +313,7 @@ def check_stage_2_of_gpu_check(folder: Path) -> None:
         for name, part in stage_memory.PARTS:
             if name != "growth":  # sums over 64 MiB, again and again: for a GPU
                 part(setting, journal)
-    records = read_journal(folder / "stage_2.jsonl")
+    records = read_journal(folder / "journal.jsonl")
     assert len(records) >= 8
     assert [one for one in records if one.status is not Status.OK] == []
     assert DEVICE.state().bytes_of_0 == 0
