@@ -1,6 +1,7 @@
 """Packs the tree, and as wheels what the server needs beside torch, for a GPU without a network.
 
     bash scripts/gpu_pack.sh [--python-version 3.12] [--output gpu_pack.tar.gz] [--limit 60MiB]
+    bash scripts/gpu_pack.sh --wheels wheels    # no archive: the tree goes there some other way
 
 The other machine's Python has torch, triton, transformers, tokenizers and safetensors. Everything
 else that a server imports is downloaded for its version and packed beside the committed tree;
@@ -11,6 +12,7 @@ largest first, when the limit would be passed; exits 1 when what is needed does 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -89,31 +91,46 @@ def sizes_of(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(folder.glob("*.whl"))}
 
 
+def fetch(folder: Path, version: str, others: Mapping[str, int], limit: int) -> list[Path]:
+    """Wheels in `folder`: those that are needed, and wished ones that fit beside `others`.
+
+    Raises ValueError when what is needed does not fit.
+    """
+    needed, wished = folder / "needed", folder / "wished"
+    subprocess.run(download_command(NEEDED, version, needed), check=True)
+    for wish in WISHED:  # one by one: what does not exist for a version stops no other
+        if subprocess.run(download_command([wish], version, wished), check=False).returncode != 0:
+            print(f"gpu_pack: no wheel of {wish} for Python {version}", file=sys.stderr)
+    chosen = choose({**sizes_of(needed), **others}, sizes_of(wished), limit)
+    places = [place / name for name in chosen for place in (needed, wished)]
+    return [place for place in places if place.exists()]
+
+
 def pack(output: Path, version: str, limit: int) -> list[str]:
     """Write the archive; the wheels that it holds. Raises ValueError when it gets too large."""
     with tempfile.TemporaryDirectory() as name:
-        folders = {"needed": Path(name, "needed"), "wished": Path(name, "wished")}
-        subprocess.run(download_command(NEEDED, version, folders["needed"]), check=True)
-        for wish in WISHED:  # one by one: what does not exist for a version stops no other
-            command = download_command([wish], version, folders["wished"])
-            if subprocess.run(command, check=False).returncode != 0:
-                print(f"gpu_pack: no wheel of {wish} for Python {version}", file=sys.stderr)
         tree = Path(name, "tree.tar")
         archive = ["git", "-C", str(ROOT), "archive", "--format=tar", "-o", str(tree), "HEAD"]
         subprocess.run(archive, check=True)
-        needed = {**sizes_of(folders["needed"]), "the tree": tree.stat().st_size}
-        chosen = choose(needed, sizes_of(folders["wished"]), limit)
-        wheels = [name for name in chosen if name != "the tree"]
+        wheels = fetch(Path(name), version, {"the tree": tree.stat().st_size}, limit)
         with tarfile.open(tree, "a") as file:
             for wheel in wheels:
-                found = next(
-                    folder / wheel for folder in folders.values() if (folder / wheel).exists()
-                )
-                file.add(found, f"wheels/{wheel}")
+                file.add(wheel, f"wheels/{wheel.name}")
         with tarfile.open(output, "w:gz") as packed, tarfile.open(tree) as file:
             for member in file:
                 packed.addfile(member, file.extractfile(member) if member.isfile() else None)
-    return wheels
+    return [wheel.name for wheel in wheels]
+
+
+def fill(target: Path, version: str, limit: int) -> list[str]:
+    """Put the wheels, and nothing else, into a folder; their names. Raises ValueError as `pack`."""
+    with tempfile.TemporaryDirectory() as name:
+        wheels = fetch(Path(name), version, {}, limit)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for wheel in wheels:
+            shutil.copy(wheel, target)
+    return [wheel.name for wheel in wheels]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,9 +138,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_pack", description=__doc__)
     parser.add_argument("--python-version", default="3.12", help="of the other machine")
     parser.add_argument("--output", type=Path, default=Path("gpu_pack.tar.gz"))
+    parser.add_argument("--wheels", type=Path, help="fill this folder, make no archive")
     parser.add_argument("--limit", type=parse_bytes, default=60 << 20)
     args = parser.parse_args(argv)
     try:
+        if args.wheels is not None:
+            wheels = fill(args.wheels, args.python_version, args.limit)
+            print(f"{args.wheels}: {len(wheels)} wheels")
+            return 0
         wheels = pack(args.output, args.python_version, args.limit)
     except ValueError as error:
         print(f"gpu_pack: {error}", file=sys.stderr)

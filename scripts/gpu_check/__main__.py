@@ -2,8 +2,10 @@
 
     python -m gpu_check [--stage 1 4] [--dry-run-cpu] [--out FOLDER] [--seconds 520]
 
-A stage that fails, crashes or takes too long does not stop the others. Exit status: 0 all checks
-hold, 1 something failed, 3 nothing failed but something was skipped.
+A stage that fails, crashes or takes too long does not stop the others. FOLDER gets four files and
+no more: the two reports, the journal that is written as things are found, and what servers and
+other children said. Exit status: 0 all checks hold, 1 something failed, 3 nothing failed but
+something was skipped.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,6 +29,7 @@ STAGES = (1, 2, 3, 4, 5, 6)
 # Shares of the time; what a stage leaves goes to those after it.
 _SHARES = {1: 110, 2: 45, 3: 90, 4: 120, 5: 70, 6: 85}
 _END_S = 10.0  # a stage's processes have so long to end when they are told to
+_LOG_BYTES = 64 << 10  # of the end of each log that is kept
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,11 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = describe(args.dry_run_cpu)
     records: list[Record] = []
     deadline = time.monotonic() + args.seconds
+    journal, logs = folder / "journal.jsonl", folder / "logs.txt"
+    for old in (journal, logs):
+        old.unlink(missing_ok=True)
     for place, stage in enumerate(args.stage):
         later = sum(_SHARES[other] for other in args.stage[place + 1 :])
         left = deadline - time.monotonic()
         seconds = max(_SHARES[stage] * args.seconds / sum(_SHARES.values()), left - later)
-        records += run_stage(stage, folder, max(1.0, min(seconds, left)), args.dry_run_cpu)
+        with tempfile.TemporaryDirectory(prefix="gpu_check_") as work:
+            limit = max(1.0, min(seconds, left))
+            records += run_stage(stage, journal, Path(work), limit, args.dry_run_cpu)
+            keep_logs(Path(work), logs)
         write_reports(folder, records, machine)
     print(f"reports: {folder / 'gpu_check.json'}, {folder / 'gpu_check.md'}")
     return exit_code(records)
@@ -55,18 +65,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_stage(stage: int, folder: Path, seconds: float, dry: bool) -> list[Record]:
-    """The records of one stage, and one more when it ended otherwise than by its own will."""
-    journal = folder / f"stage_{stage}.jsonl"
-    journal.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "gpu_check.stage", str(stage), str(folder), f"{seconds:.0f}"]
+def run_stage(stage: int, journal: Path, work: Path, seconds: float, dry: bool) -> list[Record]:
+    """The records of one stage, and one more when it ended otherwise than by its own will.
+
+    `work` is a folder for what the stage makes on its way.
+    """
+    arguments = [str(stage), str(journal), str(work), f"{seconds:.0f}"]
+    command = [sys.executable, "-m", "gpu_check.stage", *arguments]
     if dry:
         command.append("--dry-run-cpu")
     began = time.monotonic()
     reason = ""
     # The dry run has kernels of Triton run in its interpreter.
     env = {**os.environ, "TRITON_INTERPRET": "1"} if dry else None
-    process = subprocess.Popen(command, env=env, start_new_session=True)
+    # A group of its own, to be ended with all its children; but no session of its own, in which it
+    # would outlive whoever ends ours.
+    process = subprocess.Popen(command, env=env, process_group=0)
     try:
         code = process.wait(seconds)
         if code != 0:
@@ -75,7 +89,7 @@ def run_stage(stage: int, folder: Path, seconds: float, dry: bool) -> list[Recor
         reason = f"the stage did not end within {seconds:.0f} s"
     finally:
         end_group(process)
-    found = read_journal(journal)
+    found = read_journal(journal, stage)
     if reason:
         found.append(Record(stage, "stage", Status.FAILED, {}, reason))
         print(line_of(found[-1]), flush=True)
@@ -92,6 +106,14 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + _END_S
         while _is_alive(process) and time.monotonic() < deadline:
             time.sleep(0.1)
+
+
+def keep_logs(work: Path, target: Path) -> None:
+    """Append the end of every log of a stage's folder to one file."""
+    with target.open("ab") as kept:
+        for log in sorted(work.glob("**/*.log")):
+            kept.write(f"==== {log.name}\n".encode())
+            kept.write(log.read_bytes()[-_LOG_BYTES:] + b"\n")
 
 
 def _is_alive(process: subprocess.Popen[bytes]) -> bool:

@@ -32,12 +32,14 @@ class Record:
 
 
 class Journal:
-    """The records of one stage, on disk as soon as they are found: a stage may be killed."""
+    """The records of one stage, on disk as soon as they are found: a stage may be killed.
+
+    They are appended to the file, which all stages share.
+    """
 
     def __init__(self, path: Path, stage: int) -> None:
         self._path = path
         self._stage = stage
-        path.write_text("")
 
     def note(self, name: str, **values: Any) -> None:
         """Something was measured, or holds."""
@@ -62,15 +64,16 @@ class Journal:
         print(line_of(record), flush=True)
 
 
-def read_journal(path: Path) -> list[Record]:
-    """The records of a stage, as far as it came; none when there is no file."""
+def read_journal(path: Path, stage: int | None = None) -> list[Record]:
+    """The records of a stage (None: of all), as far as it came; none when there is no file."""
     if not path.exists():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        fields = json.loads(line)
-        found.append(Record(**{**fields, "status": Status(fields["status"])}))
-    return found
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):  # else its writer was killed
+            fields = json.loads(line)
+            found.append(Record(**{**fields, "status": Status(fields["status"])}))
+    return [record for record in found if stage in (None, record.stage)]
 
 
 def line_of(record: Record) -> str:

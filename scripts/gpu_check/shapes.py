@@ -46,6 +46,10 @@ SMALL = Heads("small", 9, 3, 64)
 WIDE = Heads("wide", 8, 4, 256)
 GPT_OSS = Heads("gpt-oss", 64, 8, 64)
 TINY = Heads("tiny", 4, 2, 32)
+# Of the models that other stages make: the server's, bench_one_batch's and the needles'.
+SERVER = Heads("server", 4, 2, 64)
+BENCH = Heads("bench", 32, 8, 64)
+CIRCUIT = Heads("circuit", 1, 1, 128)
 
 DECODES = ((4096, 1), (1, 1), (65, 1), (20000, 1))
 PROMPTS = ((0, 700), (1000, 130), (63, 2), (5000, 1))
@@ -77,6 +81,23 @@ def kernel_shapes(dry: bool) -> Sequence[AttentionShape]:
         shapes.append(AttentionShape("contiguous", LLAMA_8B, lengths, scattered=False))
     shapes.append(AttentionShape("long", SCOUT_RANK, ((1_000_000, 1), (300_000, 64))))
     return tuple(shapes)
+
+
+def compiled_shapes(dry: bool) -> Sequence[AttentionShape]:
+    """What is compiled before anything is checked, what takes longest first.
+
+    The shapes of stage 1, without those whose kernels another one has, and of the other stages'
+    models.
+    """
+    if dry:
+        return kernel_shapes(True)[:1]
+    shapes = [one for one in kernel_shapes(False) if one.name not in ("long", "contiguous")]
+    for lengths in (DECODES, PROMPTS):
+        shapes.append(AttentionShape("server", SERVER, lengths, "float32"))
+        shapes.append(AttentionShape("bench", BENCH, lengths))
+        shapes.append(AttentionShape("circuit", CIRCUIT, lengths))
+        shapes.append(AttentionShape("circuit", CIRCUIT, lengths, chunk=8192))
+    return sorted(shapes, key=lambda one: (one.dtype != "float32", one.lengths == DECODES))
 
 
 def decode_shapes(dry: bool) -> Sequence[DecodeShape]:

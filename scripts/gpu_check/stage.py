@@ -1,4 +1,7 @@
-"""One stage in this process: python -m gpu_check.stage NUMBER FOLDER SECONDS [--dry-run-cpu]"""
+"""One stage in this process, its records appended to JOURNAL, its files in FOLDER:
+
+python -m gpu_check.stage NUMBER JOURNAL FOLDER SECONDS [--dry-run-cpu]
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,9 @@ STAGES: dict[int, Sequence[tuple[str, Check]]] = {
 }
 
 
-def run(stage: int, folder: Path, seconds: float, dry: bool) -> None:
+def run(stage: int, path: Path, folder: Path, seconds: float, dry: bool) -> None:
     """Run a stage's parts and note what they find."""
-    journal = Journal(folder / f"stage_{stage}.jsonl", stage)
+    journal = Journal(path, stage)
     try:
         setting = make_setting(dry, seconds, folder)
     except ValueError:
@@ -51,4 +54,5 @@ def run(stage: int, folder: Path, seconds: float, dry: bool) -> None:
 
 
 if __name__ == "__main__":
-    run(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), "--dry-run-cpu" in sys.argv)
+    number, journal, folder, seconds = sys.argv[1:5]
+    run(int(number), Path(journal), Path(folder), float(seconds), "--dry-run-cpu" in sys.argv)

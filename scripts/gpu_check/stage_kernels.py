@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gpu_check.attention_batch import OnePool, largest_error, make_batch, make_tables, spec_of
+from gpu_check.precompile import compile_kernels
 from gpu_check.records import Journal
 from gpu_check.setting import Setting
 from gpu_check.shapes import AttentionShape, kernel_shapes
@@ -187,5 +188,4 @@ LAYERS = {
     "rotate and store": _store,
     "store scaled fp8": _store_scaled,
 }
-# The quick one first.
-PARTS = (("layers", check_layers), ("attention", check_attention))
+PARTS = (("compile", compile_kernels), ("layers", check_layers), ("attention", check_attention))

@@ -99,6 +99,7 @@ def check_server(setting: Setting, journal: Journal) -> None:
             ("without graphs", ["--disable-cuda-graph"]),
             ("torch_native", ["--attention-backend", "torch_native"]),
             ("static memory", ["--kv-backing", "static"]),
+            ("a segment table", ["--kv-backing", "segment_table"]),
         ]
     for name, flags in ways:
         if setting.seconds_left < 15:

@@ -13,6 +13,7 @@ import torch
 
 from gpu_check import __main__ as gpu_check
 from gpu_check import shapes
+from gpu_check.precompile import num_processes
 from gpu_check.records import Journal, Record, Status, exit_code, line_of, markdown, read_journal
 from gpu_check.stage_scout import RANKS, Rank, extrapolated_ms, write_config
 from sglang.srt.configs.model_config import ModelConfig
@@ -36,13 +37,17 @@ def run_check(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_journal_is_read_as_far_as_it_came(tmp_path: Path) -> None:
-    path = tmp_path / "stage_1.jsonl"
+    path = tmp_path / "journal.jsonl"
     assert read_journal(path) == []
     journal = Journal(path, 1)
     journal.note("speed", gb_per_s=12.3456)
     journal.judge("equal", False, "they differ", equal=3)
     journal.skip("other", "not here")
-    found = read_journal(path)
+    Journal(path, 2).note("later")
+    with path.open("a") as file:
+        file.write('{"stage": 2, "name": "cut o')  # killed while it wrote
+    assert [record.name for record in read_journal(path)] == ["speed", "equal", "other", "later"]
+    found = read_journal(path, 1)
     assert [record.status for record in found] == [Status.OK, Status.FAILED, Status.SKIPPED]
     assert found[0].values == {"gb_per_s": 12.3456}
     assert found[1] == Record(1, "equal", Status.FAILED, {"equal": 3}, "they differ")
@@ -80,6 +85,23 @@ def test_the_shapes_are_those_that_are_promised() -> None:
     assert any(shape.window for shape in full)
     assert any(shape.chunk for shape in full)
     assert any(shape.sinks for shape in full)
+
+
+def test_what_is_compiled_first_has_the_kernels_of_all_stages() -> None:
+    compiled = shapes.compiled_shapes(False)
+    assert {one.heads for one in compiled} >= {shapes.SERVER, shapes.BENCH, shapes.CIRCUIT}
+    seen = {(one.heads, one.dtype, one.page_size, one.sinks) for one in compiled}
+    for shape in shapes.kernel_shapes(False):
+        assert (shape.heads, shape.dtype, shape.page_size, shape.sinks) in seen, shape
+    slow = [one.dtype == "float32" for one in compiled]
+    assert slow == sorted(slow, reverse=True)
+    assert max(max(prefix for prefix, _ in one.lengths) for one in compiled) <= 20_000
+    assert [num_processes(*sizes) for sizes in ((16, 40), (4, 40), (1, 40), (64, 3))] == [
+        8,
+        2,
+        1,
+        3,
+    ]
 
 
 def test_the_scout_rank_has_the_published_shape(tmp_path: Path) -> None:
@@ -131,7 +153,7 @@ def test_a_stage_that_does_not_end_stops_nobody_else(
 def test_what_a_stage_leaves_running_is_ended(tmp_path: Path) -> None:
     told = tmp_path / "pid"
     script = f"sleep 600 & echo $! > {told}; exit 0"
-    process = subprocess.Popen(["/bin/sh", "-c", script], start_new_session=True)
+    process = subprocess.Popen(["/bin/sh", "-c", script], process_group=0)
     process.wait()
     gpu_check.end_group(process)
     with pytest.raises(ProcessLookupError):
@@ -141,9 +163,13 @@ def test_what_a_stage_leaves_running_is_ended(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3, 4, 5, 6])
 def test_every_stage_runs_on_a_cpu_with_tiny_sizes(stage: int, tmp_path: Path) -> None:
     done = run_check(tmp_path, "--stage", str(stage), "--dry-run-cpu")
-    records = read_journal(tmp_path / f"stage_{stage}.jsonl")
+    records = read_journal(tmp_path / "journal.jsonl", stage)
     failed = [record for record in records if record.status is Status.FAILED]
     assert failed == [], done.stderr
     assert done.returncode in (0, 3), done.stdout + done.stderr
     assert any(record.status is Status.OK for record in records)
-    assert (tmp_path / "gpu_check.md").exists()
+    # What comes back of a lent machine are few files.
+    files = {"gpu_check.json", "gpu_check.md", "journal.jsonl", "logs.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    named = {1: "precompile_0.log", 3: "server_default.log", 6: "needle_4k.log"}.get(stage, "")
+    assert f"==== {named}" in (tmp_path / "logs.txt").read_text() or not named

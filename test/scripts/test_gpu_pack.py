@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
 
+import gpu_pack
 from gpu_pack import NEEDED, WISHED, choose, download_command, sizes_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,3 +48,43 @@ def test_wheels_are_fetched_for_the_other_python_alone(tmp_path: Path) -> None:
     (tmp_path / "x-1-py3-none-any.whl").write_bytes(b"12345")
     (tmp_path / "other.txt").write_bytes(b"1")
     assert sizes_of(tmp_path) == {"x-1-py3-none-any.whl": 5}
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip writes wheels of a few bytes; git is the real one."""
+    run = gpu_pack.subprocess.run
+
+    def stand_in(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
+        if "pip" not in command:
+            return run(command, check=check)
+        folder = Path(command[command.index("--dest") + 1])
+        folder.mkdir(exist_ok=True)
+        names = [name for name in (*NEEDED, *WISHED) if name in command]
+        for name in names:
+            (folder / f"{name}-1-py3-none-any.whl").write_bytes(b"x" * 1000)
+        return subprocess.CompletedProcess(command, 0 if names != ["protobuf"] else 1)
+
+    monkeypatch.setattr(gpu_pack.subprocess, "run", stand_in)
+
+
+def test_a_folder_of_wheels_is_filled_anew(tmp_path: Path, no_network: None) -> None:
+    target = tmp_path / "wheels"
+    target.mkdir()
+    (target / "old-1-py3-none-any.whl").write_bytes(b"old")
+    assert gpu_pack.main(["--wheels", str(target)]) == 0
+    names = {path.name.removesuffix("-1-py3-none-any.whl") for path in target.iterdir()}
+    assert names == {*NEEDED, *WISHED}
+    assert gpu_pack.main(["--wheels", str(target), "--limit", str(1000 * len(NEEDED) + 1500)]) == 0
+    assert len(list(target.iterdir())) == len(NEEDED) + 1
+    assert gpu_pack.main(["--wheels", str(target), "--limit", "5000"]) == 1
+
+
+def test_the_archive_holds_the_tree_and_the_wheels(tmp_path: Path, no_network: None) -> None:
+    target = tmp_path / "pack.tar.gz"
+    assert gpu_pack.main(["--output", str(target)]) == 0
+    with tarfile.open(target) as file:
+        names = set(file.getnames())
+    assert {"scripts/gpu_check.sh", "python/sglang/launch_server.py"} <= names
+    assert {f"wheels/{name}-1-py3-none-any.whl" for name in NEEDED} <= names
+    assert gpu_pack.main(["--output", str(target), "--limit", "1MiB"]) == 1

@@ -336,16 +336,21 @@ def test_auto_falls_back_and_says_so(
 def test_on_a_gpu_auto_is_virtual_memory_and_else_static(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    seen: list[tuple[int, ...]] = []
+    seen: list[tuple[int, tuple[int, ...]]] = []
 
-    def driver(streams: tuple[int, ...]) -> FakeCudaDriver:
-        seen.append(streams)
+    def driver(device: int, streams: tuple[int, ...]) -> FakeCudaDriver:
+        seen.append((device, streams))
         return FakeCudaDriver()
 
-    backing = make_backing("auto", device="cuda", streams=(4711, 0), make_driver=driver)
-    assert (backing.name, backing.elastic, seen) == ("cuda_vmm", True, [(4711, 0)])
+    for kind in ("auto", "cuda_vmm"):
+        backing = make_backing(
+            kind, device="cuda", device_index=3, streams=(4711, 0), make_driver=driver
+        )
+        assert (backing.name, backing.elastic, seen.pop()) == ("cuda_vmm", True, (3, (4711, 0)))
+    table = make_backing("segment_table", device="cuda", device_index=3, available_bytes=lambda: 1)
+    assert table._device == torch.device("cuda", 3)
 
-    def none(streams: tuple[int, ...]) -> FakeCudaDriver:
+    def none(device: int, streams: tuple[int, ...]) -> FakeCudaDriver:
         raise BackingError("there is no driver")
 
     with caplog.at_level(logging.WARNING):

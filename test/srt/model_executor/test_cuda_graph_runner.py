@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from sglang.srt.model_executor.cuda_graph_runner import (
+    CudaGraphRunner,
     StepInputs,
     capture_sizes,
     empty_geometry,
@@ -104,6 +109,71 @@ def test_the_recorder_of_the_tests_is_as_strict_as_a_capture() -> None:
         state["factor"] = 100.0  # Python does not run again
         replay()
         assert result.tolist() == [15.0, 33.0]
-        for waits in (lambda: x[x > 5], lambda: x * float(x.sum()), lambda: x.nonzero()):
-            with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-                runtime.record(waits)
+        for waits in (
+            lambda: x[x > 5],
+            lambda: x * float(x.sum()),
+            lambda: x * x.sum().item(),
+            lambda: x if x.sum() > 0 else -x,
+            lambda: torch.tensor(x.tolist()),
+            lambda: x.nonzero(),
+        ):
+            for mode in (False, True):
+                refused = pytest.raises(RuntimeError, match="not permitted when stream is captur")
+                with torch.inference_mode(mode), refused:
+                    runtime.record(waits)
+
+
+class BreaksOff(LateRuntime):
+    """A capture that ends with an error of its own once something inside was refused."""
+
+    def record(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        try:
+            return super().record(work)
+        finally:
+            raise RuntimeError("the capture was broken off")
+
+
+def make_runner(
+    runtime: LateRuntime, model: Callable[[ForwardBatch], torch.Tensor]
+) -> CudaGraphRunner:
+    backend = SimpleNamespace(plan_recorded=lambda geometry: geometry)
+    with_head = SimpleNamespace(lm_head=lambda hidden: hidden)
+
+    class Model:
+        lm_head = staticmethod(with_head.lm_head)
+
+        def __call__(self, batch: ForwardBatch) -> torch.Tensor:
+            return model(batch)
+
+    return CudaGraphRunner(
+        Model(),  # type: ignore[arg-type]
+        runtime,
+        None,
+        backend,
+        sizes=(1, 2),
+        num_groups=1,
+        page_size=16,
+    )
+
+
+def test_nothing_is_computed_before_other_streams_are_done() -> None:
+    """Buffers are filled on the default stream, for which the compute stream does not wait."""
+    runtime = LateRuntime()
+    syncs: list[int] = []
+
+    def model(batch: ForwardBatch) -> torch.Tensor:
+        syncs.append(runtime.num_syncs)
+        return batch.input_ids.unsqueeze(-1) * 2.0
+
+    runner = make_runner(runtime, model)
+    runner.record()
+    assert runner.recorded == (1, 2)
+    assert syncs[0] == 1
+
+
+def test_the_log_names_what_broke_a_capture_off(caplog: pytest.LogCaptureFixture) -> None:
+    runner = make_runner(BreaksOff(), lambda batch: batch.input_ids * float(batch.input_ids.sum()))
+    with caplog.at_level(logging.WARNING):
+        runner.record()
+    assert runner.recorded == ()
+    assert "not recorded as graphs: operation not permitted when stream is captu" in caplog.text

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy.typing as npt
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang.srt.utils.device import HostCopy, Replay, pack_host_tensors, unpack
@@ -80,7 +81,7 @@ class LateRuntime:
 
             return again, first
         recorder = OpRecorder()
-        with recorder:
+        with recorder, NoValues():
             result = work()
         return recorder.replay, result
 
@@ -89,6 +90,22 @@ class LateRuntime:
 
     def synchronize(self) -> None:
         self.num_syncs += 1
+
+
+class NoValues(TorchFunctionMode):
+    """Refuses to look at a tensor's values, which in inference mode no dispatcher sees."""
+
+    LOOKS = frozenset(
+        getattr(torch.Tensor, name)
+        for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__")
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in self.LOOKS:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+        return func(*args, **(kwargs or {}))
 
 
 class OpRecorder(TorchDispatchMode):

@@ -65,6 +65,7 @@ def open_backing(
     return make_backing(
         args.kv_backing,
         device=runtime.device.type,
+        device_index=runtime.device.index or 0,
         streams=runtime.stream_handles,
         debug_protect=debug_protect,
         available_bytes=available_bytes if runtime.is_async else None,

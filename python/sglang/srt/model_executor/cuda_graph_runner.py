@@ -192,6 +192,8 @@ class CudaGraphRunner:
         A model whose step waits for the device or asks it for a value can't be recorded: the
         reason is logged once, and steps are computed call by call.
         """
+        # Buffers and pool were filled on another stream than the one that computes.
+        self._runtime.synchronize()
         before = self._runtime.read_memory().available_bytes
         try:
             with self._runtime.computing(), torch.inference_mode():
@@ -199,7 +201,7 @@ class CudaGraphRunner:
                     self._graphs[size] = self._record(size)
         except RuntimeError as reason:
             self._graphs.clear()
-            logger.warning("Decode steps are not recorded as graphs: %s", reason)
+            logger.warning("Decode steps are not recorded as graphs: %s", _first_of(reason))
             return
         self._runtime.synchronize()
         taken = before - self._runtime.read_memory().available_bytes
@@ -252,3 +254,10 @@ class CudaGraphRunner:
             step()
         replay, logits = self._runtime.record(step)
         return _Graph(replay, plan, logits)
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """What came first: a capture that was broken off says no more than that when it is ended."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

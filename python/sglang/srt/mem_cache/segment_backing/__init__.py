@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from sglang.srt.errors import BackingError
 from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, SegmentBacking
 from sglang.srt.mem_cache.segment_backing.cuda_driver import CudaDriver, VmmDriver
-from sglang.srt.mem_cache.segment_backing.cuda_vmm import CudaVmmBacking
+from sglang.srt.mem_cache.segment_backing.cuda_vmm import CudaVmmBacking, cuda_bytes
 from sglang.srt.mem_cache.segment_backing.mmap import MmapBacking
 from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
 from sglang.srt.mem_cache.segment_backing.static import StaticBacking
@@ -22,6 +23,7 @@ def make_backing(
     kind: str,
     *,
     device: str = "cpu",
+    device_index: int = 0,
     streams: Sequence[int] = (0,),
     debug_protect: bool = False,
     available_bytes: Callable[[], int] | None = None,
@@ -30,17 +32,23 @@ def make_backing(
 ) -> SegmentBacking:
     """The backing that `--kv-backing` names; "auto" takes what works best on `device`.
 
-    That is mmap, else segment_table on a CPU; cuda_vmm, else static on a GPU. `streams` are the
-    handles of the streams on which work reads the memory (cuda_vmm only). `debug_protect` makes
+    That is mmap, else segment_table on a CPU; cuda_vmm, else static on a GPU, of several number
+    `device_index`, whichever is the calling thread's. `streams` are the handles of the streams on
+    which work reads the memory (cuda_vmm only). `debug_protect` makes
     memory that is not mapped inaccessible (mmap only). `available_bytes` replaces the system's
     figure of memory that may be taken; on a GPU static and segment_table need it. `num_threads`
     map segments together (mmap only). `make_driver` replaces the driver of cuda_vmm. Raises
     BackingError when the machine can't support the kind (the message suggests one that works),
     ValueError for another name.
     """
+
+    def cuda_vmm() -> SegmentBacking:
+        driver = make_driver(device_index, streams=streams)
+        return CudaVmmBacking(driver, make_tensor=partial(cuda_bytes, device_index))
+
     if kind == "auto" and device != "cpu":
         try:
-            return CudaVmmBacking(make_driver(streams=streams))
+            return cuda_vmm()
         except BackingError as error:
             logger.warning("KV memory is static, it can't grow or shrink: %s", error)
             kind = "static"
@@ -56,12 +64,13 @@ def make_backing(
                 raise
             logger.warning("KV memory on a segment table, not on mmap: %s", error)
             kind = "segment_table"
+    device = f"cuda:{device_index}" if device == "cuda" else device
     if kind == "segment_table":
         return SegmentTableBacking(device=device, available_bytes=available_bytes)
     if kind == "static":
         return StaticBacking(device=device, available_bytes=available_bytes)
     if kind == "cuda_vmm":
-        return CudaVmmBacking(make_driver(streams=streams))
+        return cuda_vmm()
     raise ValueError(
         f"unknown KV backing {kind!r}: auto, static, mmap, cuda_vmm and segment_table exist"
     )

@@ -2,9 +2,9 @@
 
 `VmmDriver` is what the backing is written and tested against; `CudaDriver` is the real one. It
 imports `cuda.bindings.driver` when it is made, so nobody else needs the package. Addresses,
-handles and events are plain integers here. Not yet run on hardware: the calls are made as NVIDIA
-documents them, what is tested is their order and the answer to each failure. See
-docs/kv_segments.md, Note [CUDA virtual memory].
+handles and events are plain integers here. Not yet run on hardware: tests make the calls through
+the real package to a libcuda.so.1 that is compiled against NVIDIA's cuda.h, keeps the documented
+rules and maps the host's memory. See docs/kv_segments.md, Note [CUDA virtual memory].
 """
 
 from __future__ import annotations
@@ -207,4 +207,4 @@ class CudaDriver:
             self._thread.entered = True
 
     def __repr__(self) -> str:
-        return f"CudaDriver(device={self._device}, streams={self._streams})"
+        return f"CudaDriver(device={int(self._device)}, streams={self._streams})"

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, NamedTuple
 
 import torch
@@ -56,9 +57,9 @@ class CudaVmmBacking:
 
     `handle_bytes` bounds the size of one handle (None: a segment's whole part of a plane is one);
     a multiple of the granule. `margin_bytes` of the device are never taken. `make_tensor` makes a
-    uint8 tensor of (address, bytes). `pause` waits some seconds between two looks at an event.
-    Raises BackingError when the driver's granularities do not fit together, ValueError for a
-    handle size that is not a multiple of the granule.
+    uint8 tensor of (address, bytes), None: on CUDA device 0. `pause` waits some seconds between two
+    looks at an event. Raises BackingError when the driver's granularities do not fit together,
+    ValueError for a handle size that is not a multiple of the granule.
     """
 
     name = "cuda_vmm"
@@ -87,7 +88,7 @@ class CudaVmmBacking:
         self._driver = driver
         self._handle_bytes = handle_bytes
         self._margin_bytes = margin_bytes
-        self._make_tensor = make_tensor or cuda_bytes
+        self._make_tensor = make_tensor or partial(cuda_bytes, 0)
         self._pause = pause
         self._lock = threading.Lock()  # over the three tables below
         self._prepared: dict[_Piece, int] = {}  # handles that wait for their mapping
@@ -400,9 +401,15 @@ class _ArrayInterface:
         }
 
 
-def cuda_bytes(address: int, length: int) -> torch.Tensor:
-    """A uint8 tensor over device memory that somebody else owns; its first byte is mapped.
+def cuda_bytes(device_index: int, address: int, length: int) -> torch.Tensor:
+    """A uint8 tensor over memory of a device that somebody else owns; its first byte is mapped.
 
-    Bytes, because the interface has no name for bfloat16 and fp8. Not yet run on hardware.
+    Bytes, because the interface has no name for bfloat16 and fp8. Raises InvariantError where torch
+    copied the memory instead of adopting it. Not yet run on hardware.
     """
-    return torch.as_tensor(_ArrayInterface(address, length), device="cuda")
+    # By its number: torch copies to the thread's current device, were that another one.
+    device = torch.device("cuda", device_index)
+    tensor = torch.as_tensor(_ArrayInterface(address, length), device=device)
+    if tensor.data_ptr() != address:
+        raise InvariantError(f"a tensor at {tensor.data_ptr():#x}, not at {address:#x}")
+    return tensor

@@ -85,6 +85,9 @@ class SegmentTableBacking:
             for plane in self._of_group[group]
             for segment in segments
         ]
+        if self._device.type == "cuda":
+            # The zeros are written on this thread's stream; the compute stream waits for nobody.
+            torch.cuda.current_stream(self._device).synchronize()
         for plane, segment, part in made:  # nothing fails from here on
             plane.attach(segment, part)
 
