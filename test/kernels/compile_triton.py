@@ -46,7 +46,11 @@ POINTERS = {
 }
 STRIDES = ("q_stride", "k_stride", "v_stride", "x_stride", "residual_stride")
 FLOATS = ("scale", "logit_cap", "eps", "offset", "alpha", "limit", "k_factor", "v_factor")
-LOADS = r"cp\.async\.c[ag]\.shared\.global|(?:ld|st)\.global[.a-z0-9]*|wgmma\.mma_async|mma\.sync"
+WAITS = r"cp\.async\.wait_group\s+(\w+)"
+INSTRUCTIONS = (
+    r"cp\.async\.c[ag]\.shared\.global|(?:ld|st)\.global[.a-z0-9]*|wgmma\.mma_async|mma\.sync"
+    r"|cvt[.a-z0-9]*bf16[.a-z0-9]*"
+)
 
 
 def compile_attention(
@@ -89,8 +93,7 @@ def compile_attention(
     }
     plane = "*i64" if segmented else f"*{kv_type}"
     types = {"k_ptr": plane, "v_ptr": plane, **dict.fromkeys(("q_ptr", "out_ptr"), f"*{q_type}")}
-    tile, dtype = Tile(rows, keys), getattr(torch, q if kv.startswith("float8") else kv)
-    options = launch_sizes(tile, dim, v_dim, dtype)
+    options = launch_sizes(Tile(rows, keys), v_dim, getattr(torch, kv), segmented=segmented)
     return compiled(paged_attention_kernel, constants, types, options)
 
 
@@ -193,7 +196,8 @@ def compiled(
     )
     return {
         "shared_bytes": made.metadata.shared,
-        "instructions": Counter(re.findall(LOADS, made.asm["ptx"])),
+        "instructions": Counter(re.findall(INSTRUCTIONS, made.asm["ptx"])),
+        "on_their_way": [int(n, 0) for n in re.findall(WAITS, made.asm["ptx"])],
         **assembled(made.asm["cubin"]),
     }
 

@@ -42,6 +42,18 @@ def test_decode_and_prompts(tmp_path: Path) -> None:
     assert decode["instructions"]["mma.sync"]
     assert prompts["instructions"]["cp.async.cg.shared.global"] >= 24
     assert prompts["instructions"]["wgmma.mma_async"]
+    # Fetches that a block may leave open: a page's id (and addresses), K and V of the next one.
+    assert max(decode["on_their_way"]) >= 5
+    assert max(prompts["on_their_way"]) >= 3
+
+
+def test_bytes_are_widened_in_pairs(tmp_path: Path) -> None:
+    """From float16 to bfloat16 there is an instruction for one number only, of a slower unit."""
+    (decode,) = compile_all([{"rows": 16, "kv": "float8_e4m3fn"}], tmp_path)
+    kinds = decode["instructions"]
+    assert kinds["cvt.rn.bf16x2.f32"] >= 64
+    assert "cvt.bf16.f16" not in kinds
+    assert "cvt.rn.bf16.f16" not in kinds
 
 
 @pytest.mark.slow
@@ -96,5 +108,6 @@ def test_every_kind(tmp_path: Path) -> None:
     for case, made in zip(cases, compile_all(cases, tmp_path), strict=True):
         print(case, made)
         assert made["shared_bytes"] <= SHARED_BYTES, case
+        assert max(made["on_their_way"]) >= 3, case
         # Exact products of float32 are no tensor core's, and spill; they are for comparisons.
         assert made["stack_bytes"] == 0 or case.get("q") == "float32", case

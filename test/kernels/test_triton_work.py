@@ -24,7 +24,7 @@ from sgl_kernel.triton.work import (
 
 ALL = Sight()
 SMALL, LARGE = Tile(16, 64), Tile(128, 64)
-H100 = Chip(programs=132 * 4)
+H100 = Chip(programs=132 * 3)
 
 
 def queries(*lengths: tuple[int, int]) -> Queries:
@@ -45,14 +45,21 @@ def num_programs(work: Work, kv_heads: int = 8) -> int:
 
 
 def test_ten_million_tokens_fill_the_chip() -> None:
-    for kv_heads in (1, 8):
+    for kv_heads, rounds in ((1, 3), (8, 4)):
         work = plan((10_000_000, 1), kv_heads=kv_heads)
-        assert num_programs(work, kv_heads) > 0.95 * 132 * 4
+        assert num_programs(work, kv_heads) > 0.95 * 132 * 3 * rounds
         items = work.launches[0].items
         keys = items[:, 5] - items[:, 4]
-        assert keys.max() <= min(MAX_PART_KEYS, 2 * 10_000_000 * kv_heads // (132 * 4))
+        assert keys.max() <= min(MAX_PART_KEYS, 2 * 10_000_000 * kv_heads // (132 * 3 * rounds))
         assert keys.min() > 0.9 * keys.max()
         assert work.merged.tolist() == [[0, 0, len(items), 1]]
+
+
+def test_parts_follow_each_other_where_they_are_long() -> None:
+    for total, part in ((1000, 256), (50_000, 1011), (1 << 20, 10_592), (10_000_000, 50_506)):
+        assert H100.part_keys(total, 8) == part
+    assert H100.part_keys(1 << 30, 8) == MAX_PART_KEYS
+    assert H100.most_items(256, 8) == 256 + 4 * 132 * 3 // 8 + 1
 
 
 def test_many_short_requests_are_not_split() -> None:

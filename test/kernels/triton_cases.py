@@ -116,6 +116,7 @@ class Case:
         small: Tile = SMALL,
         large: Tile = LARGE,
         logit_cap: float = 0.0,
+        scale: float | None = None,
         sinks: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -139,7 +140,7 @@ class Case:
             self.tables,
             DeviceWork.upload(work, torch.device(self.device)),
             sight,
-            scale=self.dims[0] ** -0.5,
+            scale=self.dims[0] ** -0.5 if scale is None else scale,
             logit_cap=logit_cap,
             sinks=sinks,
             out=out,

@@ -106,12 +106,22 @@ def default_tiles(
     return small, Tile(max(64, small.rows), 32)
 
 
-def launch_sizes(tile: Tile, head_dim: int, v_head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Warps that hold a tile's sums in their registers, and stages of loads ahead of arithmetic."""
+def launch_sizes(
+    tile: Tile, v_head_dim: int, kv_dtype: torch.dtype, *, segmented: bool
+) -> dict[str, int]:
+    """Warps that hold a tile's sums in their registers, and stages of loads ahead of arithmetic.
+
+    K and V wait for a page's id, and over `segmented` memory for an address too. The compiler gives
+    each load of such a chain as many stages as the others, so it takes two (or three) stages for a
+    block that is on its way while another is computed, and one more: with fewer, every block would
+    be waited for. Small tiles of bytes have two blocks on their way.
+    """
     sums = tile.rows * power_of_two(v_head_dim)
+    ahead = 2 if kv_dtype.itemsize == 1 and tile.rows < 64 else 1
+    chain = 3 if segmented else 2
     return {
-        "num_warps": 4 if sums <= 64 * 128 else 8,
-        "num_stages": 3 if head_dim * dtype.itemsize <= 256 else 2,
+        "num_warps": 8 if tile.rows >= 128 or sums > 64 * 128 else 4,
+        "num_stages": chain * (ahead + 1) + 1,
     }
 
 
@@ -132,10 +142,12 @@ def paged_attention(
     """Attention of the rows that `work` names: q [R, H, D] over k [S, G, D], v [S, G, E].
 
     K and V of fp8 are computed in q's type, others in their own; sums are float32. `work` was
-    planned with the same `sight`. Returns `out` [R, H, E] in q's type (a new one if None), whose
-    other rows are not touched. `lse` float32 [R, H] gets the log-sum-exps, `sinks` [H] included.
-    Raises KernelError for shapes and types that are not served.
+    planned with the same `sight`; `scale` is above 0. Returns `out` [R, H, E] in q's type (a new
+    one if None), whose other rows are not touched. `lse` float32 [R, H] gets the log-sum-exps,
+    `sinks` [H] included. Raises KernelError for shapes, types and scales that are not served.
     """
+    if not scale > 0.0:
+        raise KernelError(f"scores times {scale} keep no order")
     pointers = k.pointers if isinstance(k, Segments) else k
     check_device(q, pointers)
     kv_heads, head_dim, v_head_dim = _check_shapes(q, k, v)
@@ -169,8 +181,6 @@ def paged_attention(
             tables.origins,
             tables.pages,
             q.stride(0),
-            kv_heads * head_dim,
-            kv_heads * v_head_dim,
             k.slots // tables.page_size if isinstance(k, Segments) else 1,
             span,
             scale,
@@ -189,7 +199,7 @@ def paged_attention(
             COMPUTE_TYPE=TRITON_TYPES[compute],
             DOT_TYPE=TRITON_TYPES[torch.float32 if is_interpreted() else compute],
             PRECISION="ieee" if compute is torch.float32 else "tf32",
-            **launch_sizes(tile, head_dim, v_head_dim, compute),
+            **launch_sizes(tile, v_head_dim, k.dtype, segmented=isinstance(k, Segments)),
             **shared,
         )
     if len(work.merged):

@@ -93,18 +93,30 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """How many programs keep the device busy, and the least keys that are worth a program."""
+    """How many programs run at a time, and the least keys that are worth a program.
+
+    Where parts are long, up to `rounds` of them follow each other in a program's place, so that the
+    device does not wait for its slowest place; each has at least `round_keys`.
+    """
 
     programs: int
     min_part_keys: int = 256
+    rounds: int = 4
+    round_keys: int = 1 << 13
+
+    def part_keys(self, total_keys: int, kv_heads: int) -> int:
+        """The most keys of a part, in a step that reads so many for each of `kv_heads`."""
+        share = -(-total_keys * kv_heads // self.programs)
+        rounds = min(max(share // self.round_keys, 1), self.rounds)
+        return min(max(-(-share // rounds), self.min_part_keys), MAX_PART_KEYS)
 
     def most_items(self, num_rows: int, kv_heads: int) -> int:
         """Items of single queries, as long as they have `most_keys` keys in all."""
-        return num_rows + self.programs // kv_heads + 1
+        return num_rows + self.rounds * self.programs // kv_heads + 1
 
     def most_keys(self, kv_heads: int) -> int:
         """Keys up to which no part is cut by MAX_PART_KEYS that its share would not cut."""
-        return MAX_PART_KEYS * self.programs // kv_heads
+        return MAX_PART_KEYS * self.rounds * self.programs // kv_heads
 
 
 def plan_work(
@@ -135,8 +147,7 @@ def plan_work(
     total_keys = sum(
         int(blocks.sum()) * tile.keys for (tile, _), (_, blocks) in zip(kinds, ranges, strict=True)
     )
-    share = -(-total_keys * kv_heads // chip.programs)
-    part_keys = min(max(share, chip.min_part_keys), MAX_PART_KEYS)
+    part_keys = chip.part_keys(total_keys, kv_heads)
     launches, merges, num_parts = [], [], 0
     for (tile, tiles), (first_keys, blocks) in zip(kinds, ranges, strict=True):
         splits = _num_splits(blocks * tile.keys, part_keys)

@@ -26,8 +26,8 @@ from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardB
 from sglang.srt.utils.device import upload
 from sglang.srt.utils.native import triton_kernels
 
-# Programs for each multiprocessor: two or three run at a time, and more even out.
-_PROGRAMS_PER_SM = 4
+# Programs of single queries that a multiprocessor holds at a time, see `launch_sizes`.
+_PROGRAMS_PER_SM = 3
 _INTERPRETED_PROGRAMS = 8
 # Outputs of parts that one launch may leave to be merged.
 _PART_BYTES = 256 << 20

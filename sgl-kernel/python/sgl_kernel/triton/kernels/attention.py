@@ -43,16 +43,16 @@ def _first_seen(position, span, SIGHT: tl.constexpr):
 
 @triton.jit
 def key_pointers(
-    base, pages, key, offs_n, columns, stride, segment_pages, valid,
-    PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    base, pages, key, offs_n, columns, segment_pages, valid,
+    STRIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
     KV_TYPE: tl.constexpr, SEGMENTED: tl.constexpr,
 ):  # fmt: skip
     """Pointers [N, columns] of keys [key, key + N), counted from the table's first position.
 
-    `key` is a multiple of N, which is a power of two. A block within one page costs one look at
-    the table, and its addresses are a base and constant strides; smaller pages cost a look a key.
-    The compiler can't know that segments begin at multiples of 16 bytes, and would load element by
-    element.
+    A slot has STRIDE numbers. `key` is a multiple of N, which is a power of two. A block within one
+    page costs one look at the table, and its addresses are a base and constant strides; smaller
+    pages cost a look a key. The compiler can't know that segments begin at multiples of 16 bytes,
+    and would load element by element.
     """
     if PAGE_SIZE % BLOCK_N == 0:
         page = tl.load(pages + key // PAGE_SIZE).to(tl.int64)
@@ -64,7 +64,7 @@ def key_pointers(
             address = tl.multiple_of(tl.load(base + segment), 16)
             plane = tl.multiple_of(address.to(tl.pointer_type(KV_TYPE)), 16)
         slot = page * PAGE_SIZE + place
-        return (plane + slot * stride) + (offs_n * stride)[:, None] + columns[None, :]
+        return (plane + slot * STRIDE) + (offs_n * STRIDE)[:, None] + columns[None, :]
     else:
         places = key + offs_n
         page = tl.load(pages + places // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
@@ -73,18 +73,30 @@ def key_pointers(
             page -= segment * segment_pages
             address = tl.multiple_of(tl.load(base + segment, mask=valid, other=0), [16])
             plane = tl.multiple_of(address.to(tl.pointer_type(KV_TYPE)), [16])
-            slots = plane + (page * PAGE_SIZE + places % PAGE_SIZE) * stride
+            slots = plane + (page * PAGE_SIZE + places % PAGE_SIZE) * STRIDE
         else:
-            slots = base + (page * PAGE_SIZE + places % PAGE_SIZE) * stride
+            slots = base + (page * PAGE_SIZE + places % PAGE_SIZE) * STRIDE
         return slots[:, None] + columns[None, :]
+
+
+@triton.jit
+def _widened(x, COMPUTE_TYPE: tl.constexpr, DOT_TYPE: tl.constexpr):
+    """K or V as it is multiplied. Nothing is rounded where x has a byte.
+
+    Bytes go by float32, whose instructions round two numbers at a time: the compiler's own way from
+    float16 to bfloat16 is a conversion for each number, in the unit that also does `exp2`.
+    """
+    if x.dtype.primitive_bitwidth == 8:
+        x = x.to(tl.float32)
+    return x.to(COMPUTE_TYPE).to(DOT_TYPE)
 
 
 @triton.jit
 def _attend(
     acc, top, total, q, k_base, v_base, pages, positions, begin, end, lo, hi, origin, head,
-    k_stride, v_stride, segment_pages, span, scale, logit_cap,
+    segment_pages, span, scale, logit_cap,
     MASKED: tl.constexpr, SIGHT: tl.constexpr, CAPPED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr, KV_TYPE: tl.constexpr, SEGMENTED: tl.constexpr,
     COMPUTE_TYPE: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -104,8 +116,8 @@ def _attend(
         if MASKED:
             valid = (places >= lo) & (places < hi)
         k_at = key_pointers(
-            k_base, pages, key, offs_n, head * HEAD_DIM + offs_d, k_stride, segment_pages, valid,
-            PAGE_SIZE, BLOCK_N, KV_TYPE, SEGMENTED,
+            k_base, pages, key, offs_n, head * HEAD_DIM + offs_d, segment_pages, valid,
+            KV_HEADS * HEAD_DIM, PAGE_SIZE, BLOCK_N, KV_TYPE, SEGMENTED,
         )  # fmt: skip
         if MASKED:
             k = tl.load(k_at, mask=valid[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
@@ -113,32 +125,32 @@ def _attend(
             k = tl.load(k_at, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
         else:
             k = tl.load(k_at)
-        k = k.to(COMPUTE_TYPE).to(DOT_TYPE)
+        k = _widened(k, COMPUTE_TYPE, DOT_TYPE)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        # Scores times `unit` are logarithms to base 2: one product with the difference, in one go.
+        unit = scale * LOG2E
         if CAPPED:
             x = scores * (scale / logit_cap)
             decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-            tanh = tl.where(x < 0, -1.0, 1.0) * (1.0 - decay) / (1.0 + decay)
-            scores = tanh * (logit_cap * LOG2E)
-        else:
-            scores = scores * (scale * LOG2E)
+            scores = tl.where(x < 0, -1.0, 1.0) * (1.0 - decay) / (1.0 + decay)
+            unit = logit_cap * LOG2E
         if MASKED:
             at = (places + origin)[None, :]
             seen = valid[None, :] & (at <= positions[:, None])
             if SIGHT != FULL:
                 seen &= at >= _first_seen(positions, span, SIGHT)[:, None]
             scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        new_top = tl.maximum(top, tl.max(scores, 1) * unit)
         base = new_top
         if MASKED:  # a row that has seen nothing yet has nothing to subtract
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - base[:, None])
+        weights = tl.exp2(scores * unit - base[:, None])
         fade = tl.exp2(top - base)
         total = total * fade + tl.sum(weights, 1)
         top = new_top
         v_at = key_pointers(
-            v_base, pages, key, offs_n, head * VALUE_DIM + offs_e, v_stride, segment_pages, valid,
-            PAGE_SIZE, BLOCK_N, KV_TYPE, SEGMENTED,
+            v_base, pages, key, offs_n, head * VALUE_DIM + offs_e, segment_pages, valid,
+            KV_HEADS * VALUE_DIM, PAGE_SIZE, BLOCK_N, KV_TYPE, SEGMENTED,
         )  # fmt: skip
         if MASKED:
             v = tl.load(v_at, mask=valid[:, None] & (offs_e < VALUE_DIM)[None, :], other=0.0)
@@ -146,7 +158,7 @@ def _attend(
             v = tl.load(v_at, mask=(offs_e < VALUE_DIM)[None, :], other=0.0)
         else:
             v = tl.load(v_at)
-        v = v.to(COMPUTE_TYPE).to(DOT_TYPE)
+        v = _widened(v, COMPUTE_TYPE, DOT_TYPE)
         weights = weights.to(COMPUTE_TYPE).to(DOT_TYPE)
         acc = tl.dot(weights, v, acc * fade[:, None], input_precision=PRECISION)
     return acc, top, total
@@ -156,7 +168,7 @@ def _attend(
 def paged_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, part_lse_ptr, lse_ptr, sinks_ptr,
     items_ptr, table_starts_ptr, origins_ptr, pages_ptr,
-    q_stride, k_stride, v_stride, segment_pages, span, scale, logit_cap,
+    q_stride, segment_pages, span, scale, logit_cap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -219,20 +231,20 @@ def paged_attention_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc, top, total = _attend(
         acc, top, total, q, k_ptr, v_ptr, pages, positions, begin, clear, lo, hi, origin, head,
-        k_stride, v_stride, segment_pages, span, scale, logit_cap,
-        True, SIGHT, CAPPED, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_E, BLOCK_N,
+        segment_pages, span, scale, logit_cap,
+        True, SIGHT, CAPPED, KV_HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_E, BLOCK_N,
         PAGE_SIZE, KV_TYPE, SEGMENTED, COMPUTE_TYPE, DOT_TYPE, PRECISION,
     )  # fmt: skip
     acc, top, total = _attend(
         acc, top, total, q, k_ptr, v_ptr, pages, positions, clear, cut, lo, hi, origin, head,
-        k_stride, v_stride, segment_pages, span, scale, logit_cap,
-        False, SIGHT, CAPPED, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_E, BLOCK_N,
+        segment_pages, span, scale, logit_cap,
+        False, SIGHT, CAPPED, KV_HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_E, BLOCK_N,
         PAGE_SIZE, KV_TYPE, SEGMENTED, COMPUTE_TYPE, DOT_TYPE, PRECISION,
     )  # fmt: skip
     acc, top, total = _attend(
         acc, top, total, q, k_ptr, v_ptr, pages, positions, cut, hi, lo, hi, origin, head,
-        k_stride, v_stride, segment_pages, span, scale, logit_cap,
-        True, SIGHT, CAPPED, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_E, BLOCK_N,
+        segment_pages, span, scale, logit_cap,
+        True, SIGHT, CAPPED, KV_HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_E, BLOCK_N,
         PAGE_SIZE, KV_TYPE, SEGMENTED, COMPUTE_TYPE, DOT_TYPE, PRECISION,
     )  # fmt: skip
 
