@@ -59,7 +59,8 @@ def numbers(weight: QuantizedWeight) -> torch.Tensor:
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize(
-    ("rows", "outs", "width"), [(1, 1, 32), (1, 67, 576), (5, 9, 288), (33, 40, 320)]
+    ("rows", "outs", "width"),
+    [(1, 1, 32), (1, 67, 576), (5, 9, 288), (7, 5, 96), (8, 6, 64), (33, 40, 320)],
 )
 def test_products(
     rows: int, outs: int, width: int, dtype: torch.dtype, layout: str, isa: Isa
