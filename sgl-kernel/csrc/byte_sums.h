@@ -33,4 +33,21 @@ struct PairSums {
     }
 };
 
+// By dot products of four bytes: `Dots::add` adds those of unsigned with signed ones to sums. Sums are
+// those of PairSums, bit for bit.
+template <class Dots>
+struct DotSums {
+    template <int kCount>
+    static __m256i of_halves(const __m256i (&codes)[kCount], const __m256i (&x)[kCount]) {
+        return of_bytes(codes, x);
+    }
+    template <int kCount>
+    static __m256i of_bytes(const __m256i (&codes)[kCount], const __m256i (&x)[kCount]) {
+        __m256i sum = _mm256_setzero_si256();
+#pragma GCC unroll 8
+        for (int i = 0; i < kCount; ++i) sum = Dots::add(sum, codes[i], x[i]);
+        return sum;
+    }
+};
+
 }  // namespace

@@ -129,10 +129,15 @@ int32_t multiply_rounded(const SglQuantized& whole, sgl::After* after) {
 const sgl::RoundedProduct* sgl::rounded_product(int32_t isa) {
 #if defined(__x86_64__)
     if (isa >= SGL_AVX512_BF16 && isa <= SGL_AMX) return &rounded_dots;
-    if (isa == SGL_AVX2 || isa == SGL_AVX512) return &rounded_pairs;
+    if (isa != SGL_AVX2 && isa != SGL_AVX512) return nullptr;
+#if defined(SGL_AVX_VNNI)
+    if (has_avx_vnni()) return &rounded_vex;
 #endif
+    return &rounded_pairs;
+#else
     (void)isa;
     return nullptr;
+#endif
 }
 
 int32_t sgl::quantized_linear_then(const SglQuantized& call, After* after) {

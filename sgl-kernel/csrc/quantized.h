@@ -34,6 +34,9 @@ extern const RoundedProduct rounded_dots;
 void multiply_lanes(const SglQuantized&, const char* x, int64_t first, int64_t last);
 // AVX2: rounded_parts.h says how inputs lie.
 extern const RoundedProduct rounded_pairs;
+// The same with AVX-VNNI, which gives the same bits.
+extern const RoundedProduct rounded_vex;
+bool has_avx_vnni();
 int64_t rounded_bytes_in_parts(const SglQuantized&);
 void round_inputs_in_parts(const SglQuantized&, const float* x, char* to);
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -21,6 +25,10 @@ ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1.01 * 2.0**-8, torch.float16: 
 with_tiles = pytest.mark.skipif(not has_tiles(), reason="no matrix tiles")
 # Levels that multiply bytes: one without, and the better one there is.
 ROUNDING_LEVELS = [isa for isa in LEVELS if has_byte_dots(isa) and isa not in (Isa.AVX512, Isa.AMX)]
+X86 = [isa for isa in Isa if Isa.AVX2 <= isa <= Isa.AMX]
+HERE = Path(__file__).parent
+API = HERE.parents[1] / "sgl-kernel" / "csrc"
+COMPILER = shutil.which("g++") or shutil.which("c++")
 LAYOUTS = {  # bits, group, with minima
     "4": (4, 32, False),
     "4+min": (4, 32, True),
@@ -163,6 +171,24 @@ def test_rounded_rows_keep_what_is_not_finite(
     assert not out[[0, 2]].isfinite().any()
     assert out[1].isfinite().all()
     assert out[3:].isfinite().all()
+
+
+@pytest.mark.skipif(COMPILER is None or cpu_isa() not in X86, reason="no C++ compiler for AVX2")
+def test_dot_products_without_avx512_give_the_same_bits(tmp_path: Path) -> None:
+    """With the instruction written out, since few processors that lack AVX-512 have it."""
+    program = tmp_path / "dots_check"
+    sources = [
+        str(HERE / "dots_check.cpp"),
+        str(API / "rounded_parts.cpp"),
+        str(API / "scratch.cpp"),
+    ]
+    flags = ["-std=c++17", "-O1", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi", f"-I{API}"]
+    build = [str(COMPILER), *flags, *sources, "-o", str(program)]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "0 of 48 products differ\n"
 
 
 def test_rounding_wants_its_instructions() -> None:
