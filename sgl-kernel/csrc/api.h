@@ -95,7 +95,7 @@ struct SglQuantized {
     int32_t dtype;
     int32_t isa;  // at most what sgl_cpu_isa() answers
     int32_t num_threads;
-    int32_t round_inputs;  // to bytes, with a scale for each 32: AVX512_BF16 and AMX only
+    int32_t round_inputs;  // to bytes, with a scale for each 32: AVX2 to AMX only
     int32_t round_weight;  // to bfloat16, before the gain: AMX and a `dtype` of bfloat16 only
 };
 

@@ -1,5 +1,6 @@
 // What this processor can do, asked once when the library is loaded.
 #include "api.h"
+#include "quantized.h"
 
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
@@ -48,7 +49,17 @@ int32_t find_isa() {
     return has_amx_bf16() && may_use_tiles() ? SGL_AMX : SGL_AVX512_BF16;
 }
 
+bool find_avx_vnni() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 4));
+}
+
 }  // namespace
+
+bool sgl::has_avx_vnni() {
+    static const bool found = find_avx_vnni();
+    return found;
+}
 #elif defined(__aarch64__)
 static int32_t find_isa() { return SGL_NEON; }
 #else

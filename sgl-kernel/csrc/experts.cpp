@@ -150,26 +150,23 @@ class Inputs {
 
     void round(const SglExperts& call, const SglExpertMatrix& matrix, int32_t dtype, int64_t stride,
                int64_t count) {
-#if defined(__x86_64__)
         SglQuantized one = quantized(call, matrix, width_, 0);
         one.rows = 1;
+        const sgl::RoundedProduct& product = *sgl::rounded_product(call.isa);
         const char* from = data_;
-        const int64_t from_bytes = row_bytes_, bytes = sgl::rounded_bytes(one);
+        const int64_t from_bytes = row_bytes_, bytes = product.bytes(one);
         char* to = room_.take(count * bytes);
         const int64_t rows = std::max<int64_t>(1, kTaskInputs / width_);
         sgl::for_each_index((count + rows - 1) / rows, call.num_threads, [&] {
             return [&, wide = std::vector<float>(width_)](int64_t i) mutable {
                 for (int64_t r = i * rows; r < std::min(count, (i + 1) * rows); ++r) {
                     widen_rows(from + r * from_bytes, dtype, stride, 1, width_, wide.data());
-                    sgl::round_inputs(one, wide.data(), to + r * bytes);
+                    product.round(one, wide.data(), to + r * bytes);
                 }
             };
         });
         data_ = to;
         row_bytes_ = bytes;
-#else
-        (void)call, (void)matrix, (void)dtype, (void)stride, (void)count;
-#endif
     }
 
     void sum_groups(int64_t group, int64_t count) {
@@ -244,10 +241,9 @@ struct Product {
         q.out_row = out_row;
         q.rows = rows.count;
         q.out_features = last - first;
-#if defined(__x86_64__)
-        if (call.round_inputs) sgl::multiply_rounded(q, inputs.row(input), 0, q.out_features);
-#endif
-        if (!call.round_inputs)
+        if (call.round_inputs)
+            sgl::rounded_product(call.isa)->multiply(q, inputs.row(input), 0, q.out_features);
+        else
             SGL_CHOOSE(call.isa, sgl::multiply_quantized)
         (q, reinterpret_cast<const float*>(inputs.row(input)), inputs.sums(input), 0,
          q.out_features);
@@ -397,7 +393,8 @@ bool is_served(const SglExperts& call, const SglExpertMatrix& matrix, int64_t in
     if (!matrix.bits) return true;
     const bool grouped = matrix.bits == 4 ? matrix.group == 32
                                           : matrix.bits == 8 && (matrix.group == 32 || matrix.group == 16);
-    return grouped && inputs % 32 == 0 && matrix.scales && (!call.round_inputs || has_dots(call));
+    return grouped && inputs % 32 == 0 && matrix.scales &&
+           (!call.round_inputs || sgl::rounded_product(call.isa));
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ constexpr int64_t kBlock = 32;
 constexpr int64_t kOutsAtOnce = 8;         // ranges are multiples of it
 constexpr int64_t kTileOuts = 32;          // the same by tiles
 constexpr int64_t kTile = 16;              // rows that are packed together
+constexpr int64_t kRoundedRows = 512;      // that are rounded at a time
 // Rows that are packed at a time: at least so many, or what stays in the second cache.
 constexpr int64_t kPackedRows = 256, kPackedBytes = 1 << 20;
 
@@ -67,10 +68,7 @@ const float* widened(const SglQuantized& call) {
 #if defined(__x86_64__)
 // Rows [first, first + count) by tiles.
 void multiply_some(const SglQuantized& whole, int64_t first, int64_t count, sgl::After* after) {
-    SglQuantized call = whole;
-    call.rows = count;
-    call.x = static_cast<const Bf16*>(whole.x) + first * whole.x_row;
-    call.out = static_cast<Bf16*>(whole.out) + first * whole.out_row;
+    const SglQuantized call = rows_of(whole, first, count);
     thread_local sgl::Scratch room;
     char* packed = room.take(sgl::packed_bytes(call));
     sgl::for_each_index((count + kTile - 1) / kTile, call.num_threads, [&] {
@@ -98,24 +96,49 @@ int32_t multiply_packed(const SglQuantized& call, sgl::After* after) {
 #endif
 }
 
-int32_t multiply_rounded(const SglQuantized& call, sgl::After* after) {
-#if defined(__x86_64__)
-    if (call.isa < SGL_AVX512_BF16 || call.isa > SGL_AMX) return -1;
-    thread_local sgl::Scratch room;
-    char* lines = room.take(sgl::rounded_bytes(call));
-    sgl::round_inputs(call, widened(call), lines);
-    over_outs(call, call.out_features, kOutsAtOnce, after, [&](int64_t first, int64_t last) {
-        sgl::multiply_rounded(call, lines, first, last);
+// Rounds the inputs, as many rows at a time as make a task.
+void round_inputs(const SglQuantized& call, const sgl::RoundedProduct& product, char* to) {
+    const int64_t width = call.in_features, rows = std::max<int64_t>(1, kTaskCodes / width);
+    const int64_t bytes = product.bytes(call) / call.rows;
+    sgl::for_each_index((call.rows + rows - 1) / rows, call.num_threads, [&] {
+        return [&](int64_t i) {
+            const SglQuantized some =
+                rows_of(call, i * rows, std::min(rows, call.rows - i * rows));
+            product.round(some, widened(some), to + i * rows * bytes);
+        };
     });
+}
+
+int32_t multiply_rounded(const SglQuantized& whole, sgl::After* after) {
+    const sgl::RoundedProduct* product = sgl::rounded_product(whole.isa);
+    if (!product) return -1;
+    thread_local sgl::Scratch room;
+    for (int64_t row = 0; row < whole.rows; row += kRoundedRows) {
+        const bool ends = row + kRoundedRows >= whole.rows;
+        const SglQuantized call = rows_of(whole, row, std::min(kRoundedRows, whole.rows - row));
+        char* rounded = room.take(product->bytes(call));
+        round_inputs(call, *product, rounded);
+        over_outs(call, call.out_features, kOutsAtOnce, ends ? after : nullptr,
+                  [&](int64_t first, int64_t last) { product->multiply(call, rounded, first, last); });
+    }
     return 0;
-#else
-    (void)call;
-    (void)after;
-    return -1;
-#endif
 }
 
 }  // namespace
+
+const sgl::RoundedProduct* sgl::rounded_product(int32_t isa) {
+#if defined(__x86_64__)
+    if (isa >= SGL_AVX512_BF16 && isa <= SGL_AMX) return &rounded_dots;
+    if (isa != SGL_AVX2 && isa != SGL_AVX512) return nullptr;
+#if defined(SGL_AVX_VNNI)
+    if (has_avx_vnni()) return &rounded_vex;
+#endif
+    return &rounded_pairs;
+#else
+    (void)isa;
+    return nullptr;
+#endif
+}
 
 int32_t sgl::quantized_linear_then(const SglQuantized& call, After* after) {
     if (!is_served(call) || call.rows < 1) return -1;

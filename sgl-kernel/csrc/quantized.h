@@ -18,13 +18,27 @@ using MultiplyQuantized = void (*)(const SglQuantized&, const float* x, const fl
 // Rows [first, last) of the weight into `out`.
 using Dequantize = void (*)(const SglQuantized&, int64_t first, int64_t last);
 
-// The inputs rounded to bytes, for multiply_rounded: room for them, and how they get there from fp32
-// [rows, in_features]. Inputs and codes meet in quantized_dots.cpp; quantized_lines.h says how they lie.
-int64_t rounded_bytes(const SglQuantized&);
-void round_inputs(const SglQuantized&, const float* x, char* to);
-void multiply_rounded(const SglQuantized&, const char* x, int64_t first, int64_t last);
-// The same for more than a few rows, see quantized_lanes.cpp.
+// Products of inputs that are rounded to bytes: room for these, how they get there from fp32 [rows,
+// in_features], row after row, and outputs [first, last) of all rows.
+struct RoundedProduct {
+    int64_t (*bytes)(const SglQuantized&);
+    void (*round)(const SglQuantized&, const float* x, char* to);
+    void (*multiply)(const SglQuantized&, const char* x, int64_t first, int64_t last);
+};
+// The best that a level of instructions has, or null.
+const RoundedProduct* rounded_product(int32_t isa);
+
+// AVX-512's dot products of bytes: quantized_lines.h says how inputs lie. Those of more than a few rows
+// are in quantized_lanes.cpp.
+extern const RoundedProduct rounded_dots;
 void multiply_lanes(const SglQuantized&, const char* x, int64_t first, int64_t last);
+// AVX2: rounded_parts.h says how inputs lie.
+extern const RoundedProduct rounded_pairs;
+// The same with AVX-VNNI, which gives the same bits.
+extern const RoundedProduct rounded_vex;
+bool has_avx_vnni();
+int64_t rounded_bytes_in_parts(const SglQuantized&);
+void round_inputs_in_parts(const SglQuantized&, const float* x, char* to);
 
 // The inputs as they are, for multiply_packed, which rounds the weight: room for them, and how 16 rows,
 // from 16 * tile on, get there. See quantized_amx.cpp.
@@ -40,3 +54,17 @@ void dequantize_avx2(const SglQuantized&, int64_t, int64_t);
 void dequantize_avx512(const SglQuantized&, int64_t, int64_t);
 
 }  // namespace sgl
+
+namespace {
+
+// Rows [first, first + count) of a product.
+inline SglQuantized rows_of(const SglQuantized& whole, int64_t first, int64_t count) {
+    const int64_t bytes = whole.dtype == SGL_FLOAT32 ? 4 : 2;
+    SglQuantized some = whole;
+    some.rows = count;
+    some.x = static_cast<const char*>(whole.x) + first * whole.x_row * bytes;
+    some.out = static_cast<char*>(whole.out) + first * whole.out_row * bytes;
+    return some;
+}
+
+}  // namespace

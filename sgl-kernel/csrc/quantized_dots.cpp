@@ -227,13 +227,11 @@ inline void sum_lanes(const Lines& lines, char* to) {
     }
 }
 
-}  // namespace
-
-int64_t sgl::rounded_bytes(const SglQuantized& call) {
+int64_t rounded_bytes(const SglQuantized& call) {
     return call.rows * parts_of(call) * lines_of(call).count() * 64;
 }
 
-void sgl::round_inputs(const SglQuantized& call, const float* x, char* to) {
+void round_inputs(const SglQuantized& call, const float* x, char* to) {
     const Lines lines = lines_of(call);
     const int64_t blocks = call.in_features / kBlock;
     for (int64_t row = 0; row < call.rows; ++row)
@@ -248,13 +246,16 @@ void sgl::round_inputs(const SglQuantized& call, const float* x, char* to) {
         }
 }
 
-void sgl::multiply_rounded(const SglQuantized& call, const char* x, int64_t first,
-                           int64_t last) {
+void multiply_rounded(const SglQuantized& call, const char* x, int64_t first, int64_t last) {
     if (call.rows > kMostRows) {
-        multiply_lanes(call, x, first, last);
+        sgl::multiply_lanes(call, x, first, last);
         return;
     }
     if (call.bits == 4) multiply_layout<4, 1>(call, x, first, last);
     if (call.bits == 8 && call.group == 32) multiply_layout<8, 1>(call, x, first, last);
     if (call.bits == 8 && call.group == 16) multiply_layout<8, 2>(call, x, first, last);
 }
+
+}  // namespace
+
+const sgl::RoundedProduct sgl::rounded_dots{rounded_bytes, round_inputs, multiply_rounded};

@@ -139,8 +139,11 @@ inline void multiply_many(const SglQuantized& call, const float* x, int64_t firs
         for (int64_t n = out; n < out + kOuts && n < last; ++n)
             widen_output<kBits, kGroup>(call, n, wide.get() + (n - out) * call.in_features);
         int64_t row = 0;
-        for (; row + 2 <= call.rows; row += 2) multiply_wide<T, 2>(call, x, wide.get(), row, out, last);
-        if (row < call.rows) multiply_wide<T, 1>(call, x, wide.get(), row, out, last);
+        // Three rows and four outputs are twelve sums: with what they are made of 16 registers.
+        for (; row + 3 <= call.rows; row += 3)
+            multiply_wide<T, 3>(call, x, wide.get(), row, out, last);
+        if (row + 2 == call.rows) multiply_wide<T, 2>(call, x, wide.get(), row, out, last);
+        if (row + 1 == call.rows) multiply_wide<T, 1>(call, x, wide.get(), row, out, last);
     }
 }
 

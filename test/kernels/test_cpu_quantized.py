@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,7 +23,12 @@ from sgl_kernel import (  # noqa: E402
 LEVELS = [isa for isa in Isa if isa <= cpu_isa() and (isa != Isa.NEON or cpu_isa() == Isa.NEON)]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1.01 * 2.0**-8, torch.float16: 1.01 * 2.0**-11}
 with_tiles = pytest.mark.skipif(not has_tiles(), reason="no matrix tiles")
-with_byte_dots = pytest.mark.skipif(not has_byte_dots(), reason="no dot products of bytes")
+# Levels that multiply bytes: one without, and the better one there is.
+ROUNDING_LEVELS = [isa for isa in LEVELS if has_byte_dots(isa) and isa not in (Isa.AVX512, Isa.AMX)]
+X86 = [isa for isa in Isa if Isa.AVX2 <= isa <= Isa.AMX]
+HERE = Path(__file__).parent
+API = HERE.parents[1] / "sgl-kernel" / "csrc"
+COMPILER = shutil.which("g++") or shutil.which("c++")
 LAYOUTS = {  # bits, group, with minima
     "4": (4, 32, False),
     "4+min": (4, 32, True),
@@ -58,7 +67,8 @@ def numbers(weight: QuantizedWeight) -> torch.Tensor:
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize(
-    ("rows", "outs", "width"), [(1, 1, 32), (1, 67, 576), (5, 9, 288), (33, 40, 320)]
+    ("rows", "outs", "width"),
+    [(1, 1, 32), (1, 67, 576), (5, 9, 288), (7, 5, 96), (8, 6, 64), (33, 40, 320)],
 )
 def test_products(
     rows: int, outs: int, width: int, dtype: torch.dtype, layout: str, isa: Isa
@@ -85,22 +95,25 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     return (codes.double() * (largest / 127).double()).flatten(1)
 
 
-@with_byte_dots
+@pytest.mark.parametrize("isa", ROUNDING_LEVELS)
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize(
     ("rows", "outs", "width"),
-    [(1, 1, 32), (1, 67, 576), (2, 5, 96), (3, 8, 128), (5, 9, 288), (9, 3, 160), (33, 40, 320)],
+    [
+        *((1, 1, 32), (1, 67, 576), (2, 5, 96), (3, 8, 128), (5, 9, 288), (9, 3, 160)),
+        *((8, 7, 544), (33, 40, 320), (300, 5, 2048)),
+    ],
 )
 def test_products_of_rounded_inputs(
-    rows: int, outs: int, width: int, dtype: torch.dtype, layout: str
+    rows: int, outs: int, width: int, dtype: torch.dtype, layout: str, isa: Isa
 ) -> None:
     weight = make(layout, outs, width, gain=0.25)
     generator = torch.Generator().manual_seed(rows)
     whole = torch.randn(rows, width + 3, generator=generator).to(dtype)
     x, bias = whole[:, 3:], torch.randn(outs, generator=generator).to(dtype)
     x[0, :32] = 0
-    out = weight.multiply(x, bias, num_threads=2, round_inputs=True).double()
+    out = weight.multiply(x, bias, num_threads=2, isa=isa, round_inputs=True).double()
     wide, near = numbers(weight), rounded(x)
     want = near @ wide.t() + bias.double()
     terms = near.abs() @ wide.abs().t() + bias.double().abs()
@@ -112,32 +125,70 @@ def test_products_of_rounded_inputs(
     assert ((out - exact).abs() <= room).all()
 
 
-@with_byte_dots
+@pytest.mark.parametrize("isa", ROUNDING_LEVELS)
+def test_sums_of_extreme_codes_fit(isa: Isa) -> None:
+    """The largest codes and inputs everywhere: sums in 16 bits would show what they can't hold."""
+    for codes in (torch.full((5, 288), 255, dtype=torch.uint8), torch.full((5, 576), -128).char()):
+        weight = QuantizedWeight(codes, torch.ones(5, 18).half())
+        for rows in (1, 4, 9):
+            x = torch.full((rows, 576), -127.0)
+            x[:, 1::2] *= torch.tensor([1.0, -1.0]).repeat(144)
+            out = weight.multiply(x, isa=isa, round_inputs=True)
+            assert torch.equal(out.double(), x.double() @ numbers(weight).t())
+
+
+@pytest.mark.parametrize("isa", ROUNDING_LEVELS)
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_rounded_rows_do_not_depend_on_their_neighbours(layout: str) -> None:
-    """Up to eight rows, and beyond: from there on blocks are added up in another order."""
+def test_rounded_rows_do_not_depend_on_their_neighbours(layout: str, isa: Isa) -> None:
+    """Up to a few rows, and beyond: from there on blocks are added up in another order."""
     weight, x = make(layout, 50, 576), torch.randn(43, 576)
-    out = weight.multiply(x, num_threads=2, round_inputs=True)
-    for rows in (1, 5, 8, 9, 17, 30):
-        some = weight.multiply(x[-rows:], round_inputs=True)
-        if rows > 8:
+    few = 8 if isa >= Isa.AVX512_BF16 else 5 if weight.bits == 4 else 43
+    out = weight.multiply(x, num_threads=2, isa=isa, round_inputs=True)
+    for rows in (1, 2, 3, 5, 6, 8, 9, 17, 30):
+        some = weight.multiply(x[-rows:], isa=isa, round_inputs=True)
+        if rows > few or few == len(x):
             assert torch.equal(out[-rows:], some)
+        if rows > few:
             continue
-        alone = torch.cat([weight.multiply(row[None], round_inputs=True) for row in x[-rows:]])
+        alone = torch.cat(
+            [weight.multiply(row[None], isa=isa, round_inputs=True) for row in x[-rows:]]
+        )
         assert torch.equal(some, alone)
         terms = rounded(x[-rows:]).abs() @ numbers(weight).abs().t()
         assert ((out[-rows:] - some).abs() <= 1e-6 * terms).all()
 
 
-@with_byte_dots
+@pytest.mark.parametrize("isa", ROUNDING_LEVELS)
+@pytest.mark.parametrize("rows", [3, 12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_rounded_rows_keep_what_is_not_finite(layout: str, dtype: torch.dtype) -> None:
-    weight, x = make(layout, 6, 96), torch.randn(3, 96).to(dtype)
+def test_rounded_rows_keep_what_is_not_finite(
+    layout: str, dtype: torch.dtype, rows: int, isa: Isa
+) -> None:
+    weight, x = make(layout, 6, 96), torch.randn(rows, 96).to(dtype)
     x[0, 40], x[2, 95] = float("nan"), float("inf")
-    out = weight.multiply(x, round_inputs=True)
+    out = weight.multiply(x, isa=isa, round_inputs=True)
     assert not out[[0, 2]].isfinite().any()
     assert out[1].isfinite().all()
+    assert out[3:].isfinite().all()
+
+
+@pytest.mark.skipif(COMPILER is None or cpu_isa() not in X86, reason="no C++ compiler for AVX2")
+def test_dot_products_without_avx512_give_the_same_bits(tmp_path: Path) -> None:
+    """With the instruction written out, since few processors that lack AVX-512 have it."""
+    program = tmp_path / "dots_check"
+    sources = [
+        str(HERE / "dots_check.cpp"),
+        str(API / "rounded_parts.cpp"),
+        str(API / "scratch.cpp"),
+    ]
+    flags = ["-std=c++17", "-O1", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi", f"-I{API}"]
+    build = [str(COMPILER), *flags, *sources, "-o", str(program)]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "0 of 48 products differ\n"
 
 
 def test_rounding_wants_its_instructions() -> None:

@@ -355,8 +355,11 @@ def allowed_isa(isa: Isa | None) -> Isa:
 
 
 def has_byte_dots(isa: Isa | None = None) -> bool:
-    """Whether rounded inputs are multiplied as bytes here, with no more than `isa`, if given."""
-    return Isa.AVX512_BF16 <= allowed_isa(isa) <= Isa.AMX
+    """Whether rounded inputs are multiplied as bytes here, with no more than `isa`, if given.
+
+    By dot products of bytes, or with AVX2 by their products in pairs.
+    """
+    return Isa.AVX2 <= allowed_isa(isa) <= Isa.AMX
 
 
 def has_tiles(isa: Isa | None = None) -> bool:

@@ -1,8 +1,8 @@
-"""Products with weights that stay quantised: codes become float32 in registers, never in memory.
+"""Products with weights that stay quantised: codes become numbers on the way, never in memory.
 
-The input keeps its precision unless a call asks otherwise: on AVX2 an 8-bit integer product of a
-block takes as many instructions as a float32 one, few rows wait for memory either way, and so the
-answer is that of the dequantised weight up to the order of additions.
+The input keeps its precision unless a call asks otherwise, and then the answer is that of the
+dequantised weight up to the order of additions. Inputs rounded to bytes meet the codes as integers,
+which takes about half as long.
 
 Legend: R rows, N outputs, K inputs, G inputs of a group.
 """

@@ -206,23 +206,33 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_quantization("gguf", is_gguf=True, device="cpu")
 
 
+def most_rounded_rows(bits: int) -> int:
+    """Of inputs of 16 bits, beside no matrix tiles."""
+    if not KERNELS.has_byte_dots():
+        return 0
+    if KERNELS.cpu_isa().name in ("AVX2", "AVX512"):
+        return 1 << 30 if bits == 4 else 8
+    return 64
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 4, 5, 64, 65])
-def test_inputs_of_16_bits_are_rounded_for_a_few_rows(dtype: torch.dtype, rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 9, 64, 65])
+def test_when_inputs_of_16_bits_are_rounded(dtype: torch.dtype, rows: int, bits: int) -> None:
     """Only where bytes are multiplied: everywhere else few rows are exact too.
 
     Beside matrix tiles, more than four rows of bfloat16 meet a rounded weight instead.
     """
-    codes = torch.randint(-127, 128, (24, 96), dtype=torch.int8)
+    codes = torch.randint(-127, 128, (24, 96 * bits // 8), dtype=torch.int8)
     scales = torch.rand(24, 3).half() + 0.1
-    weight = KERNELS.QuantizedWeight(codes, scales)
+    weight = KERNELS.QuantizedWeight(codes.view(torch.uint8) if bits == 4 else codes, scales)
     x = torch.randn(rows, 96).to(dtype)
     found = QuantizedMatrix([weight]).product(x)
     exact = x.double() @ weight.dequantize(torch.float32).double().t()
     if dtype is torch.bfloat16 and rows > 4 and KERNELS.has_tiles():
         assert torch.equal(found, weight.multiply(x, round_weight=True))
         assert not torch.equal(found, weight.multiply(x, round_inputs=True))
-    elif dtype is torch.float32 or rows > 64 or not KERNELS.has_byte_dots():
+    elif dtype is torch.float32 or rows > most_rounded_rows(bits):
         terms = x.double().abs() @ weight.dequantize(torch.float32).double().abs().t()
         assert ((found.double() - exact).abs() <= 8 * torch.finfo(dtype).eps * terms).all()
     else:

@@ -4,7 +4,8 @@ A few rows of input go through the native kernel, which reads every code once. M
 tile of the weight at a time, turned into numbers and multiplied by PyTorch: the work of that is
 then small beside the product's. In float32 both compute with the same numbers. Inputs of 16 bits,
 which are rounded already, are rounded once more to bytes for a few rows where the processor
-multiplies bytes. Where it multiplies bfloat16 by matrix tiles, all but a few rows of that type meet
+multiplies bytes; without dot products of these, for any number of rows where codes have 4 bits.
+Where it multiplies bfloat16 by matrix tiles, all but a few rows of that type meet
 a weight that the native kernel rounds to it. See docs/quantized_weights.md.
 
 Legend: N outputs, K inputs.
@@ -13,6 +14,7 @@ Legend: N outputs, K inputs.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Protocol, Self
@@ -24,6 +26,8 @@ from sglang.srt.utils.native import native_kernels
 
 # Up to so many rows the native kernel is the faster way, see benchmark/cpu/bench_quantized.py.
 _NATIVE_ROWS = 64
+# Without dot products of bytes inputs are rounded up to so many rows, by bits of a code.
+_ROUNDED_ROWS_OF_PAIRS = {4: sys.maxsize, 8: 8}
 # Beside matrix tiles inputs are rounded up to so many rows only, see the same.
 _ROUNDED_ROWS_BESIDE_TILES = 4
 QUANTIZED_BLOCK = 32  # inputs that can't be cut apart
@@ -46,6 +50,21 @@ def rounds_inputs(dtype: torch.dtype) -> bool:
     return dtype is not torch.float32 and _has_byte_dots()
 
 
+@cache
+def _most_rounded_rows(bits: int) -> int:
+    kernels = native_kernels()
+    if kernels is None or not kernels.has_byte_dots():
+        return 0
+    if kernels.cpu_isa().name in ("AVX2", "AVX512"):
+        return _ROUNDED_ROWS_OF_PAIRS[bits]
+    return _NATIVE_ROWS
+
+
+def _rounds(part: QuantizedWeight, flat: torch.Tensor) -> bool:
+    """Whether the rows of flat [R, K] are rounded to bytes for a product with `part`."""
+    return flat.dtype is not torch.float32 and len(flat) <= _most_rounded_rows(part.bits)
+
+
 def _by_tiles(flat: torch.Tensor) -> bool:
     """Whether matrix tiles multiply the rows of flat [R, K] fastest."""
     few = len(flat) <= _ROUNDED_ROWS_BESIDE_TILES
@@ -58,6 +77,7 @@ class QuantizedWeight(Protocol):
     codes: torch.Tensor
     scales: torch.Tensor
     mins: torch.Tensor | None
+    bits: int
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -142,7 +162,8 @@ class QuantizedMatrix:
         """
         last = self.shape[0] if last is None else last
         flat = x.reshape(-1, self.shape[1])
-        if len(flat) <= _NATIVE_ROWS or _by_tiles(flat):
+        natively = len(flat) <= _NATIVE_ROWS or _by_tiles(flat)
+        if natively or all(_rounds(part, flat) for part in self._parts):
             out = self._native(flat, bias, first, last)
         else:
             tile_dtype = x.dtype if cpu_multiplies(x.dtype) else torch.float32
@@ -172,14 +193,16 @@ class QuantizedMatrix:
     ) -> torch.Tensor:
         threads = torch.get_num_threads()
         tiles = _by_tiles(flat)
-        rounds = not tiles and rounds_inputs(flat.dtype)
         outs = []
         for begin, part in self._parts_of(first, last):
             end = begin + part.shape[0]
-            some = None if bias is None else bias[begin - first : end - first]
             outs.append(
                 part.multiply(
-                    flat, some, num_threads=threads, round_inputs=rounds, round_weight=tiles
+                    flat,
+                    None if bias is None else bias[begin - first : end - first],
+                    num_threads=threads,
+                    round_inputs=not tiles and _rounds(part, flat),
+                    round_weight=tiles,
                 )
             )
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
