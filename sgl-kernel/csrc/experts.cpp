@@ -107,6 +107,12 @@ class Inputs {
         by_dots_ = !matrix.bits && dtype == SGL_BFLOAT16 && has_dots(call);
         data_ = static_cast<const char*>(rows);
         row_bytes_ = stride * size_of(dtype);
+#if defined(__x86_64__)
+        if (!matrix.bits && call.isa == SGL_AVX2) {
+            widen_avx2(call, dtype, stride, count);
+            return;
+        }
+#endif
         if (by_dots_ || (dtype == SGL_FLOAT32 && stride == width && !rounded)) {
             // as they are
         } else if (rounded) {
@@ -168,6 +174,27 @@ class Inputs {
         data_ = to;
         row_bytes_ = bytes;
     }
+
+#if defined(__x86_64__)
+    void widen_avx2(const SglExperts& call, int32_t dtype, int64_t stride, int64_t count) {
+        SglLinear l{};
+        l.x = data_;
+        l.x_row = stride;
+        l.in_features = width_;
+        l.dtype = call.dtype;
+        const int64_t row = sgl::wide_row_avx2(width_);
+        auto* to = reinterpret_cast<float*>(room_.take(count * row * 4));
+        const int64_t rows = std::max<int64_t>(1, kTaskInputs / width_);
+        sgl::for_each_index((count + rows - 1) / rows, call.num_threads, [&] {
+            return [&](int64_t i) {
+                const int64_t last = std::min(count, (i + 1) * rows);
+                sgl::widen_rows_avx2(l, dtype, i * rows, last, to);
+            };
+        });
+        data_ = reinterpret_cast<const char*>(to);
+        row_bytes_ = row * 4;
+    }
+#endif
 
     void sum_groups(int64_t group, int64_t count) {
         groups_ = width_ / group;

@@ -1,5 +1,5 @@
-// Products of a few rows: gives each thread ranges of the outputs. Where there are no dot instructions
-// for them, the rows are widened once.
+// Products of rows: gives each thread ranges of the outputs. Where there are no dot instructions for
+// them, the rows are widened once.
 #include "linear.h"
 
 #include <algorithm>
@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kOutsAtOnce = 8;         // ranges are multiples of it
 constexpr int64_t kTasksPerThread = 8;     // so that threads end together
 constexpr int64_t kTaskBytes = 32 << 10;   // of the weight; less is not worth a task
+constexpr int64_t kWideElements = 32 << 10;  // widened by a task
+constexpr int64_t kWideBytes = 16 << 20;     // of widened rows at a time, if they are many
 
 int64_t outs_of_a_task(const SglLinear& call, int64_t at_once) {
     const int64_t row_bytes = call.in_features * (call.dtype == SGL_FLOAT32 ? 4 : 2);
@@ -51,6 +53,36 @@ void multiply_widened(const SglLinear& call, sgl::After* after) {
     });
 }
 
+#if defined(__x86_64__)
+// AVX2 has a form of its own for the rows, and multiplies any number of them.
+void multiply_avx2(const SglLinear& whole, sgl::After* after) {
+    const int64_t row = sgl::wide_row_avx2(whole.in_features);
+    const int64_t size = whole.dtype == SGL_FLOAT32 ? 4 : 2;
+    const int64_t most = std::max<int64_t>(1, kWideBytes / (4 * row));
+    const int64_t rows_of_a_task = std::max<int64_t>(1, kWideElements / row);
+    thread_local sgl::Scratch room;
+    auto* x = reinterpret_cast<float*>(room.take(std::min(most, whole.rows) * row * 4));
+    for (int64_t first = 0; first < whole.rows; first += most) {
+        SglLinear call = whole;
+        call.rows = std::min(most, whole.rows - first);
+        call.x = static_cast<const char*>(whole.x) + first * whole.x_row * size;
+        call.out = static_cast<char*>(whole.out) + first * whole.out_row * size;
+        const int64_t tasks = (call.rows + rows_of_a_task - 1) / rows_of_a_task;
+        sgl::for_each_index(tasks, call.num_threads, [&] {
+            return [&](int64_t i) {
+                const int64_t begin = i * rows_of_a_task;
+                const int64_t end = std::min(call.rows, begin + rows_of_a_task);
+                sgl::widen_rows_avx2(call, call.dtype, begin, end, x);
+            };
+        });
+        sgl::After* const then = first + most >= whole.rows ? after : nullptr;
+        over_outs(call, kOutsAtOnce, then, [&](int64_t begin, int64_t end) {
+            sgl::linear_avx2(call, x, row, begin, end);
+        });
+    }
+}
+#endif
+
 }  // namespace
 
 int32_t sgl::linear_then(const SglLinear& call, After* after) {
@@ -69,6 +101,10 @@ int32_t sgl::linear_then(const SglLinear& call, After* after) {
         over_outs(call, sgl::kDotOuts, after, [&](int64_t first, int64_t last) {
             sgl::linear_dots(call, first, last);
         });
+        return 0;
+    }
+    if (call.isa == SGL_AVX2) {
+        multiply_avx2(call, after);
         return 0;
     }
 #endif

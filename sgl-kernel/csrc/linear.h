@@ -15,6 +15,12 @@ void linear_generic(const SglLinear&, const float*, int64_t, int64_t, int64_t);
 void linear_avx2(const SglLinear&, const float*, int64_t, int64_t, int64_t);
 void linear_avx512(const SglLinear&, const float*, int64_t, int64_t, int64_t);
 
+// linear_avx2 wants rows in a form of its own: floats, wide_row_avx2() apart, filled up with zeros, and of
+// a bf16 weight in the order in which it takes that apart. Rows [first, last) of all, in the weight's type
+// or in fp32, to their places in `to`.
+int64_t wide_row_avx2(int64_t in_features);
+void widen_rows_avx2(const SglLinear&, int32_t x_dtype, int64_t first, int64_t last, float* to);
+
 // The same of bfloat16 rows as they are. Ranges had best be multiples of kDotOuts.
 constexpr int64_t kDotOuts = 6;
 void linear_dots(const SglLinear&, int64_t first, int64_t last);

@@ -66,14 +66,37 @@ def test_wide_rows(rows: int, outs: int, isa: Isa) -> None:
     check(linear(x, weight, bias, isa=isa), x, weight, bias)
 
 
-@pytest.mark.parametrize("isa", [isa for isa in LEVELS if Isa.AVX512_BF16 <= isa <= Isa.AMX])
+# Levels and types whose kernels add up in an order of their own for each row.
+INVARIANT = [
+    (isa, dtype)
+    for isa in LEVELS
+    for dtype in ROUNDING
+    if isa == Isa.AVX2 or (Isa.AVX512_BF16 <= isa <= Isa.AMX and dtype is torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize(("isa", "dtype"), INVARIANT)
 @pytest.mark.parametrize("outs", [23, 81])
 @pytest.mark.parametrize("width", [40, 576, 4871])
-def test_dot_products_of_a_row_do_not_depend_on_the_others(width: int, outs: int, isa: Isa) -> None:
-    x, weight, bias = operands(70, outs, width, torch.bfloat16)
+def test_a_rows_answer_does_not_depend_on_the_others(
+    width: int, outs: int, isa: Isa, dtype: torch.dtype
+) -> None:
+    x, weight, bias = operands(140, outs, width, dtype)
     alone = torch.cat([linear(row[None], weight, bias, isa=isa) for row in x])
-    for count in (2, 3, 4, 5, 8, 16, 17, 33, 48, 70):
+    for count in (2, 3, 4, 5, 6, 7, 8, 9, 10, 16, 17, 33, 48, 70, 140):
         assert torch.equal(linear(x[:count], weight, bias, isa=isa), alone[:count])
+    others = linear(x[1:], weight, bias, isa=isa, num_threads=2)
+    assert torch.equal(others, alone[1:])
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_more_rows_than_are_widened_at_a_time(dtype: torch.dtype, isa: Isa) -> None:
+    x, weight, bias = operands(500, 20, 9000, dtype)
+    found = linear(x, weight, bias, isa=isa, num_threads=2)
+    check(found[470:], x[470:], weight, bias)
+    check(found[:30], x[:30], weight, bias)
+    assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("isa", LEVELS)

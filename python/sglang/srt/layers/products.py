@@ -2,15 +2,17 @@
 
 - *A few rows*, as in a decode step, wait for the weight to be read. Where the native kernels are
   installed they read it once, in its own type. With bfloat16 dot instructions the kernel is faster
-  up to more rows, and on matrix tiles (AMX) up to still more. Without either it widens the weight
-  in registers, and where PyTorch takes bfloat16 apart with AVX-512 it is faster for one row only.
-- *Many rows of a 16-bit type*, on a CPU without instructions for it: PyTorch takes such products
-  apart, element by element, and reaches a seventh of what the same processor does in float32. There
-  a tile of the weight is widened, multiplied in float32 and rounded once.
+  up to more rows, and on matrix tiles (AMX) up to still more. Where PyTorch takes bfloat16 apart
+  with AVX-512 it is faster for one row only.
+- *Many rows* with AVX2 alone: the kernel is faster there too, in float32 up to some hundred.
+- *Many rows of a 16-bit type*, on another CPU without instructions for it: PyTorch takes such
+  products apart, element by element, and reaches a seventh of what the same processor does in
+  float32. There a tile of the weight is widened, multiplied in float32 and rounded once.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -21,7 +23,14 @@ from sglang.srt.utils.native import kernels_for
 
 # Up to so many rows the native kernel is the faster way, see benchmark/cpu/bench_linear.py.
 _NATIVE_ROWS = 32
-# The same where PyTorch multiplies bfloat16 too, by the instructions that the kernel has.
+_ALL_ROWS = sys.maxsize
+# The same by what the processor has; first where PyTorch has no instructions for bfloat16.
+_NATIVE_ROWS_ALONE = {
+    ("AVX2", torch.bfloat16): _ALL_ROWS,
+    ("AVX2", torch.float16): _ALL_ROWS,
+    ("AVX2", torch.float32): 512,
+}
+# And where PyTorch multiplies bfloat16 too, by the instructions that the kernel has.
 _NATIVE_ROWS_BESIDE = {
     ("AVX512", torch.bfloat16): 1,
     ("AVX512_BF16", torch.bfloat16): 64,
@@ -29,7 +38,6 @@ _NATIVE_ROWS_BESIDE = {
     ("AMX", torch.bfloat16): 128,
     ("AMX", torch.float32): 8,
 }
-_MOST_NATIVE_ROWS = max(_NATIVE_ROWS, *_NATIVE_ROWS_BESIDE.values())
 # Without the kernel, fewer rows than these cost less as they are: widening writes the weight anew.
 _FEW_ROWS = 8
 _TILE_ELEMENTS = 1 << 20  # of the weight, widened at a time: 4 MiB stay in a CPU's caches
@@ -45,7 +53,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return F.linear(x, weight, bias)
     in_features = x.shape[-1]
     rows = x.numel() // in_features
-    kernels = kernels_for(x, weight) if rows <= _MOST_NATIVE_ROWS else None
+    kernels = kernels_for(x, weight)
     if kernels is not None and not kernels.is_recording():
         most = _most_native_rows(kernels.cpu_isa().name, x.dtype)
         kernels = kernels if rows <= most else None
@@ -61,7 +69,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def _most_native_rows(isa: str, dtype: torch.dtype) -> int:
     if not cpu_multiplies(torch.bfloat16):
-        return _NATIVE_ROWS
+        return _NATIVE_ROWS_ALONE.get((isa, dtype), _NATIVE_ROWS)
     return _NATIVE_ROWS_BESIDE.get((isa, dtype), 0)
 
 
