@@ -38,26 +38,35 @@ class Scales {
         plain_ = _mm_loadu_si128(reinterpret_cast<const __m128i*>(plain));
     }
 
-    // As a row has them in its parts: those of lower halves first.
-    __m256 split(const Fp16* from) const { return read(from, split_); }
-    __m256 plain(const Fp16* from) const { return read(from, plain_); }
+    // As a row has them in its parts: those of lower halves first. `kWhole`: all 8.
+    template <bool kWhole>
+    __m256 split(const Fp16* from) const { return read<kWhole>(from, split_); }
+    template <bool kWhole>
+    __m256 plain(const Fp16* from) const {
+        return kWhole ? _mm256_cvtph_ps(load(from)) : read<false>(from, plain_);
+    }
 
   private:
     int64_t some_, back_;
     bool copied_;
     __m128i split_, plain_;
 
+    static __m128i load(const Fp16* from) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    }
+    template <bool kWhole>
     __m256 read(const Fp16* from, __m128i order) const {
         Fp16 copy[kPartScales];
-        if (copied_) {
+        if (kWhole) {
+            // all there
+        } else if (copied_) {
             std::memset(copy, 0, sizeof copy);
             for (int64_t s = 0; s < some_; ++s) copy[s] = from[s];
             from = copy;
         } else {
             from -= back_;
         }
-        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-        return _mm256_cvtph_ps(_mm_shuffle_epi8(halves, order));
+        return _mm256_cvtph_ps(_mm_shuffle_epi8(load(from), order));
     }
 };
 
@@ -122,7 +131,7 @@ inline __attribute__((always_inline)) void add_part(const Output& output, const 
     constexpr int kBytes = P::kBlocks * kBlock * kBits / 8;
 #pragma GCC unroll 4
     for (int at = 0; at < kBytes; at += 64) _mm_prefetch(codes + kAhead + at, _MM_HINT_T1);
-    const __m256 scale = scales.split(output.scales + part * kPartScales);
+    const __m256 scale = scales.template split<kWhole>(output.scales + part * kPartScales);
     __m256 both[M];
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m)
@@ -148,7 +157,7 @@ inline __attribute__((always_inline)) void add_part(const Output& output, const 
         }
     }
     if (!kMins) return;
-    const __m256 least = scales.plain(output.mins + part * kPartScales);
+    const __m256 least = scales.template plain<kWhole>(output.mins + part * kPartScales);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m)
         total[m] = _mm256_fmadd_ps(

@@ -23,7 +23,7 @@ from sgl_kernel import (  # noqa: E402
 LEVELS = [isa for isa in Isa if isa <= cpu_isa() and (isa != Isa.NEON or cpu_isa() == Isa.NEON)]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1.01 * 2.0**-8, torch.float16: 1.01 * 2.0**-11}
 with_tiles = pytest.mark.skipif(not has_tiles(), reason="no matrix tiles")
-# Levels that multiply bytes: one without, and the better one there is.
+# Levels that multiply bytes, each in a way of its own.
 ROUNDING_LEVELS = [isa for isa in LEVELS if has_byte_dots(isa) and isa not in (Isa.AVX512, Isa.AMX)]
 X86 = [isa for isa in Isa if Isa.AVX2 <= isa <= Isa.AMX]
 HERE = Path(__file__).parent

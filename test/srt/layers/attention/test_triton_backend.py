@@ -166,7 +166,7 @@ def test_what_can_not_be_recorded() -> None:
     def geometry(lengths: list[tuple[int, int]]) -> BatchGeometry:
         return Case(spec, lengths, make_tables(lengths, 64, []), make_layer(spec)).geometry()
 
-    backend = TritonAttnBackend(spec, chip=kernels.Chip(2, 16))
+    backend = TritonAttnBackend(spec, chip=kernels.Chip(2, 16, rounds=1))
     assert backend.may_record(geometry([((1 << 18) - 1, 1)]))
     assert not backend.may_record(geometry([(1 << 18, 1)]))  # another part than its share
     assert not backend.may_record(geometry([(5, 1), (5, 2)]))
