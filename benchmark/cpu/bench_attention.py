@@ -26,7 +26,11 @@ from cpu_report import parser, print_report
 from sgl_kernel import AttentionTables, Isa, QueryBlocks, cpu_isa, paged_attention, read_sum
 
 PAGE = 64
-KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+KV_DTYPES = {
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+    "int8": torch.int8,
+}
 HUGE_PAGE = 2 << 20  # bytes, or a multiple of what the system has
 ROWS = 4096  # distinct random tokens; copied over the whole pool
 
@@ -71,6 +75,14 @@ def huge_pages(count: int, dtype: torch.dtype) -> torch.Tensor:
     return elements[first : first + count]
 
 
+def packed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x [*, D] in the type of a plane; of int8 [*, D + 4], the scale behind each head's bytes."""
+    if dtype != torch.int8:
+        return x.to(dtype)
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return torch.cat([(x / scale).round().to(torch.int8), scale.view(torch.int8)], -1)
+
+
 class Problem:
     """Tensors of a shape, every request's pages in a row."""
 
@@ -89,7 +101,8 @@ class Problem:
         self.out = torch.empty_like(self.q)
 
     def _plane(self, slots: int) -> torch.Tensor:
-        rows = torch.randn(ROWS, self.shape.kv_heads, self.shape.dim).to(self.kind.kv_dtype)
+        rows = torch.randn(ROWS, self.shape.kv_heads, self.shape.dim)
+        rows = packed(rows, self.kind.kv_dtype)
         plane = huge_pages(slots * rows[0].numel(), rows.dtype).view(slots, *rows.shape[1:])
         for start in range(0, slots, ROWS):
             plane[start : start + ROWS] = rows[: min(ROWS, slots - start)]
@@ -148,10 +161,9 @@ def measure_extend(
     matrix = torch.randn(2048, 2048).to(kind.dtype)
     new, prefix = shape.new, shape.tokens - shape.new
     q = problem.q.transpose(0, 1)[None]
-    own = [
-        plane[prefix : shape.tokens].transpose(0, 1).repeat_interleave(shape.group, 0)[None]
-        for plane in (problem.k, problem.v)
-    ]
+    # Numbers of q's own type, since torch attends over no bytes; their values change no time.
+    heads = (1, shape.kv_heads * shape.group, new, shape.dim)
+    own = [torch.randn(heads).to(kind.dtype) for _ in "kv"]
     seconds = medians(
         {
             "matmul": lambda: matrix @ matrix,

@@ -2,6 +2,7 @@
 #include "math_avx2.h"
 
 #include "blocked_attention.h"
+#include "products_avx2.h"
 #include "vector_attention.h"
 
 void sgl::run_task_avx2(const SglAttention& call, const Task& task, const States& states,

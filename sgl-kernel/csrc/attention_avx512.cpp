@@ -2,6 +2,7 @@
 #include "math_avx512.h"
 
 #include "blocked_attention.h"
+#include "vector_products.h"
 #include "vector_attention.h"
 
 void sgl::run_task_avx512(const SglAttention& call, const Task& task, const States& states,

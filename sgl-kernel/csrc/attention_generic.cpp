@@ -1,5 +1,6 @@
 // The vector kernel in plain C++.
 #include "isa_generic.h"
+#include "vector_products.h"
 #include "vector_attention.h"
 
 void sgl::run_task_generic(const SglAttention& call, const Task& task, const States& states,

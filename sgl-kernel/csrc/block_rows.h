@@ -2,6 +2,9 @@
 // of the present block, and those of the next, which memory is asked for meanwhile.
 #pragma once
 
+#include <algorithm>
+#include <utility>
+
 #include "attention.h"
 #include "wide_rows.h"
 
@@ -18,16 +21,17 @@ class BlockRows {
     // `wide` is memory of widened rows, where planes are of a byte.
     BlockRows(const SglAttention& call, const sgl::Task& task, void* wide)
         : call_(call), task_(task), wide_(wide), end_(task.lo) {
-        find(task.lo, &next_);
+        find(task.lo, next_);
     }
+    BlockRows(BlockRows&&) = delete;
 
     // Goes on to the next block; false when there is none.
     bool step() {
-        if (next_.count == 0) return false;
-        block_ = next_;
+        if (next_->count == 0) return false;
+        std::swap(block_, next_);
         lo_ = end_;
-        end_ += block_.count;
-        find(end_, &next_);
+        end_ += block_->count;
+        find(end_, next_);
         return true;
     }
 
@@ -38,17 +42,13 @@ class BlockRows {
     // Lists the rows of kv head g. Returns whether memory is still to be asked for the next ones.
     bool list(int g) {
         if (sgl::wide_bytes(call_)) {
-            widen_block<T>(call_, g, block_, &next_, wide_, keys, values);
+            widen_block<T>(call_, g, *block_, next_, wide_, keys, values);
             return false;
         }
         const T* k = static_cast<const T*>(call_.k) + g * call_.k_head;
         const T* v = static_cast<const T*>(call_.v) + g * call_.v_head;
-        for (int n = 0; n < sgl::kKeys; ++n) {
-            keys[n] = k + block_.slots[n] * call_.k_slot;
-            values[n] = v + block_.slots[n] * call_.v_slot;
-            next_keys[n] = next_.count ? k + next_.slots[n] * call_.k_slot : keys[0];
-            next_values[n] = next_.count ? v + next_.slots[n] * call_.v_slot : values[0];
-        }
+        point(*block_, k, v, keys, values);
+        point(next_->count ? *next_ : *block_, k, v, next_keys, next_values);
         return true;
     }
 
@@ -57,14 +57,33 @@ class BlockRows {
     const sgl::Task& task_;
     void* wide_;
     int64_t lo_ = 0, end_;
-    sgl::KeyBlock block_, next_;
+    sgl::KeyBlock blocks_[2];
+    sgl::KeyBlock *block_ = blocks_, *next_ = blocks_ + 1;
+
+    void point(const sgl::KeyBlock& block, const T* k, const T* v, const T** to_keys,
+               const T** to_values) const {
+        const int64_t k_slot = call_.k_slot, v_slot = call_.v_slot;
+        if (block.contiguous && block.count == sgl::kKeys) {  // without a product for each
+            k += block.slots[0] * k_slot;
+            v += block.slots[0] * v_slot;
+            for (int n = 0; n < sgl::kKeys; ++n, k += k_slot, v += v_slot) {
+                to_keys[n] = k;
+                to_values[n] = v;
+            }
+            return;
+        }
+        for (int n = 0; n < sgl::kKeys; ++n) {
+            to_keys[n] = k + block.slots[n] * k_slot;
+            to_values[n] = v + block.slots[n] * v_slot;
+        }
+    }
 
     void find(int64_t lo, sgl::KeyBlock* found) const {
         found->count = 0;
         if (lo < task_.hi) found->find(call_, task_.table, lo, sgl::block_end(lo, task_.hi));
     }
 
-    int clip(int64_t n) const { return static_cast<int>(std::clamp<int64_t>(n, 0, block_.count)); }
+    int clip(int64_t n) const { return static_cast<int>(std::clamp<int64_t>(n, 0, block_->count)); }
 };
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "attention.h"
+#include "lanes.h"
 #include "numbers.h"
 #include "wide_rows.h"
 
@@ -21,16 +22,6 @@ constexpr int kRows = 6;  // states in registers at a time
 constexpr int kPanel = Math::kVectors * Isa::kLanes;
 constexpr int kScoreVectors = sgl::kKeys / Isa::kLanes;
 static_assert(sgl::kKeys % kPanel == 0, "a block of keys is whole panels");
-
-typedef int32_t Int32s __attribute__((vector_size(sizeof(Isa::F))));
-
-inline Isa::F load_cells(const float* x) {
-    Isa::F y;
-    std::memcpy(&y, x, sizeof y);
-    return y;
-}
-inline void store_cells(Isa::F x, float* to) { std::memcpy(to, &x, sizeof x); }
-inline Isa::F spread(float x) { return Math::broadcast(&x); }
 
 // Cells of one float, of numbers of any type.
 template <class T>
@@ -48,28 +39,6 @@ struct FloatCells {
     static Isa::F add_product(Isa::F sum, Isa::F a, Isa::F b) { return sum + a * b; }
 };
 
-// 2^x for x <= 0; 0 for minus infinity, NaN for NaN.
-template <bool kShort>
-inline Isa::F exp2_lanes(Isa::F x) {
-    x = Math::max(spread(Math::kLeastPower), x);
-    const Isa::F whole = Math::round(x), t = x - whole;
-    Isa::F y;
-    if (kShort) {
-        y = spread(9.5827768e-3f);
-        y = y * t + spread(5.5907213e-2f);
-        y = y * t + spread(2.4024105e-1f);
-        y = y * t + spread(6.9312410e-1f);
-    } else {
-        y = spread(1.5403530e-4f);
-        y = y * t + spread(1.3333558e-3f);
-        y = y * t + spread(9.6181291e-3f);
-        y = y * t + spread(5.5504109e-2f);
-        y = y * t + spread(2.4022651e-1f);
-        y = y * t + spread(6.9314718e-1f);
-    }
-    return Math::times_power(y * t + spread(1.0f), whole);
-}
-
 // cap * tanh(x / cap)
 inline Isa::F soften(Isa::F x, float cap) {
     const Int32s sign = reinterpret_cast<Int32s>(x) & INT32_MIN;
@@ -77,13 +46,6 @@ inline Isa::F soften(Isa::F x, float cap) {
     const Isa::F e = exp2_lanes<false>(size * spread(-2.0f * sgl::kLog2e / cap));
     const Isa::F tanh = (spread(1.0f) - e) / (spread(1.0f) + e);
     return spread(cap) * reinterpret_cast<Isa::F>(reinterpret_cast<Int32s>(tanh) | sign);
-}
-
-// Lanes [begin, end) of x, minus infinity elsewhere.
-inline Isa::F keep_lanes(Isa::F x, int begin, int end) {
-    Int32s lane;
-    for (int i = 0; i < Isa::kLanes; ++i) lane[i] = i;
-    return (lane >= begin) & (lane < end) ? x : spread(-INFINITY);
 }
 
 // Swaps ever larger squares about the diagonal.
@@ -148,8 +110,9 @@ class BlockedTask {
             list_rows();
             pack_keys();
             pack_values();
-            const bool all = see(0, static_cast<int>(count_)).all;
-            one_by_one_ = !all && !has_finite_values();
+            all_ = false;
+            all_ = see(0, static_cast<int>(count_)).all;
+            one_by_one_ = !all_ && !has_finite_values();
             for (int64_t m = 0; m < count_; m += kRows) score(m);
             for (int d = 0; d < dim_; d += kPanel)
                 for (int64_t m = 0; m < count_; m += kRows) add(m, d);
@@ -174,6 +137,7 @@ class BlockedTask {
     sgl::BlockedScratch s_;
     sgl::KeyBlock block_, next_;  // the next one's rows are asked for where they are widened
     int64_t lo_ = 0;
+    bool all_ = false;         // whether every state sees the whole block
     bool one_by_one_ = false;  // whether values that some states don't see may not be multiplied by 0
     const T* keys_[sgl::kKeys];
     const T* values_[sgl::kKeys];
@@ -257,6 +221,7 @@ class BlockedTask {
     int end_of(int64_t m) const { return clip(position(m) + 1 - lo_); }
 
     Sight see(int64_t m, int rows) const {
+        if (all_) return {0, sgl::kKeys, true};
         const int64_t last = m + rows - 1;
         const bool all = begin_of(last) == 0 && end_of(m) == sgl::kKeys;
         return {begin_of(m), end_of(last), all};
@@ -283,7 +248,9 @@ class BlockedTask {
             Isa::F sums[kCount][Math::kVectors] = {};
             add_products<Cells>(s_.queries + m * cells_, cells_,
                                 s_.keys + int64_t{p} * kPanel * cells_, 0, cells_, sums);
+#pragma GCC unroll 6
             for (int r = 0; r < kCount; ++r)
+#pragma GCC unroll 4
                 for (int v = 0; v < Math::kVectors; ++v)
                     scores[r][p * Math::kVectors + v] = sums[r][v];
         }
@@ -376,13 +343,16 @@ class BlockedTask {
         }
     }
 
-    // A block is summed on its own first, as in the vector kernel.
+    // A block is summed on its own first, as in the vector kernel. Loops over sums are unrolled everywhere:
+    // one that isn't would keep them in memory.
     template <int kCount, int kVectors>
     void add_rows(int64_t m, int d, int first, int last) {
         Isa::F sums[kCount][kVectors] = {};
         add_products<Cells>(s_.weights + m * kKeyCells, kKeyCells, s_.values + d * kKeyCells, first,
                             last, sums);
+#pragma GCC unroll 6
         for (int r = 0; r < kCount; ++r)
+#pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
                 float* to = states_.acc + (m + r) * dim_ + d + v * Isa::kLanes;
                 store_cells(load_cells(to) + sums[r][v], to);

@@ -79,6 +79,14 @@ inline float exp2_fraction(float t) {
     return y;
 }
 
+// 2^x for x <= 0, exact to about 2 ulp: the integer part into the exponent, the rest a polynomial.
+inline float exp2_small(float x) {
+    x = x < -126.0f ? -126.0f : x;
+    const float whole = static_cast<float>(static_cast<int32_t>(x - 0.5f));
+    const float y = exp2_fraction(x - whole);
+    return from_bits(to_bits(y) + (static_cast<uint32_t>(static_cast<int32_t>(whole)) << 23));
+}
+
 inline void store(float value, float* to) { *to = value; }
 
 // Round to nearest, ties to even; NaN stays NaN.

@@ -1,9 +1,9 @@
 // The vector kernel: fp32 arithmetic on K and V of any dtype, compiled once per instruction set.
 //
-// The including file defines `Isa` with `F` (a vector of floats), kLanes, and load_some() for float,
-// Bf16 and Fp16, which gives kWide vectors; where it reorders() a type, the first has the elements of
-// even index and the second those of odd index. Queries, K and V go through it alike. Keys stand in the lanes of scores, head elements in the lanes of products. K and V
-// of a block are read once for all J heads of a group.
+// The including file defines `Isa` and includes one of the files of products (vector_products.h), which
+// dot_keys(), weigh() and add_values() come from. Where `Isa` reorders() a type, the first of two vectors that
+// are loaded has the elements of even index and the second those of odd index: queries, K and V go through
+// it alike. K and V of a block are read once for all J heads of a group.
 #pragma once
 
 #include <cmath>
@@ -15,126 +15,8 @@
 
 namespace {
 
-using sgl::kKeys;
-using sgl::kLog2e;
 using sgl::States;
 using sgl::Task;
-
-// 2^x for x <= 0, exact to about 2 ulp: the integer part into the exponent, the rest a polynomial.
-inline float exp2_small(float x) {
-    x = x < -126.0f ? -126.0f : x;
-    const float whole = static_cast<float>(static_cast<int32_t>(x - 0.5f));
-    float y = exp2_fraction(x - whole);
-    uint32_t bits;
-    std::memcpy(&bits, &y, 4);
-    bits += static_cast<uint32_t>(static_cast<int32_t>(whole)) << 23;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-
-// Sums that grow side by side: each addition waits for the one before it in its own sum only.
-constexpr int kSums = 8;
-constexpr int kStep = Isa::kWide * Isa::kLanes;  // elements of a head that are loaded at a time
-constexpr int kLine = 64;                        // bytes of a cache line
-
-template <class T>
-inline bool begins_line(int d) {
-    return d * static_cast<int>(sizeof(T)) % kLine == 0;
-}
-
-// Scores of kCount keys with kHeads heads. `ahead` (null: nothing) are rows to ask memory for
-// meanwhile: asked for all at once, most of the requests would be dropped.
-template <class T, int kHeads, int kCount>
-inline void dot_some(const Isa::F (*query)[sgl::kMaxHeadDim / Isa::kLanes], const T* const* keys,
-                     const T* const* ahead, int dim, float* scores) {
-    Isa::F total[kCount][kHeads] = {};
-    for (int d = 0; d < dim; d += kStep) {
-        if (ahead && begins_line<T>(d))
-            for (int n = 0; n < kCount; ++n) __builtin_prefetch(ahead[n] + d, 0, 2);
-        for (int n = 0; n < kCount; ++n) {
-            Isa::F x[Isa::kWide];
-            Isa::load_some(keys[n] + d, x);
-            for (int j = 0; j < kHeads; ++j)
-                for (int w = 0; w < Isa::kWide; ++w)
-                    total[n][j] += query[j][d / Isa::kLanes + w] * x[w];
-        }
-    }
-    for (int n = 0; n < kCount; ++n)
-        for (int j = 0; j < kHeads; ++j) scores[j * kKeys + n] = Isa::sum(total[n][j]);
-}
-
-template <class T, int kHeads>
-inline void dot_keys(const Isa::F (*query)[sgl::kMaxHeadDim / Isa::kLanes], const T* const* keys,
-                     const T* const* ahead, int count, int dim, float* scores) {
-    constexpr int kCount = kSums / kHeads;
-    int n = 0;
-    for (; n + kCount <= count; n += kCount)
-        dot_some<T, kHeads, kCount>(query, keys + n, ahead ? ahead + n : ahead, dim, scores + n);
-    for (; n < count; ++n)
-        dot_some<T, kHeads, 1>(query, keys + n, ahead ? ahead + n : ahead, dim, scores + n);
-}
-
-// Adds the weighted values of the head's elements [d, d + kSpan * kStep).
-//
-// A block is summed on its own first: after millions of keys, one key's share alone is lost in the
-// rounding of all that came before.
-template <class T, int kHeads, int kSpan>
-inline void add_some(const T* const* values, const T* const* ahead, const float* weights, int count,
-                     int dim, int d, float* acc) {
-    Isa::F total[kHeads][kSpan * Isa::kWide] = {};
-    for (int n = 0; n < count; ++n)
-        for (int i = 0; i < kSpan; ++i) {
-            if (ahead && begins_line<T>(d + i * kStep)) __builtin_prefetch(ahead[n] + d + i * kStep, 0, 2);
-            Isa::F x[Isa::kWide];
-            Isa::load_some(values[n] + d + i * kStep, x);
-            for (int j = 0; j < kHeads; ++j)
-                for (int w = 0; w < Isa::kWide; ++w)
-                    total[j][i * Isa::kWide + w] += weights[j * kKeys + n] * x[w];
-        }
-    for (int j = 0; j < kHeads; ++j)
-        for (int i = 0; i < kSpan * Isa::kWide; ++i) {
-            float* to = acc + j * dim + d + i * Isa::kLanes;
-            Isa::F sum;
-            std::memcpy(&sum, to, sizeof sum);
-            sum += total[j][i];
-            std::memcpy(to, &sum, sizeof sum);
-        }
-}
-
-template <class T, int kHeads>
-inline void add_values(const T* const* values, const T* const* ahead, const float* weights,
-                       int count, int dim, float* acc) {
-    constexpr int kSpan = std::max(1, kSums / kHeads / Isa::kWide);
-    int d = 0;
-    for (; d + kSpan * kStep <= dim; d += kSpan * kStep)
-        add_some<T, kHeads, kSpan>(values, ahead, weights, count, dim, d, acc);
-    for (; d < dim; d += kStep) add_some<T, kHeads, 1>(values, ahead, weights, count, dim, d, acc);
-}
-
-// Turns scores [begin, end) of a head into weights and moves its state on.
-inline void weigh(const SglAttention& call, float* scores, int begin, int end, float* acc,
-                  float* top, float* sum) {
-    const float cap = call.logit_cap, scale = cap > 0.0f ? call.scale : call.scale * kLog2e;
-    float highest = *top;
-    for (int n = begin; n < end; ++n) scores[n] *= scale;
-    if (cap > 0.0f)
-        for (int n = begin; n < end; ++n) scores[n] = cap * kLog2e * std::tanh(scores[n] / cap);
-#pragma omp simd reduction(max : highest)
-    for (int n = begin; n < end; ++n) highest = std::max(highest, scores[n]);
-    float added = 0.0f;
-#pragma omp simd reduction(+ : added)
-    for (int n = begin; n < end; ++n) {
-        scores[n] = exp2_small(scores[n] - highest);
-        added += scores[n];
-    }
-    if (highest > *top) {
-        const float keep = *top <= sgl::kLowest ? 0.0f : exp2_small(*top - highest);
-        for (int d = 0; d < call.head_dim; ++d) acc[d] *= keep;
-        *sum *= keep;
-        *top = highest;
-    }
-    *sum += added;
-}
 
 template <class T>
 struct VectorTask {
@@ -193,14 +75,14 @@ struct VectorTask {
                 Isa::load_some(q + (head + j) * call.q_head + d, x);
                 std::memcpy(query[j] + d / Isa::kLanes, x, sizeof x);
             }
-        dot_keys<T, kHeads>(query, rows.keys + begin, asks ? rows.next_keys + begin : nullptr,
-                            end - begin, dim, scores + begin);
+        dot_keys<T, kHeads>(query, rows.keys, asks ? rows.next_keys : nullptr, begin, end, dim,
+                            scores);
         float* acc = states.acc + state * dim;
         for (int j = 0; j < kHeads; ++j)
             weigh(call, scores + j * kKeys, begin, end, acc + j * dim, states.top + state + j,
                   states.sum + state + j);
-        add_values<T, kHeads>(rows.values + begin, asks ? rows.next_values + begin : nullptr,
-                              scores + begin, end - begin, dim, acc);
+        add_values<T, kHeads>(rows.values, asks ? rows.next_values : nullptr, scores, begin, end, dim,
+                              acc);
     }
 };
 

@@ -8,6 +8,8 @@
 
 #if defined(__AVX512BW__)
 #include <immintrin.h>
+#elif defined(__AVX2__)
+#include "wide_avx2.h"
 #endif
 
 namespace {
@@ -29,8 +31,12 @@ inline void widen(N x, T* to) {
 
 template <class N, class T>
 inline void widen_row(const N* from, int count, T* to) {
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+    widen_fp8(from, count, to);
+#else
 #pragma omp simd
     for (int d = 0; d < count; ++d) widen(from[d], to + d);
+#endif
 }
 
 #if defined(__AVX512BW__)
@@ -82,9 +88,9 @@ inline void store_scaled(float x, Bf16* to) {
 inline void store_scaled(float x, Fp16* to) { store(x, to); }
 
 template <class T>
-inline void widen_codes(const Int8* from, int first, int count, float scale, T* to) {
+inline void widen_codes(const Int8* from, int count, float scale, T* to) {
 #pragma omp simd
-    for (int d = first; d < count; ++d)
+    for (int d = 0; d < count; ++d)
         store_scaled(static_cast<float>(from[d].code) * scale, to + d);
 }
 
@@ -110,12 +116,14 @@ template <class T>
 inline void widen_row(const Int8* from, int count, T* to) {
     float scale;
     std::memcpy(&scale, from + count, sizeof scale);
-    int d = 0;
 #if defined(__AVX512BW__)
-    for (; d + 16 <= count; d += 16)
+    for (int d = 0; d < count; d += 16)
         store_lanes(scaled_lanes(from + d, _mm512_set1_ps(scale)), to + d);
+#elif defined(__AVX2__)
+    widen_signed(from, count, scale, to);
+#else
+    widen_codes(from, count, scale, to);
 #endif
-    widen_codes(from, d, count, scale, to);
 }
 #if defined(__AVX512BW__)
 inline void widen_row(const Int8* from, int count, Bf16* to) {

@@ -217,6 +217,23 @@ def test_every_number_of_a_byte(dtype: torch.dtype, kv_dtype: torch.dtype) -> No
         assert torch.equal(out.float().flatten(), finite)
 
 
+@pytest.mark.parametrize("kv_dtype", FP8)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_code_of_a_byte(dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+    """A block of equal values, of every code: infinities keep their sign, NaN stays NaN."""
+    codes = torch.arange(256, dtype=torch.uint8).view(kv_dtype)
+    v = codes.view(torch.uint8).expand(64, 1, 256).contiguous().view(kv_dtype)
+    k = torch.zeros_like(v.view(torch.uint8)).view(kv_dtype)
+    tables = AttentionTables([np.zeros(1, np.int32)], [0], 64)
+    blocks = QueryBlocks(np.zeros(1), np.ones(1), np.full(1, 63), np.zeros(1))
+    q = torch.zeros(1, 1, 256, dtype=dtype)
+    for isa in LEVELS:
+        out = paged_attention(q, k, v, tables, blocks, scale=1.0, isa=isa)
+        torch.testing.assert_close(
+            out.float().flatten(), codes.float(), rtol=0, atol=0, equal_nan=True
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_requests_are_split_over_keys(dtype: torch.dtype) -> None:
     check(Problem([(6000, 1), (200, 1)], dtype=dtype, kv_heads=1, group=2, page_size=64))

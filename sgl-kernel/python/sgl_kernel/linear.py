@@ -1,7 +1,8 @@
 """Products of a few rows with a weight as its checkpoint has it: the weight is read once.
 
 Meant for decode steps, whose products wait for memory: a weight row in a 16-bit type is widened in
-registers, so half the bytes of float32 are read. For many rows a blocked matrix product is faster.
+registers, so half the bytes of float32 are read. For many rows a blocked matrix product is faster,
+but with AVX2 alone, where this is one.
 
 Legend: R rows, N outputs, K inputs.
 """
