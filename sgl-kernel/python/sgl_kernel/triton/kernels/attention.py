@@ -52,10 +52,11 @@ def key_pointers(
     A slot has STRIDE numbers. `key` is a multiple of N, which is a power of two. A block within one
     page costs one look at the table, and its addresses are a base and constant strides; smaller
     pages cost a look a key. The compiler can't know that segments begin at multiples of 16 bytes,
-    and would load element by element.
+    and would load element by element. Pages are divided in 32 bits and then widened: a GPU divides
+    64 bits by a subroutine.
     """
     if PAGE_SIZE % BLOCK_N == 0:
-        page = tl.load(pages + key // PAGE_SIZE).to(tl.int64)
+        page = tl.load(pages + key // PAGE_SIZE)
         place = key % PAGE_SIZE
         plane = base
         if SEGMENTED:
@@ -63,19 +64,19 @@ def key_pointers(
             page -= segment * segment_pages
             address = tl.multiple_of(tl.load(base + segment), 16)
             plane = tl.multiple_of(address.to(tl.pointer_type(KV_TYPE)), 16)
-        slot = page * PAGE_SIZE + place
+        slot = page.to(tl.int64) * PAGE_SIZE + place
         return (plane + slot * STRIDE) + (offs_n * STRIDE)[:, None] + columns[None, :]
     else:
         places = key + offs_n
-        page = tl.load(pages + places // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
+        page = tl.load(pages + places // PAGE_SIZE, mask=valid, other=0)
         if SEGMENTED:
             segment = page // segment_pages
             page -= segment * segment_pages
             address = tl.multiple_of(tl.load(base + segment, mask=valid, other=0), [16])
             plane = tl.multiple_of(address.to(tl.pointer_type(KV_TYPE)), [16])
-            slots = plane + (page * PAGE_SIZE + places % PAGE_SIZE) * STRIDE
+            slots = plane + (page.to(tl.int64) * PAGE_SIZE + places % PAGE_SIZE) * STRIDE
         else:
-            slots = base + (page * PAGE_SIZE + places % PAGE_SIZE) * STRIDE
+            slots = base + (page.to(tl.int64) * PAGE_SIZE + places % PAGE_SIZE) * STRIDE
         return slots[:, None] + columns[None, :]
 
 
