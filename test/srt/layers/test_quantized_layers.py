@@ -72,10 +72,15 @@ def test_leading_dimensions_and_half_precision() -> None:
     bound = 0.01 * want.abs() + 0.05 + step / 2 * wide.abs().sum(1)
     assert ((out.float() - want).abs() <= bound).all()
     assert matrix.product(x[:0]).shape == (0, 30, 48)
-    many = torch.randn(3, 30, 64).bfloat16()  # by tiles, of the matrix or of the processor
+    many = torch.randn(3, 30, 64).bfloat16()
     out = matrix.product(many)
     assert out.dtype is torch.bfloat16
-    torch.testing.assert_close(out.float(), many.float() @ wide.t(), rtol=0.01, atol=0.05)
+    want = many.float() @ wide.t()
+    bound = 0.01 * want.abs() + 0.05
+    # By tiles, of the matrix or of the processor, but where any number of rows is rounded.
+    if most_rounded_rows(4) >= 90:
+        bound += many.float().abs().max() / 127 / 2 * wide.abs().sum(1)
+    assert ((out.float() - want).abs() <= bound).all()
 
 
 def linear_pair() -> tuple[QKVParallelLinear, QKVParallelLinear, dict[str, QuantizedWeight]]:
