@@ -11,6 +11,7 @@
 
 #include "isa_avx2.h"
 #include "linear.h"
+#include "round_four.h"
 
 #define SGL_INLINE __attribute__((always_inline))
 
@@ -67,22 +68,6 @@ inline __m128 sums_of(F a, F b, F c, F d) {
     const F all = _mm256_add_ps(_mm256_shuffle_ps(first, second, 0x44),
                                 _mm256_shuffle_ps(first, second, 0xee));
     return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
-}
-
-inline void store_four(__m128 x, float* to) { _mm_storeu_ps(to, x); }
-inline void store_four(__m128 x, Fp16* to) {
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-}
-// To nearest, ties to even; NaN stays NaN.
-inline void store_four(__m128 x, Bf16* to) {
-    const __m128i bits = _mm_castps_si128(x);
-    const __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
-    const __m128i even = _mm_add_epi32(_mm_add_epi32(bits, _mm_set1_epi32(0x7fff)), odd);
-    const __m128i nan = _mm_or_si128(bits, _mm_set1_epi32(0x400000));
-    const __m128 chosen = _mm_blendv_ps(_mm_castsi128_ps(even), _mm_castsi128_ps(nan),
-                                        _mm_cmpunord_ps(x, x));
-    const __m128i upper = _mm_srli_epi32(_mm_castps_si128(chosen), 16);
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi32(upper, upper));
 }
 
 // Whole steps of the inputs of some outputs, whose rows lie `row` apart.
@@ -165,11 +150,11 @@ struct Ends {
         }
         T* to = static_cast<T*>(call.out) + (row + m) * call.out_row + at;
         if (count == kOuts) {
-            store_four(sum, to);
+            round_four(sum, to);
             return;
         }
         T four[kOuts];
-        store_four(sum, four);
+        round_four(sum, four);
         std::memcpy(to, four, count * sizeof(T));
     }
 
@@ -185,7 +170,7 @@ struct Ends {
         if (begins && finishes && !call.bias && out + kWide <= last) {  // nothing but to store
             T* to = static_cast<T*>(call.out) + (row + first) * call.out_row + out;
             each<kRows * kFours>([&](auto i) SGL_INLINE {
-                store_four(sum[i], to + i / kFours * call.out_row + i % kFours * kOuts);
+                round_four(sum[i], to + i / kFours * call.out_row + i % kFours * kOuts);
             });
             return;
         }
