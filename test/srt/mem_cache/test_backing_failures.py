@@ -357,12 +357,13 @@ def test_debug_protection_that_is_refused_does_not_fail_an_unmap() -> None:
 
 
 def test_smaps_sums_only_mappings_inside_the_range() -> None:
-    def mapping(start: int, end: int, rss: int, swap: int) -> list[bytes]:
+    def mapping(start: int, end: int, own: int, swap: int) -> list[bytes]:
         return [
             f"{start:08x}-{end:08x} rw-p 00000000 00:00 0 ".encode(),
             f"Size:   {(end - start) // 1024} kB".encode(),
-            f"Rss:    {rss} kB".encode(),
+            f"Rss:    {own + 512} kB".encode(),
             b"Pss:    999 kB",
+            f"Anonymous: {own} kB".encode(),
             f"Swap:   {swap} kB".encode(),
             b"SwapPss:  77 kB",
             b"VmFlags: rd wr mr mw me nr sd",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from sglang.srt.errors import BackingError
 from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, SegmentBacking
 from sglang.srt.mem_cache.segment_backing.cuda_driver import CudaDriver, VmmDriver
 from sglang.srt.mem_cache.segment_backing.cuda_vmm import CudaVmmBacking, cuda_bytes
+from sglang.srt.mem_cache.segment_backing.disk_file import DiskFile
 from sglang.srt.mem_cache.segment_backing.mmap import MmapBacking
+from sglang.srt.mem_cache.segment_backing.mmap_disk import MmapDiskBacking
 from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
 from sglang.srt.mem_cache.segment_backing.static import StaticBacking
 
@@ -28,6 +31,7 @@ def make_backing(
     debug_protect: bool = False,
     available_bytes: Callable[[], int] | None = None,
     num_threads: int = 1,
+    disk_path: Path | None = None,
     make_driver: Callable[..., VmmDriver] = CudaDriver,
 ) -> SegmentBacking:
     """The backing that `--kv-backing` names; "auto" takes what works best on `device`.
@@ -37,7 +41,8 @@ def make_backing(
     which work reads the memory (cuda_vmm only). `debug_protect` makes
     memory that is not mapped inaccessible (mmap only). `available_bytes` replaces the system's
     figure of memory that may be taken; on a GPU static and segment_table need it. `num_threads`
-    map segments together (mmap only). `make_driver` replaces the driver of cuda_vmm. Raises
+    map segments together (mmap only). `disk_path` is the directory of the disk tier (None: there is
+    none), which mmap alone has. `make_driver` replaces the driver of cuda_vmm. Raises
     BackingError when the machine can't support the kind (the message suggests one that works),
     ValueError for another name.
     """
@@ -46,6 +51,15 @@ def make_backing(
         driver = make_driver(device_index, streams=streams)
         return CudaVmmBacking(driver, make_tensor=partial(cuda_bytes, device_index))
 
+    def on_mmap() -> SegmentBacking:
+        disk = None if disk_path is None else DiskFile(disk_path)
+        make = MmapBacking if disk is None else partial(MmapDiskBacking, disk)
+        return make(
+            debug_protect=debug_protect, available_bytes=available_bytes, num_threads=num_threads
+        )
+
+    if disk_path is not None and (kind not in ("auto", "mmap") or device != "cpu"):
+        raise BackingError("only the mmap backing, on a CPU, has a disk tier (--kv-disk-path)")
     if kind == "auto" and device != "cpu":
         try:
             return cuda_vmm()
@@ -54,13 +68,9 @@ def make_backing(
             kind = "static"
     if kind in ("auto", "mmap"):
         try:
-            return MmapBacking(
-                debug_protect=debug_protect,
-                available_bytes=available_bytes,
-                num_threads=num_threads,
-            )
+            return on_mmap()
         except BackingError as error:
-            if kind == "mmap":
+            if kind == "mmap" or disk_path is not None:
                 raise
             logger.warning("KV memory on a segment table, not on mmap: %s", error)
             kind = "segment_table"

@@ -97,6 +97,34 @@ class SegmentBacking(Protocol):
 
 
 @runtime_checkable
+class TieredBacking(SegmentBacking, Protocol):
+    """A backing that can keep segments on a slower tier, the disk, under their old addresses.
+
+    Views reach such segments as they do others, for reading and for writing. `map` and `unmap` are
+    for segments in memory, these for those on disk. See docs/kv_segments.md, Note [The disk tier].
+    """
+
+    def map_on_disk(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """Put disk space under unmapped `segments`: all of them, or none and BackingError."""
+
+    def unmap_on_disk(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """Give the disk space of `segments` back; their contents are lost.
+
+        Raises BackingError when the machine refuses: the segments then still count as on disk.
+        """
+
+    def demote(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """Move mapped `segments` from memory to disk with their contents, all or none.
+
+        Others may read them meanwhile, nobody may write. Raises BackingError, and all is as it was,
+        when the disk is full or the machine refuses.
+        """
+
+    def disk_bytes(self) -> int:
+        """Bytes that the file system says it holds for this backing."""
+
+
+@runtime_checkable
 class StagedBacking(SegmentBacking, Protocol):
     """A backing whose memory is taken off the step path and attached between two steps.
 

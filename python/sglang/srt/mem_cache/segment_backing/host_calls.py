@@ -1,10 +1,11 @@
 """Linux memory calls through libc, and the kernel's own figures about address ranges.
 
-Called by the mmap and static backings only. Each call goes through a ctypes CDLL function, which
-releases the interpreter lock while it runs (Python's own mmap.madvise does not), and raises
-OSError with the call's errno. Tests put a `HostCalls` that fails on purpose in its place.
+Called by the mmap and static backings and by the disk file only. Each call goes through a ctypes
+CDLL function, which releases the interpreter lock while it runs (Python's own mmap.madvise does
+not), and raises OSError with the call's errno. Tests put a `HostCalls` that fails on purpose in its
+place.
 
-Sources: mmap(2), mprotect(2), madvise(2), mincore(2), proc(5) for smaps.
+Sources: mmap(2), mremap(2), mprotect(2), madvise(2), mincore(2), fallocate(2), proc(5) for smaps.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ MADV_HUGEPAGE: Final = 14
 MADV_NOHUGEPAGE: Final = 15
 MADV_DONTDUMP: Final = 16
 MADV_POPULATE_WRITE: Final = 23  # since Linux 5.14; EINVAL before
+MREMAP_MAYMOVE: Final = 1
+MREMAP_FIXED: Final = 2
+FALLOC_FL_KEEP_SIZE: Final = 1
+FALLOC_FL_PUNCH_HOLE: Final = 2
 
 _SMAPS: Final = Path("/proc/self/smaps")
 _MINCORE_BLOCK: Final = 256 << 20  # bytes of address space per call: a vector of 64 KiB
@@ -53,6 +58,17 @@ class HostCalls:
         self._madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         self._mincore = libc.mincore
         self._mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+        self._mremap = libc.mremap
+        self._mremap.restype = ctypes.c_void_p
+        self._mremap.argtypes = (
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_size_t,
+            ctypes.c_int,
+            ctypes.c_void_p,
+        )
+        self._fallocate = libc.fallocate
+        self._fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
         self._memset = libc.memset
         self._memset.restype = ctypes.c_void_p
         self._memset.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
@@ -65,11 +81,31 @@ class HostCalls:
             raise _os_error("mmap")
         return int(address)
 
-    def reserve_again(self, address: int, length: int) -> None:
+    def reserve_again(self, address: int, length: int, *, accessible: bool = False) -> None:
         """Put a fresh reservation in the place of a part of an older one; memory and charge go."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
-        if self._mmap(address, length, PROT_NONE, flags, -1, 0) != address:
+        prot = mmap.PROT_READ | mmap.PROT_WRITE if accessible else PROT_NONE
+        if self._mmap(address, length, prot, flags, -1, 0) != address:
             raise _os_error("mmap")
+
+    def map_file(self, address: int, length: int, fd: int, offset: int) -> None:
+        """Put a part of a file in the place of what is there, in one step: who reads or writes
+        the range meanwhile meets the old memory or the file, never nothing."""
+        prot = mmap.PROT_READ | mmap.PROT_WRITE
+        if self._mmap(address, length, prot, mmap.MAP_SHARED | MAP_FIXED, fd, offset) != address:
+            raise _os_error("mmap")
+
+    def move(self, source: int, length: int, target: int) -> None:
+        """Put a range's memory in the place of what is at `target`, in one step."""
+        flags = MREMAP_MAYMOVE | MREMAP_FIXED
+        if self._mremap(source, length, length, flags, target) != target:
+            raise _os_error("mremap")
+
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        """Give a part of a file back to its file system; it reads zero from now on."""
+        mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+        if self._fallocate(fd, mode, offset, length) != 0:
+            raise _os_error("fallocate")
 
     def release(self, address: int, length: int) -> None:
         """Give the range back to the system, memory and addresses."""
@@ -120,7 +156,10 @@ def _os_error(call: str) -> OSError:
 
 
 def read_smaps_resident(start: int, end: int) -> int | None:
-    """Bytes in RAM or in swap of this process's mappings inside [start, end); None: no smaps."""
+    """Bytes of this process's own memory, in RAM or in swap, that lie inside [start, end).
+
+    None: the system has no smaps.
+    """
     try:
         with _SMAPS.open("rb") as lines:
             return sum_smaps_resident(lines, start, end)
@@ -129,17 +168,17 @@ def read_smaps_resident(start: int, end: int) -> int | None:
 
 
 def sum_smaps_resident(lines: Iterable[bytes], start: int, end: int) -> int:
-    """Sum Rss and Swap of the mappings of an smaps file that lie wholly inside [start, end).
+    """Sum Anonymous and Swap of the mappings of an smaps file that lie wholly in [start, end).
 
-    Pages that were only read (the shared zero page) are in neither figure. Streams: the file has
-    some 25 lines per mapping.
+    Pages that were only read (the shared zero page) and pages of files, which the system may drop
+    at any time, are in neither figure. Streams: the file has some 25 lines per mapping.
     """
     total = 0
     inside = False
     for line in lines:
         key = line.split(None, 1)[0]
         if key.endswith(b":"):
-            if inside and key in (b"Rss:", b"Swap:"):
+            if inside and key in (b"Anonymous:", b"Swap:"):
                 total += int(line.split()[1]) * 1024
         else:
             low, _, high = key.partition(b"-")

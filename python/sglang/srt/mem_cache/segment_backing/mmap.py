@@ -98,6 +98,7 @@ class MmapBacking:
         self._planes: tuple[_PlaneRange, ...] = ()
         self._address = 0
         self._length = 0
+        self._base = 0  # the first aligned address
 
     def reserve(self, spec: KVCacheSpec, layouts: tuple[SegmentLayout, ...]) -> None:
         """See SegmentBacking. Costs microseconds per plane, whatever the size."""
@@ -114,6 +115,7 @@ class MmapBacking:
         self._length = length
         align = self._huge_page_bytes or self.granule_bytes
         base = -(-self._address // align) * align
+        self._base = base
         self._planes = tuple(replace(p, address=base + p.address) for p in offsets)
         self._spec = spec
         self._layouts = layouts
@@ -175,7 +177,7 @@ class MmapBacking:
         return flat.view(self._layouts[where.group].num_slots, self._spec.kv_heads, width)
 
     def resident_bytes(self) -> int | None:
-        """See SegmentBacking: Rss and swap of the range, from /proc/self/smaps."""
+        """See SegmentBacking: anonymous memory and swap of the range, from /proc/self/smaps."""
         if not self._length:
             return None
         return read_smaps_resident(self._address, self._address + self._length)
@@ -249,13 +251,18 @@ class MmapBacking:
 
     def _ranges(self, group: GroupId, runs: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         """(address, length) of every run in every plane of the group."""
+        for _, address, length in self._plane_ranges(group, runs):
+            yield address, length
+
+    def _plane_ranges(
+        self, group: GroupId, runs: list[tuple[int, int]]
+    ) -> Iterator[tuple[_PlaneRange, int, int]]:
+        """(plane, address, length) of every run in every plane of the group."""
         for plane in self._planes:
             if plane.group == group:
                 for first, count in runs:
-                    yield (
-                        plane.address + first * plane.segment_bytes,
-                        count * plane.segment_bytes,
-                    )
+                    start = plane.address + first * plane.segment_bytes
+                    yield plane, start, count * plane.segment_bytes
 
     # ---- memory --------------------------------------------------------------------------------
 
@@ -266,17 +273,20 @@ class MmapBacking:
         Elsewhere huge pages are used only where they end with the segment, also on machines
         that use them always.
         """
-        calls = self._calls
         accessible = plane.fixed_bytes if self._debug_protect else plane.length
-        calls.protect(plane.address, accessible, accessible=True)
-        calls.advise(plane.address, plane.length, MADV_DONTFORK)
-        calls.advise(plane.address, plane.length, MADV_DONTDUMP)
+        self._calls.protect(plane.address, accessible, accessible=True)
         small = plane.segment_bytes if plane.huge else plane.length
-        with suppress(OSError):  # EINVAL where the kernel has no huge pages at all
-            calls.advise(plane.address, small, MADV_NOHUGEPAGE)
+        self._advise(plane.address, small, huge=False)
         if small < plane.length:
-            calls.advise(plane.address + small, plane.length - small, MADV_HUGEPAGE)
+            self._advise(plane.address + small, plane.length - small, huge=True)
         self._populate(plane.address, plane.fixed_bytes)
+
+    def _advise(self, address: int, length: int, *, huge: bool) -> None:
+        """What the system is told of anonymous memory of a plane, the same for all of its parts."""
+        self._calls.advise(address, length, MADV_DONTFORK)
+        self._calls.advise(address, length, MADV_DONTDUMP)
+        with suppress(OSError):  # EINVAL where the kernel has no huge pages at all
+            self._calls.advise(address, length, MADV_HUGEPAGE if huge else MADV_NOHUGEPAGE)
 
     def _populate(self, address: int, length: int) -> None:
         """Commit memory piece by piece. Raises OSError, or BackingError without headroom."""

@@ -1,0 +1,172 @@
+"""The mmap backing with a disk tier: a segment's range is private memory, or a part of a file.
+
+Either way it lies at the same addresses, so nothing above the backing knows which, and the system
+reads what is on disk when it is touched and keeps as much of it in memory as nobody else wants.
+Called by the segment manager only. See docs/kv_segments.md, Note [The disk tier].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from sglang.srt.errors import BackingError, InvariantError
+from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
+from sglang.srt.mem_cache.segment_backing.disk_file import DiskFile
+from sglang.srt.mem_cache.segment_backing.host_calls import (
+    MADV_DONTDUMP,
+    MADV_DONTFORK,
+    HostCalls,
+)
+from sglang.srt.mem_cache.segment_backing.mmap import MARGIN_BYTES, MmapBacking
+from sglang.srt.utils.sizes import format_bytes
+
+
+class MmapDiskBacking(MmapBacking):
+    """`MmapBacking` whose segments may also lie in `disk`, which it owns from here on."""
+
+    def __init__(
+        self,
+        disk: DiskFile,
+        *,
+        debug_protect: bool = False,
+        available_bytes: Callable[[], int] | None = None,
+        margin_bytes: int = MARGIN_BYTES,
+        num_threads: int = 1,
+        calls: HostCalls | None = None,
+        system_root: Path = Path("/"),
+    ) -> None:
+        super().__init__(
+            debug_protect=debug_protect,
+            available_bytes=available_bytes,
+            margin_bytes=margin_bytes,
+            num_threads=num_threads,
+            calls=calls,
+            system_root=system_root,
+        )
+        self._disk = disk
+
+    def reserve(self, spec: KVCacheSpec, layouts: tuple[SegmentLayout, ...]) -> None:
+        """See SegmentBacking. The file becomes as long as the range; it takes no space yet."""
+        super().reserve(spec, layouts)
+        try:
+            self._disk.extend(self._length)
+        except BackingError:
+            self.close()
+            raise
+
+    def map_on_disk(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """See TieredBacking. New segments read zero."""
+        ranges = list(self._ranges(group, self._runs(group, segments)))
+        mapped: list[tuple[int, int]] = []
+        self._take_space(ranges, "map", len(segments))
+        try:
+            for address, length in ranges:
+                self._to_file(address, length)
+                mapped.append((address, length))
+        except OSError as error:
+            for plane, address, length in self._plane_ranges(group, self._runs(group, segments)):
+                if (address, length) in mapped:
+                    self._to_memory(address, length, huge=plane.huge, closed=self._debug_protect)
+            self._give_space(ranges)
+            raise BackingError(f"can't map {_many(segments)} on disk: {error}") from error
+
+    def unmap_on_disk(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """See TieredBacking. The space is back with the file system when this returns."""
+        ranges = list(self._plane_ranges(group, self._runs(group, segments)))
+        done: list[tuple[int, int]] = []
+        try:
+            for plane, address, length in ranges:
+                self._to_memory(address, length, huge=plane.huge, closed=self._debug_protect)
+                done.append((address, length))
+        except OSError as error:
+            try:
+                for address, length in done:
+                    self._to_file(address, length)
+            except OSError as second:
+                raise InvariantError(f"KV segments on disk were lost: {second}") from error
+            raise BackingError(f"can't unmap {_many(segments)} on disk: {error}") from error
+        self._give_space([(address, length) for _, address, length in ranges])
+
+    def demote(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """See TieredBacking. The memory is back with the system when this returns."""
+        ranges = list(self._plane_ranges(group, self._runs(group, segments)))
+        spans = [(address, length) for _, address, length in ranges]
+        moved: list[tuple[int, int, bool]] = []
+        self._take_space(spans, "move", len(segments))
+        try:
+            for address, length in spans:
+                self._disk.write_from(address, address - self._base, length)
+            for plane, address, length in ranges:
+                self._to_file(address, length)
+                moved.append((address, length, plane.huge))
+        except OSError as error:
+            for address, length, huge in moved:
+                self._back_from_file(address, length, huge=huge)
+            self._give_space(spans)
+            raise BackingError(f"can't move {_many(segments)} to disk: {error}") from error
+
+    def disk_bytes(self) -> int:
+        """See TieredBacking."""
+        return self._disk.stored_bytes()
+
+    def close(self) -> None:
+        """See SegmentBacking."""
+        super().close()
+        self._disk.close()
+
+    # ---- one range -----------------------------------------------------------------------------
+
+    def _take_space(self, ranges: Sequence[tuple[int, int]], verb: str, count: int) -> None:
+        """Disk space for all ranges, or for none and BackingError."""
+        taken: list[tuple[int, int]] = []
+        try:
+            for address, length in ranges:
+                self._disk.take(address - self._base, length)
+                taken.append((address, length))
+        except OSError as error:
+            self._give_space(taken)
+            total = format_bytes(sum(length for _, length in ranges))
+            raise BackingError(
+                f"can't {verb} {count} KV segments ({total}) to {self._disk.directory}: {error}"
+            ) from error
+
+    def _give_space(self, ranges: Sequence[tuple[int, int]]) -> None:
+        for address, length in ranges:
+            self._disk.give_back(address - self._base, length)
+
+    def _to_file(self, address: int, length: int) -> None:
+        """Put the file under a range, in one step; its memory is back with the system."""
+        self._calls.map_file(address, length, self._disk.fd, address - self._base)
+        # advice that keeps memory out of children and core files; without it nothing is wrong
+        with suppress(OSError):
+            self._calls.advise(address, length, MADV_DONTFORK)
+            self._calls.advise(address, length, MADV_DONTDUMP)
+
+    def _to_memory(self, address: int, length: int, *, huge: bool, closed: bool) -> None:
+        """Make a range private memory again, of which nothing is taken yet. Raises OSError.
+
+        It gets the advice of the rest of its plane, so that the system joins it with that.
+        """
+        self._calls.reserve_again(address, length, accessible=not closed)
+        with suppress(OSError):
+            self._advise(address, length, huge=huge)
+
+    def _back_from_file(self, address: int, length: int, *, huge: bool) -> None:
+        """Undo `_to_file` while others read: the content returns to memory, in one step.
+
+        Raises InvariantError when it can't: the memory would be counted twice from here on.
+        """
+        try:
+            copy = self._calls.reserve(length)
+            self._calls.protect(copy, length, accessible=True)
+            self._advise(copy, length, huge=huge)
+            self._disk.read_into(copy, address - self._base, length)
+            self._calls.move(copy, length, address)
+        except OSError as error:
+            raise InvariantError(f"KV memory on disk can't be had back: {error}") from error
+
+
+def _many(segments: Sequence[SegmentId]) -> str:
+    return f"{len(segments)} KV segments"
