@@ -43,6 +43,8 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.segment_backing.*, srt.mem_cache.segment_state,"
      " srt.mem_cache.rank_agreement"
      " < srt.mem_cache.segment_jobs < srt.mem_cache.segment_manager"),
+    (2, "DEVICE", "srt.mem_cache.segment_state < srt.mem_cache.segment_budget,"
+     " srt.mem_cache.segment_plans < srt.mem_cache.segment_manager"),
     (2, "DEVICE", "srt.mem_cache.segment_backing.* < srt.mem_cache.table_space"
      " < srt.mem_cache.table_rows < srt.mem_cache.block_table"),
     (2, "DEVICE", "srt.mem_cache.kv_layout, srt.mem_cache.id_array < srt.mem_cache.page_owner"),
@@ -68,6 +70,7 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.memory_pool < srt.mem_cache.page_copy < srt.mem_cache.allocation,"
      " srt.mem_cache.compaction"),
     (2, "DEVICE", "srt.mem_cache.lease < srt.mem_cache.decode_steps < srt.mem_cache.allocation"),
+    (2, "DEVICE", "srt.mem_cache.lease < srt.mem_cache.cold_segments < srt.mem_cache.allocation"),
     (2, "DEVICE", "srt.mem_cache.canary < srt.mem_cache.canary_perturb"),
     (2, "DEVICE", "srt.mem_cache.segment_manager < srt.mem_cache.memory_report"
      " < srt.mem_cache.allocation"),

@@ -22,6 +22,8 @@ LEGEND = (
     "_ mapped and empty   1-9 # filled by tenths, some of it by one request alone\n"
     "a-i @ filled by tenths, all in the prefix cache   ~ mapping   ^ unmapping   . no memory"
 )
+_DISK_LEGEND = "=+ on disk, read by a request or in the prefix cache alone   - on disk and empty"
+
 _USED_FILL = "123456789#"
 _CACHED_FILL = "abcdefghi@"
 # Longer gaps of segments without memory are shortened to three dots and their number.
@@ -31,6 +33,8 @@ _TIMEOUT_S = 30.0
 
 def segment_char(letter: str, used: int, cached: int, free: int) -> str:
     """One segment as one character: its state letter (as in /server_info) and its pages."""
+    if letter == "S":
+        return "=" if used else "+" if cached else "-"
     if letter != "M":
         return {"G": "~", "D": "^"}.get(letter, "?")
     owned, total = used + cached, used + cached + free
@@ -68,12 +72,16 @@ def render(info: Mapping[str, Any], width: int = 80) -> str:
         f"requests: {state['num_running_reqs']} running, {state['num_queue_reqs']} queued; "
         f"tokens: {memory['cached_tokens']:,} cached, {memory['headroom_tokens']:,} headroom",
     ]
+    if memory.get("disk_budget_bytes"):
+        disk, bound = (format_bytes(memory[name]) for name in ("disk_bytes", "disk_budget_bytes"))
+        lines.append(f"on disk: {disk} of {bound}")
     if memory["growth_paused"]:
         lines.append("growth is paused: the machine refused memory")
     maps = {one["group"]: one for one in memory.get("segment_maps", ())}
     for group in memory["groups"]:
         lines += ["", *_group_lines(group, maps.get(group["group"]), width)]
-    return "\n".join([*lines, "", LEGEND])
+    legend = f"{LEGEND}\n{_DISK_LEGEND}" if memory.get("disk_budget_bytes") else LEGEND
+    return "\n".join([*lines, "", legend])
 
 
 def _clamp_note(memory: Mapping[str, Any]) -> str:

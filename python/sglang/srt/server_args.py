@@ -262,6 +262,22 @@ class ServerArgs(RankArgs, DoorArgs):
         metavar="BYTES",
         minimum=1,
     )
+    kv_disk_path: str | None = flag(
+        None,
+        "Directory whose file system holds KV segments that memory has no room for (mmap backing).",
+        group=SEGMENTS,
+        default_text="no disk tier",
+        metavar="DIRECTORY",
+    )
+    kv_disk_size: int | None = flag(
+        None,
+        "Bytes (with units: 200GiB) that KV segments may take on disk.",
+        group=SEGMENTS,
+        parse=parse_bytes,
+        default_text="half of what is free there",
+        metavar="BYTES",
+        minimum=1,
+    )
     kv_segment_reserve: int = flag(
         None,
         "Empty segments that stay mapped when idle.",

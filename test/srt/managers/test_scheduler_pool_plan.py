@@ -11,10 +11,12 @@ from sglang.srt.managers.scheduler_pool_plan import (
     plan_pool,
     prefill_chunk_tokens,
     resolve_budget,
+    resolve_disk,
     resolve_max_running_requests,
 )
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVGroupSpec, make_segment_layouts
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.disk_space import DiskSpace
 from sglang.srt.utils.host_memory import HostMemory
 from srt.mem_cache.fake_backing import FakeBacking
 
@@ -85,3 +87,37 @@ def test_ten_million_tokens_are_clamped_to_what_fits(caplog: pytest.LogCaptureFi
 def test_a_budget_below_one_segment_is_refused_with_the_arithmetic() -> None:
     with pytest.raises(ValueError, match=r"cannot hold one request.*budget of 1,048,576 bytes"):
         plan_pool(args(kv_memory_budget="1MiB"), SMOL, FakeBacking(), HOST, 8192)
+
+
+def test_the_disk_is_half_of_what_is_free_or_the_explicit_number(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    space = DiskSpace(10 * GIB, "ext4")
+    assert resolve_disk(args(), None) == 0
+    assert resolve_disk(args(kv_disk_path="/disk"), space) == 5 * GIB
+    assert resolve_disk(args(kv_disk_path="/disk", kv_disk_size="7GiB"), space) == 7 * GIB
+    assert not caplog.records
+    assert resolve_disk(args(kv_disk_path="/disk", kv_disk_size="1TiB"), space) == 10 * GIB
+    assert "are free at /disk; these count" in caplog.text
+    caplog.clear()
+    assert resolve_disk(args(kv_disk_path="/disk"), DiskSpace(GIB, "tmpfs")) == GIB // 2
+    assert "is a file system in memory (tmpfs)" in caplog.text
+
+
+def test_a_context_reaches_as_far_as_memory_and_disk_together() -> None:
+    wanted = args(kv_memory_budget="1GiB", kv_disk_path="/disk", kv_disk_size="3GiB")
+    disk = DiskSpace(100 * GIB, "xfs")
+    plan = plan_pool(wanted, SMOL, FakeBacking(), HOST, 10_000_000, disk_space=disk)
+    assert (plan.budget_bytes, plan.disk_bytes) == (GIB, 3 * GIB)
+    assert plan.clamp.effective == 4 * GIB // (1024 * 23040) * 1024
+    assert "3,221,225,472 bytes on disk" in plan.clamp.explanation
+
+
+def test_a_token_cap_cuts_the_disk_first() -> None:
+    segment = 1024 * 23040
+    disk = DiskSpace(100 * GIB, "xfs")
+    for cap, budget in ((100 * 1024, GIB), (10 * 1024, 10 * segment)):
+        wanted = args(kv_memory_budget="1GiB", kv_disk_path="/d", max_total_tokens=cap)
+        plan = plan_pool(wanted, SMOL, FakeBacking(), HOST, 8192, disk_space=disk)
+        assert plan.budget_bytes == budget
+        assert plan.budget_bytes + plan.disk_bytes == cap // 1024 * segment

@@ -79,11 +79,13 @@ def make_memory(
     max_requests: int = 8,
     backing: FakeBacking | None = None,
     windows: Sequence[Window] = (),
+    disk_segments: int = 0,
     **options: object,
 ) -> tuple[KVMemory, FakeBacking]:
     """A memory of tiny segments; the budget holds `budget_segments` of every group.
 
-    `windows`: kind and window of every group, empty: `num_groups` full ones.
+    `disk_segments`: how many of them fit on disk, over all groups. `windows`: kind and window of
+    every group, empty: `num_groups` full ones.
     """
     num_groups = len(windows) or num_groups
     spec = tiny_spec(num_groups, page_size, windows=windows)
@@ -96,6 +98,7 @@ def make_memory(
         machine_bytes=(max_segments - 1) * segment_bytes,
         max_requests=max_requests,
         slots_per_segment=page_size * pages_per_segment,
+        disk_budget_bytes=disk_segments * segment_bytes,
         **options,  # type: ignore[arg-type]
     )
     return memory, backing
@@ -147,6 +150,17 @@ class Reader:
     marks: list[torch.Tensor]
 
 
+@dataclass(eq=False)
+class Write:
+    """Slots of one group that a step of a request writes, and the forward in which it does."""
+
+    epoch: int
+    request: Request
+    group: int
+    slots: np.ndarray
+    decode: bool
+
+
 @dataclass
 class MemoryDriver:
     """Moves requests and memory together and checks after each move.
@@ -159,6 +173,7 @@ class MemoryDriver:
     backing: FakeBacking
     requests: list[Request] = field(default_factory=list)
     readers: list[Reader] = field(default_factory=list)
+    writes: list[Write] = field(default_factory=list)
     now: float = 0.0
     num_none: int = 0
     num_copied: int = 0
@@ -221,6 +236,7 @@ class MemoryDriver:
         self.memory.close(request.lease, tokens, request.num_computed)
         self.requests.remove(request)
         self.readers = [reader for reader in self.readers if reader.request is not request]
+        self.writes = [write for write in self.writes if write.request is not request]
 
     def launch(self, epoch: int) -> None:
         """A forward reads, from now on, what the newest step of every request may see."""
@@ -233,6 +249,7 @@ class MemoryDriver:
     def complete(self, epoch: int) -> None:
         self.memory.note_completed(epoch)
         self.readers = [reader for reader in self.readers if reader.epoch > epoch]
+        self.writes = [write for write in self.writes if write.epoch > epoch]
 
     def boundary(self, seconds: float, expected: int = 0, *, finish: bool = True) -> None:
         """A step boundary, and (`finish`) the end of the background work that it began."""
@@ -283,10 +300,28 @@ class MemoryDriver:
         for request, count in wants:
             locs = [loc[row : row + count] for loc in placement.out_cache_loc]
             request.num_computed += count
+            self._note_writes(request, locs, decode=decode)
             self._write(request, locs, count)
             row += count
         assert all(len(loc) == row for loc in placement.out_cache_loc)
         return True
+
+    def _note_writes(self, request: Request, locs: list[np.ndarray], *, decode: bool) -> None:
+        """Of decode steps no more than two are ever under way beside the one being placed."""
+        epoch = self.memory.manager.launched_epoch + 1
+        for group, slots in enumerate(locs):
+            self.writes.append(Write(epoch, request, group, slots, decode))
+            own = [w for w in self.writes if w.request is request and w.group == group]
+            decodes = [write for write in own if write.decode]
+            for old in decodes[:-2]:
+                self.writes.remove(old)
+
+    def check_not_written(self, group: int, segments: Sequence[int]) -> None:
+        """No forward under way writes to these segments."""
+        size = self.memory.manager.layouts[group].slots_per_segment
+        for write in self.writes:
+            if write.group == group:
+                assert not set((write.slots // size).tolist()) & set(segments), "a write is lost"
 
     def _write(self, request: Request, locs: list[np.ndarray], count: int) -> None:
         marks = request.fingerprints()[request.num_computed - count :]

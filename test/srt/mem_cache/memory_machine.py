@@ -64,6 +64,8 @@ class MemoryMachine(RuleBasedStateMachine):
     num_ranks = 1
     delays = False  # whether background work may be under way while other things happen
     options: dict[str, object] = {}  # noqa: RUF012 - overridden, never changed
+    # prefixes grow old in the first, their segments idle in the second
+    idle_boundaries = 2
 
     def draw_windows(self, data: st.DataObject) -> Sequence[Window]:
         """Kind and window of every group; a machine with window groups draws them."""
@@ -234,7 +236,7 @@ class MemoryMachine(RuleBasedStateMachine):
             if not self.delays:
                 finish_background(driver.memory)
                 after = _allocatable_bytes(driver)
-                assert before <= after <= max(before, manager.budget_bytes)
+                assert before <= after <= max(before, manager.budget_bytes + manager.disk_bytes)
             assert driver.memory.cache.num_pages == cached
             return driver.memory.ladder.free_pages()
 
@@ -360,7 +362,7 @@ class MemoryMachine(RuleBasedStateMachine):
         driver.backing.failing_maps.clear()
         driver.backing.failing_unmaps.clear()
         driver.complete(self.epoch)
-        for _ in range(2):  # prefixes grow old in the first, their segments idle in the second
+        for _ in range(self.idle_boundaries):
             driver.boundary(1000.0)
         driver.check()
         if self.options.get("prefix_idle_s", 0) != -1:

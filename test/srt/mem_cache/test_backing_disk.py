@@ -24,7 +24,7 @@ from sglang.srt.mem_cache.kv_layout import (
     SegmentLayout,
     make_segment_layouts,
 )
-from sglang.srt.mem_cache.segment_backing import Plane
+from sglang.srt.mem_cache.segment_backing import Plane, make_backing
 from sglang.srt.mem_cache.segment_backing.base import TieredBacking
 from sglang.srt.mem_cache.segment_backing.disk_file import DiskFile
 from sglang.srt.mem_cache.segment_backing.host_calls import HostCalls
@@ -323,6 +323,18 @@ def test_memory_that_is_lost_is_no_ordinary_refusal(tmp_path: Path) -> None:
 def test_a_directory_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(BackingError, match=r"can't keep KV segments in .*nowhere"):
         DiskFile(tmp_path / "nowhere")
+
+
+def test_only_memory_of_a_cpu_that_is_mapped_has_a_disk(tmp_path: Path) -> None:
+    backing = make_backing("auto", disk_path=tmp_path)
+    assert isinstance(backing, TieredBacking)
+    backing.close()
+    assert not isinstance(make_backing("mmap"), TieredBacking)
+    for kind, device in (("static", "cpu"), ("segment_table", "cpu"), ("auto", "cuda")):
+        with pytest.raises(BackingError, match="only the mmap backing, on a CPU"):
+            make_backing(kind, device=device, disk_path=tmp_path)
+    with pytest.raises(BackingError, match="can't keep KV segments in"):
+        make_backing("auto", disk_path=tmp_path / "nowhere")
 
 
 def test_a_file_without_a_name_leaves_nothing_in_its_directory(tmp_path: Path) -> None:

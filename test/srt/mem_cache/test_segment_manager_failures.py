@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId
-from sglang.srt.mem_cache.segment_jobs import FIRST_PAUSE_S, LONGEST_PAUSE_S, GrowthPause
+from sglang.srt.mem_cache.segment_budget import FIRST_PAUSE_S, LONGEST_PAUSE_S, GrowthPause
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 from sglang.srt.mem_cache.segment_state import SegmentState
 from srt.mem_cache.fake_backing import FakeBacking

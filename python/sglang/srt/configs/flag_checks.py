@@ -40,6 +40,21 @@ def check_nodes(args: Any) -> None:
         split_address(args.dist_init_addr)
 
 
+def check_disk_tier(args: Any) -> None:
+    """Raise ValueError with one line when the flags of the disk tier contradict others."""
+    if args.kv_disk_path is None:
+        if args.kv_disk_size is not None:
+            raise ValueError("--kv-disk-size needs --kv-disk-path, the directory to use")
+        return
+    if args.device != "cpu" or args.kv_backing not in ("auto", "mmap"):
+        raise ValueError("--kv-disk-path: only --kv-backing mmap, on --device cpu, has a disk tier")
+    if args.num_ranks > 1:
+        raise ValueError(
+            "--kv-disk-path is for a model on one rank, so far; drop --tp-size and "
+            "--kv-parallel-size (--dp-size may stay)"
+        )
+
+
 def check_combinations(args: Any) -> None:
     """Raise ValueError with one line when two flags of a `ServerArgs` contradict each other."""
     try:
@@ -50,6 +65,7 @@ def check_combinations(args: Any) -> None:
         raise ValueError("--json-model-override-args must be a JSON object")
     KVEventsConfig.from_json(args.kv_events_config or "{}")
     check_nodes(args)
+    check_disk_tier(args)
     if args.skip_tokenizer_init and args.chat_template is not None:
         raise ValueError("--chat-template needs a tokenizer; drop --skip-tokenizer-init")
     if args.kv_backing == "static" and args.kv_segment_reserve > 0:

@@ -115,7 +115,7 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "host and storage tiers do not exist here",
+        "the tier below memory is --kv-disk-path here",
         """
         --hicache-ratio V; --hicache-size V; --hicache-write-policy V; --hicache-io-backend V;
         --hicache-mem-layout V; --hicache-host-memory-mode V; --hicache-storage-prefetch-policy V;
@@ -223,9 +223,14 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "the cache tier, cache service or memory mode that it asks for does not exist here",
+        "the tier below memory is --kv-disk-path here",
         """
-        --enable-hierarchical-cache|--enable-hicache; --hicache-storage-backend V;
+        --enable-hierarchical-cache|--enable-hicache; --hicache-storage-backend V
+        """,
+    ),
+    (
+        "the cache service or memory mode that it asks for does not exist here",
+        """
         --enable-lmcache; --enable-flexkv; --enable-hisparse; --hisparse-config V;
         --enable-double-sparsity; --ds-channel-config-path V; --ds-heavy-channel-num V;
         --ds-heavy-token-num V; --ds-heavy-channel-type V; --ds-sparse-decode-threshold V;

@@ -21,7 +21,6 @@ from sglang.srt.mem_cache.reclaim import (
     SHORTEST_CONTEXT,
     Reclaim,
     context_under,
-    held_bytes,
     minimum_budget,
     reclaim_step,
 )
@@ -123,7 +122,7 @@ class BudgetChange:
 
     @property
     def _holds(self) -> bool:
-        return held_bytes(self._memory.manager) <= self._budget_bytes
+        return self._memory.manager.committed_bytes <= self._budget_bytes
 
     def supersede(self) -> ControlReply:
         """Another change takes over: the reply as things stand."""
@@ -142,7 +141,7 @@ class BudgetChange:
         )
         data = {
             "requested_bytes": self._budget_bytes,
-            "reached_bytes": max(held_bytes(manager), self._budget_bytes),
+            "reached_bytes": max(manager.committed_bytes, self._budget_bytes),
             "mapped_bytes": manager.mapped_bytes,
             "evicted_tokens": self._evicted_pages * size,
             "moved_tokens": self._moved_pages * size,

@@ -7,10 +7,13 @@ Called by `scheduler_setup` in its order. What a device has left for the KV pool
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.errors import BackingError
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.device_sampler import DeviceSampler
 from sglang.srt.layers.sampler import Sampler
@@ -29,6 +32,7 @@ from sglang.srt.model_executor.decode_tapes import CausalLM, DecodeTapes
 from sglang.srt.model_executor.model_runner import StepRecorder
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.device import DeviceRuntime
+from sglang.srt.utils.disk_space import DiskSpace, read_disk_space
 from sglang.srt.utils.native import native_kernels
 
 logger = logging.getLogger(__name__)
@@ -70,7 +74,22 @@ def open_backing(
         debug_protect=debug_protect,
         available_bytes=available_bytes if runtime.is_async else None,
         num_threads=torch.get_num_threads(),
+        disk_path=None if args.kv_disk_path is None else Path(args.kv_disk_path),
     )
+
+
+def disk_space(args: ServerArgs, num_sharing: int) -> DiskSpace | None:
+    """The room that one of `num_sharing` schedulers has for its disk tier; None: it has none.
+
+    Raises BackingError when the directory is none.
+    """
+    if args.kv_disk_path is None:
+        return None
+    try:
+        space = read_disk_space(Path(args.kv_disk_path))
+    except OSError as error:
+        raise BackingError(f"--kv-disk-path: {error}") from error
+    return replace(space, free_bytes=space.free_bytes // num_sharing)
 
 
 def counted_rows(args: ServerArgs) -> int:

@@ -28,6 +28,7 @@ from sglang.srt.mem_cache.kv_layout import (
 )
 from sglang.srt.mem_cache.segment_backing import SegmentBacking
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.disk_space import DiskSpace
 from sglang.srt.utils.host_memory import HostMemory
 
 logger = logging.getLogger(__name__)
@@ -120,11 +121,39 @@ def cap_budget(
     return min(wanted, budget_bytes)
 
 
+def resolve_disk(args: ServerArgs, space: DiskSpace | None) -> int:
+    """Bytes that the disk tier may take: what --kv-disk-size says, else half of what is free.
+
+    `space` None: there is no tier. A size above what is free is cut with a warning, and a file
+    system in memory is warned of.
+    """
+    if space is None:
+        return 0
+    if space.is_memory:
+        logger.warning(
+            "--kv-disk-path %s is a file system in memory (%s): what lies there takes memory "
+            "beside the KV budget.",
+            args.kv_disk_path,
+            space.kind,
+        )
+    if args.kv_disk_size is None:
+        return space.free_bytes // 2
+    if args.kv_disk_size > space.free_bytes:
+        logger.warning(
+            "--kv-disk-size (%d bytes) is more than the %d bytes that are free at %s; these count.",
+            args.kv_disk_size,
+            space.free_bytes,
+            args.kv_disk_path,
+        )
+    return min(args.kv_disk_size, space.free_bytes)
+
+
 @dataclass(frozen=True)
 class PoolPlan:
-    """The numbers from which the pool is made."""
+    """The numbers from which the pool is made; `disk_bytes` 0: there is no disk tier."""
 
     budget_bytes: int
+    disk_bytes: int
     clamp: ContextClamp
     max_running_requests: int
 
@@ -137,30 +166,35 @@ def plan_pool(
     requested_context: int,
     device_plan: DeviceMemoryPlan | None = None,
     min_slots: int = 1,
+    disk_space: DiskSpace | None = None,
 ) -> PoolPlan:
     """Budget, clamped context and rows from the arguments and what the machine has left; pure.
 
-    `min_slots`: fewest tokens of a segment whose size is chosen automatically. Raises ValueError
-    when the budget cannot hold even one segment.
+    `disk_space` None: there is no disk tier. `min_slots`: fewest tokens of a segment whose size is
+    chosen automatically. Raises ValueError when the budget cannot hold even one segment.
     """
     budget = resolve_budget(args, host.available_bytes, device_plan)
+    disk = resolve_disk(args, disk_space)
     layouts = make_segment_layouts(
         spec,
         slots_per_segment=args.kv_segment_size,
         auto_segment_bytes=AUTO_SEGMENT_BYTES,
         auto_min_slots=min_slots,
         granule_bytes=backing.granule_bytes,
-        machine_bytes=host.total_bytes,
-        budget_bytes=budget,
+        machine_bytes=host.total_bytes + disk,
+        budget_bytes=budget + disk,
         kv_parallel=args.kv_parallel_size,
     )
-    budget = cap_budget(budget, args.max_total_tokens, layouts)
+    total = cap_budget(budget + disk, args.max_total_tokens, layouts)
+    budget = min(budget, total)
+    disk = total - budget
     if not backing.elastic:
         layouts = trim_layouts_to_budget(layouts, budget)
     clamp = effective_context_length(
         spec,
         layouts,
         budget_bytes=budget,
+        disk_bytes=disk,
         reserve_segments=reserve_of(args, backing),
         requested=requested_context,
         prefill_chunk=prefill_chunk_tokens(args),
@@ -179,4 +213,4 @@ def plan_pool(
     rows = resolve_max_running_requests(
         args.max_running_requests, clamp.capacity_tokens, clamp.effective
     )
-    return PoolPlan(budget, clamp, rows)
+    return PoolPlan(budget, disk, clamp, rows)

@@ -18,6 +18,7 @@ from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.allocator import PageAllocator
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, HeldWindow
 from sglang.srt.mem_cache.canary import KVCanary
+from sglang.srt.mem_cache.cold_segments import RecentWrites, coldest_segments
 from sglang.srt.mem_cache.decode_steps import DecodeSteps
 from sglang.srt.mem_cache.group_parts import (
     make_allocators,
@@ -33,6 +34,7 @@ from sglang.srt.mem_cache.kv_layout import (
     KVCacheSpec,
     KVRanks,
     ReqPoolIdx,
+    SegmentId,
     num_pages_for,
 )
 from sglang.srt.mem_cache.lease import DecodeRows, KVLease, KVPlacement, PageNeed
@@ -77,7 +79,8 @@ class KVMemory:
         self.rows = rows
         self.kv_pool = kv_pool
         self.recycler = WindowRecycler(window_rules(spec), allocators, rows.groups)
-        self.ladder = make_ladder(spec, manager, allocators, cache, prefill_chunk)
+        self._writes = RecentWrites() if manager.disk_budget_bytes else None
+        self.ladder = make_ladder(spec, manager, allocators, cache, self._coldest, prefill_chunk)
         self.leases: dict[ReqPoolIdx, KVLease] = {}
         self._events = events
         self.canary: KVCanary | None = None  # see `watch`
@@ -113,6 +116,7 @@ class KVMemory:
         now: float = 0.0,
         ranks: RankAgreement | None = None,
         kv_ranks: KVRanks = ONE_KV_RANK,
+        disk_budget_bytes: int = 0,
     ) -> KVMemory:
         """Wire a rank's memory and bring it into its idle state.
 
@@ -121,8 +125,9 @@ class KVMemory:
         `max_cached_tokens` None: no bound. `event_sink` hears at each step boundary what the prefix
         cache stored and dropped (None: nobody does). `prefill_chunk` is the most tokens of a
         request in one step; only window groups ask. `ranks` None: this rank is alone. `kv_ranks`
-        share the pages of each request; budget and bytes are those of one of them. Nothing is held
-        after ValueError, the budget can't hold the idle state, or BackingError, the machine can't.
+        share the pages of each request; budget and bytes are those of one of them.
+        `disk_budget_bytes` bounds what may lie on disk (0: nothing). Nothing is held after
+        ValueError, the budget can't hold the idle state, or BackingError, the machine can't.
         """
         manager = make_manager(
             spec,
@@ -137,6 +142,7 @@ class KVMemory:
             now=now,
             ranks=ranks,
             kv_parallel=kv_ranks.size,
+            disk_budget_bytes=disk_budget_bytes,
         )
         allocators = make_allocators(spec, manager)
         events = None if event_sink is None else KVEventRecorder(spec.page_size, event_sink)
@@ -230,6 +236,9 @@ class KVMemory:
                 pieces.append(table.slots(need.lease.num_tokens, need.num_tokens))
             locs.append(np.concatenate(pieces) if pieces else np.empty(0, np.int64))
         for need in needs:
+            if self._writes is not None:
+                epoch = self.manager.launched_epoch + 1
+                self._writes.note_extend(need.lease, need.lease.num_tokens, epoch)
             need.lease.num_tokens += need.num_tokens
         return KVPlacement(tuple(locs), self._growth)
 
@@ -360,8 +369,17 @@ class KVMemory:
 
     def note_completed(self, epoch: int) -> None:
         """Forward `epoch` and all before are done: memory that waited for them may go."""
+        if self._writes is not None:
+            self._writes.note_completed(epoch)
         self.recycler.note_completed(epoch)
         self.manager.note_completed(epoch)
+
+    def demote(self, num_bytes: int) -> int:
+        """Move at least `num_bytes` of cold segments to disk, as far as there is room there.
+
+        Call it with no forward in flight. Returns how many segments went.
+        """
+        return self.ladder.demote(num_bytes, self._coldest(drained=True))
 
     def flush(self) -> bool:
         """Drop the whole prefix cache and begin to give back what stood under it.
@@ -413,6 +431,11 @@ class KVMemory:
 
     # ---- inside -----------------------------------------------------------------------------
 
+    def _coldest(self, *, drained: bool = False) -> list[tuple[GroupId, SegmentId]]:
+        written = [] if self._writes is None else self._writes.first_written(self.leases.values())
+        leaving = self.recycler.leaving_pages
+        return coldest_segments(self.manager, self.allocators, written, leaving, drained=drained)
+
     def _flush_events(self) -> None:
         if self._events is not None:
             self._events.flush()
@@ -436,9 +459,11 @@ class KVMemory:
             self.cache.keep_window(lease.handle, token_ids, num_tokens, held)
 
     def __repr__(self) -> str:
+        disk = self.manager.disk_budget_bytes
         return (
             f"KVMemory(leases={len(self.leases)}, free={self.ladder.free_pages()}, "
-            f"{self.cache!r}, mapped={self.manager.mapped_bytes} of {self.manager.budget_bytes})"
+            f"{self.cache!r}, mapped={self.manager.mapped_bytes} of {self.manager.budget_bytes}"
+            + (f", disk={self.manager.disk_bytes} of {disk})" if disk else ")")
         )
 
 

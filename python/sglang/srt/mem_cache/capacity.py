@@ -94,12 +94,13 @@ def effective_context_length(
     reserve_segments: int,
     requested: int,
     prefill_chunk: int,
+    disk_bytes: int = 0,
 ) -> ContextClamp:
     """Clamp `requested` tokens to what one request can have.
 
     The largest n whose segments, over all groups, and `reserve_segments` empty ones per group fit
-    in `budget_bytes`, and whose slots exist. `prefill_chunk` is the most tokens of a request that
-    one step computes.
+    in `budget_bytes` and `disk_bytes` together, and whose slots exist. `prefill_chunk` is the most
+    tokens of a request that one step computes.
     """
     reserve = [min(reserve_segments, layout.max_segments - 1) for layout in layouts]
     reserve_bytes = _bytes(layouts, reserve)
@@ -109,7 +110,7 @@ def effective_context_length(
         usable = (layout.max_segments - 1 for layout in layouts)
         if any(need > have for need, have in zip(segments, usable, strict=True)):
             return False
-        return _bytes(layouts, segments) + reserve_bytes <= budget_bytes
+        return _bytes(layouts, segments) + reserve_bytes <= budget_bytes + disk_bytes
 
     low = 0  # fits(0) may be false; then nothing does
     # no group can hold more: a context whose every group is a window still ends somewhere
@@ -121,7 +122,10 @@ def effective_context_length(
         else:
             high = middle
     effective = min(requested, low)
-    text = _explain(spec, layouts, budget_bytes, reserve, requested, effective, low, prefill_chunk)
+    bounds = f"a KV budget of {budget_bytes:,} bytes ({format_bytes(budget_bytes)})"
+    if disk_bytes:
+        bounds += f" and {disk_bytes:,} bytes on disk ({format_bytes(disk_bytes)})"
+    text = _explain(spec, layouts, bounds, reserve, requested, effective, low, prefill_chunk)
     return ContextClamp(requested, effective, low, text)
 
 
@@ -132,7 +136,7 @@ def _bytes(layouts: Sequence[SegmentLayout], segments: Sequence[int]) -> int:
 def _explain(
     spec: KVCacheSpec,
     layouts: Sequence[SegmentLayout],
-    budget_bytes: int,
+    bounds: str,
     reserve: Sequence[int],
     requested: int,
     effective: int,
@@ -152,7 +156,6 @@ def _explain(
     verdict = "is clamped to" if effective < requested else "fits: effective"
     return (
         f"requested context of {requested:,} tokens {verdict} {effective:,} tokens; one request "
-        f"can have {capacity:,}: {'; '.join(terms)} = {held:,} bytes of a KV budget of "
-        f"{budget_bytes:,} bytes ({format_bytes(budget_bytes)}); a token that every layer keeps "
-        f"takes {spec.bytes_per_token:,} bytes"
+        f"can have {capacity:,}: {'; '.join(terms)} = {held:,} bytes of {bounds}; a token "
+        f"that every layer keeps takes {spec.bytes_per_token:,} bytes"
     )

@@ -19,7 +19,7 @@ from sglang.srt.mem_cache.kv_layout import (
     make_segment_layouts,
     trim_layouts_to_budget,
 )
-from sglang.srt.mem_cache.page_ladder import PageLadder
+from sglang.srt.mem_cache.page_ladder import Coldest, PageLadder
 from sglang.srt.mem_cache.page_owner import PageIndex
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.rank_agreement import RankAgreement
@@ -45,6 +45,7 @@ def make_manager(
     now: float,
     ranks: RankAgreement | None,
     kv_parallel: int,
+    disk_budget_bytes: int,
 ) -> SegmentManager:
     """Cut the slot space into segments, reserve it, and map the idle state.
 
@@ -57,7 +58,7 @@ def make_manager(
         auto_min_slots=auto_min_slots,
         granule_bytes=backing.granule_bytes,
         machine_bytes=machine_bytes,
-        budget_bytes=budget_bytes,
+        budget_bytes=budget_bytes + disk_budget_bytes,
         kv_parallel=kv_parallel,
     )
     if not backing.elastic:
@@ -71,6 +72,7 @@ def make_manager(
         idle_release_s=idle_release_s,
         now=now,
         ranks=ranks,
+        disk_budget_bytes=disk_budget_bytes,
     )
 
 
@@ -107,10 +109,11 @@ def make_ladder(
     manager: SegmentManager,
     allocators: tuple[PageAllocator, ...],
     cache: BasePrefixCache,
+    coldest: Coldest,
     prefill_chunk: int,
 ) -> PageLadder:
     """The scarcity ladder; `prefill_chunk` is the most tokens of a request in one step."""
     if any(window_rules(spec)):
         bounds = request_page_bounds(spec, prefill_chunk)
-        return WindowPageLadder(manager, allocators, cache, bounds)
-    return PageLadder(manager, allocators, cache)
+        return WindowPageLadder(manager, allocators, cache, coldest, bounds)
+    return PageLadder(manager, allocators, cache, coldest)

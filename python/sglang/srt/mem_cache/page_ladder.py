@@ -8,18 +8,29 @@ come and go. See docs/kv_segments.md, Note [The ladder].
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sglang.srt.mem_cache.allocator import PageAllocator
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
-from sglang.srt.mem_cache.kv_layout import SegmentLayout
+from sglang.srt.mem_cache.kv_layout import GroupId, SegmentId, SegmentLayout
 from sglang.srt.mem_cache.segment_manager import SegmentManager
-from sglang.srt.mem_cache.segment_state import GrowthPlan, SegmentState, Ticket, TicketOutcome
+from sglang.srt.mem_cache.segment_state import (
+    GrowthPlan,
+    SegmentState,
+    Ticket,
+    TicketOutcome,
+    Tier,
+)
+
+Coldest = Callable[[], Sequence[tuple[GroupId, SegmentId]]]
 
 
 class PageLadder:
-    """Free pages, then growth below the budget, then eviction, then another group's segments.
+    """Free pages, then growth below the budget, then the disk, then eviction, then another group's
+    segments.
+
+    `coldest` names the segments that may go to disk, the one to move first at the front.
 
     Invariant: an allocator knows exactly the MAPPED segments of its group; a segment that drains
     was taken from it before, one that was mapped or revived is given to it at once.
@@ -30,10 +41,12 @@ class PageLadder:
         manager: SegmentManager,
         allocators: tuple[PageAllocator, ...],
         cache: BasePrefixCache,
+        coldest: Coldest,
     ) -> None:
         self._manager = manager
         self._allocators = allocators
         self._cache = cache
+        self._coldest = coldest
         self._maps: dict[int, Ticket] = {}  # tickets that bring memory, oldest first
         self._unmaps: dict[int, Ticket] = {}  # tickets that only give memory back
         self._leaving: dict[int, list[set[int]]] = {}  # ticket -> segments under unmap, by group
@@ -56,10 +69,10 @@ class PageLadder:
     def headroom_pages(self) -> tuple[int, ...]:
         """Pages, by group, that could still be had for every group at once.
 
-        The budget's pages less those in `owned_pages`; while growth is paused after a refusal, no
-        more than what is mapped.
+        The pages of the budget and the disk less those in `owned_pages`; while growth is paused
+        after a refusal, no more than what is mapped.
         """
-        joint = joint_pages(self._manager.layouts, self._manager.budget_bytes, self.owned_pages())
+        joint = joint_pages(self._manager.layouts, self._manager.reach_bytes, self.owned_pages())
         return tuple(min(joint, self._without_growth(g)) for g in range(len(self._allocators)))
 
     def can_hold(self, need: Sequence[int]) -> bool:
@@ -70,11 +83,11 @@ class PageLadder:
     def capacity_pages(self) -> int:
         """Pages of the longest sequence that an empty pool can hold."""
         none = [0] * len(self._allocators)
-        return joint_pages(self._manager.layouts, self._manager.budget_bytes, none)
+        return joint_pages(self._manager.layouts, self._manager.bound_bytes, none)
 
     def _without_growth(self, group: int) -> int:
         allocator = self._allocators[group]
-        if self._manager.backing.elastic and not self._manager.growth_paused:
+        if self._manager.can_grow:
             return allocator.layout.max_segments * allocator.layout.pages_per_segment
         pending = self._manager.pending_pages(allocator.layout.group)
         return allocator.num_free + pending + self._cache.num_evictable_pages
@@ -95,6 +108,7 @@ class PageLadder:
             self._enough(need)
             or self._grow(need)
             or (self._await_unmaps() and self._grow(need))
+            or self._use_disk(need)
             or self._evict(need)
             or self._grow(need, take_empty=True)
         )
@@ -124,21 +138,48 @@ class PageLadder:
             self._settle(ticket, self._manager.wait(ticket))
         return bool(leaving)
 
-    def _grow(self, need: Sequence[int], *, take_empty: bool = False) -> bool:
-        plan = self._plan_growth(self._missing(need), take_empty=take_empty)
+    def _use_disk(self, need: Sequence[int]) -> bool:
+        """Move what is cold to disk and grow in its place; what is still missing begins there."""
+        if not self._manager.disk_budget_bytes:
+            return False
+        short = self._manager.bytes_short(self._missing(need))
+        if short > 0 and self.demote(short, self._coldest()) and self._grow(need):
+            return True
+        return self._grow(need, tier=Tier.DISK)
+
+    def demote(self, num_bytes: int, coldest: Sequence[tuple[GroupId, SegmentId]]) -> int:
+        """Move segments of `coldest`, in this order, to disk; returns how many went.
+
+        Worth at least `num_bytes`, as far as there are any and the disk has room. Blocks; nobody
+        may write to them meanwhile.
+        """
+        plan = self._manager.plan_demotion(num_bytes, coldest)
+        if plan is None:
+            return 0
+        ticket = self._begin(plan)
+        outcome = self._manager.wait(ticket)
+        self._settle(ticket, outcome)
+        return sum(len(segments) for segments in outcome.demoted)
+
+    def _grow(
+        self, need: Sequence[int], *, take_empty: bool = False, tier: Tier = Tier.DEVICE
+    ) -> bool:
+        plan = self._plan_growth(self._missing(need), take_empty=take_empty, tier=tier)
         if plan is not None:
             ticket = self._begin(plan)
             self._settle(ticket, self._manager.wait(ticket))
         return self._enough(need)
 
-    def _plan_growth(self, missing: list[int], *, take_empty: bool = False) -> GrowthPlan | None:
-        """All that is missing when it fits the budget, else as much of it as does."""
-        plan = self._manager.plan_growth(missing, take_empty=take_empty)
+    def _plan_growth(
+        self, missing: list[int], *, take_empty: bool = False, tier: Tier = Tier.DEVICE
+    ) -> GrowthPlan | None:
+        """All that is missing when it fits the tier's budget, else as much of it as does."""
+        plan = self._manager.plan_growth(missing, take_empty=take_empty, tier=tier)
         if plan is not None or not any(missing):
             return plan
-        growable = [self._manager.growable_pages(a.layout.group) for a in self._allocators]
+        growable = [self._manager.growable_pages(a.layout.group, tier) for a in self._allocators]
         clipped = [min(pair) for pair in zip(missing, growable, strict=True)]
-        return self._manager.plan_growth(clipped) if clipped != missing else None
+        return self._manager.plan_growth(clipped, tier=tier) if clipped != missing else None
 
     def _evict(self, need: Sequence[int]) -> bool:
         self._cache.evict(max(self._missing(need)))

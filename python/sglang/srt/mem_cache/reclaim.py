@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from sglang.srt.mem_cache.allocation import KVMemory
 from sglang.srt.mem_cache.capacity import ContextClamp, effective_context_length, request_segments
 from sglang.srt.mem_cache.compaction import compact
-from sglang.srt.mem_cache.segment_manager import SegmentManager
 from sglang.srt.mem_cache.segment_state import SegmentState
 
 # Work of one step, so that no turn of the scheduler is long.
@@ -61,6 +60,7 @@ def context_under(
         memory.spec,
         memory.manager.layouts,
         budget_bytes=budget_bytes,
+        disk_bytes=memory.manager.disk_budget_bytes,
         reserve_segments=memory.manager.reserve_segments,
         requested=requested,
         prefill_chunk=prefill_chunk,
@@ -70,19 +70,21 @@ def context_under(
 def reclaim_step(memory: KVMemory) -> ReclaimStep:
     """One bounded step towards the budget that is set; see `Reclaim` for what is left to do.
 
-    First what is empty goes. Then unlocked prefixes, by as many pages as are too many even when
-    packed. Then what is left is packed, which empties segments.
+    First what is empty goes. Then cold segments, to disk. Then unlocked prefixes, by as many pages
+    as are too many even when packed. Then what is left is packed, which empties segments.
     """
     manager = memory.manager
-    excess = _staying_bytes(manager) - manager.budget_bytes
+    excess = manager.staying_bytes - manager.budget_bytes
     if excess > 0:
         memory.ladder.release_empty(excess)
-        excess = _staying_bytes(manager) - manager.budget_bytes
+        excess = manager.staying_bytes - manager.budget_bytes
     if excess <= 0:
-        holds = held_bytes(manager) <= manager.budget_bytes
+        holds = manager.committed_bytes <= manager.budget_bytes
         return ReclaimStep(Reclaim.HOLDS if holds else Reclaim.WAITING)
     if any(stats.segments[SegmentState.MAPPING] for stats in manager.stats()):
         return ReclaimStep(Reclaim.WAITING)  # growth from before: it will be empty, and go
+    if memory.demote(min(excess, MOVE_BYTES_PER_STEP)):
+        return ReclaimStep(Reclaim.ADVANCED)
     over = pages_over_budget(memory)
     if over == 0:
         moved = compact(memory, MOVE_BYTES_PER_STEP)
@@ -94,7 +96,7 @@ def reclaim_step(memory: KVMemory) -> ReclaimStep:
 
 def pages_over_budget(memory: KVMemory) -> int:
     """Fewest pages to drop in every group so that the others, packed, fit in the budget."""
-    layouts, budget = memory.manager.layouts, memory.manager.budget_bytes
+    layouts, budget = memory.manager.layouts, memory.manager.bound_bytes
     owned = [index.num_used + index.num_cached for index in (a.index for a in memory.allocators)]
 
     def fits(dropped: int) -> bool:
@@ -109,20 +111,3 @@ def pages_over_budget(memory: KVMemory) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)
     return low
-
-
-def held_bytes(manager: SegmentManager) -> int:
-    """Bytes of all segments that have memory or are being given some: what a budget bounds."""
-    return _bytes_in(manager, (SegmentState.MAPPED, SegmentState.MAPPING, SegmentState.DRAINING))
-
-
-def _staying_bytes(manager: SegmentManager) -> int:
-    """Bytes of the segments that are not about to be unmapped."""
-    return _bytes_in(manager, (SegmentState.MAPPED, SegmentState.MAPPING))
-
-
-def _bytes_in(manager: SegmentManager, states: tuple[SegmentState, ...]) -> int:
-    pairs = zip(manager.stats(), manager.layouts, strict=True)
-    return sum(
-        stats.segments[state] * layout.segment_bytes for stats, layout in pairs for state in states
-    )

@@ -1,4 +1,4 @@
-"""What the segment manager's background thread runs, and the pause that follows a refusal.
+"""What the segment manager's background thread runs, and what the ranks make of its results.
 
 `JobRunner` owns the one thread and is the only code that maps and unmaps. It touches no segment
 record; it reports what really happened, on this rank and after all ranks agreed. The one place
@@ -11,66 +11,64 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final
 
-from sglang.srt.errors import BackingError
+from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, SegmentId, SegmentLayout
 from sglang.srt.mem_cache.rank_agreement import RankAgreement, Vote, VoteStatus, agree_on
-from sglang.srt.mem_cache.segment_backing.base import SegmentBacking, StagedBacking
-from sglang.srt.mem_cache.segment_state import SegmentIdsByGroup, Ticket
+from sglang.srt.mem_cache.segment_backing.base import (
+    SegmentBacking,
+    StagedBacking,
+    TieredBacking,
+)
+from sglang.srt.mem_cache.segment_state import SegmentIdsByGroup, Ticket, Tier
 
-FIRST_PAUSE_S: Final = 0.1
-LONGEST_PAUSE_S: Final = 5.0
+_Act = Callable[[GroupId, Sequence[SegmentId]], None]
+_Timer = Callable[[], float]
 
 
 @dataclass(slots=True)
 class JobResult:
-    """What the thread did, by group. `refused` is the machine's reason, None when all was done."""
+    """What the thread did, by group. `refused` is the machine's reason, None when all was done.
+
+    `disk_refused`: it was the disk that refused, and memory may still be had.
+    """
 
     mapped: list[tuple[SegmentId, ...]]
     unmapped: list[tuple[SegmentId, ...]]
+    demoted: list[tuple[SegmentId, ...]]
     map_ms: list[float]
     unmap_ms: list[float]
+    demote_ms: list[float]
     refused: str | None = None
+    disk_refused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the thread is to do, in this order; `map` on `tier`, the others by where they are."""
+
+    unmap: SegmentIdsByGroup
+    unmap_on_disk: SegmentIdsByGroup
+    demote: SegmentIdsByGroup
+    map: SegmentIdsByGroup
+    tier: Tier
 
 
 @dataclass(slots=True)
 class Job:
     """An applied plan until its outcome was taken. `future` is None while it waits for epochs.
 
-    `result` is this rank's own, from the moment it was seen until all ranks agreed.
+    `tier` is that of `map`. `result` is this rank's own, from the moment it was seen until all
+    ranks agreed.
     """
 
     ticket: Ticket
     map: SegmentIdsByGroup
     unmap: list[tuple[SegmentId, ...]]
+    demote: SegmentIdsByGroup
+    tier: Tier = Tier.DEVICE
     future: Future[JobResult] | None = field(default=None)
     result: JobResult | None = field(default=None)
-
-
-class GrowthPause:
-    """Keeps growth from being tried at every step while the machine refuses.
-
-    0.1 s after the first refusal, twice as long after each further one, at most 5 s; ended by any
-    map that succeeds and by memory given back. Times are the caller's.
-    """
-
-    def __init__(self, now: float) -> None:
-        self._until = now
-        self._length_s = 0.0
-
-    def is_on(self, now: float) -> bool:
-        return now < self._until
-
-    def lengthen(self, now: float) -> None:
-        """Note a refusal at `now`."""
-        self._length_s = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * self._length_s))
-        self._until = now + self._length_s
-
-    def end(self, now: float) -> None:
-        """Note that memory can be had again."""
-        self._length_s = 0.0
-        self._until = now
 
 
 class JobRunner:
@@ -83,7 +81,7 @@ class JobRunner:
         self,
         backing: SegmentBacking,
         layouts: tuple[SegmentLayout, ...],
-        timer: Callable[[], float],
+        timer: _Timer,
         ranks: RankAgreement,
     ) -> None:
         self._backing = backing
@@ -99,14 +97,21 @@ class JobRunner:
         """Bytes that this rank could not give back when another had; 0 with one rank."""
         return sum(self._layouts[g].segment_bytes for g, _ in self._leftover)
 
-    def start(self, job: Job) -> None:
-        """Hand a job to the thread; memory that is still there from before is not mapped again."""
+    def start(self, job: Job, on_disk: SegmentIdsByGroup) -> None:
+        """Hand a job to the thread; memory that is still there from before is not mapped again.
+
+        `on_disk` are those of the job's unmaps that lie there.
+        """
         to_map = tuple(
             tuple(s for s in segments if (g, s) not in self._leftover)
             for g, segments in enumerate(job.map)
         )
-        args = (self._backing, self._layouts, to_map, tuple(job.unmap), self._timer)
-        job.future = self._executor.submit(run_job, *args)
+        in_memory = tuple(
+            tuple(s for s in segments if s not in elsewhere)
+            for segments, elsewhere in zip(job.unmap, on_disk, strict=True)
+        )
+        work = Work(in_memory, on_disk, job.demote, to_map, job.tier)
+        job.future = self._executor.submit(run_job, self._backing, self._layouts, work, self._timer)
 
     def results(self, jobs: Sequence[Job], *, block: bool = False) -> list[JobResult | None]:
         """What came of the jobs, on all ranks alike; None: still under way somewhere.
@@ -151,7 +156,7 @@ class JobRunner:
             return result
         if result.refused is None:
             result.refused = "another rank was refused"
-        _give_back(self._backing, result, result.mapped, attached=True)
+        _give_back(result, result.mapped, self._backing.unmap)
         for g, gone in enumerate(vote.unmapped):
             self._leftover.update((g, s) for s in result.mapped[g])
             result.mapped[g] = ()
@@ -162,33 +167,34 @@ class JobRunner:
 
 
 def run_job(
-    backing: SegmentBacking,
-    layouts: tuple[SegmentLayout, ...],
-    to_map: SegmentIdsByGroup,
-    to_unmap: SegmentIdsByGroup,
-    timer: Callable[[], float],
+    backing: SegmentBacking, layouts: tuple[SegmentLayout, ...], work: Work, timer: _Timer
 ) -> JobResult:
-    """Unmap, then map (a staged backing: prepare) in all groups or none; no BackingError."""
-    groups = len(layouts)
-    result = JobResult([()] * groups, [()] * groups, [0.0] * groups, [0.0] * groups)
-    staged = backing if isinstance(backing, StagedBacking) else None
-    take = staged.prepare if staged else backing.map
+    """Do the work; map (a staged backing: prepare) in all groups or none; no BackingError."""
+    result = _nothing_done(len(layouts))
+    tiered = backing if isinstance(backing, TieredBacking) else None
+    undo = backing.unmap
     try:
-        for layout, segments in zip(layouts, to_unmap, strict=True):
-            if segments:
-                began = timer()
-                backing.unmap(layout.group, segments)
-                result.unmapped[layout.group] = segments
-                result.unmap_ms[layout.group] += (timer() - began) * 1e3
-        for layout, segments in zip(layouts, to_map, strict=True):
-            if segments:
-                began = timer()
-                take(layout.group, segments)
-                result.mapped[layout.group] = segments
-                result.map_ms[layout.group] += (timer() - began) * 1e3
+        _each(layouts, work.unmap, backing.unmap, result.unmapped, result.unmap_ms, timer)
+        if any(work.unmap_on_disk):
+            give = _tiered(tiered).unmap_on_disk
+            _each(layouts, work.unmap_on_disk, give, result.unmapped, result.unmap_ms, timer)
+        # what may be refused from here on is new memory, or room on disk
+        result.disk_refused = any(work.demote) or work.tier is Tier.DISK
+        if any(work.demote):
+            demote = _tiered(tiered).demote
+            _each(layouts, work.demote, demote, result.demoted, result.demote_ms, timer)
+        if work.tier is Tier.DISK:
+            take, undo = _tiered(tiered).map_on_disk, _tiered(tiered).unmap_on_disk
+        elif isinstance(backing, StagedBacking):
+            take, undo = backing.prepare, backing.discard
+        else:
+            take = backing.map
+        _each(layouts, work.map, take, result.mapped, result.map_ms, timer)
     except BackingError as error:
         result.refused = str(error)
-        _give_back(backing, result, result.mapped, attached=staged is None)
+        _give_back(result, result.mapped, undo)
+    else:
+        result.disk_refused = False
     return result
 
 
@@ -196,7 +202,7 @@ def commit(
     backing: SegmentBacking,
     layouts: tuple[SegmentLayout, ...],
     result: JobResult,
-    timer: Callable[[], float],
+    timer: _Timer,
 ) -> None:
     """Attach what the thread prepared, in all groups or in none; nothing for other backings."""
     if not isinstance(backing, StagedBacking) or result.refused is not None:
@@ -213,17 +219,46 @@ def commit(
                 result.map_ms[layout.group] += (timer() - began) * 1e3
     except BackingError as error:
         result.refused = str(error)
-        _give_back(backing, result, prepared, attached=False)
-        _give_back(backing, result, result.mapped, attached=True)
+        _give_back(result, prepared, backing.discard)
+        _give_back(result, result.mapped, backing.unmap)
 
 
-def _give_back(
-    backing: SegmentBacking,
-    result: JobResult,
-    taken: list[tuple[SegmentId, ...]],
-    *,
-    attached: bool,
+def _nothing_done(groups: int) -> JobResult:
+    none: tuple[SegmentId, ...] = ()
+    return JobResult(
+        mapped=[none] * groups,
+        unmapped=[none] * groups,
+        demoted=[none] * groups,
+        map_ms=[0.0] * groups,
+        unmap_ms=[0.0] * groups,
+        demote_ms=[0.0] * groups,
+    )
+
+
+def _tiered(backing: TieredBacking | None) -> TieredBacking:
+    if backing is None:
+        raise InvariantError("segments on disk over a backing that has none")
+    return backing
+
+
+def _each(
+    layouts: tuple[SegmentLayout, ...],
+    segments: SegmentIdsByGroup,
+    act: _Act,
+    done: list[tuple[SegmentId, ...]],
+    spent_ms: list[float],
+    timer: _Timer,
 ) -> None:
+    """Act on every group's segments and note what was done and how long it took."""
+    for layout, some in zip(layouts, segments, strict=True):
+        if some:
+            began = timer()
+            act(layout.group, some)
+            done[layout.group] += some
+            spent_ms[layout.group] += (timer() - began) * 1e3
+
+
+def _give_back(result: JobResult, taken: list[tuple[SegmentId, ...]], undo: _Act) -> None:
     """After a refusal: no group keeps what another could not get.
 
     Memory that can't be given back stays in `taken`, so that states tell what is true.
@@ -231,10 +266,7 @@ def _give_back(
     for g, segments in enumerate(taken):
         if segments:
             try:
-                if attached or not isinstance(backing, StagedBacking):
-                    backing.unmap(GroupId(g), segments)
-                else:
-                    backing.discard(GroupId(g), segments)
+                undo(GroupId(g), segments)
             except BackingError as error:
                 result.refused = f"{result.refused}; and undoing it failed: {error}"
             else:

@@ -10,20 +10,21 @@ docs/kv_segments.md, Note [Mapping runs ahead] and Note [What the budget counts]
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
 from sglang.srt.errors import BackingError, InvariantError
+from sglang.srt.mem_cache import segment_plans
 from sglang.srt.mem_cache.kv_layout import GroupId, SegmentId, SegmentLayout
 from sglang.srt.mem_cache.rank_agreement import RankAgreement, SingleRank
-from sglang.srt.mem_cache.segment_backing.base import SegmentBacking
-from sglang.srt.mem_cache.segment_jobs import GrowthPause, Job, JobResult, JobRunner
+from sglang.srt.mem_cache.segment_backing.base import SegmentBacking, TieredBacking
+from sglang.srt.mem_cache.segment_budget import TierBudgets
+from sglang.srt.mem_cache.segment_jobs import Job, JobResult, JobRunner
+from sglang.srt.mem_cache.segment_plans import Moment
 from sglang.srt.mem_cache.segment_state import (
     GrowthPlan,
-    PlanReason,
     Segment,
     SegmentIdsByGroup,
     SegmentState,
@@ -31,6 +32,7 @@ from sglang.srt.mem_cache.segment_state import (
     SegmentTable,
     Ticket,
     TicketOutcome,
+    Tier,
 )
 
 _MAPPED: Final = SegmentState.MAPPED
@@ -45,7 +47,8 @@ class SegmentManager:
     per group mapped, or every segment when the backing is not elastic. `budget_bytes` bounds
     mapped segments over all groups (fixed bytes are not counted); `idle_release_s` is the time
     after which an empty segment above the reserve may be given back. `timer` only measures.
-    `ranks` (None: one rank) agree on every outcome before a state flips.
+    `ranks` (None: one rank) agree on every outcome before a state flips. `disk_budget_bytes` bounds
+    segments on disk (0: there is no such tier).
     Raises ValueError when the budget can't hold the idle state, BackingError when the machine
     refuses it. Not thread safe: one thread calls it.
     """
@@ -61,18 +64,20 @@ class SegmentManager:
         now: float = 0.0,
         timer: Callable[[], float] = time.perf_counter,
         ranks: RankAgreement | None = None,
+        disk_budget_bytes: int = 0,
     ) -> None:
+        if disk_budget_bytes and not isinstance(backing, TieredBacking):
+            raise ValueError(f"the {backing.name} backing has no disk tier")
         self.layouts = tuple(layouts)
         self.backing = backing
         self.reserve_segments = reserve_segments
         self.idle_release_s = idle_release_s
-        self._budget_bytes = budget_bytes
         self._tables = tuple(SegmentTable(layout) for layout in self.layouts)
+        self._budgets = TierBudgets(self._tables, budget_bytes, disk_budget_bytes, now)
         self._now = now
         self._launched_epoch = 0
         self._completed_epoch = 0
         self._next_number = 0
-        self._pause = GrowthPause(now)
         self._jobs: dict[int, Job] = {}
         self._runner = JobRunner(backing, self.layouts, timer, ranks or SingleRank())
         self._closed = False
@@ -91,12 +96,48 @@ class SegmentManager:
     @property
     def budget_bytes(self) -> int:
         """Bound of mapped segments over all groups."""
-        return self._budget_bytes
+        return self._budgets.bound_bytes[Tier.DEVICE]
+
+    @property
+    def disk_budget_bytes(self) -> int:
+        """Bound of segments on disk over all groups; 0: there is no disk tier."""
+        return self._budgets.bound_bytes[Tier.DISK]
+
+    @property
+    def bound_bytes(self) -> int:
+        """Bound of all segments, in memory and on disk."""
+        return self.budget_bytes + self.disk_budget_bytes
+
+    @property
+    def reach_bytes(self) -> int:
+        """`bound_bytes`, but where there are two tiers and one refuses, no more than it has."""
+        return self._budgets.reach_bytes(self._now)
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether a tier takes more segments: memory is elastic and does not wait after a refusal,
+        or the disk does not."""
+        return self.backing.elastic and self._budgets.can_grow(self._now)
 
     @property
     def mapped_bytes(self) -> int:
-        """Bytes of all segments that have memory (MAPPED and DRAINING)."""
+        """Bytes of memory under segments (MAPPED and DRAINING)."""
         return sum(table.attached_bytes for table in self._tables)
+
+    @property
+    def staying_bytes(self) -> int:
+        """Bytes of memory under segments that are not about to be unmapped, or coming."""
+        return sum(table.staying_bytes for table in self._tables)
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes of memory of all segments that have some or are being given some."""
+        return self._budgets.used_bytes(Tier.DEVICE)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all segments that are on disk or about to be."""
+        return self._budgets.used_bytes(Tier.DISK)
 
     @property
     def leftover_bytes(self) -> int:
@@ -116,7 +157,12 @@ class SegmentManager:
     @property
     def growth_paused(self) -> bool:
         """True while growth waits after a refusal; ends when a later time is noted."""
-        return self._pause.is_on(self._now)
+        return self._is_paused(Tier.DEVICE)
+
+    @property
+    def launched_epoch(self) -> int:
+        """The newest forward that was launched."""
+        return self._launched_epoch
 
     def segments(self, group: GroupId) -> Mapping[SegmentId, Segment]:
         """Live view of the group's records; a segment that is not in it was never mapped."""
@@ -135,29 +181,24 @@ class SegmentManager:
         table = self._tables[group]
         return table.count(SegmentState.MAPPING) * table.layout.pages_per_segment
 
-    def capacity_pages(self, group: GroupId) -> int:
-        """Most pages the group can hold while other groups keep the segments that have pages."""
-        others = 0
-        for table in self._tables:
-            if table.layout.group != group:
-                taken = table.count(SegmentState.MAPPED) - len(table.empty)
-                others += taken * table.layout.segment_bytes
-        layout = self.layouts[group]
-        fitting = max(0, self._budget_bytes - others) // layout.segment_bytes
-        return min(fitting, layout.max_segments - 1) * layout.pages_per_segment
-
-    def growable_pages(self, group: GroupId) -> int:
+    def growable_pages(self, group: GroupId, tier: Tier = Tier.DEVICE) -> int:
         """Pages that `plan_growth` could add to this group alone now; 0 while growth is paused."""
-        if self.growth_paused:
+        if self._is_paused(tier):
             return 0
         table = self._tables[group]
-        new = max(0, self._room_bytes()) // table.layout.segment_bytes
+        new = max(0, self._budgets.room_bytes(tier)) // table.layout.segment_bytes
         new = min(new, table.count(SegmentState.RESERVED))
         return (new + len(self._revivable(group))) * table.layout.pages_per_segment
 
+    def bytes_short(self, pages_wanted: Sequence[int]) -> int:
+        """Bytes of memory that segments for so many more pages need beyond the budget's room."""
+        pairs = zip(pages_wanted, self.layouts, strict=True)
+        wanted = sum(-(-n // one.pages_per_segment) * one.segment_bytes for n, one in pairs)
+        return wanted - self._budgets.room_bytes(Tier.DEVICE)
+
     def stats(self) -> tuple[SegmentStats, ...]:
         """Figures per group."""
-        return tuple(table.stats(self._budget_bytes) for table in self._tables)
+        return tuple(table.stats(self.budget_bytes) for table in self._tables)
 
     def pending(self) -> tuple[Ticket, ...]:
         """Tickets whose outcome was not taken yet, oldest first."""
@@ -195,39 +236,42 @@ class SegmentManager:
         stops, and `stats` show mapped bytes above the budget until segments are released."""
         if budget_bytes < 0:
             raise ValueError("the KV budget can't be negative")
-        self._budget_bytes = budget_bytes
+        self._budgets.bound_bytes[Tier.DEVICE] = budget_bytes
 
     # ---- plans (pure) --------------------------------------------------------------------------
 
     def plan_growth(
-        self, pages_wanted: Sequence[int], *, take_empty: bool = False
+        self,
+        pages_wanted: Sequence[int],
+        *,
+        take_empty: bool = False,
+        tier: Tier = Tier.DEVICE,
     ) -> GrowthPlan | None:
         """Segments that add at least `pages_wanted[g]` pages to each group (0: none needed).
 
         Wanted pages are beyond free and pending ones. DRAINING segments that can be revived come
-        first, then the lowest RESERVED ids. `take_empty` lets empty segments of groups that want
-        nothing be unmapped to make room. None: all or nothing does not fit the budget or the
-        logical space, growth is paused after a refusal, or nothing is wanted.
+        first, then the lowest RESERVED ids, which get their bytes on `tier`. `take_empty` lets
+        empty segments of groups that want nothing be unmapped to make room in memory. None: all or
+        nothing does not fit the budget (the disk's, for DISK) or the logical space, growth there is
+        paused after a refusal, or nothing is wanted.
         """
-        if self.growth_paused:
+        if self._is_paused(tier):
             return None
-        revive: list[tuple[SegmentId, ...]] = []
-        fresh: list[tuple[SegmentId, ...]] = []
-        for table, wanted in zip(self._tables, pages_wanted, strict=True):
-            count = -(-max(0, wanted) // table.layout.pages_per_segment)
-            again = self._revivable(table.layout.group)[:count]
-            ids = table.lowest_reserved(count - len(again))
-            if ids is None:
-                return None
-            revive.append(again)
-            fresh.append(ids)
-        missing = self._bytes_of(fresh) - self._room_bytes()
-        unmap: SegmentIdsByGroup | None = self._nothing()
-        if any(fresh) and missing > 0:
-            unmap = self._empty_of_others(pages_wanted, missing) if take_empty else None
-        if unmap is None or not (any(fresh) or any(revive)):
+        return segment_plans.plan_growth(
+            self._tables, self._moment(), pages_wanted, take_empty=take_empty, tier=tier
+        )
+
+    def plan_demotion(
+        self, missing_bytes: int, coldest: Sequence[tuple[GroupId, SegmentId]]
+    ) -> GrowthPlan | None:
+        """Segments of `coldest`, in this order, that go to disk so that memory gets room.
+
+        Worth at least `missing_bytes` in all, or as many as the disk has room for. Nobody may write
+        to them until the plan has ended. None: there is nothing to move, or no room on disk.
+        """
+        if self._is_paused(Tier.DISK):
             return None
-        return self._plan(PlanReason.GROWTH, map=fresh, unmap=unmap, revive=revive)
+        return segment_plans.plan_demotion(self._tables, self._moment(), missing_bytes, coldest)
 
     def plan_reserve(self) -> GrowthPlan | None:
         """Segments that bring every group to `reserve_segments` empty or coming ones.
@@ -236,26 +280,19 @@ class SegmentManager:
         """
         if self.growth_paused or not self.backing.elastic:
             return None
-        fresh: list[tuple[SegmentId, ...]] = []
-        for table in self._tables:
-            there = len(table.empty) + table.count(SegmentState.MAPPING)
-            ids = table.lowest_reserved(max(0, self.reserve_segments - there))
-            fresh.append(ids or ())
-        if not any(fresh) or self._bytes_of(fresh) > self._room_bytes():
-            return None
-        return self._plan(PlanReason.RESERVE, map=fresh)
+        return segment_plans.plan_reserve(self._tables, self._moment(), self.reserve_segments)
 
     def plan_shrink(self, now: float, *, keep: int | None = None) -> GrowthPlan | None:
-        """Segments empty for `idle_release_s`, highest ids first, but `keep` (None: reserve)."""
+        """Segments empty for `idle_release_s`, highest ids first, but `keep` (None: reserve).
+
+        Empty ones on disk go at once.
+        """
         if not self.backing.elastic:
             return None
-        unmap = []
-        for table in self._tables:
-            excess = max(0, len(table.empty) - (self.reserve_segments if keep is None else keep))
-            above = heapq.nlargest(excess, table.empty)  # the reserve is the lowest ids
-            since = table.empty
-            unmap.append(tuple(s for s in above if now - since[s] >= self.idle_release_s))
-        return self._plan(PlanReason.IDLE, unmap=unmap) if any(unmap) else None
+        keep = self.reserve_segments if keep is None else keep
+        return segment_plans.plan_shrink(
+            self._tables, self._moment(), now, idle_release_s=self.idle_release_s, keep=keep
+        )
 
     # ---- acting --------------------------------------------------------------------------------
 
@@ -275,8 +312,8 @@ class SegmentManager:
             for segment in to_unmap:
                 table.move(segment, SegmentState.DRAINING, self._now)
             for segment in to_map:
-                table.move(segment, SegmentState.MAPPING, self._now)
-        job = Job(ticket, plan.map, list(plan.unmap))
+                table.move(segment, SegmentState.MAPPING, self._now, plan.tier)
+        job = Job(ticket, plan.map, list(plan.unmap), plan.demote, plan.tier)
         self._jobs[ticket.number] = job
         self._start_if_ready(job)
         return ticket
@@ -330,25 +367,23 @@ class SegmentManager:
 
     def __repr__(self) -> str:
         groups = ", ".join(repr(stats) for stats in self.stats())
-        return f"SegmentManager(mapped={self.mapped_bytes} of {self._budget_bytes}: {groups})"
+        return f"SegmentManager(mapped={self.mapped_bytes} of {self.budget_bytes}: {groups})"
 
     # ---- inside --------------------------------------------------------------------------------
 
-    def _nothing(self) -> SegmentIdsByGroup:
-        return ((),) * self.num_groups
+    def _moment(self) -> Moment:
+        """What plans go by now."""
+        return Moment(
+            number=self._next_number,
+            room_bytes=self._budgets.room_bytes(Tier.DEVICE),
+            disk_room_bytes=self._budgets.room_bytes(Tier.DISK),
+            revivable=tuple(self._revivable(layout.group) for layout in self.layouts),
+            completed_epoch=self._completed_epoch,
+            elastic=self.backing.elastic,
+        )
 
-    def _plan(self, reason: PlanReason, **ids: Sequence[tuple[SegmentId, ...]]) -> GrowthPlan:
-        """The next plan; which of map, unmap and revive is left out names no segment."""
-        some = {kind: tuple(ids.get(kind, self._nothing())) for kind in ("map", "unmap", "revive")}
-        return GrowthPlan(number=self._next_number, reason=reason, **some)
-
-    def _bytes_of(self, ids: Sequence[tuple[SegmentId, ...]]) -> int:
-        pairs = zip(ids, self.layouts, strict=True)
-        return sum(len(some) * layout.segment_bytes for some, layout in pairs)
-
-    def _room_bytes(self) -> int:
-        """Budget left for new segments; negative above the budget."""
-        return self._budget_bytes - sum(table.committed_bytes for table in self._tables)
+    def _is_paused(self, tier: Tier) -> bool:
+        return self._budgets.pauses[tier].is_on(self._now)
 
     def _revivable(self, group: GroupId) -> tuple[SegmentId, ...]:
         """DRAINING segments whose unmap has not begun, ascending.
@@ -357,23 +392,6 @@ class SegmentManager:
         """
         waiting = (job for job in self._jobs.values() if job.future is None)
         return tuple(sorted(segment for job in waiting for segment in job.unmap[group]))
-
-    def _empty_of_others(self, wanted: Sequence[int], missing: int) -> SegmentIdsByGroup | None:
-        """Empty segments, highest ids first, of groups that want nothing, worth `missing` bytes.
-
-        Only those that no forward still reads, so that the plan can be waited for. None: too few.
-        """
-        unmap = list(self._nothing())
-        for table in self._tables:
-            group = table.layout.group
-            if wanted[group] > 0 or missing <= 0 or not self.backing.elastic:
-                continue
-            records = table.segments
-            ready = (s for s in table.empty if records[s].last_use_epoch <= self._completed_epoch)
-            count = -(-missing // table.layout.segment_bytes)
-            unmap[group] = tuple(heapq.nlargest(count, ready))
-            missing -= len(unmap[group]) * table.layout.segment_bytes
-        return tuple(unmap) if missing <= 0 else None
 
     def _revive(self, revive: SegmentIdsByGroup) -> None:
         """Take DRAINING segments out of the jobs that wait to unmap them."""
@@ -396,7 +414,11 @@ class SegmentManager:
             for segment in segments:
                 if table.segments[segment].last_use_epoch > self._completed_epoch:
                     return
-        self._runner.start(job)
+        on_disk = tuple(
+            tuple(s for s in segments if table.segments[s].tier is Tier.DISK)
+            for table, segments in zip(self._tables, job.unmap, strict=True)
+        )
+        self._runner.start(job, on_disk)
         job.ticket.begun = True
 
     def _take(self, jobs: list[Job], *, block: bool = False) -> None:
@@ -415,34 +437,40 @@ class SegmentManager:
                 there = segment in result.mapped[g]
                 table.move(segment, _MAPPED if there else _RESERVED, self._now)
                 table.refused_count += not there
+            for segment in result.demoted[g]:
+                table.demote(segment)
+            table.demote_count += len(result.demoted[g])
+            table.demote_ms += result.demote_ms[g]
             table.map_count += len(result.mapped[g])
             table.unmap_count += len(result.unmapped[g])
             table.map_ms += result.map_ms[g]
             table.unmap_ms += result.unmap_ms[g]
-        if result.refused is not None and any(job.map):
-            self._pause.lengthen(self._now)
+        if result.refused is not None and (result.disk_refused or any(job.map)):
+            tier = Tier.DISK if result.disk_refused else Tier.DEVICE
+            self._budgets.pauses[tier].lengthen(self._now)
         elif any(result.mapped) or any(result.unmapped):
-            self._pause.end(self._now)
+            self._budgets.note_given(self._now)
         job.ticket.outcome = TicketOutcome(
             number=job.ticket.number,
             refused=result.refused,
             mapped=tuple(result.mapped),
             unmapped=tuple(result.unmapped),
+            demoted=tuple(result.demoted),
         )
 
     def _map_idle_state(self) -> None:
         """Map the reserve (or everything, when memory is not elastic) before anyone allocates."""
-        wanted = []
-        for table in self._tables:
-            usable = table.layout.max_segments - 1
-            count = min(self.reserve_segments, usable) if self.backing.elastic else usable
-            wanted.append(table.lowest_reserved(count) or ())
-        if self._bytes_of(wanted) > self._budget_bytes:
+        usable = [layout.max_segments - 1 for layout in self.layouts]
+        if self.backing.elastic:
+            usable = [min(self.reserve_segments, count) for count in usable]
+        plan = segment_plans.plan_start(self._tables, self._moment(), usable)
+        wanted_bytes = segment_plans.bytes_of(self._tables, plan.map)
+        if wanted_bytes > self.budget_bytes:
             raise ValueError(
-                f"a KV budget of {self._budget_bytes:,} bytes can't hold the "
-                f"{self._bytes_of(wanted):,} bytes of segments that are mapped from the start"
+                f"a KV budget of {self.budget_bytes:,} bytes can't hold the "
+                f"{wanted_bytes:,} bytes of segments that are mapped from the start"
             )
-        if any(wanted):
-            outcome = self.wait(self.apply(self._plan(PlanReason.START, map=wanted)))
+        if any(plan.map):
+            outcome = self.wait(self.apply(plan))
             if outcome.refused is not None:
                 raise BackingError(outcome.refused)

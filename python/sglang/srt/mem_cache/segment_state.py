@@ -40,7 +40,17 @@ LEGAL_MOVES: Final = MappingProxyType(
     }
 )
 
+_HOLDING: Final = (SegmentState.MAPPED, SegmentState.MAPPING, SegmentState.DRAINING)
+
 SegmentIdsByGroup = tuple[tuple[SegmentId, ...], ...]
+
+
+class Tier(enum.Enum):
+    """Where a segment's bytes are. Its state is the same whichever it is: both can be read and
+    written, so pages on either may be taken, shared and given back."""
+
+    DEVICE = "device"
+    DISK = "disk"
 
 
 class PlanReason(enum.Enum):
@@ -48,6 +58,7 @@ class PlanReason(enum.Enum):
 
     START = "start"
     GROWTH = "growth"
+    DEMOTION = "demotion"
     RESERVE = "reserve"
     IDLE = "idle"
 
@@ -57,7 +68,8 @@ class GrowthPlan:
     """What `apply` shall do: tuples of segment ids, indexed by group.
 
     `revive` are DRAINING segments whose unmap has not begun: they become MAPPED at once. `unmap`
-    is done before `map`. `number` is the manager's count of applied plans: a plan is good only
+    is done first, then `demote` (MAPPED segments that go to disk), then `map`, which gives memory
+    on `tier`. `number` is the manager's count of applied plans: a plan is good only
     until the next one is applied.
     """
 
@@ -66,20 +78,23 @@ class GrowthPlan:
     map: SegmentIdsByGroup
     unmap: SegmentIdsByGroup
     revive: SegmentIdsByGroup
+    demote: SegmentIdsByGroup
+    tier: Tier = Tier.DEVICE
 
 
 @dataclass(frozen=True, slots=True)
 class TicketOutcome:
     """What came of a plan. `refused` is the machine's reason, None when all was done.
 
-    `mapped` and `unmapped` are what really happened, by group; after a refusal `mapped` is empty
-    but for memory that could not even be given back.
+    `mapped`, `unmapped` and `demoted` are what really happened, by group; after a refusal `mapped`
+    is empty but for memory that could not even be given back.
     """
 
     number: int
     refused: str | None
     mapped: SegmentIdsByGroup
     unmapped: SegmentIdsByGroup
+    demoted: SegmentIdsByGroup
 
     @property
     def succeeded(self) -> bool:
@@ -102,14 +117,24 @@ class Segment:
     """One segment's state and page counts; made when it is first mapped.
 
     MAPPED or DRAINING: free + used + cached pages = pages_per_segment. RESERVED or MAPPING: all
-    0. `last_use_epoch` is the newest forward that may still read it.
+    0. `last_use_epoch` is the newest forward that may still read it. `tier` is written by the
+    table alone, and DEVICE while RESERVED.
     """
 
-    __slots__ = ("_state", "id", "last_use_epoch", "pages_cached", "pages_free", "pages_used")
+    __slots__ = (
+        "_state",
+        "id",
+        "last_use_epoch",
+        "pages_cached",
+        "pages_free",
+        "pages_used",
+        "tier",
+    )
 
     def __init__(self, segment_id: SegmentId) -> None:
         self.id = segment_id
         self._state = SegmentState.RESERVED
+        self.tier = Tier.DEVICE
         self.pages_free = 0
         self.pages_used = 0
         self.pages_cached = 0
@@ -131,8 +156,9 @@ class Segment:
         self._state = state
 
     def __repr__(self) -> str:
+        where = " on disk" if self.tier is Tier.DISK else ""
         return (
-            f"Segment({self.id} {self._state.value} free={self.pages_free} "
+            f"Segment({self.id} {self._state.value}{where} free={self.pages_free} "
             f"used={self.pages_used} cached={self.pages_cached} epoch={self.last_use_epoch})"
         )
 
@@ -142,8 +168,8 @@ class SegmentStats:
     """One group's figures. Bytes are of whole segments; `fixed_bytes` back the dump page.
 
     `segments` by state leave out the dump segment; pages are those of MAPPED segments.
-    `mapped_bytes` counts MAPPED and DRAINING segments: memory that is attached. `budget_bytes` is
-    the one budget of all groups, the same number in each.
+    `mapped_bytes` counts MAPPED and DRAINING segments in memory, `disk_bytes` those on disk.
+    `budget_bytes` is the one budget of all groups, the same number in each.
     """
 
     group: GroupId
@@ -152,20 +178,25 @@ class SegmentStats:
     pages_used: int
     pages_cached: int
     mapped_bytes: int
+    disk_bytes: int
     reserved_bytes: int
     fixed_bytes: int
     budget_bytes: int
     map_count: int
     unmap_count: int
+    demote_count: int
     refused_count: int
     map_ms: float
     unmap_ms: float
+    demote_ms: float
 
     def __repr__(self) -> str:
         states = " ".join(f"{state.value}={self.segments[state]}" for state in SegmentState)
+        disk = f"disk={self.disk_bytes} " if self.disk_bytes else ""
         return (
             f"SegmentStats(group={self.group} {states} | pages free={self.pages_free} "
             f"used={self.pages_used} cached={self.pages_cached} | bytes mapped={self.mapped_bytes} "
+            f"{disk}"
             f"fixed={self.fixed_bytes} budget={self.budget_bytes} | maps={self.map_count} "
             f"unmaps={self.unmap_count} refused={self.refused_count})"
         )
@@ -188,11 +219,14 @@ class SegmentTable:
         self.pages_cached = 0
         self.map_count = 0
         self.unmap_count = 0
+        self.demote_count = 0
         self.refused_count = 0
         self.map_ms = 0.0
         self.unmap_ms = 0.0
+        self.demote_ms = 0.0
         self._counts = dict.fromkeys(SegmentState, 0)
         self._counts[SegmentState.RESERVED] = layout.max_segments - 1
+        self._on_disk = dict.fromkeys(SegmentState, 0)  # of those in `_counts`
         self._returned: set[SegmentId] = set()  # RESERVED ids that have a record
         self._fresh = 1  # ids from here on have no record yet
 
@@ -202,14 +236,29 @@ class SegmentTable:
 
     @property
     def attached_bytes(self) -> int:
-        """Bytes of MAPPED and DRAINING segments."""
-        held = self._counts[SegmentState.MAPPED] + self._counts[SegmentState.DRAINING]
-        return held * self.layout.segment_bytes
+        """Bytes of memory under MAPPED and DRAINING segments."""
+        return self._bytes(Tier.DEVICE, SegmentState.MAPPED, SegmentState.DRAINING)
+
+    @property
+    def staying_bytes(self) -> int:
+        """Bytes of memory under segments that are not about to be unmapped, or coming."""
+        return self._bytes(Tier.DEVICE, SegmentState.MAPPED, SegmentState.MAPPING)
 
     @property
     def committed_bytes(self) -> int:
-        """Bytes of all segments that have memory or are being given some."""
-        return self.attached_bytes + self._counts[SegmentState.MAPPING] * self.layout.segment_bytes
+        """Bytes of memory of all segments that have some or are being given some."""
+        return self._bytes(Tier.DEVICE, *_HOLDING)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all segments that are on disk or about to be."""
+        return self._bytes(Tier.DISK, *_HOLDING)
+
+    def _bytes(self, tier: Tier, *states: SegmentState) -> int:
+        count = sum(self._on_disk[state] for state in states)
+        if tier is Tier.DEVICE:
+            count = sum(self._counts[state] for state in states) - count
+        return count * self.layout.segment_bytes
 
     def lowest_reserved(self, count: int) -> tuple[SegmentId, ...] | None:
         """The `count` lowest RESERVED ids, ascending; None when the space has fewer."""
@@ -220,15 +269,24 @@ class SegmentTable:
         fresh = range(self._fresh, self._fresh + count - len(ids))
         return (*ids, *(SegmentId(segment) for segment in fresh))
 
-    def move(self, segment_id: SegmentId, state: SegmentState, now: float) -> None:
-        """Move one segment and every total with it. Raises InvariantError on an illegal move."""
+    def move(
+        self, segment_id: SegmentId, state: SegmentState, now: float, tier: Tier = Tier.DEVICE
+    ) -> None:
+        """Move one segment and every total with it. Raises InvariantError on an illegal move.
+
+        `tier` is where a segment that goes to MAPPING will be.
+        """
         segment = self.segments.get(segment_id) or self._create(segment_id)
         before = segment.state
         if before is SegmentState.MAPPED and not segment.is_empty:
             raise InvariantError(f"{segment!r} has pages and can't be moved to {state.value}")
         segment.move_to(state)
-        self._counts[before] -= 1
-        self._counts[state] += 1
+        self._count(segment, before, -1)
+        if state is SegmentState.MAPPING:
+            segment.tier = tier
+        elif state is SegmentState.RESERVED:
+            segment.tier = Tier.DEVICE
+        self._count(segment, state, 1)
         if before is SegmentState.MAPPED or state is SegmentState.MAPPED:
             self.generation += 1
         if before is SegmentState.MAPPED:
@@ -243,6 +301,19 @@ class SegmentTable:
             self._returned.add(segment_id)
         elif state is SegmentState.MAPPING:
             self._returned.remove(segment_id)
+
+    def demote(self, segment_id: SegmentId) -> None:
+        """Note that a MAPPED segment's bytes went from memory to disk, and its pages with them."""
+        segment = self.segments.get(segment_id)
+        if segment is None or (segment.state, segment.tier) != (SegmentState.MAPPED, Tier.DEVICE):
+            raise InvariantError(f"segment {segment_id} of group {self.layout.group} can't demote")
+        segment.tier = Tier.DISK
+        self._on_disk[SegmentState.MAPPED] += 1
+
+    def _count(self, segment: Segment, state: SegmentState, by: int) -> None:
+        self._counts[state] += by
+        if segment.tier is Tier.DISK:
+            self._on_disk[state] += by
 
     def add_pages(
         self, segment_id: SegmentId, *, used: int, cached: int, now: float, epoch: int
@@ -280,23 +351,28 @@ class SegmentTable:
             pages_used=self.pages_used,
             pages_cached=self.pages_cached,
             mapped_bytes=self.attached_bytes,
+            disk_bytes=self.disk_bytes,
             reserved_bytes=self.layout.reserved_bytes,
             fixed_bytes=self.layout.fixed_bytes,
             budget_bytes=budget_bytes,
             map_count=self.map_count,
             unmap_count=self.unmap_count,
+            demote_count=self.demote_count,
             refused_count=self.refused_count,
             map_ms=self.map_ms,
             unmap_ms=self.unmap_ms,
+            demote_ms=self.demote_ms,
         )
 
     def check(self) -> None:
         """Recount everything from the records; raises InvariantError where a total differs."""
         counts = dict.fromkeys(SegmentState, 0)
         counts[SegmentState.RESERVED] = self.layout.max_segments - 1 - len(self.segments)
+        on_disk = dict.fromkeys(SegmentState, 0)
         free = used = cached = 0
         for segment in self.segments.values():
             counts[segment.state] += 1
+            on_disk[segment.state] += segment.tier is Tier.DISK
             pages = segment.pages_free + segment.pages_used + segment.pages_cached
             attached = segment.state in (SegmentState.MAPPED, SegmentState.DRAINING)
             if pages != (self.layout.pages_per_segment if attached else 0):
@@ -310,6 +386,8 @@ class SegmentTable:
                 free += segment.pages_free
                 used += segment.pages_used
                 cached += segment.pages_cached
+        if on_disk != self._on_disk or on_disk[SegmentState.RESERVED]:
+            raise InvariantError(f"segments on disk: {self._on_disk} recorded, {on_disk} counted")
         if counts != self._counts:
             raise InvariantError(f"segments per state: {self._counts} recorded, {counts} counted")
         if (free, used, cached) != (self.pages_free, self.pages_used, self.pages_cached):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from sglang.srt.mem_cache.allocator import PageAllocator
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
 from sglang.srt.mem_cache.kv_layout import SegmentLayout
-from sglang.srt.mem_cache.page_ladder import PageLadder
+from sglang.srt.mem_cache.page_ladder import Coldest, PageLadder
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 
 # Segments move between groups at most this often for one need; scattered pages could else make
@@ -29,9 +29,10 @@ class WindowPageLadder(PageLadder):
         manager: SegmentManager,
         allocators: tuple[PageAllocator, ...],
         cache: BasePrefixCache,
+        coldest: Coldest,
         bounds: tuple[int | None, ...],
     ) -> None:
-        super().__init__(manager, allocators, cache)
+        super().__init__(manager, allocators, cache, coldest)
         self._bounds = bounds
 
     def owned_pages(self) -> tuple[int, ...]:
@@ -42,11 +43,11 @@ class WindowPageLadder(PageLadder):
         )
 
     def can_hold(self, need: Sequence[int]) -> bool:
-        """See `PageLadder.can_hold`: counts segments of all groups against one budget."""
+        """See `PageLadder.can_hold`: counts segments of all groups against one bound."""
         if any(pages > self._without_growth(g) for g, pages in enumerate(need)):
             return False
         wanted = [have + more for have, more in zip(self.owned_pages(), need, strict=True)]
-        return _fit(self._manager.layouts, self._manager.budget_bytes, wanted)
+        return _fit(self._manager.layouts, self._manager.reach_bytes, wanted)
 
     def headroom_pages(self) -> tuple[int, ...]:
         """Pages that one more request could grow to, the same for every group.
@@ -68,7 +69,7 @@ class WindowPageLadder(PageLadder):
         while low < high:
             middle = (low + high + 1) // 2
             pages = request_pages(middle, self._bounds)
-            fits = _fit(self._space, self._manager.budget_bytes, pages)
+            fits = _fit(self._space, self._manager.bound_bytes, pages)
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
 
@@ -78,7 +79,7 @@ class WindowPageLadder(PageLadder):
 
     def _without_growth(self, group: int) -> int:
         allocator = self._allocators[group]
-        if self._manager.backing.elastic and not self._manager.growth_paused:
+        if self._manager.can_grow:
             return allocator.layout.max_segments * allocator.layout.pages_per_segment
         pending = self._manager.pending_pages(allocator.layout.group)
         return allocator.num_free + pending + self._cache.evictable_pages(group)

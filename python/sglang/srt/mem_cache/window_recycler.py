@@ -80,7 +80,7 @@ class WindowRecycler:
             self._allocators[group].index.drop_row(pages)
 
     def leaving_pages(self, group: int) -> list[Int32Array]:
-        """Pages of a group that wait for a forward (for `audit`)."""
+        """Pages of a group that tables have dropped and a forward may still read or write."""
         return [leaving.pages for leaving in self._leaving if leaving.group == group]
 
     def has_window(self, group: int) -> bool:

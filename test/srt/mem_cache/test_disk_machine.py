@@ -1,0 +1,40 @@
+"""Hypothesis drives memory and disk together; audited after every step, no write is ever lost."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis.stateful import run_state_machine_as_test
+
+from srt.mem_cache.disk_machine import (
+    DiskMachine,
+    DiskRules,
+    MovingDiskMachine,
+    OnlyWindowsDiskMachine,
+    SlidingMovingDiskMachine,
+    SlowMovingDiskMachine,
+    TwoGroupDiskMachine,
+    WindowDiskMachine,
+)
+from srt.mem_cache.memory_machine import machine_settings
+
+MACHINES = {
+    DiskMachine: 40,
+    TwoGroupDiskMachine: 15,
+    WindowDiskMachine: 20,
+    OnlyWindowsDiskMachine: 10,
+    MovingDiskMachine: 30,
+    SlidingMovingDiskMachine: 15,
+    SlowMovingDiskMachine: 15,
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_every_step_adds_up(machine: type[DiskRules]) -> None:
+    run_state_machine_as_test(machine, settings=machine_settings(MACHINES[machine]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_every_step_adds_up_over_many_more_lives(machine: type[DiskRules]) -> None:
+    run_state_machine_as_test(machine, settings=machine_settings(30 * MACHINES[machine]))
