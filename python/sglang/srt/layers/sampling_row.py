@@ -109,7 +109,7 @@ class SamplingRow:
         assert self.matcher is not None
         hidden = self.matcher.hidden(self.params.stop_token_ids if hide_stops else ())
         if hidden is not None:
-            logits.masked_fill_(torch.from_numpy(hidden).view(torch.bool), float("-inf"))
+            np.putmask(logits.numpy(), hidden.view(np.bool_), -np.inf)  # faster than masked_fill_
 
     def _count(self, token: int, count: int) -> None:
         place = self._place.get(token)
