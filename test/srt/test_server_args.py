@@ -193,6 +193,14 @@ def test_model_overrides_are_an_object() -> None:
         (["--device", "cuda", "--kv-parallel-size", "2"], "--kv-parallel-size spreads KV on"),
         (["--disable-radix-cache", "--max-cached-tokens", "5"], "drop --disable-radix-cache"),
         (["--disable-radix-cache", "--schedule-policy", "lpm"], "drop --disable-radix-cache"),
+        (["--grammar-backend", "xgrammar"], "--grammar-backend must be one of llguidance, none"),
+        (
+            [
+                *("--constrained-json-whitespace-pattern", " "),
+                "--constrained-json-disable-any-whitespace",
+            ],
+            "drop --constrained-json-disable-any-whitespace",
+        ),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--context", "5"], "unrecognized arguments: --context 5"),
         (["--host"], "expected one argument"),

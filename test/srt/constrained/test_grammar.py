@@ -7,7 +7,13 @@ import random
 
 import pytest
 
-from sglang.srt.constrained.grammar import MAX_EBNF_CHARS, Grammar, JsonStyle, Vocabulary
+from sglang.srt.constrained.grammar import (
+    MAX_EBNF_CHARS,
+    Grammar,
+    JsonStyle,
+    Vocabulary,
+    check_style,
+)
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.io_struct import VocabularyReq
 from sglang.srt.tokenizer.tokenizer import Tokenizer
@@ -235,6 +241,13 @@ def test_a_text_that_needs_too_much_ends_with_an_error(
     assert matcher.hidden() is None
     assert matcher.error is not None
     assert "max is 2000" in matcher.error
+
+
+def test_a_whitespace_pattern_is_checked_at_start() -> None:
+    check_style(JsonStyle())
+    check_style(JsonStyle(whitespace_pattern="[ \n]{0,2}"))
+    with pytest.raises(ValueError, match=r"--constrained-json-whitespace-pattern: .*unclosed"):
+        check_style(JsonStyle(whitespace_pattern="( "))
 
 
 def test_a_tokenizer_that_nobody_can_read_is_refused() -> None:
