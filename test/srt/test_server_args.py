@@ -198,6 +198,14 @@ def test_model_overrides_are_an_object() -> None:
         (["--device", "cuda", "--kv-parallel-size", "2"], "--kv-parallel-size spreads KV on"),
         (["--disable-radix-cache", "--max-cached-tokens", "5"], "drop --disable-radix-cache"),
         (["--disable-radix-cache", "--schedule-policy", "lpm"], "drop --disable-radix-cache"),
+        (["--grammar-backend", "xgrammar"], "--grammar-backend must be one of llguidance, none"),
+        (
+            [
+                *("--constrained-json-whitespace-pattern", " "),
+                "--constrained-json-disable-any-whitespace",
+            ],
+            "drop --constrained-json-disable-any-whitespace",
+        ),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--context", "5"], "unrecognized arguments: --context 5"),
         (["--host"], "expected one argument"),
@@ -242,7 +250,7 @@ def test_flags_that_must_not_pass_silently_are_refused() -> None:
     refused = {name for spec in REFUSED for name in spec.names}
     assert refused >= {
         *("--torchao-config", "--enable-lora", "--speculative-algorithm", "--disaggregation-mode"),
-        *("--enable-hierarchical-cache", "--pp-size", "--ep-size", "--grammar-backend"),
+        *("--enable-hierarchical-cache", "--pp-size", "--ep-size"),
         *("--reasoning-parser", "--tool-call-parser", "--ssl-keyfile"),
     }
 
