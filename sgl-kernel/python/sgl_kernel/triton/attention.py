@@ -134,6 +134,7 @@ def paged_attention(
     sight: Sight,
     *,
     scale: float,
+    v_scale: float = 1.0,
     logit_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -142,9 +143,11 @@ def paged_attention(
     """Attention of the rows that `work` names: q [R, H, D] over k [S, G, D], v [S, G, E].
 
     K and V of fp8 are computed in q's type, others in their own; sums are float32. `work` was
-    planned with the same `sight`; `scale` is above 0. Returns `out` [R, H, E] in q's type (a new
-    one if None), whose other rows are not touched. `lse` float32 [R, H] gets the log-sum-exps,
-    `sinks` [H] included. Raises KernelError for shapes, types and scales that are not served.
+    planned with the same `sight`; `scale` is above 0. Results are multiplied by `v_scale`, before
+    they are rounded: neither number is part of what is compiled. Returns `out` [R, H, E] in q's
+    type (a new one if None), whose other rows are not touched. `lse` float32 [R, H] gets the
+    log-sum-exps, `sinks` [H] included. Raises KernelError for shapes, types and scales that are not
+    served.
     """
     if not scale > 0.0:
         raise KernelError(f"scores times {scale} keep no order")
@@ -168,7 +171,7 @@ def paged_attention(
         paged_attention_kernel[(len(items) * kv_heads,)](
             *(q, plane_base(k), plane_base(v), out, parts, part_lse, lse, sinks),
             *(items, tables.starts, tables.origins, tables.pages),
-            *(q.stride(0), segment_pages, span, scale, logit_cap),
+            *(q.stride(0), segment_pages, span, scale, logit_cap, v_scale),
             KV_HEADS=kv_heads,
             GROUP=num_heads // kv_heads,
             HEAD_DIM=head_dim,
@@ -185,7 +188,7 @@ def paged_attention(
         )
     if len(work.merged):
         merge_parts_kernel[(len(work.merged) * num_heads,)](
-            *(out, lse, parts, part_lse, sinks, work.merged),
+            *(out, lse, parts, part_lse, sinks, work.merged, v_scale),
             NUM_HEADS=num_heads,
             BLOCK_P=_MERGED_PARTS,
             num_warps=4,

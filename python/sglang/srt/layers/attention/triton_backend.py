@@ -99,6 +99,7 @@ class TritonAttnBackend(AttentionBackend):
     preferred_page_size: ClassVar[int] = 64
     records_steps: ClassVar[bool] = True
     rotates: ClassVar[bool] = True
+    scales_values: ClassVar[bool] = True
 
     def __init__(
         self, spec: KVCacheSpec, *, chip: Any = None, part_bytes: int = _PART_BYTES
@@ -211,6 +212,7 @@ class TritonAttnBackend(AttentionBackend):
                     work,
                     sight,
                     scale=layer.scaling,
+                    v_scale=layer.v_scale,
                     logit_cap=layer.logit_cap,
                     sinks=layer.sinks,
                     out=out,
