@@ -197,7 +197,7 @@ def build_scheduler_parts(
     )
     backend = make_attention_backend(backend_class, memory.kv_pool, grid.kv_group)
     recorder = make_recorder(args, model, backend, runtime, memory.kv_pool)
-    runner = ModelRunner(model, LogitsProcessor(), recorder)
+    runner = ModelRunner(model, LogitsProcessor(runtime=runtime), recorder)
     num_rows = plan.max_running_requests + 1
     worker = TpModelWorker(runner, make_sampler(args, runtime), num_rows, runtime)
     runtime.synchronize()
