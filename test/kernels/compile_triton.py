@@ -189,16 +189,21 @@ def compile_rows(*, name: str) -> Any:
     return compiled(kernel, constants, {}, {"num_warps": warps})
 
 
-def count_kernels(*, name: str, values: list[float]) -> dict[str, int]:
-    """How many kernels Triton makes when its float arguments take these values in turn."""
-    kernel: Any = {"attention": paged_attention_kernel, "merge": merge_parts_kernel}[name]
+def count_kernels(*, name: str, values: list[Any]) -> dict[str, int]:
+    """How many kernels Triton makes when what differs from call to call takes these values."""
+    kernels: dict[str, Any] = {
+        "attention": paged_attention_kernel,
+        "merge": merge_parts_kernel,
+        "grouped": grouped_linear_kernel,
+    }
+    kernel, differing = kernels[name], ("num_pairs",) if name == "grouped" else FLOATS
     backend = make_backend(GPUTarget("cuda", 90, 32))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     keys = set()
     for value in values:
         arguments: dict[str, Any] = {}
         for parameter in kernel.params:
-            if parameter.name in FLOATS:
+            if parameter.name in differing:
                 arguments[parameter.name] = value
             elif parameter.name.endswith("_ptr"):
                 arguments[parameter.name] = torch.empty(0)
