@@ -27,6 +27,7 @@ from sglang.srt.utils.native import triton_kernels
 from sglang.srt.utils.sizes import format_bytes
 from srt.layers.attention.fake_flashinfer import FakeWrappers
 from srt.managers.test_engine_tokens import NEW_TOKENS, PROMPTS, DeviceTower, answer_all, tower
+from srt.model_loader.test_kv_scales import add_tensors
 from srt.models.hf_models import VOCAB, hf_greedy, make_hf_model, save
 from srt.utils.fake_device import LateRuntime
 
@@ -236,6 +237,28 @@ def test_recorded_steps_of_triton_attention(
         assert graphs_of(engine).recorded == (1, 2, 3)
         assert graphs_of(engine).num_replays > 3
         assert {1, 2, 3} <= set(turned)
+
+
+@pytest.mark.skipif(triton_kernels() is None, reason="Triton is not installed")
+def test_recorded_steps_over_a_scaled_cache(tmp_path: Path) -> None:
+    """Each layer's launches keep its own scales; padded rows included."""
+    hf = make_hf_model("llama")
+    path = save(hf, tmp_path)
+    for layer in range(hf.config.num_hidden_layers):
+        name = f"model.layers.{layer}.self_attn"
+        scales = {"k_scale": 0.03 * (layer + 1), "v_scale": 5.0 * (layer + 1)}
+        add_tensors(path, {f"{name}.{key}": torch.tensor(x) for key, x in scales.items()})
+    flags = {"attention_backend": "triton", "kv_cache_dtype": "fp8_e4m3", "cuda_graph_max_bs": 3}
+    answers = []
+    for disabled in (True, False):
+        kept = {"repeats_calls": True, "disable_cuda_graph": disabled, **flags}
+        with late_tower(path, **kept) as (engine, _):
+            for rid, number in (("a", 1), ("b", 0), ("c", 3)):
+                engine.send(rid, PROMPTS[number], max_new_tokens=5)
+            engine.run()
+            answers.append([engine.output(rid) for rid in "abc"])
+            assert disabled or graphs_of(engine).num_replays > 3
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize(("running", "counted"), [(None, 6), (4, 4), (9, 6)])
