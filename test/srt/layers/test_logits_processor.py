@@ -196,6 +196,23 @@ def test_a_late_device_tells_what_the_host_tells(rows_per_block: int, ties: bool
     assert out.late.read(out.late.values.numpy()) == expected.input_logprobs
 
 
+def test_more_than_a_block_may_take_does_not_pile_up() -> None:
+    """All of the vocabulary for many rows: waited for, as on the host."""
+    batch, head = make_batch(list(range(40)), [40]), RecordingHead()
+    spec = LogprobSpec(0, np.zeros(40, np.int32), False, V, NO_IDS)
+    hidden = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(1))
+    runtime = LateRuntime()
+    found = []
+    for max_bytes in (4 * 40 * (1 + 2 * V), 4 * 40 * (1 + 2 * V) - 1):
+        with runtime.computing():
+            out = LogitsProcessor(max_bytes, runtime)(hidden, head, batch, [spec], [-1])
+        found.append(out)
+    late, waited = found
+    assert late.late is not None
+    assert waited.late is None
+    assert late.late.read(late.late.values.numpy()) == waited.input_logprobs
+
+
 def test_where_no_prompt_is_asked_about_nothing_is_copied() -> None:
     runtime = LateRuntime()
     spec = LogprobSpec(3, NO_IDS, True, 2, NO_IDS)

@@ -73,7 +73,7 @@ class LogitsProcessor:
             if spec is not None and len(spec.input_targets)
         ]
         told: list[LogprobArrays | None] = [None] * len(logprob_specs)
-        if not self._runtime.is_async:
+        if not self._comes_late([spec for _, spec, _ in wanted], lm_head.num_embeddings):
             for request, spec, first in wanted:
                 told[request] = self._prompt_logprobs(hidden, lm_head, forward_batch, spec, first)
             return LogitsProcessorOutput(logits, told)
@@ -94,7 +94,7 @@ class LogitsProcessor:
         spec: LogprobSpec,
         first: int,
     ) -> LogprobArrays:
-        targets, picked = _ids_of(spec)
+        targets, picked = self._runtime.move(_ids_of(spec))
         blocks = [
             reduce_logits(logits, targets[rows], spec.top_num, picked)
             for rows, logits in self._row_blocks(hidden, lm_head, forward_batch, spec, first)
@@ -133,6 +133,18 @@ class LogitsProcessor:
             end = min(count, start + step)
             yield slice(start, end), lm_head(hidden[first + start : first + end]).float()
             forward_batch.progress.tick()
+
+    def _comes_late(self, specs: Sequence[LogprobSpec], vocab_size: int) -> bool:
+        """Whether what is wanted stays on the device until it is copied whole.
+
+        More than a row block's bytes (thousands of the largest for each of many rows) don't: they
+        are waited for block by block.
+        """
+        numbers = sum(
+            len(spec.input_targets) * (1 + 2 * min(spec.top_num, vocab_size) + len(spec.picked_ids))
+            for spec in specs
+        )
+        return self._runtime.is_async and 4 * numbers <= self._max_bytes
 
     def _rows_per_block(self, lm_head: ParallelLMHead, spec: LogprobSpec) -> int:
         # Alive at once: the logits as computed, as float32, and logsumexp's temporary; or, where
