@@ -187,12 +187,17 @@ def _question(args: argparse.Namespace) -> Question:
         device=_device(args.gpu, args.gpu_memory),
         tp_size=args.tp_size,
         context_length=context,
-        kv_dtype=_KV_DTYPES[args.kv_cache_dtype] or dtype,
+        kv_dtype=_KV_DTYPES[args.kv_cache_dtype] or _own_kv_dtype(config) or dtype,
         dtype=dtype,
         mem_fraction=args.mem_fraction_static,
         page_size=args.page_size,
         prefill_chunk=args.chunked_prefill_size,
     )
+
+
+def _own_kv_dtype(config: ModelConfig) -> str | None:
+    """The type of the KV cache that the checkpoint names, None where it names none of ours."""
+    return None if config.kv_cache is None else config.kv_cache.dtype
 
 
 def _device(name: str, memory_bytes: int | None) -> Device:

@@ -26,6 +26,7 @@ from sglang.srt.utils.progress import Progress
 
 _FILL_SLOTS = 1 << 20
 _QUERY_BLOCK = 64
+_FP8_SCALES = (0.7, 90.0)  # of K and V in a cache of fp8
 
 
 class OnePool:
@@ -80,7 +81,7 @@ def layer_of(shape: AttentionShape, device: torch.device) -> RadixAttention:
     if shape.sinks:
         logits = torch.linspace(-2.0, 6.0, heads.num_heads, device=device)
         sinks = nn.Parameter(logits, requires_grad=False)
-    return RadixAttention(
+    layer = RadixAttention(
         heads.num_heads,
         heads.head_dim,
         heads.head_dim**-0.5,
@@ -91,6 +92,9 @@ def layer_of(shape: AttentionShape, device: torch.device) -> RadixAttention:
         logit_cap=shape.logit_cap,
         sinks=sinks,
     )
+    if KV_TORCH_DTYPES[shape.dtype].itemsize == 1:
+        layer.set_kv_scales(*_FP8_SCALES)
+    return layer
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,10 @@ class Batch:
     tables: tuple[BlockTableSnapshot, ...]
 
     def attend(self, backend: AttentionBackend) -> torch.Tensor:
-        """One layer's attention, [T, H, D]."""
+        """One layer's attention, [T, H, D], as the layer does it."""
         out = backend.forward(self.queries, self.layer, self.forward_batch, rows_pruned=False)
+        if self.layer.v_scale != 1.0 and not backend.scales_values:
+            out = out * self.layer.v_scale
         return out.view(self.queries.shape)
 
 
@@ -179,7 +185,8 @@ def make_batch(
 def largest_error(batch: Batch, pool: OnePool, out: torch.Tensor, shape: AttentionShape) -> float:
     """The largest distance of `out` [T, H, D] from attention in float64, over 1 + what is exact.
 
-    16-bit outputs are rounded in proportion to what they are.
+    16-bit outputs are rounded in proportion to what they are. Of a scaled cache both are in units
+    of what is stored.
     """
     worst, row = 0.0, 0
     for (prefix, extend), table in zip(shape.lengths, batch.tables, strict=True):
@@ -196,7 +203,8 @@ def largest_error(batch: Batch, pool: OnePool, out: torch.Tensor, shape: Attenti
             count = min(_QUERY_BLOCK, extend - first)
             rows = slice(row + first, row + first + count)
             exact = _attend64(batch.layer, batch.queries[rows], keys, values, prefix + first)
-            distance = (out[rows].double() - exact).abs() / (1.0 + exact.abs())
+            found = out[rows].double() / batch.layer.v_scale
+            distance = (found - exact).abs() / (1.0 + exact.abs())
             worst = max(worst, float(distance.max()))
         row += extend
     return worst

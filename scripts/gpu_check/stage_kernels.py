@@ -1,4 +1,4 @@
-"""Stage 1: every attention backend that loads, against float64, over all shapes."""
+"""Stage 1: every attention backend that loads and the layers' kernels, against float64."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from gpu_check.attention_batch import OnePool, largest_error, make_batch, make_tables, spec_of
 from gpu_check.precompile import compile_kernels
 from gpu_check.records import Journal
+from gpu_check.sampling import check_sampling
 from gpu_check.setting import Setting
 from gpu_check.shapes import AttentionShape, kernel_shapes
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -188,4 +189,9 @@ LAYERS = {
     "rotate and store": _store,
     "store scaled fp8": _store_scaled,
 }
-PARTS = (("compile", compile_kernels), ("layers", check_layers), ("attention", check_attention))
+PARTS = (
+    ("compile", compile_kernels),
+    ("sampler", check_sampling),
+    ("layers", check_layers),
+    ("attention", check_attention),
+)

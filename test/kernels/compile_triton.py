@@ -22,7 +22,8 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from sgl_kernel.triton.attention import launch_sizes
 from sgl_kernel.triton.kernels.attention import merge_parts_kernel, paged_attention_kernel
@@ -45,7 +46,17 @@ POINTERS = {
     "table_starts_ptr": "*i64",
 }
 STRIDES = ("q_stride", "k_stride", "v_stride", "x_stride", "residual_stride")
-FLOATS = ("scale", "logit_cap", "eps", "offset", "alpha", "limit", "k_factor", "v_factor")
+FLOATS = (
+    "scale",
+    "v_scale",
+    "logit_cap",
+    "eps",
+    "offset",
+    "alpha",
+    "limit",
+    "k_factor",
+    "v_factor",
+)
 WAITS = r"cp\.async\.wait_group\s+(\w+)"
 INSTRUCTIONS = (
     r"cp\.async\.c[ag]\.shared\.global|(?:ld|st)\.global[.a-z0-9]*|wgmma\.mma_async|mma\.sync"
@@ -178,6 +189,30 @@ def compile_rows(*, name: str) -> Any:
     return compiled(kernel, constants, {}, {"num_warps": warps})
 
 
+def count_kernels(*, name: str, values: list[Any]) -> dict[str, int]:
+    """How many kernels Triton makes when what differs from call to call takes these values."""
+    kernels: dict[str, Any] = {
+        "attention": paged_attention_kernel,
+        "merge": merge_parts_kernel,
+        "grouped": grouped_linear_kernel,
+    }
+    kernel, differing = kernels[name], ("num_pairs",) if name == "grouped" else FLOATS
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    keys = set()
+    for value in values:
+        arguments: dict[str, Any] = {}
+        for parameter in kernel.params:
+            if parameter.name in differing:
+                arguments[parameter.name] = value
+            elif parameter.name.endswith("_ptr"):
+                arguments[parameter.name] = torch.empty(0)
+            else:
+                arguments[parameter.name] = 16
+        keys.add(str(bind(**arguments)[1]))
+    return {"kernels": len(keys)}
+
+
 def compiled(
     kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, Any]
 ) -> dict[str, Any]:
@@ -218,6 +253,7 @@ def assembled(cubin: bytes) -> dict[str, int]:
 KINDS = {
     "attention": compile_attention,
     "merge": compile_merge,
+    "count": count_kernels,
     "store": compile_store,
     "grouped": compile_grouped,
     "rows": compile_rows,

@@ -22,11 +22,12 @@ ATOL = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 def check(case: Case, sight: Sight = ALL, *, chip: Chip = BUSY, **changes: object) -> None:
     lse = torch.full(case.q.shape[:2], float("nan"))
-    named = {k: v for k, v in changes.items() if k in ("logit_cap", "sinks")}
+    named = {k: v for k, v in changes.items() if k in ("logit_cap", "sinks", "v_scale")}
     out = case.run(sight, chip=chip, lse=lse, **changes)  # type: ignore[arg-type]
     expected, expected_lse = case.reference(sight, **named)  # type: ignore[arg-type]
     atol = ATOL[case.q.dtype]
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=atol)
+    unit = float(named.get("v_scale", 1.0))  # type: ignore[arg-type]
+    torch.testing.assert_close(out.double() / unit, expected / unit, rtol=0, atol=atol)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=max(1e-5, atol))
 
 
@@ -77,6 +78,25 @@ def test_narrow_numbers(dtype: torch.dtype, q_dtype: torch.dtype | None) -> None
 def test_fp8(dtype: torch.dtype, q_dtype: torch.dtype, segment_pages: int | None) -> None:
     case = Case([(70, 1), (20, 17)], dtype=dtype, q_dtype=q_dtype, segment_pages=segment_pages)
     check(case, chip=IDLE)
+
+
+@pytest.mark.parametrize("chip", [BUSY, IDLE], ids=["whole", "split"])
+@pytest.mark.parametrize("segment_pages", [None, 2])
+def test_scales_of_values(segment_pages: int | None, chip: Chip) -> None:
+    """Results times a number, whoever writes them; log-sum-exps and sinks are not touched."""
+    sinks = torch.linspace(-2.0, 6.0, 6)
+    for q_dtype, changes in (
+        (torch.float32, {"v_scale": 0.03}),
+        (torch.float32, {"v_scale": 700.0, "sinks": sinks}),
+        (torch.bfloat16, {"v_scale": 700.0, "sinks": sinks}),
+    ):
+        case = Case(
+            [(70, 1), (20, 17)],
+            dtype=torch.float8_e4m3fn,
+            q_dtype=q_dtype,
+            segment_pages=segment_pages,
+        )
+        check(case, chip=chip, **changes)
 
 
 @pytest.mark.parametrize("chip", [BUSY, IDLE], ids=["whole", "split"])

@@ -47,6 +47,17 @@ def test_decode_and_prompts(tmp_path: Path) -> None:
     assert max(prompts["on_their_way"]) >= 3
 
 
+def test_what_differs_from_call_to_call_is_no_part_of_what_is_compiled(tmp_path: Path) -> None:
+    """Layers have scales of their own: one kernel serves them all."""
+    values = [1.0, 2.0, 0.03, 16.0, 700.0]
+    cases: list[dict[str, Any]] = [
+        {"kernel": "count", "name": name, "values": values} for name in ("attention", "merge")
+    ]
+    # The products of experts serve every number of tokens.
+    cases.append({"kernel": "count", "name": "grouped", "values": [1, 8, 16, 17, 4096]})
+    assert [made["kernels"] for made in compile_all(cases, tmp_path)] == [1, 1, 1]
+
+
 def test_bytes_are_widened_in_pairs(tmp_path: Path) -> None:
     """From float16 to bfloat16 there is an instruction for one number only, of a slower unit."""
     (decode,) = compile_all([{"rows": 16, "kv": "float8_e4m3fn"}], tmp_path)

@@ -117,6 +117,7 @@ class Case:
         large: Tile = LARGE,
         logit_cap: float = 0.0,
         scale: float | None = None,
+        v_scale: float = 1.0,
         sinks: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -141,6 +142,7 @@ class Case:
             DeviceWork.upload(work, torch.device(self.device)),
             sight,
             scale=self.dims[0] ** -0.5 if scale is None else scale,
+            v_scale=v_scale,
             logit_cap=logit_cap,
             sinks=sinks,
             out=out,
@@ -148,7 +150,11 @@ class Case:
         )
 
     def reference(
-        self, sight: Sight = ALL, logit_cap: float = 0.0, sinks: torch.Tensor | None = None
+        self,
+        sight: Sight = ALL,
+        logit_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+        v_scale: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [R, H, E] and log-sum-exp [R, H], in float64."""
         outs, lses, row = [], [], 0
@@ -171,6 +177,6 @@ class Case:
                 sink = sinks.double().view(-1, 1, 1).expand(-1, extend, 1)
                 scores = torch.cat((scores, sink), -1)
                 values = torch.cat((values, torch.zeros_like(values[:, :1])), 1)
-            outs.append((scores.softmax(-1) @ values).transpose(0, 1))
+            outs.append((scores.softmax(-1) @ values).transpose(0, 1) * v_scale)
             lses.append(torch.logsumexp(scores, -1).t())
         return torch.cat(outs), torch.cat(lses)

@@ -6,20 +6,25 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gpu_check import __main__ as gpu_check
-from gpu_check import shapes
+from gpu_check import sampling, shapes
 from gpu_check.precompile import num_processes
 from gpu_check.records import Journal, Record, Status, exit_code, line_of, markdown, read_journal
+from gpu_check.setting import Setting
 from gpu_check.stage_scout import RANKS, Rank, extrapolated_ms, write_config
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.managers.scheduler_pool_plan import kv_cache_spec
 from sglang.srt.mem_cache.kv_layout import make_segment_layouts
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.device import CpuRuntime
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,6 +131,65 @@ def test_the_scout_rank_has_the_published_shape(tmp_path: Path) -> None:
     assert int(full.page_ids[-1]) < layouts[0].max_segments * layouts[0].pages_per_segment
 
 
+def check_samplers(tmp_path: Path) -> dict[str, Record]:
+    setting = Setting(CpuRuntime(), True, time.monotonic() + 100, tmp_path)
+    path = tmp_path / "journal.jsonl"
+    path.unlink(missing_ok=True)
+    sampling.check_sampling(setting, Journal(path, 1))
+    return {record.name: record for record in read_journal(path)}
+
+
+def test_a_sampler_that_chooses_others_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kind of mistake shows in the kinds of requests that it touches, and nowhere else."""
+    found = check_samplers(tmp_path)
+    assert {record.status for record in found.values()} == {Status.OK}
+    module = "sglang.srt.layers.device_sampler"
+    greedy = {f"sampler {name}" for name, kind in sampling.KINDS.items() if not kind["temperature"]}
+    random = {f"sampler {name}" for name in sampling.KINDS} - greedy
+    assert len(greedy) == len(random) == 5
+
+    def failed(patch: str, value: object) -> set[str]:
+        with monkeypatch.context() as changed:
+            changed.setattr(patch, value)
+            found = check_samplers(tmp_path)
+        return {name for name, one in found.items() if one.status is Status.FAILED}
+
+    assert failed(f"{module}.uniform", lambda seed, position: 0.999) == random
+    assert failed(f"{module}.add_bias_and_hide", lambda logits, edits: None) == {
+        "sampler logit_bias",
+        "sampler min_new_tokens",
+    }
+    assert failed(f"{module}.CountTable.penalise", lambda *args: None) >= {
+        "sampler penalties",
+        "log probabilities sampled",
+    }
+    late = "sglang.srt.layers.late_results.topk_without_waiting"
+    assert failed(late, lambda values, k: values.topk(k, largest=False)) == {
+        "log probabilities sampled",
+        "log probabilities of prompts",
+    }
+
+
+def test_a_draw_beside_a_border_is_told_from_a_wrong_one() -> None:
+    """Of four tokens with 0.1, 0.2, 0.3 and 0.4 of the probability, in the order of their ids."""
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+
+    def distance(token: int, u: float, **fields: Any) -> float:
+        return sampling.Draw(logits, SamplingParams(**fields), u, token).distance()
+
+    assert distance(2, 0.45) == 0.0
+    assert distance(1, 0.3 + 1e-6) == pytest.approx(1e-6, rel=0.1)
+    assert distance(3, 0.45) == pytest.approx(0.15, rel=1e-4)
+    # The most likely come first where some are left out: 3, then 2, and nothing else.
+    for fields in ({"top_k": 2}, {"top_p": 0.6}):
+        assert distance(3, 0.5, **fields) == 0.0
+        assert distance(2, 0.5, **fields) == pytest.approx(0.4 / 0.7 - 0.5, rel=1e-4)
+        assert distance(1, 0.5, **fields) == pytest.approx(0.5, rel=1e-4)
+    assert distance(2, 0.1, min_p=0.6) == 0.0
+
+
 def test_what_does_not_fit_is_extrapolated_on_a_line() -> None:
     assert extrapolated_ms((4_000_000, 8.0), (8_000_000, 14.0), 10_000_000) == 17.0
 
@@ -168,6 +232,8 @@ def test_every_stage_runs_on_a_cpu_with_tiny_sizes(stage: int, tmp_path: Path) -
     assert failed == [], done.stderr
     assert done.returncode in (0, 3), done.stdout + done.stderr
     assert any(record.status is Status.OK for record in records)
+    names = {record.name for record in records}
+    assert stage != 1 or {"sampler greedy", "log probabilities of prompts"} <= names
     # What comes back of a lent machine are few files.
     files = {"gpu_check.json", "gpu_check.md", "journal.jsonl", "logs.txt"}
     assert {path.name for path in tmp_path.iterdir()} == files

@@ -63,7 +63,9 @@ class ServerArgs(RankArgs, DoorArgs):
     )
     kv_cache_dtype: str = flag(
         "auto",
-        "Type of the KV cache; auto is the type of the activations. The two of fp8 halve what a "
+        "Type of the KV cache; auto is what the checkpoint says of it (fp8_e4m3 for a static FP8 "
+        "scheme of compressed-tensors or ModelOpt with one scale a layer; others are warned of), "
+        "else the type of the activations. The two of fp8 halve what a "
         "token takes in bfloat16; numbers are divided by a layer's scales where the checkpoint has "
         "them, and rounded. int8 keeps a float32 scale for each token and kv head, 4 bytes beside "
         "head_dim: more exact than fp8.",

@@ -19,6 +19,7 @@ from sglang.srt.model_executor.forward_batch_info import (
     LogprobSpec,
 )
 from sglang.srt.utils.progress import Progress
+from srt.utils.fake_device import LateRuntime
 
 V, HIDDEN = 37, 8
 NO_IDS = np.empty(0, np.int32)
@@ -160,6 +161,82 @@ def test_rows_that_were_not_kept_are_a_bug() -> None:
     spec = LogprobSpec(0, np.zeros(3, np.int32), False, 0, NO_IDS)
     with pytest.raises(InvariantError, match=r"rows 0\+3"):
         LogitsProcessor()(torch.ones(3, HIDDEN), RecordingHead(), batch, [spec], [-1])
+
+
+SPECS = [
+    LogprobSpec(2, np.arange(12, dtype=np.int32), True, 4, np.array([5, 0, 5], np.int32)),
+    None,
+    LogprobSpec(20, np.arange(30, 35, dtype=np.int32), False, 0, NO_IDS),
+    LogprobSpec(26, np.array([36], np.int32), True, V + 3, np.array([1], np.int32)),
+]
+KEPT = [*range(2, 15), 19, *range(20, 25), 26, 27]
+
+
+@pytest.mark.parametrize("rows_per_block", [1, 3, 1000])
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_late_device_tells_what_the_host_tells(rows_per_block: int, ties: bool) -> None:
+    """In one copy that nobody has waited for, whatever the blocks."""
+    batch, head = make_batch(KEPT, [15, 5, 6, 2]), RecordingHead()
+    hidden = torch.randn(len(KEPT), HIDDEN, generator=torch.Generator().manual_seed(1))
+    if ties:
+        hidden[5:9] = 0.0
+    rows = [12, 13, -1, 20]
+    expected = LogitsProcessor()(hidden, head, batch, SPECS, rows)
+    assert expected.late is None
+    runtime = LateRuntime()
+    head.calls.clear()
+    with runtime.computing():
+        out = LogitsProcessor(rows_per_block * V * 40, runtime)(hidden, head, batch, SPECS, rows)
+    assert runtime.num_waits == runtime.num_fetches == 0
+    assert out.input_logprobs == [None] * 4
+    assert torch.equal(out.next_token_logits, expected.next_token_logits)
+    assert max(head.calls[1:]) <= max(3, rows_per_block * 40 // 12)
+    assert out.late is not None
+    assert out.late.values.dtype is torch.int32
+    assert out.late.read(out.late.values.numpy()) == expected.input_logprobs
+
+
+def test_more_than_a_block_may_take_does_not_pile_up() -> None:
+    """All of the vocabulary for many rows: waited for, as on the host."""
+    batch, head = make_batch(list(range(40)), [40]), RecordingHead()
+    spec = LogprobSpec(0, np.zeros(40, np.int32), False, V, NO_IDS)
+    hidden = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(1))
+    runtime = LateRuntime()
+    found = []
+    for max_bytes in (4 * 40 * (1 + 2 * V), 4 * 40 * (1 + 2 * V) - 1):
+        with runtime.computing():
+            out = LogitsProcessor(max_bytes, runtime)(hidden, head, batch, [spec], [-1])
+        found.append(out)
+    late, waited = found
+    assert late.late is not None
+    assert waited.late is None
+    assert late.late.read(late.late.values.numpy()) == waited.input_logprobs
+
+
+def test_where_no_prompt_is_asked_about_nothing_is_copied() -> None:
+    runtime = LateRuntime()
+    spec = LogprobSpec(3, NO_IDS, True, 2, NO_IDS)
+    with runtime.computing():
+        out = LogitsProcessor(runtime=runtime)(
+            torch.ones(1, HIDDEN), RecordingHead(), make_batch([3], [4]), [spec], [0]
+        )
+    assert out.late is None
+    assert out.input_logprobs == [None]
+    assert runtime.num_moves == 0
+
+
+def test_no_value_is_looked_at() -> None:
+    """On tensors without values, which nobody could read."""
+
+    class Meta(LateRuntime):
+        def move(self, tensors: object) -> list[torch.Tensor]:
+            return [tensor.to("meta") for tensor in tensors]  # type: ignore[attr-defined]
+
+    hidden = torch.empty(len(KEPT), HIDDEN, device="meta")
+    batch, head = make_batch(KEPT, [15, 5, 6, 2]), RecordingHead().to("meta")
+    out = LogitsProcessor(runtime=Meta())(hidden, head, batch, SPECS, [12, 13, -1, 20])
+    assert out.late is not None
+    assert out.late.values.shape == (12 * (1 + 2 * 4 + 3) + 5 + (1 + 2 * V + 1),)
 
 
 @pytest.mark.parametrize("k", [0, 1, 5, 30])

@@ -6,7 +6,7 @@ are recorded as operations on tensors and made again. What only hardware can tel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,18 @@ import pytest
 import torch
 
 from sglang.srt.layers.attention import flashinfer_backend, registry, torch_device_backend
-from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, int32_buffer
+from sglang.srt.managers.io_struct import (
+    LogprobArrays,
+    TokenizedGenerateReqInput,
+    int32_buffer,
+)
 from sglang.srt.model_executor.cuda_graph_runner import CudaGraphRunner
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.native import triton_kernels
 from sglang.srt.utils.sizes import format_bytes
 from srt.layers.attention.fake_flashinfer import FakeWrappers
 from srt.managers.test_engine_tokens import NEW_TOKENS, PROMPTS, DeviceTower, answer_all, tower
+from srt.model_loader.test_kv_scales import add_tensors
 from srt.models.hf_models import VOCAB, hf_greedy, make_hf_model, save
 from srt.utils.fake_device import LateRuntime
 
@@ -141,6 +146,15 @@ ASKED: tuple[dict[str, Any], ...] = (
 )
 
 
+def numbers_of(found: Iterable[LogprobArrays | None]) -> list[np.ndarray]:
+    """Own, largest and named log probabilities, one after another."""
+    told = [one for one in found if one is not None]
+    return [
+        np.frombuffer(b"".join(getattr(one, name) for one in told), "<f4")
+        for name in ("logprobs", "top_logprobs", "picked_logprobs")
+    ]
+
+
 @pytest.mark.parametrize(
     "memory", [{}, {"page_size": 16, "kv_segment_size": 64, "max_total_tokens": 384}]
 )
@@ -156,6 +170,7 @@ def test_sampling_and_log_probabilities_are_those_of_the_host(
     # two may round apart. This seed draws none of them.
     params = {"temperature": 0.8, "top_p": 0.9, "sampling_seed": 12, "max_new_tokens": NEW_TOKENS}
     outputs, numbers = [], []
+    prompts: dict[str, list[str]] = {}
     late = CountingRuntime()
     for runtime in (None, late):
         device = "cpu" if runtime is None else "cuda"
@@ -168,28 +183,32 @@ def test_sampling_and_log_probabilities_are_those_of_the_host(
                         input_ids=memoryview(int32_buffer(prompt)),
                         sampling_params=SamplingParams(**{**params, **ASKED[number]}),
                         return_logprob=number % 2 == 1,
-                        logprob_start_len=len(prompt),
+                        logprob_start_len=len(prompt) - (0 if number < 3 else 7 * number - 8),
                         top_logprobs_num=number,
                         token_ids_logprob=int32_buffer([7, 1]) if number == 3 else b"",
                     )
                 )
             engine.run()
             outputs.append([engine.output(f"r{number}") for number in range(len(PROMPTS))])
-            found = [out.output_logprobs for out in engine.channel.outs if out.rid == "r3"]
-            told = [one for one in found if one is not None]
-            assert sum(one.num_rows for one in told) == NEW_TOKENS
+            outs = [out for out in engine.channel.outs if out.rid == "r3"]
             numbers.append(
                 [
-                    np.frombuffer(b"".join(getattr(one, name) for one in told), "<f4")
-                    for name in ("logprobs", "top_logprobs", "picked_logprobs")
+                    *numbers_of(out.output_logprobs for out in outs),
+                    *numbers_of(out.input_logprobs for out in outs),
                 ]
             )
+            prompts[device] = [out.rid for out in engine.channel.outs if out.input_logprobs]
             assert bool(engine.scheduler.counters.num_retractions) == bool(memory)
     assert outputs[0] == outputs[1]
-    for host, device_ones, count in zip(*numbers, (1, 3, 2), strict=True):
-        assert len(host) == count * NEW_TOKENS
+    assert prompts["cpu"] == prompts["cuda"]
+    assert {"r3", "r5"} <= set(prompts["cpu"])
+    rows = [NEW_TOKENS] * 3 + [len(numbers[0][3])] * 3
+    for host, device_ones, count, num in zip(*numbers, (1, 3, 2) * 2, rows, strict=True):
+        assert len(host) == count * num > 0
         np.testing.assert_allclose(device_ones, host, atol=1e-4)
-    assert late.num_launched == late.num_fetches == late.num_waits  # a step waits for its own end
+    # A step waits for its own end, and then reads what came of prompts before.
+    assert late.num_fetches == late.num_waits
+    assert late.num_launched < late.num_fetches <= late.num_launched + 2 * len(prompts["cuda"])
 
 
 @pytest.mark.skipif(triton_kernels() is None, reason="Triton is not installed")
@@ -218,6 +237,28 @@ def test_recorded_steps_of_triton_attention(
         assert graphs_of(engine).recorded == (1, 2, 3)
         assert graphs_of(engine).num_replays > 3
         assert {1, 2, 3} <= set(turned)
+
+
+@pytest.mark.skipif(triton_kernels() is None, reason="Triton is not installed")
+def test_recorded_steps_over_a_scaled_cache(tmp_path: Path) -> None:
+    """Each layer's launches keep its own scales; padded rows included."""
+    hf = make_hf_model("llama")
+    path = save(hf, tmp_path)
+    for layer in range(hf.config.num_hidden_layers):
+        name = f"model.layers.{layer}.self_attn"
+        scales = {"k_scale": 0.03 * (layer + 1), "v_scale": 5.0 * (layer + 1)}
+        add_tensors(path, {f"{name}.{key}": torch.tensor(x) for key, x in scales.items()})
+    flags = {"attention_backend": "triton", "kv_cache_dtype": "fp8_e4m3", "cuda_graph_max_bs": 3}
+    answers = []
+    for disabled in (True, False):
+        kept = {"repeats_calls": True, "disable_cuda_graph": disabled, **flags}
+        with late_tower(path, **kept) as (engine, _):
+            for rid, number in (("a", 1), ("b", 0), ("c", 3)):
+                engine.send(rid, PROMPTS[number], max_new_tokens=5)
+            engine.run()
+            answers.append([engine.output(rid) for rid in "abc"])
+            assert disabled or graphs_of(engine).num_replays > 3
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize(("running", "counted"), [(None, 6), (4, 4), (9, 6)])

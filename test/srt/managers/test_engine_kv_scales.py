@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +110,48 @@ def test_scales_of_powers_of_two_keep_every_bit(tmp_path: Path) -> None:
             found.append((tokens, raw(values)[: engine.memory.kv_pool.page_size * 4].clone()))
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])
+
+
+def declare(path: str, **change: Any) -> None:
+    """Let config.json say how the KV cache is quantised, as compressed-tensors does."""
+    file = Path(path) / "config.json"
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, **change}
+    quantization = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "quantization_config": quantization})
+    )
+
+
+def test_auto_is_what_the_checkpoint_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = scaled_model("llama", tmp_path, k_scale=0.03, v_scale=7.0)
+    declare(path)
+    expected = answers(path, **NATIVE)
+    with caplog.at_level(logging.INFO), tower(path, kv_cache_dtype="auto", **NATIVE) as engine:
+        assert answer_all(engine) == expected
+        assert engine.memory.kv_pool.spec.dtype == "fp8_e4m3"
+    assert "The KV cache is fp8_e4m3, as the checkpoint says" in caplog.text
+    assert "scaled by 0.03 to 7" in caplog.text
+    with tower(path, kv_cache_dtype="float32", **NATIVE) as engine:
+        assert engine.memory.kv_pool.spec.dtype == "float32"
+
+
+def test_a_scheme_that_is_not_served_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The cache is not quantised then, and a scale for each head is in nobody's way."""
+    path = save(make_hf_model("llama"), tmp_path)
+    with tower(path, **NATIVE) as engine:
+        expected = answer_all(engine)
+    heads = {"k_scale": torch.ones(2), "v_scale": torch.ones(2)}
+    add_tensors(path, {f"model.layers.0.self_attn.{name}": x for name, x in heads.items()})
+    declare(path, strategy="attn_head")
+    with caplog.at_level(logging.WARNING), tower(path, **NATIVE) as engine:
+        assert answer_all(engine) == expected
+        assert engine.memory.kv_pool.spec.dtype == "float32"
+    assert "scheme for its KV cache is not served" in caplog.text
+    assert "attn_head" in caplog.text
+    with pytest.raises(ValueError, match="only one scale for a layer is served"):
+        answers(path, **NATIVE)
 
 
 def test_a_scale_brings_answers_back(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import torch
 from sglang.srt.utils.device import (
     CpuRuntime,
     CudaRuntime,
+    HostCopy,
     make_runtime,
     pack_host_tensors,
     unpack,
@@ -50,11 +53,25 @@ def test_many_tensors_go_in_one() -> None:
 
 
 class FakeCuda:
-    """The calls of torch.cuda that a runtime makes, written down."""
+    """The calls of torch.cuda that a runtime makes, written down.
+
+    A thread's current device is 0 until it chooses another, and leaving a stream goes back to the
+    one before; `touched` are the devices that would have a context by that.
+    """
 
     def __init__(self, count: int = 1) -> None:
         self.count = count
         self.calls: list[str] = []
+        self.touched: set[int] = set()
+        self._of_thread = threading.local()
+
+    @property
+    def current(self) -> int:
+        return int(getattr(self._of_thread, "device", 0))
+
+    def _use(self, index: int) -> None:
+        self._of_thread.device = index
+        self.touched.add(index)
 
     def is_available(self) -> bool:
         return self.count > 0
@@ -63,18 +80,30 @@ class FakeCuda:
         return self.count
 
     def set_device(self, index: int) -> None:
-        self.calls.append(f"set_device {index}")
+        if index != self.current or not self.touched:
+            self.calls.append(f"set_device {index}")
+        self._use(index)
 
     def Stream(self, device: torch.device) -> Any:
-        return SimpleNamespace(cuda_stream=4711)
+        return SimpleNamespace(cuda_stream=4711, device=device)
+
+    def Event(self) -> Any:
+        return SimpleNamespace(
+            record=lambda stream: self._use(stream.device.index),
+            synchronize=lambda: self._use(self.current),
+        )
 
     @contextmanager
     def stream(self, stream: Any) -> Iterator[None]:
         self.calls.append(f"stream {stream.cuda_stream}")
+        before = self.current
+        self._use(stream.device.index)
         yield
+        self._use(before)
 
     def empty_cache(self) -> None:
         self.calls.append("empty_cache")
+        self._use(self.current)
 
     def mem_get_info(self, device: torch.device) -> tuple[int, int]:
         self.calls.append("mem_get_info")
@@ -96,6 +125,34 @@ def test_a_cuda_runtime_has_a_stream_of_its_own() -> None:
     runtime.synchronize()
     wanted = ["set_device 0", "stream 4711", "empty_cache", "mem_get_info", "synchronize"]
     assert cuda.calls == wanted
+
+
+def test_no_thread_makes_a_context_on_another_ranks_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Launching, waiting for results and asking for memory, each on a thread of its own."""
+    empty = torch.empty
+
+    def pageable(*args: Any, pin_memory: bool, **more: Any) -> torch.Tensor:
+        assert pin_memory
+        return empty(*args, **more)
+
+    monkeypatch.setattr("sglang.srt.utils.device.torch.empty", pageable)
+    cuda = FakeCuda(2)
+    runtime = CudaRuntime(1, cuda=cuda)
+
+    def launch() -> HostCopy:
+        with runtime.computing():
+            return runtime.fetch(torch.arange(3))
+
+    def on_a_thread(work: Callable[[], Any]) -> Any:
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            return thread.submit(work).result()
+
+    copy = on_a_thread(launch)
+    assert on_a_thread(copy.wait).tolist() == [0, 1, 2]
+    assert on_a_thread(runtime.read_memory).total_bytes == 80
+    assert cuda.touched == {1}
 
 
 def test_no_device() -> None:

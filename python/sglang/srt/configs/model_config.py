@@ -17,6 +17,11 @@ from typing import Any
 from sglang.srt.configs.families import FAMILIES
 from sglang.srt.configs.gguf_config import gguf_to_hf_config
 from sglang.srt.configs.model_traits import ModelTraits, positive
+from sglang.srt.configs.quantization_config import (
+    KVCacheScheme,
+    has_quantized_weights,
+    kv_cache_scheme,
+)
 from sglang.srt.configs.rope_config import RopeConfig, rope_config_from_hf
 from sglang.srt.environ import Environ
 
@@ -51,7 +56,8 @@ class ModelConfig(ModelTraits):
     type ("float32", "float16" or "bfloat16"; quantised GGUF counts as float16). `bos_token_id` is
     None and `eos_token_ids` empty when the checkpoint names none.
     `generation_defaults` holds those of temperature, top_p, top_k, min_p and repetition_penalty
-    that generation_config.json sets. `path` is the directory or the .gguf file itself; `raw` the
+    that generation_config.json sets. `kv_cache` is the scheme of the KV cache that the checkpoint
+    names, None where it names none. `path` is the directory or the .gguf file itself; `raw` the
     text model's config in Hugging Face's shape, overrides applied.
     """
 
@@ -74,6 +80,7 @@ class ModelConfig(ModelTraits):
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     generation_defaults: dict[str, float | int]
+    kv_cache: KVCacheScheme | None
     is_gguf: bool
     path: str
     raw: dict[str, Any] = field(repr=False)
@@ -96,6 +103,7 @@ class ModelConfig(ModelTraits):
         path = find_model_file(model_path)
         is_gguf = path.suffix == ".gguf"
         extras: dict[str, Any] = {}
+        modelopt: dict[str, Any] = {}
         freq_factors: tuple[float, ...] | None = None
         try:
             if is_gguf:
@@ -106,10 +114,11 @@ class ModelConfig(ModelTraits):
                 home = path.parent
                 generation = home / "generation_config.json"
                 extras = _read_json(generation) if generation.is_file() else {}
+                modelopt = _read_modelopt(home / "hf_quant_config.json")
             raw = _apply_overrides(_text_part(raw, overrides or {}), overrides or {})
             if trust_remote_code and raw.get("auto_map"):
                 logger.warning("%s: code shipped with a checkpoint is never run.", path)
-            config = _build(raw, extras, is_gguf=is_gguf, path=str(home))
+            config = _build(raw, extras, modelopt, is_gguf=is_gguf, path=str(home))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         if freq_factors is not None:
@@ -187,6 +196,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _read_modelopt(path: Path) -> dict[str, Any]:
+    """The object `quantization` of ModelOpt's file; {} without the file."""
+    found = _read_json(path).get("quantization") if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name}: quantization must be an object, not {found!r}")
+    return found
+
+
 def _apply_overrides(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Replace top-level fields; the two rope spellings override each other, keeping theta."""
     merged = {**raw, **overrides}
@@ -226,11 +243,17 @@ def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build(
-    raw: dict[str, Any], generation: Mapping[str, Any], *, is_gguf: bool, path: str
+    raw: dict[str, Any],
+    generation: Mapping[str, Any],
+    modelopt: Mapping[str, Any],
+    *,
+    is_gguf: bool,
+    path: str,
 ) -> ModelConfig:
     architecture = _pick_architecture(raw)
     family = FAMILIES[architecture]
-    if _has_quantized_weights(raw.get("quantization_config")):
+    quantization = raw.get("quantization_config")
+    if has_quantized_weights(quantization, modelopt):
         raise ValueError("quantized Hugging Face checkpoints are not supported (GGUF files are)")
     values = {**_COMMON_DEFAULTS, **family.defaults}
     values.update({k: v for k, v in raw.items() if v is not None or k in family.null_means_none})
@@ -272,19 +295,12 @@ def _build(
         bos_token_id=_first_id(values.get("bos_token_id")),
         eos_token_ids=_all_ids(generation.get("eos_token_id"), values.get("eos_token_id")),
         generation_defaults=_generation_defaults(generation),
+        kv_cache=kv_cache_scheme(quantization, modelopt),
         is_gguf=is_gguf,
         path=path,
         raw=raw,
         **{trait.name: getattr(traits, trait.name) for trait in fields(traits)},
     )
-
-
-def _has_quantized_weights(quantization: Any) -> bool:
-    """False also where a checkpoint tells of a quantised KV cache alone (compressed-tensors)."""
-    if isinstance(quantization, Mapping) and quantization.get("kv_cache_scheme"):
-        of_cache = quantization.get("quant_method") == "compressed-tensors"
-        return not of_cache or bool(quantization.get("config_groups"))
-    return bool(quantization)
 
 
 def _head_shape(values: dict[str, Any], hidden: int, heads: int) -> tuple[int, int]:

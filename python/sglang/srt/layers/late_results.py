@@ -1,10 +1,11 @@
-"""What a device's sampler tells of a step when it has come to the host, packed into one copy.
+"""What a step on a device tells when it has come to the host: one tensor each, copied late.
 
-`DeviceSampler` makes it, the worker copies its one tensor behind an event and reads it when that
-has come. So log probabilities cost no wait of their own.
+`DeviceSampler` makes that of the sampled tokens, `LogitsProcessor` that of the prompts' log
+probabilities; the worker copies them behind an event and reads them when that has come. So log
+probabilities cost no wait of their own.
 
 Legend: B rows to sample, V vocabulary, M rows that want log probabilities, K the most tokens that
-one of them wants.
+one of them wants, N rows of a block of a prompt.
 """
 
 from __future__ import annotations
@@ -78,6 +79,73 @@ class LateResults:
             logprobs[row] = pack_logprobs(tokens, [block], spec.picked_ids)
             first = end
         return StepTold(token_ids, logprobs, tuple(np.flatnonzero(invalid).tolist()))
+
+
+class PromptRows(NamedTuple):
+    """N rows of request `request`, the `top_num` largest of each; in order within a request."""
+
+    request: int
+    spec: LogprobSpec
+    num_rows: int
+    top_num: int
+
+    @property
+    def num_values(self) -> int:
+        """Numbers of a row: its own, ids and numbers of the largest, and the named ones."""
+        return self.num_rows * (1 + 2 * self.top_num + len(self.spec.picked_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class LatePrompts:
+    """`values` int32 [n] on the device hold the log probabilities of all `blocks`, one by one.
+
+    A block has its rows' own numbers [N], ids [N, K] and numbers [N, K] of the largest, and the
+    named ones [N, M]; numbers of float32 as their bits.
+    """
+
+    values: torch.Tensor
+    num_requests: int
+    blocks: tuple[PromptRows, ...]
+
+    def read(self, values: npt.NDArray[np.int32]) -> list[LogprobArrays | None]:
+        """Each request's log probabilities from a copy of `values` on the host."""
+        found: dict[int, list[LogprobBlock]] = {}
+        specs: dict[int, LogprobSpec] = {}
+        first = 0
+        for rows in self.blocks:
+            block = values[first : first + rows.num_values]
+            first += rows.num_values
+            count, width = rows.num_rows, rows.num_rows * rows.top_num
+            own, top_ids, top, picked = np.split(block, [count, count + width, count + 2 * width])
+            specs[rows.request] = rows.spec
+            found.setdefault(rows.request, []).append(
+                LogprobBlock(
+                    own=own.view(np.float32),
+                    top_ids=top_ids.reshape(count, rows.top_num),
+                    top=top.view(np.float32).reshape(count, rows.top_num),
+                    picked=picked.view(np.float32).reshape(count, len(rows.spec.picked_ids)),
+                )
+            )
+        told: list[LogprobArrays | None] = [None] * self.num_requests
+        for request, blocks in found.items():
+            spec = specs[request]
+            told[request] = pack_logprobs(spec.input_targets, blocks, spec.picked_ids)
+        return told
+
+
+def reduce_late(
+    logits: torch.Tensor, targets: torch.Tensor, top_num: int, picked_ids: torch.Tensor
+) -> torch.Tensor:
+    """`reduce_logits` as int32 [n] on the logits' device, see `LatePrompts`; waits for nothing.
+
+    Arguments as there; `top_num` is at most V, NaN ranks anywhere.
+    """
+    total = torch.logsumexp(logits, -1, keepdim=True)
+    own = logits.gather(-1, targets.unsqueeze(-1)) - total
+    top, top_ids = topk_without_waiting(logits, top_num)
+    picked = logits.index_select(-1, picked_ids) - total
+    parts = (own, top_ids.to(torch.int32), top - total, picked)
+    return torch.cat([part.flatten().view(torch.int32) for part in parts])
 
 
 def gather_results(

@@ -100,6 +100,8 @@ def topk_without_waiting(values: torch.Tensor, k: int) -> tuple[torch.Tensor, to
     Numbers and places make one integer each, of which no two are equal: the number's bits, so
     turned that integers rank as they do, above the place counted from the end.
     """
+    if k == 0:
+        return values[:, :0], values.new_empty((len(values), 0), dtype=torch.int64)
     bits = (values + 0.0).view(torch.int32)  # -0 is 0 here
     ranked = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     last = values.shape[-1] - 1

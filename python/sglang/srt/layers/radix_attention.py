@@ -70,7 +70,8 @@ class RadixAttention(nn.Module):
         """Let the cache hold k / k_scale and v / v_scale; both are above 0.
 
         Scores are products with what is stored, so `scaling` takes `k_scale` up, before caps, sinks
-        and log-sum-exps; what attention gives is linear in v, so `forward` multiplies its result.
+        and log-sum-exps; what attention gives is linear in v, so `forward` multiplies its result,
+        where the backend has not done that.
         """
         self.scaling *= k_scale / self.k_scale
         self.k_scale, self.v_scale = k_scale, v_scale
@@ -104,4 +105,5 @@ class RadixAttention(nn.Module):
             )
         heads = q.view(-1, self.num_heads, self.head_dim)
         out = backend.forward(heads, self, forward_batch, rows_pruned=rows_pruned)
-        return out if self.v_scale == 1.0 else scaled(out, self.v_scale)
+        is_done = self.v_scale == 1.0 or backend.scales_values
+        return out if is_done else scaled(out, self.v_scale)

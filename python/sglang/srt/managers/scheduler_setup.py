@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sglang.srt.configs.model_config import ModelConfig, resolve_context_length
+from sglang.srt.configs.quantization_config import KVCacheScheme
 from sglang.srt.constrained.compiler import GrammarCompiler
 from sglang.srt.constrained.grammar import JsonStyle, check_style
 from sglang.srt.distributed.communicator import Communicator, RankLinks
@@ -118,6 +119,29 @@ def resolve_dtype(requested: str, checkpoint: str, device: str = "cpu") -> str:
     return "bfloat16" if checkpoint in ("float32", "float16") else checkpoint
 
 
+def resolve_kv_dtype(
+    requested: str, scheme: KVCacheScheme | None, activations: str
+) -> tuple[str, str | None]:
+    """The type of K and V, and what has to be said of it: (type, text or None).
+
+    `requested` counts unless it is "auto"; then what the checkpoint says of its KV cache, where it
+    is served, else `activations`, the type of those.
+    """
+    if requested != "auto":
+        return requested, None
+    if scheme is None:
+        return activations, None
+    if scheme.dtype is not None:
+        return scheme.dtype, (
+            f"The KV cache is {scheme.dtype}, as the checkpoint says ({scheme.told}); "
+            "--kv-cache-dtype takes another type."
+        )
+    return activations, (
+        f"The checkpoint's scheme for its KV cache is not served ({scheme.told}): the cache is "
+        f"{activations}. Served is fp8 with one scale for a layer's K and one for its V."
+    )
+
+
 def compute_threads(requested: int | None, present: int, num_ranks: int = 1) -> int:
     """Threads of one rank's products: the requested number, else its share of the cores.
 
@@ -164,10 +188,12 @@ def build_scheduler_parts(
     rank = _Rank(args, environ, runtime, place, grid, links, everyone)
     dtype = resolve_dtype(args.dtype, config.torch_dtype, args.device)
     free_before = runtime.read_memory().available_bytes
-    model = _load(rank, config, DTYPES[dtype])
+    kv_dtype, remark = resolve_kv_dtype(args.kv_cache_dtype, config.kv_cache, dtype)
+    if remark is not None:
+        logger.log(logging.INFO if kv_dtype != dtype else logging.WARNING, "%s", remark)
+    model = _load(rank, config, DTYPES[dtype], scales_kv=kv_dtype.startswith("fp8"))
     backend_class = get_attention_backend(args.attention_backend, args.device)
     page_size = args.page_size or backend_class.preferred_page_size
-    kv_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
     grammars = _grammars(args, config.vocab_size)
     spec = kv_cache_spec(config, grid.parallel, kv_dtype, page_size)
     damage = _perturbation(args, environ, spec)
@@ -177,7 +203,7 @@ def build_scheduler_parts(
     )
     backend = make_attention_backend(backend_class, memory.kv_pool, grid.kv_group)
     recorder = make_recorder(args, model, backend, runtime, memory.kv_pool)
-    runner = ModelRunner(model, LogitsProcessor(), recorder)
+    runner = ModelRunner(model, LogitsProcessor(runtime=runtime), recorder)
     num_rows = plan.max_running_requests + 1
     worker = TpModelWorker(runner, make_sampler(args, runtime), num_rows, runtime)
     runtime.synchronize()
@@ -225,7 +251,7 @@ def _set_threads(args: ServerArgs, runtime: DeviceRuntime, num_here: int) -> Non
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
-def _load(rank: _Rank, config: ModelConfig, dtype: torch.dtype) -> CausalLM:
+def _load(rank: _Rank, config: ModelConfig, dtype: torch.dtype, *, scales_kv: bool) -> CausalLM:
     args = rank.args
     model = load_model(
         config,
@@ -236,7 +262,7 @@ def _load(rank: _Rank, config: ModelConfig, dtype: torch.dtype) -> CausalLM:
         show_progress=rank.place.number == 0,
         seed=args.random_seed,
         quantization=args.quantization,
-        scales_kv=args.kv_cache_dtype.startswith("fp8"),
+        scales_kv=scales_kv,
         kv_scale_path=args.quantization_param_path,
     )
     if args.enable_torch_compile:

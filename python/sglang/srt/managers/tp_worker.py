@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 
 from sglang.srt.constrained.grammar import TokenMatcher
-from sglang.srt.layers.late_results import LateResults, StepTold
+from sglang.srt.layers.late_results import LatePrompts, LateResults, StepTold
 from sglang.srt.layers.logprobs import Highest
 from sglang.srt.layers.sampler import SampleOutput
 from sglang.srt.managers.generation_result import GenerationBatchResult
@@ -69,11 +69,16 @@ class TokenSampler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step under way. `told` are the tokens [B], or what `late` reads them and more from."""
+    """A step under way. `told` are the tokens [B], or what `late` reads them and more from.
+
+    `prompts` are log probabilities of prompts and the copy that they are read from; None: all of
+    them are in `input_logprobs`.
+    """
 
     began: float
     told: HostCopy
     late: LateResults | None
+    prompts: tuple[LatePrompts, HostCopy] | None
     output_logprobs: Sequence[LogprobArrays | None]
     input_logprobs: Sequence[LogprobArrays | None]
     invalid_rows: tuple[int, ...]
@@ -204,10 +209,14 @@ class TpModelWorker:
                 logits.highest,
             )
             self._relay.note(out.token_ids)
+            prompts = None
+            if logits.late is not None:
+                prompts = (logits.late, self._runtime.fetch(logits.late.values))
             return _Launched(
                 began,
                 self._runtime.fetch(out.token_ids if out.late is None else out.late.values),
                 out.late,
+                prompts,
                 out.logprobs,
                 logits.input_logprobs,
                 out.invalid_rows,
@@ -221,13 +230,17 @@ class TpModelWorker:
         told = StepTold(values, list(step.output_logprobs), step.invalid_rows)
         if step.late is not None:
             told = step.late.read(values)
+        input_logprobs = step.input_logprobs
+        if step.prompts is not None:
+            late, copy = step.prompts
+            input_logprobs = late.read(copy.wait())
         step.progress.tick()
         # Steps are computed one after another: a step's time begins when the one before ended.
         began, self._last_end = max(step.began, self._last_end), time.perf_counter()
         return GenerationBatchResult(
             token_ids=told.token_ids,
             output_logprobs=told.logprobs,
-            input_logprobs=step.input_logprobs,
+            input_logprobs=input_logprobs,
             forward_s=self._last_end - began,
             invalid_rows=told.invalid_rows,
             failures=step.failures,

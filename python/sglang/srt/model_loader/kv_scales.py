@@ -38,9 +38,13 @@ Scales = dict[int, tuple[float, float]]
 
 
 class CheckpointScales:
-    """What a checkpoint says, layer by layer, once `without_scales` has been walked."""
+    """What a checkpoint says, layer by layer, once `without_scales` has been walked.
 
-    def __init__(self) -> None:
+    Not `wanted`, they are taken out of the weights all the same, whatever their shape.
+    """
+
+    def __init__(self, *, wanted: bool = True) -> None:
+        self._wanted = wanted
         self._found: dict[int, dict[str, float]] = {}
 
     def without_scales(self, weights: Iterable[tuple[str, LoadedWeight]]) -> WeightIterator:
@@ -49,7 +53,7 @@ class CheckpointScales:
             match = _NAME.fullmatch(name)
             if match is None:
                 yield name, tensor
-            elif match[2] not in _UNUSED:
+            elif self._wanted and match[2] not in _UNUSED:
                 layer = self._found.setdefault(int(match[1]), {})
                 if match[2] in layer:
                     raise ValueError(f"weight {name}: layer {match[1]} has two scales of this kind")

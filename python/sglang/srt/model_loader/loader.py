@@ -77,7 +77,7 @@ def load_model(
         model = model_class(config, parallel, dtype)
     if kept == "none":
         move_to_huge_pages(model, copy=False)
-    scales = CheckpointScales()
+    scales = CheckpointScales(wanted=scales_kv and kv_scale_path is None)
     with torch.no_grad():
         if source is None:
             fill_with_dummy_weights(model, seed)
@@ -91,10 +91,11 @@ def load_model(
         if kept != "none":
             move_to_huge_pages(model, copy=True)
     if scales_kv:
-        found = scales.scales()
         if kv_scale_path is not None:
             place = (config.num_layers, parallel.tp_rank, parallel.tp_size)
             found = read_scale_file(kv_scale_path, *place)
+        else:
+            found = scales.scales()
         set_kv_scales(model, found)
     return model.requires_grad_(False).eval()
 

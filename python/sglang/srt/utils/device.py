@@ -120,12 +120,14 @@ class CpuRuntime:
 class _OnItsWay:
     """A `HostCopy` into page-locked memory, behind an event."""
 
-    def __init__(self, target: torch.Tensor, event: Any) -> None:
+    def __init__(self, target: torch.Tensor, event: Any, choose_device: Callable[[], None]) -> None:
         self._target = target
         self._event = event
+        self._choose_device = choose_device
 
     def wait(self) -> npt.NDArray[Any]:
         """See HostCopy. Releases the interpreter lock while it waits."""
+        self._choose_device()
         self._event.synchronize()
         values: npt.NDArray[Any] = self._target.numpy()
         return values
@@ -133,6 +135,10 @@ class _OnItsWay:
 
 class CudaRuntime:
     """CUDA device number `index`, with one compute stream.
+
+    A thread begins with device 0 as its current one, and what it asks of CUDA then, or comes back
+    to when it leaves a stream, makes a context there: half a GiB of a device that is another
+    rank's. So every call here makes the process's device that of its thread, for good.
 
     `cuda` replaces torch.cuda. Raises ValueError when torch has no such device.
     """
@@ -146,7 +152,7 @@ class CudaRuntime:
             which = f"only {found} of {index + 1} CUDA devices" if found else "no CUDA device"
             raise ValueError(f"--device cuda: torch {torch.__version__} finds {which}")
         self.device = torch.device("cuda", index)
-        self._cuda.set_device(index)
+        self._choose_device()
         self._stream = self._cuda.Stream(device=self.device)
         self._graph_pool: Any = None
 
@@ -162,6 +168,7 @@ class CudaRuntime:
 
     def computing(self) -> AbstractContextManager[Any]:
         """See DeviceRuntime. The stream waits for nothing that others launched."""
+        self._choose_device()
         context: AbstractContextManager[Any] = self._cuda.stream(self._stream)
         return context
 
@@ -175,7 +182,7 @@ class CudaRuntime:
         target.copy_(tensor, non_blocking=True)
         event = self._cuda.Event()
         event.record(self._stream)
-        return _OnItsWay(target, event)
+        return _OnItsWay(target, event, self._choose_device)
 
     def record(self, work: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
         """See DeviceRuntime: a CUDA graph; all of them share one pool of memory.
@@ -196,6 +203,7 @@ class CudaRuntime:
 
     def read_memory(self) -> HostMemory:
         """See DeviceRuntime: as the driver says, once torch's cache is given back to it."""
+        self._choose_device()
         self._cuda.empty_cache()
         free, total = self._cuda.mem_get_info(self.device)
         return HostMemory(int(total), int(free), "cudaMemGetInfo")
@@ -203,6 +211,9 @@ class CudaRuntime:
     def synchronize(self) -> None:
         """See DeviceRuntime."""
         self._cuda.synchronize(self.device)
+
+    def _choose_device(self) -> None:
+        self._cuda.set_device(self.device.index)
 
     def __repr__(self) -> str:
         return f"CudaRuntime({self.device})"

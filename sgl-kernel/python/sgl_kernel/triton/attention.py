@@ -134,6 +134,7 @@ def paged_attention(
     sight: Sight,
     *,
     scale: float,
+    v_scale: float = 1.0,
     logit_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -142,24 +143,24 @@ def paged_attention(
     """Attention of the rows that `work` names: q [R, H, D] over k [S, G, D], v [S, G, E].
 
     K and V of fp8 are computed in q's type, others in their own; sums are float32. `work` was
-    planned with the same `sight`; `scale` is above 0. Returns `out` [R, H, E] in q's type (a new
-    one if None), whose other rows are not touched. `lse` float32 [R, H] gets the log-sum-exps,
-    `sinks` [H] included. Raises KernelError for shapes, types and scales that are not served.
+    planned with the same `sight`; `scale` is above 0. Results are multiplied by `v_scale`, before
+    they are rounded: neither number is part of what is compiled. Returns `out` [R, H, E] in q's
+    type (a new one if None), whose other rows are not touched. `lse` float32 [R, H] gets the
+    log-sum-exps, `sinks` [H] included. Raises KernelError for shapes, types and scales that are not
+    served.
     """
     if not scale > 0.0:
         raise KernelError(f"scores times {scale} keep no order")
-    pointers = k.pointers if isinstance(k, Segments) else k
-    check_device(q, pointers)
+    check_device(q, plane_base(k))
     kv_heads, head_dim, v_head_dim = _check_shapes(q, k, v)
     num_rows, num_heads, _ = q.shape
-    group = num_heads // kv_heads
     if out is None:
         out = q.new_empty(num_rows, num_heads, v_head_dim)
-    compute = q.dtype if k.dtype.itemsize == 1 else k.dtype
     parts = q.new_empty((work.num_parts, num_heads, v_head_dim), dtype=torch.float32)
     part_lse = q.new_empty((work.num_parts, num_heads), dtype=torch.float32)
+    segment_pages = k.slots // tables.page_size if isinstance(k, Segments) else 1
     span, kind = _span(sight)
-    shared: dict[str, Any] = {
+    shared = {
         "VALUE_DIM": v_head_dim,
         "BLOCK_E": max(16, power_of_two(v_head_dim)),
         "HAS_SINKS": sinks is not None,
@@ -168,25 +169,11 @@ def paged_attention(
     }
     for tile, items in work.launches:
         paged_attention_kernel[(len(items) * kv_heads,)](
-            q,
-            pointers,
-            v.pointers if isinstance(v, Segments) else v,
-            out,
-            parts,
-            part_lse,
-            lse,
-            sinks,
-            items,
-            tables.starts,
-            tables.origins,
-            tables.pages,
-            q.stride(0),
-            k.slots // tables.page_size if isinstance(k, Segments) else 1,
-            span,
-            scale,
-            logit_cap,
+            *(q, plane_base(k), plane_base(v), out, parts, part_lse, lse, sinks),
+            *(items, tables.starts, tables.origins, tables.pages),
+            *(q.stride(0), segment_pages, span, scale, logit_cap, v_scale),
             KV_HEADS=kv_heads,
-            GROUP=group,
+            GROUP=num_heads // kv_heads,
             HEAD_DIM=head_dim,
             BLOCK_D=max(16, power_of_two(head_dim)),
             BLOCK_M=tile.rows,
@@ -195,27 +182,35 @@ def paged_attention(
             SIGHT=kind,
             CAPPED=logit_cap > 0.0,
             SEGMENTED=isinstance(k, Segments),
-            KV_TYPE=TRITON_TYPES[k.dtype],
-            COMPUTE_TYPE=TRITON_TYPES[compute],
-            DOT_TYPE=TRITON_TYPES[torch.float32 if is_interpreted() else compute],
-            PRECISION="ieee" if compute is torch.float32 else "tf32",
+            **_types(q.dtype, k.dtype),
             **launch_sizes(tile, v_head_dim, k.dtype, segmented=isinstance(k, Segments)),
             **shared,
         )
     if len(work.merged):
         merge_parts_kernel[(len(work.merged) * num_heads,)](
-            out,
-            lse,
-            parts,
-            part_lse,
-            sinks,
-            work.merged,
+            *(out, lse, parts, part_lse, sinks, work.merged, v_scale),
             NUM_HEADS=num_heads,
             BLOCK_P=_MERGED_PARTS,
             num_warps=4,
             **shared,
         )
     return out
+
+
+def plane_base(plane: torch.Tensor | Segments) -> torch.Tensor:
+    """What a kernel finds a plane's slots by."""
+    return plane.pointers if isinstance(plane, Segments) else plane
+
+
+def _types(q_dtype: torch.dtype, kv_dtype: torch.dtype) -> dict[str, Any]:
+    """What K and V are stored in, what is computed in, and how exactly products are made."""
+    compute = q_dtype if kv_dtype.itemsize == 1 else kv_dtype
+    return {
+        "KV_TYPE": TRITON_TYPES[kv_dtype],
+        "COMPUTE_TYPE": TRITON_TYPES[compute],
+        "DOT_TYPE": TRITON_TYPES[torch.float32 if is_interpreted() else compute],
+        "PRECISION": "ieee" if compute is torch.float32 else "tf32",
+    }
 
 
 def _span(sight: Sight) -> tuple[int, int]:

@@ -101,32 +101,19 @@ def grouped_linear(
     and `bias` [E, N]. Scales float32 [T, K] multiply a pair's inputs, rounded to x's type, or its
     outputs. Products are summed in float32. Raises KernelError for shapes that do not fit.
     """
-    check_device(x)
-    num_experts, width, depth = weight.shape
-    scales = scale_outputs if scale_inputs is None else scale_inputs
+    _check(x, weight, pairs, tile)
     if scale_inputs is not None and scale_outputs is not None:
         raise KernelError("weights of the pairs multiply inputs or outputs, not both")
-    if x.shape[1] != depth or x.stride(1) != 1 or not weight.is_contiguous():
-        raise KernelError(f"x {tuple(x.shape)} does not fit weights {tuple(weight.shape)}")
-    if pairs.block != tile.rows or x.dtype != weight.dtype:
-        raise KernelError(f"tiles of {pairs.block} and {tile.rows}, {x.dtype} and {weight.dtype}")
+    num_experts, width, depth = weight.shape
     num_pairs = pairs.num_tokens * pairs.num_chosen
-    if len(x) not in (pairs.num_tokens, num_pairs):
-        raise KernelError(f"{len(x)} rows for {pairs.num_tokens} x {pairs.num_chosen} pairs")
     out = torch.empty((num_pairs, width), dtype=out_dtype or x.dtype, device=x.device)
     if not num_pairs:
         return out
     columns = -(-width // tile.columns)
     grouped_linear_kernel[(len(pairs.tile_experts) * columns,)](
-        x,
-        weight,
-        bias,
-        out,
-        pairs.order,
-        pairs.tile_experts,
-        scales,
-        num_pairs,
-        x.stride(0),
+        *(x, weight, bias, out, pairs.order, pairs.tile_experts),
+        scale_outputs if scale_inputs is None else scale_inputs,
+        *(num_pairs, x.stride(0)),
         OUT=width,
         IN=depth,
         NUM_EXPERTS=num_experts,
@@ -147,6 +134,17 @@ def grouped_linear(
         **FP_FUSION,
     )
     return out
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, pairs: Pairs, tile: GroupedTile) -> None:
+    """Raises KernelError for shapes and types that are not served."""
+    check_device(x)
+    if x.shape[1] != weight.shape[2] or x.stride(1) != 1 or not weight.is_contiguous():
+        raise KernelError(f"x {tuple(x.shape)} does not fit weights {tuple(weight.shape)}")
+    if pairs.block != tile.rows or x.dtype != weight.dtype:
+        raise KernelError(f"tiles of {pairs.block} and {tile.rows}, {x.dtype} and {weight.dtype}")
+    if len(x) not in (pairs.num_tokens, pairs.num_tokens * pairs.num_chosen):
+        raise KernelError(f"{len(x)} rows for {pairs.num_tokens} x {pairs.num_chosen} pairs")
 
 
 def mixture(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from sgl_kernel.library import KernelError
-from sgl_kernel.triton.attention import Segments
+from sgl_kernel.triton.attention import Segments, plane_base
 from sgl_kernel.triton.kernels.store import rotate_and_store_kernel
 from sgl_kernel.triton.launch import FP_FUSION, TRITON_TYPES, check_device, power_of_two
 
@@ -73,15 +73,55 @@ def _launch(
     interleaved: bool,
     scales: tuple[float, float],
 ) -> None:
+    _check(q, k, v, angles, slots, k_plane, v_plane, scales)
+    if not len(k):
+        return
+    kv_heads, head_dim = _shape(k_plane)
+    num_heads, v_head_dim = q.shape[1] // head_dim, _shape(v_plane)[1]
+    cos, sin = (k, k) if angles is None else angles
+    blocks = 2 * -(-kv_heads // _HEADS) + (0 if angles is None else -(-num_heads // _HEADS))
+    rotate_and_store_kernel[(len(k), blocks)](
+        *(q, k, v, out, cos, sin, slots, plane_base(k_plane), plane_base(v_plane)),
+        *(q.stride(0), k.stride(0), v.stride(0)),
+        k_plane.slots if isinstance(k_plane, Segments) else 1,
+        *(1.0 / scale for scale in scales),
+        NUM_HEADS=num_heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=v_head_dim,
+        BLOCK_PAIRS=power_of_two(head_dim // 2),
+        BLOCK_E=power_of_two(v_head_dim),
+        BLOCK_HEADS=_HEADS,
+        ROTATES=angles is not None,
+        INTERLEAVED=interleaved,
+        SEGMENTED=isinstance(k_plane, Segments),
+        X_TYPE=TRITON_TYPES[k.dtype],
+        KV_TYPE=TRITON_TYPES[k_plane.dtype],
+        LARGEST=torch.finfo(k_plane.dtype).max if k_plane.dtype.itemsize == 1 else 0.0,
+        num_warps=4,
+        **FP_FUSION,
+    )
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    slots: torch.Tensor,
+    k_plane: torch.Tensor | Segments,
+    v_plane: torch.Tensor | Segments,
+    scales: tuple[float, float],
+) -> None:
+    """Raises KernelError for shapes, types and scales that are not served."""
     check_device(k)
     kv_heads, head_dim = _shape(k_plane)
     v_heads, v_head_dim = _shape(v_plane)
-    tokens, rotates = len(k), angles is not None
-    num_heads = q.shape[1] // head_dim
+    tokens = len(k)
     fits = (
         k.shape == (tokens, kv_heads * head_dim)
         and v.shape == (tokens, kv_heads * v_head_dim)
-        and q.shape == (tokens, num_heads * head_dim)
+        and q.shape == (tokens, q.shape[1] // head_dim * head_dim)
         and v_heads == kv_heads
         and head_dim % 2 == 0
         and len(slots) == tokens
@@ -95,49 +135,10 @@ def _launch(
         raise KernelError(f"q, k and v must be of one type, not {q.dtype}, {k.dtype}, {v.dtype}")
     if max(x.stride(-1) for x in (q, k, v)) != 1:
         raise KernelError("the elements of a row must lie side by side")
-    cos, sin = (k, k) if angles is None else angles
-    if rotates and not (cos.is_contiguous() and sin.is_contiguous()):
+    if angles is not None and not all(angle.is_contiguous() for angle in angles):
         raise KernelError("cosines and sines must be contiguous")
-    is_fp8 = k_plane.dtype.itemsize == 1
-    if scales != (1.0, 1.0) and not is_fp8:
+    if scales != (1.0, 1.0) and k_plane.dtype.itemsize != 1:
         raise KernelError(f"only planes of fp8 have scales, not {k_plane.dtype}")
-    if not tokens:
-        return
-    kv_blocks = -(-kv_heads // _HEADS)
-    blocks = 2 * kv_blocks + (-(-num_heads // _HEADS) if rotates else 0)
-    segmented = isinstance(k_plane, Segments)
-    rotate_and_store_kernel[(tokens, blocks)](
-        q,
-        k,
-        v,
-        out,
-        cos,
-        sin,
-        slots,
-        k_plane.pointers if isinstance(k_plane, Segments) else k_plane,
-        v_plane.pointers if isinstance(v_plane, Segments) else v_plane,
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        k_plane.slots if isinstance(k_plane, Segments) else 1,
-        1.0 / scales[0],
-        1.0 / scales[1],
-        NUM_HEADS=num_heads,
-        KV_HEADS=kv_heads,
-        HEAD_DIM=head_dim,
-        VALUE_DIM=v_head_dim,
-        BLOCK_PAIRS=power_of_two(head_dim // 2),
-        BLOCK_E=power_of_two(v_head_dim),
-        BLOCK_HEADS=_HEADS,
-        ROTATES=rotates,
-        INTERLEAVED=interleaved,
-        SEGMENTED=segmented,
-        X_TYPE=TRITON_TYPES[k.dtype],
-        KV_TYPE=TRITON_TYPES[k_plane.dtype],
-        LARGEST=torch.finfo(k_plane.dtype).max if is_fp8 else 0.0,
-        num_warps=4,
-        **FP_FUSION,
-    )
 
 
 def _shape(plane: torch.Tensor | Segments) -> tuple[int, int]:

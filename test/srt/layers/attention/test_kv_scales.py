@@ -62,6 +62,19 @@ def test_equals_dense_attention_over_the_numbers_themselves(
     torch.testing.assert_close(pruned / V_SCALE, expected, rtol=0, atol=4e-6)
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+def test_triton_multiplies_in_the_launch_that_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(x: torch.Tensor, factor: float) -> torch.Tensor:
+        raise AssertionError(f"{tuple(x.shape)} times {factor}, in a launch of its own")
+
+    monkeypatch.setattr("sglang.srt.layers.radix_attention.scaled", never)
+    case = scaled_case("fp8_e4m3")
+    out = case.run(BACKENDS["triton"](case.spec)).double()
+    torch.testing.assert_close(out / V_SCALE, case.reference() / V_SCALE, rtol=0, atol=4e-6)
+    with pytest.raises(AssertionError, match=f"times {V_SCALE}"):
+        case.run(BACKENDS["torch_native"](case.spec))
+
+
 @pytest.mark.parametrize("name", list(BACKENDS))
 def test_a_scale_ends_saturation(name: str) -> None:
     """Values of a hundred thousand: saturated they are all 448, scaled they are near."""

@@ -175,6 +175,31 @@ def test_what_can_not_be_recorded() -> None:
     assert not backend.may_record(geometry([(5, 1)] * 4))  # tables might have to move
 
 
+def test_once_tables_moved_nothing_recorded_is_used() -> None:
+    """A prompt that is computed call by call may outgrow them; what was recorded reads the old."""
+    kernels = triton_kernels()
+    assert kernels is not None
+    spec = make_spec(page_size=4)
+    layer = make_layer(spec)
+    backend = TritonAttnBackend(spec, chip=kernels.Chip(16, 16))
+    backend._tables[0] = DeviceTables(torch.device("cpu"), capacity=512)
+
+    def case_of(lengths: list[tuple[int, int]]) -> Case:
+        return Case(spec, lengths, make_tables(lengths, 4, []), layer)
+
+    step = case_of([(9, 1)] * 2)
+    plan = backend.plan_recorded(step.geometry())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "plan", lambda geometry: plan)
+        step.run(backend)
+    assert backend.may_record(step.geometry())
+    backend.renew(plan, step.geometry())
+    check(case_of([(980, 20)]), backend)
+    assert backend._tables[0].moves == 1
+    assert not backend.may_record(step.geometry())
+    check(step, backend)
+
+
 def test_an_empty_batch() -> None:
     spec = make_spec(page_size=16)
     case = Case(spec, [], [], make_layer(spec))

@@ -22,7 +22,8 @@ class AttentionLayer(Protocol):
     """The calling layer; see `RadixAttention` for the meaning of each.
 
     `scaling` multiplies a query's product with a stored key, so `k_scale` is in it. Results are in
-    units of what is stored: the layer multiplies them by `v_scale`.
+    units of what is stored, which the layer multiplies by `v_scale`, unless the backend does
+    (`scales_values`).
     """
 
     num_heads: int
@@ -51,6 +52,7 @@ class AttentionBackend(ABC):
     records_steps: ClassVar[bool] = False  # has `may_record` and `renew`
     is_native: ClassVar[bool] = False  # computes a recorded step by calls that a tape takes
     rotates: ClassVar[bool] = False  # has `rotate_and_store`
+    scales_values: ClassVar[bool] = False  # `forward` multiplies by the layer's `v_scale` itself
 
     def __init__(self, spec: KVCacheSpec) -> None:
         self.spec = spec

@@ -99,6 +99,7 @@ class TritonAttnBackend(AttentionBackend):
     preferred_page_size: ClassVar[int] = 64
     records_steps: ClassVar[bool] = True
     rotates: ClassVar[bool] = True
+    scales_values: ClassVar[bool] = True
 
     def __init__(
         self, spec: KVCacheSpec, *, chip: Any = None, part_bytes: int = _PART_BYTES
@@ -111,6 +112,7 @@ class TritonAttnBackend(AttentionBackend):
         self._chip = chip
         self._part_bytes = part_bytes
         self._tables: dict[int, DeviceTables] = {}
+        self._recorded_moves: dict[int, int] = {}  # of a group's tables when steps were recorded
         self._pointers: dict[int, _Pointers] = {}  # by the plane's id
 
     def plan(self, geometry: BatchGeometry) -> TritonPlan:
@@ -128,7 +130,9 @@ class TritonAttnBackend(AttentionBackend):
         most = self._chip.most_keys(self.spec.kv_heads)
         views = geometry.block_tables
         return int(geometry.seq_lens.sum()) <= most and all(
-            tables.holds(views[group]) for group, tables in self._tables.items()
+            tables.moves == self._recorded_moves.get(group, tables.moves)
+            and tables.holds(views[group])
+            for group, tables in self._tables.items()
         )
 
     def renew(self, plan: TritonPlan, geometry: BatchGeometry) -> None:
@@ -211,6 +215,7 @@ class TritonAttnBackend(AttentionBackend):
                     work,
                     sight,
                     scale=layer.scaling,
+                    v_scale=layer.v_scale,
                     logit_cap=layer.logit_cap,
                     sinks=layer.sinks,
                     out=out,
@@ -238,6 +243,8 @@ class TritonAttnBackend(AttentionBackend):
         if group not in plan.tables:
             located = self._located(plan.geometry, group, device)
             plan.tables[group] = self._kernels.Tables(*located, plan.geometry.page_size)
+            if plan.recorded:
+                self._recorded_moves[group] = self._tables[group].moves
         return plan.tables[group]
 
     def _located(

@@ -169,7 +169,7 @@ def _attend(
 def paged_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, part_lse_ptr, lse_ptr, sinks_ptr,
     items_ptr, table_starts_ptr, origins_ptr, pages_ptr,
-    q_stride, segment_pages, span, scale, logit_cap,
+    q_stride, segment_pages, span, scale, logit_cap, v_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -181,9 +181,10 @@ def paged_attention_kernel(
     """Program w * KV_HEADS + g: item w with the query heads of kv head g.
 
     An item without queries is padding. One whose PART is -1 is the only part of its queries and
-    writes the output; the others write float32 parts for `merge_parts_kernel`. Strides count
-    elements. Q, K, V and weights are rounded to COMPUTE_TYPE and multiplied as DOT_TYPE, which is
-    the same but in the interpreter, whose products of bfloat16 are those of its bits.
+    writes the output, times `v_scale`; the others write float32 parts for `merge_parts_kernel`,
+    which does that. Strides count elements. Q, K, V and weights are rounded to COMPUTE_TYPE and
+    multiplied as DOT_TYPE, which is the same but in the interpreter, whose products of bfloat16 are
+    those of its bits.
     """
     program = tl.program_id(0)
     # The heads of a slot lie side by side, so programs beside each other read the same lines.
@@ -268,7 +269,7 @@ def paged_attention_kernel(
         row = (first_row + query).to(tl.int64) * (KV_HEADS * GROUP) + heads
         tl.store(
             out_ptr + row[:, None] * VALUE_DIM + offs_e[None, :],
-            result.to(out_ptr.dtype.element_ty),
+            (result * v_scale).to(out_ptr.dtype.element_ty),
             mask=writes,
         )
         if HAS_LSE:
@@ -281,11 +282,12 @@ def paged_attention_kernel(
 
 @triton.jit
 def merge_parts_kernel(
-    out_ptr, lse_ptr, part_ptr, part_lse_ptr, sinks_ptr, rows_ptr,
+    out_ptr, lse_ptr, part_ptr, part_lse_ptr, sinks_ptr, rows_ptr, v_scale,
     NUM_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Program i * NUM_HEADS + h: head h of merged row i from all its parts, in float32.
+    """Program i * NUM_HEADS + h: head h of merged row i from all its parts, in float32, times
+    `v_scale`.
 
     `rows` int32 [*, 4]: the output's row, the first part's row, how many parts, and how many rows
     lie from part to part. A row of no parts is padding.
@@ -327,7 +329,7 @@ def merge_parts_kernel(
     total = tl.sum(totals, 0)
     if HAS_SINKS:
         total += tl.exp2((sink - highest) * LOG2E)
-    result = tl.sum(acc, 0) / total
+    result = tl.sum(acc, 0) / total * v_scale
     out_row = row * NUM_HEADS + head
     tl.store(
         out_ptr + out_row * VALUE_DIM + offs_e,

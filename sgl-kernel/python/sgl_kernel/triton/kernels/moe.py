@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Whether the number of pairs is 1 or a multiple of 16 differs from step to step, and helps nothing.
+@triton.jit(do_not_specialize=["num_pairs"])
 def grouped_linear_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, pairs_ptr, tile_experts_ptr, pair_weights_ptr,
     num_pairs, x_stride,

@@ -1,0 +1,82 @@
+"""What a Hugging Face checkpoint says of its quantisation: weights, and the KV cache.
+
+compressed-tensors writes `quantization_config` into config.json, ModelOpt the same and, or only, a
+file hf_quant_config.json beside it. Pure; `ModelConfig` reads the files. What `auto` of
+--kv-cache-dtype makes of it is SGLang's rule: its pull request 35455 says which schemes count, and
+that others are warned of and served with a cache that is not quantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheScheme:
+    """A checkpoint's own word about its KV cache.
+
+    `dtype` is the value of --kv-cache-dtype that it means; None: none of ours, which `told`, the
+    words as they stand in the file, then says.
+    """
+
+    dtype: str | None
+    told: str
+
+
+def has_quantized_weights(config: Any, modelopt: Mapping[str, Any]) -> bool:
+    """Whether weights are quantised: False also where a checkpoint tells of its KV cache alone.
+
+    `config` is config.json's `quantization_config` (None: there is none), `modelopt` the object
+    `quantization` of hf_quant_config.json ({}: there is none).
+    """
+    if modelopt.get("quant_algo"):
+        return True
+    if not isinstance(config, Mapping):
+        return bool(config)
+    if config.get("quant_method") == "compressed-tensors" and config.get("kv_cache_scheme"):
+        return bool(config.get("config_groups"))
+    if _is_modelopt(config) and (config.get("kv_cache_scheme") or _algorithm(config)):
+        return bool(_modelopt_part(config).get("quant_algo") or config.get("config_groups"))
+    return bool(config)
+
+
+def kv_cache_scheme(config: Any, modelopt: Mapping[str, Any]) -> KVCacheScheme | None:
+    """The scheme of the KV cache, None where nothing is said; arguments as above.
+
+    Served is fp8 by numbers that were found once, one for a layer's K and one for its V.
+    """
+    found = config if isinstance(config, Mapping) else {}
+    scheme = found.get("kv_cache_scheme")
+    algorithm = _algorithm(modelopt) or (_algorithm(found) if _is_modelopt(found) else None)
+    if scheme:
+        return KVCacheScheme("fp8_e4m3" if _is_served(scheme) else None, f"{scheme}")
+    if algorithm is not None:
+        return KVCacheScheme("fp8_e4m3" if algorithm.upper() == "FP8" else None, algorithm)
+    return None
+
+
+def _is_served(scheme: Any) -> bool:
+    return isinstance(scheme, Mapping) and (
+        scheme.get("num_bits") == 8
+        and scheme.get("type") == "float"
+        and scheme.get("strategy") in (None, "tensor")
+        and not scheme.get("dynamic")
+        and scheme.get("symmetric") in (None, True)
+    )
+
+
+def _is_modelopt(config: Mapping[str, Any]) -> bool:
+    return str(config.get("quant_method", "")).startswith("modelopt")
+
+
+def _modelopt_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """ModelOpt's fields, which older files have in an object of their own."""
+    inner = config.get("quantization")
+    return inner if isinstance(inner, Mapping) else config
+
+
+def _algorithm(config: Mapping[str, Any]) -> str | None:
+    value = _modelopt_part(config).get("kv_cache_quant_algo")
+    return str(value) if value else None
