@@ -98,8 +98,7 @@ _TABLES: tuple[tuple[str, FieldTable[Any], str], ...] = (
     (
         "`/v1/chat/completions`",
         CHAT_FIELDS,
-        "`tools` is refused unless it is empty or `tool_choice` is `none`. Any other field is "
-        "ignored: clients send many of their own.",
+        "Any other field is ignored: clients send many of their own.",
     ),
     ("`/v1/completions`", COMPLETION_FIELDS, "Any other field is ignored."),
 )

@@ -52,6 +52,8 @@ def check_combinations(args: Any) -> None:
     check_nodes(args)
     if args.skip_tokenizer_init and args.chat_template is not None:
         raise ValueError("--chat-template needs a tokenizer; drop --skip-tokenizer-init")
+    if args.skip_tokenizer_init and (args.tool_call_parser or args.reasoning_parser):
+        raise ValueError("parsers read text, which needs a tokenizer; drop --skip-tokenizer-init")
     if args.kv_backing == "static" and args.kv_segment_reserve > 0:
         raise ValueError("--kv-segment-reserve: --kv-backing static maps every segment at start")
     if args.kv_backing == "cuda_vmm" and args.device == "cpu":

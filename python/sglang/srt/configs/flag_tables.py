@@ -243,9 +243,9 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "grammar-constrained output, parsers and templates of this kind do not exist here",
+        "grammar-constrained output and templates of this kind do not exist here",
         """
-        --grammar-backend V ok:none; --reasoning-parser V; --tool-call-parser V; --tool-server V;
+        --grammar-backend V ok:none; --tool-server V;
         --completion-template V; --hf-chat-template-name V; --preferred-sampling-params V;
         --enable-custom-logit-processor; --stream-response-default-include-usage;
         --dllm-algorithm V; --dllm-algorithm-config V

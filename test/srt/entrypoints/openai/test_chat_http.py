@@ -125,15 +125,6 @@ def test_fields_reach_the_sampling_parameters(server: LiveServer) -> None:
     assert params.stop_token_ids == (9,)
 
 
-def test_tools_that_may_not_be_called_are_no_tools(server: LiveServer) -> None:
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    assert chat(server, tools=tools, tool_choice="none").status_code == 200
-    assert "tools" not in server.service.templates[0][1]
-    refused = chat(server, tools=tools)
-    assert refused.status_code == 400
-    assert "'tools'" in refused.json()["message"]
-
-
 def test_messages_are_flattened_for_the_template(server: LiveServer) -> None:
     messages = [
         {
@@ -279,7 +270,6 @@ def test_an_error_inside_a_stream(server: LiveServer) -> None:
         ({"temperature": -1}, "temperature"),
         ({"n": 0}, "n must be"),
         ({"n": 1000}, "n must be"),
-        ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"functions": [{}]}, "functions"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
