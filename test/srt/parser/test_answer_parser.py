@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sglang.srt.parser.answer_parser import AnswerForm, ParserNames
+from sglang.srt.parser.answer_parser import AnswerForm, ParserNames, ReasoningCount
 from sglang.srt.parser.parser_choice import choose_parsers
 from srt.function_call.answers import TOOLS, Answer, answer_of, parse
 
@@ -107,15 +107,15 @@ def test_gpt_oss_calls_need_its_tool_parser() -> None:
 def test_reasoning_tokens_are_counted(
     name: str, prompt: str, tokens: list[str], total: int
 ) -> None:
-    counter = form(names=ParserNames(None, name), prompt=prompt).make_counter()
-    assert counter is not None
-    counter.add(range(2), tokens.__getitem__)
-    counter.add(range(2, len(tokens)), tokens.__getitem__)
-    assert counter.total == total
+    one = form(names=ParserNames(None, name), prompt=prompt)
+    count = ReasoningCount(one, tokens.__getitem__)
+    count.add(range(2))
+    assert count.add(range(2, len(tokens))) == total
 
 
 def test_without_a_parser_nothing_is_counted() -> None:
-    assert form(names=ParserNames("hermes", None)).make_counter() is None
+    for one in (None, form(names=ParserNames("hermes", None))):
+        assert ReasoningCount(one, ["<think>"].__getitem__).add([0]) == 0
 
 
 # The lines by which the models' public chat templates are told apart.

@@ -60,6 +60,7 @@ class Serving:
             self.runner,
             incremental=server_args.incremental_streaming_output,
             weight_version=WEIGHT_VERSION,
+            reasoning_parser=self.parsers.reasoning,
         )
         self.chat = ChatServing(service, self.runner, options)
         self.completions = CompletionServing(service, self.runner, options)

@@ -21,6 +21,8 @@ from sglang.srt.parser.harmony_parser import HARMONY_MARKERS, HarmonyParser
 from sglang.srt.parser.reasoning_parser import REASONING_FORMATS, ReasoningParser, begins_inside
 
 GPT_OSS = "gpt-oss"
+# Parsing a character takes about as long as formatting so many bytes of a reply.
+PARSE_BYTES_PER_CHAR = 8
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,14 @@ class AnswerForm:
             reasoning = ReasoningParser(inside=self._begins_inside, verbatim=not self.separates)
         return _Chain(reasoning, calls)
 
-    def make_counter(self) -> ReasoningCounter | None:
-        """A counter for one answer's reasoning tokens; None when the server has no parser."""
+    def make_reasoning_reader(self) -> ReasoningParser | HarmonyParser | None:
+        """A parser that only knows what is reasoning; None when the server has no such parser."""
         name = self.names.reasoning
         if name is None:
             return None
         if name == GPT_OSS:
-            return ReasoningCounter(HarmonyParser({}))
-        return ReasoningCounter(ReasoningParser(inside=self._begins_inside))
+            return HarmonyParser({})
+        return ReasoningParser(inside=self._begins_inside)
 
     @property
     def _begins_inside(self) -> bool:
@@ -121,19 +123,24 @@ class _Chain:
         return merged(result)
 
 
-class ReasoningCounter:
-    """Counts the tokens of an answer that are reasoning, its markers included.
+class ReasoningCount:
+    """How many tokens of an answer are reasoning, its markers included.
 
     It reads the tokens' own texts: those that a client gets may be put together from several.
+    `form` None, or one without a parser of reasoning: nothing is counted.
     """
 
-    def __init__(self, parser: ReasoningParser | HarmonyParser) -> None:
-        self.total = 0
-        self._parser = parser
+    def __init__(self, form: AnswerForm | None, text_of: Callable[[int], str]) -> None:
+        self._total = 0
+        self._parser = None if form is None else form.make_reasoning_reader()
+        self._text_of = text_of
 
-    def add(self, token_ids: Iterable[int], text_of: Callable[[int], str]) -> None:
-        """Count more tokens."""
+    def add(self, token_ids: Iterable[int]) -> int:
+        """Take more tokens; the number of reasoning tokens so far."""
+        if self._parser is None:
+            return 0
         for token_id in token_ids:
             was_reasoning = self._parser.is_reasoning
-            self._parser.feed(text_of(int(token_id)))
-            self.total += was_reasoning or self._parser.is_reasoning
+            self._parser.feed(self._text_of(int(token_id)))
+            self._total += was_reasoning or self._parser.is_reasoning
+        return self._total

@@ -5,7 +5,7 @@ The text is parsed as the request's `AnswerForm` says; without anything to parse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,9 @@ from sglang.srt.function_call.core_types import (
     merged,
 )
 from sglang.srt.function_call.function_call_parser import new_call_id
-from sglang.srt.managers.generate_request import GenerateDelta, IdArray, concat_logprobs
+from sglang.srt.managers.generate_request import GenerateDelta, concat_logprobs
 from sglang.srt.managers.io_struct import FinishReason, LogprobArrays
 from sglang.srt.parser.answer_parser import AnswerForm
-
-TextOf = Callable[[int], str]
 
 
 def finish_of(reason: FinishReason | None, has_calls: bool) -> dict[str, Any]:
@@ -34,15 +32,6 @@ def finish_of(reason: FinishReason | None, has_calls: bool) -> dict[str, Any]:
     if has_calls and fields["finish_reason"] == "stop":
         fields["finish_reason"] = "tool_calls"
     return fields
-
-
-def whole_reasoning_tokens(form: AnswerForm, ids: IdArray, text_of: TextOf) -> int:
-    """Tokens of a complete answer that are reasoning; 0 without a parser."""
-    counter = form.make_counter()
-    if counter is None:
-        return 0
-    counter.add(ids, text_of)
-    return counter.total
 
 
 def whole_choice(form: AnswerForm, text: str, reason: FinishReason | None) -> dict[str, Any]:
@@ -106,23 +95,14 @@ class Chunk:
 class StreamedChoice:
     """One choice of a stream; `streams_reasoning` False: reasoning comes at once, at its end."""
 
-    def __init__(self, form: AnswerForm, streams_reasoning: bool, text_of: TextOf) -> None:
+    def __init__(self, form: AnswerForm, streams_reasoning: bool) -> None:
         self._form = form
         self._parser = form.make_parser()
-        self._counter = form.make_counter()
-        self._text_of = text_of
         self._streams_reasoning = streams_reasoning
         self._thought: list[str] = []  # reasoning that waits for its end
         self._logprobs: list[LogprobArrays] = []  # of tokens whose text is held back
         self._num_calls = 0
         self._has_calls = False
-
-    def reasoning_tokens(self, new_ids: IdArray) -> int:
-        """Reasoning tokens so far, `new_ids` included."""
-        if self._counter is None:
-            return 0
-        self._counter.add(new_ids, self._text_of)
-        return self._counter.total
 
     def chunks(self, delta: GenerateDelta) -> list[Chunk]:
         """What the delta adds, then the end in a chunk of its own.

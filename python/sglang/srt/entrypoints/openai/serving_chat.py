@@ -14,7 +14,6 @@ from sglang.srt.entrypoints.openai.chat_choice import (
     Chunk,
     StreamedChoice,
     whole_choice,
-    whole_reasoning_tokens,
 )
 from sglang.srt.entrypoints.openai.chat_messages import template_kwargs, template_messages
 from sglang.srt.entrypoints.openai.protocol import CHAT_FIELDS, ChatBody
@@ -35,10 +34,8 @@ from sglang.srt.entrypoints.sequences import Call, SequenceOutput, abort_error
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest
 from sglang.srt.managers.io_struct import LogprobArrays
-from sglang.srt.parser.answer_parser import AnswerForm
+from sglang.srt.parser.answer_parser import PARSE_BYTES_PER_CHAR, AnswerForm, ReasoningCount
 
-# Parsing a character costs about what formatting so many bytes of log probabilities does.
-_BYTES_PER_CHAR = 8
 _OPENING = Chunk({"role": "assistant", "content": ""}, None, finish_fields(None))
 
 
@@ -121,7 +118,7 @@ class ChatServing(OpenAIServing):
             last = last_of(output)
             size = formatted_bytes(output.output_logprobs)
             if not chat.form.is_plain:
-                size += _BYTES_PER_CHAR * len(output.text)
+                size += PARSE_BYTES_PER_CHAR * len(output.text)
             choice, reasoning = await off_loop(size, self._choice, chat, index, output, last)
             usage.note(index, last, reasoning)
             choices.append(choice)
@@ -145,7 +142,7 @@ class ChatServing(OpenAIServing):
         """A choice and its number of reasoning tokens."""
         arrays = output.output_logprobs
         choice = whole_choice(chat.form, output.text, last.finish_reason)
-        reasoning = whole_reasoning_tokens(chat.form, output.output_ids, self.token_text)
+        reasoning = ReasoningCount(chat.form, self.token_text).add(output.output_ids)
         logprobs = self._logprobs(arrays) if chat.body.logprobs else None
         return {"index": index, **choice, "logprobs": logprobs}, reasoning
 
@@ -156,7 +153,7 @@ class ChatServing(OpenAIServing):
         """Encoded chunks, `[DONE]` last. Raises RequestError only before the first one."""
         options = chat.body.stream_options
         usage = self._usage(chat)
-        begun: dict[int, StreamedChoice] = {}
+        begun: dict[int, tuple[StreamedChoice, ReasoningCount]] = {}
         has_sent = False
         try:
             async with aclosing(self.runner.stream(chat.call)) as deltas:
@@ -168,13 +165,13 @@ class ChatServing(OpenAIServing):
                     error = abort_error(delta.finish_reason)
                     if error is not None:
                         raise error
-                    choice, news = begun.get(index), []
-                    if choice is None:
-                        choice = begun[index] = self._streamed(chat)
-                        news = [_OPENING]
-                    usage.note(index, delta, choice.reasoning_tokens(delta.output_ids))
+                    opening = () if index in begun else (_OPENING,)
+                    if opening:
+                        begun[index] = self._begin_choice(chat)
+                    choice, count = begun[index]
+                    usage.note(index, delta, count.add(delta.output_ids))
                     now = usage.usage() if options.continuous_usage_stats else None
-                    for chunk in (*news, *choice.chunks(delta)):
+                    for chunk in (*opening, *choice.chunks(delta)):
                         yield event(self._chunk(chat, index, chunk, now))
         except RequestError as error:
             if not (begun or has_sent):
@@ -192,8 +189,9 @@ class ChatServing(OpenAIServing):
             )
         yield DONE_EVENT
 
-    def _streamed(self, chat: ChatCall) -> StreamedChoice:
-        return StreamedChoice(chat.form, chat.body.stream_reasoning, self.token_text)
+    def _begin_choice(self, chat: ChatCall) -> tuple[StreamedChoice, ReasoningCount]:
+        choice = StreamedChoice(chat.form, chat.body.stream_reasoning)
+        return choice, ReasoningCount(chat.form, self.token_text)
 
     def _chunk(
         self, chat: ChatCall, index: int, chunk: Chunk, usage: dict[str, Any] | None
