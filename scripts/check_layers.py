@@ -28,6 +28,7 @@ Row = tuple[int, str, str]
 TABLE: tuple[Row, ...] = (
     (0, "", "srt.errors, srt.environ < srt.utils.*"),
     (1, "", "srt.sampling.sampling_params < srt.managers.io_struct"),
+    (1, "", "srt.configs.parser_names < srt.configs.door_args"),
     (1, "", "srt.configs.flag_spec < srt.configs.door_args, srt.configs.rank_args,"
      " srt.configs.flag_tables, srt.configs.flag_parser"),
     (1, "", "srt.configs.kv_events_config < srt.configs.flag_checks"),
@@ -92,6 +93,12 @@ TABLE: tuple[Row, ...] = (
      " < srt.managers.tp_worker"),
     (6, "DEVICE", "srt.managers.scheduler*"),
     (6, "TEXT", "srt.tokenizer.* < srt.managers.incremental_text"),
+    (6, "TEXT", "srt.function_call.core_types < srt.function_call.json_scan"
+     " < srt.function_call.call_readers < srt.function_call.python_call,"
+     " srt.function_call.xml_call < srt.function_call.call_parser"
+     " < srt.function_call.function_call_parser"
+     " < srt.parser.reasoning_parser, srt.parser.harmony_parser"
+     " < srt.parser.answer_parser < srt.parser.parser_choice < srt.entrypoints.*"),
     (6, "TEXT", "srt.managers.generate_request, srt.managers.incremental_text"
      " < srt.managers.detokenizer < srt.managers.detokenizer_manager"),
     (6, "TEXT", "srt.tokenizer.* < srt.managers.constraint_desk < srt.managers.tokenizer_manager"),

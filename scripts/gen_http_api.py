@@ -40,6 +40,8 @@ nothing (null, and the values in brackets). Null means "not given".
 | `/v1/models`, `/v1/models/{id}` | GET | `max_model_len` is the effective context |
 | `/tokenize`, also below `/v1` | POST | `prompt` (one text or several) or `messages`, to `tokens` |
 | `/detokenize`, also below `/v1` | POST | `tokens` (a list of ids or of such lists), to `text` |
+| `/separate_reasoning` | POST | `text`, `reasoning_parser`, to `reasoning_text` and `text` |
+| `/parse_function_call` | POST | `text`, `tools`, `tool_call_parser`, to `normal_text`, `calls` |
 | `/health`, `/ready`, `/ping` | GET | the scheduler's signs of life; answers at once |
 | `/health_generate` | GET | really generates a token |
 | `/model_info`, `/get_model_info` | GET | |
@@ -73,6 +75,9 @@ nothing (null, and the values in brackets). Null means "not given".
   `{header}`; or their base64 text in `input_ids_b64`. Bodies longer than the context needs
   ({slack} MiB apart) get 413.
 - The name in `model` is echoed, not checked.
+- Tool calls and reasoning: see [tools.md](tools.md). `/tokenize` with `messages` takes `tools` and
+  `tool_choice`, too. `require_reasoning` of `/generate` lets `meta_info` count `reasoning_tokens`;
+  it needs `--reasoning-parser`.
 - Choice i of `n` samples with seed + i. The choices of a prompt share its computed prefix: they
   start when the first one has news.
 - A stream's status is sent with its first event, so a request that is refused before has its
@@ -98,8 +103,7 @@ _TABLES: tuple[tuple[str, FieldTable[Any], str], ...] = (
     (
         "`/v1/chat/completions`",
         CHAT_FIELDS,
-        "`tools` is refused unless it is empty or `tool_choice` is `none`. Any other field is "
-        "ignored: clients send many of their own.",
+        "Any other field is ignored: clients send many of their own.",
     ),
     ("`/v1/completions`", COMPLETION_FIELDS, "Any other field is ignored."),
 )

@@ -121,9 +121,9 @@ class _Pair:
         self.device = DeviceSampler(setting.runtime, counted_rows=counted)
         rng = np.random.default_rng(1)
         for row in self._rows:
-            seen = [rng.integers(0, vocab, count).astype(np.int32) for count in (40, 9)]
+            prompt, output = (rng.integers(0, vocab, n).astype(np.int32) for n in (40, 9))
             for sampler in (self.host, self.device):
-                sampler.admit(row, params, row, *seen)
+                sampler.admit(row, params, row, prompt, output)
 
     def step(
         self, logits: torch.Tensor, position: int, specs: Sequence[LogprobSpec | None]

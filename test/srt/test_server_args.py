@@ -184,6 +184,9 @@ def test_model_overrides_are_an_object() -> None:
         (["--json-model-override-args", "{"], "--json-model-override-args is not JSON"),
         (["--json-model-override-args", "[]"], "must be a JSON object"),
         (["--skip-tokenizer-init", "--chat-template", "x"], "needs a tokenizer"),
+        (["--skip-tokenizer-init", "--tool-call-parser", "auto"], "needs a tokenizer"),
+        (["--tool-call-parser", "kimi_k2"], "--tool-call-parser must be one of auto, qwen, "),
+        (["--reasoning-parser", "kimi"], "--reasoning-parser must be one of auto, deepseek-r1, "),
         (["--kv-backing", "static", "--kv-segment-reserve", "1"], "maps every segment at start"),
         (["--kv-backing", "cuda_vmm"], "cuda_vmm needs a CUDA device, this is --device cpu"),
         (["--device", "cuda", "--kv-backing", "mmap"], "--kv-backing mmap is memory of the host"),
@@ -251,7 +254,7 @@ def test_flags_that_must_not_pass_silently_are_refused() -> None:
     assert refused >= {
         *("--torchao-config", "--enable-lora", "--speculative-algorithm", "--disaggregation-mode"),
         *("--enable-hierarchical-cache", "--pp-size", "--ep-size"),
-        *("--reasoning-parser", "--tool-call-parser", "--ssl-keyfile"),
+        *("--completion-template", "--tool-server", "--ssl-keyfile"),
     }
 
 

@@ -63,6 +63,8 @@ TINY_CONFIG: dict[str, Any] = {
 class CharTokenizer:
     """One token per character; the id is the code point."""
 
+    chat_template: str | Mapping[str, str] | None = None
+
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
 

@@ -58,13 +58,32 @@ def spm_backend(spm_file: Path) -> tokenizers.Tokenizer:
 
 
 def stream(
-    tokenizer: Tokenizer, ids: list[int], prefix: list[int] | None = None, *, skip: bool = True
+    tokenizer: Tokenizer,
+    ids: list[int],
+    prefix: list[int] | None = None,
+    *,
+    skip: bool = True,
+    kept: tuple[str, ...] = (),
 ) -> list[str]:
     """The deltas of `ids` after `prefix`, the flush last."""
     decoder = make_decoder(
-        tokenizer, prefix or [], skip_special_tokens=skip, spaces_between_special_tokens=True
+        tokenizer,
+        prefix or [],
+        skip_special_tokens=skip,
+        spaces_between_special_tokens=True,
+        kept_special_tokens=kept,
     )
     return [*[decoder.feed(token_id) for token_id in ids], decoder.flush()]
+
+
+def test_special_tokens_that_a_parser_needs_are_shown(bpe: Tokenizer, spm: Tokenizer) -> None:
+    for tokenizer in (bpe, spm):
+        specials = sorted(tokenizer.special_ids)
+        kept, other = (tokenizer.token_text(i) for i in specials[:2])
+        assert kept
+        assert "".join(stream(tokenizer, specials[:2])) == ""
+        assert "".join(stream(tokenizer, specials[:2], kept=(kept, "no token"))) == kept
+        assert "".join(stream(tokenizer, specials[:2], skip=False)) == kept + other
 
 
 @given(ids=IDS, skip=st.booleans())

@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from sglang.srt.configs.flag_spec import flag
+from sglang.srt.configs.parser_names import AUTO_PARSER, REASONING_PARSERS, TOOL_CALL_PARSERS
 from sglang.srt.utils.sizes import parse_bytes, parse_count
 
 MODEL = "Model and tokenizer"
@@ -94,6 +95,20 @@ class DoorArgs:
     )
     chat_template: str | None = flag(
         None, "A Jinja chat template: a file, or the template itself.", group=API
+    )
+    tool_call_parser: str | None = flag(
+        None,
+        "How the model writes tool calls, which then come back as tool_calls. auto: as its chat "
+        "template shows. Without it the template gets the tools and the answer is text.",
+        group=API,
+        choices=(AUTO_PARSER, *TOOL_CALL_PARSERS),
+    )
+    reasoning_parser: str | None = flag(
+        None,
+        "How the model marks its reasoning, which then comes back as reasoning_content. auto: as "
+        "its chat template shows. Without it reasoning is part of the content.",
+        group=API,
+        choices=(AUTO_PARSER, *REASONING_PARSERS),
     )
     sampling_defaults: str = flag(
         "model",

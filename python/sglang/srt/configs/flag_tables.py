@@ -247,9 +247,9 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "parsers and templates of this kind do not exist here",
+        "templates and tools of this kind do not exist here",
         """
-        --reasoning-parser V; --tool-call-parser V; --tool-server V;
+        --tool-server V;
         --completion-template V; --hf-chat-template-name V; --preferred-sampling-params V;
         --enable-custom-logit-processor; --stream-response-default-include-usage;
         --dllm-algorithm V; --dllm-algorithm-config V

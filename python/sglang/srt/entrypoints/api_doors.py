@@ -25,6 +25,7 @@ from sglang.srt.entrypoints.openai.chat_messages import template_kwargs, templat
 from sglang.srt.entrypoints.openai.protocol import ChatBody, CompletionBody
 from sglang.srt.entrypoints.openai.serving_chat import read_chat
 from sglang.srt.entrypoints.openai.serving_completions import read_completion, read_prompts
+from sglang.srt.entrypoints.openai.tool_fields import read_tool_use
 from sglang.srt.entrypoints.request_body import (
     FieldValue,
     off_loop,
@@ -42,7 +43,7 @@ from sglang.srt.managers.request_validation import check_ids
 
 
 class TokenizeBody(msgspec.Struct, frozen=True):
-    """The fields of /tokenize: one of `prompt` and `messages`."""
+    """The fields of /tokenize: one of `prompt` and `messages`, to which the last ones belong."""
 
     prompt: str | list[str] | None = None
     messages: list[dict[str, Any]] | None = None
@@ -51,6 +52,8 @@ class TokenizeBody(msgspec.Struct, frozen=True):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = {}
     reasoning_effort: str | None = None
+    tools: list[dict[str, Any]] = []
+    tool_choice: str | dict[str, Any] | None = None
     model: str = ""
 
 
@@ -115,6 +118,7 @@ class ApiDoors:
                 template_messages(body.messages),
                 add_generation_prompt=body.add_generation_prompt is not False,
                 continue_final_message=body.continue_final_message,
+                **read_tool_use(body.tools, body.tool_choice).template_kwargs,
                 **template_kwargs(body.chat_template_kwargs, body.reasoning_effort),
             )
             tokens = await service.tokenize(text, False)

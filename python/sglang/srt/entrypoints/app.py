@@ -20,6 +20,7 @@ from sglang.srt.entrypoints.api_doors import ApiDoors
 from sglang.srt.entrypoints.http_errors import error_response
 from sglang.srt.entrypoints.http_gate import Gate, shape_of
 from sglang.srt.entrypoints.memory_doors import MemoryDoors
+from sglang.srt.entrypoints.parser_doors import ParserDoors
 from sglang.srt.entrypoints.request_body import ClientGoneError
 from sglang.srt.entrypoints.sequences import CLIENT_CLOSED
 from sglang.srt.entrypoints.server_context import ServerContext
@@ -33,6 +34,7 @@ GET, POST = ["GET"], ["POST"]
 def build_app(context: ServerContext) -> Starlette:
     """The application of one server; `context` decides what is served and when."""
     api, admin, memory = ApiDoors(context), AdminDoors(context), MemoryDoors(context)
+    parsers = ParserDoors(context)
     routes: list[tuple[str, list[str], Door]] = [
         ("/", ["GET", "HEAD"], admin.root),
         ("/health", GET, admin.health),
@@ -46,6 +48,8 @@ def build_app(context: ServerContext) -> Starlette:
         ("/v1/tokenize", POST, api.tokenize),
         ("/detokenize", POST, api.detokenize),
         ("/v1/detokenize", POST, api.detokenize),
+        ("/separate_reasoning", POST, parsers.separate_reasoning),
+        ("/parse_function_call", POST, parsers.parse_function_call),
         ("/v1/models", GET, admin.models),
         ("/v1/models/{model:path}", GET, admin.model),
         ("/model_info", GET, admin.model_info),

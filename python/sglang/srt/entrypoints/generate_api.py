@@ -14,7 +14,7 @@ from typing import Any
 
 from sglang.srt.entrypoints.event_stream import DONE_EVENT, event, progress_comment
 from sglang.srt.entrypoints.generate_request_body import GenerateCall
-from sglang.srt.entrypoints.http_errors import ApiShape, stream_error
+from sglang.srt.entrypoints.http_errors import ApiShape, bad_field, stream_error
 from sglang.srt.entrypoints.logprob_format import (
     Entry,
     formatted_bytes,
@@ -33,6 +33,15 @@ from sglang.srt.entrypoints.service import TextService
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest
 from sglang.srt.managers.io_struct import FinishReason, LogprobArrays
+from sglang.srt.parser.answer_parser import (
+    PARSE_BYTES_PER_CHAR,
+    AnswerForm,
+    ParserNames,
+    ReasoningCount,
+)
+
+# Of a prompt that is ids: enough to see whether it ends with a marker of reasoning.
+_NUM_END_IDS = 16
 
 
 def finish_object(reason: FinishReason | None) -> dict[str, Any] | None:
@@ -52,7 +61,9 @@ def finish_object(reason: FinishReason | None) -> dict[str, Any] | None:
     }
 
 
-def meta_info(rid: str, last: GenerateDelta, seconds: float, weight_version: str) -> dict[str, Any]:
+def meta_info(
+    rid: str, last: GenerateDelta, seconds: float, weight_version: str, reasoning_tokens: int
+) -> dict[str, Any]:
     """The part of `meta_info` that every reply has; `seconds` since the request came in."""
     info: dict[str, Any] = {
         "id": rid,
@@ -62,7 +73,7 @@ def meta_info(rid: str, last: GenerateDelta, seconds: float, weight_version: str
         "num_retractions": last.num_retractions,
         "completion_tokens": last.completion_tokens,
         "cached_tokens": last.cached_tokens,
-        "reasoning_tokens": 0,
+        "reasoning_tokens": reasoning_tokens,
         "dp_rank": last.dp_rank,
     }
     if last.finish_reason is not None:
@@ -102,6 +113,7 @@ class GenerateServer:
     """Serves read /generate requests; one for the whole server, without state of its own.
 
     `incremental` makes stream events carry only what is new (--incremental-streaming-output).
+    `reasoning_parser` is the one that marks what `require_reasoning` counts.
     """
 
     def __init__(
@@ -111,22 +123,30 @@ class GenerateServer:
         *,
         incremental: bool,
         weight_version: str = "default",
+        reasoning_parser: str | None = None,
     ) -> None:
         self._service = service
         self._runner = runner
         self._incremental = incremental
         self._weight_version = weight_version
+        self._reasoning_parser = reasoning_parser
 
     async def reply(self, request: GenerateCall) -> dict[str, Any] | list[dict[str, Any]]:
         """The whole answer; a list for a batch or n above 1. Raises RequestError."""
         began = time.monotonic()
         request = await self._with_prompt_ids(request)
+        counts = self._reasoning_counts(request)
         outputs = await self._runner.collect(request.call)
         seconds = time.monotonic() - began
         results = []
         for index, output in enumerate(outputs):
             size = formatted_bytes(output.input_logprobs, output.output_logprobs)
-            results.append(await off_loop(size, self._whole, request, index, output, seconds))
+            if request.counts_reasoning:
+                size += PARSE_BYTES_PER_CHAR * len(output.text)
+            count = counts[index]
+            results.append(
+                await off_loop(size, self._whole, request, index, output, seconds, count)
+            )
         return results if request.replies_with_list else results[0]
 
     async def events(self, request: GenerateCall) -> AsyncGenerator[bytes, None]:
@@ -150,6 +170,7 @@ class GenerateServer:
         """
         began = time.monotonic()
         request = await self._with_prompt_ids(request)
+        counts = self._reasoning_counts(request)
         prompts = [request.call.prompts[i] for i in request.call.prompt_indices]
         outputs = [SequenceOutput() for _ in prompts]
         logprobs = [_Logprobs(prompt, self._text_of(request)) for prompt in prompts]
@@ -173,6 +194,7 @@ class GenerateServer:
                     outputs[index],
                     logprobs[index],
                     time.monotonic() - began,
+                    counts[index].add(delta.output_ids),
                 )
 
     # ---- one object ----
@@ -183,12 +205,15 @@ class GenerateServer:
         index: int,
         output: SequenceOutput,
         seconds: float,
+        count: ReasoningCount,
     ) -> dict[str, Any]:
         last = output.last
         if last is None:
             raise RequestError("The request ended without an answer.", 500)
+        reasoning_tokens = count.add(output.output_ids)
         prompt = request.call.prompts[request.call.prompt_indices[index]]
-        info = meta_info(request.call.sequence_rids[index], last, seconds, self._weight_version)
+        rid = request.call.sequence_rids[index]
+        info = meta_info(rid, last, seconds, self._weight_version, reasoning_tokens)
         if prompt.return_logprob:
             logprobs = _Logprobs(prompt, self._text_of(request))
             logprobs.add(output.input_logprobs, output.output_logprobs)
@@ -204,8 +229,10 @@ class GenerateServer:
         output: SequenceOutput,
         logprobs: _Logprobs,
         seconds: float,
+        reasoning_tokens: int,
     ) -> dict[str, Any]:
-        info = meta_info(request.call.sequence_rids[index], delta, seconds, self._weight_version)
+        rid = request.call.sequence_rids[index]
+        info = meta_info(rid, delta, seconds, self._weight_version, reasoning_tokens)
         if self._incremental:
             logprobs = _Logprobs(prompt, self._text_of(request))
         if prompt.return_logprob:
@@ -251,8 +278,30 @@ class GenerateServer:
             prompt_ids=tuple(prompt.input_ids for prompt in prompts),
         )
 
+    def _reasoning_counts(self, request: GenerateCall) -> list[ReasoningCount]:
+        """A count for each sequence. RequestError 400 when nobody knows what is reasoning."""
+        tokenizer = self._service.tokenizer
+        indices = request.call.prompt_indices
+        if not request.counts_reasoning:
+            return [ReasoningCount(None, str) for _ in indices]
+        if self._reasoning_parser is None or tokenizer is None:
+            raise bad_field("require_reasoning", "the server has no --reasoning-parser")
+        names = ParserNames(reasoning=self._reasoning_parser)
+        ends = [_end_of(prompt, tokenizer.token_text) for prompt in request.call.prompts]
+        return [
+            ReasoningCount(AnswerForm(names, {}, None, ends[i], "", True), tokenizer.token_text)
+            for i in indices
+        ]
+
     def _text_of(self, request: GenerateCall) -> Callable[[int], str] | None:
         tokenizer = self._service.tokenizer
         if not request.text_in_logprobs or tokenizer is None:
             return None
         return tokenizer.token_text
+
+
+def _end_of(prompt: GenerateRequest, text_of: Callable[[int], str]) -> str:
+    """The text at the end of a prompt."""
+    if prompt.input_ids is None:
+        return prompt.text or ""
+    return "".join(text_of(int(token_id)) for token_id in prompt.input_ids[-_NUM_END_IDS:])

@@ -64,6 +64,7 @@ class GenerateBody(msgspec.Struct, frozen=True):
     cache_salt: str | list[str | None] | None = None
     priority: Int = 0
     include_progress: bool = False
+    require_reasoning: bool = False
     routed_dp_rank: Int | None = None
     data_parallel_rank: Int | None = None
 
@@ -94,7 +95,6 @@ GENERATE_FIELDS = FieldTable(
         "lora_path": LORA,
         "lora_id": LORA,
         "custom_logit_processor": LOGIT_PROCESSOR,
-        "require_reasoning": Refusal("reasoning parsers are not served", (False,)),
         "max_thinking_tokens": Refusal("thinking budgets are not served"),
         "background": Refusal("background requests are not served", (False,)),
         "bootstrap_host": DISAGGREGATION,
@@ -111,6 +111,7 @@ class GenerateCall:
     """A read request: the call, and how its reply has to look.
 
     `prompt_ids`: each prompt's ids, filled in before the call runs when the reply shows them.
+    `counts_reasoning`: the reply says how many tokens were reasoning.
     """
 
     call: Call
@@ -119,6 +120,7 @@ class GenerateCall:
     text_in_logprobs: bool
     return_prompt_ids: bool
     prompt_ids: tuple[IdArray | None, ...] = ()
+    counts_reasoning: bool = False
 
     @property
     def replies_with_list(self) -> bool:
@@ -190,6 +192,7 @@ def read_generate(fields: Fields) -> GenerateCall:
         body.stream,
         body.return_text_in_logprobs,
         body.return_prompt_token_ids,
+        counts_reasoning=body.require_reasoning,
     )
 
 

@@ -19,6 +19,7 @@ from sglang.srt.entrypoints.service import TextService
 from sglang.srt.environ import Environ
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.metrics import ServerMetrics
+from sglang.srt.parser.parser_choice import choose_parsers
 from sglang.srt.server_args import ServerArgs
 
 WEIGHT_VERSION = "default"
@@ -35,7 +36,7 @@ class Phase(enum.Enum):
 
 
 class Serving:
-    """The API servers on top of one text service."""
+    """The API servers on top of one text service; `parsers` are those that `auto` stood for."""
 
     def __init__(
         self, service: TextService, server_args: ServerArgs, metrics: ServerMetrics | None
@@ -43,7 +44,15 @@ class Serving:
         defaults = {}
         if server_args.sampling_defaults == "model":
             defaults = default_sampling(service.model_config.generation_defaults)
-        options = OpenAIOptions(defaults, server_args.enable_cache_report, WEIGHT_VERSION)
+        tokenizer = service.tokenizer
+        self.parsers = choose_parsers(
+            server_args.tool_call_parser,
+            server_args.reasoning_parser,
+            None if tokenizer is None else tokenizer.chat_template,
+        )
+        options = OpenAIOptions(
+            defaults, server_args.enable_cache_report, WEIGHT_VERSION, self.parsers
+        )
         self.service = service
         self.runner = SequenceRunner(service, metrics)
         self.generate = GenerateServer(
@@ -51,6 +60,7 @@ class Serving:
             self.runner,
             incremental=server_args.incremental_streaming_output,
             weight_version=WEIGHT_VERSION,
+            reasoning_parser=self.parsers.reasoning,
         )
         self.chat = ChatServing(service, self.runner, options)
         self.completions = CompletionServing(service, self.runner, options)

@@ -21,6 +21,7 @@ def model_info(context: ServerContext) -> dict[str, Any]:
     """The object of /model_info."""
     args = context.server_args
     config = context.serving.service.model_config
+    parsers = context.serving.parsers
     return {
         "model_path": args.model_path,
         "served_model_name": args.served_model_name,
@@ -29,8 +30,8 @@ def model_info(context: ServerContext) -> dict[str, Any]:
         "preferred_sampling_params": None,
         "weight_version": WEIGHT_VERSION,
         "load_format": args.load_format,
-        "reasoning_parser": None,
-        "tool_call_parser": None,
+        "reasoning_parser": parsers.reasoning,
+        "tool_call_parser": parsers.tool_call,
         "disaggregation_mode": "null",
         "has_image_understanding": False,
         "has_audio_understanding": False,

@@ -99,6 +99,7 @@ class _Stream:
                 np.frombuffer(options.prefix_ids, dtype="<i4").tolist(),
                 skip_special_tokens=options.skip_special_tokens,
                 spaces_between_special_tokens=options.spaces_between_special_tokens,
+                kept_special_tokens=options.kept_special_tokens,
             )
         self._matcher: StopMatcher | None = None
         if options.stop_strings:

@@ -28,7 +28,8 @@ class GenerateRequest:
     of the prompt. `extra_key` keeps requests with different keys from sharing a prefix.
     `include_progress` asks for deltas that tell how far a long prompt is computed.
     `add_special_tokens` says whether `text` gets the tokenizer's BOS and EOS (False for text
-    that a chat template rendered). `routed_dp_rank` is the replica that has to compute it, None:
+    that a chat template rendered). `kept_special_tokens` are shown although special tokens are
+    skipped. `routed_dp_rank` is the replica that has to compute it, None:
     any. `sampling_params.n` is not looked at: the doors expand n.
     """
 
@@ -44,6 +45,7 @@ class GenerateRequest:
     extra_key: str | None = None
     priority: int = 0
     add_special_tokens: bool = True
+    kept_special_tokens: tuple[str, ...] = ()
     include_progress: bool = False
     routed_dp_rank: int | None = None
 

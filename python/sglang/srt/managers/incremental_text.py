@@ -29,14 +29,20 @@ class PieceDecoder:
     """For tokenizers whose tokens stand for bytes: constant work per token, exact.
 
     `prefix_ids`, the end of the prompt, is decoded for context and not shown: bytes of a
-    character that it leaves unfinished join the first output.
+    character that it leaves unfinished join the first output. `kept_ids` are shown although
+    special tokens are skipped.
     """
 
     def __init__(
-        self, pieces: TokenPieces, prefix_ids: Sequence[int], *, skip_special_tokens: bool
+        self,
+        pieces: TokenPieces,
+        prefix_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool,
+        kept_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._pieces = pieces
-        self._skipped = pieces.special_ids if skip_special_tokens else frozenset()
+        self._skipped = pieces.special_ids - kept_ids if skip_special_tokens else frozenset()
         prefix = pieces.join(prefix_ids, skip_special_tokens=skip_special_tokens)
         _, self._pending = decode_available(prefix, final=False, per_byte=pieces.per_byte)
         self._strip_space = pieces.strip_first_space and not prefix
@@ -115,10 +121,22 @@ def make_decoder(
     *,
     skip_special_tokens: bool,
     spaces_between_special_tokens: bool,
+    kept_special_tokens: Sequence[str] = (),
 ) -> IncrementalDecoder:
-    """The decoder that fits `tokenizer`."""
+    """The decoder that fits `tokenizer`.
+
+    `kept_special_tokens` are shown although special tokens are skipped; a tokenizer without byte
+    pieces shows all of them then.
+    """
+    kept_ids = tokenizer.special_ids_of(kept_special_tokens)
     if tokenizer.pieces is not None:
-        return PieceDecoder(tokenizer.pieces, prefix_ids, skip_special_tokens=skip_special_tokens)
+        return PieceDecoder(
+            tokenizer.pieces,
+            prefix_ids,
+            skip_special_tokens=skip_special_tokens,
+            kept_ids=kept_ids,
+        )
+    skip_special_tokens = skip_special_tokens and not kept_ids
     return WindowDecoder(
         tokenizer,
         prefix_ids,

@@ -54,7 +54,8 @@ class DetokOptions(msgspec.Struct, frozen=True, array_like=True):
     """What the detokenizer has to know of a request; rides on its first output.
 
     `prefix_ids` holds the last few prompt ids (int32), so that the first generated piece is
-    decoded in context; their text is never shown.
+    decoded in context; their text is never shown. `kept_special_tokens` are shown although
+    special tokens are skipped: a parser looks for them.
     """
 
     stop_strings: tuple[str, ...] = ()
@@ -63,6 +64,7 @@ class DetokOptions(msgspec.Struct, frozen=True, array_like=True):
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     prefix_ids: bytes = b""
+    kept_special_tokens: tuple[str, ...] = ()
 
 
 class LogprobArrays(msgspec.Struct, frozen=True, array_like=True):

@@ -341,6 +341,7 @@ class TokenizerManager:
                 skip_special_tokens=params.skip_special_tokens,
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
                 prefix_ids=input_ids[-NUM_PREFIX_IDS:].tobytes(),
+                kept_special_tokens=request.kept_special_tokens,
             ),
         )
 

@@ -170,6 +170,15 @@ class Tokenizer:
         ids = self._backend.get_vocab(with_added_tokens=True).values()
         return self._backend.to_str(), 1 + max(ids, default=-1)
 
+    def special_ids_of(self, texts: Sequence[str]) -> frozenset[int]:
+        """Ids of those special tokens that are written as one of `texts`."""
+        ids = self._ids_of_specials
+        return frozenset(ids[text] for text in texts if text in ids)
+
+    @cached_property
+    def _ids_of_specials(self) -> dict[str, int]:
+        return {self.token_text(i): i for i in self.special_ids}
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -154,15 +154,6 @@ def test_a_constraint_arrives(
     assert (None if found is None else (found.kind, found.text)) == constraint
 
 
-def test_tools_that_may_not_be_called_are_no_tools(server: LiveServer) -> None:
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    assert chat(server, tools=tools, tool_choice="none").status_code == 200
-    assert "tools" not in server.service.templates[0][1]
-    refused = chat(server, tools=tools)
-    assert refused.status_code == 400
-    assert "'tools'" in refused.json()["message"]
-
-
 def test_messages_are_flattened_for_the_template(server: LiveServer) -> None:
     messages = [
         {
@@ -308,7 +299,6 @@ def test_an_error_inside_a_stream(server: LiveServer) -> None:
         ({"temperature": -1}, "temperature"),
         ({"n": 0}, "n must be"),
         ({"n": 1000}, "n must be"),
-        ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "grammar"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         (

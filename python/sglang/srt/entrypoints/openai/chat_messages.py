@@ -58,6 +58,9 @@ def _message(name: str, message: Mapping[str, Any]) -> dict[str, Any]:
         raise bad_field(f"{name}.tool_calls", "expected a list")
     else:
         result["tool_calls"] = [_tool_call(f"{name}.tool_calls", call) for call in calls]
+        if isinstance(message.get("reasoning_content"), str) and not result["content"]:
+            # gpt-oss's template has this name for it, and refuses it beside content.
+            result.setdefault("thinking", message["reasoning_content"])
     if message.get("content") is None and not (role == "assistant" and calls):
         raise bad_field(f"{name}.content", "it is missing")
     return result

@@ -24,7 +24,7 @@ from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal
 from sglang.srt.entrypoints.sampling_fields import STOP_REGEX, STRUCTURAL_TAG
 from sglang.srt.entrypoints.token_id_reader import IdLists
 
-TOOLS = Refusal("tools are not served", ([],))
+FUNCTIONS = Refusal("use tools", ([],))
 RETURNS = "it is not returned"
 
 
@@ -84,6 +84,11 @@ class ChatBody(SharedBody, frozen=True, kw_only=True):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = {}
     reasoning_effort: str | None = None
+    tools: list[dict[str, Any]] = []
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    separate_reasoning: bool = True
+    stream_reasoning: bool = True
 
 
 class CompletionBody(SharedBody, frozen=True, kw_only=True):
@@ -133,14 +138,11 @@ _REFUSED = {
 
 CHAT_FIELDS = FieldTable(
     ChatBody,
-    # No reasoning parser exists, so there is nothing to separate or to stream separately; whether
-    # tools may be called at once means nothing without tools.
-    accepted=(*_ACCEPTED, "separate_reasoning", "stream_reasoning", "parallel_tool_calls"),
+    accepted=_ACCEPTED,
     refused={
         **_REFUSED,
-        "functions": TOOLS,
-        "function_call": Refusal("tools are not served", ("none", "auto")),
-        "tool_choice": Refusal("tools are not served", ("none", "auto")),
+        "functions": FUNCTIONS,
+        "function_call": Refusal("use tool_choice", ("none", "auto")),
         "input_ids": Refusal("send ids to /v1/completions or /generate", ([],)),
         "modalities": Refusal("the model takes and gives text only", ([], ["text"])),
         "audio": Refusal("the model takes and gives text only"),

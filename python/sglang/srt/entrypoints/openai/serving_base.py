@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -19,6 +19,7 @@ from sglang.srt.entrypoints.service import TextService
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta
 from sglang.srt.managers.io_struct import FinishReason
+from sglang.srt.parser.answer_parser import ParserNames
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 _DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -31,11 +32,13 @@ class OpenAIOptions:
     """Server settings that show in OpenAI replies.
 
     `sampling_defaults` are the model's own (--sampling-defaults model), empty for OpenAI's.
+    `parsers` are those for answers of chats.
     """
 
     sampling_defaults: Mapping[str, float]
     cache_report: bool = False
     weight_version: str = "default"
+    parsers: ParserNames = field(default_factory=ParserNames)
 
 
 def default_sampling(generation_defaults: Mapping[str, float]) -> dict[str, float]:
@@ -99,17 +102,25 @@ def call_ids(body: SharedBody) -> tuple[ReplyHead, str, str | None]:
 
 
 class UsageCounter:
-    """Tokens of a whole call; each prompt counts once, whatever n is."""
+    """Tokens of a whole call; each prompt counts once, whatever n is.
 
-    def __init__(self, prompt_indices: Sequence[int], cache_report: bool) -> None:
+    `shows_reasoning`: the reply has OpenAI's `completion_tokens_details`, too.
+    """
+
+    def __init__(
+        self, prompt_indices: Sequence[int], cache_report: bool, shows_reasoning: bool = False
+    ) -> None:
         self._prompt_of = prompt_indices
+        self._shows_reasoning = shows_reasoning
+        self._reasoning: dict[int, int] = {}
         self._cache_report = cache_report
         self._prompts: dict[int, int] = {}
         self._cached: dict[int, int] = {}
         self._completions: dict[int, int] = {}
 
-    def note(self, index: int, delta: GenerateDelta) -> None:
+    def note(self, index: int, delta: GenerateDelta, reasoning_tokens: int = 0) -> None:
         """Take the totals of sequence `index` so far."""
+        self._reasoning[index] = reasoning_tokens
         prompt = self._prompt_of[index]
         self._prompts[prompt] = delta.prompt_tokens
         # n's other choices find the first one's prompt in the cache: that is no saving to report.
@@ -121,13 +132,17 @@ class UsageCounter:
         prompt = sum(self._prompts.values())
         completion = sum(self._completions.values())
         details = {"cached_tokens": sum(self._cached.values())} if self._cache_report else None
-        return {
+        reasoning = sum(self._reasoning.values())
+        usage = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "reasoning_tokens": 0,
+            "reasoning_tokens": reasoning,
             "prompt_tokens_details": details,
         }
+        if self._shows_reasoning:
+            usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+        return usage
 
 
 def finish_fields(reason: FinishReason | None) -> dict[str, Any]:

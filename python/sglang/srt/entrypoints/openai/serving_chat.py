@@ -7,11 +7,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from sglang.srt.entrypoints.event_stream import DONE_EVENT, event, progress_comment
 from sglang.srt.entrypoints.http_errors import ApiShape, bad_field, stream_error
 from sglang.srt.entrypoints.logprob_format import chat_content, formatted_bytes
+from sglang.srt.entrypoints.openai.chat_choice import (
+    Chunk,
+    StreamedChoice,
+    whole_choice,
+)
 from sglang.srt.entrypoints.openai.chat_messages import template_kwargs, template_messages
 from sglang.srt.entrypoints.openai.protocol import CHAT_FIELDS, ChatBody
 from sglang.srt.entrypoints.openai.serving_base import (
@@ -25,35 +28,29 @@ from sglang.srt.entrypoints.openai.serving_base import (
     last_of,
     sampling_params,
 )
-from sglang.srt.entrypoints.request_body import RawFields, decode_field, off_loop
+from sglang.srt.entrypoints.openai.tool_fields import read_tool_use
+from sglang.srt.entrypoints.request_body import RawFields, off_loop
 from sglang.srt.entrypoints.sequences import Call, SequenceOutput, abort_error
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest
 from sglang.srt.managers.io_struct import LogprobArrays
+from sglang.srt.parser.answer_parser import PARSE_BYTES_PER_CHAR, AnswerForm, ReasoningCount
 
-_TOOLS = msgspec.json.Decoder(list[Any] | None)
+_OPENING = Chunk({"role": "assistant", "content": ""}, None, finish_fields(None))
 
 
 @dataclass(frozen=True)
 class ChatCall:
-    """A request that is ready to run."""
+    """A request that is ready to run, and how its answers are read."""
 
     head: ReplyHead
     call: Call
     body: ChatBody
+    form: AnswerForm
 
 
 def read_chat(fields: RawFields) -> ChatBody:
-    """Read the fields; RequestError 400 naming the first that cannot be served.
-
-    Tools are refused unless there are none, or the request says that none may be called.
-    """
-    fields = dict(fields)
-    tools = fields.pop("tools", None)
-    if tools is not None and decode_field("tools", tools, _TOOLS):
-        choice = fields.get("tool_choice")
-        if choice is None or bytes(choice) != b'"none"':
-            raise bad_field("tools", "tools are not served")
+    """Read the fields; RequestError 400 naming the first that cannot be served."""
     return CHAT_FIELDS.read(fields)
 
 
@@ -63,6 +60,7 @@ class ChatServing(OpenAIServing):
     async def prepare(self, body: ChatBody) -> ChatCall:
         """Render the conversation and build the call; RequestError 400 when it cannot be."""
         messages = template_messages(body.messages)
+        tools = read_tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
         kwargs = template_kwargs(body.chat_template_kwargs, body.reasoning_effort)
         if body.continue_final_message and messages[-1]["role"] != "assistant":
             raise bad_field("continue_final_message", "the last message is not the assistant's")
@@ -83,7 +81,16 @@ class ChatServing(OpenAIServing):
             messages,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
+            **tools.template_kwargs,
             **kwargs,
+        )
+        form = AnswerForm(
+            names=self.options.parsers,
+            tools=tools.schemas,
+            max_calls=tools.max_calls,
+            prompt=text,
+            continued=messages[-1]["content"] if body.continue_final_message else "",
+            separates=body.separate_reasoning,
         )
         head, rid, extra_key = call_ids(body)
         request = GenerateRequest(
@@ -97,22 +104,24 @@ class ChatServing(OpenAIServing):
             extra_key=extra_key,
             priority=body.priority,
             add_special_tokens=False,
+            kept_special_tokens=form.kept_tokens,
             include_progress=body.stream and bool(body.stream_options.include_progress),
         )
-        return ChatCall(head, Call(rid, (request,)), body)
+        return ChatCall(head, Call(rid, (request,)), body, form)
 
     async def reply(self, chat: ChatCall) -> dict[str, Any]:
         """The whole answer. Raises RequestError."""
         outputs = await self.runner.collect(chat.call)
-        usage = UsageCounter(chat.call.prompt_indices, self.options.cache_report)
+        usage = self._usage(chat)
         choices = []
         for index, output in enumerate(outputs):
             last = last_of(output)
-            usage.note(index, last)
             size = formatted_bytes(output.output_logprobs)
-            choices.append(
-                await off_loop(size, self._choice, index, output, last, chat.body.logprobs)
-            )
+            if not chat.form.is_plain:
+                size += PARSE_BYTES_PER_CHAR * len(output.text)
+            choice, reasoning = await off_loop(size, self._choice, chat, index, output, last)
+            usage.note(index, last, reasoning)
+            choices.append(choice)
         return {
             **chat.head.fields("chat.completion"),
             "choices": choices,
@@ -120,21 +129,22 @@ class ChatServing(OpenAIServing):
             "metadata": {"weight_version": self.options.weight_version},
         }
 
+    def _usage(self, chat: ChatCall) -> UsageCounter:
+        return UsageCounter(
+            chat.call.prompt_indices,
+            self.options.cache_report,
+            shows_reasoning=self.options.parsers.reasoning is not None,
+        )
+
     def _choice(
-        self, index: int, output: SequenceOutput, last: GenerateDelta, logprobs: bool
-    ) -> dict[str, Any]:
-        message = {
-            "role": "assistant",
-            "content": output.text,
-            "reasoning_content": None,
-            "tool_calls": None,
-        }
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": self._logprobs(output.output_logprobs) if logprobs else None,
-            **finish_fields(last.finish_reason),
-        }
+        self, chat: ChatCall, index: int, output: SequenceOutput, last: GenerateDelta
+    ) -> tuple[dict[str, Any], int]:
+        """A choice and its number of reasoning tokens."""
+        arrays = output.output_logprobs
+        choice = whole_choice(chat.form, output.text, last.finish_reason)
+        reasoning = ReasoningCount(chat.form, self.token_text).add(output.output_ids)
+        logprobs = self._logprobs(arrays) if chat.body.logprobs else None
+        return {"index": index, **choice, "logprobs": logprobs}, reasoning
 
     def _logprobs(self, arrays: LogprobArrays | None) -> dict[str, Any]:
         return {"content": chat_content(arrays, self.token_bytes)}
@@ -142,8 +152,8 @@ class ChatServing(OpenAIServing):
     async def events(self, chat: ChatCall) -> AsyncGenerator[bytes, None]:
         """Encoded chunks, `[DONE]` last. Raises RequestError only before the first one."""
         options = chat.body.stream_options
-        usage = UsageCounter(chat.call.prompt_indices, self.options.cache_report)
-        begun: set[int] = set()
+        usage = self._usage(chat)
+        begun: dict[int, tuple[StreamedChoice, ReasoningCount]] = {}
         has_sent = False
         try:
             async with aclosing(self.runner.stream(chat.call)) as deltas:
@@ -155,15 +165,14 @@ class ChatServing(OpenAIServing):
                     error = abort_error(delta.finish_reason)
                     if error is not None:
                         raise error
-                    usage.note(index, delta)
+                    opening = () if index in begun else (_OPENING,)
+                    if opening:
+                        begun[index] = self._begin_choice(chat)
+                    choice, count = begun[index]
+                    usage.note(index, delta, count.add(delta.output_ids))
                     now = usage.usage() if options.continuous_usage_stats else None
-                    if index not in begun:
-                        begun.add(index)
-                        opening = {"role": "assistant", "content": ""}
-                        yield event(self._chunk(chat, index, opening, None, None, now))
-                    for content, end in _cut(delta):
-                        arrays = delta.output_logprobs if content else None
-                        yield event(self._chunk(chat, index, content, arrays, end, now))
+                    for chunk in (*opening, *choice.chunks(delta)):
+                        yield event(self._chunk(chat, index, chunk, now))
         except RequestError as error:
             if not (begun or has_sent):
                 raise
@@ -180,32 +189,17 @@ class ChatServing(OpenAIServing):
             )
         yield DONE_EVENT
 
+    def _begin_choice(self, chat: ChatCall) -> tuple[StreamedChoice, ReasoningCount]:
+        choice = StreamedChoice(chat.form, chat.body.stream_reasoning)
+        return choice, ReasoningCount(chat.form, self.token_text)
+
     def _chunk(
-        self,
-        chat: ChatCall,
-        index: int,
-        delta: dict[str, Any],
-        arrays: LogprobArrays | None,
-        end: GenerateDelta | None,
-        usage: dict[str, Any] | None,
+        self, chat: ChatCall, index: int, chunk: Chunk, usage: dict[str, Any] | None
     ) -> dict[str, Any]:
         choice = {
             "index": index,
-            "delta": delta,
-            "logprobs": self._logprobs(arrays) if arrays is not None else None,
-            **finish_fields(end.finish_reason if end is not None else None),
+            "delta": chunk.delta,
+            "logprobs": self._logprobs(chunk.logprobs) if chunk.logprobs is not None else None,
+            **chunk.end,
         }
         return {**chat.head.fields("chat.completion.chunk"), "choices": [choice], "usage": usage}
-
-
-def _cut(delta: GenerateDelta) -> list[tuple[dict[str, Any], GenerateDelta | None]]:
-    """A delta as OpenAI cuts it: what is new, then the end in a chunk of its own.
-
-    A token that has no text yet (half a character) is news too and goes out with empty content.
-    """
-    chunks: list[tuple[dict[str, Any], GenerateDelta | None]] = []
-    if delta.text or len(delta.output_ids):
-        chunks.append(({"content": delta.text}, None))
-    if delta.finish_reason is not None:
-        chunks.append(({}, delta))
-    return chunks

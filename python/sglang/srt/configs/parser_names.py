@@ -1,0 +1,20 @@
+"""SGLang's names of the parsers that are served here: values of flags and of request fields.
+
+The parsers themselves belong to the text side: function_call/ and parser/.
+"""
+
+from __future__ import annotations
+
+# qwen and qwen25 are one format, as is hermes: SGLang has all three names.
+TOOL_CALL_PARSERS = (
+    "qwen",
+    "qwen25",
+    "hermes",
+    "llama3",
+    "mistral",
+    "pythonic",
+    "gpt-oss",
+    "qwen3_coder",
+)
+REASONING_PARSERS = ("deepseek-r1", "qwen3", "qwen3-thinking", "gpt-oss")
+AUTO_PARSER = "auto"

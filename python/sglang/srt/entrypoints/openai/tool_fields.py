@@ -1,0 +1,81 @@
+"""`tools`, `tool_choice` and `parallel_tool_calls` of a chat request, checked.
+
+Also read by /tokenize and /parse_function_call. What the model makes of the tools is the chat
+template's business; what it writes is read by function_call/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.entrypoints.http_errors import bad_field
+from sglang.srt.function_call.core_types import ToolSchemas
+
+ToolChoice = str | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools that may be called; all fields are empty when none may.
+
+    `for_template` are the request's own objects, which is the form that chat templates take.
+    `max_calls` None: any number.
+    """
+
+    for_template: tuple[Mapping[str, Any], ...]
+    schemas: ToolSchemas
+    max_calls: int | None
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """What the chat template has to be told of them."""
+        return {"tools": list(self.for_template)} if self.for_template else {}
+
+
+def read_tool_use(
+    tools: Sequence[Mapping[str, Any]], choice: ToolChoice | None, parallel: bool = True
+) -> ToolUse:
+    """Check the fields; RequestError 400 naming the one that is wrong or can't be served."""
+    schemas = read_tools(tools)
+    if choice is None or choice in ("auto", "none"):
+        if choice == "none" or not tools:
+            return ToolUse((), {}, None)
+        return ToolUse(tuple(tools), schemas, None if parallel else 1)
+    if choice != "required":
+        _check_named(choice, schemas)
+    if not tools:
+        raise bad_field("tool_choice", "there are no tools to choose from")
+    raise bad_field("tool_choice", "a call can't be forced; only auto and none are served")
+
+
+def read_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Function name -> schema of its arguments. RequestError 400 naming a bad tool."""
+    schemas: dict[str, Mapping[str, Any]] = {}
+    for i, tool in enumerate(tools):
+        name = f"tools[{i}]"
+        if tool.get("type", "function") != "function":
+            raise bad_field(f"{name}.type", "only functions are served")
+        function = tool.get("function")
+        if not isinstance(function, dict):
+            raise bad_field(f"{name}.function", "it is missing")
+        called = function.get("name")
+        if not isinstance(called, str) or not called:
+            raise bad_field(f"{name}.function.name", "it is missing")
+        if called in schemas:
+            raise bad_field(f"{name}.function.name", f"{called!r} comes twice")
+        parameters = function.get("parameters")
+        if parameters is not None and not isinstance(parameters, dict):
+            raise bad_field(f"{name}.function.parameters", "expected a JSON schema")
+        schemas[called] = parameters or {}
+    return schemas
+
+
+def _check_named(choice: ToolChoice, schemas: ToolSchemas) -> None:
+    function = choice.get("function") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or choice.get("type") != "function":
+        raise bad_field("tool_choice", "expected none, auto, required or a function")
+    name = function.get("name") if isinstance(function, dict) else None
+    if name not in schemas:
+        raise bad_field("tool_choice", f"{name!r} is not among the tools")

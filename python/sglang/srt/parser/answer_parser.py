@@ -1,0 +1,146 @@
+"""One answer's parser, put together from what the server and the request ask for.
+
+Reasoning comes first; what is not reasoning is looked through for calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from sglang.srt.function_call.call_parser import CallParser
+from sglang.srt.function_call.core_types import (
+    Content,
+    Event,
+    TextParser,
+    ToolSchemas,
+    merged,
+)
+from sglang.srt.function_call.function_call_parser import CALL_FORMATS
+from sglang.srt.parser.harmony_parser import HARMONY_MARKERS, HarmonyParser
+from sglang.srt.parser.reasoning_parser import REASONING_FORMATS, ReasoningParser, begins_inside
+
+GPT_OSS = "gpt-oss"
+# Parsing a character takes about as long as formatting so many bytes of a reply.
+PARSE_BYTES_PER_CHAR = 8
+
+
+@dataclass(frozen=True)
+class ParserNames:
+    """The server's parsers by SGLang's names; None: answers are not looked at for that."""
+
+    tool_call: str | None = None
+    reasoning: str | None = None
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """What a request's answers have to be read for.
+
+    `tools` empty: calls are not looked for. `max_calls` None: any number. `prompt` is the rendered
+    prompt, `continued` the text of the assistant's message that the answer goes on with.
+    `separates`: reasoning is shown apart; else it is content, as it was written.
+    """
+
+    names: ParserNames
+    tools: ToolSchemas
+    max_calls: int | None
+    prompt: str
+    continued: str
+    separates: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """True when the text is the answer and nothing has to be parsed."""
+        reads_calls = bool(self.tools) and self.names.tool_call is not None
+        return not reads_calls and not (self.names.reasoning and self.separates)
+
+    @property
+    def kept_tokens(self) -> tuple[str, ...]:
+        """Special tokens that have to be in the text because parsers look for them."""
+        if self.is_plain:
+            return ()
+        if GPT_OSS in (self.names.reasoning, self.names.tool_call):
+            return HARMONY_MARKERS
+        form = CALL_FORMATS.get(self.names.tool_call or "") if self.tools else None
+        kept = () if form is None else form.markers
+        return (*kept, "<think>", "</think>") if self.names.reasoning else kept
+
+    def make_parser(self) -> TextParser | None:
+        """A parser for one answer; None when the text is the answer."""
+        if self.is_plain:
+            return None
+        if GPT_OSS in (self.names.reasoning, self.names.tool_call):
+            tools = self.tools if self.names.tool_call == GPT_OSS else {}
+            return HarmonyParser(tools, max_calls=self.max_calls)
+        calls: CallParser | None = None
+        if self.tools and self.names.tool_call is not None:
+            form = CALL_FORMATS[self.names.tool_call]
+            calls = CallParser(form, self.tools, max_calls=self.max_calls)
+        reasoning: ReasoningParser | None = None
+        if self.names.reasoning is not None:
+            reasoning = ReasoningParser(inside=self._begins_inside, verbatim=not self.separates)
+        return _Chain(reasoning, calls)
+
+    def make_reasoning_reader(self) -> ReasoningParser | HarmonyParser | None:
+        """A parser that only knows what is reasoning; None when the server has no such parser."""
+        name = self.names.reasoning
+        if name is None:
+            return None
+        if name == GPT_OSS:
+            return HarmonyParser({})
+        return ReasoningParser(inside=self._begins_inside)
+
+    @property
+    def _begins_inside(self) -> bool:
+        form = REASONING_FORMATS[self.names.reasoning or ""]
+        return begins_inside(form, self.prompt, self.continued)
+
+
+class _Chain:
+    """Reasoning, then calls; either may be missing."""
+
+    def __init__(self, reasoning: ReasoningParser | None, calls: CallParser | None) -> None:
+        self._reasoning = reasoning
+        self._calls = calls
+
+    def feed(self, text: str) -> list[Event]:
+        events: list[Event] = [Content(text)]
+        if self._reasoning is not None:
+            events = self._reasoning.feed(text)
+        return self._read(events)
+
+    def finish(self) -> list[Event]:
+        events = [] if self._reasoning is None else self._read(self._reasoning.finish())
+        return merged([*events, *([] if self._calls is None else self._calls.finish())])
+
+    def _read(self, events: list[Event]) -> list[Event]:
+        if self._calls is None:
+            return events
+        result: list[Event] = []
+        for event in events:
+            result += self._calls.feed(event.text) if isinstance(event, Content) else [event]
+        return merged(result)
+
+
+class ReasoningCount:
+    """How many tokens of an answer are reasoning, its markers included.
+
+    It reads the tokens' own texts: those that a client gets may be put together from several.
+    `form` None, or one without a parser of reasoning: nothing is counted.
+    """
+
+    def __init__(self, form: AnswerForm | None, text_of: Callable[[int], str]) -> None:
+        self._total = 0
+        self._parser = None if form is None else form.make_reasoning_reader()
+        self._text_of = text_of
+
+    def add(self, token_ids: Iterable[int]) -> int:
+        """Take more tokens; the number of reasoning tokens so far."""
+        if self._parser is None:
+            return 0
+        for token_id in token_ids:
+            was_reasoning = self._parser.is_reasoning
+            self._parser.feed(self._text_of(int(token_id)))
+            self._total += was_reasoning or self._parser.is_reasoning
+        return self._total

@@ -1,0 +1,87 @@
+"""The demo model calls a function: it is shown how, and follows, through a real server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from e2e.server_process import running_server
+
+# The demo model's own template has no place for tools.
+TEMPLATE = """\
+{%- if tools %}{{- '<|im_start|>system\\nCall a function like <tool_call>{"name": "get_weather",' }}
+{{- ' "arguments": {"city": "Rome"}}</tool_call>. Functions:\\n' + tools | tojson }}
+{{- '<|im_end|>\\n' }}{%- endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content }}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson + '}</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "The weather of a city",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+
+
+def asked(city: str) -> dict[str, Any]:
+    return {"role": "user", "content": f"Weather in {city}?"}
+
+
+def called(city: str) -> dict[str, Any]:
+    function = {"name": "get_weather", "arguments": json.dumps({"city": city})}
+    call = {"id": f"call_{city}", "type": "function", "function": function}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+CHAT: list[Any] = [
+    *(say(city) for city in ("Rome", "Oslo", "Madrid") for say in (asked, called)),
+    asked("Paris"),
+]
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[openai.OpenAI]:
+    flags = ("--dtype", "float32", "--tool-call-parser", "auto", "--chat-template", TEMPLATE)
+    with (
+        running_server(*flags) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as made,
+    ):
+        yield made
+
+
+def test_the_model_calls_a_function(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model="default", messages=CHAT, tools=TOOLS, temperature=0, max_tokens=64
+    )
+    (choice,) = reply.choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
+
+
+def test_the_call_comes_in_pieces(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(
+        model="default", messages=CHAT, tools=TOOLS, temperature=0, max_tokens=64
+    ) as stream:
+        pieces = [e.arguments_delta for e in stream if e.type.endswith("arguments.delta")]
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
+    assert "".join(pieces) == call.function.arguments
+    assert len(pieces) > 3

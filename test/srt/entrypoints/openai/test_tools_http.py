@@ -1,0 +1,262 @@
+"""Tool calls through the openai package and raw HTTP, with answers that the fake model is given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from srt.entrypoints.fake_service import LiveServer
+
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "The weather of a city",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    },
+    {"type": "function", "function": {"name": "get_time"}},
+]
+ASK: list[Any] = [{"role": "user", "content": "Weather?"}]
+WEATHER = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+TIME = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    directory = tmp_path_factory.mktemp("tools")
+    with LiveServer(directory, tool_call_parser="hermes", reasoning_parser="qwen3") as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: LiveServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as one:
+        yield one
+
+
+def chat(server: LiveServer, **fields: Any) -> Any:
+    return server.post("/v1/chat/completions", {"model": "m", "messages": ASK, **fields})
+
+
+def stream(server: LiveServer, **fields: Any) -> list[dict[str, Any]]:
+    """The choices of all chunks."""
+    body = {"model": "m", "messages": ASK, **fields}
+    events = server.events("/v1/chat/completions", body)
+    return [choice for event in events for choice in event["choices"]]
+
+
+def test_a_call_through_the_client(client: openai.OpenAI, server: LiveServer) -> None:
+    server.service.answer = WEATHER
+    reply = client.chat.completions.create(model="d", messages=ASK, tools=TOOLS)
+    choice = reply.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    assert choice.message.tool_calls is not None
+    (call,) = choice.message.tool_calls
+    assert call.type == "function"
+    assert call.id.startswith("call_")
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
+    assert server.service.templates[0][1]["tools"] == TOOLS
+
+
+def test_the_reply_has_exactly_the_shape(server: LiveServer) -> None:
+    server.service.answer = f"I look.\n{TIME}\n{WEATHER}"
+    (choice,) = chat(server, tools=TOOLS).json()["choices"]
+    ids = [call.pop("id") for call in choice["message"]["tool_calls"]]
+    assert len(set(ids)) == 2
+    assert choice == {
+        "index": 0,
+        "message": {
+            "role": "assistant",
+            "content": "I look.",
+            "reasoning_content": None,
+            "tool_calls": [
+                {"type": "function", "function": {"name": "get_time", "arguments": "{}"}},
+                {
+                    "type": "function",
+                    "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'},
+                },
+            ],
+        },
+        "logprobs": None,
+        "finish_reason": "tool_calls",
+        "matched_stop": 2,
+    }
+
+
+def test_a_stream_through_the_client(client: openai.OpenAI, server: LiveServer) -> None:
+    server.service.answer = f"I look.\n{WEATHER}\n{TIME}"
+    chunks = list(
+        client.chat.completions.create(model="d", messages=ASK, tools=TOOLS, stream=True, n=2)
+    )
+    for index in (0, 1):
+        choices = [c.choices[0] for c in chunks if c.choices[0].index == index]
+        assert choices[0].delta.role == "assistant"
+        assert "".join(c.delta.content or "" for c in choices) == "I look."
+        calls: dict[int, list[Any]] = {}
+        for call in (call for c in choices for call in c.delta.tool_calls or []):
+            calls.setdefault(call.index, []).append(call)
+        names = [first.function.name for first, *_ in calls.values()]
+        assert names == ["get_weather", "get_time"]
+        assert all(first.id and first.type == "function" for first, *_ in calls.values())
+        assert all(more.id is None for _, *others in calls.values() for more in others)
+        pieces = [one.function.arguments for one in calls[0]]
+        assert json.loads("".join(pieces)) == {"city": "Paris"}
+        assert len(pieces) > 5  # as they come
+        assert [c.finish_reason for c in choices if c.finish_reason] == ["tool_calls"]
+
+
+def test_the_packages_own_accumulator_reads_the_stream(
+    client: openai.OpenAI, server: LiveServer
+) -> None:
+    server.service.answer = f"<think>\nHm.\n</think>\n\n{WEATHER}"
+    with client.chat.completions.stream(model="d", messages=ASK, tools=TOOLS) as events:
+        final = events.get_final_completion()
+    (call,) = final.choices[0].message.tool_calls or []
+    assert (call.function.name, call.function.arguments) == ("get_weather", '{"city": "Paris"}')
+    assert final.choices[0].finish_reason == "tool_calls"
+
+
+def test_a_stream_says_the_same_as_the_whole_reply(server: LiveServer) -> None:
+    server.service.answer = f"<think>\nSo.\n</think>\n\nI look.\n{WEATHER}\n\nDone."
+    (whole,) = chat(server, tools=TOOLS).json()["choices"]
+    deltas = [choice["delta"] for choice in stream(server, tools=TOOLS)]
+    message = whole["message"]
+    for field in ("content", "reasoning_content"):
+        assert "".join(delta.get(field) or "" for delta in deltas) == message[field]
+    arguments = "".join(
+        call["function"]["arguments"] for delta in deltas for call in delta.get("tool_calls", [])
+    )
+    assert arguments == message["tool_calls"][0]["function"]["arguments"]
+    assert (message["content"], message["reasoning_content"]) == ("I look.\n\nDone.", "So.")
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": []}])
+def test_without_tools_the_text_is_the_content(server: LiveServer, fields: Any) -> None:
+    server.service.answer = WEATHER
+    (choice,) = chat(server, **fields).json()["choices"]
+    assert choice["message"]["content"] == WEATHER
+    assert choice["message"]["tool_calls"] is None
+    assert choice["finish_reason"] == "stop"
+    assert "tools" not in server.service.templates[0][1]
+
+
+def test_one_call_when_calls_may_not_be_parallel(server: LiveServer) -> None:
+    server.service.answer = f"{WEATHER}\n{TIME}"
+    (choice,) = chat(server, tools=TOOLS, parallel_tool_calls=False).json()["choices"]
+    assert len(choice["message"]["tool_calls"]) == 1
+    assert choice["message"]["content"] == TIME
+
+
+def test_a_broken_call_is_content(server: LiveServer) -> None:
+    server.service.answer = text = WEATHER.replace('"Paris"', "Paris")
+    (choice,) = chat(server, tools=TOOLS).json()["choices"]
+    assert choice["message"]["content"] == text
+    assert (choice["message"]["tool_calls"], choice["finish_reason"]) == (None, "stop")
+    last = stream(server, tools=TOOLS)[-1]
+    assert last["finish_reason"] == "stop"
+
+
+def test_a_call_that_is_cut_off_ends_with_length(server: LiveServer) -> None:
+    server.service.answer = WEATHER
+    size = WEATHER.index("Paris")
+    (choice,) = chat(server, tools=TOOLS, max_tokens=size).json()["choices"]
+    assert choice["message"]["content"] == WEATHER[:size]
+    assert (choice["message"]["tool_calls"], choice["finish_reason"]) == (None, "length")
+    chunks = stream(server, tools=TOOLS, max_tokens=size)
+    assert chunks[-1]["finish_reason"] == "length"
+    assert chunks[1]["delta"]["tool_calls"][0]["function"]["name"] == "get_weather"
+
+
+def test_every_token_keeps_its_log_probability(server: LiveServer) -> None:
+    server.service.answer = f"I look.\n{WEATHER}\n"
+    chunks = stream(server, tools=TOOLS, logprobs=True)
+    shown = [c["logprobs"]["content"] for c in chunks if c["logprobs"] is not None]
+    assert "".join(one["token"] for part in shown for one in part) == server.service.answer
+    (whole,) = chat(server, tools=TOOLS, logprobs=True).json()["choices"]
+    assert [one["token"] for one in whole["logprobs"]["content"]] == list(server.service.answer)
+
+
+def test_a_conversation_with_calls_reaches_the_template(server: LiveServer) -> None:
+    call = {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'},
+    }
+    messages = [
+        *ASK,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [call],
+            "reasoning_content": "Look it up.",
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "Sunny"},
+    ]
+    assert chat(server, messages=messages, tools=TOOLS).status_code == 200
+    _, seen, result = server.service.templates[0][0]
+    assert seen["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
+    assert seen["reasoning_content"] == seen["thinking"] == "Look it up."
+    assert result == {"role": "tool", "tool_call_id": "call_1", "content": "Sunny"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"function": {"name": ""}}]}, "tools[0].function.name"),
+        ({"tools": [*TOOLS, TOOLS[0]]}, "tools[2].function.name"),
+        ({"tools": [{"function": {"name": "f", "parameters": []}}]}, "function.parameters"),
+        ({"tools": {}}, "tools"),
+        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "'f' is not among the tools",
+        ),
+        ({"tool_choice": "required"}, "there are no tools"),
+        ({"tools": TOOLS, "tool_choice": "required"}, "a call can't be forced"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_time"}}},
+            "a call can't be forced",
+        ),
+    ],
+)
+def test_bad_fields_are_named(server: LiveServer, fields: dict[str, Any], named: str) -> None:
+    reply = chat(server, **fields)
+    assert reply.status_code == 400
+    assert named in reply.json()["message"]
+
+
+def test_model_info_names_the_parsers(server: LiveServer) -> None:
+    info = server.request("GET", "/model_info").json()
+    assert (info["tool_call_parser"], info["reasoning_parser"]) == ("hermes", "qwen3")
+
+
+def test_without_a_parser_the_template_has_the_tools_and_the_text_comes_back(
+    tmp_path: Any,
+) -> None:
+    with LiveServer(tmp_path) as plain:
+        plain.service.answer = WEATHER
+        (choice,) = chat(plain, tools=TOOLS).json()["choices"]
+        assert choice["message"]["content"] == WEATHER
+        assert choice["message"]["tool_calls"] is None
+        assert plain.service.templates[0][1]["tools"] == TOOLS
+
+
+def test_special_tokens_that_the_format_needs_are_asked_for(tmp_path: Any) -> None:
+    with LiveServer(tmp_path, tool_call_parser="mistral") as mistral:
+        mistral.service.answer = "[TOOL_CALLS]get_time[ARGS]{}"
+        (choice,) = chat(mistral, tools=TOOLS).json()["choices"]
+        assert len(choice["message"]["tool_calls"][0]["id"]) == 9
+        chat(mistral)
+        kept = [request.kept_special_tokens for request in mistral.service.requests]
+        assert kept == [("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"), ()]

@@ -1,0 +1,311 @@
+"""Each format of tool calls, with answers as the models' chat templates and cards write them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sglang.srt.configs.parser_names import TOOL_CALL_PARSERS
+from sglang.srt.function_call.call_parser import CallParser
+from sglang.srt.function_call.core_types import (
+    CallArguments,
+    CallBroken,
+    CallEnd,
+    CallStart,
+    Content,
+)
+from sglang.srt.function_call.function_call_parser import CALL_FORMATS, new_call_id
+from srt.function_call.answers import TOOLS, Answer, answer_of, parse
+
+PARIS = ("get_weather", {"city": "Paris"})
+TIME = ("get_time", {})
+
+
+def read(name: str, text: str, *, max_calls: int | None = None) -> Answer:
+    parser = CallParser(CALL_FORMATS[name], TOOLS, max_calls=max_calls)
+    return answer_of(parse(parser, [text]))
+
+
+def test_every_name_has_a_format() -> None:
+    assert {*CALL_FORMATS, "gpt-oss"} == set(TOOL_CALL_PARSERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "content", "calls"),
+    [
+        # Qwen 2.5, Hermes
+        (
+            "qwen25",
+            '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>',
+            "",
+            [PARIS],
+        ),
+        (
+            "hermes",
+            'I look.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n'
+            '</tool_call>\n<tool_call>\n{"arguments": {}, "name": "get_time"}\n</tool_call>',
+            "I look.",
+            [PARIS, TIME],
+        ),
+        # SmolLM2: a list between the tags
+        (
+            "hermes",
+            '<tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}, '
+            '{"name": "get_time", "arguments": {}}]</tool_call>',
+            "",
+            [PARIS, TIME],
+        ),
+        ("hermes", '<tool_call>{"name": "get_time"}</tool_call>', "", [TIME]),
+        ("hermes", '<tool_call>{"name": "get_time", "arguments": null}', "", [TIME]),
+        (
+            "hermes",
+            '<tool_call>{"name":"get_weather","arguments":"{\\"city\\": \\"Paris\\"}"}</tool_call>',
+            "",
+            [PARIS],
+        ),
+        (
+            "hermes",
+            '<tool_call>{"id": [1, {"a": "}"}], "arguments": {"city": "Paris"}, "x": -1.5e3, '
+            '"name": "get_weather", "y": true}</tool_call>\n\nThere.',
+            "There.",
+            [PARIS],
+        ),
+        # Llama 3
+        ("llama3", '{"name": "get_weather", "parameters": {"city": "Paris"}}', "", [PARIS]),
+        (
+            "llama3",
+            '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Paris"}}; '
+            '{"name": "get_time", "parameters": {}}',
+            "",
+            [PARIS, TIME],
+        ),
+        (
+            "llama3",
+            '{"type": "function", "name": "get_weather", "parameters": {"city": "Paris"}}\n'
+            '{"name": "get_time", "parameters": {}}',
+            "",
+            [PARIS, TIME],
+        ),
+        (
+            "llama3",
+            'So: <|python_start|>{"name": "get_time", "parameters": {}}<|python_end|>',
+            "So:",
+            [TIME],
+        ),
+        # Mistral up to v7, and from v11 on
+        (
+            "mistral",
+            '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}, '
+            '"id": "VvvODy9mT"}, {"name": "get_time", "arguments": {}}]',
+            "",
+            [PARIS, TIME],
+        ),
+        (
+            "mistral",
+            'Hm.[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}[TOOL_CALLS]get_time[ARGS]{}',
+            "Hm.",
+            [PARIS, TIME],
+        ),
+        (
+            "mistral",
+            '[TOOL_CALLS]get_weather[CALL_ID]VvvODy9mT[ARGS]{"city": "Paris"}',
+            "",
+            [PARIS],
+        ),
+        ("mistral", '[TOOL_CALLS]get_weather{"city": "Paris"}', "", [PARIS]),
+        # Python
+        (
+            "pythonic",
+            "[get_weather(city='Paris'), spotify.play(title=\"It's\")]",
+            "",
+            [PARIS, ("spotify.play", {"title": "It's"})],
+        ),
+        (
+            "pythonic",
+            '<|python_start|>[get_weather(city="Paris")]<|python_end|>',
+            "",
+            [PARIS],
+        ),
+        (
+            "pythonic",
+            "[get_weather(days=-2, exact=True, unit=None, "
+            "where={'a': [1, 2.5, (3,)], \"b\": ')'})]",
+            "",
+            [
+                (
+                    "get_weather",
+                    {
+                        "days": -2,
+                        "exact": True,
+                        "unit": None,
+                        "where": {"a": [1, 2.5, [3]], "b": ")"},
+                    },
+                )
+            ],
+        ),
+        (
+            "pythonic",
+            r"[get_weather(city='a\n\x41\u00e9\'\d\\')]",
+            "",
+            [("get_weather", {"city": "a\nAé'\\d\\"})],
+        ),
+        # Qwen3-Coder
+        (
+            "qwen3_coder",
+            "Sure.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+            "<parameter=days>\n2\n</parameter>\n<parameter=exact>\nTrue\n</parameter>\n"
+            '<parameter=where>\n{"a": [1]}\n</parameter>\n<parameter=unit>\nnull\n</parameter>\n'
+            "</function>\n</tool_call>",
+            "Sure.",
+            [
+                (
+                    "get_weather",
+                    {"city": "Paris", "days": 2, "exact": True, "where": {"a": [1]}, "unit": None},
+                )
+            ],
+        ),
+        (
+            "qwen3_coder",
+            "<tool_call>\n<function=get_time>\n</function>\n</tool_call>\n<tool_call>\n"
+            "<function=get_weather>\n<parameter=city>\n\nif a < b:\n  </p>\n\n</parameter>\n"
+            "<parameter=unit>\n5\n</parameter>\n<parameter=days>\nmany\n</parameter>\n"
+            "</function>\n</tool_call>",
+            "",
+            [
+                TIME,
+                (
+                    "get_weather",
+                    {"city": "\nif a < b:\n  </p>\n", "unit": "5", "days": "many"},
+                ),
+            ],
+        ),
+    ],
+)
+def test_calls_are_found(name: str, text: str, content: str, calls: list[Any]) -> None:
+    answer = read(name, text)
+    assert (answer.content, answer.calls) == (content, calls)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", "No call, only <tool_cal and \n"),
+        ("hermes", "<tool_call>\nnot JSON\n</tool_call>"),
+        ("hermes", '<tool_call>\n{"name": "unknown", "arguments": {}}\n</tool_call>'),
+        ("hermes", '<tool_call>{"arguments": {}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "get_time", "name": "get_time"}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "get_time", "arguments": [1]}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "get_time", "arguments": "[1]"}</tool_call>'),
+        (
+            "hermes",
+            ' hm <tool_call>{"name": "get_weather", "arguments": {"city": tru}}</tool_call>',
+        ),
+        ("hermes", '<tool_call>{"name": "get_weather", "arguments": {"city": "Par'),
+        ("hermes", '<tool_call>{"name": "get_time", "arguments": {}'),
+        ("hermes", '<tool_call>{"name": "get_time", "arguments": {"a": 01}}</tool_call>'),
+        ("llama3", '{"answer": 4}'),
+        ("llama3", ' {"name": "Ann", "age": 4}'),
+        ("llama3", '<|python_tag|>brave_search.call(query="x")'),
+        ("llama3", 'Look: {"name": "get_time", "parameters": {}}'),
+        ("mistral", "[TOOL_CALLS] []"),
+        ("mistral", "[TOOL_CALLS]nobody[ARGS]{}"),
+        ("mistral", "[TOOL_CALLS]get_time[WHAT]{}"),
+        ("pythonic", "[1] says so"),
+        ("pythonic", "[get_time(1)]"),
+        ("pythonic", "[get_weather(city=input())]"),
+        ("pythonic", "[get_weather(city='a', city='b')]"),
+        ("pythonic", "[get_weather(city='a' 'b')]"),
+        ("pythonic", "[get_weather(days=1e999)]"),
+        ("pythonic", "[get_weather(city='a'"),
+        ("pythonic", "Try [get_time()]"),
+        ("qwen3_coder", "<tool_call>\n<function=nobody>\n</function>\n</tool_call>"),
+        ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\nPar"),
+        ("qwen3_coder", "<tool_call>\n<function=get_weather>\nno\n</function>\n</tool_call>"),
+    ],
+)
+def test_what_is_no_call_comes_back_unchanged(name: str, text: str) -> None:
+    answer = read(name, text)
+    assert (answer.content, answer.calls) == (text, [])
+
+
+def test_a_good_call_survives_a_bad_one() -> None:
+    bad = '<tool_call>{"name": "no", "arguments": {}}</tool_call>'
+    good = '<tool_call>{"name": "get_time", "arguments": {}}</tool_call>'
+    answer = read("hermes", bad + good + "\nDone.")
+    assert answer.calls == [TIME]
+    assert answer.content == bad + "\nDone."
+
+
+def test_more_calls_than_allowed_are_content() -> None:
+    one = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+    answer = read("hermes", f"{one}\n{one}", max_calls=1)
+    assert (answer.calls, answer.content) == ([TIME], one)
+    answer = read("pythonic", "[get_time(), get_time()]", max_calls=1)
+    assert (answer.calls, answer.content) == ([TIME], ", get_time()]")
+
+
+def test_arguments_go_out_while_they_come() -> None:
+    parser = CallParser(CALL_FORMATS["hermes"], TOOLS)
+    assert parser.feed('<tool_call>\n{"name": "get_wea') == []
+    assert parser.feed('ther", "arguments": {"ci') == [
+        CallStart("get_weather"),
+        CallArguments('{"ci'),
+    ]
+    assert parser.feed('ty": "Pa') == [CallArguments('ty": "Pa')]
+    assert parser.feed('ris"}}') == [CallArguments('ris"}'), CallEnd()]
+    assert parser.feed("\n</tool_call>") == []
+    assert parser.finish() == []
+
+
+def test_texts_of_qwen3_coder_go_out_while_they_come() -> None:
+    parser = CallParser(CALL_FORMATS["qwen3_coder"], TOOLS)
+    events = parser.feed("<tool_call>\n<function=get_weather>\n<parameter=city>\nline\n")
+    assert events == [CallStart("get_weather"), CallArguments('{"city": "line')]
+    assert parser.feed('two"</para') == [CallArguments('\\ntwo\\"')]
+    assert parser.feed("meter>") == [CallArguments('"')]
+    assert parser.feed("\n</function>") == [CallArguments("}"), CallEnd()]
+
+
+def test_a_break_in_the_arguments_keeps_what_was_sent() -> None:
+    parser = CallParser(CALL_FORMATS["hermes"], TOOLS)
+    text = '<tool_call>{"name": "get_time", "arguments": {"a": }}</tool_call>'
+    assert parse(parser, [text]) == [
+        CallStart("get_time"),
+        CallArguments('{"a": '),
+        CallBroken('<tool_call>{"name": "get_time", "arguments": {"a": '),
+        Content("}}</tool_call>"),
+    ]
+
+
+def test_a_line_break_inside_a_string_is_escaped() -> None:
+    text = '<tool_call>{"name": "get_weather", "arguments": {"city":\n"a\nb\t"}}</tool_call>'
+    parser = CallParser(CALL_FORMATS["hermes"], TOOLS)
+    events = parse(parser, [text])
+    assert events[1] == CallArguments('{"city":\n"a\\nb\\t"}')
+    assert answer_of(events).calls == [("get_weather", {"city": "a\nb\t"})]
+
+
+def test_deep_nesting_is_no_call() -> None:
+    deep = "[" * 400 + "]" * 400
+    answer = read("hermes", f'<tool_call>{{"name": "get_time", "arguments": {{"a": {deep}}}}}')
+    assert answer.calls == []
+    answer = read("pythonic", f"[get_time(a={deep})]")
+    assert answer.calls == []
+
+
+def test_scanned_json_is_what_python_reads() -> None:
+    values: list[Any] = [{}, {"a": [1, -2.5, 1e9, 'x"\\é\u2028', None, True, {"b": []}]}, {"": ""}]
+    for value in values:
+        for ascii_only in (True, False):
+            text = json.dumps(value, ensure_ascii=ascii_only)
+            answer = read("mistral", f"[TOOL_CALLS]get_time[ARGS]{text}")
+            assert answer.calls == [("get_time", value)]
+
+
+def test_ids_fit_the_templates() -> None:
+    assert new_call_id("hermes").startswith("call_")
+    assert new_call_id("hermes") != new_call_id("hermes")
+    assert len(new_call_id("mistral")) == 9
+    assert new_call_id("mistral").isalnum()
