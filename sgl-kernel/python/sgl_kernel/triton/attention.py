@@ -158,15 +158,10 @@ def paged_attention(
         out = q.new_empty(num_rows, num_heads, v_head_dim)
     parts = q.new_empty((work.num_parts, num_heads, v_head_dim), dtype=torch.float32)
     part_lse = q.new_empty((work.num_parts, num_heads), dtype=torch.float32)
+    segmented = isinstance(k, Segments)
     segment_pages = k.slots // tables.page_size if isinstance(k, Segments) else 1
     span, kind = _span(sight)
-    shared = {
-        "VALUE_DIM": v_head_dim,
-        "BLOCK_E": max(16, power_of_two(v_head_dim)),
-        "HAS_SINKS": sinks is not None,
-        "HAS_LSE": lse is not None,
-        **FP_FUSION,
-    }
+    shared = _of_outputs(v_head_dim, sinks, lse)
     for tile, items in work.launches:
         paged_attention_kernel[(len(items) * kv_heads,)](
             *(q, plane_base(k), plane_base(v), out, parts, part_lse, lse, sinks),
@@ -181,9 +176,9 @@ def paged_attention(
             PAGE_SIZE=tables.page_size,
             SIGHT=kind,
             CAPPED=logit_cap > 0.0,
-            SEGMENTED=isinstance(k, Segments),
+            SEGMENTED=segmented,
             **_types(q.dtype, k.dtype),
-            **launch_sizes(tile, v_head_dim, k.dtype, segmented=isinstance(k, Segments)),
+            **launch_sizes(tile, v_head_dim, k.dtype, segmented=segmented),
             **shared,
         )
     if len(work.merged):
@@ -200,6 +195,19 @@ def paged_attention(
 def plane_base(plane: torch.Tensor | Segments) -> torch.Tensor:
     """What a kernel finds a plane's slots by."""
     return plane.pointers if isinstance(plane, Segments) else plane
+
+
+def _of_outputs(
+    v_head_dim: int, sinks: torch.Tensor | None, lse: torch.Tensor | None
+) -> dict[str, Any]:
+    """What the kernel of parts and that of their merge are told alike."""
+    return {
+        "VALUE_DIM": v_head_dim,
+        "BLOCK_E": max(16, power_of_two(v_head_dim)),
+        "HAS_SINKS": sinks is not None,
+        "HAS_LSE": lse is not None,
+        **FP_FUSION,
+    }
 
 
 def _types(q_dtype: torch.dtype, kv_dtype: torch.dtype) -> dict[str, Any]:
