@@ -15,6 +15,8 @@ from sglang import kv_report
 from sglang.srt.mem_cache.allocation import KVMemory, PageNeed
 from srt.entrypoints.fake_service import LiveServer
 from srt.managers.scheduler_harness import Harness, make_memory
+from srt.mem_cache.disk_backing import DiskBacking
+from srt.mem_cache.memory_driver import make_memory as make_tiny_memory
 
 PAGE = 4
 
@@ -59,6 +61,25 @@ def test_the_report_shows_every_group(server: LiveServer, memory: KVMemory) -> N
     for group in range(len(memory.allocators)):
         assert f"group {group} (full, " in text
     assert kv_report.LEGEND in text
+
+
+def test_segments_on_disk_are_shown_as_such(tmp_path: Path) -> None:
+    memory, _ = make_tiny_memory(budget_segments=1, disk_segments=4, backing=DiskBacking())
+    for first, computed in ((1, 16), (2, 16), (3, 8)):
+        lease = memory.open(np.full(16, first, np.int32), max_prefix=0)
+        assert lease is not None
+        for _ in range(computed // 8):
+            assert memory.alloc_for_extend([PageNeed(lease, 8)]) is not None
+            memory.note_launched(memory.manager.launched_epoch + 1)
+            memory.note_completed(memory.manager.launched_epoch)
+        if first == 1:
+            memory.close(lease, np.full(16, first, np.int32), 16)
+    with LiveServer(tmp_path) as server:
+        server.service.state = Harness(memory, page_size=PAGE).control("server_info").data
+        code, text = run("--url", server.url)
+    assert code == 0
+    assert "on disk: 384 B of 768 B" in text
+    assert "  +#=" in text.splitlines()
 
 
 def test_json_is_what_the_server_said(server: LiveServer) -> None:

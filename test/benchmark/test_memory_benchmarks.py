@@ -30,6 +30,7 @@ def report_of(script: str, capsys: pytest.CaptureFixture[str], *argv: str) -> di
         ("bench_radix", ["--tokens", "20000", "--keys", "200", "--families", "5"]),
         ("bench_idle", ["--requests", "6", "--batch", "3"]),
         ("bench_tables", ["--rows", "4", "--context", "100000"]),
+        ("bench_disk", ["--segments", "2", "--slots", "64"]),
     ],
 )
 def test_a_script_reports_all_its_figures(

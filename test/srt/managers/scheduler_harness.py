@@ -379,11 +379,12 @@ def make_memory(
     reserve: int = 0,
     backing: SegmentBacking | None = None,
     ranks: RankAgreement | None = None,
+    disk_segments: int = 0,
 ) -> KVMemory:
     """Real memory on tiny mmap segments: two layers, one head, two floats wide.
 
-    The budget holds `segments` segments in each group. `windows`: kind and window of one or two
-    groups (empty: `groups` full ones).
+    The budget holds `segments` segments in each group, the disk `disk_segments`. `windows`: kind
+    and window of one or two groups (empty: `groups` full ones).
     """
     windows = windows or (FULL,) * groups
     layers: tuple[tuple[int, ...], ...] = ((0, 1),) if len(windows) == 1 else ((0,), (1,))
@@ -407,6 +408,7 @@ def make_memory(
         backing,
         budget_bytes=segments * segment_bytes,
         machine_bytes=2 * segments * segment_bytes,
+        disk_budget_bytes=disk_segments * segment_bytes,
         slots_per_segment=pages_per_segment * page_size,
         reserve_segments=reserve,
         idle_release_s=idle_release_s,
