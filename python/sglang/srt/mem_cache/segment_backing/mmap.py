@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypedDict
 
 import torch
 
@@ -55,6 +55,17 @@ class _PlaneRange:
     segment_bytes: int
     fixed_bytes: int
     huge: bool
+
+
+class MmapOptions(TypedDict, total=False):
+    """What `MmapBacking` takes, for those that extend it."""
+
+    debug_protect: bool
+    available_bytes: Callable[[], int] | None
+    margin_bytes: int
+    num_threads: int
+    calls: HostCalls | None
+    system_root: Path
 
 
 class MmapBacking:

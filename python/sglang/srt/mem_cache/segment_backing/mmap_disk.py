@@ -7,44 +7,23 @@ Called by the segment manager only. See docs/kv_segments.md, Note [The disk tier
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
+from typing import Unpack
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
 from sglang.srt.mem_cache.segment_backing.disk_file import DiskFile
-from sglang.srt.mem_cache.segment_backing.host_calls import (
-    MADV_DONTDUMP,
-    MADV_DONTFORK,
-    HostCalls,
-)
-from sglang.srt.mem_cache.segment_backing.mmap import MARGIN_BYTES, MmapBacking
+from sglang.srt.mem_cache.segment_backing.host_calls import MADV_DONTDUMP, MADV_DONTFORK
+from sglang.srt.mem_cache.segment_backing.mmap import MmapBacking, MmapOptions
 from sglang.srt.utils.sizes import format_bytes
 
 
 class MmapDiskBacking(MmapBacking):
     """`MmapBacking` whose segments may also lie in `disk`, which it owns from here on."""
 
-    def __init__(
-        self,
-        disk: DiskFile,
-        *,
-        debug_protect: bool = False,
-        available_bytes: Callable[[], int] | None = None,
-        margin_bytes: int = MARGIN_BYTES,
-        num_threads: int = 1,
-        calls: HostCalls | None = None,
-        system_root: Path = Path("/"),
-    ) -> None:
-        super().__init__(
-            debug_protect=debug_protect,
-            available_bytes=available_bytes,
-            margin_bytes=margin_bytes,
-            num_threads=num_threads,
-            calls=calls,
-            system_root=system_root,
-        )
+    def __init__(self, disk: DiskFile, **options: Unpack[MmapOptions]) -> None:
+        super().__init__(**options)
         self._disk = disk
 
     def reserve(self, spec: KVCacheSpec, layouts: tuple[SegmentLayout, ...]) -> None:
