@@ -73,6 +73,8 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.segment_manager < srt.mem_cache.memory_report"
      " < srt.mem_cache.allocation"),
     (3, "DEVICE", "srt.model_executor.forward_mode < srt.managers.schedule_batch"),
+    (3, "DEVICE", "srt.constrained.grammar < srt.constrained.compiler"),
+    (3, "DEVICE", "srt.constrained.grammar < srt.managers.schedule_batch"),
     (3, "DEVICE", "srt.managers.generation_result, srt.managers.schedule_batch"
      " < srt.managers.schedule_policy"),
     (3, "DEVICE", "srt.managers.schedule_batch < srt.model_executor.forward_batch_info"
@@ -95,6 +97,7 @@ TABLE: tuple[Row, ...] = (
      " < srt.parser.answer_parser < srt.parser.parser_choice < srt.entrypoints.*"),
     (6, "TEXT", "srt.managers.generate_request, srt.managers.incremental_text"
      " < srt.managers.detokenizer < srt.managers.detokenizer_manager"),
+    (6, "TEXT", "srt.tokenizer.* < srt.managers.constraint_desk < srt.managers.tokenizer_manager"),
     (6, "TEXT", "srt.managers.generate_request, srt.tokenizer.*"
      " < srt.managers.request_state, srt.managers.request_validation, srt.managers.replica_choice,"
      " srt.managers.scheduler_pulse,"
@@ -117,6 +120,7 @@ LAZY_PACKAGES = frozenset(
         "cuda",
         "gguf",
         "jinja2",
+        "llguidance",
         "numpy",
         "setproctitle",
         "sgl_kernel",

@@ -33,6 +33,7 @@ NEEDED = (
     "httptools",
     "idna",
     "jinja2",
+    "llguidance",
     "markupsafe",
     "msgspec",
     "orjson",
@@ -51,7 +52,12 @@ NEEDED = (
 # Used where they are there: the driver's calls (torch for CUDA brings them, too), tokenizer files.
 # Version 12 of the bindings talks to drivers of CUDA 12 and 13.
 WISHED = ("cuda-bindings<13", "cuda-pathfinder", "sentencepiece", "protobuf")
-_PLATFORMS = ("manylinux_2_28_x86_64", "manylinux2014_x86_64", "manylinux_2_17_x86_64")
+_PLATFORMS = (
+    "manylinux_2_31_x86_64",
+    "manylinux_2_28_x86_64",
+    "manylinux2014_x86_64",
+    "manylinux_2_17_x86_64",
+)
 
 
 def choose(needed: Mapping[str, int], wished: Mapping[str, int], limit: int) -> list[str]:

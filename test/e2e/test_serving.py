@@ -187,7 +187,8 @@ def test_bad_requests_are_answered_and_the_server_lives(server: ServerProcess) -
         b'{"input_ids": []}',
         b'{"text": "a", "sampling_params": {"temperature": -1}}',
         b'{"text": "a", "sampling_params": {"max_new_tokens": 1e400}}',
-        b'{"text": "a", "sampling_params": {"regex": "a+"}}',
+        b'{"text": "a", "sampling_params": {"regex": "(a"}}',
+        b'{"text": "a", "sampling_params": {"structural_tag": "{}"}}',
         b'{"text": "a", "image_data": "x"}',
     ]
     for body in bodies:

@@ -240,7 +240,7 @@ def test_flags_that_must_not_pass_silently_are_refused() -> None:
     refused = {name for spec in REFUSED for name in spec.names}
     assert refused >= {
         *("--torchao-config", "--enable-lora", "--speculative-algorithm", "--disaggregation-mode"),
-        *("--enable-hierarchical-cache", "--pp-size", "--ep-size", "--grammar-backend"),
+        *("--enable-hierarchical-cache", "--pp-size", "--ep-size"),
         *("--completion-template", "--tool-server", "--ssl-keyfile"),
     }
 

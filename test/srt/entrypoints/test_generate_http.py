@@ -75,6 +75,17 @@ def test_sampling_parameters_arrive_unchanged(server: LiveServer) -> None:
         assert getattr(sent, name) == params[name], name
 
 
+@pytest.mark.parametrize("kind", ["json_schema", "regex", "ebnf"])
+def test_a_constraint_arrives(server: LiveServer, kind: str) -> None:
+    text = '{"type": "object"}'
+    server.post("/generate", {"text": "Hi", "sampling_params": {kind: text}})
+    server.post("/generate", {"text": "Hi", "sampling_params": {kind: ""}})
+    held, free = (request.sampling_params.constraint for request in server.service.requests)
+    assert held is not None
+    assert (held.kind, held.text) == (kind, text)
+    assert free is None
+
+
 def test_defaults_are_sglangs_not_the_models(server: LiveServer) -> None:
     server.post("/generate", {"text": "Hi"})
     sent = server.service.requests[0].sampling_params

@@ -100,7 +100,10 @@ async def eventually(condition: Any) -> None:
 def fake_settings() -> tuple[Any, Any]:
     """The server arguments and the model config that a manager reads, and no more."""
     args = SimpleNamespace(
-        max_prompt_logprob_tokens=10, dp_size=1, load_balance_method="round_robin"
+        max_prompt_logprob_tokens=10,
+        dp_size=1,
+        load_balance_method="round_robin",
+        grammar_backend="llguidance",
     )
     return args, SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(7,))
 

@@ -116,6 +116,22 @@ class DoorArgs:
         group=API,
         choices=("model", "openai"),
     )
+    grammar_backend: str = flag(
+        "llguidance",
+        "Which library holds a text to json_schema, regex or ebnf; none refuses such requests.",
+        group=API,
+        choices=("llguidance", "none"),
+    )
+    constrained_json_whitespace_pattern: str | None = flag(
+        None,
+        "Regular expression of the whitespace that JSON constrained by a schema may have.",
+        group=API,
+        default_text="any",
+        metavar="REGEX",
+    )
+    constrained_json_disable_any_whitespace: bool = flag(
+        False, "JSON constrained by a schema has no whitespace outside of its strings.", group=API
+    )
     enable_cache_report: bool = flag(
         False, "Report cached prompt tokens in the usage of OpenAI replies.", group=API
     )

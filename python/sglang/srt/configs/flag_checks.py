@@ -54,6 +54,14 @@ def check_combinations(args: Any) -> None:
         raise ValueError("--chat-template needs a tokenizer; drop --skip-tokenizer-init")
     if args.skip_tokenizer_init and (args.tool_call_parser or args.reasoning_parser):
         raise ValueError("parsers read text, which needs a tokenizer; drop --skip-tokenizer-init")
+    if (
+        args.constrained_json_disable_any_whitespace
+        and args.constrained_json_whitespace_pattern is not None
+    ):
+        raise ValueError(
+            "--constrained-json-whitespace-pattern says which whitespace there may be; drop "
+            "--constrained-json-disable-any-whitespace"
+        )
     if args.kv_backing == "static" and args.kv_segment_reserve > 0:
         raise ValueError("--kv-segment-reserve: --kv-backing static maps every segment at start")
     if args.kv_backing == "cuda_vmm" and args.device == "cpu":

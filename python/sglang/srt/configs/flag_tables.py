@@ -136,8 +136,7 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         """
         --tokenizer-worker-num V; --detokenizer-worker-num V; --tokenizer-backend V;
         --enable-tokenizer-batch-encode; --disable-tokenizer-batch-encode;
-        --disable-tokenizer-batch-decode; --constrained-json-whitespace-pattern V;
-        --constrained-json-disable-any-whitespace; --disable-outlines-disk-cache
+        --disable-tokenizer-batch-decode; --disable-outlines-disk-cache
         """,
     ),
     (
@@ -243,9 +242,9 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "grammar-constrained output and templates of this kind do not exist here",
+        "templates and tools of this kind do not exist here",
         """
-        --grammar-backend V ok:none; --tool-server V;
+        --tool-server V;
         --completion-template V; --hf-chat-template-name V; --preferred-sampling-params V;
         --enable-custom-logit-processor; --stream-response-default-include-usage;
         --dllm-algorithm V; --dllm-algorithm-config V

@@ -14,8 +14,10 @@ from sglang.srt.entrypoints.request_body import RawFields
 from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-GRAMMAR = Refusal("constrained decoding is not served", ("",))
+STRUCTURAL_TAG = Refusal("structural tags are not served; use json_schema, regex or ebnf", ("",))
 STOP_REGEX = Refusal("stop_regex is not served; use stop", ("", []))
+
+CONSTRAINTS = ("json_schema", "regex", "ebnf")
 
 
 class SamplingBody(msgspec.Struct, frozen=True):
@@ -39,6 +41,9 @@ class SamplingBody(msgspec.Struct, frozen=True):
     no_stop_trim: bool = False
     logit_bias: dict[str, float] = {}
     sampling_seed: Int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
 
 
 SAMPLING_FIELDS = FieldTable(
@@ -47,10 +52,7 @@ SAMPLING_FIELDS = FieldTable(
     # by custom logit processors alone, which are refused.
     accepted=("stream_interval", "custom_params"),
     refused={
-        "json_schema": GRAMMAR,
-        "regex": GRAMMAR,
-        "ebnf": GRAMMAR,
-        "structural_tag": GRAMMAR,
+        "structural_tag": STRUCTURAL_TAG,
         "stop_regex": STOP_REGEX,
         "beam_width": Refusal("beam search is not served", (0, 1)),
     },
@@ -65,6 +67,7 @@ def sampling_from_raw(fields: RawFields) -> SamplingParams:
     values["stop"] = stop_strings(body.stop)
     values["stop_token_ids"] = tuple(body.stop_token_ids)
     values["logit_bias"] = logit_bias("sampling_params.logit_bias", body.logit_bias)
+    values |= {kind: getattr(body, kind) or None for kind in CONSTRAINTS}  # "" asks for none
     return SamplingParams(**values)
 
 

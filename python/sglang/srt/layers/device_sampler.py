@@ -19,15 +19,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.constrained.grammar import TokenMatcher
 from sglang.srt.layers.device_edits import (
     CountTable,
     LogitEdits,
     add_bias_and_hide,
     plan_edits,
 )
+from sglang.srt.layers.device_grammars import DeviceGrammars
 from sglang.srt.layers.late_results import Wanted, gather_results
 from sglang.srt.layers.logprobs import Highest
-from sglang.srt.layers.sampler import SampleOutput, Sampler, uniform
+from sglang.srt.layers.sampler import SampleOutput, Sampler, failures_of, uniform
 from sglang.srt.layers.sampling_row import SamplingRow
 from sglang.srt.managers.io_struct import LogprobArrays
 from sglang.srt.model_executor.forward_batch_info import LogprobSpec
@@ -47,6 +49,7 @@ class DeviceSampler:
         self._runtime = runtime
         self._host = host or Sampler()
         self._counts = CountTable(counted_rows)
+        self._grammars = DeviceGrammars(runtime)
 
     def admit(
         self,
@@ -55,9 +58,10 @@ class DeviceSampler:
         seed: int,
         prompt_ids: npt.NDArray[np.integer],
         output_ids: npt.NDArray[np.integer],
+        matcher: TokenMatcher | None = None,
     ) -> None:
         """See `Sampler.admit`."""
-        self._host.admit(row, params, seed, prompt_ids, output_ids)
+        self._host.admit(row, params, seed, prompt_ids, output_ids, matcher)
         self._counts.admit(row, self._host.state(row))
 
     def drop(self, row: int) -> None:
@@ -83,16 +87,21 @@ class DeviceSampler:
             for i, (state, place) in enumerate(zip(states, places, strict=True))
             if state.counts_tokens and place is None
         ]
+        self._grammars.settle()
+        here = [i for i in range(len(rows)) if i not in by_host]
+        held = {i: states[i] for i in here if states[i].matcher is not None}
+        hiding = [hides and i not in held for i, hides in enumerate(suppress_stop)]
         some = (by_host, rows, positions, suppress_stop, logprob_specs)
         edited, known = self._sample_on_host(logits, *some) if by_host else ([], {})
-        edits = self._edit(logits, plan_edits(states, places, suppress_stop, by_host))
+        edits = self._edit(logits, plan_edits(states, places, hiding, by_host))
+        self._grammars.hide(logits, held, {i for i in held if suppress_stop[i]})
         tokens, invalid = _greedy(logits)
-        here = [i for i in range(len(rows)) if i not in by_host]
         random_rows = [i for i in here if not states[i].params.greedy]
         if random_rows:
             self._choose(logits, tokens, states, positions, random_rows)
         if edits is not None:
             self._counts.add(edits, tokens)
+        self._grammars.await_tokens(tokens, held)
         if by_host:
             at, chosen, were_invalid = self._runtime.move(edited)
             tokens.index_copy_(0, at, chosen)
@@ -103,7 +112,7 @@ class DeviceSampler:
             if (spec := logprob_specs[i]) is not None and spec.output
         ]
         late = gather_results(self._runtime, logits, tokens, invalid, wanted, known)
-        return SampleOutput(tokens, [None] * len(rows), (), late)
+        return SampleOutput(tokens, [None] * len(rows), (), late, failures_of(states))
 
     def _edit(self, logits: torch.Tensor, planned: LogitEdits | None) -> LogitEdits | None:
         """Change `logits` as planned on the host; the plan, on the device."""

@@ -4,7 +4,8 @@ The worker tells it when a request takes or leaves a KV row and calls `sample` o
 row gets depends on its own logits, parameters, seed and position only, never on its batch.
 
 Order of work on a row: repetition, frequency and presence penalty, logit_bias, stop tokens hidden
-while min_new_tokens is not reached, then argmax (greedy), or temperature, softmax and filters.
+while min_new_tokens is not reached and whatever a grammar does not allow, then argmax (greedy), or
+temperature, softmax and filters.
 The filters look at the same distribution and all must agree: the `top_k` most likely tokens; the
 most likely tokens up to the one that brings their sum to `top_p`; tokens of at least `min_p` times
 the highest probability. The most likely token always passes. Equal tokens rank by id.
@@ -15,14 +16,15 @@ Legend: B rows to sample, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.constrained.grammar import TokenMatcher
 from sglang.srt.errors import InvariantError
 from sglang.srt.layers.late_results import LateResults
 from sglang.srt.layers.logprobs import Highest, pack_logprobs, reduce_logits, stable_topk
@@ -45,13 +47,15 @@ class SampleOutput:
 
     `invalid_rows` are the indices of rows whose logits had NaN or no finite maximum: their token
     is the best of the usable logits (NaN counts as impossible; with none usable, all are equal).
-    Where looking would wait, `late` tells both when it has come, and nothing here does.
+    Where looking would wait, `late` tells both when it has come, and nothing here does. `failures`
+    are rows whose grammar can't go on, and why.
     """
 
     token_ids: torch.Tensor
     logprobs: list[LogprobArrays | None]
     invalid_rows: tuple[int, ...]
     late: LateResults | None = None
+    failures: Mapping[int, str] = field(default_factory=dict)
 
 
 class Sampler:
@@ -67,9 +71,13 @@ class Sampler:
         seed: int,
         prompt_ids: npt.NDArray[np.integer],
         output_ids: npt.NDArray[np.integer],
+        matcher: TokenMatcher | None = None,
     ) -> None:
-        """A request takes `row`; `output_ids` are those generated before a retraction."""
-        self._rows[row] = SamplingRow(params, seed, prompt_ids, output_ids)
+        """A request takes `row`; `output_ids` are those generated before a retraction.
+
+        `matcher` has gone on with them, too; None: the request has no grammar.
+        """
+        self._rows[row] = SamplingRow(params, seed, prompt_ids, output_ids, matcher)
 
     def drop(self, row: int) -> None:
         """The request of `row` left; a row that was never admitted is no mistake."""
@@ -87,9 +95,9 @@ class Sampler:
         """Choose a token per row of `logits` float32 [B, V], which is overwritten.
 
         `positions` are the sampled tokens' absolute positions, `suppress_stop` tells where
-        min_new_tokens is not reached. Log probabilities are of the logits after penalties, bias
-        and temperature (1 when greedy), before filters. `highest` of these logits, if it is known,
-        is used while no row edits them. Side effect: the rows count their tokens.
+        min_new_tokens is not reached. Log probabilities are of the logits after penalties, bias,
+        grammar and temperature (1 when greedy), before filters. `highest` of these logits, if it
+        is known, is used while no row edits them. Side effect: the rows count their tokens.
         Raises InvariantError for a row that nobody admitted.
         """
         states = [self.state(row) for row in rows]
@@ -102,7 +110,10 @@ class Sampler:
             if state.edits_logits:
                 state.edit(logits[i])
                 highest = None
-            if suppress_stop[i]:
+            if state.matcher is not None:
+                state.hide_by_grammar(logits[i], hide_stops=suppress_stop[i])
+                highest = None
+            elif suppress_stop[i]:
                 state.hide_stop_tokens(logits[i])
                 highest = None
         if not states:
@@ -127,7 +138,7 @@ class Sampler:
         ]
         for state, token in zip(states, tokens.tolist(), strict=True):
             state.add(token)
-        return SampleOutput(tokens, logprobs, invalid)
+        return SampleOutput(tokens, logprobs, invalid, failures=failures_of(states))
 
     def state(self, row: int) -> SamplingRow:
         """What is known of an admitted row. Raises InvariantError for another one."""
@@ -135,6 +146,15 @@ class Sampler:
         if state is None:
             raise InvariantError(f"row {row} is sampled but was never admitted")
         return state
+
+
+def failures_of(states: Sequence[SamplingRow]) -> dict[int, str]:
+    """Why the grammars of rows can't go on, by place; empty as a rule."""
+    return {
+        i: state.matcher.error
+        for i, state in enumerate(states)
+        if state.matcher is not None and state.matcher.error is not None
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.constrained.grammar import TokenMatcher
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 Int64Array = npt.NDArray[np.int64]
@@ -25,6 +26,7 @@ class SamplingRow:
     `_out_counts` how often each came, `_out_fresh` whether the prompt lacks it, `_place` the index
     of each. Nothing is counted when no penalty is asked for (`counts_tokens`). `bias_ids` int64 and
     `bias` float32 [M] are the logit_bias, `stop_ids` int64 the tokens that min_new_tokens hides.
+    `matcher` None: no constraint.
     """
 
     def __init__(
@@ -33,13 +35,15 @@ class SamplingRow:
         seed: int,
         prompt_ids: npt.NDArray[np.integer],
         output_ids: npt.NDArray[np.integer],
+        matcher: TokenMatcher | None = None,
     ) -> None:
+        self.matcher = matcher
         self.params = params
         self.seed = seed
         self.counts_tokens = params.has_penalties
         self.edits_logits = self.counts_tokens or bool(params.logit_bias)
         # Nothing but the highest logit decides its token, and nothing has to be remembered of it.
-        self.takes_highest = params.greedy and not self.edits_logits
+        self.takes_highest = params.greedy and not self.edits_logits and matcher is None
         self._prompt_ids = np.empty(0, np.int64)
         if params.repetition_penalty != 1.0:
             self._prompt_ids = np.unique(prompt_ids).astype(np.int64)
@@ -57,9 +61,11 @@ class SamplingRow:
         self.stop_ids = torch.tensor(params.stop_token_ids, dtype=torch.int64)
 
     def add(self, token: int) -> None:
-        """Note a sampled token; amortised O(1)."""
+        """Note a sampled token; amortised O(1), but for a grammar."""
         if self.counts_tokens:
             self._count(token, 1)
+        if self.matcher is not None:
+            self.matcher.accept(token)
 
     def edit(self, logits: torch.Tensor) -> None:
         """Apply penalties, then logit_bias, to float32 [V] in place.
@@ -94,6 +100,16 @@ class SamplingRow:
     def hide_stop_tokens(self, logits: torch.Tensor) -> None:
         """Make the stop tokens impossible in float32 [V], in place (min_new_tokens)."""
         logits[self.stop_ids] = float("-inf")
+
+    def hide_by_grammar(self, logits: torch.Tensor, *, hide_stops: bool) -> None:
+        """Make impossible in float32 [V], in place, what the grammar does not allow.
+
+        `hide_stops`: and the stop tokens (min_new_tokens), unless the grammar wants one of them.
+        """
+        assert self.matcher is not None
+        hidden = self.matcher.hidden(self.params.stop_token_ids if hide_stops else ())
+        if hidden is not None:
+            logits.masked_fill_(torch.from_numpy(hidden).view(torch.bool), float("-inf"))
 
     def _count(self, token: int, count: int) -> None:
         place = self._place.get(token)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,8 @@ class GenerationBatchResult:
 
     `token_ids` int64 [sampled] and `output_logprobs` follow the sampled order,
     `input_logprobs` the batch's; `forward_s` is the time on the worker thread. `invalid_rows`
-    are places in the sampled order whose logits had NaN or no finite maximum.
+    are places in the sampled order whose logits had NaN or no finite maximum, `failures` those
+    whose grammar could not go on, and why: their token is nobody's.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -25,3 +26,4 @@ class GenerationBatchResult:
     input_logprobs: Sequence[LogprobArrays | None]
     forward_s: float
     invalid_rows: tuple[int, ...] = ()
+    failures: Mapping[int, str] = field(default_factory=dict)

@@ -115,6 +115,18 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
     include_progress: bool = False
 
 
+class VocabularyReq(msgspec.Struct, tag="vocabulary"):
+    """What a scheduler needs to hold texts to a grammar; comes before the first such request.
+
+    `tokenizer_json` is the tokenizer as the tokenizers library writes it, `num_tokens` one more
+    than its largest id, `end_ids` the tokens that end a text.
+    """
+
+    tokenizer_json: str
+    num_tokens: int
+    end_ids: tuple[int, ...]
+
+
 class AbortReq(msgspec.Struct, tag="abort"):
     """End `rid`, or every request when `abort_all`, in whatever state it is."""
 
@@ -143,7 +155,7 @@ class ControlReq(msgspec.Struct, tag="control"):
     args: dict[str, Any] = {}
 
 
-ToScheduler = Union[TokenizedGenerateReqInput, AbortReq, StopStringHit, ControlReq]
+ToScheduler = Union[TokenizedGenerateReqInput, VocabularyReq, AbortReq, StopStringHit, ControlReq]
 
 
 # ---- from the scheduler -----------------------------------------------------------------------

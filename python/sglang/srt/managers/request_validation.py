@@ -22,9 +22,17 @@ MAX_PRIORITY = 1 << 31
 
 
 def check_fields(
-    request: GenerateRequest, *, vocab_size: int, has_tokenizer: bool, num_replicas: int = 1
+    request: GenerateRequest,
+    *,
+    vocab_size: int,
+    has_tokenizer: bool,
+    num_replicas: int = 1,
+    no_constraints: str | None = None,
 ) -> None:
-    """Check everything that needs no token ids."""
+    """Check everything that needs no token ids.
+
+    `no_constraints` says why json_schema, regex and ebnf can't be served; None: they are.
+    """
     wanted = request.routed_dp_rank
     if wanted is not None and not 0 <= wanted < num_replicas:
         raise RequestError(
@@ -45,6 +53,8 @@ def check_fields(
                 "stop needs a tokenizer, but the server has none (--skip-tokenizer-init): "
                 "use stop_token_ids."
             )
+    if no_constraints is not None and request.sampling_params.constraint is not None:
+        raise RequestError(no_constraints)
     request.sampling_params.verify(vocab_size)
     if request.return_logprob:
         _check_logprob_fields(request, vocab_size)
@@ -54,6 +64,9 @@ def _check_wire_fields(request: GenerateRequest) -> None:
     """Check what could not be sent to another process: text that is not Unicode, huge numbers."""
     fields = [("rid", request.rid), ("extra_key", request.extra_key)]
     fields += [("stop", stop) for stop in request.sampling_params.stop]
+    constraint = request.sampling_params.constraint
+    if constraint is not None:
+        fields.append((constraint.kind, constraint.text))
     for name, value in fields:
         if value is not None and not is_unicode(value):
             raise RequestError(f"{name} is not valid Unicode.")

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from sglang.srt.constrained.grammar import Grammar
 from sglang.srt.errors import InvariantError
 from sglang.srt.managers.io_struct import (
     DetokOptions,
@@ -129,6 +130,7 @@ class Req:
         self.priority = message.priority
         self.detok: DetokOptions | None = message.detok
         self.has_stop_strings = bool(message.detok.stop_strings)
+        self.grammar: Grammar | None = None  # set before it is admitted, if it has a constraint
         self.logprob: LogprobState | None = None
         if message.return_logprob:
             picked = np.frombuffer(message.token_ids_logprob, dtype="<i4")

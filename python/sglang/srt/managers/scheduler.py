@@ -26,6 +26,7 @@ from sglang.srt.managers.io_struct import (
     StopStringHit,
     TokenizedGenerateReqInput,
     ToScheduler,
+    VocabularyReq,
 )
 from sglang.srt.managers.schedule_batch import (
     MAX_RETRACTIONS,
@@ -38,7 +39,9 @@ from sglang.srt.managers.schedule_policy import ChunkSizer, choose_victim, step_
 from sglang.srt.managers.scheduler_admission import Admission, WaitingQueue
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_control import SchedulerControl
+from sglang.srt.managers.scheduler_grammars import GrammarQueue
 from sglang.srt.managers.scheduler_limits import (
+    GrammarVerdict,
     SchedulerChannel,
     SchedulerLimits,
     TurnInputs,
@@ -79,7 +82,8 @@ class Scheduler:
     """Decides, allocates, launches and collects; one instance per rank, one thread.
 
     `make_batch` builds the compute side's view of a batch, `clock` gives monotonic seconds, `turns`
-    (None: this rank is alone) what turns are decided from. All collaborators are passed in, so a
+    (None: this rank is alone) what turns are decided from, `grammars` (None: constraints are not
+    served) holds requests until theirs is compiled. All collaborators are passed in, so a
     test runs it turn by turn with stand-ins.
     """
 
@@ -95,6 +99,7 @@ class Scheduler:
         clock: Callable[[], float],
         canary: SchedulerCanary | None = None,
         turns: TurnSource | None = None,
+        grammars: GrammarQueue | None = None,
     ) -> None:
         self._turns = turns or OwnTurns(channel, clock)
         self._memory = memory
@@ -115,6 +120,7 @@ class Scheduler:
             adaptive=limits.adaptive_chunk,
         )
         self._seeds = np.random.default_rng(limits.random_seed)
+        self._grammars = GrammarQueue(None) if grammars is None else grammars
         self._waiting = WaitingQueue()
         self._running: dict[str, Req] = {}  # with a lease, by rid, in order of admission
         self._by_rid: dict[str, Req] = {}  # all that have not finished
@@ -146,7 +152,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._grammars)
 
     @property
     def busy(self) -> bool:
@@ -161,6 +167,8 @@ class Scheduler:
 
     def turn(self) -> None:
         """Receive, launch at most one step, collect what is due, tell the news."""
+        if len(self._grammars):
+            self._turns.note_grammars(self._grammars.decided(self._clock()))
         inputs = self._turns.next(self._poll_ms())
         began = self._clock()
         self._take(inputs)
@@ -199,11 +207,15 @@ class Scheduler:
         for message in inputs.messages:
             self._dispatch(message, inputs.now)
         inputs.messages.clear()
+        for verdict in inputs.grammars:
+            self._judge(verdict)
         self._reply(self._control.step(inputs.now))
 
     def _dispatch(self, message: ToScheduler, now: float) -> None:
         if isinstance(message, TokenizedGenerateReqInput):
-            self._add_request(message)
+            self._add_request(message, now)
+        elif isinstance(message, VocabularyReq):
+            self._grammars.set_vocabulary(message)
         elif isinstance(message, AbortReq):
             self._abort(message)
         elif isinstance(message, StopStringHit):
@@ -213,13 +225,24 @@ class Scheduler:
         else:
             self._reply(self._control.answer(message, now))
 
-    def _add_request(self, message: TokenizedGenerateReqInput) -> None:
+    def _judge(self, verdict: GrammarVerdict) -> None:
+        """Let a request that waited for its grammar go on, or end it."""
+        if verdict.error:
+            req = self._by_rid.get(verdict.rid)
+            if req is not None:
+                self.end_by_abort(req, verdict.error, verdict.status)
+            return
+        req = self._grammars.take(verdict.rid)
+        if req is not None:
+            self._waiting.add(req)
+
+    def _add_request(self, message: TokenizedGenerateReqInput, now: float) -> None:
         num_tokens = message.input_ids.nbytes // 4
         if message.rid in self._by_rid:
             # The text side keeps ids unique; answering here would give one id two final outputs.
             logger.error("Ignored a second request with the id %s", message.rid)
             return
-        reason = self._limits.refusal(num_tokens, len(self._waiting))
+        reason = self._limits.refusal(num_tokens, self.num_waiting)
         if reason is not None:
             self.counters.num_refused += 1
             self._outputs.refuse(message.rid, num_tokens, reason)
@@ -232,7 +255,8 @@ class Scheduler:
         self.counters.num_requests += 1
         self.counters.prompt_tokens += num_tokens
         self._by_rid[req.rid] = req
-        self._waiting.add(req)
+        if self._grammars.add(req, now):
+            self._waiting.add(req)
 
     def _abort(self, message: AbortReq) -> None:
         wanted = self.requests() if message.abort_all else [self._by_rid.get(message.rid)]
@@ -250,7 +274,7 @@ class Scheduler:
         waiting = req.state in (ReqState.WAITING, ReqState.RETRACTED)
         if not req.finish(reason):
             return False
-        if waiting:
+        if waiting and not self._grammars.discard(req):
             self._waiting.remove(req)
         self._outputs.note(req)
         self._settle(req)

@@ -77,13 +77,21 @@ class SchedulerChannel(Protocol):
     def send_progress(self, progress: BatchProgressOut) -> None: ...
 
 
+class GrammarVerdict(msgspec.Struct, frozen=True, array_like=True):
+    """A waiting request's grammar is there, or why it never will be: `error` and `status`."""
+
+    rid: str
+    error: str = ""
+    status: int = 0
+
+
 class TurnInputs(msgspec.Struct, array_like=True):
     """All that a turn is decided from beside the state that ranks share: the same on every rank.
 
     `now` in seconds of rank 0's monotonic clock; `messages` in the order in which they came;
     `step_times` the (prefill tokens, seconds) of steps that rank 0 collected since the last turn,
     for the size of chunks. `digest` stands for what rank 0 has decided so far. `meet`: all ranks
-    show that they are there.
+    show that they are there. `grammars` tells of requests that wait for theirs.
     """
 
     now: float
@@ -91,6 +99,7 @@ class TurnInputs(msgspec.Struct, array_like=True):
     step_times: list[tuple[int, float]] = []
     digest: int = 0
     meet: bool = False
+    grammars: list[GrammarVerdict] = []
 
 
 class TurnSource(Protocol):
@@ -101,6 +110,9 @@ class TurnSource(Protocol):
 
     def note_step(self, num_prefill_tokens: int, seconds: float) -> None:
         """A step was collected; its time comes back with the inputs of the next turn."""
+
+    def note_grammars(self, verdicts: Sequence[GrammarVerdict]) -> None:
+        """What this rank knows of its grammars; what rank 0 knows comes with the next inputs."""
 
     def note_decided(self, values: npt.NDArray[np.int64]) -> None:
         """Something that all ranks have to decide alike was decided."""

@@ -176,6 +176,7 @@ def make_scheduler(
         progress=progress,
         clock=time.monotonic,
         canary=parts.canary,
+        grammars=parts.grammars,
         turns=make_turns(channel, time.monotonic, None if links is None else links.control),
     )
 

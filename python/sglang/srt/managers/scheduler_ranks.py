@@ -22,7 +22,12 @@ from sglang.srt.managers.io_struct import (
     ControlReply,
     ToScheduler,
 )
-from sglang.srt.managers.scheduler_limits import SchedulerChannel, TurnInputs, TurnSource
+from sglang.srt.managers.scheduler_limits import (
+    GrammarVerdict,
+    SchedulerChannel,
+    TurnInputs,
+    TurnSource,
+)
 
 # While nothing is computed no collective would notice a rank that hangs; so often all ranks meet.
 MEET_INTERVAL_S = 1.0
@@ -35,16 +40,22 @@ class OwnTurns:
         self._channel = channel
         self._clock = clock
         self._step_times: list[tuple[int, float]] = []
+        self._grammars: list[GrammarVerdict] = []
 
     def next(self, poll_ms: int) -> TurnInputs:
         """See `TurnSource`; the clock is read after the wait."""
         messages = list(self._channel.receive(poll_ms))
         times, self._step_times = self._step_times, []
-        return TurnInputs(self._clock(), messages, times)
+        verdicts, self._grammars = self._grammars, []
+        return TurnInputs(self._clock(), messages, times, grammars=verdicts)
 
     def note_step(self, num_prefill_tokens: int, seconds: float) -> None:
         """See `TurnSource`."""
         self._step_times.append((num_prefill_tokens, seconds))
+
+    def note_grammars(self, verdicts: Sequence[GrammarVerdict]) -> None:
+        """See `TurnSource`."""
+        self._grammars.extend(verdicts)
 
     def note_decided(self, values: npt.NDArray[np.int64]) -> None:
         """Nobody else has to decide alike."""
@@ -80,6 +91,10 @@ class LeadingTurns:
         """See `TurnSource`."""
         self._own.note_step(num_prefill_tokens, seconds)
 
+    def note_grammars(self, verdicts: Sequence[GrammarVerdict]) -> None:
+        """See `TurnSource`."""
+        self._own.note_grammars(verdicts)
+
     def note_decided(self, values: npt.NDArray[np.int64]) -> None:
         """See `TurnSource`."""
         self._digest = zlib.crc32(values.tobytes(), self._digest)
@@ -111,6 +126,9 @@ class FollowingTurns:
 
     def note_step(self, num_prefill_tokens: int, seconds: float) -> None:
         """Rank 0's time of the same step counts."""
+
+    def note_grammars(self, verdicts: Sequence[GrammarVerdict]) -> None:
+        """Rank 0's word counts."""
 
     def note_decided(self, values: npt.NDArray[np.int64]) -> None:
         """See `TurnSource`."""

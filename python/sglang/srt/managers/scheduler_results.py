@@ -14,7 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 def finish_reason_of(req: Req, token_id: int, context_length: int) -> FinishReason | None:
-    """Why `req` ends with the token just appended, or None when it goes on."""
+    """Why `req` ends with the token just appended, or None when it goes on.
+
+    A grammar's text is complete with an end-of-text token, whatever else was asked for.
+    """
+    if req.grammar is not None and token_id in req.grammar.end_ids:
+        return FinishReason("stop", matched=token_id)
     if token_id in req.stop_token_ids and req.num_output >= req.params.min_new_tokens:
         return FinishReason("stop", matched=token_id)
     if req.num_output >= req.max_new_tokens or req.known >= context_length:
@@ -54,7 +59,10 @@ def process_result(
             end = item.start + item.num_tokens
             ends_prompt = end >= req.known
             memory.cache_prefix(item.lease, req.tokens.view(0, end), end, keep_window=ends_prompt)
-        if index >= 0:
+        if index in result.failures:
+            text = f"The constraint cannot be held: {result.failures[index]}"
+            req.finish(FinishReason("abort", message=text, status_code=400))
+        elif index >= 0:
             _take_token(item, int(result.token_ids[index]), context_length)
             output = result.output_logprobs[index]
             if output is not None:

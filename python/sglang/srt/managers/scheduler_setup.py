@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from sglang.srt.configs.model_config import ModelConfig, resolve_context_length
+from sglang.srt.constrained.compiler import GrammarCompiler
+from sglang.srt.constrained.grammar import JsonStyle, check_style
 from sglang.srt.distributed.communicator import Communicator, RankLinks
 from sglang.srt.distributed.rank_grid import RankGrid
 from sglang.srt.environ import Environ
@@ -34,6 +36,7 @@ from sglang.srt.managers.scheduler_device import (
     prefill_chunk_tokens,
     reserve_of,
 )
+from sglang.srt.managers.scheduler_grammars import GrammarQueue
 from sglang.srt.managers.scheduler_kv_events import KVEventPublisher, open_publisher
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.managers.scheduler_pool_plan import (
@@ -83,6 +86,7 @@ class SchedulerParts:
     make_batch: BatchMaker
     limits: SchedulerLimits
     ready: SchedulerReady
+    grammars: GrammarQueue
     publisher: KVEventPublisher | None = None
     canary: SchedulerCanary | None = None
 
@@ -163,6 +167,7 @@ def build_scheduler_parts(
     backend_class = get_attention_backend(args.attention_backend, args.device)
     page_size = args.page_size or backend_class.preferred_page_size
     kv_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
+    grammars = _grammars(args, config.vocab_size)
     spec = kv_cache_spec(config, grid.parallel, kv_dtype, page_size)
     damage = _perturbation(args, environ, spec)
     runtime.synchronize()  # the weights were copied elsewhere than on the compute stream
@@ -180,7 +185,19 @@ def build_scheduler_parts(
     ready = _ready(backend_class.name, plan, limits, memory)
     make_batch = _batch_maker(memory, backend, page_size, progress)
     canary = _canary(args, memory, damage)
-    return SchedulerParts(memory, worker, make_batch, limits, ready, publisher, canary)
+    return SchedulerParts(memory, worker, make_batch, limits, ready, grammars, publisher, canary)
+
+
+def _grammars(args: ServerArgs, vocab_size: int) -> GrammarQueue:
+    """Raises ValueError for a whitespace pattern that is none."""
+    if args.grammar_backend == "none":
+        return GrammarQueue(None)
+    style = JsonStyle(
+        compact=args.constrained_json_disable_any_whitespace,
+        whitespace_pattern=args.constrained_json_whitespace_pattern,
+    )
+    check_style(style)
+    return GrammarQueue(GrammarCompiler(vocab_size, style))
 
 
 def _check_alone(args: ServerArgs) -> None:

@@ -24,6 +24,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.environ import Environ
 from sglang.srt.errors import RequestError
 from sglang.srt.managers import request_validation as validation
+from sglang.srt.managers.constraint_desk import ConstraintDesk
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
 from sglang.srt.managers.io_struct import (
     AbortReq,
@@ -103,6 +104,7 @@ class TokenizerManager:
         self._end_ids = tuple(
             sorted({*model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())})
         )
+        self._constraints = ConstraintDesk(tokenizer, self._end_ids, server_args.grammar_backend)
         self._short_texts = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         self._long_texts = ThreadPoolExecutor(2, thread_name_prefix="tokenize-long")
         self._states: dict[str, RequestState] = {}  # by wire rid
@@ -247,10 +249,12 @@ class TokenizerManager:
 
     def _register(self, request: GenerateRequest) -> RequestState:
         self._check_alive()
+        is_held = request.sampling_params.constraint is not None
         validation.check_fields(
             request,
             vocab_size=self.model_config.vocab_size,
             has_tokenizer=self.tokenizer is not None,
+            no_constraints=self._constraints.refusal if is_held else None,
             num_replicas=self.num_replicas,
         )
         if request.rid in self._rids:
@@ -273,6 +277,10 @@ class TokenizerManager:
             self._choice.began(replica)
         state.replica = replica
         state.shown_dp_rank = replica if self.num_replicas > 1 else None
+        if message.sampling_params.constraint is not None:
+            news = self._constraints.news_for(replica)
+            if news is not None:
+                self._senders[replica].send(news)
         self._senders[replica].send(message)
 
     def _forget(self, state: RequestState) -> None:
@@ -302,6 +310,8 @@ class TokenizerManager:
             input_ids = await self.tokenize(request.text, request.add_special_tokens)
         input_ids = np.ascontiguousarray(input_ids, dtype="<i4")
         await self._check_ids(input_ids)
+        if request.sampling_params.constraint is not None:
+            await self._in_thread(0, self._constraints.read_vocabulary)
         params = validation.fit_to_context(
             len(input_ids), request.sampling_params, self.context_length
         )

@@ -17,7 +17,7 @@ their way back, so that the next step is launched meanwhile. See docs/gpu.md, De
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.constrained.grammar import TokenMatcher
 from sglang.srt.layers.late_results import LateResults, StepTold
 from sglang.srt.layers.logprobs import Highest
 from sglang.srt.layers.sampler import SampleOutput
@@ -50,6 +51,7 @@ class TokenSampler(Protocol):
         seed: int,
         prompt_ids: npt.NDArray[np.integer],
         output_ids: npt.NDArray[np.integer],
+        matcher: TokenMatcher | None = None,
     ) -> None: ...
 
     def drop(self, row: int) -> None: ...
@@ -75,6 +77,7 @@ class _Launched:
     output_logprobs: Sequence[LogprobArrays | None]
     input_logprobs: Sequence[LogprobArrays | None]
     invalid_rows: tuple[int, ...]
+    failures: Mapping[int, str]
     progress: Progress
 
 
@@ -175,7 +178,12 @@ class TpModelWorker:
             self._sampler.drop(row)
         for entry in info.admissions:
             self._sampler.admit(
-                entry.row, entry.params, entry.seed, entry.prompt_ids, entry.output_ids
+                entry.row,
+                entry.params,
+                entry.seed,
+                entry.prompt_ids,
+                entry.output_ids,
+                entry.matcher,
             )
         with self._runtime.computing(), torch.inference_mode():
             batch = self._relay.fill(forward_batch, info.rows)
@@ -203,6 +211,7 @@ class TpModelWorker:
                 out.logprobs,
                 logits.input_logprobs,
                 out.invalid_rows,
+                out.failures,
                 batch.progress,
             )
 
@@ -221,4 +230,5 @@ class TpModelWorker:
             input_logprobs=step.input_logprobs,
             forward_s=self._last_end - began,
             invalid_rows=told.invalid_rows,
+            failures=step.failures,
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sglang.srt.constrained.grammar import TokenMatcher
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import LogprobSpec
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -23,13 +24,17 @@ _NO_IDS = np.empty(0, np.int32)
 
 @dataclass(frozen=True, slots=True)
 class RowAdmission:
-    """A request takes KV row `row`: its parameters, seed, and the ids that penalties count."""
+    """A request takes KV row `row`: its parameters, seed, and the ids that penalties count.
+
+    `matcher` (None: no constraint) stands behind `output_ids`.
+    """
 
     row: int
     params: SamplingParams
     seed: int
     prompt_ids: Int32Array
     output_ids: Int32Array
+    matcher: TokenMatcher | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +102,16 @@ class SamplingBatchInfo:
 
 
 def _admission(req: Req, row: int) -> RowAdmission:
+    matcher = None
+    if req.grammar is not None:
+        matcher = req.grammar.matcher()
+        matcher.replay(req.tokens.view(req.prompt_len))
     if not req.params.has_penalties:
-        return RowAdmission(row, req.params, req.seed, _NO_IDS, _NO_IDS)
+        return RowAdmission(row, req.params, req.seed, _NO_IDS, _NO_IDS, matcher)
     # Copies: the request's buffer goes on growing while the worker reads these.
     prompt = req.tokens.view(0, req.prompt_len).copy()
     output = req.tokens.view(req.prompt_len).copy()
-    return RowAdmission(row, req.params, req.seed, prompt, output)
+    return RowAdmission(row, req.params, req.seed, prompt, output, matcher)
 
 
 def _logprob_spec(

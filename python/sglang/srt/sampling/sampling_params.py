@@ -14,6 +14,14 @@ from sglang.srt.errors import RequestError
 
 TOP_K_ALL = 1 << 30
 MAX_SEED = (1 << 63) - 1
+MAX_CONSTRAINT_CHARS = 1 << 20
+
+
+class Constraint(msgspec.Struct, frozen=True, array_like=True):
+    """What a generated text must match: `kind` is the field's name, `text` what it says."""
+
+    kind: str
+    text: str
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -22,7 +30,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     temperature 0 means greedy. top_k -1 means all. `max_new_tokens` None means up to the context
     limit. `stop` holds stop strings; `stop_token_ids` ends a request when sampled (ignored under
     `ignore_eos`, as end-of-text ids are). `sampling_seed` None means one drawn by the scheduler.
-    `logit_bias` maps token id to an addend of the logit.
+    `logit_bias` maps token id to an addend of the logit. At most one of `json_schema` (a schema as
+    JSON text), `regex` and `ebnf` says what the whole generated text must match.
     """
 
     max_new_tokens: int | None = 128
@@ -43,6 +52,18 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     no_stop_trim: bool = False
     logit_bias: dict[int, float] = {}
     sampling_seed: int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the generated text must match; None: anything goes."""
+        for kind in ("json_schema", "regex", "ebnf"):
+            text: str | None = getattr(self, kind)
+            if text is not None:
+                return Constraint(kind, text)
+        return None
 
     @property
     def greedy(self) -> bool:
@@ -90,7 +111,23 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise RequestError(f"n must be in [1, 128], got {self.n}.")
         if self.sampling_seed is not None and not -MAX_SEED <= self.sampling_seed <= MAX_SEED:
             raise RequestError("sampling_seed must fit in 64 bits.")
+        self._verify_constraint()
         self._verify_ids(vocab_size)
+
+    def _verify_constraint(self) -> None:
+        given = [k for k in ("json_schema", "regex", "ebnf") if getattr(self, k) is not None]
+        if len(given) > 1:
+            raise RequestError(f"Only one constraint can be given, not {' and '.join(given)}.")
+        constraint = self.constraint
+        if constraint is None:
+            return
+        kind, text = constraint.kind, constraint.text
+        if len(text) > MAX_CONSTRAINT_CHARS:
+            raise RequestError(
+                f"{kind} has {len(text)} characters, at most {MAX_CONSTRAINT_CHARS} are served."
+            )
+        if kind == "json_schema":
+            _check_schema(text)
 
     def _verify_ids(self, vocab_size: int) -> None:
         if any(not s for s in self.stop):
@@ -106,3 +143,13 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise RequestError(
                     f"logit_bias of token {token_id} must be in [-1e6, 1e6], got {bias}."
                 )
+
+
+def _check_schema(text: str) -> None:
+    """Raise RequestError (400) unless `text` is a JSON object; what it says is checked later."""
+    try:
+        schema = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
+        raise RequestError(f"json_schema is not valid JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise RequestError("json_schema must be a JSON object.")

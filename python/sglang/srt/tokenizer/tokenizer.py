@@ -169,6 +169,16 @@ class Tokenizer:
     def _ids_of_specials(self) -> dict[str, int]:
         return {self.token_text(i): i for i in self.special_ids}
 
+    def library_json(self) -> tuple[str, int] | None:
+        """The tokenizer as the tokenizers library writes it, and one more than its largest id.
+
+        Takes a moment for a large vocabulary. None where the bytes of its tokens are not known.
+        """
+        if self._backend is None or self.pieces is None:
+            return None
+        ids = self._backend.get_vocab(with_added_tokens=True).values()
+        return self._backend.to_str(), 1 + max(ids, default=-1)
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -125,6 +125,35 @@ def test_fields_reach_the_sampling_parameters(server: LiveServer) -> None:
     assert params.stop_token_ids == (9,)
 
 
+@pytest.mark.parametrize(
+    ("fields", "constraint"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": None, "regex": "", "ebnf": None}, None),
+        ({"response_format": {"type": "json_object"}}, ("json_schema", '{"type": "object"}')),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "strict": True, "schema": {"b": 1, "a": [2]}},
+                }
+            },
+            ("json_schema", '{"b":1,"a":[2]}'),  # as the client wrote it: the order counts
+        ),
+        ({"regex": "a+"}, ("regex", "a+")),
+        ({"ebnf": 'root ::= "a"'}, ("ebnf", 'root ::= "a"')),
+        ({"json_schema": "{}"}, ("json_schema", "{}")),
+    ],
+)
+def test_a_constraint_arrives(
+    server: LiveServer, fields: dict[str, Any], constraint: tuple[str, str] | None
+) -> None:
+    reply = chat(server, **fields)
+    assert reply.status_code == 200, reply.text
+    found = server.service.requests[0].sampling_params.constraint
+    assert (None if found is None else (found.kind, found.text)) == constraint
+
+
 def test_messages_are_flattened_for_the_template(server: LiveServer) -> None:
     messages = [
         {
@@ -270,7 +299,16 @@ def test_an_error_inside_a_stream(server: LiveServer) -> None:
         ({"temperature": -1}, "temperature"),
         ({"n": 0}, "n must be"),
         ({"n": 1000}, "n must be"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "grammar"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}},
+            "json_schema must be a JSON object",
+        ),
         ({"functions": [{}]}, "functions"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"logit_bias": {"5000": 1}}, "logit_bias"),

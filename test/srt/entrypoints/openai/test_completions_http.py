@@ -130,7 +130,10 @@ def test_stop_reason_is_reported(server: LiveServer) -> None:
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 2**63}, "max_tokens"),
         ({"max_tokens": 600}, "context length"),
-        ({"regex": "a"}, "regex"),
+        ({"structural_tag": "a"}, "structural_tag"),
+        ({"regex": "a", "ebnf": "b"}, "regex and ebnf"),
+        ({"regex": "a", "response_format": {"type": "json_object"}}, "response_format"),
+        ({"json_schema": "[]"}, "json_schema must be a JSON object"),
         ({"lora_path": "a"}, "lora_path"),
     ],
 )

@@ -19,8 +19,9 @@ from sglang.srt.entrypoints.generate_request_body import (
     RAW_NULL,
     SESSION,
 )
+from sglang.srt.entrypoints.openai.response_format import ResponseFormat
 from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal
-from sglang.srt.entrypoints.sampling_fields import GRAMMAR, STOP_REGEX
+from sglang.srt.entrypoints.sampling_fields import STOP_REGEX, STRUCTURAL_TAG
 from sglang.srt.entrypoints.token_id_reader import IdLists
 
 FUNCTIONS = Refusal("use tools", ([],))
@@ -60,6 +61,10 @@ class SharedBody(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
+    response_format: ResponseFormat | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     rid: str | None = None
@@ -111,12 +116,8 @@ _ACCEPTED = (
 )
 
 _REFUSED = {
-    "regex": GRAMMAR,
-    "ebnf": GRAMMAR,
-    "json_schema": GRAMMAR,
-    "structural_tag": GRAMMAR,
+    "structural_tag": STRUCTURAL_TAG,
     "stop_regex": STOP_REGEX,
-    "response_format": Refusal("only text is served", ({"type": "text"},)),
     "lora_path": LORA,
     "session_params": SESSION,
     "custom_logit_processor": LOGIT_PROCESSOR,

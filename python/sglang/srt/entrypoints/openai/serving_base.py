@@ -12,6 +12,7 @@ import msgspec
 from sglang.srt.entrypoints.generate_request_body import new_rid, prefix_key
 from sglang.srt.entrypoints.http_errors import bad_field
 from sglang.srt.entrypoints.openai.protocol import SharedBody
+from sglang.srt.entrypoints.openai.response_format import constraint_fields
 from sglang.srt.entrypoints.sampling_fields import logit_bias, stop_strings
 from sglang.srt.entrypoints.sequences import SequenceOutput, SequenceRunner
 from sglang.srt.entrypoints.service import TextService
@@ -66,6 +67,7 @@ def sampling_params(
         no_stop_trim=body.no_stop_trim,
         logit_bias=logit_bias("logit_bias", body.logit_bias),
         sampling_seed=body.seed,
+        **constraint_fields(body.response_format, body.json_schema, body.regex, body.ebnf),
     )
     given = {name: getattr(body, name) for name in _DEFAULTED if getattr(body, name) is not None}
     return msgspec.structs.replace(params, **{**defaults, **given})

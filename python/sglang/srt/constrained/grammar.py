@@ -1,0 +1,200 @@
+"""Grammars over a model's vocabulary: which tokens may follow, given those that a request has.
+
+The one place that knows the llguidance library. `GrammarCompiler` calls it from threads of its own,
+the samplers ask a request's `TokenMatcher` once a step. Knows no request and no tensor. What is
+served and what not: docs/structured_outputs.md.
+
+Legend: V tokens of the model's vocabulary, W = ceil(V / 32) words of a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang.srt.errors import RequestError
+from sglang.srt.managers.io_struct import VocabularyReq
+from sglang.srt.sampling.sampling_params import Constraint
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+Int32Array = npt.NDArray[np.int32]
+BitArray = npt.NDArray[np.uint8]
+
+# The translator of EBNF is Python and holds the interpreter: half a second for so much.
+MAX_EBNF_CHARS = 1 << 16
+# Of one grammar: a state takes one or two kilobytes. The other limits are the library's.
+_MAX_LEXER_STATES = 50_000
+_MESSAGE_CHARS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class JsonStyle:
+    """How JSON may be laid out: `compact` without any whitespace outside of strings, else with
+    what `whitespace_pattern`, a regular expression, allows (None: any)."""
+
+    compact: bool = False
+    whitespace_pattern: str | None = None
+
+
+class Vocabulary:
+    """A tokenizer as the library sees it, for masks of `vocab_size` tokens.
+
+    Made from what the text side sends; takes a second for a hundred thousand tokens. Raises
+    RequestError (400) for a tokenizer that the library can't read, or where it isn't installed.
+    """
+
+    def __init__(self, message: VocabularyReq, vocab_size: int) -> None:
+        try:
+            from llguidance import LLTokenizer
+        except ImportError as error:
+            raise RequestError(f"Constraints need the llguidance package: {error}") from error
+        self.vocab_size = vocab_size
+        self.end_ids = frozenset(message.end_ids)
+        try:
+            self.tokens: LLTokenizer = LLTokenizer(
+                message.tokenizer_json,
+                n_vocab=max(vocab_size, message.num_tokens),
+                eos_token=list(message.end_ids),
+            )
+        except ValueError as error:
+            raise RequestError(
+                f"Constraints cannot be served with this tokenizer: {_shortened(str(error))}"
+            ) from error
+
+
+class Grammar:
+    """One compiled constraint; never changed by the requests that start from it.
+
+    `end_ids` are the tokens that end a text.
+    """
+
+    def __init__(self, start: LLMatcher, vocabulary: Vocabulary) -> None:
+        self._start = start
+        self._vocabulary = vocabulary
+        self.end_ids = vocabulary.end_ids
+
+    def matcher(self) -> TokenMatcher:
+        """A new matcher, at the beginning of a text; takes microseconds."""
+        return TokenMatcher(self._start.deep_copy(), self._vocabulary)
+
+
+class TokenMatcher:
+    """How far one request's text has come; used from one thread.
+
+    `error` says why it can't go on: a limit of the library, or a token that the grammar does not
+    allow. Then, and after an end-of-text token, it allows everything and takes no token any more.
+    """
+
+    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
+        self._matcher = matcher
+        self._end_ids = vocabulary.end_ids
+        self._vocab_size = vocabulary.vocab_size
+        self._words = np.empty((vocabulary.tokens.vocab_size + 31) // 32, np.int32)
+        self._is_over = False
+        self.error: str | None = None
+
+    def hidden(self, unwanted: Sequence[int] = ()) -> BitArray | None:
+        """A 1 for each token that may not follow, uint8 [V]; None when all may.
+
+        `unwanted` tokens are hidden as well, unless nothing else is left.
+        """
+        if self._is_over or self.error is not None:
+            return None
+        self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+        if self._matcher.is_error():
+            self.error = _shortened(self._matcher.get_error())
+            return None
+        bits = np.unpackbits((~self._words).view(np.uint8), bitorder="little")
+        bits = bits[: self._vocab_size]
+        if len(unwanted):
+            fewer = bits.copy()
+            fewer[unwanted] = 1
+            if not fewer.all():
+                return fewer
+        return bits
+
+    def accept(self, token_id: int) -> None:
+        """Go on with a sampled token."""
+        if self._is_over or self.error is not None:
+            return
+        if not self._matcher.consume_token(token_id):
+            self.error = _shortened(self._matcher.get_error()) or f"token {token_id} is not allowed"
+        self._is_over = token_id in self._end_ids
+
+    def replay(self, token_ids: Iterable[int]) -> None:
+        """Go on with tokens that were sampled before, as after a retraction."""
+        for token_id in token_ids:
+            self.accept(int(token_id))
+
+
+def compile_grammar(constraint: Constraint, vocabulary: Vocabulary, style: JsonStyle) -> Grammar:
+    """Compile; takes a millisecond, or up to seconds for a huge schema, without the interpreter.
+
+    Raises RequestError (400) saying what is wrong with the constraint or not supported of it.
+    """
+    from llguidance import LLMatcher
+
+    text = _library_grammar(constraint, style)
+    start = LLMatcher(vocabulary.tokens, text, log_level=0, limits=_limits())
+    if not start.is_error():
+        start.compute_bitmask()  # finds a language without a text; and what it makes is kept
+    if start.is_error():
+        raise _refusal(constraint.kind, start.get_error())
+    return Grammar(start, vocabulary)
+
+
+def check_style(style: JsonStyle) -> None:
+    """Raise ValueError with one line for a whitespace pattern that the library can't read."""
+    if style.whitespace_pattern is None:
+        return
+    from llguidance import LLMatcher
+
+    text = _library_grammar(Constraint("json_schema", '{"type": "object"}'), style)
+    problem = LLMatcher.validate_grammar(text, limits=_limits())
+    if problem:
+        raise ValueError(f"--constrained-json-whitespace-pattern: {_shortened(problem)}")
+
+
+def _limits() -> LLParserLimits:
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+
+
+def _library_grammar(constraint: Constraint, style: JsonStyle) -> str:
+    from llguidance import LLMatcher, grammar_from
+
+    kind, text = constraint.kind, constraint.text
+    if kind == "regex":
+        return str(LLMatcher.grammar_from_regex(text))
+    try:
+        if kind == "json_schema":
+            overrides: dict[str, str | bool] = {}
+            if style.compact:
+                overrides["whitespace_flexible"] = False
+            elif style.whitespace_pattern is not None:
+                overrides["whitespace_pattern"] = style.whitespace_pattern
+            return str(LLMatcher.grammar_from_json_schema(text, overrides=overrides))
+        if len(text) > MAX_EBNF_CHARS:
+            raise RequestError(
+                f"ebnf has {len(text)} characters, at most {MAX_EBNF_CHARS} are served."
+            )
+        return str(grammar_from("ebnf", text))
+    except ValueError as error:
+        raise _refusal(kind, str(error)) from error
+
+
+def _refusal(kind: str, reason: str) -> RequestError:
+    return RequestError(f"{kind} cannot be served: {_shortened(reason)}")
+
+
+def _shortened(text: str) -> str:
+    """A library's message for a client: on one line, of bounded length."""
+    line = " ".join(text.split())
+    return line if len(line) <= _MESSAGE_CHARS else line[: _MESSAGE_CHARS - 3] + "..."

@@ -1,0 +1,46 @@
+"""Which constraints a request may carry: one at a time, bounded in size, schemas that are JSON."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang.srt.errors import RequestError
+from sglang.srt.sampling.sampling_params import (
+    MAX_CONSTRAINT_CHARS,
+    Constraint,
+    SamplingParams,
+)
+
+
+def refusal(**fields: str) -> str:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**fields).verify(10)
+    assert caught.value.http_status == 400
+    return str(caught.value)
+
+
+def test_each_kind_is_the_constraint() -> None:
+    assert SamplingParams().constraint is None
+    for kind, text in (("json_schema", '{"type": "object"}'), ("regex", "a+"), ("ebnf", "r ::= x")):
+        params = SamplingParams(**{kind: text})
+        params.verify(10)
+        assert params.constraint == Constraint(kind, text)
+
+
+def test_only_one_constraint_at_a_time() -> None:
+    assert refusal(regex="a", ebnf="root ::= a") == (
+        "Only one constraint can be given, not regex and ebnf."
+    )
+    assert "json_schema and regex" in refusal(json_schema="{}", regex="a")
+
+
+def test_a_schema_must_be_a_json_object() -> None:
+    assert "not valid JSON" in refusal(json_schema="{")
+    assert refusal(json_schema="[]") == "json_schema must be a JSON object."
+    assert "not valid JSON" in refusal(json_schema='{"a":' * 100_000)
+    assert "not valid JSON" in refusal(json_schema='{"a": "\ud800"}')
+
+
+def test_a_constraint_is_bounded() -> None:
+    SamplingParams(regex="a" * MAX_CONSTRAINT_CHARS).verify(10)
+    assert "at most 1048576" in refusal(regex="a" * (MAX_CONSTRAINT_CHARS + 1))
