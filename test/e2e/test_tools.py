@@ -31,7 +31,12 @@ TOOLS: list[Any] = [
         "function": {
             "name": "get_weather",
             "description": "The weather of a city",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "maxLength": 20}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
         },
     }
 ]
@@ -85,3 +90,23 @@ def test_the_call_comes_in_pieces(client: openai.OpenAI) -> None:
     assert json.loads(call.function.arguments) == {"city": "Paris"}
     assert "".join(pieces) == call.function.arguments
     assert len(pieces) > 3
+
+
+def test_an_answer_can_be_forced_to_be_a_call(client: openai.OpenAI) -> None:
+    """Without a conversation to follow, the model would talk."""
+    reply = client.chat.completions.create(
+        model="default",
+        messages=[asked("Paris")],
+        tools=TOOLS,
+        tool_choice={"type": "function", "function": {"name": "get_weather"}},
+        temperature=0,
+        max_tokens=200,
+    )
+    (choice,) = reply.choices
+    assert choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "get_weather"
+    arguments = json.loads(call.function.arguments)
+    assert arguments.keys() <= {"city"}
+    assert all(isinstance(value, str) for value in arguments.values())

@@ -74,6 +74,9 @@ _QWEN_3_CODER = CallFormat(
     openers=("<tool_call>",), closers=("</tool_call>",), make_reader=_xml_call
 )
 
+# What an answer is that was held to be calls, whatever the model would write by itself.
+FORCED_CALLS = CallFormat(openers=(), bare="[", may_list=True, make_reader=_json_call)
+
 CALL_FORMATS: dict[str, CallFormat] = {
     "qwen": _HERMES,
     "qwen25": _HERMES,

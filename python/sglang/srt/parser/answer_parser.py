@@ -16,7 +16,7 @@ from sglang.srt.function_call.core_types import (
     ToolSchemas,
     merged,
 )
-from sglang.srt.function_call.function_call_parser import CALL_FORMATS
+from sglang.srt.function_call.function_call_parser import CALL_FORMATS, FORCED_CALLS
 from sglang.srt.parser.harmony_parser import HARMONY_MARKERS, HarmonyParser
 from sglang.srt.parser.reasoning_parser import REASONING_FORMATS, ReasoningParser, begins_inside
 
@@ -39,7 +39,9 @@ class AnswerForm:
 
     `tools` empty: calls are not looked for. `max_calls` None: any number. `prompt` is the rendered
     prompt, `continued` the text of the assistant's message that the answer goes on with.
-    `separates`: reasoning is shown apart; else it is content, as it was written.
+    `separates`: reasoning is shown apart; else it is content, as it was written. `is_held`: the
+    text was held to a grammar, so there is no reasoning in it, and it is calls if it `is_forced`
+    and else content.
     """
 
     names: ParserNames
@@ -48,17 +50,21 @@ class AnswerForm:
     prompt: str
     continued: str
     separates: bool
+    is_held: bool = False
+    is_forced: bool = False
 
     @property
     def is_plain(self) -> bool:
         """True when the text is the answer and nothing has to be parsed."""
+        if self.is_held:
+            return not self.is_forced
         reads_calls = bool(self.tools) and self.names.tool_call is not None
         return not reads_calls and not (self.names.reasoning and self.separates)
 
     @property
     def kept_tokens(self) -> tuple[str, ...]:
         """Special tokens that have to be in the text because parsers look for them."""
-        if self.is_plain:
+        if self.is_plain or self.is_forced:
             return ()
         if GPT_OSS in (self.names.reasoning, self.names.tool_call):
             return HARMONY_MARKERS
@@ -70,6 +76,8 @@ class AnswerForm:
         """A parser for one answer; None when the text is the answer."""
         if self.is_plain:
             return None
+        if self.is_forced:
+            return CallParser(FORCED_CALLS, self.tools, max_calls=self.max_calls)
         if GPT_OSS in (self.names.reasoning, self.names.tool_call):
             tools = self.tools if self.names.tool_call == GPT_OSS else {}
             return HarmonyParser(tools, max_calls=self.max_calls)
@@ -85,7 +93,7 @@ class AnswerForm:
     def make_reasoning_reader(self) -> ReasoningParser | HarmonyParser | None:
         """A parser that only knows what is reasoning; None when the server has no such parser."""
         name = self.names.reasoning
-        if name is None:
+        if name is None or self.is_held:
             return None
         if name == GPT_OSS:
             return HarmonyParser({})

@@ -9,6 +9,8 @@ from typing import Any
 import openai
 import pytest
 
+from sglang.srt.entrypoints.openai.tool_fields import forced_schema
+from sglang.srt.errors import RequestError
 from srt.entrypoints.fake_service import LiveServer
 
 TOOLS: list[Any] = [
@@ -223,10 +225,9 @@ def test_a_conversation_with_calls_reaches_the_template(server: LiveServer) -> N
             "'f' is not among the tools",
         ),
         ({"tool_choice": "required"}, "there are no tools"),
-        ({"tools": TOOLS, "tool_choice": "required"}, "a call can't be forced"),
         (
-            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_time"}}},
-            "a call can't be forced",
+            {"tools": TOOLS, "tool_choice": "required", "regex": "a"},
+            "'tool_choice': regex is given as well",
         ),
     ],
 )
@@ -260,3 +261,46 @@ def test_special_tokens_that_the_format_needs_are_asked_for(tmp_path: Any) -> No
         chat(mistral)
         kept = [request.kept_special_tokens for request in mistral.service.requests]
         assert kept == [("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"), ()]
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def test_a_forced_answer_is_held_to_be_calls(tmp_path: Any) -> None:
+    """Without a parser, too: what a forced call looks like is not the model's to say."""
+    with LiveServer(tmp_path, reasoning_parser="deepseek-r1") as plain:
+        plain.service.answer = '[{"name": "get_time", "parameters": {}}]'
+        (choice,) = chat(plain, tools=TOOLS, tool_choice="required").json()["choices"]
+        body = {"tools": TOOLS, "tool_choice": named("get_time"), "parallel_tool_calls": True}
+        deltas = [one["delta"] for one in stream(plain, **body)]
+        schemas = [json.loads(r.sampling_params.json_schema) for r in plain.service.requests]
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "get_time", "arguments": "{}"}
+    assert choice["message"]["content"] is None
+    assert choice["message"]["reasoning_content"] is None
+    assert choice["finish_reason"] == "tool_calls"
+    (start,) = (d["tool_calls"][0] for d in deltas if "id" in d.get("tool_calls", [{}])[0])
+    assert start["function"]["name"] == "get_time"
+    of_any, of_one = (schema["items"]["anyOf"] for schema in schemas)
+    assert [one["properties"]["name"]["const"] for one in of_any] == ["get_weather", "get_time"]
+    assert of_any[0]["properties"]["parameters"] == TOOLS[0]["function"]["parameters"]
+    assert [one["properties"]["name"]["const"] for one in of_one] == ["get_time"]
+    assert ("maxItems" in schemas[0], schemas[1]["maxItems"]) == (False, 1)
+
+
+def test_an_answer_held_to_a_schema_is_content(server: LiveServer) -> None:
+    server.service.answer = text = WEATHER
+    fields = {"tools": TOOLS, "response_format": {"type": "json_object"}}
+    (choice,) = chat(server, **fields).json()["choices"]
+    assert choice["message"]["content"] == text
+    assert choice["message"]["tool_calls"] is None
+
+
+def test_definitions_move_to_where_references_find_them() -> None:
+    city = {"type": "object", "properties": {"c": {"$ref": "#/$defs/C"}}, "$defs": {"C": {}}}
+    schema = json.loads(forced_schema({"f": city, "g": city}, None))
+    assert schema["$defs"] == {"C": {}}
+    assert "$defs" not in schema["items"]["anyOf"][0]["properties"]["parameters"]
+    other = {**city, "$defs": {"C": {"type": "string"}}}
+    with pytest.raises(RequestError, match="'C' is defined twice"):
+        forced_schema({"f": city, "g": other}, None)

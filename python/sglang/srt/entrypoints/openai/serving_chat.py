@@ -7,6 +7,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from sglang.srt.entrypoints.event_stream import DONE_EVENT, event, progress_comment
 from sglang.srt.entrypoints.http_errors import ApiShape, bad_field, stream_error
 from sglang.srt.entrypoints.logprob_format import chat_content, formatted_bytes
@@ -77,6 +79,10 @@ class ChatServing(OpenAIServing):
         if max_new is None:
             max_new = body.max_tokens
         params = sampling_params(body, max_new, self.options.sampling_defaults)
+        if tools.forced_schema is not None:
+            if params.constraint is not None:
+                raise bad_field("tool_choice", f"{params.constraint.kind} is given as well")
+            params = msgspec.structs.replace(params, json_schema=tools.forced_schema)
         text = await self.service.render_chat(
             messages,
             add_generation_prompt=body.add_generation_prompt,
@@ -91,6 +97,8 @@ class ChatServing(OpenAIServing):
             prompt=text,
             continued=messages[-1]["content"] if body.continue_final_message else "",
             separates=body.separate_reasoning,
+            is_held=params.constraint is not None,
+            is_forced=tools.forced_schema is not None,
         )
         head, rid, extra_key = call_ids(body)
         request = GenerateRequest(

@@ -6,6 +6,7 @@ template's business; what it writes is read by function_call/.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from sglang.srt.entrypoints.http_errors import bad_field
 from sglang.srt.function_call.core_types import ToolSchemas
 
 ToolChoice = str | dict[str, Any]
+_DEFINITIONS = ("$defs", "definitions")
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,14 @@ class ToolUse:
     """The tools that may be called; all fields are empty when none may.
 
     `for_template` are the request's own objects, which is the form that chat templates take.
-    `max_calls` None: any number.
+    `max_calls` None: any number. `forced_schema`: the schema of answers that have to be calls, as
+    JSON; None where text may be the answer.
     """
 
     for_template: tuple[Mapping[str, Any], ...]
     schemas: ToolSchemas
     max_calls: int | None
+    forced_schema: str | None = None
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
@@ -43,11 +47,14 @@ def read_tool_use(
         if choice == "none" or not tools:
             return ToolUse((), {}, None)
         return ToolUse(tuple(tools), schemas, None if parallel else 1)
-    if choice != "required":
-        _check_named(choice, schemas)
     if not tools:
         raise bad_field("tool_choice", "there are no tools to choose from")
-    raise bad_field("tool_choice", "a call can't be forced; only auto and none are served")
+    max_calls = None if parallel else 1
+    allowed: ToolSchemas = schemas
+    if choice != "required":
+        name = _named(choice, schemas)
+        allowed, max_calls = {name: schemas[name]}, 1
+    return ToolUse(tuple(tools), allowed, max_calls, forced_schema(allowed, max_calls))
 
 
 def read_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -72,10 +79,39 @@ def read_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any
     return schemas
 
 
-def _check_named(choice: ToolChoice, schemas: ToolSchemas) -> None:
+def forced_schema(tools: ToolSchemas, max_calls: int | None) -> str:
+    """The JSON schema of a list of calls of `tools`, as JSON text.
+
+    A schema may refer to its own `$defs`; they move to the root, where references look for them.
+    Raises RequestError 400 when two tools define one name differently.
+    """
+    shared: dict[str, dict[str, Any]] = {}
+    calls = []
+    for name, schema in tools.items():
+        own = dict(schema)
+        for word in _DEFINITIONS:
+            for key, value in (own.pop(word, None) or {}).items():
+                if shared.setdefault(word, {}).setdefault(key, value) != value:
+                    raise bad_field("tools", f"{key!r} is defined twice; forced calls share it")
+        properties = {"name": {"const": name}, "parameters": own or {"type": "object"}}
+        calls.append(
+            {
+                "type": "object",
+                "properties": properties,
+                "required": ["name", "parameters"],
+                "additionalProperties": False,
+            }
+        )
+    limit = {} if max_calls is None else {"maxItems": max_calls}
+    items = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **limit}
+    return json.dumps({**items, **shared}, ensure_ascii=False)
+
+
+def _named(choice: ToolChoice, schemas: ToolSchemas) -> str:
     function = choice.get("function") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or choice.get("type") != "function":
         raise bad_field("tool_choice", "expected none, auto, required or a function")
     name = function.get("name") if isinstance(function, dict) else None
-    if name not in schemas:
+    if not isinstance(name, str) or name not in schemas:
         raise bad_field("tool_choice", f"{name!r} is not among the tools")
+    return name
