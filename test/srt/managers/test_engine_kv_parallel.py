@@ -176,7 +176,7 @@ def test_maps_refused_on_one_rank_change_no_token(
 ) -> None:
     # Growth is tried again at once: no test shall depend on how long a turn takes.
     for name in ("FIRST_PAUSE_S", "LONGEST_PAUSE_S"):
-        monkeypatch.setattr(f"sglang.srt.mem_cache.segment_jobs.{name}", 0.0)
+        monkeypatch.setattr(f"sglang.srt.mem_cache.segment_budget.{name}", 0.0)
     flags = {"page_size": 8, "kv_segment_size": 16, "kv_backing": "segment_table"}
     with tower(long_llama, **flags) as engine:
         expected = answer_all(engine)

@@ -44,6 +44,11 @@ class DiskRules(MemoryMachine):
             assert where(driver, Tier.DISK) == backing.on_disk
             assert manager.disk_bytes == backing.disk_bytes()
 
+    def was_refused(self, driver: MemoryDriver) -> bool:
+        backing = driver.backing
+        assert isinstance(backing, DiskBacking)
+        return backing.num_disk in backing.failing_disk
+
     def _end(self, driver: MemoryDriver) -> None:
         super()._end(driver)
         assert isinstance(driver.backing, DiskBacking)

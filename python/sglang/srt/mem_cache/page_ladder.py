@@ -110,7 +110,7 @@ class PageLadder:
             or (self._await_unmaps() and self._grow(need))
             or self._use_disk(need)
             or self._evict(need)
-            or self._grow(need, take_empty=True)
+            or self._grow_over_empty(need)
         )
 
     def _enough(self, need: Sequence[int]) -> bool:
@@ -138,14 +138,18 @@ class PageLadder:
             self._settle(ticket, self._manager.wait(ticket))
         return bool(leaving)
 
-    def _use_disk(self, need: Sequence[int]) -> bool:
+    def _use_disk(self, need: Sequence[int], *, take_empty: bool = False) -> bool:
         """Move what is cold to disk and grow in its place; what is still missing begins there."""
         if not self._manager.disk_budget_bytes:
             return False
         short = self._manager.bytes_short(self._missing(need))
         if short > 0 and self.demote(short, self._coldest()) and self._grow(need):
             return True
-        return self._grow(need, tier=Tier.DISK)
+        return self._grow(need, take_empty=take_empty, tier=Tier.DISK)
+
+    def _grow_over_empty(self, need: Sequence[int]) -> bool:
+        """Grow where other groups have empty segments, in memory or else on disk."""
+        return self._grow(need, take_empty=True) or self._use_disk(need, take_empty=True)
 
     def demote(self, num_bytes: int, coldest: Sequence[tuple[GroupId, SegmentId]]) -> int:
         """Move segments of `coldest`, in this order, to disk; returns how many went.
@@ -179,7 +183,25 @@ class PageLadder:
             return plan
         growable = [self._manager.growable_pages(a.layout.group, tier) for a in self._allocators]
         clipped = [min(pair) for pair in zip(missing, growable, strict=True)]
-        return self._manager.plan_growth(clipped, tier=tier) if clipped != missing else None
+        plan = self._manager.plan_growth(clipped, tier=tier) if clipped != missing else None
+        if plan is None and self._manager.disk_budget_bytes:
+            # what one tier can't hold of several groups is divided between both
+            plan = self._manager.plan_growth(self._joint_clip(missing, tier), tier=tier)
+        return plan
+
+    def _joint_clip(self, missing: Sequence[int], tier: Tier) -> list[int]:
+        """As much of what is missing as a tier has room for, segment by segment, groups in turn."""
+        room = self._manager.room_bytes(tier)
+        pages = [0] * len(missing)
+        grown = True
+        while grown:
+            grown = False
+            for g, layout in enumerate(self._manager.layouts):
+                if pages[g] < missing[g] and layout.segment_bytes <= room:
+                    pages[g] = min(missing[g], pages[g] + layout.pages_per_segment)
+                    room -= layout.segment_bytes
+                    grown = True
+        return pages
 
     def _evict(self, need: Sequence[int]) -> bool:
         self._cache.evict(max(self._missing(need)))
@@ -219,8 +241,8 @@ class PageLadder:
     def release_empty(self, num_bytes: int | None = None) -> Ticket | None:
         """Begin to unmap empty segments now, whatever their age.
 
-        Worth at least `num_bytes`, the reserve included, as far as there are any; None: all above
-        the reserve.
+        Worth at least `num_bytes` of memory, the reserve included, as far as there are any; None:
+        all above the reserve. Those on disk all go.
         """
         self.settle_finished()
         plan = self._manager.plan_shrink(math.inf, keep=None if num_bytes is None else 0)
@@ -229,8 +251,11 @@ class PageLadder:
         unmap = []
         for layout, segments in zip(self._manager.layouts, plan.unmap, strict=True):
             if num_bytes is not None:
-                segments = segments[: max(0, -(-num_bytes // layout.segment_bytes))]
-                num_bytes -= len(segments) * layout.segment_bytes
+                records = self._manager.segments(layout.group)
+                held = [s for s in segments if records[s].tier is Tier.DEVICE]
+                held = held[: max(0, -(-num_bytes // layout.segment_bytes))]
+                num_bytes -= len(held) * layout.segment_bytes
+                segments = (*held, *(s for s in segments if records[s].tier is Tier.DISK))
             unmap.append(segments)
         return self._begin(replace(plan, unmap=tuple(unmap)))
 

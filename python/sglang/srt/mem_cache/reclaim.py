@@ -91,12 +91,17 @@ def reclaim_step(memory: KVMemory) -> ReclaimStep:
         if moved is not None:
             return ReclaimStep(Reclaim.ADVANCED, moved_pages=moved.moved_pages)
     evicted = memory.cache.evict(min(max(1, over), EVICT_PAGES_PER_STEP))
-    return ReclaimStep(Reclaim.ADVANCED if evicted else Reclaim.STUCK, evicted)
+    if evicted:
+        return ReclaimStep(Reclaim.ADVANCED, evicted)
+    leaving = any(stats.segments[SegmentState.DRAINING] for stats in manager.stats())
+    # what is being given back on disk is room there for the next step
+    waits = leaving and manager.disk_budget_bytes > 0
+    return ReclaimStep(Reclaim.WAITING if waits else Reclaim.STUCK)
 
 
 def pages_over_budget(memory: KVMemory) -> int:
     """Fewest pages to drop in every group so that the others, packed, fit in the budget."""
-    layouts, budget = memory.manager.layouts, memory.manager.bound_bytes
+    layouts, budget = memory.manager.layouts, memory.manager.reach_bytes
     owned = [index.num_used + index.num_cached for index in (a.index for a in memory.allocators)]
 
     def fits(dropped: int) -> bool:

@@ -190,6 +190,10 @@ class SegmentManager:
         new = min(new, table.count(SegmentState.RESERVED))
         return (new + len(self._revivable(group))) * table.layout.pages_per_segment
 
+    def room_bytes(self, tier: Tier) -> int:
+        """What a tier's budget leaves for new segments; negative above it."""
+        return self._budgets.room_bytes(tier)
+
     def bytes_short(self, pages_wanted: Sequence[int]) -> int:
         """Bytes of memory that segments for so many more pages need beyond the budget's room."""
         pairs = zip(pages_wanted, self.layouts, strict=True)
@@ -251,7 +255,7 @@ class SegmentManager:
 
         Wanted pages are beyond free and pending ones. DRAINING segments that can be revived come
         first, then the lowest RESERVED ids, which get their bytes on `tier`. `take_empty` lets
-        empty segments of groups that want nothing be unmapped to make room in memory. None: all or
+        empty segments there of groups that want nothing be unmapped to make room. None: all or
         nothing does not fit the budget (the disk's, for DISK) or the logical space, growth there is
         paused after a refusal, or nothing is wanted.
         """

@@ -64,7 +64,9 @@ def plan_growth(
     missing = bytes_of(tables, fresh) - room
     unmap: SegmentIdsByGroup | None = _nothing(tables)
     if any(fresh) and missing > 0:
-        unmap = _empty_of_others(tables, moment, pages_wanted, missing) if take_empty else None
+        unmap = (
+            _empty_of_others(tables, moment, pages_wanted, missing, tier) if take_empty else None
+        )
     if unmap is None or not (any(fresh) or any(revive)):
         return None
     return _plan(
@@ -141,9 +143,9 @@ def _empty_on_disk(table: SegmentTable) -> set[SegmentId]:
 
 
 def _empty_of_others(
-    tables: Tables, moment: Moment, wanted: Sequence[int], missing: int
+    tables: Tables, moment: Moment, wanted: Sequence[int], missing: int, tier: Tier
 ) -> SegmentIdsByGroup | None:
-    """Empty segments, highest ids first, of groups that want nothing, worth `missing` bytes.
+    """Empty segments on a tier, highest ids first, of groups that want nothing, worth `missing`.
 
     Only those that no forward still reads, so that the plan can be waited for. None: too few.
     """
@@ -152,11 +154,11 @@ def _empty_of_others(
         group = table.layout.group
         if wanted[group] > 0 or missing <= 0 or not moment.elastic:
             continue
-        records, disk = table.segments, _empty_on_disk(table)
+        records = table.segments
         ready = (
             s
             for s in table.empty
-            if records[s].last_use_epoch <= moment.completed_epoch and s not in disk
+            if records[s].last_use_epoch <= moment.completed_epoch and records[s].tier is tier
         )
         count = -(-missing // table.layout.segment_bytes)
         unmap[group] = tuple(heapq.nlargest(count, ready))

@@ -91,12 +91,12 @@ class WindowPageLadder(PageLadder):
         if self._full_missing(need):
             # Snapshots as cold as the coldest prefix go before its pages do.
             cache.evict_cold_windows()
-            if not self._grow(need, take_empty=True):
+            if not self._grow_over_empty(need):
                 cache.evict(self._full_missing(need))
         exchanges = 0
         while not self._enough(need):
             before = self.free_pages()
-            if self._grow(need, take_empty=True):
+            if self._grow_over_empty(need):
                 return True
             exchanges += before != self.free_pages()
             segment = max(allocator.layout.pages_per_segment for allocator in self._allocators)
