@@ -377,8 +377,10 @@ class KVMemory:
     def demote(self, num_bytes: int) -> int:
         """Move at least `num_bytes` of cold segments to disk, as far as there is room there.
 
-        Call it with no forward in flight. Returns how many segments went.
+        Call it with no forward in flight. Returns how many segments went; 0 without a disk tier.
         """
+        if self._writes is None:
+            return 0
         return self.ladder.demote(num_bytes, self._coldest(drained=True))
 
     def flush(self) -> bool:
