@@ -94,6 +94,18 @@ def test_a_grammar_is_compiled_once_and_kept(message: VocabularyReq) -> None:
     assert [harness.final(rid).type for rid in "abc"] == ["length"] * 3
 
 
+def test_a_grammar_that_is_there_but_not_taken_yet_is_joined(message: VocabularyReq) -> None:
+    workshop = Workshop()
+    harness, queue = harness_of(message, workshop)
+    harness.send("a", PROMPT, max_new=2, params={"regex": "a+"})
+    let_compile(queue, harness)  # done, and its verdict is told in a later turn
+    assert len(queue) == 1
+    harness.send("b", PROMPT, max_new=2, params={"regex": "a+"})
+    harness.run()
+    assert workshop.compiled == ["a+"]
+    assert [harness.final(rid).type for rid in "ab"] == ["length"] * 2
+
+
 def test_only_the_last_used_are_kept(
     message: VocabularyReq, monkeypatch: pytest.MonkeyPatch
 ) -> None:

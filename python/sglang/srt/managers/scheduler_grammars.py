@@ -105,9 +105,10 @@ class GrammarQueue:
         return entry.req
 
     def _compilation(self, constraint: Constraint) -> Future[Grammar]:
-        """The one under way for a constraint, or a new one."""
+        """The one under way or not yet taken for a constraint, or a new one."""
+        wanted = {entry.future for entry in self._waiting.values()}
         for known, future in list(self._compiling.items()):
-            if future.done():
+            if future.done() and future not in wanted:
                 del self._compiling[known]
         found = self._compiling.get(constraint)
         if found is not None:
