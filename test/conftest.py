@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from kernels.interpreter import swap_once_per_launch
 
 # Triton's kernels are tested in its interpreter, which it chooses when it is imported. Tests on a
 # GPU set 0.
@@ -19,3 +22,11 @@ def short_tmp() -> Iterator[Path]:
     """A directory for sockets, whose paths must be short; pytest's own directories are not."""
     with tempfile.TemporaryDirectory(prefix="t") as path:
         yield Path(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> None:
+    """Whoever uses Triton has imported it by now, when tests were collected."""
+    module = sys.modules.get("triton.runtime.interpreter")
+    if module is not None:
+        swap_once_per_launch(module)
