@@ -41,8 +41,12 @@ def test_single_queries(page_size: int, chip: Chip) -> None:
 @pytest.mark.parametrize("chip", [BUSY, IDLE], ids=["whole", "split"])
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_prompts(page_size: int, chip: Chip) -> None:
-    """Chunks behind prefixes, beside single queries."""
-    check(Case([(0, 37), (50, 20), (7, 1), (16, 2)], page_size=page_size), chip=chip)
+    """Chunks behind prefixes, beside single queries.
+
+    A tile of 32 rows holds 10 queries: both prompts end in a second tile, the longer one passes a
+    border of every page size, and its first tile does not see the last of its parts.
+    """
+    check(Case([(0, 13), (55, 11), (7, 1), (16, 2)], page_size=page_size), chip=chip)
 
 
 @pytest.mark.parametrize(
@@ -57,15 +61,16 @@ def test_prompts(page_size: int, chip: Chip) -> None:
     ],
 )
 def test_heads_of_any_width(heads: tuple[int, int], dims: tuple[int, int]) -> None:
+    extend = min(14, LARGE.rows // (heads[0] // heads[1]) + 1)  # more than a tile, where it can
     for dtype in (torch.float32, torch.bfloat16):
-        check(Case([(40, 1), (9, 14)], heads=heads, dims=dims, dtype=dtype), chip=IDLE)
+        check(Case([(40, 1), (9, extend)], heads=heads, dims=dims, dtype=dtype), chip=IDLE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("q_dtype", [None, torch.float32])
 def test_narrow_numbers(dtype: torch.dtype, q_dtype: torch.dtype | None) -> None:
     """Scores are products of what the cache holds; wider queries are rounded to it."""
-    case = Case([(70, 1), (20, 17)], dtype=dtype, q_dtype=q_dtype)
+    case = Case([(70, 1), (20, 11)], dtype=dtype, q_dtype=q_dtype)
     case.q = case.q.to(dtype).to(case.q.dtype)
     out = case.run(chip=IDLE)
     assert out.dtype == case.q.dtype
@@ -76,7 +81,7 @@ def test_narrow_numbers(dtype: torch.dtype, q_dtype: torch.dtype | None) -> None
 @pytest.mark.parametrize("q_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("segment_pages", [None, 2])
 def test_fp8(dtype: torch.dtype, q_dtype: torch.dtype, segment_pages: int | None) -> None:
-    case = Case([(70, 1), (20, 17)], dtype=dtype, q_dtype=q_dtype, segment_pages=segment_pages)
+    case = Case([(70, 1), (20, 11)], dtype=dtype, q_dtype=q_dtype, segment_pages=segment_pages)
     check(case, chip=IDLE)
 
 
@@ -91,7 +96,7 @@ def test_scales_of_values(segment_pages: int | None, chip: Chip) -> None:
         (torch.bfloat16, {"v_scale": 700.0, "sinks": sinks}),
     ):
         case = Case(
-            [(70, 1), (20, 17)],
+            [(70, 1), (20, 11)],
             dtype=torch.float8_e4m3fn,
             q_dtype=q_dtype,
             segment_pages=segment_pages,
@@ -102,15 +107,18 @@ def test_scales_of_values(segment_pages: int | None, chip: Chip) -> None:
 @pytest.mark.parametrize("chip", [BUSY, IDLE], ids=["whole", "split"])
 @pytest.mark.parametrize("span", [1, 7, 16, 40])
 def test_windows_and_chunks(span: int, chip: Chip) -> None:
-    """Tiles that lie across a border of chunks, windows shorter and longer than a block."""
+    """Tiles that lie across a border of chunks, windows shorter and longer than a block.
+
+    Queries 28 to 37 and 38 to 42 are a tile each: the borders at 32 and 40 lie inside them.
+    """
     for sight in (Sight(window=span), Sight(chunk=span)):
-        check(Case([(60, 1), (25, 30), (0, 9)]), sight, chip=chip)
+        check(Case([(60, 1), (28, 15), (0, 9)]), sight, chip=chip)
 
 
 def test_what_a_window_passed_is_not_read() -> None:
     """Dropped heads: the table begins at a position above 0, at any place within a block."""
     for page_size, dropped in ((4, [5, 3]), (16, [2, 1]), (64, [1, 1])):
-        lengths = [(page_size * dropped[0] + 12, 1), (page_size * dropped[1] + 30, 20)]
+        lengths = [(page_size * dropped[0] + 12, 1), (page_size * dropped[1] + 30, 11)]
         case = Case(lengths, page_size=page_size, dropped=dropped)
         check(case, Sight(window=11), chip=IDLE)
 
@@ -118,7 +126,7 @@ def test_what_a_window_passed_is_not_read() -> None:
 @pytest.mark.parametrize("chip", [BUSY, IDLE], ids=["whole", "split"])
 def test_caps_and_sinks(chip: Chip) -> None:
     sinks = torch.linspace(-2.0, 6.0, 6)
-    lengths = [(60, 1), (25, 20)]
+    lengths = [(60, 1), (25, 11)]
     check(Case(lengths), chip=chip, sinks=sinks)
     check(Case(lengths), chip=chip, logit_cap=2.0)
     check(Case(lengths), Sight(window=9), chip=chip, logit_cap=2.0, sinks=sinks.bfloat16().float())
@@ -127,7 +135,7 @@ def test_caps_and_sinks(chip: Chip) -> None:
 @pytest.mark.parametrize("page_size", [1, 16, 32])
 @pytest.mark.parametrize("segment_pages", [1, 3])
 def test_segments_at_unrelated_addresses(page_size: int, segment_pages: int) -> None:
-    case = Case([(70, 1), (20, 17), (0, 5)], page_size=page_size, segment_pages=segment_pages)
+    case = Case([(70, 1), (20, 11), (0, 5)], page_size=page_size, segment_pages=segment_pages)
     check(case, chip=IDLE)
     check(case, Sight(window=20))
 
