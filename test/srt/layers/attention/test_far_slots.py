@@ -7,13 +7,15 @@ page has elements on both sides of it. The same batch over low slots must come o
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.cpu_backend import CpuAttnBackend, native_kernels
@@ -164,18 +166,30 @@ def test_the_borders_lie_inside_slots() -> None:
         assert (1 << bits) % SLOT
 
 
+def combinations(
+    makers: Sequence[ParameterSet], everyday_triton: Sequence[tuple[str, int]]
+) -> list[ParameterSet]:
+    """Backend, type and layer, each with each. Triton's interpreter takes its time: slow, except
+    that every type and every kind of layer is met every day.
+    """
+    made = []
+    for maker, dtype, layer in itertools.product(makers, ("float32", "bfloat16"), (0, 1)):
+        (backend,) = maker.values
+        late = backend is triton and (dtype, layer) not in everyday_triton
+        marks = [*maker.marks, *([pytest.mark.slow] if late else [])]
+        name = f"{getattr(backend, '__name__', '')}-{dtype}-{('full', 'window')[layer]}"
+        made.append(pytest.param(backend, dtype, layer, marks=marks, id=name))
+    return made
+
+
+CONTIGUOUS = [pytest.param(one) for one in (torch_native, gathering, in_runs)]
+CONTIGUOUS += [pytest.param(cpu, marks=native), pytest.param(triton, marks=has_triton)]
+
+
 @linux
-@pytest.mark.parametrize("layer", [0, 1], ids=["full", "window"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "make_backend",
-    [
-        torch_native,
-        gathering,
-        in_runs,
-        pytest.param(cpu, marks=native),
-        pytest.param(triton, marks=has_triton),
-    ],
+    ("make_backend", "dtype", "layer"),
+    combinations(CONTIGUOUS, [("float32", 0), ("bfloat16", 1)]),
 )
 def test_far_slots_are_as_near_ones(
     make_backend: Callable[[KVCacheSpec, tuple[SegmentLayout, ...]], AttentionBackend],
@@ -201,9 +215,13 @@ def test_far_slots_are_as_near_ones(
         assert backing.resident_bytes() == before
 
 
-@pytest.mark.parametrize("layer", [0, 1], ids=["full", "window"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("make_backend", [table, pytest.param(triton, marks=has_triton)])
+@pytest.mark.parametrize(
+    ("make_backend", "dtype", "layer"),
+    combinations(
+        [pytest.param(table), pytest.param(triton, marks=has_triton)],
+        [("bfloat16", 0), ("float32", 1)],
+    ),
+)
 def test_far_slots_of_a_segment_table(
     make_backend: Callable[[KVCacheSpec, tuple[SegmentLayout, ...]], AttentionBackend],
     dtype: str,
