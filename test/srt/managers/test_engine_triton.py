@@ -21,9 +21,9 @@ def answers(path: str, backend: str, **flags: object) -> list[list[int]]:
     """Greedy tokens in float32 for prompts in chunks, decodes beside them, and a cached prefix."""
     with tower(path, attention_backend=backend, **flags) as engine:
         for number, prompt in enumerate(PROMPTS):
-            engine.send(f"r{number}", prompt, max_new_tokens=6)
+            engine.send(f"r{number}", prompt, max_new_tokens=4)
         engine.run()
-        engine.send("again", PROMPTS[1] + [4, 4], max_new_tokens=3)
+        engine.send("again", PROMPTS[1] + [4, 4], max_new_tokens=2)
         engine.run()
         return [engine.output(name) for name in ("r0", "r1", "r2", "again")]
 
@@ -45,17 +45,17 @@ def test_tokens_are_those_of_torch_native(
     path = save(make_hf_model(family, **changes), tmp_path)
     expected = answers(path, "torch_native", **flags)
     assert answers(path, "triton", **flags) == expected
-    assert [len(tokens) for tokens in expected] == [6, 6, 6, 3]
+    assert [len(tokens) for tokens in expected] == [4, 4, 4, 2]
 
 
 def first_step(path: str, **flags: object) -> tuple[list[int], list[torch.Tensor]]:
     """Tokens of one request, and K of every layer in what stands on the first pages."""
     with tower(path, attention_backend="triton", page_size=16, **flags) as engine:
-        engine.send("r", PROMPTS[1], max_new_tokens=4)
+        engine.send("r", PROMPTS[1][:25], max_new_tokens=2)
         engine.run()
         pool = engine.memory.kv_pool
         layers = range(pool.spec.num_layers)
-        keys = [pool.get_key_buffer(layer)[16 : 16 + 57].clone() for layer in layers]
+        keys = [pool.get_key_buffer(layer)[16 : 16 + 25].clone() for layer in layers]
         return engine.output("r"), keys
 
 
@@ -83,12 +83,12 @@ def test_rotation_and_store_are_one_launch(
     tokens, keys = first_step(path)
     layers = len(keys)
     if family == "llama4":
-        assert counts == {"rotate_and_store": 0, "store_kv": 4 * layers}
+        assert counts == {"rotate_and_store": 0, "store_kv": 2 * layers}
     else:  # the last layer of a prompt turns fewer queries than keys
-        assert counts == {"rotate_and_store": 4 * layers - 1, "store_kv": 1}
+        assert counts == {"rotate_and_store": 2 * layers - 1, "store_kv": 1}
     monkeypatch.setattr(TritonAttnBackend, "rotates", False)
     others, single = first_step(path)
-    assert counts["store_kv"] >= 4 * layers
+    assert counts["store_kv"] >= 2 * layers
     assert tokens == others
     for found, expected in zip(keys, single, strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
