@@ -17,6 +17,16 @@ from kernels.interpreter import swap_once_per_launch
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Files are handed to processes in the tree's order, real servers first and small units last.
+
+    Else those with the fewest tests come last, which are just the ones that take minutes: one
+    process works on such a file when all others have ended.
+    """
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist's
+        config.option.loadscopereorder = False
+
+
 @pytest.fixture
 def short_tmp() -> Iterator[Path]:
     """A directory for sockets, whose paths must be short; pytest's own directories are not."""
