@@ -151,6 +151,17 @@ def hf_greedy(model: PreTrainedModel, prompt: list[int], num_new: int) -> list[i
     return answer[0, len(prompt) :].tolist()
 
 
+def best_next(model: PreTrainedModel, prompt: list[int], output: list[int]) -> list[int]:
+    """What transformers takes for the best after every token before an output's, in one pass.
+
+    An output that equals it is the greedy one, token by token, of a model without a cache.
+    """
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + output]), use_cache=False).logits[0]
+    best: list[int] = logits.argmax(-1)[len(prompt) - 1 : -1].tolist()
+    return best
+
+
 def save(model: PreTrainedModel, folder: Path, **arguments: Any) -> str:
     """save_pretrained, returning the path as a string."""
     model.save_pretrained(folder, **arguments)
