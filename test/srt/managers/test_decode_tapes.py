@@ -21,7 +21,7 @@ from srt.managers.test_engine_tokens import NEW_TOKENS, PROMPTS, answer_all, tow
 from srt.model_loader.gguf_files import write_gguf
 from srt.model_loader.test_gguf_mixtures import FAMILIES as MIXTURES
 from srt.model_loader.test_gguf_mixtures import experts_of, yarn
-from srt.models.hf_models import hf_greedy, make_hf_model, save
+from srt.models.hf_models import best_next, hf_greedy, make_hf_model, save
 
 pytestmark = pytest.mark.skipif(native_kernels() is None, reason="sgl-kernel is not installed")
 
@@ -55,7 +55,10 @@ def test_steps_of_all_families_are_recorded(family: str, tmp_path: Path) -> None
     changes = {"sliding_window": 50} if family == "mistral" else {}
     reference = make_hf_model(family, **changes)
     with tower(save(reference, tmp_path)) as engine:
-        assert answer_all(engine) == [hf_greedy(reference, one, NEW_TOKENS) for one in PROMPTS]
+        answers = answer_all(engine)
+        assert [len(one) for one in answers] == [NEW_TOKENS] * len(PROMPTS)
+        for prompt, answer in zip(PROMPTS, answers, strict=True):
+            assert answer == best_next(reference, prompt, answer)
         tapes = tapes_of(engine)
         assert tapes.recorded == (1, 2, 3, 4, 5, 6)
         assert not tapes.refused

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from srt.managers.test_engine_tokens import tower
 from srt.managers.test_engine_windows import ask
-from srt.models.hf_models import CHUNK, VOCAB, make_hf_model, save
+from srt.models.hf_models import CHUNK, VOCAB, best_next, make_hf_model, save
 
 PROMPTS: list[list[int]] = [
     np.random.default_rng(n).integers(0, VOCAB, n).tolist() for n in (1, CHUNK, 50, 130)
@@ -37,17 +37,6 @@ def greedy(reference: PreTrainedModel, prompt: list[int], count: int) -> list[in
             logits = reference(torch.tensor([tokens]), use_cache=False).logits
             tokens.append(int(logits[0, -1].argmax()))
     return tokens[len(prompt) :]
-
-
-def best_next(reference: PreTrainedModel, prompt: list[int], output: list[int]) -> list[int]:
-    """What transformers takes for the best after every token before an output's, in one pass.
-
-    An output that equals it is the greedy one, token by token.
-    """
-    with torch.inference_mode():
-        logits = reference(torch.tensor([prompt + output]), use_cache=False).logits[0]
-    best: list[int] = logits.argmax(-1)[len(prompt) - 1 : -1].tolist()
-    return best
 
 
 @pytest.fixture(scope="module")
@@ -158,13 +147,13 @@ def test_prefix_hits_around_a_chunk_border(llama4: Model) -> None:
         for length in range(4 * CHUNK - PAGE - 1, 4 * CHUNK + PAGE + 2):
             prompt = BASE[:length]
             answer, _ = ask(engine, f"first{length}", prompt)
-            assert answer == greedy(reference, prompt, len(answer))
+            assert answer == best_next(reference, prompt, answer)
             again, cached = ask(engine, f"again{length}", prompt)
             assert again == answer
             assert cached == (length - 1) // PAGE * PAGE, "a repeat hits at full length"
             longer = prompt + answer + [length % VOCAB, 5]
             turn, _ = ask(engine, f"turn{length}", longer)
-            assert turn == greedy(reference, longer, len(turn))
+            assert turn == best_next(reference, longer, turn)
             engine.memory.audit()
 
 
@@ -177,4 +166,6 @@ def test_qwen3_moe_equals_transformers(tmp_path: Path) -> None:
             engine.scheduler.turn()
         engine.run()
         for number, prompt in enumerate(PROMPTS):
-            assert engine.output(f"r{number}") == greedy(reference, prompt, 64)
+            output = engine.output(f"r{number}")
+            assert len(output) == 64
+            assert output == best_next(reference, prompt, output)
