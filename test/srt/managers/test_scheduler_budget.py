@@ -305,7 +305,9 @@ def test_compact_kv_packs_and_gives_back(groups: int) -> None:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (3, 4))]
+)
 def test_random_budgets_over_random_requests(seed: int, overlap: bool) -> None:
     """Every request ends exactly once, with a prefix of the right tokens; the pool adds up."""
     rng = random.Random(seed)
