@@ -182,7 +182,7 @@ def test_dot_products_without_avx512_give_the_same_bits(tmp_path: Path) -> None:
         str(API / "rounded_parts.cpp"),
         str(API / "scratch.cpp"),
     ]
-    flags = ["-std=c++17", "-O1", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi", f"-I{API}"]
+    flags = ["-std=c++17", "-O0", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi", f"-I{API}"]
     build = [str(COMPILER), *flags, *sources, "-o", str(program)]
     done = subprocess.run(build, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
