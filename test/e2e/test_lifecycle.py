@@ -16,15 +16,27 @@ from e2e.server_process import (
     started_server,
     wait_until,
 )
+from e2e.test_long_prefill import tiny_model
 
 
-def start(tmp: Path) -> ServerProcess:
-    return started_server("--model-path", demo_model(), tmp=tmp)
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that is there at once: of how processes end, its size tells nothing."""
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def start(tmp: Path, tiny: str) -> ServerProcess:
+    flags = ("--load-format", "dummy", "--skip-tokenizer-init")
+    return started_server("--model-path", tiny, *flags, tmp=tmp)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_polite_end_is_clean(short_tmp: Path, signum: signal.Signals) -> None:
-    server = start(short_tmp)
+def test_a_polite_end_is_clean(short_tmp: Path, tiny: str, signum: signal.Signals) -> None:
+    """Of a server with all that it can have, and of one without a tokenizer."""
+    if signum == signal.SIGTERM:
+        server = started_server("--model-path", demo_model(), tmp=short_tmp)
+    else:
+        server = start(short_tmp, tiny)
     try:
         traces = Traces.of(server, short_tmp)
         assert len(traces.processes) >= 3
@@ -37,8 +49,8 @@ def test_a_polite_end_is_clean(short_tmp: Path, signum: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("victim", ["scheduler", "detokenizer"])
-def test_a_dead_child_ends_the_server_and_is_named(short_tmp: Path, victim: str) -> None:
-    server = start(short_tmp)
+def test_a_dead_child_ends_the_server_and_is_named(short_tmp: Path, tiny: str, victim: str) -> None:
+    server = start(short_tmp, tiny)
     try:
         traces = Traces.of(server, short_tmp)
         server.child(victim).kill()
@@ -50,8 +62,8 @@ def test_a_dead_child_ends_the_server_and_is_named(short_tmp: Path, victim: str)
         server.close()
 
 
-def test_children_do_not_outlive_a_killed_server(short_tmp: Path) -> None:
-    server = start(short_tmp)
+def test_children_do_not_outlive_a_killed_server(short_tmp: Path, tiny: str) -> None:
+    server = start(short_tmp, tiny)
     try:
         children = server.children()
         server.process.kill()
