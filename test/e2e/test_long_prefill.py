@@ -39,7 +39,7 @@ def tiny_model(folder: Path) -> str:
 @pytest.mark.parametrize(
     "num_tokens",
     [
-        100_000,
+        60_000,
         pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
 )
