@@ -58,7 +58,7 @@ def test_thirty_two_streams_at_once_all_complete(client: openai.OpenAI) -> None:
             model="default",
             messages=[{"role": "user", "content": f"Count up from {number}."}],
             temperature=0,
-            max_tokens=24,
+            max_tokens=12,
             stream=True,
         )
         text, reason = "", ""
@@ -90,23 +90,25 @@ def test_a_vanished_client_is_forgotten(server: ServerProcess) -> None:
             return [entry["rid"] for entry in server.requests()]
 
         assert wait_until(lambda: "vanishes" in rids())
-    assert wait_until(lambda: "vanishes" not in rids(), timeout_s=5)
+    # By itself it would end much later, after 4,000 tokens.
+    assert wait_until(lambda: "vanishes" not in rids(), timeout_s=10)
 
 
 def test_memory_is_given_back_after_a_burst(server: ServerProcess) -> None:
     assert wait_until(lambda: memory(server)["mapped_bytes"] == 0, timeout_s=20)
     before = memory(server)["resident_bytes"]
-    prompts = [f"Story number {i}: " + "the cat sat on the mat. " * 60 for i in range(8)]
+    prompts = [f"Story number {i}: " + "the cat sat on the mat. " * 30 for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        list(
-            pool.map(
-                lambda text: server.post(
-                    "/generate", {"text": text, "sampling_params": {"max_new_tokens": 8}}
-                ),
-                prompts,
+        asked = [
+            pool.submit(
+                server.post, "/generate", {"text": text, "sampling_params": {"max_new_tokens": 8}}
             )
-        )
-        assert memory(server)["resident_bytes"] > before + (16 << 20)
+            for text in prompts
+        ]
+        # Looked for while they run: what is idle goes back within a second or two of the last.
+        high = before + (16 << 20)
+        assert wait_until(lambda: memory(server)["resident_bytes"] > high, timeout_s=100)
+        assert [one.result().status_code for one in asked] == [200] * len(prompts)
     assert wait_until(lambda: memory(server)["mapped_bytes"] == 0, timeout_s=20)
     idle = memory(server)
     assert idle["resident_bytes"] == before == idle["fixed_bytes"], "by the system's own figure"
