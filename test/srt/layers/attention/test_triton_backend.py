@@ -74,6 +74,7 @@ def test_equals_dense_attention(case: Case) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_equals_dense_attention_at_length(case: Case) -> None:
