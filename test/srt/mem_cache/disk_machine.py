@@ -38,11 +38,11 @@ class DiskRules(MemoryMachine):
         manager, backing = driver.memory.manager, driver.backing
         assert isinstance(backing, DiskBacking)
         backing.before_demote = driver.check_not_written
-        assert manager.disk_bytes <= manager.disk_budget_bytes
+        assert manager.lower_bytes <= manager.lower_budget_bytes
         if not manager.pending():
             assert where(driver, Tier.DEVICE) == backing.mapped
-            assert where(driver, Tier.DISK) == backing.on_disk
-            assert manager.disk_bytes == backing.disk_bytes()
+            assert where(driver, Tier.LOWER) == backing.on_disk
+            assert manager.lower_bytes == backing.lower_bytes()
 
     def was_refused(self, driver: MemoryDriver) -> bool:
         backing = driver.backing
@@ -68,6 +68,28 @@ def where(driver: MemoryDriver, tier: Tier) -> set[tuple[int, int]]:
 
 
 class DiskMachine(DiskRules):
+    pass
+
+
+class PromotingRules(DiskRules):
+    """What is read comes back from below at step boundaries, as from a host's memory."""
+
+    def make_backing(self) -> FakeBacking:
+        backing = DiskBacking()
+        backing.promotes = True
+        return backing
+
+
+class PromotingMachine(PromotingRules):
+    pass
+
+
+class WindowPromotingMachine(PromotingRules, WindowMachine):
+    num_groups = 2
+    draw_windows = WindowMachine.draw_windows
+
+
+class MovingPromotingMachine(PromotingRules, MovingMachine):
     pass
 
 

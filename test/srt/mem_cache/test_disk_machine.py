@@ -9,11 +9,14 @@ from srt.mem_cache.disk_machine import (
     DiskMachine,
     DiskRules,
     MovingDiskMachine,
+    MovingPromotingMachine,
     OnlyWindowsDiskMachine,
+    PromotingMachine,
     SlidingMovingDiskMachine,
     SlowMovingDiskMachine,
     TwoGroupDiskMachine,
     WindowDiskMachine,
+    WindowPromotingMachine,
 )
 from srt.mem_cache.memory_machine import machine_settings
 
@@ -25,6 +28,9 @@ MACHINES = {
     MovingDiskMachine: 30,
     SlidingMovingDiskMachine: 15,
     SlowMovingDiskMachine: 15,
+    PromotingMachine: 25,
+    WindowPromotingMachine: 15,
+    MovingPromotingMachine: 15,
 }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, SegmentId, SegmentLayout
@@ -18,6 +19,7 @@ from sglang.srt.mem_cache.rank_agreement import RankAgreement, Vote, VoteStatus,
 from sglang.srt.mem_cache.segment_backing.base import (
     SegmentBacking,
     StagedBacking,
+    StagedTieredBacking,
     TieredBacking,
 )
 from sglang.srt.mem_cache.segment_state import SegmentIdsByGroup, Ticket, Tier
@@ -30,17 +32,19 @@ _Timer = Callable[[], float]
 class JobResult:
     """What the thread did, by group. `refused` is the machine's reason, None when all was done.
 
-    `disk_refused`: it was the disk that refused, and memory may still be had.
+    `lower_refused`: it was the lower tier that refused, and memory may still be had.
     """
 
     mapped: list[tuple[SegmentId, ...]]
     unmapped: list[tuple[SegmentId, ...]]
     demoted: list[tuple[SegmentId, ...]]
+    promoted: list[tuple[SegmentId, ...]]
     map_ms: list[float]
     unmap_ms: list[float]
     demote_ms: list[float]
+    promote_ms: list[float]
     refused: str | None = None
-    disk_refused: bool = False
+    lower_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +52,16 @@ class Work:
     """What the thread is to do, in this order; `map` on `tier`, the others by where they are."""
 
     unmap: SegmentIdsByGroup
-    unmap_on_disk: SegmentIdsByGroup
+    unmap_lower: SegmentIdsByGroup
     demote: SegmentIdsByGroup
+    promote: SegmentIdsByGroup
     map: SegmentIdsByGroup
     tier: Tier
+
+    @property
+    def asks_below(self) -> bool:
+        """Whether room of the lower tier is wanted."""
+        return any(self.demote) or self.tier is Tier.LOWER
 
 
 @dataclass(slots=True)
@@ -66,6 +76,7 @@ class Job:
     map: SegmentIdsByGroup
     unmap: list[tuple[SegmentId, ...]]
     demote: SegmentIdsByGroup
+    promote: SegmentIdsByGroup
     tier: Tier = Tier.DEVICE
     future: Future[JobResult] | None = field(default=None)
     result: JobResult | None = field(default=None)
@@ -97,10 +108,10 @@ class JobRunner:
         """Bytes that this rank could not give back when another had; 0 with one rank."""
         return sum(self._layouts[g].segment_bytes for g, _ in self._leftover)
 
-    def start(self, job: Job, on_disk: SegmentIdsByGroup) -> None:
+    def start(self, job: Job, below: SegmentIdsByGroup) -> None:
         """Hand a job to the thread; memory that is still there from before is not mapped again.
 
-        `on_disk` are those of the job's unmaps that lie there.
+        `below` are those of the job's unmaps that lie on the lower tier.
         """
         to_map = tuple(
             tuple(s for s in segments if (g, s) not in self._leftover)
@@ -108,9 +119,9 @@ class JobRunner:
         )
         in_memory = tuple(
             tuple(s for s in segments if s not in elsewhere)
-            for segments, elsewhere in zip(job.unmap, on_disk, strict=True)
+            for segments, elsewhere in zip(job.unmap, below, strict=True)
         )
-        work = Work(in_memory, on_disk, job.demote, to_map, job.tier)
+        work = Work(in_memory, below, job.demote, job.promote, to_map, job.tier)
         job.future = self._executor.submit(run_job, self._backing, self._layouts, work, self._timer)
 
     def results(self, jobs: Sequence[Job], *, block: bool = False) -> list[JobResult | None]:
@@ -137,7 +148,7 @@ class JobRunner:
     def _own_result(self, job: Job, block: bool) -> JobResult | None:
         if job.result is None and job.future is not None and (block or job.future.done()):
             job.result = job.future.result()
-            commit(self._backing, self._layouts, job.result, self._timer)
+            commit(self._backing, self._layouts, job, job.result, self._timer)
             if job.result.refused is None:
                 for g, segments in enumerate(job.map):
                     self._leftover.difference_update((g, s) for s in segments)
@@ -172,55 +183,84 @@ def run_job(
     """Do the work; map (a staged backing: prepare) in all groups or none; no BackingError."""
     result = _nothing_done(len(layouts))
     tiered = backing if isinstance(backing, TieredBacking) else None
-    undo = backing.unmap
+    take, undo = _mapping(backing, work.tier)
     try:
         _each(layouts, work.unmap, backing.unmap, result.unmapped, result.unmap_ms, timer)
-        if any(work.unmap_on_disk):
-            give = _tiered(tiered).unmap_on_disk
-            _each(layouts, work.unmap_on_disk, give, result.unmapped, result.unmap_ms, timer)
-        # what may be refused from here on is new memory, or room on disk
-        result.disk_refused = any(work.demote) or work.tier is Tier.DISK
+        if any(work.unmap_lower):
+            give = _tiered(tiered).unmap_lower
+            _each(layouts, work.unmap_lower, give, result.unmapped, result.unmap_ms, timer)
+        # what may be refused from here on is new memory, or room below
+        result.lower_refused = work.asks_below
         if any(work.demote):
-            demote = _tiered(tiered).demote
+            demote = _moving(_tiered(tiered), to_lower=True)
             _each(layouts, work.demote, demote, result.demoted, result.demote_ms, timer)
-        if work.tier is Tier.DISK:
-            take, undo = _tiered(tiered).map_on_disk, _tiered(tiered).unmap_on_disk
-        elif isinstance(backing, StagedBacking):
-            take, undo = backing.prepare, backing.discard
-        else:
-            take = backing.map
+        if any(work.promote):
+            promote = _moving(_tiered(tiered), to_lower=False)
+            _each(layouts, work.promote, promote, result.promoted, result.promote_ms, timer)
         _each(layouts, work.map, take, result.mapped, result.map_ms, timer)
     except BackingError as error:
         result.refused = str(error)
         _give_back(result, result.mapped, undo)
+        if isinstance(backing, StagedTieredBacking):
+            _give_back(result, result.demoted, backing.discard_move)
+            _give_back(result, result.promoted, backing.discard_move)
     else:
-        result.disk_refused = False
+        result.lower_refused = False
     return result
 
 
 def commit(
     backing: SegmentBacking,
     layouts: tuple[SegmentLayout, ...],
+    job: Job,
     result: JobResult,
     timer: _Timer,
 ) -> None:
-    """Attach what the thread prepared, in all groups or in none; nothing for other backings."""
+    """Attach what the thread prepared; nothing for other backings.
+
+    Moves first, as far as the machine does them. Then maps, in all groups or in none.
+    """
     if not isinstance(backing, StagedBacking) or result.refused is not None:
         return
-    prepared = list(result.mapped)
-    result.mapped = [()] * len(prepared)
-    try:
-        for layout in layouts:
-            segments, prepared[layout.group] = prepared[layout.group], ()
-            if segments:
-                began = timer()
-                backing.commit(layout.group, segments)
-                result.mapped[layout.group] = segments
-                result.map_ms[layout.group] += (timer() - began) * 1e3
-    except BackingError as error:
-        result.refused = str(error)
-        _give_back(result, prepared, backing.discard)
+    if isinstance(backing, StagedTieredBacking):
+        move, drop = backing.commit_move, backing.discard_move
+        _commit(layouts, result, result.demoted, result.demote_ms, (move, drop), timer)
+        _commit(layouts, result, result.promoted, result.promote_ms, (move, drop), timer)
+    acts = (backing.commit, backing.discard)
+    if not _commit(layouts, result, result.mapped, result.map_ms, acts, timer):
         _give_back(result, result.mapped, backing.unmap)
+        result.lower_refused = job.tier is Tier.LOWER or any(job.demote)
+
+
+def _commit(
+    layouts: tuple[SegmentLayout, ...],
+    result: JobResult,
+    done: list[tuple[SegmentId, ...]],
+    spent_ms: list[float],
+    acts: tuple[_Act, _Act],
+    timer: _Timer,
+) -> bool:
+    """Attach what `done` says is prepared until one is refused; `done` says then what was attached.
+
+    `acts` attach and give back. Once anything was refused, all that is prepared is given back, and
+    the answer is False.
+    """
+    act, drop = acts
+    left, done[:] = list(done), [()] * len(done)
+    if result.refused is None:
+        try:
+            for layout in layouts:
+                # a refused call holds nothing
+                segments, left[layout.group] = left[layout.group], ()
+                if segments:
+                    began = timer()
+                    act(layout.group, segments)
+                    done[layout.group] = segments
+                    spent_ms[layout.group] += (timer() - began) * 1e3
+        except BackingError as error:
+            result.refused = str(error)
+    _give_back(result, left, drop)
+    return result.refused is None
 
 
 def _nothing_done(groups: int) -> JobResult:
@@ -229,15 +269,36 @@ def _nothing_done(groups: int) -> JobResult:
         mapped=[none] * groups,
         unmapped=[none] * groups,
         demoted=[none] * groups,
+        promoted=[none] * groups,
         map_ms=[0.0] * groups,
         unmap_ms=[0.0] * groups,
         demote_ms=[0.0] * groups,
+        promote_ms=[0.0] * groups,
     )
+
+
+def _mapping(backing: SegmentBacking, tier: Tier) -> tuple[_Act, _Act]:
+    """How new segments get memory on a tier, and how that is undone."""
+    if tier is Tier.DEVICE:
+        if isinstance(backing, StagedBacking):
+            return backing.prepare, backing.discard
+        return backing.map, backing.unmap
+    if isinstance(backing, StagedTieredBacking):
+        return backing.prepare_lower, backing.discard
+    tiered = _tiered(backing if isinstance(backing, TieredBacking) else None)
+    return tiered.map_lower, tiered.unmap_lower
+
+
+def _moving(backing: TieredBacking, *, to_lower: bool) -> _Act:
+    """How segments go to the other tier (a staged backing: are copied there)."""
+    if isinstance(backing, StagedTieredBacking):
+        return partial(backing.prepare_move, to_lower=to_lower)
+    return backing.demote if to_lower else backing.promote
 
 
 def _tiered(backing: TieredBacking | None) -> TieredBacking:
     if backing is None:
-        raise InvariantError("segments on disk over a backing that has none")
+        raise InvariantError("segments below a backing that has no lower tier")
     return backing
 
 
