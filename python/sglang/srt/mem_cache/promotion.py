@@ -59,7 +59,8 @@ class Promoter:
             return 0
         if missing > 0:
             unread = [one for one in heats if self._tier(one) is Tier.DEVICE and not _is_used(one)]
-            self._ladder.demote(missing, [(one.group, one.segment) for one in unread])
+            most = min(self._step_bytes, missing)
+            self._ladder.demote(most, [(one.group, one.segment) for one in unread])
         most = min(self._step_bytes, self._room(pages_expected))
         moved = self._ladder.promote(most, [(one.group, one.segment) for one in reversed(wanted)])
         if moved:
