@@ -193,15 +193,18 @@ def test_model_overrides_are_an_object() -> None:
         (["--kv-disk-size", "1GiB"], "--kv-disk-size needs --kv-disk-path, the directory to use"),
         (["--device", "cuda", "--kv-disk-path", "/d"], "on --device cpu, has a disk tier"),
         (["--kv-backing", "static", "--kv-disk-path", "/d"], "only --kv-backing mmap"),
-        (["--tp-size", "2", "--kv-disk-path", "/d"], "--kv-disk-path is for a model on one rank"),
+        (
+            ["--kv-parallel-size", "2", "--kv-disk-path", "/d"],
+            "--kv-disk-path and --kv-parallel-size don't go together",
+        ),
         (["--enable-hierarchical-cache"], "on --device cpu the host's memory comes first"),
         (
             ["--device", "cuda", "--kv-backing", "static", "--enable-hicache"],
             "only --kv-backing cuda_vmm has a host tier",
         ),
         (
-            ["--device", "cuda", "--tp-size", "2", "--enable-hierarchical-cache"],
-            "--enable-hierarchical-cache is for a model on one rank",
+            ["--device", "cuda", "--kv-parallel-size", "2", "--enable-hierarchical-cache"],
+            "--enable-hierarchical-cache and --kv-parallel-size don't go together",
         ),
         (["--hicache-ratio", "0"], "--hicache-ratio must be above 0"),
         (["--hicache-storage-backend", "file"], "what lies below memory is the host's"),

@@ -298,6 +298,7 @@ class ServerArgs(RankArgs, DoorArgs):
         0,
         "Host memory for KV segments in GB (10^9 bytes); 0: by --hicache-ratio.",
         group=SEGMENTS,
+        parse=int,
         metavar="GB",
         minimum=0,
     )

@@ -12,6 +12,8 @@ from srt.mem_cache.disk_machine import (
     MovingPromotingMachine,
     OnlyWindowsDiskMachine,
     PromotingMachine,
+    RanksDiskMachine,
+    RanksPromotingMachine,
     SlidingMovingDiskMachine,
     SlowMovingDiskMachine,
     TwoGroupDiskMachine,
@@ -29,6 +31,8 @@ MACHINES = {
     SlidingMovingDiskMachine: 15,
     SlowMovingDiskMachine: 15,
     PromotingMachine: 25,
+    RanksDiskMachine: 20,
+    RanksPromotingMachine: 20,
     WindowPromotingMachine: 15,
     MovingPromotingMachine: 15,
 }

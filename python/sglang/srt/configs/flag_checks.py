@@ -48,11 +48,8 @@ def check_disk_tier(args: Any) -> None:
         return
     if args.device != "cpu" or args.kv_backing not in ("auto", "mmap"):
         raise ValueError("--kv-disk-path: only --kv-backing mmap, on --device cpu, has a disk tier")
-    if args.num_ranks > 1:
-        raise ValueError(
-            "--kv-disk-path is for a model on one rank, so far; drop --tp-size and "
-            "--kv-parallel-size (--dp-size may stay)"
-        )
+    if args.kv_parallel_size > 1:
+        raise ValueError("--kv-disk-path and --kv-parallel-size don't go together, so far")
 
 
 def check_host_tier(args: Any) -> None:
@@ -66,10 +63,9 @@ def check_host_tier(args: Any) -> None:
         )
     if args.kv_backing not in ("auto", "cuda_vmm"):
         raise ValueError("--enable-hierarchical-cache: only --kv-backing cuda_vmm has a host tier")
-    if args.num_ranks > 1:
+    if args.kv_parallel_size > 1:
         raise ValueError(
-            "--enable-hierarchical-cache is for a model on one rank, so far; drop --tp-size and "
-            "--kv-parallel-size (--dp-size may stay)"
+            "--enable-hierarchical-cache and --kv-parallel-size don't go together, so far"
         )
 
 

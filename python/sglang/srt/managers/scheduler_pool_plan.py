@@ -7,9 +7,10 @@ Called by `scheduler_setup` at start; `sglang.plan_memory` takes the groups from
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.distributed.communicator import Communicator
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.managers.scheduler_device import prefill_chunk_tokens, reserve_of
 from sglang.srt.mem_cache.capacity import (
@@ -176,6 +177,21 @@ class LowerSpace:
 
     disk: DiskSpace | None = None
     host_bytes: int | None = None
+
+
+def agreed_space(everyone: Communicator | None, space: LowerSpace) -> LowerSpace:
+    """The least that any scheduler has below memory; all have the same kind of tier.
+
+    `everyone` None: there is no other. Blocks until all have called.
+    """
+    if everyone is None:
+        return space
+    disk, host = space.disk, space.host_bytes
+    if disk is not None:
+        disk = replace(disk, free_bytes=everyone.agree((disk.free_bytes,))[0])
+    if host is not None:
+        host = everyone.agree((host,))[0]
+    return LowerSpace(disk, host)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from sglang.srt.managers.scheduler_pool_plan import (
     AUTO_SEGMENT_BYTES,
     LowerSpace,
     PoolPlan,
+    agreed_space,
     kv_cache_spec,
     plan_pool,
 )
@@ -316,8 +317,10 @@ def _open_pool(
             args, runtime, free_before, config, spec, backend_class, backing.granule_bytes
         ),
     )
-    below = LowerSpace(disk_space(args, rank.place.num_here), host_space(args, rank.place.num_here))
+    num_here = rank.place.num_here
+    below = LowerSpace(disk_space(args, num_here), host_space(args, num_here))
     min_slots = auto_min_slots(runtime)
+    below = agreed_space(rank.everyone, below)
     plan = plan_pool(args, spec, backing, host, requested, device_plan, min_slots, below)
     if plan.clamp.is_clamped:
         logger.warning("Context length clamped: %s.", plan.clamp.explanation)

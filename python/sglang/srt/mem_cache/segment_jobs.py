@@ -8,7 +8,7 @@ agree on growth].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -68,8 +68,8 @@ class Work:
 class Job:
     """An applied plan until its outcome was taken. `future` is None while it waits for epochs.
 
-    `tier` is that of `map`. `result` is this rank's own, from the moment it was seen until all
-    ranks agreed.
+    `tier` is that of `map`. `work` is what of the plan this rank's thread has to do. `result` is
+    this rank's own, from the moment it was seen until all ranks agreed.
     """
 
     ticket: Ticket
@@ -78,6 +78,7 @@ class Job:
     demote: SegmentIdsByGroup
     promote: SegmentIdsByGroup
     tier: Tier = Tier.DEVICE
+    work: Work | None = field(default=None)
     future: Future[JobResult] | None = field(default=None)
     result: JobResult | None = field(default=None)
 
@@ -100,13 +101,26 @@ class JobRunner:
         self._timer = timer
         self._ranks = ranks
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-segments")
-        # (group, segment) that have memory here although the ranks agreed that they have none
-        self._leftover: set[tuple[int, SegmentId]] = set()
+        # (group, segment) that have memory here although the ranks agreed that they have none, and
+        # those that lie elsewhere here than where they agreed: each with its tier
+        self._leftover: dict[tuple[int, SegmentId], Tier] = {}
+        self._elsewhere: dict[tuple[int, SegmentId], Tier] = {}
 
     @property
     def leftover_bytes(self) -> int:
-        """Bytes that this rank could not give back when another had; 0 with one rank."""
-        return sum(self._layouts[g].segment_bytes for g, _ in self._leftover)
+        """Bytes of memory that this rank has beyond what the ranks agreed on; 0 with one rank.
+
+        What it could not give back or not move down when another had, less what it could not move
+        back up.
+        """
+        layouts = self._layouts
+        extra = sum(
+            layouts[g].segment_bytes for (g, _), t in self._leftover.items() if t is Tier.DEVICE
+        )
+        return extra + sum(
+            layouts[g].segment_bytes if tier is Tier.DEVICE else -layouts[g].segment_bytes
+            for (g, _), tier in self._elsewhere.items()
+        )
 
     def start(self, job: Job, below: SegmentIdsByGroup) -> None:
         """Hand a job to the thread; memory that is still there from before is not mapped again.
@@ -117,12 +131,25 @@ class JobRunner:
             tuple(s for s in segments if (g, s) not in self._leftover)
             for g, segments in enumerate(job.map)
         )
-        in_memory = tuple(
-            tuple(s for s in segments if s not in elsewhere)
-            for segments, elsewhere in zip(job.unmap, below, strict=True)
+        agreed = [
+            {s: Tier.LOWER if s in low else Tier.DEVICE for s in some}
+            for some, low in zip(job.unmap, below, strict=True)
+        ]
+        tiers = [
+            {s: self._elsewhere.get((g, s), tier) for s, tier in some.items()}
+            for g, some in enumerate(agreed)
+        ]
+        job.work = Work(
+            unmap=tuple(_on(Tier.DEVICE, some) for some in tiers),
+            unmap_lower=tuple(_on(Tier.LOWER, some) for some in tiers),
+            demote=self._not_yet(job.demote, Tier.LOWER),
+            promote=self._not_yet(job.promote, Tier.DEVICE),
+            map=to_map,
+            tier=job.tier,
         )
-        work = Work(in_memory, below, job.demote, job.promote, to_map, job.tier)
-        job.future = self._executor.submit(run_job, self._backing, self._layouts, work, self._timer)
+        job.future = self._executor.submit(
+            run_job, self._backing, self._layouts, job.work, self._timer
+        )
 
     def results(self, jobs: Sequence[Job], *, block: bool = False) -> list[JobResult | None]:
         """What came of the jobs, on all ranks alike; None: still under way somewhere.
@@ -132,7 +159,7 @@ class JobRunner:
         own = [self._own_result(job, block) for job in jobs]
         if self._ranks.size == 1:
             return own
-        votes = [self._vote(result) for result in own]
+        votes = [self._vote(*pair) for pair in zip(jobs, own, strict=True)]
         agreed = agree_on(self._ranks, votes, len(self._layouts))
         return [
             None
@@ -151,30 +178,90 @@ class JobRunner:
             commit(self._backing, self._layouts, job, job.result, self._timer)
             if job.result.refused is None:
                 for g, segments in enumerate(job.map):
-                    self._leftover.difference_update((g, s) for s in segments)
+                    self._take_leftovers(g, segments, job.tier)
                     job.result.mapped[g] = segments
         return job.result
 
-    def _vote(self, result: JobResult | None) -> Vote:
-        if result is None:
-            return Vote(VoteStatus.PENDING, (False,) * len(self._layouts))
+    def _take_leftovers(self, group: int, segments: Sequence[SegmentId], tier: Tier) -> None:
+        """Segments that were found with memory are mapped now, on the tier where that is."""
+        for key in ((group, segment) for segment in segments):
+            found = self._leftover.pop(key, tier)
+            if found is not tier:
+                self._elsewhere[key] = found
+
+    def _not_yet(self, segments: SegmentIdsByGroup, tier: Tier) -> SegmentIdsByGroup:
+        """Those that are not on the tier on this rank already."""
+        return tuple(
+            tuple(s for s in some if self._elsewhere.get((g, s)) is not tier)
+            for g, some in enumerate(segments)
+        )
+
+    def _vote(self, job: Job, result: JobResult | None) -> Vote:
+        if result is None or job.work is None:
+            none = (False,) * len(self._layouts)
+            return Vote(VoteStatus.PENDING, none, none)
         status = VoteStatus.DONE if result.refused is None else VoteStatus.REFUSED
-        return Vote(status, tuple(bool(segments) for segments in result.unmapped))
+        work = job.work
+        moves = zip(work.demote, result.demoted, work.promote, result.promoted, strict=True)
+        moved = tuple(down == went and up == came for down, went, up, came in moves)
+        return Vote(status, tuple(bool(segments) for segments in result.unmapped), moved)
 
     def _conform(self, job: Job, result: JobResult, vote: Vote) -> JobResult:
         """Make this rank's result the agreed one: after a refusal nobody keeps a map."""
-        if vote.status is VoteStatus.DONE:
-            return result
-        if result.refused is None:
-            result.refused = "another rank was refused"
-        _give_back(result, result.mapped, self._backing.unmap)
-        for g, gone in enumerate(vote.unmapped):
-            self._leftover.update((g, s) for s in result.mapped[g])
-            result.mapped[g] = ()
-            if gone and not result.unmapped[g]:
-                self._leftover.update((g, s) for s in job.unmap[g])
-                result.unmapped[g] = job.unmap[g]
+        if vote.status is VoteStatus.REFUSED:
+            if result.refused is None:
+                result.refused = "another rank was refused"
+            result.lower_refused = job.tier is Tier.LOWER or any(job.demote)
+            self._undo_maps(job, result)
+        for g in range(len(self._layouts)):
+            self._conform_unmaps(g, job, result, gone=vote.unmapped[g])
+            self._conform_moves(g, job, result, moved=vote.moved[g])
         return result
+
+    def _undo_maps(self, job: Job, result: JobResult) -> None:
+        """Give back what was mapped; what can't be given back is kept for the next map."""
+        for tier in Tier:
+            taken = [
+                tuple(s for s in some if self._elsewhere.get((g, s), job.tier) is tier)
+                for g, some in enumerate(result.mapped)
+            ]
+            if any(taken):
+                _give_back(result, taken, _unmapping(self._backing, tier))
+            self._leftover.update({(g, s): tier for g, some in enumerate(taken) for s in some})
+        for g, segments in enumerate(result.mapped):
+            for segment in segments:
+                self._elsewhere.pop((g, segment), None)
+            result.mapped[g] = ()
+
+    def _conform_unmaps(self, g: int, job: Job, result: JobResult, *, gone: bool) -> None:
+        """A group's unmaps are done when any rank did them; memory that is still here is kept."""
+        if not gone or job.work is None:
+            return
+        for segment in set(job.unmap[g]).difference(result.unmapped[g]):
+            below = segment in job.work.unmap_lower[g]
+            self._leftover[g, segment] = Tier.LOWER if below else Tier.DEVICE
+        for segment in job.unmap[g]:
+            self._elsewhere.pop((g, segment), None)
+        result.unmapped[g] = job.unmap[g]
+
+    def _conform_moves(self, g: int, job: Job, result: JobResult, *, moved: bool) -> None:
+        """A group's moves are done when all ranks did them, else they are undone where possible."""
+        kinds = (
+            (job.demote[g], result.demoted, Tier.LOWER, False),
+            (job.promote[g], result.promoted, Tier.DEVICE, True),
+        )
+        for wanted, done, tier, to_lower in kinds:
+            if moved:
+                for segment in wanted:
+                    self._elsewhere.pop((g, segment), None)
+                done[g] = wanted
+            elif done[g]:
+                try:
+                    _move(self._backing, GroupId(g), done[g], to_lower=to_lower)
+                except BackingError as error:
+                    result.refused = f"{result.refused}; and undoing it failed: {error}"
+                    self._elsewhere.update({(g, segment): tier for segment in done[g]})
+                done[g] = ()
 
 
 def run_job(
@@ -275,6 +362,25 @@ def _nothing_done(groups: int) -> JobResult:
         demote_ms=[0.0] * groups,
         promote_ms=[0.0] * groups,
     )
+
+
+def _on(tier: Tier, tiers: Mapping[SegmentId, Tier]) -> tuple[SegmentId, ...]:
+    return tuple(segment for segment, where in tiers.items() if where is tier)
+
+
+def _move(
+    backing: SegmentBacking, group: GroupId, segments: Sequence[SegmentId], *, to_lower: bool
+) -> None:
+    """Move segments to the other tier at once. Raises BackingError, and they stay."""
+    tiered = _tiered(backing if isinstance(backing, TieredBacking) else None)
+    (tiered.demote if to_lower else tiered.promote)(group, segments)
+
+
+def _unmapping(backing: SegmentBacking, tier: Tier) -> _Act:
+    """How memory on a tier is given back."""
+    if tier is Tier.DEVICE:
+        return backing.unmap
+    return _tiered(backing if isinstance(backing, TieredBacking) else None).unmap_lower
 
 
 def _mapping(backing: SegmentBacking, tier: Tier) -> tuple[_Act, _Act]:

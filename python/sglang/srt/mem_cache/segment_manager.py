@@ -148,7 +148,7 @@ class SegmentManager:
 
     @property
     def leftover_bytes(self) -> int:
-        """Bytes of RESERVED segments that this rank could not give back; 0 with one rank."""
+        """Bytes of memory that this rank has beyond what the ranks agreed on; 0 with one rank."""
         return self._runner.leftover_bytes
 
     @property
