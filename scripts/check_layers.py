@@ -72,7 +72,8 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.memory_pool < srt.mem_cache.page_copy < srt.mem_cache.allocation,"
      " srt.mem_cache.compaction"),
     (2, "DEVICE", "srt.mem_cache.lease < srt.mem_cache.decode_steps < srt.mem_cache.allocation"),
-    (2, "DEVICE", "srt.mem_cache.lease < srt.mem_cache.cold_segments < srt.mem_cache.allocation"),
+    (2, "DEVICE", "srt.mem_cache.lease < srt.mem_cache.cold_segments < srt.mem_cache.promotion"),
+    (2, "DEVICE", "srt.mem_cache.page_ladder < srt.mem_cache.promotion < srt.mem_cache.allocation"),
     (2, "DEVICE", "srt.mem_cache.canary < srt.mem_cache.canary_perturb"),
     (2, "DEVICE", "srt.mem_cache.segment_manager < srt.mem_cache.memory_report"
      " < srt.mem_cache.allocation"),

@@ -22,7 +22,7 @@ LEGEND = (
     "_ mapped and empty   1-9 # filled by tenths, some of it by one request alone\n"
     "a-i @ filled by tenths, all in the prefix cache   ~ mapping   ^ unmapping   . no memory"
 )
-_DISK_LEGEND = "=+ on disk, read by a request or in the prefix cache alone   - on disk and empty"
+_LOWER_LEGEND = "=+ {place}, read by a request or in the prefix cache alone   - {place} and empty"
 
 _USED_FILL = "123456789#"
 _CACHED_FILL = "abcdefghi@"
@@ -72,15 +72,20 @@ def render(info: Mapping[str, Any], width: int = 80) -> str:
         f"requests: {state['num_running_reqs']} running, {state['num_queue_reqs']} queued; "
         f"tokens: {memory['cached_tokens']:,} cached, {memory['headroom_tokens']:,} headroom",
     ]
-    if memory.get("disk_budget_bytes"):
-        disk, bound = (format_bytes(memory[name]) for name in ("disk_bytes", "disk_budget_bytes"))
-        lines.append(f"on disk: {disk} of {bound}")
+    places = {"disk": "on disk", "host": "in host memory"}
+    for tier, place in places.items():
+        bound = memory.get(f"{tier}_budget_bytes")
+        if bound:
+            lines.append(
+                f"{place}: {format_bytes(memory[f'{tier}_bytes'])} of {format_bytes(bound)}"
+            )
     if memory["growth_paused"]:
         lines.append("growth is paused: the machine refused memory")
     maps = {one["group"]: one for one in memory.get("segment_maps", ())}
     for group in memory["groups"]:
         lines += ["", *_group_lines(group, maps.get(group["group"]), width)]
-    legend = f"{LEGEND}\n{_DISK_LEGEND}" if memory.get("disk_budget_bytes") else LEGEND
+    below = [place for tier, place in places.items() if memory.get(f"{tier}_budget_bytes")]
+    legend = "\n".join([LEGEND, *(_LOWER_LEGEND.format(place=place) for place in below)])
     return "\n".join([*lines, "", legend])
 
 

@@ -1,13 +1,16 @@
 """A driver of virtual memory that is the host's own: what the dry run maps instead of a GPU's.
 
-Handles are numbers, mapped ranges are opened to the process and closed again, so that tensors over
-them can be written and read. Events are done at once.
+Handles are files in memory, so that what they hold stays with them wherever they are mapped. Mapped
+ranges are opened to the process, so that tensors over them can be written and read. Events are done
+at once; the host's handles are handles like the device's, counted apart.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+from collections.abc import Sequence
 
 import torch
 
@@ -16,14 +19,13 @@ from sglang.srt.mem_cache.segment_backing.host_calls import HostCalls
 
 
 class HostDriver:
-    """`VmmDriver` over anonymous memory; `total_bytes` is what the pretended device has."""
+    """`HostVmmDriver` over the host's memory; `total_bytes` is what the pretended device has."""
 
     def __init__(self, total_bytes: int = 1 << 28) -> None:
         self._calls = HostCalls()
         self._total = total_bytes
-        self._handles: dict[int, int] = {}
-        self._mapped: dict[int, tuple[int, int]] = {}
-        self._next = 1
+        self._handles: dict[int, int] = {}  # file and bytes, of the device
+        self._host_handles: dict[int, int] = {}
 
     def granularity(self, *, recommended: bool) -> int:
         """See VmmDriver."""
@@ -43,21 +45,22 @@ class HostDriver:
         """See VmmDriver."""
         if sum(self._handles.values()) + length > self._total:
             raise DriverError("cuMemCreate", "CUDA_ERROR_OUT_OF_MEMORY")
-        handle, self._next = self._next, self._next + 1
+        handle = _memory_file(length)
         self._handles[handle] = length
         return handle
 
     def release_handle(self, handle: int) -> None:
         """See VmmDriver."""
-        del self._handles[handle]
+        del (self._handles if handle in self._handles else self._host_handles)[handle]
+        os.close(handle)
 
     def map(self, address: int, length: int, handle: int) -> None:
         """See VmmDriver."""
-        self._mapped[address] = (length, handle)
+        self._calls.map_file(address, length, handle, 0)
+        self._calls.protect(address, length, accessible=False)
 
     def unmap(self, address: int, length: int) -> None:
         """See VmmDriver."""
-        del self._mapped[address]
         self._calls.reserve_again(address, length)
 
     def set_access(self, address: int, length: int) -> None:
@@ -76,6 +79,27 @@ class HostDriver:
     def memory_info(self) -> tuple[int, int]:
         """See VmmDriver."""
         return self._total - sum(self._handles.values()), self._total
+
+    def host_granularity(self) -> int:
+        """See HostVmmDriver."""
+        return mmap.PAGESIZE
+
+    def create_host_handle(self, length: int) -> int:
+        """See HostVmmDriver."""
+        handle = _memory_file(length)
+        self._host_handles[handle] = length
+        return handle
+
+    def copy(self, parts: Sequence[tuple[int, int, int]]) -> None:
+        """See HostVmmDriver."""
+        for target, source, length in parts:
+            ctypes.memmove(target, source, length)
+
+
+def _memory_file(length: int) -> int:
+    file = os.memfd_create("handle", os.MFD_CLOEXEC)
+    os.ftruncate(file, length)
+    return file
 
 
 def host_bytes(address: int, length: int) -> torch.Tensor:

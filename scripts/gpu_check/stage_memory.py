@@ -25,15 +25,20 @@ from sglang.srt.mem_cache.kv_layout import (
     make_segment_layouts,
 )
 from sglang.srt.mem_cache.segment_backing.base import Plane
-from sglang.srt.mem_cache.segment_backing.cuda_driver import CudaDriver, VmmDriver
+from sglang.srt.mem_cache.segment_backing.cuda_driver import (
+    CudaDriver,
+    HostVmmDriver,
+    VmmDriver,
+)
 from sglang.srt.mem_cache.segment_backing.cuda_vmm import CudaVmmBacking
+from sglang.srt.mem_cache.segment_backing.cuda_vmm_host import CudaVmmHostBacking
 
 G0 = GroupId(0)
 MIB = 1 << 20
 SLACK_BYTES = 64 * MIB  # kernels that are loaded and torch's own cache, meanwhile
 
 
-def make_driver(setting: Setting) -> VmmDriver:
+def make_driver(setting: Setting) -> HostVmmDriver:
     """The device's driver, or the host's in a dry run. Raises BackingError without one."""
     if setting.is_dry:
         return HostDriver()
@@ -149,6 +154,98 @@ def check_failures(setting: Setting, journal: Journal) -> None:
         backing.unmap(G0, ids[:1])
 
 
+def check_host_tier(setting: Setting, journal: Journal) -> None:
+    """Segments go to the host's memory and back, are read on either, and how fast all that is."""
+    driver = make_driver(setting)
+    try:
+        host_granule = driver.host_granularity()
+    except BackingError as error:
+        journal.fail("the host's memory in the device's ranges", str(error))
+        return
+    make_tensor = host_bytes if setting.is_dry else None
+    margin = 0 if setting.is_dry else 1 << 30
+    backing = CudaVmmHostBacking(
+        driver, make_tensor=make_tensor, margin_bytes=0, host_margin_bytes=margin
+    )
+    _, total = driver.memory_info()
+    spec, layouts = make_layouts(setting, backing.granule_bytes, total)
+    backing.reserve(spec, layouts)
+    try:
+        journal.note("granularity of the host's memory", bytes=host_granule)
+        _move_and_read(setting, journal, backing, driver, layouts[0])
+    finally:
+        setting.synchronize()
+        backing.close()
+
+
+def _move_and_read(
+    setting: Setting,
+    journal: Journal,
+    backing: CudaVmmHostBacking,
+    driver: HostVmmDriver,
+    layout: SegmentLayout,
+) -> None:
+    ids = [SegmentId(1), SegmentId(2)]
+    backing.map(G0, ids)
+    view = backing.view(0, Plane.KEY)
+    spans = [slice(n * layout.slots_per_segment, (n + 1) * layout.slots_per_segment) for n in ids]
+
+    def holds() -> bool:
+        with setting.runtime.computing():
+            found = [bool((view[s] == float(n)).all()) for s, n in zip(spans, ids, strict=True)]
+        return all(found)
+
+    with setting.runtime.computing():
+        for span, number in zip(spans, ids, strict=True):
+            view[span].fill_(float(number))
+    setting.synchronize()
+    rates = {"read_on_device_gib_s": _read_rate(setting, view[spans[0]])}
+    free_before, _ = driver.memory_info()
+    rates["demote_gib_s"] = _move_rate(setting, lambda: backing.demote(G0, ids[:1]), layout)
+    free_after, _ = driver.memory_info()
+    gained = free_after - free_before
+    journal.judge("a segment on the host reads as before", holds(), "other numbers were read")
+    journal.judge(
+        "the device's memory comes back",
+        gained + SLACK_BYTES >= layout.segment_bytes,
+        f"{gained} bytes",
+        gained_mib=gained / MIB,
+    )
+    rates["read_on_host_gib_s"] = _read_rate(setting, view[spans[0]])
+    with setting.runtime.computing():
+        view[spans[0].start].fill_(1.0)  # written where it lies
+        view[spans[1].start].copy_(view[spans[0].start + 1])  # and copied from
+        copied = bool((view[spans[1].start] == 1.0).all())
+        view[spans[1].start].fill_(2.0)
+    setting.synchronize()
+    journal.judge("a copy from the host to the device", copied, "other numbers were read")
+    rates["promote_gib_s"] = _move_rate(setting, lambda: backing.promote(G0, ids[:1]), layout)
+    journal.judge("it reads the same when it is back", holds(), "other numbers were read")
+    journal.note("rates of the host tier", segment_mib=layout.segment_bytes / MIB, **rates)
+    backing.map_lower(G0, [SegmentId(3)])
+    backing.unmap_lower(G0, [SegmentId(3)])
+    backing.unmap(G0, ids)
+    journal.judge("nothing stays pinned", backing.lower_bytes() == 0, "handles are left")
+
+
+def _move_rate(setting: Setting, move: Callable[[], None], layout: SegmentLayout) -> float:
+    setting.synchronize()
+    began = time.perf_counter()
+    move()
+    return layout.segment_bytes / (1 << 30) / (time.perf_counter() - began)
+
+
+def _read_rate(setting: Setting, part: torch.Tensor) -> float:
+    """GiB/s at which the device sums a part, median of a few; the host's clock."""
+    times: list[float] = []
+    with setting.runtime.computing():
+        for _ in range(3 if setting.is_dry else 10):
+            began = time.perf_counter()
+            float(part.view(torch.int16).sum())
+            times.append(time.perf_counter() - began)
+    return part.nbytes / (1 << 30) / statistics.median(times)
+
+
 def latency_table(setting: Setting, journal: Journal) -> None:
     """Create, map, open, unmap and release, by the size of a handle."""
     driver = make_driver(setting)
@@ -251,6 +348,7 @@ def _rounds(
 PARTS = (
     ("contents", check_contents),
     ("failures", check_failures),
+    ("host tier", check_host_tier),
     ("latencies", latency_table),
     ("growth", growth_stall),
 )

@@ -193,8 +193,21 @@ def test_model_overrides_are_an_object() -> None:
         (["--kv-disk-size", "1GiB"], "--kv-disk-size needs --kv-disk-path, the directory to use"),
         (["--device", "cuda", "--kv-disk-path", "/d"], "on --device cpu, has a disk tier"),
         (["--kv-backing", "static", "--kv-disk-path", "/d"], "only --kv-backing mmap"),
-        (["--tp-size", "2", "--kv-disk-path", "/d"], "--kv-disk-path is for a model on one rank"),
-        (["--enable-hierarchical-cache"], "the tier below memory is --kv-disk-path here"),
+        (
+            ["--kv-parallel-size", "2", "--kv-disk-path", "/d"],
+            "--kv-disk-path and --kv-parallel-size don't go together",
+        ),
+        (["--enable-hierarchical-cache"], "on --device cpu the host's memory comes first"),
+        (
+            ["--device", "cuda", "--kv-backing", "static", "--enable-hicache"],
+            "only --kv-backing cuda_vmm has a host tier",
+        ),
+        (
+            ["--device", "cuda", "--kv-parallel-size", "2", "--enable-hierarchical-cache"],
+            "--enable-hierarchical-cache and --kv-parallel-size don't go together",
+        ),
+        (["--hicache-ratio", "0"], "--hicache-ratio must be above 0"),
+        (["--hicache-storage-backend", "file"], "what lies below memory is the host's"),
         (["--quantization-param-path", "scales.json"], "set --kv-cache-dtype"),
         (["--device", "cuda", "--kv-cache-dtype", "int8"], "read by the backends of a CPU"),
         (["--attention-backend", "triton", "--kv-cache-dtype", "int8"], "take an fp8 one"),
@@ -253,7 +266,7 @@ def test_flags_that_must_not_pass_silently_are_refused() -> None:
     refused = {name for spec in REFUSED for name in spec.names}
     assert refused >= {
         *("--torchao-config", "--enable-lora", "--speculative-algorithm", "--disaggregation-mode"),
-        *("--enable-hierarchical-cache", "--pp-size", "--ep-size"),
+        *("--hicache-storage-backend", "--pp-size", "--ep-size"),
         *("--completion-template", "--tool-server", "--ssl-keyfile"),
     }
 

@@ -280,6 +280,28 @@ class ServerArgs(RankArgs, DoorArgs):
         metavar="BYTES",
         minimum=1,
     )
+    enable_hierarchical_cache: bool = flag(
+        False,
+        "Keep KV segments that a GPU has no room for in pinned memory of the host (cuda_vmm).",
+        group=SEGMENTS,
+        aliases=("--enable-hicache",),
+    )
+    hicache_ratio: float = flag(
+        2.0,
+        "Host memory for KV segments as a multiple of the KV budget on the GPU.",
+        group=SEGMENTS,
+        parse=float,
+        metavar="RATIO",
+        above=0,
+    )
+    hicache_size: int = flag(
+        0,
+        "Host memory for KV segments in GB (10^9 bytes); 0: by --hicache-ratio.",
+        group=SEGMENTS,
+        parse=int,
+        metavar="GB",
+        minimum=0,
+    )
     kv_segment_reserve: int = flag(
         None,
         "Empty segments that stay mapped when idle.",

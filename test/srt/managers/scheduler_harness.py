@@ -408,7 +408,7 @@ def make_memory(
         backing,
         budget_bytes=segments * segment_bytes,
         machine_bytes=2 * segments * segment_bytes,
-        disk_budget_bytes=disk_segments * segment_bytes,
+        lower_budget_bytes=disk_segments * segment_bytes,
         slots_per_segment=pages_per_segment * page_size,
         reserve_segments=reserve,
         idle_release_s=idle_release_s,

@@ -66,6 +66,27 @@ def test_two_ranks_answer_as_one(model: Model, flags: dict[str, object]) -> None
         assert ranks.run(answer_all) == expected
 
 
+def test_two_ranks_over_memory_and_disk_answer_as_one(model: Model, tmp_path: Path) -> None:
+    """Each has a file of its own; the same segments move on both."""
+    path, expected, budget = model
+    flags: dict[str, object] = {
+        "page_size": 16,
+        "kv_segment_size": 16,
+        "kv_memory_budget": 64 << 10,
+        "kv_disk_path": str(tmp_path),
+        "kv_disk_size": 16 << 20,
+    }
+
+    def answer(engine: DeviceTower) -> tuple[list[list[int]], int]:
+        answers = answer_all(engine)
+        return answers, sum(one.demote_count for one in engine.memory.manager.stats())
+
+    with rank_towers(2, path, **flags) as ranks:
+        answers, num_moved = ranks.run(answer)
+    assert answers == expected
+    assert num_moved > 0
+
+
 def test_four_ranks_share_two_kv_heads(model: Model) -> None:
     path, expected, _ = model
     with rank_towers(4, path, page_size=16) as ranks:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gpu_check.host_driver import HostDriver, host_bytes
+from sglang.srt.mem_cache.segment_backing.cuda_vmm_host import CudaVmmHostBacking
 from sglang.srt.mem_cache.segment_backing.disk_file import DiskFile
 from sglang.srt.mem_cache.segment_backing.mmap_disk import MmapDiskBacking
 from srt.managers.scheduler_harness import Harness, expected_output, make_memory
@@ -51,6 +53,46 @@ def test_prompts_larger_than_memory_get_their_tokens(tmp_path: Path, overlap: bo
     harness.run()
     assert harness.output("again") == expected_output([*prompts["long"], 5], 20)
     harness.scheduler.drain()
+    memory.audit()
+    memory.close_pool()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="handles are Linux's files in memory")
+@pytest.mark.parametrize("overlap", [True, False])
+def test_prompts_larger_than_a_device_lie_on_its_host(overlap: bool) -> None:
+    """The GPU's backing with its host tier, over a driver whose device is this machine's memory."""
+    backing = CudaVmmHostBacking(
+        HostDriver(), margin_bytes=0, host_margin_bytes=0, make_tensor=host_bytes
+    )
+    memory = make_memory(
+        page_size=PAGE,
+        pages_per_segment=256,
+        segments=4,
+        disk_segments=40,
+        backing=backing,
+        chunk_tokens=256,
+    )
+    harness = Harness(
+        memory, page_size=PAGE, context_length=40_000, chunk_tokens=256, overlap=overlap
+    )
+    prompts = {f"r{i}": prompt_of(600 + 700 * i, i) for i in range(6)}
+    prompts["long"] = prompt_of(9000, 99)  # more than twice what the device holds
+    for rid, prompt in prompts.items():
+        harness.send(rid, prompt, 20)
+    harness.run()
+    for rid, prompt in prompts.items():
+        assert harness.output(rid) == expected_output(prompt, 20), rid
+    manager = memory.manager
+    assert manager.mapped_bytes <= manager.budget_bytes
+    assert manager.lower_bytes == backing.lower_bytes() > 0
+    assert manager.stats()[0].demote_count > 10
+    harness.scheduler.drain()
+    memory.flush()
+    harness.send("again", prompts["r5"], 60)
+    harness.send("other", prompt_of(1500, 7), 2)
+    harness.run()
+    assert harness.output("again") == expected_output(prompts["r5"], 60)
+    harness.settle()
     memory.audit()
     memory.close_pool()
 

@@ -7,11 +7,13 @@ import logging
 import pytest
 
 from sglang.srt.managers.scheduler_pool_plan import (
+    LowerSpace,
     cap_budget,
     plan_pool,
     prefill_chunk_tokens,
     resolve_budget,
     resolve_disk,
+    resolve_host,
     resolve_max_running_requests,
 )
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVGroupSpec, make_segment_layouts
@@ -107,10 +109,34 @@ def test_the_disk_is_half_of_what_is_free_or_the_explicit_number(
 def test_a_context_reaches_as_far_as_memory_and_disk_together() -> None:
     wanted = args(kv_memory_budget="1GiB", kv_disk_path="/disk", kv_disk_size="3GiB")
     disk = DiskSpace(100 * GIB, "xfs")
-    plan = plan_pool(wanted, SMOL, FakeBacking(), HOST, 10_000_000, disk_space=disk)
-    assert (plan.budget_bytes, plan.disk_bytes) == (GIB, 3 * GIB)
+    plan = plan_pool(wanted, SMOL, FakeBacking(), HOST, 10_000_000, below=LowerSpace(disk))
+    assert (plan.budget_bytes, plan.lower_bytes) == (GIB, 3 * GIB)
     assert plan.clamp.effective == 4 * GIB // (1024 * 23040) * 1024
     assert "3,221,225,472 bytes on disk" in plan.clamp.explanation
+
+
+def test_the_host_tier_is_a_multiple_of_the_budget_or_a_size(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    on = {"enable_hierarchical_cache": True, "device": "cuda"}
+    assert resolve_host(args(), GIB, None) == 0
+    assert resolve_host(args(**on), GIB, 100 * GIB) == 2 * GIB
+    assert resolve_host(args(**on, hicache_ratio=0.5), GIB, 100 * GIB) == GIB // 2
+    assert resolve_host(args(**on, hicache_size=3), GIB, 100 * GIB) == 3 * 10**9
+    assert not caplog.records
+    assert resolve_host(args(**on, hicache_size=300), GIB, 100 * GIB) == 100 * GIB
+    assert "that the host has left for it; these count" in caplog.text
+
+
+def test_a_context_reaches_as_far_as_the_device_and_its_host_together() -> None:
+    on = {"enable_hierarchical_cache": True, "device": "cuda"}
+    below = LowerSpace(host_bytes=100 * GIB)
+    wanted = args(kv_memory_budget="1GiB", **on)
+    plan = plan_pool(wanted, SMOL, FakeBacking(), HOST, 10_000_000, below=below)
+    assert (plan.budget_bytes, plan.lower_bytes) == (GIB, 2 * GIB)
+    held = 3 * GIB // (1024 * 23040) - 1  # on a GPU one empty segment stays mapped
+    assert plan.clamp.effective == held * 1024
+    assert "2,147,483,648 bytes in host memory" in plan.clamp.explanation
 
 
 def test_a_token_cap_cuts_the_disk_first() -> None:
@@ -118,6 +144,6 @@ def test_a_token_cap_cuts_the_disk_first() -> None:
     disk = DiskSpace(100 * GIB, "xfs")
     for cap, budget in ((100 * 1024, GIB), (10 * 1024, 10 * segment)):
         wanted = args(kv_memory_budget="1GiB", kv_disk_path="/d", max_total_tokens=cap)
-        plan = plan_pool(wanted, SMOL, FakeBacking(), HOST, 8192, disk_space=disk)
+        plan = plan_pool(wanted, SMOL, FakeBacking(), HOST, 8192, below=LowerSpace(disk))
         assert plan.budget_bytes == budget
-        assert plan.budget_bytes + plan.disk_bytes == cap // 1024 * segment
+        assert plan.budget_bytes + plan.lower_bytes == cap // 1024 * segment

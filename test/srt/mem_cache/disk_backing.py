@@ -22,16 +22,18 @@ class DiskBacking(SlowBacking):
         self.failing_disk: set[int] = set()
         self.num_disk = 0
         self.num_demoted = 0
+        self.num_promoted = 0
+        self.promotes = False
         self.before_demote: Callable[[int, Sequence[int]], None] = lambda group, segments: None
 
-    def map_on_disk(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
-        self._use_disk()
+    def map_lower(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        self._use_lower()
         keys = {(group, segment) for segment in segments}
         assert not keys & (self.mapped | self.on_disk)
         self.on_disk |= keys
         self._fill(group, segments, 0.0)
 
-    def unmap_on_disk(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+    def unmap_lower(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
         self._open_for_the_owner()
         self._pass_gate()
         self.num_unmaps += 1
@@ -44,7 +46,7 @@ class DiskBacking(SlowBacking):
 
     def demote(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
         self.before_demote(group, segments)
-        self._use_disk()
+        self._use_lower()
         keys = {(group, segment) for segment in segments}
         assert keys <= self.mapped
         self.mapped -= keys
@@ -55,10 +57,25 @@ class DiskBacking(SlowBacking):
         assert not {(group, segment) for segment in segments} & self.on_disk
         super().map(group, segments)
 
-    def disk_bytes(self) -> int:
+    lower_tier = "disk"
+
+    def promote(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        self.before_demote(group, segments)
+        self._open_for_the_owner()
+        self._pass_gate()
+        self.num_maps += 1
+        if self.fail_all_maps or self.num_maps in self.failing_maps:
+            raise BackingError(f"map {self.num_maps} was told to fail")
+        keys = {(group, segment) for segment in segments}
+        assert keys <= self.on_disk
+        self.on_disk -= keys
+        self.mapped |= keys
+        self.num_promoted += len(keys)
+
+    def lower_bytes(self) -> int:
         return sum(self._layouts[group].segment_bytes for group, _ in self.on_disk)
 
-    def _use_disk(self) -> None:
+    def _use_lower(self) -> None:
         self._open_for_the_owner()
         self._pass_gate()
         self.num_disk += 1

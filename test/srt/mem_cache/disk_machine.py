@@ -23,10 +23,10 @@ class DiskRules(MemoryMachine):
     def make_backing(self) -> FakeBacking:
         return DiskBacking()
 
-    @rule(ahead=st.integers(1, 3))
-    def fail_the_disk(self, ahead: int) -> None:
-        """One of the next uses of the disk will be refused."""
-        backing = self.backing_of(0)
+    @rule(ahead=st.integers(1, 3), rank=st.integers(0, 1))
+    def fail_the_disk(self, ahead: int, rank: int) -> None:
+        """One of a rank's next uses of the disk will be refused."""
+        backing = self.backing_of(rank)
         assert isinstance(backing, DiskBacking)
         backing.failing_disk.add(backing.num_disk + ahead)
 
@@ -34,15 +34,14 @@ class DiskRules(MemoryMachine):
     def tiers_add_up(self) -> None:
         if not hasattr(self, "ranks"):
             return
-        driver = self.ranks.first
-        manager, backing = driver.memory.manager, driver.backing
-        assert isinstance(backing, DiskBacking)
-        backing.before_demote = driver.check_not_written
-        assert manager.disk_bytes <= manager.disk_budget_bytes
-        if not manager.pending():
-            assert where(driver, Tier.DEVICE) == backing.mapped
-            assert where(driver, Tier.DISK) == backing.on_disk
-            assert manager.disk_bytes == backing.disk_bytes()
+        for driver in self.ranks.drivers:
+            manager, backing = driver.memory.manager, driver.backing
+            assert isinstance(backing, DiskBacking)
+            backing.before_demote = driver.check_not_written
+            assert manager.lower_bytes <= manager.lower_budget_bytes
+            if not manager.pending():
+                assert where(driver, Tier.DEVICE) == backing.mapped
+                assert where(driver, Tier.LOWER) == backing.on_disk
 
     def was_refused(self, driver: MemoryDriver) -> bool:
         backing = driver.backing
@@ -53,22 +52,64 @@ class DiskRules(MemoryMachine):
         super()._end(driver)
         assert isinstance(driver.backing, DiskBacking)
         if self.options.get("prefix_idle_s", 0) != -1:
-            assert not driver.backing.on_disk, "disk space was not given back"
+            left = where(driver, Tier.LOWER)  # what one rank could not give back when others had
+            assert driver.backing.on_disk == left == leftovers(driver, Tier.LOWER)
 
 
 def where(driver: MemoryDriver, tier: Tier) -> set[tuple[int, int]]:
-    """The segments that the manager says are on a tier."""
+    """The segments that are on a tier of a rank: what all agreed on, but for its own exceptions."""
     manager = driver.memory.manager
-    return {
+    elsewhere = manager._runner._elsewhere
+    return leftovers(driver, tier) | {
         (layout.group, segment)
         for layout in manager.layouts
         for segment, record in manager.segments(layout.group).items()
-        if record.state is not SegmentState.RESERVED and record.tier is tier
+        if record.state is not SegmentState.RESERVED
+        and elsewhere.get((layout.group, segment), record.tier) is tier
     }
+
+
+def leftovers(driver: MemoryDriver, tier: Tier) -> set[tuple[int, int]]:
+    """Segments that have memory there on this rank although all agreed that they have none."""
+    left = driver.memory.manager._runner._leftover
+    return {key for key, where_ in left.items() if where_ is tier}
 
 
 class DiskMachine(DiskRules):
     pass
+
+
+class PromotingRules(DiskRules):
+    """What is read comes back from below at step boundaries, as from a host's memory."""
+
+    def make_backing(self) -> FakeBacking:
+        backing = DiskBacking()
+        backing.promotes = True
+        return backing
+
+
+class PromotingMachine(PromotingRules):
+    pass
+
+
+class WindowPromotingMachine(PromotingRules, WindowMachine):
+    num_groups = 2
+    draw_windows = WindowMachine.draw_windows
+
+
+class MovingPromotingMachine(PromotingRules, MovingMachine):
+    pass
+
+
+class RanksDiskMachine(DiskRules):
+    """Two ranks: what one can't do, the other takes back."""
+
+    num_ranks = 2
+
+
+class RanksPromotingMachine(PromotingRules):
+    num_groups = 2
+    num_ranks = 2
 
 
 class TwoGroupDiskMachine(DiskRules):

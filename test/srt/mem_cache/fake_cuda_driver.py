@@ -23,6 +23,9 @@ KINDS = (
     "record_event",
     "event_done",
     "memory_info",
+    "host_granularity",
+    "create_host_handle",
+    "copy",
 )
 
 
@@ -57,6 +60,8 @@ class FakeCudaDriver:
         self.total_bytes = total_bytes
         self.ranges: dict[int, int] = {}
         self.handles: dict[int, int] = {}
+        self.on_host: set[int] = set()  # of the handles
+        self.contents: dict[int, object] = {}  # by handle, what a test wrote into it
         self.mappings: dict[int, Mapping] = {}
         self.readers: list[Reader] = []
         self.events: set[int] = set()
@@ -72,12 +77,29 @@ class FakeCudaDriver:
 
     def state(self) -> object:
         """All that a failed call must leave as it was; handles by what they hold, not by name."""
-        mapped = {a: (m.length, m.accessible) for a, m in self.mappings.items()}
-        return dict(self.ranges), sorted(self.handles.values()), mapped
+        mapped = {
+            a: (m.length, m.accessible, m.handle in self.on_host, self.contents.get(m.handle))
+            for a, m in self.mappings.items()
+        }
+        held = sorted((length, h in self.on_host) for h, length in self.handles.items())
+        return dict(self.ranges), held, mapped
 
     @property
     def used_bytes(self) -> int:
-        return sum(self.handles.values())
+        return sum(length for h, length in self.handles.items() if h not in self.on_host)
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.handles[handle] for handle in self.on_host)
+
+    def write(self, address: int, content: object) -> None:
+        """A kernel writes the whole of what is mapped at an address."""
+        self.touch(address, 1)
+        self.contents[self.mappings[address].handle] = content
+
+    def read(self, address: int) -> object:
+        self.touch(address, 1)
+        return self.contents[self.mappings[address].handle]
 
     def launch(self, address: int, length: int) -> Reader:
         """Work that reads a range begins; every byte must be mapped and open."""
@@ -140,6 +162,8 @@ class FakeCudaDriver:
         assert handle in self.handles, "released twice"
         assert all(m.handle != handle for m in self.mappings.values()), "released while mapped"
         del self.handles[handle]
+        self.on_host.discard(handle)
+        self.contents.pop(handle, None)
 
     def map(self, address: int, length: int, handle: int) -> None:
         self._count("map")
@@ -197,6 +221,29 @@ class FakeCudaDriver:
     def memory_info(self) -> tuple[int, int]:
         self._count("memory_info")
         return self.total_bytes - self.used_bytes, self.total_bytes
+
+    def host_granularity(self) -> int:
+        self._count("host_granularity")
+        return self.minimum
+
+    def create_host_handle(self, length: int) -> int:
+        self._count("create_host_handle")
+        assert length > 0
+        assert length % self.minimum == 0
+        handle = self._next_id
+        self._next_id += 1
+        self.handles[handle] = length
+        self.on_host.add(handle)
+        return handle
+
+    def copy(self, parts: Sequence[tuple[int, int, int]]) -> None:
+        self._count("copy")
+        for target, source, length in parts:
+            self.touch(target, length)
+            self.touch(source, length)
+            to, of = self.mappings[target], self.mappings[source]
+            assert to.length == of.length == length, "a copy must be of a whole handle"
+            self.contents[to.handle] = self.contents.get(of.handle)
 
     def _count(self, kind: str) -> None:
         self.calls.append(kind)

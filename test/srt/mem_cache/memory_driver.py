@@ -98,7 +98,7 @@ def make_memory(
         machine_bytes=(max_segments - 1) * segment_bytes,
         max_requests=max_requests,
         slots_per_segment=page_size * pages_per_segment,
-        disk_budget_bytes=disk_segments * segment_bytes,
+        lower_budget_bytes=disk_segments * segment_bytes,
         **options,  # type: ignore[arg-type]
     )
     return memory, backing

@@ -236,7 +236,7 @@ class MemoryMachine(RuleBasedStateMachine):
             if not self.delays:
                 finish_background(driver.memory)
                 after = _allocatable_bytes(driver)
-                assert before <= after <= max(before, manager.budget_bytes + manager.disk_bytes)
+                assert before <= after <= max(before, manager.budget_bytes + manager.lower_bytes)
             assert driver.memory.cache.num_pages == cached
             return driver.memory.ladder.free_pages()
 

@@ -143,14 +143,14 @@ def test_contents_stay_when_a_segment_goes_to_disk_and_memory_comes_back(tmp_pat
         fill(backing, layout, 1, 2, 3, 5)
         backing.demote(G, ids(1, 3))
         assert backing.resident_bytes() == idle + 2 * layout.segment_bytes
-        assert backing.disk_bytes() >= 2 * layout.segment_bytes
+        assert backing.lower_bytes() >= 2 * layout.segment_bytes
         assert holds(backing, layout, 1, 2, 3, 5)
         fill(backing, layout, 3)  # what lies on disk may be written too
         assert holds(backing, layout, 1, 2, 3, 5)
-        backing.unmap_on_disk(G, ids(1, 3))
+        backing.unmap_lower(G, ids(1, 3))
         backing.unmap(G, ids(2, 5))
         assert backing.resident_bytes() == idle
-        assert backing.disk_bytes() == 0
+        assert backing.lower_bytes() == 0
         assert not any(view[layout.slots_per_segment :].any() for view in planes(backing))
         backing.map(G, ids(1, 2, 3, 5))  # and the ranges serve again
         fill(backing, layout, 1, 2, 3, 5)
@@ -170,14 +170,14 @@ def test_what_is_on_disk_is_read_from_there(tmp_path: Path) -> None:
 def test_segments_can_begin_on_disk(tmp_path: Path) -> None:
     with opened(tmp_path) as (backing, layout):
         assert isinstance(backing, TieredBacking)
-        backing.map_on_disk(G, ids(2, 3))
-        assert backing.disk_bytes() >= 2 * layout.segment_bytes
+        backing.map_lower(G, ids(2, 3))
+        assert backing.lower_bytes() >= 2 * layout.segment_bytes
         assert not any(view[layout.slots_per_segment :].any() for view in planes(backing))
         fill(backing, layout, 2, 3)
         assert holds(backing, layout, 2, 3)
         assert backing.resident_bytes() == layout.fixed_bytes
-        backing.unmap_on_disk(G, ids(2, 3))
-        assert backing.disk_bytes() == 0
+        backing.unmap_lower(G, ids(2, 3))
+        assert backing.lower_bytes() == 0
 
 
 def test_neighbours_on_disk_are_one_mapping_and_leave_none_behind(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_neighbours_on_disk_are_one_mapping_and_leave_none_behind(tmp_path: Path
             backing.demote(G, ids(segment))
         on_disk = mappings_of(backing)
         assert on_disk <= before + 2 * len(planes(backing))  # a run per plane, and what is behind
-        backing.unmap_on_disk(G, ids(*range(1, 17)))
+        backing.unmap_lower(G, ids(*range(1, 17)))
         assert mappings_of(backing) == before
         assert layout.max_segments > 17
 
@@ -236,12 +236,12 @@ def test_a_full_disk_changes_nothing(tmp_path: Path, debug_protect: bool) -> Non
         backing.map(G, ids(1, 2, 3))
         fill(backing, layout, 1, 2, 3)
         backing.demote(G, ids(1))  # four planes
-        before = backing.disk_bytes()
+        before = backing.lower_bytes()
         with pytest.raises(BackingError, match="No space left"):
             backing.demote(G, ids(2))
         with pytest.raises(BackingError, match="No space left"):
-            backing.map_on_disk(G, ids(4))
-        assert backing.disk_bytes() < before + layout.segment_bytes  # blocks of its bookkeeping
+            backing.map_lower(G, ids(4))
+        assert backing.lower_bytes() < before + layout.segment_bytes  # blocks of its bookkeeping
         assert backing.resident_bytes() == layout.fixed_bytes + 2 * layout.segment_bytes
         assert holds(backing, layout, 1, 2, 3)
         left[0] = 8
@@ -258,7 +258,7 @@ def test_a_write_that_fails_changes_nothing(tmp_path: Path) -> None:
         fill(backing, layout, 1)
         with pytest.raises(BackingError, match="Input/output error"):
             backing.demote(G, ids(1))
-        assert backing.disk_bytes() == 0
+        assert backing.lower_bytes() == 0
         assert holds(backing, layout, 1)
 
 
@@ -284,10 +284,10 @@ def test_a_mapping_that_is_refused_brings_every_plane_back(tmp_path: Path, after
         with pytest.raises(BackingError, match="map_file: refused"):
             backing.demote(G, ids(1, 2))
         assert backing.resident_bytes() == before
-        assert backing.disk_bytes() == 0
+        assert backing.lower_bytes() == 0
         assert holds(backing, layout, 1, 2)
         with pytest.raises(BackingError, match="map_file: refused"):
-            backing.map_on_disk(G, ids(3))
+            backing.map_lower(G, ids(3))
         assert backing.resident_bytes() == before
         calls.left["map_file"] = -1
         backing.demote(G, ids(1, 2))
@@ -298,16 +298,16 @@ def test_a_mapping_that_is_refused_brings_every_plane_back(tmp_path: Path, after
 def test_an_unmap_that_is_refused_leaves_the_segments_on_disk(tmp_path: Path, after: int) -> None:
     calls = Refusing()
     with opened(tmp_path, calls=calls) as (backing, layout):
-        backing.map_on_disk(G, ids(1))
+        backing.map_lower(G, ids(1))
         fill(backing, layout, 1)
         calls.left["reserve_again"] = after
         with pytest.raises(BackingError, match="reserve_again: refused"):
-            backing.unmap_on_disk(G, ids(1))
+            backing.unmap_lower(G, ids(1))
         assert holds(backing, layout, 1)
         assert backing.resident_bytes() == layout.fixed_bytes
         calls.left["reserve_again"] = -1
-        backing.unmap_on_disk(G, ids(1))
-        assert backing.disk_bytes() == 0
+        backing.unmap_lower(G, ids(1))
+        assert backing.lower_bytes() == 0
 
 
 def test_memory_that_is_lost_is_no_ordinary_refusal(tmp_path: Path) -> None:
@@ -339,31 +339,31 @@ def test_only_memory_of_a_cpu_that_is_mapped_has_a_disk(tmp_path: Path) -> None:
 
 def test_a_file_without_a_name_leaves_nothing_in_its_directory(tmp_path: Path) -> None:
     with opened(tmp_path) as (backing, _):
-        backing.map_on_disk(G, ids(1))
+        backing.map_lower(G, ids(1))
         assert list(tmp_path.iterdir()) == []
 
 
 def test_protected_segments_are_reached_on_disk_and_not_after(tmp_path: Path) -> None:
     with opened(tmp_path, debug_protect=True) as (backing, layout):
         backing.map(G, ids(1))
-        backing.map_on_disk(G, ids(2))
+        backing.map_lower(G, ids(2))
         fill(backing, layout, 1, 2)
         backing.demote(G, ids(1))
         assert holds(backing, layout, 1, 2)
-        backing.unmap_on_disk(G, ids(1, 2))
+        backing.unmap_lower(G, ids(1, 2))
         backing.map(G, ids(1))
         fill(backing, layout, 1)
         assert holds(backing, layout, 1)
 
 
-def test_a_stray_access_after_an_unmap_on_disk_ends_the_process(tmp_path: Path) -> None:
+def test_a_stray_access_after_an_unmap_lower_ends_the_process(tmp_path: Path) -> None:
     script = f"""
 import pathlib
 from test_backing_disk import G, fill, ids, opened, planes
 with opened(pathlib.Path({str(tmp_path)!r}), debug_protect=True) as (backing, layout):
-    backing.map_on_disk(G, ids(1))
+    backing.map_lower(G, ids(1))
     fill(backing, layout, 1)
-    backing.unmap_on_disk(G, ids(1))
+    backing.unmap_lower(G, ids(1))
     print("unmapped", flush=True)
     planes(backing)[0][layout.slots_per_segment].sum().item()
     print("read", flush=True)

@@ -10,7 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from sglang.srt.errors import BackingError
-from sglang.srt.mem_cache.segment_backing.cuda_driver import CudaDriver, DriverError, VmmDriver
+from sglang.srt.mem_cache.segment_backing.cuda_driver import (
+    CudaDriver,
+    DriverError,
+    HostVmmDriver,
+    VmmDriver,
+)
 
 
 class Result(enum.IntEnum):
@@ -24,9 +29,14 @@ class FakeApi:
 
     CUresult = Result
     CUdevice_attribute = SimpleNamespace(
-        CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED="vmm"
+        CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED="vmm",
+        CU_DEVICE_ATTRIBUTE_HOST_NUMA_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED="vmm of the host",
+        CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID="node",
     )
-    CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE="on a device")
+    CUmemLocationType = SimpleNamespace(
+        CU_MEM_LOCATION_TYPE_DEVICE="on a device", CU_MEM_LOCATION_TYPE_HOST_NUMA="on the host"
+    )
+    CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING="non-blocking")
     CUmemAllocationType = SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED="pinned")
     CUmemAllocationGranularity_flags = SimpleNamespace(
         CU_MEM_ALLOC_GRANULARITY_MINIMUM="minimum",
@@ -44,6 +54,7 @@ class FakeApi:
         "cuMemAddressReserve": (0x7000,),
         "cuMemCreate": (77,),
         "cuEventCreate": ("event",),
+        "cuStreamCreate": ("stream",),
         "cuMemGetInfo": (5, 9),
     }
 
@@ -94,6 +105,55 @@ def test_the_calls_are_those_that_the_driver_documents() -> None:
         ("cuMemRelease", 77),
         ("cuMemAddressFree", 0x7000, 1 << 30),
     ]
+
+
+def test_memory_of_the_host_is_asked_for_next_to_the_device() -> None:
+    api = FakeApi()
+    driver: HostVmmDriver = CudaDriver(3, api=api)
+    api.calls.clear()
+    assert driver.host_granularity() == 2 << 20
+    assert driver.create_host_handle(4 << 20) == 77
+    assert [call[:2] for call in api.calls[:2]] == [
+        ("cuDeviceGetAttribute", "vmm of the host"),
+        ("cuDeviceGetAttribute", "node"),
+    ]
+    granularity, create = api.calls[2:]
+    assert (granularity[0], granularity[2]) == ("cuMemGetAllocationGranularity", "minimum")
+    properties = granularity[1]
+    assert properties == SimpleNamespace(
+        type="pinned", location=SimpleNamespace(type="on the host", id=1)
+    )
+    assert create == ("cuMemCreate", 4 << 20, properties, 0)
+
+
+def test_a_device_that_cannot_map_the_hosts_memory_says_so() -> None:
+    api = FakeApi()
+    driver = CudaDriver(api=api)
+    api.values["cuDeviceGetAttribute"] = (0,)
+    with pytest.raises(BackingError, match="can't map the host's memory"):
+        driver.host_granularity()
+    api.values["cuDeviceGetAttribute"] = (1,)
+    assert driver.host_granularity() == 2 << 20
+
+
+def test_copies_have_a_stream_of_their_own_and_are_waited_for() -> None:
+    api = FakeApi()
+    driver = CudaDriver(api=api)
+    api.calls.clear()
+    driver.copy([(0x1000, 0x2000, 16), (0x3000, 0x4000, 32)])
+    assert api.calls == [
+        ("cuCtxSetCurrent", "context"),
+        ("cuStreamCreate", "non-blocking"),
+        ("cuMemcpyAsync", 0x1000, 0x2000, 16, "stream"),
+        ("cuMemcpyAsync", 0x3000, 0x4000, 32, "stream"),
+        ("cuStreamSynchronize", "stream"),
+    ]
+    api.failing = {"cuMemcpyAsync": Result.CUDA_ERROR_OUT_OF_MEMORY}
+    api.calls.clear()
+    with pytest.raises(DriverError, match="cuMemcpyAsync"):
+        driver.copy([(0x1000, 0x2000, 16), (0x3000, 0x4000, 32)])
+    # what had begun is waited for, since its memory is about to be unmapped
+    assert [call[0] for call in api.calls] == ["cuMemcpyAsync", "cuStreamSynchronize"]
 
 
 def test_an_event_follows_every_stream_and_is_gone_when_done() -> None:

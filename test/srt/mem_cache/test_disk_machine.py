@@ -9,11 +9,16 @@ from srt.mem_cache.disk_machine import (
     DiskMachine,
     DiskRules,
     MovingDiskMachine,
+    MovingPromotingMachine,
     OnlyWindowsDiskMachine,
+    PromotingMachine,
+    RanksDiskMachine,
+    RanksPromotingMachine,
     SlidingMovingDiskMachine,
     SlowMovingDiskMachine,
     TwoGroupDiskMachine,
     WindowDiskMachine,
+    WindowPromotingMachine,
 )
 from srt.mem_cache.memory_machine import machine_settings
 
@@ -25,6 +30,11 @@ MACHINES = {
     MovingDiskMachine: 30,
     SlidingMovingDiskMachine: 15,
     SlowMovingDiskMachine: 15,
+    PromotingMachine: 25,
+    RanksDiskMachine: 20,
+    RanksPromotingMachine: 20,
+    WindowPromotingMachine: 15,
+    MovingPromotingMachine: 15,
 }
 
 

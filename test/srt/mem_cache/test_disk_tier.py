@@ -153,14 +153,14 @@ def test_segments_with_what_a_forward_writes_stay() -> None:
 def test_a_backing_without_a_disk_has_no_tier() -> None:
     memory, backing = make_memory()
     layouts = memory.manager.layouts
-    with pytest.raises(ValueError, match="the fake backing has no disk tier"):
+    with pytest.raises(ValueError, match="the fake backing has no tier below memory"):
         SegmentManager(
             layouts,
             FakeBacking(),
             budget_bytes=1 << 20,
             reserve_segments=0,
             idle_release_s=1.0,
-            disk_budget_bytes=1 << 20,
+            lower_budget_bytes=1 << 20,
         )
     assert backing.mapped == set()
 
@@ -173,7 +173,7 @@ def test_on_a_real_disk_every_token_reads_what_was_written(tmp_path: Path) -> No
         tiny_spec(),
         backing,
         budget_bytes=2 * segment,
-        disk_budget_bytes=6 * segment,
+        lower_budget_bytes=6 * segment,
         machine_bytes=16 * segment,
         max_requests=4,
         slots_per_segment=1,
@@ -183,7 +183,7 @@ def test_on_a_real_disk_every_token_reads_what_was_written(tmp_path: Path) -> No
     tokens = mmap.PAGESIZE // 4
     assert computed(driver, 7, 5 * tokens, chunk=300) == 5 * tokens
     driver.check()
-    assert memory.manager.disk_bytes == 3 * segment
+    assert memory.manager.lower_bytes == 3 * segment
     for token in (1, 2, 3):
         assert driver.decode([(driver.requests[0], token)])
     driver.close(driver.requests[0], insert=True)
@@ -197,6 +197,6 @@ def test_on_a_real_disk_every_token_reads_what_was_written(tmp_path: Path) -> No
     assert memory.flush()
     for _ in range(2):
         driver.boundary(100.0)
-    assert memory.manager.disk_bytes == memory.manager.mapped_bytes == 0
-    assert backing.disk_bytes() == 0
+    assert memory.manager.lower_bytes == memory.manager.mapped_bytes == 0
+    assert backing.lower_bytes() == 0
     memory.close_pool()

@@ -11,13 +11,21 @@ import pytest
 
 from sglang.srt.errors import BackingError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId
-from sglang.srt.mem_cache.rank_agreement import SingleRank, Vote, VoteStatus, agree_on
+from sglang.srt.mem_cache.rank_agreement import (
+    RankAgreement,
+    SingleRank,
+    Vote,
+    VoteStatus,
+    agree_on,
+)
 from sglang.srt.mem_cache.segment_manager import SegmentManager
-from sglang.srt.mem_cache.segment_state import SegmentState
+from sglang.srt.mem_cache.segment_state import SegmentState, Tier
+from srt.mem_cache.disk_backing import DiskBacking
 from srt.mem_cache.fake_backing import FakeBacking
 from srt.mem_cache.memory_driver import MemoryDriver, make_memory
 from srt.mem_cache.rank_world import (
     Rank,
+    RankDrivers,
     SlowBacking,
     World,
     open_gate_before_waiting,
@@ -25,6 +33,8 @@ from srt.mem_cache.rank_world import (
 )
 from srt.mem_cache.segment_pools import ONE_GROUP, TWO_GROUPS, small_layouts, snapshot
 
+G = GroupId(0)
+NO = (False, False)
 GROUPS = pytest.mark.parametrize("num_groups", [1, 2])
 
 
@@ -254,12 +264,98 @@ def test_nothing_under_way_sends_nothing() -> None:
 def test_votes_add_up() -> None:
     class Recorded(SingleRank):
         def agree(self, votes: Sequence[int]) -> list[int]:
-            other = (1, -1, 0, 2, 0, -1)
+            other = (1, -1, 0, 1, 0, 2, 0, -1, 1, 1)
             return [min(pair) for pair in zip(votes, other, strict=True)]
 
-    mine = [Vote(VoteStatus.DONE, (False, True)), Vote(VoteStatus.PENDING, (False, False))]
+    mine = [Vote(VoteStatus.DONE, (False, True), (True, True)), Vote(VoteStatus.PENDING, NO, NO)]
     assert agree_on(Recorded(), mine, 2) == [
-        Vote(VoteStatus.REFUSED, (True, True)),
-        Vote(VoteStatus.PENDING, (False, True)),
+        Vote(VoteStatus.REFUSED, (True, True), (True, False)),
+        Vote(VoteStatus.PENDING, (False, True), NO),
     ]
     assert agree_on(SingleRank(), mine, 2) == mine
+
+
+def test_ranks_agree_on_what_moved_and_undo_what_one_could_not() -> None:
+    """A disk that is full on one rank: the other takes back what it moved, or keeps it in mind."""
+    backings: list[DiskBacking] = []
+
+    def make(agreement: RankAgreement | None) -> MemoryDriver:
+        backing = DiskBacking()
+        memory, _ = make_memory(
+            budget_segments=4, disk_segments=4, max_segments=12, backing=backing, ranks=agreement
+        )
+        backings.append(backing)
+        return MemoryDriver(memory, backing)
+
+    ranks = RankDrivers(2, make)
+    runner = [driver.memory.manager._runner for driver in ranks.drivers]
+    first, second = (driver.backing for driver in ranks.drivers)
+    assert isinstance(first, DiskBacking)
+    assert isinstance(second, DiskBacking)
+
+    def fill(driver: MemoryDriver) -> None:
+        request = driver.open([7] * 48)
+        assert request is not None
+        assert driver.extend([(request, 48)])
+        driver.launch(1)
+        driver.complete(1)
+
+    def demote(driver: MemoryDriver) -> int:
+        memory = driver.memory
+        return memory.demote(memory.manager.layouts[0].segment_bytes)
+
+    def promote(driver: MemoryDriver) -> int:
+        manager = driver.memory.manager
+        below = [(G, s) for s, one in manager.segments(G).items() if one.tier is Tier.LOWER]
+        return driver.memory.ladder.promote(1 << 30, below)
+
+    def tiers(driver: MemoryDriver) -> str:
+        records = driver.memory.manager.segments(G)
+        return "".join(records[SegmentId(s)].tier.value[0] for s in (1, 2, 3))
+
+    ranks.run(fill)
+    second.failing_disk.add(second.num_disk + 1)
+    assert ranks.run(demote) == 0
+    ranks.check()
+    assert ranks.run(tiers) == "ddd"
+    assert not first.on_disk, "rank 0 had moved it and moved it back"
+    assert first.num_promoted == 1
+
+    def later(driver: MemoryDriver) -> None:
+        driver.boundary(driver.now + 100.0)  # the pause after a refusal is over
+
+    ranks.run(later)
+    second.failing_disk.add(second.num_disk + 1)
+    first.failing_maps.add(first.num_maps + 1)
+    assert ranks.run(demote) == 0
+    ranks.check()
+    assert ranks.run(tiers) == "ddd"
+    assert first.on_disk == {(0, 1)}, "it can't be had back"
+    assert runner[0]._elsewhere == {(0, 1): Tier.LOWER}
+    size = ranks.first.memory.manager.layouts[0].segment_bytes
+    assert [one.leftover_bytes for one in runner] == [-size, 0]
+
+    ranks.run(later)
+    assert ranks.run(demote) == 1  # on rank 0 it is there already
+    ranks.check()
+    assert ranks.run(tiers) == "ldd"
+    assert (first.on_disk, second.on_disk) == ({(0, 1)}, {(0, 1)})
+    assert not runner[0]._elsewhere
+
+    second.failing_maps.add(second.num_maps + 1)
+    first.failing_disk.add(first.num_disk + 1)
+    assert ranks.run(promote) == 0
+    assert runner[0]._elsewhere == {(0, 1): Tier.DEVICE}, "and the other way round"
+    ranks.run(later)
+
+    def end(driver: MemoryDriver) -> None:
+        driver.close(driver.requests[0], insert=False)
+        driver.boundary(driver.now + 100.0)
+        driver.boundary(driver.now + 100.0)
+
+    ranks.run(end)
+    ranks.check()
+    for backing in backings:
+        assert not backing.mapped
+        assert not backing.on_disk
+    ranks.close()

@@ -48,10 +48,24 @@ def check_disk_tier(args: Any) -> None:
         return
     if args.device != "cpu" or args.kv_backing not in ("auto", "mmap"):
         raise ValueError("--kv-disk-path: only --kv-backing mmap, on --device cpu, has a disk tier")
-    if args.num_ranks > 1:
+    if args.kv_parallel_size > 1:
+        raise ValueError("--kv-disk-path and --kv-parallel-size don't go together, so far")
+
+
+def check_host_tier(args: Any) -> None:
+    """Raise ValueError with one line when the flags of the host tier contradict others."""
+    if not args.enable_hierarchical_cache:
+        return
+    if args.device == "cpu":
         raise ValueError(
-            "--kv-disk-path is for a model on one rank, so far; drop --tp-size and "
-            "--kv-parallel-size (--dp-size may stay)"
+            "--enable-hierarchical-cache is for a GPU: on --device cpu the host's memory comes "
+            "first, and below it a disk (--kv-disk-path)"
+        )
+    if args.kv_backing not in ("auto", "cuda_vmm"):
+        raise ValueError("--enable-hierarchical-cache: only --kv-backing cuda_vmm has a host tier")
+    if args.kv_parallel_size > 1:
+        raise ValueError(
+            "--enable-hierarchical-cache and --kv-parallel-size don't go together, so far"
         )
 
 
@@ -66,6 +80,7 @@ def check_combinations(args: Any) -> None:
     KVEventsConfig.from_json(args.kv_events_config or "{}")
     check_nodes(args)
     check_disk_tier(args)
+    check_host_tier(args)
     if args.skip_tokenizer_init and args.chat_template is not None:
         raise ValueError("--chat-template needs a tokenizer; drop --skip-tokenizer-init")
     if (

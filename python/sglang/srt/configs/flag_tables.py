@@ -115,10 +115,10 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "the tier below memory is --kv-disk-path here",
+        "segments move whole and are read where they lie, on the host too",
         """
-        --hicache-ratio V; --hicache-size V; --hicache-write-policy V; --hicache-io-backend V;
-        --hicache-mem-layout V; --hicache-host-memory-mode V; --hicache-storage-prefetch-policy V;
+        --hicache-write-policy V; --hicache-io-backend V; --hicache-mem-layout V;
+        --hicache-host-memory-mode V; --hicache-storage-prefetch-policy V;
         --hicache-storage-backend-extra-config V; --hierarchical-sparse-attention-extra-config V
         """,
     ),
@@ -222,9 +222,10 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "the tier below memory is --kv-disk-path here",
+        "what lies below memory is the host's (--enable-hierarchical-cache) or a disk "
+        "(--kv-disk-path)",
         """
-        --enable-hierarchical-cache|--enable-hicache; --hicache-storage-backend V
+        --hicache-storage-backend V
         """,
     ),
     (

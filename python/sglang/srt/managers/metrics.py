@@ -36,6 +36,8 @@ _STATE_GAUGES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "kv_budget_bytes": (("memory", "budget_bytes"), "Bytes that the KV pool may use"),
     "kv_disk_bytes": (("memory", "disk_bytes"), "Bytes of KV segments on disk"),
     "kv_disk_budget_bytes": (("memory", "disk_budget_bytes"), "Bytes that they may take there"),
+    "kv_host_bytes": (("memory", "host_bytes"), "Bytes of KV segments in the host's memory"),
+    "kv_host_budget_bytes": (("memory", "host_budget_bytes"), "Bytes that they may take there"),
     "kv_reserved_bytes": (("memory", "reserved_bytes"), "Bytes of reserved address space"),
 }
 # Totals that the scheduler counts: they only grow, and are shown as counters.

@@ -27,12 +27,14 @@ from sglang.srt.mem_cache.device_budget import (
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, num_pages_for
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.segment_backing import SegmentBacking, make_backing
+from sglang.srt.mem_cache.segment_backing.cuda_vmm_host import HOST_MARGIN_BYTES
 from sglang.srt.model_executor.cuda_graph_runner import CudaGraphRunner, capture_sizes
 from sglang.srt.model_executor.decode_tapes import CausalLM, DecodeTapes
 from sglang.srt.model_executor.model_runner import StepRecorder
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.device import DeviceRuntime
 from sglang.srt.utils.disk_space import DiskSpace, read_disk_space
+from sglang.srt.utils.host_memory import read_host_memory
 from sglang.srt.utils.native import native_kernels
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ def open_backing(
         available_bytes=available_bytes if runtime.is_async else None,
         num_threads=torch.get_num_threads(),
         disk_path=None if args.kv_disk_path is None else Path(args.kv_disk_path),
+        host_tier=args.enable_hierarchical_cache,
     )
 
 
@@ -90,6 +93,16 @@ def disk_space(args: ServerArgs, num_sharing: int) -> DiskSpace | None:
     except OSError as error:
         raise BackingError(f"--kv-disk-path: {error}") from error
     return replace(space, free_bytes=space.free_bytes // num_sharing)
+
+
+def host_space(args: ServerArgs, num_sharing: int) -> int | None:
+    """Bytes of the host's memory that one of `num_sharing` schedulers may pin; None: no host tier.
+
+    A margin stays for the rest of the host.
+    """
+    if not args.enable_hierarchical_cache:
+        return None
+    return max(0, read_host_memory().available_bytes - HOST_MARGIN_BYTES) // num_sharing
 
 
 def counted_rows(args: ServerArgs) -> int:

@@ -7,9 +7,10 @@ Called by `scheduler_setup` at start; `sglang.plan_memory` takes the groups from
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.distributed.communicator import Communicator
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.managers.scheduler_device import prefill_chunk_tokens, reserve_of
 from sglang.srt.mem_cache.capacity import (
@@ -27,6 +28,7 @@ from sglang.srt.mem_cache.kv_layout import (
     trim_layouts_to_budget,
 )
 from sglang.srt.mem_cache.segment_backing import SegmentBacking
+from sglang.srt.mem_cache.segment_backing.base import LOWER_PLACES
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.disk_space import DiskSpace
 from sglang.srt.utils.host_memory import HostMemory
@@ -148,12 +150,56 @@ def resolve_disk(args: ServerArgs, space: DiskSpace | None) -> int:
     return min(args.kv_disk_size, space.free_bytes)
 
 
+def resolve_host(args: ServerArgs, budget_bytes: int, space_bytes: int | None) -> int:
+    """Bytes of the host tier: what --hicache-size says, else --hicache-ratio times the KV budget.
+
+    `space_bytes` None: there is no tier. More than these is cut with a warning.
+    """
+    if space_bytes is None:
+        return 0
+    wanted = args.hicache_size * 10**9 or int(args.hicache_ratio * budget_bytes)
+    if wanted > space_bytes:
+        logger.warning(
+            "The host tier of %d bytes (--hicache-size, --hicache-ratio) is more than the %d bytes "
+            "that the host has left for it; these count.",
+            wanted,
+            space_bytes,
+        )
+    return min(wanted, space_bytes)
+
+
+@dataclass(frozen=True)
+class LowerSpace:
+    """What there is below memory: the disk tier's room, or bytes of the host's memory.
+
+    None: there is no such tier; at most one of both is there.
+    """
+
+    disk: DiskSpace | None = None
+    host_bytes: int | None = None
+
+
+def agreed_space(everyone: Communicator | None, space: LowerSpace) -> LowerSpace:
+    """The least that any scheduler has below memory; all have the same kind of tier.
+
+    `everyone` None: there is no other. Blocks until all have called.
+    """
+    if everyone is None:
+        return space
+    disk, host = space.disk, space.host_bytes
+    if disk is not None:
+        disk = replace(disk, free_bytes=everyone.agree((disk.free_bytes,))[0])
+    if host is not None:
+        host = everyone.agree((host,))[0]
+    return LowerSpace(disk, host)
+
+
 @dataclass(frozen=True)
 class PoolPlan:
-    """The numbers from which the pool is made; `disk_bytes` 0: there is no disk tier."""
+    """The numbers from which the pool is made; `lower_bytes` 0: there is no tier below memory."""
 
     budget_bytes: int
-    disk_bytes: int
+    lower_bytes: int
     clamp: ContextClamp
     max_running_requests: int
 
@@ -166,35 +212,36 @@ def plan_pool(
     requested_context: int,
     device_plan: DeviceMemoryPlan | None = None,
     min_slots: int = 1,
-    disk_space: DiskSpace | None = None,
+    below: LowerSpace = LowerSpace(),
 ) -> PoolPlan:
     """Budget, clamped context and rows from the arguments and what the machine has left; pure.
 
-    `disk_space` None: there is no disk tier. `min_slots`: fewest tokens of a segment whose size is
+    `min_slots`: fewest tokens of a segment whose size is
     chosen automatically. Raises ValueError when the budget cannot hold even one segment.
     """
     budget = resolve_budget(args, host.available_bytes, device_plan)
-    disk = resolve_disk(args, disk_space)
+    lower = resolve_disk(args, below.disk) or resolve_host(args, budget, below.host_bytes)
     layouts = make_segment_layouts(
         spec,
         slots_per_segment=args.kv_segment_size,
         auto_segment_bytes=AUTO_SEGMENT_BYTES,
         auto_min_slots=min_slots,
         granule_bytes=backing.granule_bytes,
-        machine_bytes=host.total_bytes + disk,
-        budget_bytes=budget + disk,
+        machine_bytes=host.total_bytes + lower,
+        budget_bytes=budget + lower,
         kv_parallel=args.kv_parallel_size,
     )
-    total = cap_budget(budget + disk, args.max_total_tokens, layouts)
+    total = cap_budget(budget + lower, args.max_total_tokens, layouts)
     budget = min(budget, total)
-    disk = total - budget
+    lower = total - budget
     if not backing.elastic:
         layouts = trim_layouts_to_budget(layouts, budget)
     clamp = effective_context_length(
         spec,
         layouts,
         budget_bytes=budget,
-        disk_bytes=disk,
+        lower_bytes=lower,
+        lower_place=LOWER_PLACES["host" if below.disk is None else "disk"],
         reserve_segments=reserve_of(args, backing),
         requested=requested_context,
         prefill_chunk=prefill_chunk_tokens(args),
@@ -213,4 +260,4 @@ def plan_pool(
     rows = resolve_max_running_requests(
         args.max_running_requests, clamp.capacity_tokens, clamp.effective
     )
-    return PoolPlan(budget, disk, clamp, rows)
+    return PoolPlan(budget, lower, clamp, rows)

@@ -31,6 +31,7 @@ from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_device import (
     auto_min_slots,
     disk_space,
+    host_space,
     make_recorder,
     make_sampler,
     open_backing,
@@ -43,7 +44,9 @@ from sglang.srt.managers.scheduler_kv_events import KVEventPublisher, open_publi
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.managers.scheduler_pool_plan import (
     AUTO_SEGMENT_BYTES,
+    LowerSpace,
     PoolPlan,
+    agreed_space,
     kv_cache_spec,
     plan_pool,
 )
@@ -314,16 +317,18 @@ def _open_pool(
             args, runtime, free_before, config, spec, backend_class, backing.granule_bytes
         ),
     )
-    disk = disk_space(args, rank.place.num_here)
+    num_here = rank.place.num_here
+    below = LowerSpace(disk_space(args, num_here), host_space(args, num_here))
     min_slots = auto_min_slots(runtime)
-    plan = plan_pool(args, spec, backing, host, requested, device_plan, min_slots, disk)
+    below = agreed_space(rank.everyone, below)
+    plan = plan_pool(args, spec, backing, host, requested, device_plan, min_slots, below)
     if plan.clamp.is_clamped:
         logger.warning("Context length clamped: %s.", plan.clamp.explanation)
     # All ranks cache alike; one of them tells.
     events = args.kv_events_config if rank.place.tp_rank == 0 else None
     publisher = open_publisher(events, rank.place)
     sink = None if publisher is None else publisher.publish
-    machine_bytes = host.total_bytes + plan.disk_bytes
+    machine_bytes = host.total_bytes + plan.lower_bytes
     memory = _make_memory(rank, spec, backing, plan, machine_bytes, sink)
     memory.kv_pool.serve(runtime)
     _warn_of_nothing_shared(args, memory)
@@ -361,7 +366,7 @@ def _make_memory(
         now=(now_ms if ranks is None else ranks.agree((now_ms,))[0]) / 1e3,
         ranks=ranks,
         kv_ranks=rank.grid.kv_ranks,
-        disk_budget_bytes=plan.disk_bytes,
+        lower_budget_bytes=plan.lower_bytes,
     )
 
 

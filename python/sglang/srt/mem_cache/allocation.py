@@ -18,7 +18,12 @@ from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.allocator import PageAllocator
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, HeldWindow
 from sglang.srt.mem_cache.canary import KVCanary
-from sglang.srt.mem_cache.cold_segments import RecentWrites, coldest_segments
+from sglang.srt.mem_cache.cold_segments import (
+    RecentWrites,
+    SegmentHeat,
+    coldest_segments,
+    segment_heats,
+)
 from sglang.srt.mem_cache.decode_steps import DecodeSteps
 from sglang.srt.mem_cache.group_parts import (
     make_allocators,
@@ -41,6 +46,7 @@ from sglang.srt.mem_cache.lease import DecodeRows, KVLease, KVPlacement, PageNee
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool, make_kv_pool
 from sglang.srt.mem_cache.memory_report import memory_figures
 from sglang.srt.mem_cache.page_copy import copy_pages
+from sglang.srt.mem_cache.promotion import make_promoter
 from sglang.srt.mem_cache.rank_agreement import RankAgreement
 from sglang.srt.mem_cache.segment_backing.base import SegmentBacking
 from sglang.srt.mem_cache.segment_manager import SegmentManager
@@ -79,8 +85,9 @@ class KVMemory:
         self.rows = rows
         self.kv_pool = kv_pool
         self.recycler = WindowRecycler(window_rules(spec), allocators, rows.groups)
-        self._writes = RecentWrites() if manager.disk_budget_bytes else None
+        self._writes = RecentWrites() if manager.lower_budget_bytes else None
         self.ladder = make_ladder(spec, manager, allocators, cache, self._coldest, prefill_chunk)
+        self._promoter = make_promoter(manager, self.ladder, self._heats)
         self.leases: dict[ReqPoolIdx, KVLease] = {}
         self._events = events
         self.canary: KVCanary | None = None  # see `watch`
@@ -116,7 +123,7 @@ class KVMemory:
         now: float = 0.0,
         ranks: RankAgreement | None = None,
         kv_ranks: KVRanks = ONE_KV_RANK,
-        disk_budget_bytes: int = 0,
+        lower_budget_bytes: int = 0,
     ) -> KVMemory:
         """Wire a rank's memory and bring it into its idle state.
 
@@ -126,8 +133,9 @@ class KVMemory:
         cache stored and dropped (None: nobody does). `prefill_chunk` is the most tokens of a
         request in one step; only window groups ask. `ranks` None: this rank is alone. `kv_ranks`
         share the pages of each request; budget and bytes are those of one of them.
-        `disk_budget_bytes` bounds what may lie on disk (0: nothing). Nothing is held after
-        ValueError, the budget can't hold the idle state, or BackingError, the machine can't.
+        `lower_budget_bytes` bounds what may lie on the tier below (0: nothing). Nothing is held
+        after ValueError, the budget can't hold the idle state, or BackingError, the machine
+        can't.
         """
         manager = make_manager(
             spec,
@@ -142,7 +150,7 @@ class KVMemory:
             now=now,
             ranks=ranks,
             kv_parallel=kv_ranks.size,
-            disk_budget_bytes=disk_budget_bytes,
+            lower_budget_bytes=lower_budget_bytes,
         )
         allocators = make_allocators(spec, manager)
         events = None if event_sink is None else KVEventRecorder(spec.page_size, event_sink)
@@ -351,7 +359,8 @@ class KVMemory:
         """Take over finished maps, run the idle clocks, map ahead what the next step will want.
 
         `now` in monotonic seconds, `pages_expected[g]` new pages of the next step (empty: none).
-        Never blocks. Must also be called now and then while no request runs.
+        Blocks only while segments come back from a tier below. Must also be called now and then
+        while no request runs.
         """
         self.manager.note_time(now)
         self.ladder.settle_finished()
@@ -361,6 +370,8 @@ class KVMemory:
         self._flush_events()
         self._growth = self.ladder.look_ahead(pages_expected)
         self.ladder.shrink(now, pages_expected)
+        if self._promoter is not None:
+            self._promoter.step(now, pages_expected)
 
     def note_launched(self, epoch: int) -> None:
         """Forward `epoch` was launched: what is freed from now on is unmapped only after it."""
@@ -375,9 +386,9 @@ class KVMemory:
         self.manager.note_completed(epoch)
 
     def demote(self, num_bytes: int) -> int:
-        """Move at least `num_bytes` of cold segments to disk, as far as there is room there.
+        """Move at least `num_bytes` of cold segments below, as far as there is room there.
 
-        Call it with no forward in flight. Returns how many segments went; 0 without a disk tier.
+        Call it with no forward in flight. Returns how many segments went; 0 without a lower tier.
         """
         if self._writes is None:
             return 0
@@ -434,9 +445,12 @@ class KVMemory:
     # ---- inside -----------------------------------------------------------------------------
 
     def _coldest(self, *, drained: bool = False) -> list[tuple[GroupId, SegmentId]]:
+        return coldest_segments(self._heats(), drained=drained)
+
+    def _heats(self) -> list[SegmentHeat]:
         written = [] if self._writes is None else self._writes.first_written(self.leases.values())
         leaving = self.recycler.leaving_pages
-        return coldest_segments(self.manager, self.allocators, written, leaving, drained=drained)
+        return segment_heats(self.manager, self.allocators, written, leaving)
 
     def _flush_events(self) -> None:
         if self._events is not None:
@@ -461,11 +475,11 @@ class KVMemory:
             self.cache.keep_window(lease.handle, token_ids, num_tokens, held)
 
     def __repr__(self) -> str:
-        disk = self.manager.disk_budget_bytes
+        lower = self.manager.lower_budget_bytes
         return (
             f"KVMemory(leases={len(self.leases)}, free={self.ladder.free_pages()}, "
             f"{self.cache!r}, mapped={self.manager.mapped_bytes} of {self.manager.budget_bytes}"
-            + (f", disk={self.manager.disk_bytes} of {disk})" if disk else ")")
+            + (f", below={self.manager.lower_bytes} of {lower})" if lower else ")")
         )
 
 

@@ -94,12 +94,13 @@ def effective_context_length(
     reserve_segments: int,
     requested: int,
     prefill_chunk: int,
-    disk_bytes: int = 0,
+    lower_bytes: int = 0,
+    lower_place: str = "below",
 ) -> ContextClamp:
     """Clamp `requested` tokens to what one request can have.
 
     The largest n whose segments, over all groups, and `reserve_segments` empty ones per group fit
-    in `budget_bytes` and `disk_bytes` together, and whose slots exist. `prefill_chunk` is the most
+    in `budget_bytes` and `lower_bytes` together, and whose slots exist. `prefill_chunk` is the most
     tokens of a request that one step computes.
     """
     reserve = [min(reserve_segments, layout.max_segments - 1) for layout in layouts]
@@ -110,7 +111,7 @@ def effective_context_length(
         usable = (layout.max_segments - 1 for layout in layouts)
         if any(need > have for need, have in zip(segments, usable, strict=True)):
             return False
-        return _bytes(layouts, segments) + reserve_bytes <= budget_bytes + disk_bytes
+        return _bytes(layouts, segments) + reserve_bytes <= budget_bytes + lower_bytes
 
     low = 0  # fits(0) may be false; then nothing does
     # no group can hold more: a context whose every group is a window still ends somewhere
@@ -123,8 +124,8 @@ def effective_context_length(
             high = middle
     effective = min(requested, low)
     bounds = f"a KV budget of {budget_bytes:,} bytes ({format_bytes(budget_bytes)})"
-    if disk_bytes:
-        bounds += f" and {disk_bytes:,} bytes on disk ({format_bytes(disk_bytes)})"
+    if lower_bytes:
+        bounds += f" and {lower_bytes:,} bytes {lower_place} ({format_bytes(lower_bytes)})"
     text = _explain(spec, layouts, bounds, reserve, requested, effective, low, prefill_chunk)
     return ContextClamp(requested, effective, low, text)
 

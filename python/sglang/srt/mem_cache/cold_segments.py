@@ -1,14 +1,15 @@
-"""Which segments may go to disk, coldest first: none that a forward may write meanwhile.
+"""Which segments may go to the tier below, coldest first: none that a forward may write meanwhile.
 
 `KVMemory` notes here what coming forwards write and asks when memory is short; the ladder and
 reclaiming move what it names. Reads page indexes and tables, changes nothing. See
-docs/kv_segments.md, Note [The disk tier].
+docs/kv_segments.md, Note [The tier below].
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,23 +51,33 @@ class RecentWrites:
         return [(lease, first[id(lease)]) for lease in leases]
 
 
-def coldest_segments(
+class SegmentHeat(NamedTuple):
+    """How warm a segment is; the smaller, the sooner it may go below.
+
+    `is_hot`: forwards under way write it. `is_read`: running requests read it. `has_room`: it has
+    free pages. `age`: the last forward at which one of its pages changed hands.
+    """
+
+    is_hot: bool
+    is_read: bool
+    has_room: bool
+    age: int
+    segment: SegmentId
+    group: GroupId
+
+
+def segment_heats(
     manager: SegmentManager,
     allocators: Sequence[PageAllocator],
     written: Sequence[tuple[KVLease, int]],
     leaving: Callable[[int], list[Int32Array]],
-    *,
-    drained: bool,
-) -> list[tuple[GroupId, SegmentId]]:
-    """Segments with an owned page, the one to move first at the front.
+) -> list[SegmentHeat]:
+    """Every segment with an owned page, the coldest first.
 
-    First those that no running request reads, then full ones, then those whose pages changed hands
-    longest ago. `written` is what `RecentWrites.first_written` says, `leaving(g)` pages of group g
-    that tables have dropped while a forward under way still reads or writes them. Segments with
-    such pages are left out; `drained` (no forward is under way until all was moved) puts them to
-    the end instead.
+    `written` is what `RecentWrites.first_written` says, `leaving(g)` pages of group g that tables
+    have dropped while a forward under way still reads or writes them.
     """
-    found: list[tuple[tuple[bool, bool, bool, int, int], GroupId, SegmentId]] = []
+    found: list[SegmentHeat] = []
     for allocator in allocators:
         group, index = GroupId(allocator.layout.group), allocator.index
         per_segment = allocator.layout.pages_per_segment
@@ -77,14 +88,23 @@ def coldest_segments(
         read = (index.rows[: index.num_segments * per_segment].reshape(shape) > 0).max(axis=1)
         free = index.segment_counts(PageState.FREE)
         owned = index.segment_counts(PageState.USED) + index.segment_counts(PageState.CACHED) > 0
-        movable = owned if drained else owned & ~hot
         records = manager.segments(group)
-        for number in np.flatnonzero(movable).tolist():
+        for number in np.flatnonzero(owned).tolist():
             segment = SegmentId(number)
             age = records[segment].last_use_epoch
-            order = (hot.item(number), read.item(number), free.item(number) > 0, age, number)
-            found.append((order, group, segment))
-    return [(group, segment) for _, group, segment in sorted(found)]
+            warmth = (hot.item(number), read.item(number), free.item(number) > 0, age)
+            found.append(SegmentHeat(*warmth, segment, group))
+    return sorted(found)
+
+
+def coldest_segments(
+    heats: Sequence[SegmentHeat], *, drained: bool
+) -> list[tuple[GroupId, SegmentId]]:
+    """Segments that may go below, the one to move first at the front.
+
+    None that is hot, unless `drained`: no forward is under way until all was moved.
+    """
+    return [(one.group, one.segment) for one in heats if drained or not one.is_hot]
 
 
 def _hot(allocator: PageAllocator, written: Sequence[tuple[KVLease, int]]) -> npt.NDArray[np.bool_]:

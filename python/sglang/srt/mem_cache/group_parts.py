@@ -45,7 +45,7 @@ def make_manager(
     now: float,
     ranks: RankAgreement | None,
     kv_parallel: int,
-    disk_budget_bytes: int,
+    lower_budget_bytes: int,
 ) -> SegmentManager:
     """Cut the slot space into segments, reserve it, and map the idle state.
 
@@ -58,7 +58,7 @@ def make_manager(
         auto_min_slots=auto_min_slots,
         granule_bytes=backing.granule_bytes,
         machine_bytes=machine_bytes,
-        budget_bytes=budget_bytes + disk_budget_bytes,
+        budget_bytes=budget_bytes + lower_budget_bytes,
         kv_parallel=kv_parallel,
     )
     if not backing.elastic:
@@ -72,7 +72,7 @@ def make_manager(
         idle_release_s=idle_release_s,
         now=now,
         ranks=ranks,
-        disk_budget_bytes=disk_budget_bytes,
+        lower_budget_bytes=lower_budget_bytes,
     )
 
 

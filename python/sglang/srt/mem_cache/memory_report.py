@@ -10,11 +10,12 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec
+from sglang.srt.mem_cache.segment_backing.base import LOWER_PLACES
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 from sglang.srt.mem_cache.segment_state import SegmentState, SegmentStats, Tier
 
 # One letter for the state of a segment that has memory or is getting some; S stands for one that
-# is mapped from the disk.
+# is mapped from the tier below.
 STATE_LETTERS: Final = MappingProxyType(
     {SegmentState.MAPPED: "M", SegmentState.MAPPING: "G", SegmentState.DRAINING: "D"}
 )
@@ -40,8 +41,8 @@ def _segment_map(manager: SegmentManager, group: GroupId, limit: int) -> dict[st
     for segment in ids[:limit]:
         one = records[segment]
         pages = (one.pages_used, one.pages_cached, one.pages_free)
-        on_disk = one.tier is Tier.DISK and one.state is SegmentState.MAPPED
-        listed.append([int(segment), "S" if on_disk else STATE_LETTERS[one.state], *pages])
+        below = one.tier is Tier.LOWER and one.state is SegmentState.MAPPED
+        listed.append([int(segment), "S" if below else STATE_LETTERS[one.state], *pages])
     return {
         "group": int(group),
         "pages_per_segment": manager.layouts[group].pages_per_segment,
@@ -71,8 +72,7 @@ def memory_figures(spec: KVCacheSpec, manager: SegmentManager) -> dict[str, Any]
         "mapped_bytes": manager.mapped_bytes,
         "fixed_bytes": manager.fixed_bytes,
         "budget_bytes": manager.budget_bytes,
-        "disk_bytes": manager.disk_bytes,
-        "disk_budget_bytes": manager.disk_budget_bytes,
+        **_lower_figures(manager),
         "growth_paused": manager.growth_paused,
         "segments": {
             state.value: sum(one.segments[state] for one in stats) for state in SegmentState
@@ -90,16 +90,27 @@ def memory_figures(spec: KVCacheSpec, manager: SegmentManager) -> dict[str, Any]
                 "pages": _pages(one),
                 "reserved_bytes": one.reserved_bytes,
                 "mapped_bytes": one.mapped_bytes,
-                "disk_bytes": one.disk_bytes,
+                "lower_bytes": one.lower_bytes,
                 "fixed_bytes": one.fixed_bytes,
                 "map_count": one.map_count,
                 "unmap_count": one.unmap_count,
                 "demote_count": one.demote_count,
+                "promote_count": one.promote_count,
                 "refused_count": one.refused_count,
             }
             for one, layout in zip(stats, manager.layouts, strict=True)
         ],
     }
+
+
+def _lower_figures(manager: SegmentManager) -> dict[str, int]:
+    """Bytes on each tier that may lie below, and their bounds; 0 where there is none."""
+    figures: dict[str, int] = {}
+    for tier in LOWER_PLACES:
+        there = manager.lower_tier == tier
+        figures[f"{tier}_bytes"] = manager.lower_bytes if there else 0
+        figures[f"{tier}_budget_bytes"] = manager.lower_budget_bytes if there else 0
+    return figures
 
 
 def _pages(*stats: SegmentStats) -> dict[str, int]:

@@ -17,6 +17,7 @@ from sglang.srt.mem_cache.kv_layout import GroupId, SegmentId, SegmentLayout
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 from sglang.srt.mem_cache.segment_state import (
     GrowthPlan,
+    SegmentIdsByGroup,
     SegmentState,
     Ticket,
     TicketOutcome,
@@ -27,10 +28,10 @@ Coldest = Callable[[], Sequence[tuple[GroupId, SegmentId]]]
 
 
 class PageLadder:
-    """Free pages, then growth below the budget, then the disk, then eviction, then another group's
-    segments.
+    """Free pages, then growth below the budget, then the lower tier, then eviction, then another
+    group's segments.
 
-    `coldest` names the segments that may go to disk, the one to move first at the front.
+    `coldest` names the segments that may go to the lower tier, the one to move first at the front.
 
     Invariant: an allocator knows exactly the MAPPED segments of its group; a segment that drains
     was taken from it before, one that was mapped or revived is given to it at once.
@@ -69,7 +70,7 @@ class PageLadder:
     def headroom_pages(self) -> tuple[int, ...]:
         """Pages, by group, that could still be had for every group at once.
 
-        The pages of the budget and the disk less those in `owned_pages`; while growth is paused
+        The pages of both tiers' bounds less those in `owned_pages`; while growth is paused
         after a refusal, no more than what is mapped.
         """
         joint = joint_pages(self._manager.layouts, self._manager.reach_bytes, self.owned_pages())
@@ -108,7 +109,7 @@ class PageLadder:
             self._enough(need)
             or self._grow(need)
             or (self._await_unmaps() and self._grow(need))
-            or self._use_disk(need)
+            or self._use_lower(need)
             or self._evict(need)
             or self._grow_over_empty(need)
         )
@@ -138,40 +139,49 @@ class PageLadder:
             self._settle(ticket, self._manager.wait(ticket))
         return bool(leaving)
 
-    def _use_disk(self, need: Sequence[int], *, take_empty: bool = False) -> bool:
-        """Move what is cold to disk and grow in its place; what is still missing begins there."""
-        if not self._manager.disk_budget_bytes:
+    def _use_lower(self, need: Sequence[int], *, take_empty: bool = False) -> bool:
+        """Move what is cold below and grow in its place; what is still missing begins there."""
+        if not self._manager.lower_budget_bytes:
             return False
         short = self._manager.bytes_short(self._missing(need))
         if short > 0 and self.demote(short, self._coldest()) and self._grow(need):
             return True
-        return self._grow(need, take_empty=take_empty, tier=Tier.DISK)
+        return self._grow(need, take_empty=take_empty, tier=Tier.LOWER)
 
     def _grow_over_empty(self, need: Sequence[int]) -> bool:
-        """Grow where other groups have empty segments, in memory or else on disk."""
-        return self._grow(need, take_empty=True) or self._use_disk(need, take_empty=True)
+        """Grow where other groups have empty segments, in memory or else below."""
+        return self._grow(need, take_empty=True) or self._use_lower(need, take_empty=True)
 
     def demote(self, num_bytes: int, coldest: Sequence[tuple[GroupId, SegmentId]]) -> int:
-        """Move segments of `coldest`, in this order, to disk; returns how many went.
+        """Move segments of `coldest`, in this order, to the lower tier; returns how many went.
 
-        Worth at least `num_bytes`, as far as there are any and the disk has room. Blocks; nobody
+        Worth at least `num_bytes`, as far as there are any and there is room below. Blocks; nobody
         may write to them meanwhile.
         """
         plan = self._manager.plan_demotion(num_bytes, coldest)
-        if plan is None:
-            return 0
+        return 0 if plan is None else _count(self._carry_out(plan).demoted)
+
+    def promote(self, most_bytes: int, wanted: Sequence[tuple[GroupId, SegmentId]]) -> int:
+        """Bring segments of `wanted`, in this order, back from the lower tier; how many came.
+
+        Worth at most `most_bytes`, as far as memory has room. Blocks; nobody may write to them
+        meanwhile.
+        """
+        plan = self._manager.plan_promotion(most_bytes, wanted)
+        return 0 if plan is None else _count(self._carry_out(plan).promoted)
+
+    def _carry_out(self, plan: GrowthPlan) -> TicketOutcome:
         ticket = self._begin(plan)
         outcome = self._manager.wait(ticket)
         self._settle(ticket, outcome)
-        return sum(len(segments) for segments in outcome.demoted)
+        return outcome
 
     def _grow(
         self, need: Sequence[int], *, take_empty: bool = False, tier: Tier = Tier.DEVICE
     ) -> bool:
         plan = self._plan_growth(self._missing(need), take_empty=take_empty, tier=tier)
         if plan is not None:
-            ticket = self._begin(plan)
-            self._settle(ticket, self._manager.wait(ticket))
+            self._carry_out(plan)
         return self._enough(need)
 
     def _plan_growth(
@@ -184,7 +194,7 @@ class PageLadder:
         growable = [self._manager.growable_pages(a.layout.group, tier) for a in self._allocators]
         clipped = [min(pair) for pair in zip(missing, growable, strict=True)]
         plan = self._manager.plan_growth(clipped, tier=tier) if clipped != missing else None
-        if plan is None and self._manager.disk_budget_bytes:
+        if plan is None and self._manager.lower_budget_bytes:
             # what one tier can't hold of several groups is divided between both
             plan = self._manager.plan_growth(self._joint_clip(missing, tier), tier=tier)
         return plan
@@ -226,23 +236,33 @@ class PageLadder:
         plan = plan or self._manager.plan_reserve()
         return self._begin(plan) if plan is not None else None
 
-    def shrink(self, now: float, expected: Sequence[int]) -> Ticket | None:
-        """Begin to unmap segments that are empty and idle, but none that `expected` pages need."""
-        plan = self._manager.plan_shrink(now)
+    def shrink(
+        self, now: float, expected: Sequence[int], *, most_bytes: int | None = None, keep: int = 0
+    ) -> Ticket | None:
+        """Begin to unmap segments that are empty and idle, but none that `expected` pages need.
+
+        Of each group the reserve stays, and at least `keep`. No more than cover `most_bytes` go
+        (None: no bound).
+        """
+        plan = self._manager.plan_shrink(now, keep=max(keep, self._manager.reserve_segments))
         if plan is None:
             return None
         unmap = []
         for g, (allocator, segments) in enumerate(zip(self._allocators, plan.unmap, strict=True)):
             per_segment = allocator.layout.pages_per_segment
-            spare = allocator.num_free - (expected[g] if expected else 0)
-            unmap.append(segments[: max(0, spare // per_segment)])
+            count = max(0, allocator.num_free - (expected[g] if expected else 0)) // per_segment
+            if most_bytes is not None:
+                size = allocator.layout.segment_bytes
+                count = min(count, max(0, -(-most_bytes // size)))
+                most_bytes -= len(segments[:count]) * size
+            unmap.append(segments[:count])
         return self._begin(replace(plan, unmap=tuple(unmap))) if any(unmap) else None
 
     def release_empty(self, num_bytes: int | None = None) -> Ticket | None:
         """Begin to unmap empty segments now, whatever their age.
 
         Worth at least `num_bytes` of memory, the reserve included, as far as there are any; None:
-        all above the reserve. Those on disk all go.
+        all above the reserve. Those on the lower tier all go.
         """
         self.settle_finished()
         plan = self._manager.plan_shrink(math.inf, keep=None if num_bytes is None else 0)
@@ -255,7 +275,7 @@ class PageLadder:
                 held = [s for s in segments if records[s].tier is Tier.DEVICE]
                 held = held[: max(0, -(-num_bytes // layout.segment_bytes))]
                 num_bytes -= len(held) * layout.segment_bytes
-                segments = (*held, *(s for s in segments if records[s].tier is Tier.DISK))
+                segments = (*held, *(s for s in segments if records[s].tier is Tier.LOWER))
             unmap.append(segments)
         return self._begin(replace(plan, unmap=tuple(unmap)))
 
@@ -283,6 +303,10 @@ class PageLadder:
 
     def __repr__(self) -> str:
         return f"PageLadder(free={self.free_pages()}, maps={len(self._maps)})"
+
+
+def _count(moved: SegmentIdsByGroup) -> int:
+    return sum(len(segments) for segments in moved)
 
 
 def joint_pages(layouts: Sequence[SegmentLayout], budget_bytes: int, owned: Sequence[int]) -> int:

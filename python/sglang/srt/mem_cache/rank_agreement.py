@@ -23,10 +23,15 @@ class VoteStatus(enum.IntEnum):
 
 
 class Vote(NamedTuple):
-    """One ticket's vote. `unmapped[g]`: group g's unmaps took place (somewhere, once agreed)."""
+    """One ticket's vote.
+
+    `unmapped[g]`: group g's unmaps took place (somewhere, once agreed). `moved[g]`: all of its
+    moves between the tiers did (everywhere, once agreed).
+    """
 
     status: VoteStatus
     unmapped: tuple[bool, ...]
+    moved: tuple[bool, ...]
 
 
 class RankAgreement(Protocol):
@@ -53,17 +58,23 @@ def agree_on(ranks: RankAgreement, votes: Sequence[Vote], num_groups: int) -> li
     """The agreed vote of each ticket; no round trip without tickets.
 
     A ticket is refused when any rank was refused, and an unmap took place when it did on any rank:
-    memory that is gone on one can't be promised back, memory that stayed on another is harmless.
+    memory that is gone on one can't be promised back, memory that stayed on another is harmless. A
+    move took place when it did on all: what moved can be moved back.
     """
     if not votes:
         return []
-    numbers = [n for vote in votes for n in (vote.status, *(-int(gone) for gone in vote.unmapped))]
+    numbers = [n for vote in votes for n in _numbers(vote)]
     agreed = ranks.agree(numbers)
-    width = 1 + num_groups
-    return [
-        Vote(
-            VoteStatus(agreed[at]),
-            tuple(bool(number) for number in agreed[at + 1 : at + width]),
-        )
-        for at in range(0, len(numbers), width)
-    ]
+    width = 1 + 2 * num_groups
+    found: list[Vote] = []
+    for at in range(0, len(numbers), width):
+        gone, moved = agreed[at + 1 : at + 1 + num_groups], agreed[at + 1 + num_groups : at + width]
+        flags = tuple(tuple(bool(number) for number in some) for some in (gone, moved))
+        found.append(Vote(VoteStatus(agreed[at]), *flags))
+    return found
+
+
+def _numbers(vote: Vote) -> tuple[int, ...]:
+    """A vote as numbers whose minimum over the ranks is the common answer."""
+    gone, moved = (-int(one) for one in vote.unmapped), (int(one) for one in vote.moved)
+    return (vote.status, *gone, *moved)

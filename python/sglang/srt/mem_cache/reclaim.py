@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from sglang.srt.mem_cache.allocation import KVMemory
 from sglang.srt.mem_cache.capacity import ContextClamp, effective_context_length, request_segments
 from sglang.srt.mem_cache.compaction import compact
+from sglang.srt.mem_cache.segment_backing.base import LOWER_PLACES
 from sglang.srt.mem_cache.segment_state import SegmentState
 
 # Work of one step, so that no turn of the scheduler is long.
@@ -60,7 +61,8 @@ def context_under(
         memory.spec,
         memory.manager.layouts,
         budget_bytes=budget_bytes,
-        disk_bytes=memory.manager.disk_budget_bytes,
+        lower_bytes=memory.manager.lower_budget_bytes,
+        lower_place=LOWER_PLACES.get(memory.manager.lower_tier or "", "below"),
         reserve_segments=memory.manager.reserve_segments,
         requested=requested,
         prefill_chunk=prefill_chunk,
@@ -70,8 +72,9 @@ def context_under(
 def reclaim_step(memory: KVMemory) -> ReclaimStep:
     """One bounded step towards the budget that is set; see `Reclaim` for what is left to do.
 
-    First what is empty goes. Then cold segments, to disk. Then unlocked prefixes, by as many pages
-    as are too many even when packed. Then what is left is packed, which empties segments.
+    First what is empty goes. Then cold segments, to the tier below. Then unlocked prefixes, by as
+    many pages as are too many even when packed. Then what is left is packed, which empties
+    segments.
     """
     manager = memory.manager
     excess = manager.staying_bytes - manager.budget_bytes
@@ -94,8 +97,8 @@ def reclaim_step(memory: KVMemory) -> ReclaimStep:
     if evicted:
         return ReclaimStep(Reclaim.ADVANCED, evicted)
     leaving = any(stats.segments[SegmentState.DRAINING] for stats in manager.stats())
-    # what is being given back on disk is room there for the next step
-    waits = leaving and manager.disk_budget_bytes > 0
+    # what is being given back below is room there for the next step
+    waits = leaving and manager.lower_budget_bytes > 0
     return ReclaimStep(Reclaim.WAITING if waits else Reclaim.STUCK)
 
 

@@ -1,7 +1,7 @@
 """How many bytes each tier may hold, what is left of them, and the pause after a refusal.
 
 The segment manager's own; it reads the groups' tables and changes none. See docs/kv_segments.md,
-Note [What the budget counts] and Note [The disk tier].
+Note [What the budget counts] and Note [The tier below].
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ class GrowthPause:
 
 
 class TierBudgets:
-    """One bound for each tier over all groups; a bound of 0 for DISK: there is no such tier.
+    """One bound for each tier over all groups; a bound of 0 for LOWER: there is no such tier.
 
     `bound_bytes[tier]` may be changed at any time, also below what the tier holds.
     """
 
     def __init__(
-        self, tables: tuple[SegmentTable, ...], budget_bytes: int, disk_bytes: int, now: float
+        self, tables: tuple[SegmentTable, ...], budget_bytes: int, lower_bytes: int, now: float
     ) -> None:
         self._tables = tables
-        self.bound_bytes = {Tier.DEVICE: budget_bytes, Tier.DISK: disk_bytes}
+        self.bound_bytes = {Tier.DEVICE: budget_bytes, Tier.LOWER: lower_bytes}
         self.pauses = {tier: GrowthPause(now) for tier in Tier}
 
     def used_bytes(self, tier: Tier) -> int:
         """Bytes of all segments that are on the tier or about to be."""
-        if tier is Tier.DISK:
-            return sum(table.disk_bytes for table in self._tables)
+        if tier is Tier.LOWER:
+            return sum(table.lower_bytes for table in self._tables)
         return sum(table.committed_bytes for table in self._tables)
 
     def room_bytes(self, tier: Tier) -> int:
@@ -67,7 +67,7 @@ class TierBudgets:
 
         Where there is but one tier its bound counts, whether it pauses or not.
         """
-        if not self.bound_bytes[Tier.DISK]:
+        if not self.bound_bytes[Tier.LOWER]:
             return self.bound_bytes[Tier.DEVICE]
         return sum(
             min(bound, self.used_bytes(tier)) if self.pauses[tier].is_on(now) else bound
@@ -76,7 +76,7 @@ class TierBudgets:
 
     def can_grow(self, now: float) -> bool:
         """Whether a tier that exists does not pause."""
-        tiers = [Tier.DEVICE, Tier.DISK] if self.bound_bytes[Tier.DISK] else [Tier.DEVICE]
+        tiers = [Tier.DEVICE, Tier.LOWER] if self.bound_bytes[Tier.LOWER] else [Tier.DEVICE]
         return not all(self.pauses[tier].is_on(now) for tier in tiers)
 
     def note_given(self, now: float) -> None:

@@ -8,9 +8,10 @@ agree on growth].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, SegmentId, SegmentLayout
@@ -18,6 +19,7 @@ from sglang.srt.mem_cache.rank_agreement import RankAgreement, Vote, VoteStatus,
 from sglang.srt.mem_cache.segment_backing.base import (
     SegmentBacking,
     StagedBacking,
+    StagedTieredBacking,
     TieredBacking,
 )
 from sglang.srt.mem_cache.segment_state import SegmentIdsByGroup, Ticket, Tier
@@ -30,17 +32,19 @@ _Timer = Callable[[], float]
 class JobResult:
     """What the thread did, by group. `refused` is the machine's reason, None when all was done.
 
-    `disk_refused`: it was the disk that refused, and memory may still be had.
+    `lower_refused`: it was the lower tier that refused, and memory may still be had.
     """
 
     mapped: list[tuple[SegmentId, ...]]
     unmapped: list[tuple[SegmentId, ...]]
     demoted: list[tuple[SegmentId, ...]]
+    promoted: list[tuple[SegmentId, ...]]
     map_ms: list[float]
     unmap_ms: list[float]
     demote_ms: list[float]
+    promote_ms: list[float]
     refused: str | None = None
-    disk_refused: bool = False
+    lower_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +52,33 @@ class Work:
     """What the thread is to do, in this order; `map` on `tier`, the others by where they are."""
 
     unmap: SegmentIdsByGroup
-    unmap_on_disk: SegmentIdsByGroup
+    unmap_lower: SegmentIdsByGroup
     demote: SegmentIdsByGroup
+    promote: SegmentIdsByGroup
     map: SegmentIdsByGroup
     tier: Tier
+
+    @property
+    def asks_below(self) -> bool:
+        """Whether room of the lower tier is wanted."""
+        return any(self.demote) or self.tier is Tier.LOWER
 
 
 @dataclass(slots=True)
 class Job:
     """An applied plan until its outcome was taken. `future` is None while it waits for epochs.
 
-    `tier` is that of `map`. `result` is this rank's own, from the moment it was seen until all
-    ranks agreed.
+    `tier` is that of `map`. `work` is what of the plan this rank's thread has to do. `result` is
+    this rank's own, from the moment it was seen until all ranks agreed.
     """
 
     ticket: Ticket
     map: SegmentIdsByGroup
     unmap: list[tuple[SegmentId, ...]]
     demote: SegmentIdsByGroup
+    promote: SegmentIdsByGroup
     tier: Tier = Tier.DEVICE
+    work: Work | None = field(default=None)
     future: Future[JobResult] | None = field(default=None)
     result: JobResult | None = field(default=None)
 
@@ -89,29 +101,55 @@ class JobRunner:
         self._timer = timer
         self._ranks = ranks
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-segments")
-        # (group, segment) that have memory here although the ranks agreed that they have none
-        self._leftover: set[tuple[int, SegmentId]] = set()
+        # (group, segment) that have memory here although the ranks agreed that they have none, and
+        # those that lie elsewhere here than where they agreed: each with its tier
+        self._leftover: dict[tuple[int, SegmentId], Tier] = {}
+        self._elsewhere: dict[tuple[int, SegmentId], Tier] = {}
 
     @property
     def leftover_bytes(self) -> int:
-        """Bytes that this rank could not give back when another had; 0 with one rank."""
-        return sum(self._layouts[g].segment_bytes for g, _ in self._leftover)
+        """Bytes of memory that this rank has beyond what the ranks agreed on; 0 with one rank.
 
-    def start(self, job: Job, on_disk: SegmentIdsByGroup) -> None:
+        What it could not give back or not move down when another had, less what it could not move
+        back up.
+        """
+        layouts = self._layouts
+        extra = sum(
+            layouts[g].segment_bytes for (g, _), t in self._leftover.items() if t is Tier.DEVICE
+        )
+        return extra + sum(
+            layouts[g].segment_bytes if tier is Tier.DEVICE else -layouts[g].segment_bytes
+            for (g, _), tier in self._elsewhere.items()
+        )
+
+    def start(self, job: Job, below: SegmentIdsByGroup) -> None:
         """Hand a job to the thread; memory that is still there from before is not mapped again.
 
-        `on_disk` are those of the job's unmaps that lie there.
+        `below` are those of the job's unmaps that lie on the lower tier.
         """
         to_map = tuple(
             tuple(s for s in segments if (g, s) not in self._leftover)
             for g, segments in enumerate(job.map)
         )
-        in_memory = tuple(
-            tuple(s for s in segments if s not in elsewhere)
-            for segments, elsewhere in zip(job.unmap, on_disk, strict=True)
+        agreed = [
+            {s: Tier.LOWER if s in low else Tier.DEVICE for s in some}
+            for some, low in zip(job.unmap, below, strict=True)
+        ]
+        tiers = [
+            {s: self._elsewhere.get((g, s), tier) for s, tier in some.items()}
+            for g, some in enumerate(agreed)
+        ]
+        job.work = Work(
+            unmap=tuple(_on(Tier.DEVICE, some) for some in tiers),
+            unmap_lower=tuple(_on(Tier.LOWER, some) for some in tiers),
+            demote=self._not_yet(job.demote, Tier.LOWER),
+            promote=self._not_yet(job.promote, Tier.DEVICE),
+            map=to_map,
+            tier=job.tier,
         )
-        work = Work(in_memory, on_disk, job.demote, to_map, job.tier)
-        job.future = self._executor.submit(run_job, self._backing, self._layouts, work, self._timer)
+        job.future = self._executor.submit(
+            run_job, self._backing, self._layouts, job.work, self._timer
+        )
 
     def results(self, jobs: Sequence[Job], *, block: bool = False) -> list[JobResult | None]:
         """What came of the jobs, on all ranks alike; None: still under way somewhere.
@@ -121,7 +159,7 @@ class JobRunner:
         own = [self._own_result(job, block) for job in jobs]
         if self._ranks.size == 1:
             return own
-        votes = [self._vote(result) for result in own]
+        votes = [self._vote(*pair) for pair in zip(jobs, own, strict=True)]
         agreed = agree_on(self._ranks, votes, len(self._layouts))
         return [
             None
@@ -137,33 +175,93 @@ class JobRunner:
     def _own_result(self, job: Job, block: bool) -> JobResult | None:
         if job.result is None and job.future is not None and (block or job.future.done()):
             job.result = job.future.result()
-            commit(self._backing, self._layouts, job.result, self._timer)
+            commit(self._backing, self._layouts, job, job.result, self._timer)
             if job.result.refused is None:
                 for g, segments in enumerate(job.map):
-                    self._leftover.difference_update((g, s) for s in segments)
+                    self._take_leftovers(g, segments, job.tier)
                     job.result.mapped[g] = segments
         return job.result
 
-    def _vote(self, result: JobResult | None) -> Vote:
-        if result is None:
-            return Vote(VoteStatus.PENDING, (False,) * len(self._layouts))
+    def _take_leftovers(self, group: int, segments: Sequence[SegmentId], tier: Tier) -> None:
+        """Segments that were found with memory are mapped now, on the tier where that is."""
+        for key in ((group, segment) for segment in segments):
+            found = self._leftover.pop(key, tier)
+            if found is not tier:
+                self._elsewhere[key] = found
+
+    def _not_yet(self, segments: SegmentIdsByGroup, tier: Tier) -> SegmentIdsByGroup:
+        """Those that are not on the tier on this rank already."""
+        return tuple(
+            tuple(s for s in some if self._elsewhere.get((g, s)) is not tier)
+            for g, some in enumerate(segments)
+        )
+
+    def _vote(self, job: Job, result: JobResult | None) -> Vote:
+        if result is None or job.work is None:
+            none = (False,) * len(self._layouts)
+            return Vote(VoteStatus.PENDING, none, none)
         status = VoteStatus.DONE if result.refused is None else VoteStatus.REFUSED
-        return Vote(status, tuple(bool(segments) for segments in result.unmapped))
+        work = job.work
+        moves = zip(work.demote, result.demoted, work.promote, result.promoted, strict=True)
+        moved = tuple(down == went and up == came for down, went, up, came in moves)
+        return Vote(status, tuple(bool(segments) for segments in result.unmapped), moved)
 
     def _conform(self, job: Job, result: JobResult, vote: Vote) -> JobResult:
         """Make this rank's result the agreed one: after a refusal nobody keeps a map."""
-        if vote.status is VoteStatus.DONE:
-            return result
-        if result.refused is None:
-            result.refused = "another rank was refused"
-        _give_back(result, result.mapped, self._backing.unmap)
-        for g, gone in enumerate(vote.unmapped):
-            self._leftover.update((g, s) for s in result.mapped[g])
-            result.mapped[g] = ()
-            if gone and not result.unmapped[g]:
-                self._leftover.update((g, s) for s in job.unmap[g])
-                result.unmapped[g] = job.unmap[g]
+        if vote.status is VoteStatus.REFUSED:
+            if result.refused is None:
+                result.refused = "another rank was refused"
+            result.lower_refused = job.tier is Tier.LOWER or any(job.demote)
+            self._undo_maps(job, result)
+        for g in range(len(self._layouts)):
+            self._conform_unmaps(g, job, result, gone=vote.unmapped[g])
+            self._conform_moves(g, job, result, moved=vote.moved[g])
         return result
+
+    def _undo_maps(self, job: Job, result: JobResult) -> None:
+        """Give back what was mapped; what can't be given back is kept for the next map."""
+        for tier in Tier:
+            taken = [
+                tuple(s for s in some if self._elsewhere.get((g, s), job.tier) is tier)
+                for g, some in enumerate(result.mapped)
+            ]
+            if any(taken):
+                _give_back(result, taken, _unmapping(self._backing, tier))
+            self._leftover.update({(g, s): tier for g, some in enumerate(taken) for s in some})
+        for g, segments in enumerate(result.mapped):
+            for segment in segments:
+                self._elsewhere.pop((g, segment), None)
+            result.mapped[g] = ()
+
+    def _conform_unmaps(self, g: int, job: Job, result: JobResult, *, gone: bool) -> None:
+        """A group's unmaps are done when any rank did them; memory that is still here is kept."""
+        if not gone or job.work is None:
+            return
+        for segment in set(job.unmap[g]).difference(result.unmapped[g]):
+            below = segment in job.work.unmap_lower[g]
+            self._leftover[g, segment] = Tier.LOWER if below else Tier.DEVICE
+        for segment in job.unmap[g]:
+            self._elsewhere.pop((g, segment), None)
+        result.unmapped[g] = job.unmap[g]
+
+    def _conform_moves(self, g: int, job: Job, result: JobResult, *, moved: bool) -> None:
+        """A group's moves are done when all ranks did them, else they are undone where possible."""
+        kinds = (
+            (job.demote[g], result.demoted, Tier.LOWER, False),
+            (job.promote[g], result.promoted, Tier.DEVICE, True),
+        )
+        for wanted, done, tier, to_lower in kinds:
+            if moved:
+                for segment in wanted:
+                    self._elsewhere.pop((g, segment), None)
+                done[g] = wanted
+            elif done[g]:
+                try:
+                    _move(self._backing, GroupId(g), done[g], to_lower=to_lower)
+                except BackingError as error:
+                    result.refused = f"{result.refused}; and undoing it failed: {error}"
+                    self._elsewhere.update({(g, segment): tier for segment in done[g]})
+                done[g] = ()
 
 
 def run_job(
@@ -172,55 +270,84 @@ def run_job(
     """Do the work; map (a staged backing: prepare) in all groups or none; no BackingError."""
     result = _nothing_done(len(layouts))
     tiered = backing if isinstance(backing, TieredBacking) else None
-    undo = backing.unmap
+    take, undo = _mapping(backing, work.tier)
     try:
         _each(layouts, work.unmap, backing.unmap, result.unmapped, result.unmap_ms, timer)
-        if any(work.unmap_on_disk):
-            give = _tiered(tiered).unmap_on_disk
-            _each(layouts, work.unmap_on_disk, give, result.unmapped, result.unmap_ms, timer)
-        # what may be refused from here on is new memory, or room on disk
-        result.disk_refused = any(work.demote) or work.tier is Tier.DISK
+        if any(work.unmap_lower):
+            give = _tiered(tiered).unmap_lower
+            _each(layouts, work.unmap_lower, give, result.unmapped, result.unmap_ms, timer)
+        # what may be refused from here on is new memory, or room below
+        result.lower_refused = work.asks_below
         if any(work.demote):
-            demote = _tiered(tiered).demote
+            demote = _moving(_tiered(tiered), to_lower=True)
             _each(layouts, work.demote, demote, result.demoted, result.demote_ms, timer)
-        if work.tier is Tier.DISK:
-            take, undo = _tiered(tiered).map_on_disk, _tiered(tiered).unmap_on_disk
-        elif isinstance(backing, StagedBacking):
-            take, undo = backing.prepare, backing.discard
-        else:
-            take = backing.map
+        if any(work.promote):
+            promote = _moving(_tiered(tiered), to_lower=False)
+            _each(layouts, work.promote, promote, result.promoted, result.promote_ms, timer)
         _each(layouts, work.map, take, result.mapped, result.map_ms, timer)
     except BackingError as error:
         result.refused = str(error)
         _give_back(result, result.mapped, undo)
+        if isinstance(backing, StagedTieredBacking):
+            _give_back(result, result.demoted, backing.discard_move)
+            _give_back(result, result.promoted, backing.discard_move)
     else:
-        result.disk_refused = False
+        result.lower_refused = False
     return result
 
 
 def commit(
     backing: SegmentBacking,
     layouts: tuple[SegmentLayout, ...],
+    job: Job,
     result: JobResult,
     timer: _Timer,
 ) -> None:
-    """Attach what the thread prepared, in all groups or in none; nothing for other backings."""
+    """Attach what the thread prepared; nothing for other backings.
+
+    Moves first, as far as the machine does them. Then maps, in all groups or in none.
+    """
     if not isinstance(backing, StagedBacking) or result.refused is not None:
         return
-    prepared = list(result.mapped)
-    result.mapped = [()] * len(prepared)
-    try:
-        for layout in layouts:
-            segments, prepared[layout.group] = prepared[layout.group], ()
-            if segments:
-                began = timer()
-                backing.commit(layout.group, segments)
-                result.mapped[layout.group] = segments
-                result.map_ms[layout.group] += (timer() - began) * 1e3
-    except BackingError as error:
-        result.refused = str(error)
-        _give_back(result, prepared, backing.discard)
+    if isinstance(backing, StagedTieredBacking):
+        move, drop = backing.commit_move, backing.discard_move
+        _commit(layouts, result, result.demoted, result.demote_ms, (move, drop), timer)
+        _commit(layouts, result, result.promoted, result.promote_ms, (move, drop), timer)
+    acts = (backing.commit, backing.discard)
+    if not _commit(layouts, result, result.mapped, result.map_ms, acts, timer):
         _give_back(result, result.mapped, backing.unmap)
+        result.lower_refused = job.tier is Tier.LOWER or any(job.demote)
+
+
+def _commit(
+    layouts: tuple[SegmentLayout, ...],
+    result: JobResult,
+    done: list[tuple[SegmentId, ...]],
+    spent_ms: list[float],
+    acts: tuple[_Act, _Act],
+    timer: _Timer,
+) -> bool:
+    """Attach what `done` says is prepared until one is refused; `done` says then what was attached.
+
+    `acts` attach and give back. Once anything was refused, all that is prepared is given back, and
+    the answer is False.
+    """
+    act, drop = acts
+    left, done[:] = list(done), [()] * len(done)
+    if result.refused is None:
+        try:
+            for layout in layouts:
+                # a refused call holds nothing
+                segments, left[layout.group] = left[layout.group], ()
+                if segments:
+                    began = timer()
+                    act(layout.group, segments)
+                    done[layout.group] = segments
+                    spent_ms[layout.group] += (timer() - began) * 1e3
+        except BackingError as error:
+            result.refused = str(error)
+    _give_back(result, left, drop)
+    return result.refused is None
 
 
 def _nothing_done(groups: int) -> JobResult:
@@ -229,15 +356,55 @@ def _nothing_done(groups: int) -> JobResult:
         mapped=[none] * groups,
         unmapped=[none] * groups,
         demoted=[none] * groups,
+        promoted=[none] * groups,
         map_ms=[0.0] * groups,
         unmap_ms=[0.0] * groups,
         demote_ms=[0.0] * groups,
+        promote_ms=[0.0] * groups,
     )
+
+
+def _on(tier: Tier, tiers: Mapping[SegmentId, Tier]) -> tuple[SegmentId, ...]:
+    return tuple(segment for segment, where in tiers.items() if where is tier)
+
+
+def _move(
+    backing: SegmentBacking, group: GroupId, segments: Sequence[SegmentId], *, to_lower: bool
+) -> None:
+    """Move segments to the other tier at once. Raises BackingError, and they stay."""
+    tiered = _tiered(backing if isinstance(backing, TieredBacking) else None)
+    (tiered.demote if to_lower else tiered.promote)(group, segments)
+
+
+def _unmapping(backing: SegmentBacking, tier: Tier) -> _Act:
+    """How memory on a tier is given back."""
+    if tier is Tier.DEVICE:
+        return backing.unmap
+    return _tiered(backing if isinstance(backing, TieredBacking) else None).unmap_lower
+
+
+def _mapping(backing: SegmentBacking, tier: Tier) -> tuple[_Act, _Act]:
+    """How new segments get memory on a tier, and how that is undone."""
+    if tier is Tier.DEVICE:
+        if isinstance(backing, StagedBacking):
+            return backing.prepare, backing.discard
+        return backing.map, backing.unmap
+    if isinstance(backing, StagedTieredBacking):
+        return backing.prepare_lower, backing.discard
+    tiered = _tiered(backing if isinstance(backing, TieredBacking) else None)
+    return tiered.map_lower, tiered.unmap_lower
+
+
+def _moving(backing: TieredBacking, *, to_lower: bool) -> _Act:
+    """How segments go to the other tier (a staged backing: are copied there)."""
+    if isinstance(backing, StagedTieredBacking):
+        return partial(backing.prepare_move, to_lower=to_lower)
+    return backing.demote if to_lower else backing.promote
 
 
 def _tiered(backing: TieredBacking | None) -> TieredBacking:
     if backing is None:
-        raise InvariantError("segments on disk over a backing that has none")
+        raise InvariantError("segments below a backing that has no lower tier")
     return backing
 
 

@@ -47,8 +47,8 @@ class SegmentManager:
     per group mapped, or every segment when the backing is not elastic. `budget_bytes` bounds
     mapped segments over all groups (fixed bytes are not counted); `idle_release_s` is the time
     after which an empty segment above the reserve may be given back. `timer` only measures.
-    `ranks` (None: one rank) agree on every outcome before a state flips. `disk_budget_bytes` bounds
-    segments on disk (0: there is no such tier).
+    `ranks` (None: one rank) agree on every outcome before a state flips. `lower_budget_bytes`
+    bounds segments on the tier below (0: there is none).
     Raises ValueError when the budget can't hold the idle state, BackingError when the machine
     refuses it. Not thread safe: one thread calls it.
     """
@@ -64,16 +64,16 @@ class SegmentManager:
         now: float = 0.0,
         timer: Callable[[], float] = time.perf_counter,
         ranks: RankAgreement | None = None,
-        disk_budget_bytes: int = 0,
+        lower_budget_bytes: int = 0,
     ) -> None:
-        if disk_budget_bytes and not isinstance(backing, TieredBacking):
-            raise ValueError(f"the {backing.name} backing has no disk tier")
+        if lower_budget_bytes and not isinstance(backing, TieredBacking):
+            raise ValueError(f"the {backing.name} backing has no tier below memory")
         self.layouts = tuple(layouts)
         self.backing = backing
         self.reserve_segments = reserve_segments
         self.idle_release_s = idle_release_s
         self._tables = tuple(SegmentTable(layout) for layout in self.layouts)
-        self._budgets = TierBudgets(self._tables, budget_bytes, disk_budget_bytes, now)
+        self._budgets = TierBudgets(self._tables, budget_bytes, lower_budget_bytes, now)
         self._now = now
         self._launched_epoch = 0
         self._completed_epoch = 0
@@ -99,14 +99,21 @@ class SegmentManager:
         return self._budgets.bound_bytes[Tier.DEVICE]
 
     @property
-    def disk_budget_bytes(self) -> int:
-        """Bound of segments on disk over all groups; 0: there is no disk tier."""
-        return self._budgets.bound_bytes[Tier.DISK]
+    def lower_budget_bytes(self) -> int:
+        """Bound of segments on the lower tier over all groups; 0: there is none."""
+        return self._budgets.bound_bytes[Tier.LOWER]
+
+    @property
+    def lower_tier(self) -> str | None:
+        """What lies below memory, "disk" or "host"; None: nothing does."""
+        if self.lower_budget_bytes and isinstance(self.backing, TieredBacking):
+            return self.backing.lower_tier
+        return None
 
     @property
     def bound_bytes(self) -> int:
-        """Bound of all segments, in memory and on disk."""
-        return self.budget_bytes + self.disk_budget_bytes
+        """Bound of all segments, in memory and below."""
+        return self.budget_bytes + self.lower_budget_bytes
 
     @property
     def reach_bytes(self) -> int:
@@ -116,7 +123,7 @@ class SegmentManager:
     @property
     def can_grow(self) -> bool:
         """Whether a tier takes more segments: memory is elastic and does not wait after a refusal,
-        or the disk does not."""
+        or the lower tier does not."""
         return self.backing.elastic and self._budgets.can_grow(self._now)
 
     @property
@@ -135,13 +142,13 @@ class SegmentManager:
         return self._budgets.used_bytes(Tier.DEVICE)
 
     @property
-    def disk_bytes(self) -> int:
-        """Bytes of all segments that are on disk or about to be."""
-        return self._budgets.used_bytes(Tier.DISK)
+    def lower_bytes(self) -> int:
+        """Bytes of all segments that are on the lower tier or about to be."""
+        return self._budgets.used_bytes(Tier.LOWER)
 
     @property
     def leftover_bytes(self) -> int:
-        """Bytes of RESERVED segments that this rank could not give back; 0 with one rank."""
+        """Bytes of memory that this rank has beyond what the ranks agreed on; 0 with one rank."""
         return self._runner.leftover_bytes
 
     @property
@@ -175,6 +182,11 @@ class SegmentManager:
     def free_pages(self, group: GroupId) -> int:
         """Free pages of MAPPED segments."""
         return self._tables[group].pages_free
+
+    def has_empty(self, group: GroupId) -> bool:
+        """Whether a MAPPED segment in memory has no used or cached page."""
+        table = self._tables[group]
+        return any(table.segments[segment].tier is Tier.DEVICE for segment in table.empty)
 
     def pending_pages(self, group: GroupId) -> int:
         """Pages that maps under way will add."""
@@ -256,8 +268,8 @@ class SegmentManager:
         Wanted pages are beyond free and pending ones. DRAINING segments that can be revived come
         first, then the lowest RESERVED ids, which get their bytes on `tier`. `take_empty` lets
         empty segments there of groups that want nothing be unmapped to make room. None: all or
-        nothing does not fit the budget (the disk's, for DISK) or the logical space, growth there is
-        paused after a refusal, or nothing is wanted.
+        nothing does not fit the budget (the lower tier's, for LOWER) or the logical space, growth
+        there is paused after a refusal, or nothing is wanted.
         """
         if self._is_paused(tier):
             return None
@@ -268,14 +280,26 @@ class SegmentManager:
     def plan_demotion(
         self, missing_bytes: int, coldest: Sequence[tuple[GroupId, SegmentId]]
     ) -> GrowthPlan | None:
-        """Segments of `coldest`, in this order, that go to disk so that memory gets room.
+        """Segments of `coldest`, in this order, that go to the lower tier: memory gets room.
 
-        Worth at least `missing_bytes` in all, or as many as the disk has room for. Nobody may write
-        to them until the plan has ended. None: there is nothing to move, or no room on disk.
+        Worth at least `missing_bytes` in all, or as many as there is room for below. Nobody may
+        write to them until the plan has ended. None: there is nothing to move, or no room.
         """
-        if self._is_paused(Tier.DISK):
+        if self._is_paused(Tier.LOWER):
             return None
         return segment_plans.plan_demotion(self._tables, self._moment(), missing_bytes, coldest)
+
+    def plan_promotion(
+        self, most_bytes: int, wanted: Sequence[tuple[GroupId, SegmentId]]
+    ) -> GrowthPlan | None:
+        """Segments of `wanted`, in this order, that come back from the lower tier.
+
+        Worth at most `most_bytes`, and no more than the budget has room for. Nobody may write to
+        them until the plan has ended. None: there is nothing to move, no room, or memory pauses.
+        """
+        if self.growth_paused:
+            return None
+        return segment_plans.plan_promotion(self._tables, self._moment(), most_bytes, wanted)
 
     def plan_reserve(self) -> GrowthPlan | None:
         """Segments that bring every group to `reserve_segments` empty or coming ones.
@@ -289,7 +313,7 @@ class SegmentManager:
     def plan_shrink(self, now: float, *, keep: int | None = None) -> GrowthPlan | None:
         """Segments empty for `idle_release_s`, highest ids first, but `keep` (None: reserve).
 
-        Empty ones on disk go at once.
+        Empty ones on the lower tier go at once.
         """
         if not self.backing.elastic:
             return None
@@ -317,7 +341,7 @@ class SegmentManager:
                 table.move(segment, SegmentState.DRAINING, self._now)
             for segment in to_map:
                 table.move(segment, SegmentState.MAPPING, self._now, plan.tier)
-        job = Job(ticket, plan.map, list(plan.unmap), plan.demote, plan.tier)
+        job = Job(ticket, plan.map, list(plan.unmap), plan.demote, plan.promote, plan.tier)
         self._jobs[ticket.number] = job
         self._start_if_ready(job)
         return ticket
@@ -380,7 +404,7 @@ class SegmentManager:
         return Moment(
             number=self._next_number,
             room_bytes=self._budgets.room_bytes(Tier.DEVICE),
-            disk_room_bytes=self._budgets.room_bytes(Tier.DISK),
+            lower_room_bytes=self._budgets.room_bytes(Tier.LOWER),
             revivable=tuple(self._revivable(layout.group) for layout in self.layouts),
             completed_epoch=self._completed_epoch,
             elastic=self.backing.elastic,
@@ -418,11 +442,11 @@ class SegmentManager:
             for segment in segments:
                 if table.segments[segment].last_use_epoch > self._completed_epoch:
                     return
-        on_disk = tuple(
-            tuple(s for s in segments if table.segments[s].tier is Tier.DISK)
+        below = tuple(
+            tuple(s for s in segments if table.segments[s].tier is Tier.LOWER)
             for table, segments in zip(self._tables, job.unmap, strict=True)
         )
-        self._runner.start(job, on_disk)
+        self._runner.start(job, below)
         job.ticket.begun = True
 
     def _take(self, jobs: list[Job], *, block: bool = False) -> None:
@@ -442,15 +466,20 @@ class SegmentManager:
                 table.move(segment, _MAPPED if there else _RESERVED, self._now)
                 table.refused_count += not there
             for segment in result.demoted[g]:
-                table.demote(segment)
-            table.demote_count += len(result.demoted[g])
-            table.demote_ms += result.demote_ms[g]
+                table.change_tier(segment, Tier.LOWER)
+            for segment in result.promoted[g]:
+                table.change_tier(segment, Tier.DEVICE)
+            table.note_moves(
+                (len(result.demoted[g]), result.demote_ms[g]),
+                (len(result.promoted[g]), result.promote_ms[g]),
+            )
             table.map_count += len(result.mapped[g])
             table.unmap_count += len(result.unmapped[g])
             table.map_ms += result.map_ms[g]
             table.unmap_ms += result.unmap_ms[g]
-        if result.refused is not None and (result.disk_refused or any(job.map)):
-            tier = Tier.DISK if result.disk_refused else Tier.DEVICE
+        wanted_memory = any(job.map) or any(job.promote)
+        if result.refused is not None and (result.lower_refused or wanted_memory):
+            tier = Tier.LOWER if result.lower_refused else Tier.DEVICE
             self._budgets.pauses[tier].lengthen(self._now)
         elif any(result.mapped) or any(result.unmapped):
             self._budgets.note_given(self._now)
@@ -460,6 +489,7 @@ class SegmentManager:
             mapped=tuple(result.mapped),
             unmapped=tuple(result.unmapped),
             demoted=tuple(result.demoted),
+            promoted=tuple(result.promoted),
         )
 
     def _map_idle_state(self) -> None:

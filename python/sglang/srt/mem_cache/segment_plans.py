@@ -1,8 +1,8 @@
-"""Which segments to map, unmap, revive or demote: pure choices over the segments' tables.
+"""Which segments to map, unmap, revive or move: pure choices over the segments' tables.
 
 Called by the segment manager alone, which says what the moment is (`Moment`) and applies what comes
 out. Changes nothing, asks no clock and no backing. See docs/kv_segments.md, Note [What the budget
-counts] and Note [The disk tier].
+counts] and Note [The tier below].
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Tables = tuple[SegmentTable, ...]
 class Moment:
     """What plans go by beside the tables: the next plan's number, what is left, what may go.
 
-    `room_bytes` is the budget's, negative above it, `disk_room_bytes` the disk tier's. `revivable`
-    are DRAINING segments whose unmap has not begun, ascending. Forwards up to `completed_epoch` are
-    done. Not `elastic`: memory stays where it is.
+    `room_bytes` is the budget's, negative above it, `lower_room_bytes` the lower tier's.
+    `revivable` are DRAINING segments whose unmap has not begun, ascending. Forwards up to
+    `completed_epoch` are done. Not `elastic`: memory stays where it is.
     """
 
     number: int
     room_bytes: int
-    disk_room_bytes: int
+    lower_room_bytes: int
     revivable: SegmentIdsByGroup
     completed_epoch: int
     elastic: bool
@@ -60,7 +60,7 @@ def plan_growth(
             return None
         revive.append(again)
         fresh.append(ids)
-    room = moment.room_bytes if tier is Tier.DEVICE else moment.disk_room_bytes
+    room = moment.room_bytes if tier is Tier.DEVICE else moment.lower_room_bytes
     missing = bytes_of(tables, fresh) - room
     unmap: SegmentIdsByGroup | None = _nothing(tables)
     if any(fresh) and missing > 0:
@@ -82,7 +82,7 @@ def plan_demotion(
 ) -> GrowthPlan | None:
     """See `SegmentManager.plan_demotion`."""
     chosen: list[list[SegmentId]] = [[] for _ in tables]
-    room = moment.disk_room_bytes
+    room = moment.lower_room_bytes
     for group, segment in coldest:
         table = tables[group]
         size = table.layout.segment_bytes
@@ -97,11 +97,32 @@ def plan_demotion(
     return _plan(tables, moment, PlanReason.DEMOTION, demote=[tuple(some) for some in chosen])
 
 
+def plan_promotion(
+    tables: Tables,
+    moment: Moment,
+    most_bytes: int,
+    wanted: Sequence[tuple[GroupId, SegmentId]],
+) -> GrowthPlan | None:
+    """See `SegmentManager.plan_promotion`."""
+    chosen: list[list[SegmentId]] = [[] for _ in tables]
+    room = min(moment.room_bytes, most_bytes)
+    for group, segment in wanted:
+        table = tables[group]
+        record = table.segments[segment]
+        movable = record.state is SegmentState.MAPPED and record.tier is Tier.LOWER
+        if movable and table.layout.segment_bytes <= room:
+            chosen[group].append(segment)
+            room -= table.layout.segment_bytes
+    if not any(chosen):
+        return None
+    return _plan(tables, moment, PlanReason.PROMOTION, promote=[tuple(some) for some in chosen])
+
+
 def plan_reserve(tables: Tables, moment: Moment, reserve_segments: int) -> GrowthPlan | None:
     """See `SegmentManager.plan_reserve`."""
     fresh: list[tuple[SegmentId, ...]] = []
     for table in tables:
-        in_memory = len(table.empty) - len(_empty_on_disk(table))
+        in_memory = len(table.empty) - len(_empty_below(table))
         there = in_memory + table.count(SegmentState.MAPPING)
         fresh.append(table.lowest_reserved(max(0, reserve_segments - there)) or ())
     if not any(fresh) or bytes_of(tables, fresh) > moment.room_bytes:
@@ -115,12 +136,12 @@ def plan_shrink(
     """See `SegmentManager.plan_shrink`."""
     unmap = []
     for table in tables:
-        since, disk = table.empty, _empty_on_disk(table)
-        excess = max(0, len(since) - len(disk) - keep)
-        # the reserve is the lowest ids; nobody waits for more tokens to come to a disk
-        above = heapq.nlargest(excess, (s for s in since if s not in disk))
+        since, below = table.empty, _empty_below(table)
+        excess = max(0, len(since) - len(below) - keep)
+        # the reserve is the lowest ids; nobody waits for more tokens to come to the lower tier
+        above = heapq.nlargest(excess, (s for s in since if s not in below))
         idle = [s for s in above if now - since[s] >= idle_release_s]
-        unmap.append((*idle, *sorted(disk, reverse=True)))
+        unmap.append((*idle, *sorted(below, reverse=True)))
     return _plan(tables, moment, PlanReason.IDLE, unmap=unmap) if any(unmap) else None
 
 
@@ -136,10 +157,10 @@ def bytes_of(tables: Tables, ids: Sequence[tuple[SegmentId, ...]]) -> int:
     return sum(len(some) * table.layout.segment_bytes for some, table in pairs)
 
 
-def _empty_on_disk(table: SegmentTable) -> set[SegmentId]:
-    if not table.disk_bytes:
+def _empty_below(table: SegmentTable) -> set[SegmentId]:
+    if not table.lower_bytes:
         return set()
-    return {s for s in table.empty if table.segments[s].tier is Tier.DISK}
+    return {s for s in table.empty if table.segments[s].tier is Tier.LOWER}
 
 
 def _empty_of_others(
@@ -177,9 +198,9 @@ def _plan(
     tier: Tier = Tier.DEVICE,
     **kinds: Sequence[tuple[SegmentId, ...]],
 ) -> GrowthPlan:
-    """A plan whose kinds (`map`, `unmap`, `revive`, `demote`) that are not given are empty."""
+    """A plan; of `map`, `unmap`, `revive`, `demote` and `promote`, what is not given is empty."""
     some = {
         kind: tuple(kinds.get(kind, _nothing(tables)))
-        for kind in ("map", "unmap", "revive", "demote")
+        for kind in ("map", "unmap", "revive", "demote", "promote")
     }
     return GrowthPlan(number=moment.number, reason=reason, tier=tier, **some)

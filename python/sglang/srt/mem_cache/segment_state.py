@@ -46,11 +46,12 @@ SegmentIdsByGroup = tuple[tuple[SegmentId, ...], ...]
 
 
 class Tier(enum.Enum):
-    """Where a segment's bytes are. Its state is the same whichever it is: both can be read and
-    written, so pages on either may be taken, shared and given back."""
+    """Where a segment's bytes are: in the device's memory, or in the tier below it, which is the
+    host's memory or the disk as the backing has it. Its state is the same whichever it is: both can
+    be read and written, so pages on either may be taken, shared and given back."""
 
     DEVICE = "device"
-    DISK = "disk"
+    LOWER = "lower"
 
 
 class PlanReason(enum.Enum):
@@ -59,6 +60,7 @@ class PlanReason(enum.Enum):
     START = "start"
     GROWTH = "growth"
     DEMOTION = "demotion"
+    PROMOTION = "promotion"
     RESERVE = "reserve"
     IDLE = "idle"
 
@@ -68,9 +70,9 @@ class GrowthPlan:
     """What `apply` shall do: tuples of segment ids, indexed by group.
 
     `revive` are DRAINING segments whose unmap has not begun: they become MAPPED at once. `unmap`
-    is done first, then `demote` (MAPPED segments that go to disk), then `map`, which gives memory
-    on `tier`. `number` is the manager's count of applied plans: a plan is good only
-    until the next one is applied.
+    is done first, then `demote` (MAPPED segments that go to the lower tier), then `promote` (those
+    that come back), then `map`, which gives memory on `tier`. `number` is the manager's count of
+    applied plans: a plan is good only until the next one is applied.
     """
 
     number: int
@@ -79,6 +81,7 @@ class GrowthPlan:
     unmap: SegmentIdsByGroup
     revive: SegmentIdsByGroup
     demote: SegmentIdsByGroup
+    promote: SegmentIdsByGroup
     tier: Tier = Tier.DEVICE
 
 
@@ -86,8 +89,8 @@ class GrowthPlan:
 class TicketOutcome:
     """What came of a plan. `refused` is the machine's reason, None when all was done.
 
-    `mapped`, `unmapped` and `demoted` are what really happened, by group; after a refusal `mapped`
-    is empty but for memory that could not even be given back.
+    `mapped`, `unmapped`, `demoted` and `promoted` are what really happened, by group; after a
+    refusal `mapped` is empty but for memory that could not even be given back.
     """
 
     number: int
@@ -95,6 +98,7 @@ class TicketOutcome:
     mapped: SegmentIdsByGroup
     unmapped: SegmentIdsByGroup
     demoted: SegmentIdsByGroup
+    promoted: SegmentIdsByGroup
 
     @property
     def succeeded(self) -> bool:
@@ -156,7 +160,7 @@ class Segment:
         self._state = state
 
     def __repr__(self) -> str:
-        where = " on disk" if self.tier is Tier.DISK else ""
+        where = " below" if self.tier is Tier.LOWER else ""
         return (
             f"Segment({self.id} {self._state.value}{where} free={self.pages_free} "
             f"used={self.pages_used} cached={self.pages_cached} epoch={self.last_use_epoch})"
@@ -168,7 +172,8 @@ class SegmentStats:
     """One group's figures. Bytes are of whole segments; `fixed_bytes` back the dump page.
 
     `segments` by state leave out the dump segment; pages are those of MAPPED segments.
-    `mapped_bytes` counts MAPPED and DRAINING segments in memory, `disk_bytes` those on disk.
+    `mapped_bytes` counts MAPPED and DRAINING segments in memory, `lower_bytes` those in the tier
+    below.
     `budget_bytes` is the one budget of all groups, the same number in each.
     """
 
@@ -178,25 +183,27 @@ class SegmentStats:
     pages_used: int
     pages_cached: int
     mapped_bytes: int
-    disk_bytes: int
+    lower_bytes: int
     reserved_bytes: int
     fixed_bytes: int
     budget_bytes: int
     map_count: int
     unmap_count: int
     demote_count: int
+    promote_count: int
     refused_count: int
     map_ms: float
     unmap_ms: float
     demote_ms: float
+    promote_ms: float
 
     def __repr__(self) -> str:
         states = " ".join(f"{state.value}={self.segments[state]}" for state in SegmentState)
-        disk = f"disk={self.disk_bytes} " if self.disk_bytes else ""
+        lower = f"lower={self.lower_bytes} " if self.lower_bytes else ""
         return (
             f"SegmentStats(group={self.group} {states} | pages free={self.pages_free} "
             f"used={self.pages_used} cached={self.pages_cached} | bytes mapped={self.mapped_bytes} "
-            f"{disk}"
+            f"{lower}"
             f"fixed={self.fixed_bytes} budget={self.budget_bytes} | maps={self.map_count} "
             f"unmaps={self.unmap_count} refused={self.refused_count})"
         )
@@ -220,13 +227,15 @@ class SegmentTable:
         self.map_count = 0
         self.unmap_count = 0
         self.demote_count = 0
+        self.promote_count = 0
         self.refused_count = 0
         self.map_ms = 0.0
         self.unmap_ms = 0.0
         self.demote_ms = 0.0
+        self.promote_ms = 0.0
         self._counts = dict.fromkeys(SegmentState, 0)
         self._counts[SegmentState.RESERVED] = layout.max_segments - 1
-        self._on_disk = dict.fromkeys(SegmentState, 0)  # of those in `_counts`
+        self._below = dict.fromkeys(SegmentState, 0)  # of those in `_counts`
         self._returned: set[SegmentId] = set()  # RESERVED ids that have a record
         self._fresh = 1  # ids from here on have no record yet
 
@@ -250,12 +259,12 @@ class SegmentTable:
         return self._bytes(Tier.DEVICE, *_HOLDING)
 
     @property
-    def disk_bytes(self) -> int:
-        """Bytes of all segments that are on disk or about to be."""
-        return self._bytes(Tier.DISK, *_HOLDING)
+    def lower_bytes(self) -> int:
+        """Bytes of all segments that are in the lower tier or about to be."""
+        return self._bytes(Tier.LOWER, *_HOLDING)
 
     def _bytes(self, tier: Tier, *states: SegmentState) -> int:
-        count = sum(self._on_disk[state] for state in states)
+        count = sum(self._below[state] for state in states)
         if tier is Tier.DEVICE:
             count = sum(self._counts[state] for state in states) - count
         return count * self.layout.segment_bytes
@@ -302,18 +311,27 @@ class SegmentTable:
         elif state is SegmentState.MAPPING:
             self._returned.remove(segment_id)
 
-    def demote(self, segment_id: SegmentId) -> None:
-        """Note that a MAPPED segment's bytes went from memory to disk, and its pages with them."""
+    def change_tier(self, segment_id: SegmentId, tier: Tier) -> None:
+        """Note that a MAPPED segment's bytes went to the other tier, and its pages with them."""
         segment = self.segments.get(segment_id)
-        if segment is None or (segment.state, segment.tier) != (SegmentState.MAPPED, Tier.DEVICE):
-            raise InvariantError(f"segment {segment_id} of group {self.layout.group} can't demote")
-        segment.tier = Tier.DISK
-        self._on_disk[SegmentState.MAPPED] += 1
+        there = segment is not None and segment.state is SegmentState.MAPPED
+        if segment is None or not there or segment.tier is tier:
+            group = self.layout.group
+            raise InvariantError(f"segment {segment_id} of group {group} can't go to {tier.value}")
+        segment.tier = tier
+        self._below[SegmentState.MAPPED] += 1 if tier is Tier.LOWER else -1
+
+    def note_moves(self, demoted: tuple[int, float], promoted: tuple[int, float]) -> None:
+        """Count moves between the tiers: (segments, milliseconds) each way."""
+        self.demote_count += demoted[0]
+        self.demote_ms += demoted[1]
+        self.promote_count += promoted[0]
+        self.promote_ms += promoted[1]
 
     def _count(self, segment: Segment, state: SegmentState, by: int) -> None:
         self._counts[state] += by
-        if segment.tier is Tier.DISK:
-            self._on_disk[state] += by
+        if segment.tier is Tier.LOWER:
+            self._below[state] += by
 
     def add_pages(
         self, segment_id: SegmentId, *, used: int, cached: int, now: float, epoch: int
@@ -351,28 +369,30 @@ class SegmentTable:
             pages_used=self.pages_used,
             pages_cached=self.pages_cached,
             mapped_bytes=self.attached_bytes,
-            disk_bytes=self.disk_bytes,
+            lower_bytes=self.lower_bytes,
             reserved_bytes=self.layout.reserved_bytes,
             fixed_bytes=self.layout.fixed_bytes,
             budget_bytes=budget_bytes,
             map_count=self.map_count,
             unmap_count=self.unmap_count,
             demote_count=self.demote_count,
+            promote_count=self.promote_count,
             refused_count=self.refused_count,
             map_ms=self.map_ms,
             unmap_ms=self.unmap_ms,
             demote_ms=self.demote_ms,
+            promote_ms=self.promote_ms,
         )
 
     def check(self) -> None:
         """Recount everything from the records; raises InvariantError where a total differs."""
         counts = dict.fromkeys(SegmentState, 0)
         counts[SegmentState.RESERVED] = self.layout.max_segments - 1 - len(self.segments)
-        on_disk = dict.fromkeys(SegmentState, 0)
+        below = dict.fromkeys(SegmentState, 0)
         free = used = cached = 0
         for segment in self.segments.values():
             counts[segment.state] += 1
-            on_disk[segment.state] += segment.tier is Tier.DISK
+            below[segment.state] += segment.tier is Tier.LOWER
             pages = segment.pages_free + segment.pages_used + segment.pages_cached
             attached = segment.state in (SegmentState.MAPPED, SegmentState.DRAINING)
             if pages != (self.layout.pages_per_segment if attached else 0):
@@ -386,8 +406,8 @@ class SegmentTable:
                 free += segment.pages_free
                 used += segment.pages_used
                 cached += segment.pages_cached
-        if on_disk != self._on_disk or on_disk[SegmentState.RESERVED]:
-            raise InvariantError(f"segments on disk: {self._on_disk} recorded, {on_disk} counted")
+        if below != self._below or below[SegmentState.RESERVED]:
+            raise InvariantError(f"segments below: {self._below} recorded, {below} counted")
         if counts != self._counts:
             raise InvariantError(f"segments per state: {self._counts} recorded, {counts} counted")
         if (free, used, cached) != (self.pages_free, self.pages_used, self.pages_cached):

@@ -37,6 +37,7 @@ from sglang.srt.mem_cache.kv_layout import (
 from sglang.srt.mem_cache.segment_backing.base import Plane
 from sglang.srt.mem_cache.segment_backing.cuda_driver import CudaDriver, DriverError
 from sglang.srt.mem_cache.segment_backing.cuda_vmm import CudaVmmBacking
+from sglang.srt.mem_cache.segment_backing.cuda_vmm_host import CudaVmmHostBacking
 
 GRANULE = 2 << 20
 DEVICE_BYTES = 64 << 20
@@ -54,6 +55,7 @@ class State(NamedTuple):
     reservations: int
     events: int
     unmapped_under_work: int
+    bytes_of_host: int = 0
 
 
 class Device:
@@ -221,6 +223,80 @@ def check_a_refused_unmap_leaves_all_mapped() -> None:
     backing.close()
     left = DEVICE.state()
     assert (left.bytes_of_0, left.mappings, left.reservations) == (0, 0, 0)
+
+
+def _with_host(**options: Any) -> tuple[CudaVmmHostBacking, CudaDriver]:
+    driver = CudaDriver(streams=(COMPUTE_STREAM, 0))
+    backing = CudaVmmHostBacking(
+        driver, margin_bytes=0, host_margin_bytes=0, make_tensor=host_bytes, **options
+    )
+    backing.reserve(*make_spec())
+    return backing, driver
+
+
+def check_segments_go_to_the_host_and_back() -> None:
+    backing, _ = _with_host()
+    backing.map(G0, ids(1, 2))
+    views = [backing.view(layer, plane) for layer in (0, 1) for plane in Plane]
+    slots = GRANULE // 2048
+    for number, view in enumerate(views):
+        view[slots : 3 * slots] = number + 1
+    backing.demote(G0, ids(1))
+    state = DEVICE.state()
+    assert (state.bytes_of_0, state.bytes_of_host) == (8 * GRANULE, 4 * GRANULE)
+    assert backing.lower_bytes() == 4 * GRANULE
+    for number, view in enumerate(views):
+        assert bool((view[slots : 3 * slots] == number + 1).all()), "the same at the same address"
+        view[slots] = 50 + number
+    backing.map_lower(G0, ids(4))
+    views[0][4 * slots] = 7
+    backing.promote(G0, ids(1, 4))
+    state = DEVICE.state()
+    assert (state.bytes_of_0, state.bytes_of_host) == (16 * GRANULE, 0)
+    for number, view in enumerate(views):
+        assert bool((view[slots] == 50 + number).all()), "what was written on the host came along"
+    assert bool((views[0][4 * slots] == 7).all())
+    backing.demote(G0, ids(2))
+    backing.close()
+    left = DEVICE.state()
+    assert (left.bytes_of_0, left.bytes_of_host, left.mappings, left.reservations) == (0, 0, 0, 0)
+
+
+def check_a_move_waits_for_the_streams() -> None:
+    looks: list[float] = []
+
+    def pause(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            DEVICE.end(COMPUTE_STREAM)
+
+    backing, _ = _with_host(pause=pause)
+    backing.map(G0, ids(1))
+    before = DEVICE.state().unmapped_under_work
+    DEVICE.begin(COMPUTE_STREAM, backing.view(0, Plane.KEY).data_ptr() + GRANULE, GRANULE)
+    backing.demote(G0, ids(1))
+    assert len(looks) == 3
+    assert DEVICE.state().unmapped_under_work == before
+    backing.close()
+
+
+def check_a_refused_move_leaves_all_as_it_was() -> None:
+    backing, _ = _with_host()
+    backing.map(G0, ids(1))
+    view, before = backing.view(1, Plane.VALUE), DEVICE.state()
+    view[GRANULE // 2048] = 5
+    calls = ("cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemcpyAsync", "cuStreamSynchronize")
+    for call in (*calls, "cuMemUnmap"):
+        # the scratch range is unmapped four times before the segment's own places are
+        for after in (4, 5) if call == "cuMemUnmap" else (0, 1):
+            if (call, after) == ("cuStreamSynchronize", 1):
+                continue  # it is called once
+            DEVICE.fail(call, after, "UNKNOWN")
+            with pytest.raises(BackingError, match=f"{call} failed with CUDA_ERROR_UNKNOWN"):
+                backing.demote(G0, ids(1))
+            assert DEVICE.state() == before, (call, after)
+            assert bool((view[GRANULE // 2048] == 5).all())
+    backing.close()
 
 
 def check_no_event_is_left_by_a_failure() -> None:

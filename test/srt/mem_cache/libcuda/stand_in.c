@@ -14,13 +14,13 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { NUM_DEVICES = 2, MAX_ITEMS = 4096, MAX_STREAMS = 16 };
+enum { NUM_DEVICES = 2, HOST = NUM_DEVICES, HOST_NODE = 1, MAX_ITEMS = 4096, MAX_STREAMS = 16 };
 static const size_t GRANULE = 2u << 20;
 static const unsigned long long FIRST_HANDLE = 1ull << 40; // no handle fits 32 bits
 
 typedef struct {
     size_t size; // 0: free
-    int device;
+    int device; // or HOST
     int file;
     int is_held; // not yet released
     int num_mappings;
@@ -112,7 +112,8 @@ static int count(const Range *ranges) {
     return found;
 }
 
-// What is left: bytes of each device, mappings, reservations, events; unmaps under work that reads.
+// What is left: bytes of each device, mappings, reservations, events; unmaps under work that reads;
+// bytes of the host.
 TEST_CALL void stand_in_state(unsigned long long *state) {
     pthread_mutex_lock(&lock);
     state[0] = used_bytes(0);
@@ -121,6 +122,7 @@ TEST_CALL void stand_in_state(unsigned long long *state) {
     state[3] = (unsigned long long)count(reservations);
     state[4] = (unsigned long long)num_events;
     state[5] = (unsigned long long)num_violations;
+    state[6] = used_bytes(HOST);
     pthread_mutex_unlock(&lock);
 }
 
@@ -203,6 +205,9 @@ static void drop_if_unused(Handle *handle) {
 static CUresult check_properties(const CUmemAllocationProp *prop) {
     if (prop == NULL || prop->type != CU_MEM_ALLOCATION_TYPE_PINNED) return CUDA_ERROR_INVALID_VALUE;
     if (prop->requestedHandleTypes != CU_MEM_HANDLE_TYPE_NONE) return CUDA_ERROR_NOT_SUPPORTED;
+    if (prop->location.type == CU_MEM_LOCATION_TYPE_HOST_NUMA) {
+        return prop->location.id == HOST_NODE ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+    }
     if (prop->location.type != CU_MEM_LOCATION_TYPE_DEVICE) return CUDA_ERROR_INVALID_VALUE;
     return exists(prop->location.id) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
 }
@@ -226,9 +231,16 @@ CUresult CUDAAPI cuDeviceGet(CUdevice *device, int ordinal) {
 CUresult CUDAAPI cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
     BEGIN();
     REQUIRE(exists(device), CUDA_ERROR_INVALID_DEVICE);
-    REQUIRE(attribute == CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
-            CUDA_ERROR_INVALID_VALUE);
-    *value = getenv("STAND_IN_NO_VMM") == NULL;
+    switch (attribute) {
+    case CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED:
+        *value = getenv("STAND_IN_NO_VMM") == NULL;
+        break;
+    case CU_DEVICE_ATTRIBUTE_HOST_NUMA_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED:
+        *value = getenv("STAND_IN_NO_HOST") == NULL;
+        break;
+    case CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID: *value = HOST_NODE; break;
+    default: return end_call(CUDA_ERROR_INVALID_VALUE);
+    }
     return end_call(CUDA_SUCCESS);
 }
 
@@ -298,8 +310,9 @@ CUresult CUDAAPI cuMemCreate(CUmemGenericAllocationHandle *number, size_t size,
     CUresult checked = check_properties(prop);
     REQUIRE(checked == CUDA_SUCCESS, checked);
     REQUIRE(size && size % GRANULE == 0 && flags == 0, CUDA_ERROR_INVALID_VALUE);
-    int device = prop->location.id;
-    REQUIRE(used_bytes(device) + size <= total_bytes(), CUDA_ERROR_OUT_OF_MEMORY);
+    int is_host = prop->location.type == CU_MEM_LOCATION_TYPE_HOST_NUMA;
+    int device = is_host ? HOST : prop->location.id;
+    REQUIRE(is_host || used_bytes(device) + size <= total_bytes(), CUDA_ERROR_OUT_OF_MEMORY);
     int place = 0;
     while (handles[place].size) place += 1;
     int file = memfd_create("handle", MFD_CLOEXEC);
@@ -347,7 +360,8 @@ CUresult CUDAAPI cuMemSetAccess(CUdeviceptr ptr, size_t size, const CUmemAccessD
         if (!meets(at, ptr, size)) continue;
         REQUIRE(ptr <= at->address && at->address + at->size <= ptr + size,
                 CUDA_ERROR_INVALID_VALUE);
-        REQUIRE(desc->location.id == handles[at->handle].device, CUDA_ERROR_INVALID_DEVICE);
+        int owner = handles[at->handle].device;
+        REQUIRE(owner == HOST || desc->location.id == owner, CUDA_ERROR_INVALID_DEVICE);
         covered += at->size;
     }
     REQUIRE(covered == size, CUDA_ERROR_INVALID_VALUE);
@@ -380,6 +394,46 @@ CUresult CUDAAPI cuMemGetInfo(size_t *free_bytes, size_t *total) {
     REQUIRE(current, CUDA_ERROR_INVALID_CONTEXT);
     *total = total_bytes();
     *free_bytes = *total - used_bytes(current->device);
+    return end_call(CUDA_SUCCESS);
+}
+
+// ---- copies ----------------------------------------------------------------------------------
+
+CUresult CUDAAPI cuStreamCreate(CUstream *stream, unsigned int flags) {
+    BEGIN();
+    REQUIRE(current, CUDA_ERROR_INVALID_CONTEXT);
+    REQUIRE(flags == CU_STREAM_NON_BLOCKING, CUDA_ERROR_NOT_SUPPORTED);
+    *stream = (CUstream)malloc(1);
+    return end_call(CUDA_SUCCESS);
+}
+
+static int is_mapped_throughout(CUdeviceptr address, size_t size) {
+    size_t covered = 0;
+    for (int i = 0; i < MAX_ITEMS; ++i) {
+        const Range *at = &mappings[i];
+        if (!meets(at, address, size)) continue;
+        CUdeviceptr first = at->address > address ? at->address : address;
+        CUdeviceptr end = at->address + at->size < address + size ? at->address + at->size
+                                                                  : address + size;
+        covered += end - first;
+    }
+    return covered == size;
+}
+
+// Done at once; what is not open ends the process, as a kernel's access would end the context.
+CUresult CUDAAPI cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, size_t size, CUstream stream) {
+    BEGIN();
+    REQUIRE(current, CUDA_ERROR_INVALID_CONTEXT);
+    REQUIRE(stream, CUDA_ERROR_INVALID_HANDLE);
+    REQUIRE(is_mapped_throughout(dst, size) && is_mapped_throughout(src, size),
+            CUDA_ERROR_INVALID_VALUE);
+    memcpy((void *)dst, (const void *)src, size);
+    return end_call(CUDA_SUCCESS);
+}
+
+CUresult CUDAAPI cuStreamSynchronize(CUstream stream) {
+    BEGIN();
+    REQUIRE(stream, CUDA_ERROR_INVALID_HANDLE);
     return end_call(CUDA_SUCCESS);
 }
 
@@ -448,6 +502,9 @@ CUresult CUDAAPI cuGetProcAddress(const char *symbol, void **function, int versi
         ENTRY(cuEventRecord),
         ENTRY(cuEventQuery),
         ENTRY(cuEventDestroy),
+        ENTRY(cuStreamCreate),
+        ENTRY(cuMemcpyAsync),
+        ENTRY(cuStreamSynchronize),
         ENTRY(cuGetProcAddress),
     };
     (void)version, (void)flags;

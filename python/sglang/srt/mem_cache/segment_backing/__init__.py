@@ -9,8 +9,9 @@ from pathlib import Path
 
 from sglang.srt.errors import BackingError
 from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, SegmentBacking
-from sglang.srt.mem_cache.segment_backing.cuda_driver import CudaDriver, VmmDriver
+from sglang.srt.mem_cache.segment_backing.cuda_driver import CudaDriver, HostVmmDriver
 from sglang.srt.mem_cache.segment_backing.cuda_vmm import CudaVmmBacking, cuda_bytes
+from sglang.srt.mem_cache.segment_backing.cuda_vmm_host import CudaVmmHostBacking
 from sglang.srt.mem_cache.segment_backing.disk_file import DiskFile
 from sglang.srt.mem_cache.segment_backing.mmap import MmapBacking
 from sglang.srt.mem_cache.segment_backing.mmap_disk import MmapDiskBacking
@@ -32,7 +33,8 @@ def make_backing(
     available_bytes: Callable[[], int] | None = None,
     num_threads: int = 1,
     disk_path: Path | None = None,
-    make_driver: Callable[..., VmmDriver] = CudaDriver,
+    host_tier: bool = False,
+    make_driver: Callable[..., HostVmmDriver] = CudaDriver,
 ) -> SegmentBacking:
     """The backing that `--kv-backing` names; "auto" takes what works best on `device`.
 
@@ -42,14 +44,16 @@ def make_backing(
     memory that is not mapped inaccessible (mmap only). `available_bytes` replaces the system's
     figure of memory that may be taken; on a GPU static and segment_table need it. `num_threads`
     map segments together (mmap only). `disk_path` is the directory of the disk tier (None: there is
-    none), which mmap alone has. `make_driver` replaces the driver of cuda_vmm. Raises
+    none), which mmap alone has. `host_tier`: segments may also lie in the host's memory, which
+    cuda_vmm alone can do. `make_driver` replaces the driver of cuda_vmm. Raises
     BackingError when the machine can't support the kind (the message suggests one that works),
     ValueError for another name.
     """
 
     def cuda_vmm() -> SegmentBacking:
         driver = make_driver(device_index, streams=streams)
-        return CudaVmmBacking(driver, make_tensor=partial(cuda_bytes, device_index))
+        make = CudaVmmHostBacking if host_tier else CudaVmmBacking
+        return make(driver, make_tensor=partial(cuda_bytes, device_index))
 
     def on_mmap() -> SegmentBacking:
         disk = None if disk_path is None else DiskFile(disk_path)
@@ -60,10 +64,16 @@ def make_backing(
 
     if disk_path is not None and (kind not in ("auto", "mmap") or device != "cpu"):
         raise BackingError("only the mmap backing, on a CPU, has a disk tier (--kv-disk-path)")
+    if host_tier and (kind not in ("auto", "cuda_vmm") or device == "cpu"):
+        raise BackingError(
+            "only the cuda_vmm backing, on a GPU, has a host tier (--enable-hierarchical-cache)"
+        )
     if kind == "auto" and device != "cpu":
         try:
             return cuda_vmm()
         except BackingError as error:
+            if host_tier:
+                raise
             logger.warning("KV memory is static, it can't grow or shrink: %s", error)
             kind = "static"
     if kind in ("auto", "mmap"):

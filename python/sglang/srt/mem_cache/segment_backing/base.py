@@ -39,6 +39,10 @@ KV_TORCH_DTYPES: Final = MappingProxyType(
 )
 
 
+# How a message says where the lower tier of that name (`TieredBacking.lower_tier`) is.
+LOWER_PLACES: Final = MappingProxyType({"disk": "on disk", "host": "in host memory"})
+
+
 class SegmentBacking(Protocol):
     """Memory for segments. Views are taken before anything is mapped; two threads may be inside
     at a time, for different segments.
@@ -98,30 +102,41 @@ class SegmentBacking(Protocol):
 
 @runtime_checkable
 class TieredBacking(SegmentBacking, Protocol):
-    """A backing that can keep segments on a slower tier, the disk, under their old addresses.
+    """A backing that can keep segments on a slower tier under their old addresses.
 
     Views reach such segments as they do others, for reading and for writing. `map` and `unmap` are
-    for segments in memory, these for those on disk. See docs/kv_segments.md, Note [The disk tier].
+    for segments in the device's memory, these for those below. `lower_tier` is what lies below:
+    "disk" or "host". `promotes`: a segment that is read below is worth bringing back; False where
+    the system itself keeps in memory what is read. See docs/kv_segments.md, Note [The tier below].
     """
 
-    def map_on_disk(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
-        """Put disk space under unmapped `segments`: all of them, or none and BackingError."""
+    @property
+    def lower_tier(self) -> str: ...
 
-    def unmap_on_disk(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
-        """Give the disk space of `segments` back; their contents are lost.
+    @property
+    def promotes(self) -> bool: ...
 
-        Raises BackingError when the machine refuses: the segments then still count as on disk.
+    def map_lower(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """Put room of the lower tier under unmapped `segments`: all, or none and BackingError."""
+
+    def unmap_lower(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """Give the room of `segments` below back; their contents are lost.
+
+        Raises BackingError when the machine refuses: the segments then still count as there.
         """
 
     def demote(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
-        """Move mapped `segments` from memory to disk with their contents, all or none.
+        """Move mapped `segments` from memory to the lower tier with their contents, all or none.
 
         Others may read them meanwhile, nobody may write. Raises BackingError, and all is as it was,
-        when the disk is full or the machine refuses.
+        when there is no room below or the machine refuses.
         """
 
-    def disk_bytes(self) -> int:
-        """Bytes that the file system says it holds for this backing."""
+    def promote(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """Move `segments` from the lower tier to memory; as `demote` otherwise."""
+
+    def lower_bytes(self) -> int:
+        """Bytes that this backing holds on the lower tier."""
 
 
 @runtime_checkable
@@ -141,6 +156,35 @@ class StagedBacking(SegmentBacking, Protocol):
 
     def discard(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
         """Give back what `prepare` took and nobody will commit."""
+
+
+@runtime_checkable
+class StagedTieredBacking(StagedBacking, TieredBacking, Protocol):
+    """Both: moves are prepared on the background thread and take place between two steps.
+
+    `commit`, `discard` and `unmap` are for either tier. `demote` and `promote` are `prepare_move`
+    and `commit_move` at once. See docs/kv_segments.md, Note [The tier below].
+    """
+
+    def prepare_lower(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """As `prepare`, with room of the lower tier."""
+
+    def prepare_move(
+        self, group: GroupId, segments: Sequence[SegmentId], *, to_lower: bool
+    ) -> None:
+        """Take room on the other tier and copy there, for all of them, or BackingError.
+
+        Readers go on reading where the segments still are; nobody may write until the commit.
+        """
+
+    def commit_move(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """Put the copies in the segments' places, or BackingError and all is as it was.
+
+        Waits for the work that was launched before; none may be launched meanwhile.
+        """
+
+    def discard_move(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """Give back the copies that nobody will commit."""
 
 
 @runtime_checkable

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 from sglang.srt.errors import BackingError
@@ -66,6 +67,29 @@ class VmmDriver(Protocol):
         """Free and total bytes of the device."""
 
 
+class HostVmmDriver(VmmDriver, Protocol):
+    """A driver that also puts the host's memory into address ranges of the device.
+
+    Such handles are mapped, opened, unmapped and released as the device's own.
+    """
+
+    def host_granularity(self) -> int:
+        """Bytes of which the size of a handle on the host must be a multiple.
+
+        Raises BackingError when the device can't have such handles.
+        """
+
+    def create_host_handle(self, length: int) -> int:
+        """Allocate memory of the host, near the device, without an address. It is pinned."""
+
+    def copy(self, parts: Sequence[tuple[int, int, int]]) -> None:
+        """Copy (target, source, length) each between open ranges; returns when all is done.
+
+        Follows no stream: whoever wrote the sources must have ended. After a refusal nothing is
+        being copied any more, and what the targets hold is open.
+        """
+
+
 def _import_api() -> Any:
     try:
         from cuda.bindings import driver
@@ -78,7 +102,7 @@ def _import_api() -> Any:
 
 
 class CudaDriver:
-    """`VmmDriver` over the package cuda-bindings for device `device`.
+    """`HostVmmDriver` over the package cuda-bindings for device `device`.
 
     `streams` are the raw handles of the streams on which work reads the memory; 0 is the legacy
     default stream, which follows all blocking streams. `api` replaces the module
@@ -189,6 +213,53 @@ class CudaDriver:
         result, free, total = self._api.cuMemGetInfo()
         self._check("cuMemGetInfo", result)
         return int(free), int(total)
+
+    def host_granularity(self) -> int:
+        """See HostVmmDriver."""
+        minimum = self._api.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        which = (self._host_properties, minimum)
+        return int(self._call("cuMemGetAllocationGranularity", *which))
+
+    def create_host_handle(self, length: int) -> int:
+        """See HostVmmDriver."""
+        return int(self._call("cuMemCreate", length, self._host_properties, 0))
+
+    def copy(self, parts: Sequence[tuple[int, int, int]]) -> None:
+        """See HostVmmDriver."""
+        self._enter_context()
+        stream = self._copy_stream
+        try:
+            for target, source, length in parts:
+                self._call("cuMemcpyAsync", target, source, length, stream)
+        finally:
+            self._call("cuStreamSynchronize", stream)
+
+    @cached_property
+    def _copy_stream(self) -> Any:
+        """A stream that follows no other, for copies; the current thread is in the context."""
+        flags = self._api.CUstream_flags.CU_STREAM_NON_BLOCKING
+        return self._call("cuStreamCreate", flags)
+
+    @cached_property
+    def _host_properties(self) -> Any:
+        """What a handle on the host is asked for with: the NUMA node next to the device."""
+        attributes = self._api.CUdevice_attribute
+        name = "CU_DEVICE_ATTRIBUTE_HOST_NUMA_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED"
+        supported = getattr(attributes, name, None)  # the package knows it from CUDA 12.3 on
+        if supported is None or not self._call("cuDeviceGetAttribute", supported, self._device):
+            raise BackingError(
+                "this CUDA device, driver or cuda-bindings can't map the host's memory "
+                f"({name} is not set)"
+            )
+        near = attributes.CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID
+        location = self._api.CUmemLocation()
+        location.type = self._api.CUmemLocationType.CU_MEM_LOCATION_TYPE_HOST_NUMA
+        # below 0: the system has no NUMA nodes, and 0 is what NVIDIA then asks for
+        location.id = max(0, int(self._call("cuDeviceGetAttribute", near, self._device)))
+        properties = self._api.CUmemAllocationProp()
+        properties.type = self._api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        properties.location = location
+        return properties
 
     def _call(self, name: str, *args: Any) -> Any:
         """Make a call and return its one value, None when it has none."""

@@ -32,8 +32,8 @@ LONGEST_WAIT_S: Final = 2e-3
 MAX_WAIT_S: Final = 60.0  # for the work that may still read what is to be unmapped
 
 
-class _Piece(NamedTuple):
-    """One handle's place."""
+class Piece(NamedTuple):
+    """One handle's place; the subclass with a tier below uses it too."""
 
     address: int
     length: int
@@ -91,8 +91,8 @@ class CudaVmmBacking:
         self._make_tensor = make_tensor or partial(cuda_bytes, 0)
         self._pause = pause
         self._lock = threading.Lock()  # over the three tables below
-        self._prepared: dict[_Piece, int] = {}  # handles that wait for their mapping
-        self._mapped: dict[_Piece, int] = {}
+        self._prepared: dict[Piece, int] = {}  # handles that wait for their mapping
+        self._mapped: dict[Piece, int] = {}
         self._stuck: list[tuple[int, int]] = []  # (handle, bytes) that the driver did not take back
         self._spec: KVCacheSpec | None = None
         self._layouts: tuple[SegmentLayout, ...] = ()
@@ -128,15 +128,7 @@ class CudaVmmBacking:
     def prepare(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
         """See StagedBacking: creates the handles, after a look at the device's free memory."""
         pieces = self._pieces(group, segments)
-        self._retry_stuck()
-        wanted = sum(piece.length for piece in pieces)
-        free, _ = self._driver.memory_info()
-        if wanted + self._margin_bytes > free:
-            raise BackingError(
-                f"can't map {len(segments)} KV segments: {format_bytes(wanted)} wanted, "
-                f"{format_bytes(free)} free on the device, of which "
-                f"{format_bytes(self._margin_bytes)} are left to the rest of the process"
-            )
+        self._check_free(pieces, len(segments))
         self._create(pieces)
 
     def commit(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
@@ -165,7 +157,7 @@ class CudaVmmBacking:
         with self._lock:
             handles = [(self._mapped[piece], piece.length) for piece in pieces]
         self._await_readers()
-        done: list[_Piece] = []
+        done: list[Piece] = []
         try:
             for piece in pieces:
                 self._driver.unmap(*piece)
@@ -245,10 +237,10 @@ class CudaVmmBacking:
                     length = layout.max_segments * part
                     yield _PlaneRange(layer, plane, layout.group, 0, length, part, fixed)
 
-    def _fixed_pieces(self, plane: _PlaneRange) -> list[_Piece]:
+    def _fixed_pieces(self, plane: _PlaneRange) -> list[Piece]:
         return self._cut(plane.address, plane.fixed_bytes)
 
-    def _pieces(self, group: GroupId, segments: Sequence[SegmentId]) -> list[_Piece]:
+    def _pieces(self, group: GroupId, segments: Sequence[SegmentId]) -> list[Piece]:
         """The handles' places under `segments`, plane by plane. Raises InvariantError."""
         self._check_ids(group, segments)
         return [
@@ -261,11 +253,10 @@ class CudaVmmBacking:
             )
         ]
 
-    def _cut(self, address: int, length: int) -> list[_Piece]:
+    def _cut(self, address: int, length: int) -> list[Piece]:
         step = self._handle_bytes or length
         return [
-            _Piece(address + offset, min(step, length - offset))
-            for offset in range(0, length, step)
+            Piece(address + offset, min(step, length - offset)) for offset in range(0, length, step)
         ]
 
     def _ranges(self, group: GroupId, segments: Sequence[SegmentId]) -> Iterator[tuple[int, int]]:
@@ -292,26 +283,43 @@ class CudaVmmBacking:
 
     # ---- memory --------------------------------------------------------------------------------
 
-    def _create(self, pieces: Sequence[_Piece]) -> None:
-        """A handle for every place, or for none and BackingError."""
+    def _check_free(self, pieces: Sequence[Piece], num_segments: int) -> None:
+        """Raise BackingError when the device has too little for handles in these places."""
+        self._retry_stuck()
+        wanted = sum(piece.length for piece in pieces)
+        free, _ = self._driver.memory_info()
+        if wanted + self._margin_bytes > free:
+            raise BackingError(
+                f"can't map {num_segments} KV segments: {format_bytes(wanted)} wanted, "
+                f"{format_bytes(free)} free on the device, of which "
+                f"{format_bytes(self._margin_bytes)} are left to the rest of the process"
+            )
+
+    def _create(self, pieces: Sequence[Piece], create: Callable[[int], int] | None = None) -> None:
+        """A handle for every place, or for none and BackingError; `create` None: of the device."""
         with self._lock:
             if any(piece in self._prepared or piece in self._mapped for piece in pieces):
                 raise InvariantError("memory was taken for a segment that has some")
-        made: list[int] = []
-        try:
-            for piece in pieces:
-                made.append(self._driver.create_handle(piece.length))
-        except BackingError:
-            self._release(list(zip(made, (piece.length for piece in pieces), strict=False)))
-            raise
+        made = self._new_handles(pieces, create or self._driver.create_handle)
         with self._lock:
             self._prepared.update(zip(pieces, made, strict=True))
 
-    def _attach(self, pieces: Sequence[_Piece], ranges: Iterable[tuple[int, int]]) -> None:
+    def _new_handles(self, pieces: Sequence[Piece], create: Callable[[int], int]) -> list[int]:
+        """A handle for every place, or none and BackingError."""
+        made: list[int] = []
+        try:
+            for piece in pieces:
+                made.append(create(piece.length))
+        except BackingError:
+            self._release(list(zip(made, (piece.length for piece in pieces), strict=False)))
+            raise
+        return made
+
+    def _attach(self, pieces: Sequence[Piece], ranges: Iterable[tuple[int, int]]) -> None:
         """Map prepared handles and open `ranges`, or undo all, release them and raise."""
         with self._lock:
             handles = {piece: self._prepared[piece] for piece in pieces}
-        done: list[_Piece] = []
+        done: list[Piece] = []
         try:
             for piece, handle in handles.items():
                 self._driver.map(*piece, handle)
@@ -329,14 +337,14 @@ class CudaVmmBacking:
             for piece in pieces:
                 self._mapped[piece] = self._prepared.pop(piece)
 
-    def _undo(self, mapped: Iterable[_Piece]) -> None:
+    def _undo(self, mapped: Iterable[Piece]) -> None:
         for piece in mapped:
             try:
                 self._driver.unmap(*piece)
             except BackingError as error:
                 raise InvariantError(f"a mapping can't be undone: {error}") from error
 
-    def _restore(self, unmapped: Iterable[_Piece]) -> None:
+    def _restore(self, unmapped: Iterable[Piece]) -> None:
         """Map again what an unmap had taken away before it was refused."""
         try:
             for piece in unmapped:

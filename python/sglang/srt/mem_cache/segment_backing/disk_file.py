@@ -3,7 +3,7 @@
 A byte of the range has one place in the file, so that neighbouring segments on disk are one
 mapping of the system's, and a segment that comes back to disk needs no look for room. Owned by the
 mmap backing; decides nothing. The file has no name: whatever ends the process, the space is free
-again. See docs/kv_segments.md, Note [The disk tier].
+again. See docs/kv_segments.md, Note [The tier below].
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Either way it lies at the same addresses, so nothing above the backing knows which, and the system
 reads what is on disk when it is touched and keeps as much of it in memory as nobody else wants.
-Called by the segment manager only. See docs/kv_segments.md, Note [The disk tier].
+Called by the segment manager only. See docs/kv_segments.md, Note [The tier below].
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from sglang.srt.utils.sizes import format_bytes
 class MmapDiskBacking(MmapBacking):
     """`MmapBacking` whose segments may also lie in `disk`, which it owns from here on."""
 
+    lower_tier = "disk"
+    promotes = False  # the system keeps in memory what is read
+
     def __init__(self, disk: DiskFile, **options: Unpack[MmapOptions]) -> None:
         super().__init__(**options)
         self._disk = disk
@@ -35,7 +38,7 @@ class MmapDiskBacking(MmapBacking):
             self.close()
             raise
 
-    def map_on_disk(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+    def map_lower(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
         """See TieredBacking. New segments read zero."""
         ranges = list(self._ranges(group, self._runs(group, segments)))
         mapped: list[tuple[int, int]] = []
@@ -51,7 +54,7 @@ class MmapDiskBacking(MmapBacking):
             self._give_space(ranges)
             raise BackingError(f"can't map {_many(segments)} on disk: {error}") from error
 
-    def unmap_on_disk(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+    def unmap_lower(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
         """See TieredBacking. The space is back with the file system when this returns."""
         ranges = list(self._plane_ranges(group, self._runs(group, segments)))
         done: list[tuple[int, int]] = []
@@ -86,8 +89,27 @@ class MmapDiskBacking(MmapBacking):
             self._give_space(spans)
             raise BackingError(f"can't move {_many(segments)} to disk: {error}") from error
 
-    def disk_bytes(self) -> int:
-        """See TieredBacking."""
+    def promote(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
+        """See TieredBacking. The disk space is back with the file system when this returns."""
+        ranges = list(self._plane_ranges(group, self._runs(group, segments)))
+        copies: list[tuple[int, int, int]] = []  # where a copy is, its place, its length
+        self._check_headroom(sum(length for _, _, length in ranges))
+        try:
+            for plane, address, length in ranges:
+                copies.append((self._copy_of(address, length, huge=plane.huge), address, length))
+        except OSError as error:
+            for copy, _, length in copies:
+                self._calls.release(copy, length)
+            raise BackingError(f"can't move {_many(segments)} from disk: {error}") from error
+        try:
+            for copy, address, length in copies:
+                self._calls.move(copy, length, address)
+        except OSError as error:
+            raise InvariantError(f"KV memory on disk can't be had back: {error}") from error
+        self._give_space([(address, length) for _, address, length in ranges])
+
+    def lower_bytes(self) -> int:
+        """See TieredBacking: what the file system says that it holds."""
         return self._disk.stored_bytes()
 
     def close(self) -> None:
@@ -138,13 +160,21 @@ class MmapDiskBacking(MmapBacking):
         Raises InvariantError when it can't: the memory would be counted twice from here on.
         """
         try:
-            copy = self._calls.reserve(length)
+            self._calls.move(self._copy_of(address, length, huge=huge), length, address)
+        except OSError as error:
+            raise InvariantError(f"KV memory on disk can't be had back: {error}") from error
+
+    def _copy_of(self, address: int, length: int, *, huge: bool) -> int:
+        """Private memory elsewhere with a range's bytes on disk; its address. Raises OSError."""
+        copy = self._calls.reserve(length)
+        try:
             self._calls.protect(copy, length, accessible=True)
             self._advise(copy, length, huge=huge)
             self._disk.read_into(copy, address - self._base, length)
-            self._calls.move(copy, length, address)
-        except OSError as error:
-            raise InvariantError(f"KV memory on disk can't be had back: {error}") from error
+        except OSError:
+            self._calls.release(copy, length)
+            raise
+        return copy
 
 
 def _many(segments: Sequence[SegmentId]) -> str:
