@@ -68,7 +68,7 @@ def test_two_ranks_answer_as_one(model: Model, flags: dict[str, object]) -> None
 
 def test_two_ranks_over_memory_and_disk_answer_as_one(model: Model, tmp_path: Path) -> None:
     """Each has a file of its own; the same segments move on both."""
-    path, expected, budget = model
+    path, expected, _ = model
     flags: dict[str, object] = {
         "page_size": 16,
         "kv_segment_size": 16,
