@@ -180,6 +180,79 @@ def test_segments_can_begin_on_disk(tmp_path: Path) -> None:
         assert backing.lower_bytes() == 0
 
 
+def test_contents_come_back_to_memory_and_the_space_goes(tmp_path: Path) -> None:
+    with opened(tmp_path) as (backing, layout):
+        backing.map(G, ids(1, 2, 3))
+        fill(backing, layout, 1, 2, 3)
+        mappings, resident = mappings_of(backing), backing.resident_bytes()
+        backing.demote(G, ids(1, 3))
+        fill(backing, layout, 3)
+        before = backing.lower_bytes()
+        backing.promote(G, ids(3))
+        assert holds(backing, layout, 1, 2, 3)
+        assert backing.lower_bytes() <= before - layout.segment_bytes
+        backing.promote(G, ids(1))
+        assert holds(backing, layout, 1, 2, 3)
+        assert backing.lower_bytes() == 0
+        assert backing.resident_bytes() == resident
+        assert mappings_of(backing) <= mappings + 2 * 8, "each part that came is by itself"
+        backing.unmap(G, ids(1, 2, 3))
+        backing.map(G, ids(1))
+        fill(backing, layout, 1)
+        assert holds(backing, layout, 1)
+
+
+class Unreadable(DiskFile):
+    """Fails to read once it was asked so many times."""
+
+    left = -1
+
+    def read_into(self, address: int, offset: int, length: int) -> None:
+        if self.left == 0:
+            raise OSError(errno.EIO, "read: refused")
+        self.left -= 1
+        super().read_into(address, offset, length)
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_read_that_fails_leaves_the_segments_on_disk(tmp_path: Path, after: int) -> None:
+    disk = Unreadable(tmp_path)
+    with opened(tmp_path, disk=disk) as (backing, layout):
+        backing.map(G, ids(2))
+        fill(backing, layout, 2)
+        backing.demote(G, ids(2))
+        stored, lines = backing.lower_bytes(), len(Path("/proc/self/maps").read_text().splitlines())
+        disk.left = after
+        with pytest.raises(BackingError, match=r"can't move 1 KV segments from disk: .*refused"):
+            backing.promote(G, ids(2))
+        assert backing.lower_bytes() == stored
+        assert len(Path("/proc/self/maps").read_text().splitlines()) <= lines, "copies are gone"
+        disk.left = -1
+        assert holds(backing, layout, 2)
+        backing.promote(G, ids(2))
+        assert holds(backing, layout, 2)
+
+
+def test_what_memory_has_no_room_for_stays_on_disk(tmp_path: Path) -> None:
+    available = [1 << 40]
+    backing = MmapDiskBacking(
+        DiskFile(tmp_path), available_bytes=lambda: available[0], margin_bytes=0
+    )
+    (layout,) = small_layouts()
+    backing.reserve(SPEC, (layout,))
+    try:
+        backing.map(G, ids(1, 2))
+        fill(backing, layout, 1, 2)
+        backing.demote(G, ids(1, 2))
+        available[0] = 2 * layout.segment_bytes - 1
+        with pytest.raises(BackingError, match="wanted"):
+            backing.promote(G, ids(1, 2))
+        backing.promote(G, ids(2))
+        assert holds(backing, layout, 1, 2)
+    finally:
+        backing.close()
+
+
 def test_neighbours_on_disk_are_one_mapping_and_leave_none_behind(tmp_path: Path) -> None:
     with opened(tmp_path) as (backing, layout):
         backing.map(G, ids(*range(1, 17)))

@@ -90,7 +90,10 @@ class MmapDiskBacking(MmapBacking):
             raise BackingError(f"can't move {_many(segments)} to disk: {error}") from error
 
     def promote(self, group: GroupId, segments: Sequence[SegmentId]) -> None:
-        """See TieredBacking. The disk space is back with the file system when this returns."""
+        """See TieredBacking. The disk space is back with the file system when this returns.
+
+        What came back stays a mapping of the system's of its own, so this is for few segments.
+        """
         ranges = list(self._plane_ranges(group, self._runs(group, segments)))
         copies: list[tuple[int, int, int]] = []  # where a copy is, its place, its length
         self._check_headroom(sum(length for _, _, length in ranges))
