@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 Int32Array = npt.NDArray[np.int32]
 BitArray = npt.NDArray[np.uint8]
 
-# The translator of EBNF is Python and holds the interpreter: half a second for so much.
-MAX_EBNF_CHARS = 1 << 16
 # Of one grammar: a state takes one or two kilobytes. The other limits are the library's.
 _MAX_LEXER_STATES = 50_000
 _MESSAGE_CHARS = 400
@@ -134,7 +132,9 @@ class TokenMatcher:
 
 
 def compile_grammar(constraint: Constraint, vocabulary: Vocabulary, style: JsonStyle) -> Grammar:
-    """Compile; takes a millisecond, or up to seconds for a huge schema, without the interpreter.
+    """Compile; takes a millisecond, or many seconds for a huge schema, without the interpreter.
+
+    A schema whose references form a long chain needs a large stack: see `GrammarCompiler`.
 
     Raises RequestError (400) saying what is wrong with the constraint or not supported of it.
     """
@@ -181,10 +181,6 @@ def _library_grammar(constraint: Constraint, style: JsonStyle) -> str:
             elif style.whitespace_pattern is not None:
                 overrides["whitespace_pattern"] = style.whitespace_pattern
             return str(LLMatcher.grammar_from_json_schema(text, overrides=overrides))
-        if len(text) > MAX_EBNF_CHARS:
-            raise RequestError(
-                f"ebnf has {len(text)} characters, at most {MAX_EBNF_CHARS} are served."
-            )
         return str(grammar_from("ebnf", text))
     except ValueError as error:
         raise _refusal(kind, str(error)) from error
