@@ -165,6 +165,30 @@ def test_an_abort_finds_a_request_that_waits(message: VocabularyReq) -> None:
     assert not harness.scheduler.busy
 
 
+def test_what_nobody_waits_for_is_not_compiled(message: VocabularyReq) -> None:
+    workshop = Workshop(holds=True)
+    harness, queue = harness_of(message, workshop)
+    for number in range(8):
+        harness.send(f"r{number}", PROMPT, max_new=1, params={"regex": f"a{{{number + 1}}}"})
+    harness.send("twin", PROMPT, max_new=1, params={"regex": "a{8}"})
+    harness.turn(2)
+    for number in range(8):
+        harness.abort(f"r{number}")
+    harness.turn()
+    begun = compiler_module.NUM_THREADS
+    assert len(queue._compiling) <= begun + 1, "those under way, and the one of the twin"
+    workshop.go.set()
+    let_compile(queue, harness)
+    harness.run()
+    assert harness.final("twin").type == "length"
+    assert "a{8}" in workshop.compiled
+    assert len(workshop.compiled) <= begun + 1
+    harness.send("last", PROMPT, max_new=1, params={"regex": "b"})
+    let_compile(queue, harness)
+    harness.run()
+    assert not queue._compiling
+
+
 def test_a_request_that_ended_takes_no_verdict(message: VocabularyReq) -> None:
     """The abort and the verdict reach the same turn."""
     workshop = Workshop()

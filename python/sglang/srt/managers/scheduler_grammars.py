@@ -26,6 +26,14 @@ MAX_KEPT = 64
 
 
 @dataclass(slots=True)
+class _Compilation:
+    """One under way, or done and not yet taken, and how many requests wait for it."""
+
+    future: Future[Grammar]
+    num_waiting: int = 0
+
+
+@dataclass(slots=True)
 class _Waiting:
     """A request, what it waits for, and whether its verdict is on its way."""
 
@@ -48,7 +56,7 @@ class GrammarQueue:
         self._compiler = compiler
         self._limit_s = limit_s
         self._kept: OrderedDict[Constraint, Grammar] = OrderedDict()
-        self._compiling: dict[Constraint, Future[Grammar]] = {}
+        self._compiling: dict[Constraint, _Compilation] = {}
         self._waiting: dict[str, _Waiting] = {}  # by rid, in order of arrival
 
     def __len__(self) -> int:
@@ -69,13 +77,15 @@ class GrammarQueue:
             self._kept.move_to_end(constraint)
             req.grammar = kept
             return True
-        future = self._compilation(constraint)
-        self._waiting[req.rid] = _Waiting(req, constraint, future, now + self._limit_s)
+        compilation = self._compilation(constraint)
+        compilation.num_waiting += 1
+        deadline = now + self._limit_s
+        self._waiting[req.rid] = _Waiting(req, constraint, compilation.future, deadline)
         return False
 
     def discard(self, req: Req) -> bool:
         """Hold a request no longer that ends; False: it was not held."""
-        return self._waiting.pop(req.rid, None) is not None
+        return self._let_go(req.rid) is not None
 
     def decided(self, now: float) -> list[GrammarVerdict]:
         """What has become of requests since the last call, in order of arrival; each once.
@@ -95,7 +105,7 @@ class GrammarQueue:
 
         Waits where this rank is slower.
         """
-        entry = self._waiting.pop(rid, None)
+        entry = self._let_go(rid)
         if entry is None:
             return None
         entry.req.grammar = self._kept[entry.constraint] = entry.future.result()
@@ -104,20 +114,35 @@ class GrammarQueue:
             self._kept.popitem(last=False)
         return entry.req
 
-    def _compilation(self, constraint: Constraint) -> Future[Grammar]:
+    def _let_go(self, rid: str) -> _Waiting | None:
+        """Forget a request that waits, and a compilation that nobody waits for any more.
+
+        One that has begun can't be stopped: it stays, for whoever comes while it goes on.
+        """
+        entry = self._waiting.pop(rid, None)
+        if entry is None:
+            return None
+        compilation = self._compiling[entry.constraint]
+        compilation.num_waiting -= 1
+        if compilation.num_waiting == 0 and (entry.future.done() or entry.future.cancel()):
+            del self._compiling[entry.constraint]
+        return entry
+
+    def _compilation(self, constraint: Constraint) -> _Compilation:
         """The one under way or not yet taken for a constraint, or a new one."""
-        wanted = {entry.future for entry in self._waiting.values()}
-        for known, future in list(self._compiling.items()):
-            if future.done() and future not in wanted:
-                del self._compiling[known]
         found = self._compiling.get(constraint)
-        if found is not None:
+        if found is not None and (found.num_waiting or not found.future.done()):
             return found
+        for known, one in list(self._compiling.items()):
+            if one.num_waiting == 0 and one.future.done():
+                del self._compiling[known]
         if self._compiler is None:
             failed: Future[Grammar] = Future()
             failed.set_exception(RequestError("Constraints are not served here."))
-            return failed
-        started = self._compiling[constraint] = self._compiler.start(constraint)
+            started = _Compilation(failed)
+        else:
+            started = _Compilation(self._compiler.start(constraint))
+        self._compiling[constraint] = started
         return started
 
     def _verdict(self, rid: str, entry: _Waiting) -> GrammarVerdict:
