@@ -150,9 +150,10 @@ def test_unwanted_tokens_are_hidden_while_others_are_left(
     matcher = compiled(vocabulary, "regex", "a{1,2}").matcher()
     matcher.accept(token_of(tokenizer, "a"))
     assert END in allowed(matcher)
-    assert END not in allowed(matcher, unwanted=(END,))
+    assert END not in allowed(matcher, stops=(END,))
+    assert END not in allowed(matcher, stops=())  # ignore_eos: it ends the text all the same
     matcher.accept(token_of(tokenizer, "a"))
-    assert allowed(matcher, unwanted=(END,)) == {END}  # the grammar is stronger
+    assert allowed(matcher, stops=(END,)) == {END}  # the grammar is stronger
 
 
 def test_a_token_that_is_not_allowed_is_an_error(

@@ -221,6 +221,8 @@ def test_ends_and_limits(path: str, tokenizer: Tokenizer, message: VocabularyReq
         engine.send("eos", prompt, regex="[0-9]{3}", ignore_eos=True)
         engine.send("least", prompt, regex="[0-9]{3}", min_new_tokens=20, **stops())
         engine.send("more", prompt, regex="[0-9]{3,30}", min_new_tokens=12, **stops())
+        wants_end = {"ignore_eos": True, "logit_bias": {END: 100.0}}
+        engine.send("on", prompt, regex="[0-9]{3,30}", min_new_tokens=12, **wants_end)
         engine.send("short", prompt, regex="[0-9]{30}", max_new_tokens=2, **stops())
         engine.send("broken", prompt, regex="(a", **stops())
         engine.send("none", prompt, max_new_tokens=0, regex="a+", **stops())
@@ -230,6 +232,7 @@ def test_ends_and_limits(path: str, tokenizer: Tokenizer, message: VocabularyReq
             assert re.fullmatch("[0-9]{3}", tokenizer.decode(engine.output(rid)))
             assert reasons[rid] == FinishReason("stop", matched=END)
         assert len(engine.output("more")) > 12
+        assert len(engine.output("on")) == 13
         assert reasons["short"] == FinishReason("length", length=2)
         assert reasons["none"] == FinishReason("length", length=0)
         assert reasons["broken"].status_code == 400

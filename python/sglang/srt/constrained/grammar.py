@@ -97,10 +97,11 @@ class TokenMatcher:
         self._is_over = False
         self.error: str | None = None
 
-    def hidden(self, unwanted: Sequence[int] = ()) -> BitArray | None:
+    def hidden(self, stops: Sequence[int] | None = None) -> BitArray | None:
         """A 1 for each token that may not follow, uint8 [V]; None when all may.
 
-        `unwanted` tokens are hidden as well, unless nothing else is left.
+        Where `stops` is given (min_new_tokens is not reached), those tokens and the ends of a text
+        are hidden as well, unless nothing else is left.
         """
         if self._is_over or self.error is not None:
             return None
@@ -110,9 +111,9 @@ class TokenMatcher:
             return None
         bits = np.unpackbits((~self._words).view(np.uint8), bitorder="little")
         bits = bits[: self._vocab_size]
-        if len(unwanted):
+        if stops is not None:
             fewer = bits.copy()
-            fewer[unwanted] = 1
+            fewer[[*stops, *(i for i in self._end_ids if i < self._vocab_size)]] = 1
             if not fewer.all():
                 return fewer
         return bits
