@@ -75,6 +75,11 @@ class HarmonyParser:
         """True while what comes is reasoning."""
         return self._state is _State.BODY and self._kind is _Kind.REASONING
 
+    @property
+    def is_open(self) -> bool:
+        """True while what came may be the beginning of reasoning or not: headers are neither."""
+        return False
+
     def feed(self, text: str) -> list[Event]:
         """See `TextParser`."""
         self._buffer += text

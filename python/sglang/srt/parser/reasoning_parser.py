@@ -16,6 +16,7 @@ from sglang.srt.function_call.core_types import (
     held_length,
     merged,
 )
+from sglang.srt.sampling.sampling_params import ReasoningFirst
 
 _WHITESPACE = " \t\n\r"
 THINK, END_THINK = "<think>", "</think>"
@@ -49,6 +50,21 @@ def begins_inside(form: ReasoningFormat, prompt: str, continued: str) -> bool:
     return form.begins_inside and not end.endswith(END_THINK)
 
 
+def reasoning_first(name: str | None, prompt: str, continued: str) -> ReasoningFirst | None:
+    """The reasoning before an answer that is held to a constraint; None: there is none.
+
+    `name` is the parser's. An answer whose prompt leaves it open may begin with <think>. None for
+    gpt-oss, too: its answers are held from their first character.
+    """
+    form = REASONING_FORMATS.get(name or "")
+    if form is None or prompt[-32:].rstrip(_WHITESPACE).endswith(END_THINK):
+        return None
+    inside = begins_inside(form, prompt, continued)
+    if continued and not inside:
+        return None
+    return ReasoningFirst(THINK, END_THINK, inside)
+
+
 class _State(enum.Enum):
     START = enum.auto()  # only white space so far; not known whether it begins with <think>
     INSIDE_START = enum.auto()  # the same, but reasoning in any case
@@ -63,17 +79,24 @@ class ReasoningParser:
 
     White space beside the markers is dropped with them; `verbatim` keeps both, as reasoning.
     Without <think> at its beginning an answer that does not begin inside is content, unchanged.
+    `held`: what follows </think> is held to a constraint, so that white space there is content.
     """
 
-    def __init__(self, *, inside: bool, verbatim: bool = False) -> None:
+    def __init__(self, *, inside: bool, verbatim: bool = False, held: bool = False) -> None:
         self._state = _State.INSIDE_START if inside else _State.START
         self._verbatim = verbatim
+        self._behind_state = _State.OUTSIDE if held else _State.OUTSIDE_START
         self._buffer = ""
 
     @property
     def is_reasoning(self) -> bool:
         """True while what comes is reasoning."""
         return self._state in (_State.INSIDE_START, _State.INSIDE_SPACE, _State.INSIDE)
+
+    @property
+    def is_open(self) -> bool:
+        """True while what came may be the beginning of reasoning or not."""
+        return self._state is _State.START and bool(self._buffer)
 
     def feed(self, text: str) -> list[Event]:
         """See `TextParser`."""
@@ -128,7 +151,7 @@ class ReasoningParser:
         out.append(Reasoning(thought))
         self._buffer = self._buffer[len(thought) :]
         self._drop(at - len(thought) + len(END_THINK), out)
-        self._state = _State.OUTSIDE_START
+        self._state = self._behind_state
         return True
 
     def _behind(self, out: list[Event]) -> bool:

@@ -26,6 +26,18 @@ class Constraint(msgspec.Struct, frozen=True, array_like=True):
     text: str
 
 
+class ReasoningFirst(msgspec.Struct, frozen=True, array_like=True):
+    """Reasoning that a text begins with, before it is held to its constraint.
+
+    It ends with the text `end`. `inside`: the text is reasoning from its first character; else it
+    is if it begins with `begin`.
+    """
+
+    begin: str
+    end: str
+    inside: bool
+
+
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """SGLang's sampling parameters.
 
@@ -33,7 +45,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limit. `stop` holds stop strings; `stop_token_ids` ends a request when sampled (ignored under
     `ignore_eos`, as end-of-text ids are). `sampling_seed` None means one drawn by the scheduler.
     `logit_bias` maps token id to an addend of the logit. At most one of `json_schema` (a schema as
-    JSON text), `regex` and `ebnf` says what the whole generated text must match.
+    JSON text), `regex` and `ebnf` says what the whole generated text must match, or what follows
+    `reasoning` (None: there is none), which the doors set and no client.
     """
 
     max_new_tokens: int | None = 128
@@ -57,6 +70,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     json_schema: str | None = None
     regex: str | None = None
     ebnf: str | None = None
+    reasoning: ReasoningFirst | None = None
 
     @property
     def constraint(self) -> Constraint | None:

@@ -11,6 +11,7 @@ import pytest
 
 from sglang.srt.entrypoints.openai.tool_fields import forced_schema
 from sglang.srt.errors import RequestError
+from sglang.srt.sampling.sampling_params import ReasoningFirst
 from srt.entrypoints.fake_service import LiveServer
 
 TOOLS: list[Any] = [
@@ -269,7 +270,7 @@ def named(name: str) -> dict[str, Any]:
 
 def test_a_forced_answer_is_held_to_be_calls(tmp_path: Any) -> None:
     """Without a parser, too: what a forced call looks like is not the model's to say."""
-    with LiveServer(tmp_path, reasoning_parser="deepseek-r1") as plain:
+    with LiveServer(tmp_path) as plain:
         plain.service.answer = '[{"name": "get_time", "parameters": {}}]'
         (choice,) = chat(plain, tools=TOOLS, tool_choice="required").json()["choices"]
         body = {"tools": TOOLS, "tool_choice": named("get_time"), "parallel_tool_calls": True}
@@ -286,6 +287,64 @@ def test_a_forced_answer_is_held_to_be_calls(tmp_path: Any) -> None:
     assert of_any[0]["properties"]["parameters"] == TOOLS[0]["function"]["parameters"]
     assert [one["properties"]["name"]["const"] for one in of_one] == ["get_time"]
     assert ("maxItems" in schemas[0], schemas[1]["maxItems"]) == (False, 1)
+
+
+@pytest.mark.parametrize("parser", ["deepseek-r1", "qwen3"])
+def test_reasoning_comes_before_a_forced_call(tmp_path: Any, parser: str) -> None:
+    calls = '[{"name": "get_time", "parameters": {}}]'
+    begin = "<think>" if parser == "qwen3" else ""
+    body = {"tools": TOOLS, "tool_choice": "required"}
+    with LiveServer(tmp_path, reasoning_parser=parser) as thinking:
+        thinking.service.answer = f"{begin}Which? [1]\n</think>{calls}"
+        (choice,) = chat(thinking, **body).json()["choices"]
+        deltas = [one["delta"] for one in stream(thinking, **body)]
+        as_written = chat(thinking, **body, separate_reasoning=False).json()["choices"][0]
+        requests = list(thinking.service.requests)
+    for request in requests:
+        assert request.sampling_params.reasoning == ReasoningFirst(
+            "<think>", "</think>", inside=parser == "deepseek-r1"
+        )
+        assert request.kept_special_tokens == ("<think>", "</think>")
+    message = choice["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Which? [1]", None)
+    assert message["tool_calls"][0]["function"]["name"] == "get_time"
+    assert choice["finish_reason"] == "tool_calls"
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Which? [1]"
+    assert next(d["tool_calls"][0]["index"] for d in deltas if "tool_calls" in d) == 0
+    assert as_written["message"]["content"] == f"{begin}Which? [1]\n</think>"
+    assert as_written["message"]["tool_calls"][0]["function"]["name"] == "get_time"
+
+
+def test_reasoning_comes_before_a_held_text(tmp_path: Any) -> None:
+    """White space behind the marker is the text's, and the prompt may say that there is none."""
+    body = {"regex": " [0-9]+"}
+    with LiveServer(tmp_path, reasoning_parser="qwen3") as thinking:
+        for thought in ("<think>Hm.</think>", ""):
+            thinking.service.answer = thought + " 42"
+            (choice,) = chat(thinking, **body).json()["choices"]
+            assert choice["message"]["content"] == " 42"
+            assert choice["message"]["reasoning_content"] == ("Hm." if thought else None)
+        reply = chat(thinking, **body, separate_reasoning=False).json()
+        assert reply["choices"][0]["message"]["content"] == " 42"
+        thinking.service.answer = "<think>Hm.</think> 42"
+        reply = chat(thinking, **body, separate_reasoning=False).json()
+        assert reply["choices"][0]["message"]["content"] == "<think>Hm.</think> 42"
+        assert reply["usage"]["reasoning_tokens"] == len("<think>Hm.</think>")
+        chat(thinking)
+        last = {"role": "assistant", "content": "<think>x</think>"}
+        goes_on = [{"role": "user", "content": "?"}, last]
+        chat(thinking, **body, messages=goes_on, continue_final_message=True)
+        reasoning = [r.sampling_params.reasoning for r in thinking.service.requests]
+    assert [one is None for one in reasoning] == [False] * 4 + [True] * 2
+
+
+def test_gpt_oss_is_held_from_the_first_character(tmp_path: Any) -> None:
+    with LiveServer(tmp_path, reasoning_parser="gpt-oss") as channels:
+        channels.service.answer = "{}"
+        fields = {"response_format": {"type": "json_object"}}
+        (choice,) = chat(channels, **fields).json()["choices"]
+        assert choice["message"]["content"] == "{}"
+        assert channels.service.requests[-1].sampling_params.reasoning is None
 
 
 def test_an_answer_held_to_a_schema_is_content(server: LiveServer) -> None:

@@ -100,6 +100,7 @@ class ChatServing(OpenAIServing):
             is_held=params.constraint is not None,
             is_forced=tools.forced_schema is not None,
         )
+        params = msgspec.structs.replace(params, reasoning=form.held_reasoning)
         head, rid, extra_key = call_ids(body)
         request = GenerateRequest(
             rid=rid,
