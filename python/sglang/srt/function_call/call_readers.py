@@ -17,7 +17,7 @@ from sglang.srt.function_call.core_types import (
     Event,
     ToolSchemas,
 )
-from sglang.srt.function_call.json_scan import ArgumentsReader, JsonScanner, Step
+from sglang.srt.function_call.json_scan import ArgumentsReader, JsonScanner, Step, sendable
 
 _WHITESPACE = " \t\n\r"
 _ARGUMENT_KEYS = ("arguments", "parameters")
@@ -144,8 +144,8 @@ class JsonCallReader:
     def _note_value(self, text: str, out: list[Event]) -> bool:
         """Take in a whole value; False when the call can't have it."""
         if self._key == "name":
-            name = json.loads(text)
-            if self._name is not None or not isinstance(name, str) or name not in self._tools:
+            name = json.loads(text) if text.startswith('"') else None
+            if self._name is not None or name is None or name not in self._tools:
                 return False
             self._name = name
             if self._has_arguments:
@@ -176,16 +176,17 @@ class JsonCallReader:
 
 def _written_arguments(text: str) -> str | None:
     """Arguments whose value is no object: null is none of them, a string may hold the object."""
-    value = json.loads(text)
-    if value is None:
+    if text == "null":
         return "{}"
-    if not isinstance(value, str):
+    if not text.startswith('"'):
         return None
-    try:
-        is_object = isinstance(json.loads(value), dict)
-    except (ValueError, RecursionError):
+    out: list[Event] = []
+    reader = ArgumentsReader()
+    value = json.loads(text).strip(_WHITESPACE)
+    steps = [reader.take(char, out) for char in value]
+    if not value.startswith("{") or Step.REFUSED in steps or Step.DONE not in steps:
         return None
-    return value if is_object else None
+    return sendable("".join(event.text for event in out if isinstance(event, CallArguments)))
 
 
 class NamedCallReader:

@@ -13,6 +13,7 @@ says. One line break on either side of a value belongs to the format.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
@@ -25,7 +26,7 @@ from sglang.srt.function_call.core_types import (
     ToolSchemas,
     held_length,
 )
-from sglang.srt.function_call.json_scan import Step
+from sglang.srt.function_call.json_scan import Step, sendable
 
 _FUNCTION = "<function="
 _PARAMETER = "<parameter="
@@ -165,12 +166,21 @@ def _named_types(schema: Any) -> Iterator[str]:
 def _converted(text: str, types: frozenset[str]) -> str:
     """The value's JSON; what is not of a type that it may have is a text."""
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        written = json.dumps(value, ensure_ascii=False)
     except (ValueError, RecursionError):
         value = _WORDS.get(text.strip(), text)
+        written = json.dumps(value, ensure_ascii=False)
     if "string" in types and not (value is None and "null" in types):
-        value = text
-    return json.dumps(value, ensure_ascii=False)
+        written = json.dumps(text, ensure_ascii=False)
+    return sendable(written)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits} is too large")
+    return number
 
 
 def _no_constant(word: str) -> NoReturn:
