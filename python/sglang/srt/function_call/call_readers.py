@@ -11,6 +11,7 @@ import json
 from typing import Protocol
 
 from sglang.srt.function_call.core_types import (
+    WHITESPACE,
     CallArguments,
     CallEnd,
     CallStart,
@@ -19,7 +20,7 @@ from sglang.srt.function_call.core_types import (
 )
 from sglang.srt.function_call.json_scan import ArgumentsReader, JsonScanner, Step, sendable
 
-_WHITESPACE = " \t\n\r"
+_MOST_HEAD = 1024  # characters of name, id and white space
 _ARGUMENT_KEYS = ("arguments", "parameters")
 NAME_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 
@@ -86,7 +87,7 @@ class JsonCallReader:
             return self._take_scanned(char, out)
         if part is _Part.VALUE:
             return self._take_scanned(char, out)
-        if char in _WHITESPACE and part is not _Part.OPEN:
+        if char in WHITESPACE and part is not _Part.OPEN:
             return Step.TAKEN
         if part is _Part.VALUE_START:
             return self._start_value(char, out)
@@ -182,7 +183,7 @@ def _written_arguments(text: str) -> str | None:
         return None
     out: list[Event] = []
     reader = ArgumentsReader()
-    value = json.loads(text).strip(_WHITESPACE)
+    value = json.loads(text).strip(WHITESPACE)
     steps = [reader.take(char, out) for char in value]
     if not value.startswith("{") or Step.REFUSED in steps or Step.DONE not in steps:
         return None
@@ -223,6 +224,8 @@ class NamedCallReader:
 
     def _take_head(self, char: str) -> Step:
         if char not in NAME_CHARS and char not in "[] \t\n\r":
+            return Step.REFUSED
+        if len(self._head) == _MOST_HEAD:
             return Step.REFUSED
         self._head += char
         name = self._head.partition("[")[0].strip()

@@ -76,7 +76,8 @@ class PythonCallReader:
     def _take_name(self, char: str) -> Step:
         if char in NAME_CHARS:
             self._name += char
-            return Step.TAKEN
+            known = any(tool.startswith(self._name) for tool in self._tools)
+            return Step.TAKEN if known else Step.REFUSED
         if char != "(" or self._name not in self._tools:
             return Step.REFUSED
         self._text = []

@@ -32,6 +32,7 @@ _FUNCTION = "<function="
 _PARAMETER = "<parameter="
 _END_PARAMETER = "</parameter>"
 _END_FUNCTION = "</function>"
+_MOST_TAG = 1024  # characters
 _PLAIN = re.compile(r"[^<\n]+")  # what can't begin the end of a value
 _WORDS = {"True": True, "False": False, "None": None}
 
@@ -59,6 +60,8 @@ class XmlCallReader:
             return Step.TAKEN
         if not self._tag and self.has_begun and char in " \t\r\n":
             return Step.TAKEN
+        if len(self._tag) == _MOST_TAG:
+            return Step.REFUSED
         self._tag += char
         if not self.has_begun:
             return self._take_name(out)

@@ -10,15 +10,16 @@ import enum
 from dataclasses import dataclass
 
 from sglang.srt.function_call.core_types import (
+    WHITESPACE,
     Content,
     Event,
+    HeldSpace,
     Reasoning,
     held_length,
     merged,
 )
 from sglang.srt.sampling.sampling_params import ReasoningFirst
 
-_WHITESPACE = " \t\n\r"
 THINK, END_THINK = "<think>", "</think>"
 
 
@@ -44,7 +45,7 @@ def begins_inside(form: ReasoningFormat, prompt: str, continued: str) -> bool:
     """
     if continued:
         return THINK in continued and continued.rfind(THINK) > continued.rfind(END_THINK)
-    end = prompt[-32:].rstrip(_WHITESPACE)
+    end = prompt[-32:].rstrip(WHITESPACE)
     if end.endswith(THINK):
         return True
     return form.begins_inside and not end.endswith(END_THINK)
@@ -57,7 +58,7 @@ def reasoning_first(name: str | None, prompt: str, continued: str) -> ReasoningF
     gpt-oss, too: its answers are held from their first character.
     """
     form = REASONING_FORMATS.get(name or "")
-    if form is None or prompt[-32:].rstrip(_WHITESPACE).endswith(END_THINK):
+    if form is None or prompt[-32:].rstrip(WHITESPACE).endswith(END_THINK):
         return None
     inside = begins_inside(form, prompt, continued)
     if continued and not inside:
@@ -87,6 +88,7 @@ class ReasoningParser:
         self._verbatim = verbatim
         self._behind_state = _State.OUTSIDE if held else _State.OUTSIDE_START
         self._buffer = ""
+        self._space = HeldSpace()
 
     @property
     def is_reasoning(self) -> bool:
@@ -100,7 +102,9 @@ class ReasoningParser:
 
     def feed(self, text: str) -> list[Event]:
         """See `TextParser`."""
-        self._buffer += text
+        if self._space.takes(self._buffer, text):
+            return []
+        self._buffer += self._space.released() + text
         out: list[Event] = []
         steps = {
             _State.START: self._at_start,
@@ -116,13 +120,13 @@ class ReasoningParser:
 
     def finish(self) -> list[Event]:
         """See `TextParser`."""
-        text, self._buffer = self._buffer, ""
+        text, self._buffer = self._buffer + self._space.released(), ""
         if self._state is _State.OUTSIDE_START and not self._verbatim:
             return []
         return merged([Reasoning(text) if self.is_reasoning else Content(text)])
 
     def _at_start(self, out: list[Event]) -> bool:
-        begun = self._buffer.lstrip(_WHITESPACE)
+        begun = self._buffer.lstrip(WHITESPACE)
         if len(begun) < len(THINK) and THINK.startswith(begun):
             return False
         if begun.startswith(THINK):
@@ -143,11 +147,11 @@ class ReasoningParser:
         at = self._buffer.find(END_THINK)
         if at < 0:
             keep = held_length(self._buffer, (END_THINK,))
-            certain = self._buffer[: len(self._buffer) - keep].rstrip(_WHITESPACE)
+            certain = self._buffer[: len(self._buffer) - keep].rstrip(WHITESPACE)
             out.append(Reasoning(certain))
             self._buffer = self._buffer[len(certain) :]
             return False
-        thought = self._buffer[:at].rstrip(_WHITESPACE)
+        thought = self._buffer[:at].rstrip(WHITESPACE)
         out.append(Reasoning(thought))
         self._buffer = self._buffer[len(thought) :]
         self._drop(at - len(thought) + len(END_THINK), out)
@@ -166,7 +170,7 @@ class ReasoningParser:
         return False
 
     def _skip_space(self, out: list[Event]) -> None:
-        self._drop(len(self._buffer) - len(self._buffer.lstrip(_WHITESPACE)), out)
+        self._drop(len(self._buffer) - len(self._buffer.lstrip(WHITESPACE)), out)
 
     def _drop(self, count: int, out: list[Event]) -> None:
         if self._verbatim:
