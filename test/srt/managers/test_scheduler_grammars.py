@@ -119,6 +119,21 @@ def test_only_the_last_used_are_kept(
     assert workshop.compiled == ["a", "b", "c", "b"]
 
 
+def test_long_grammars_are_kept_while_there_is_room(
+    message: VocabularyReq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_grammars, "MAX_KEPT_CHARS", 10)
+    workshop = Workshop()
+    harness, queue = harness_of(message, workshop)
+    long = ["a" * 6, "b" * 4, "c" * 11]
+    for number, regex in enumerate([long[0], long[1], long[0], "d", long[1], long[2], "d"]):
+        harness.send(f"r{number}", PROMPT, max_new=1, params={"regex": regex})
+        let_compile(queue, harness)
+        harness.run()
+    assert workshop.compiled == [long[0], long[1], "d", long[1], long[2], "d"]
+    assert queue._kept_chars == 1
+
+
 def test_a_broken_constraint_ends_its_request_alone(message: VocabularyReq) -> None:
     harness, queue = harness_of(message, Workshop())
     harness.send("broken", PROMPT, params={"json_schema": '{"type": "thing"}'})

@@ -15,7 +15,7 @@ from sglang.srt.errors import RequestError
 from sglang.srt.managers.io_struct import VocabularyReq
 from sglang.srt.sampling.sampling_params import Constraint
 
-# The library follows references by recursion: a schema of 15 KB overflowed a stack of 8 MiB, which
+# The library follows references by recursion: a schema of 20 KB overflowed a stack of 8 MiB, which
 # ends the process. The deepest of those that `MAX_CONSTRAINT_CHARS` lets through needed between 32
 # and 64 MiB. Only what is touched takes memory.
 STACK_BYTES = 256 << 20

@@ -23,6 +23,8 @@ from sglang.srt.sampling.sampling_params import Constraint
 # compilation earlier, as far as is known; others may have to be waited for.
 COMPILE_LIMIT_S = 30.0
 MAX_KEPT = 64
+# Of their texts: a grammar of 100,000 characters took up to 30 MB.
+MAX_KEPT_CHARS = 1 << 20
 
 
 @dataclass(slots=True)
@@ -48,14 +50,15 @@ class GrammarQueue:
     """Holds requests from their arrival until their grammar is compiled.
 
     `compiler` None: constraints are not served, and whoever has one is given up at once. The
-    `MAX_KEPT` grammars that were used last are kept. What is kept, and for whom, follows from the
-    messages and verdicts alone.
+    `MAX_KEPT` grammars that were used last are kept, fewer where their texts are long. What is
+    kept, and for whom, follows from the messages and verdicts alone.
     """
 
     def __init__(self, compiler: GrammarCompiler | None, limit_s: float = COMPILE_LIMIT_S) -> None:
         self._compiler = compiler
         self._limit_s = limit_s
         self._kept: OrderedDict[Constraint, Grammar] = OrderedDict()
+        self._kept_chars = 0
         self._compiling: dict[Constraint, _Compilation] = {}
         self._waiting: dict[str, _Waiting] = {}  # by rid, in order of arrival
 
@@ -108,11 +111,19 @@ class GrammarQueue:
         entry = self._let_go(rid)
         if entry is None:
             return None
-        entry.req.grammar = self._kept[entry.constraint] = entry.future.result()
-        self._kept.move_to_end(entry.constraint)
-        if len(self._kept) > MAX_KEPT:
-            self._kept.popitem(last=False)
+        entry.req.grammar = entry.future.result()
+        self._keep(entry.constraint, entry.req.grammar)
         return entry.req
+
+    def _keep(self, constraint: Constraint, grammar: Grammar) -> None:
+        """Keep a grammar as the one used last, and let go of those that were used longest ago."""
+        if constraint not in self._kept:
+            self._kept_chars += len(constraint.text)
+        self._kept[constraint] = grammar
+        self._kept.move_to_end(constraint)
+        while len(self._kept) > MAX_KEPT or self._kept_chars > MAX_KEPT_CHARS:
+            dropped, _ = self._kept.popitem(last=False)
+            self._kept_chars -= len(dropped.text)
 
     def _let_go(self, rid: str) -> _Waiting | None:
         """Forget a request that waits, and a compilation that nobody waits for any more.
