@@ -13,7 +13,7 @@ import pytest
 from sglang.srt.constrained.compiler import LONG_CONSTRAINT_CHARS, GrammarCompiler
 from sglang.srt.constrained.grammar import Grammar, JsonStyle, Vocabulary, compile_grammar
 from sglang.srt.errors import RequestError
-from sglang.srt.sampling.sampling_params import MAX_CONSTRAINT_CHARS, Constraint
+from sglang.srt.sampling.sampling_params import MAX_CONSTRAINT_CHARS, Constraint, ReasoningFirst
 from srt.constrained.grammar_cases import golden_tokenizer, vocabulary_message
 
 WAIT_S = 60
@@ -77,6 +77,15 @@ def test_short_constraints_do_not_wait_for_long_ones(tmp_path: Path) -> None:
     for future in long:
         future.result(WAIT_S)
     compiler.close()
+
+
+def test_markers_of_reasoning_are_looked_up_with_the_grammar(compiler: GrammarCompiler) -> None:
+    constraint = Constraint("regex", "a")
+    plain = compiler.start(constraint).result(WAIT_S)
+    assert not plain.vocabulary._markers
+    reasoning = ReasoningFirst("<think>", "</think>", inside=True)
+    grammar = compiler.start(constraint, reasoning).result(WAIT_S)
+    assert set(grammar.vocabulary._markers) == {b"<think>", b"</think>"}
 
 
 def test_other_threads_keep_their_stacks(compiler: GrammarCompiler) -> None:

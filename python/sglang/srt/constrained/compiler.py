@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from sglang.srt.constrained.grammar import Grammar, JsonStyle, Vocabulary, compile_grammar
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.io_struct import VocabularyReq
-from sglang.srt.sampling.sampling_params import Constraint
+from sglang.srt.sampling.sampling_params import Constraint, ReasoningFirst
 
 # The library follows references by recursion: a schema of 20 KB overflowed a stack of 8 MiB, which
 # ends the process. The deepest of those that `MAX_CONSTRAINT_CHARS` lets through needed between 32
@@ -51,15 +51,21 @@ class GrammarCompiler:
             with _large_stacks():
                 self._vocabulary = self._short.submit(Vocabulary, message, self._vocab_size)
 
-    def start(self, constraint: Constraint) -> Future[Grammar]:
-        """Begin to compile; the future raises RequestError when that can't be."""
+    def start(
+        self, constraint: Constraint, reasoning: ReasoningFirst | None = None
+    ) -> Future[Grammar]:
+        """Begin to compile; the future raises RequestError when that can't be.
+
+        What is needed of the vocabulary for `reasoning` is looked up as well, so that no step has
+        to.
+        """
         pool = self._long if len(constraint.text) > LONG_CONSTRAINT_CHARS else self._short
         if pool is None:
             failed: Future[Grammar] = Future()
             failed.set_exception(RequestError("Constraints are not served: no vocabulary came."))
             return failed
         with _large_stacks():
-            return pool.submit(self._compile, constraint)
+            return pool.submit(self._compile, constraint, reasoning)
 
     def close(self) -> None:
         """Begin no further compilation; those under way are not waited for."""
@@ -67,9 +73,12 @@ class GrammarCompiler:
             if pool is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, constraint: Constraint) -> Grammar:
+    def _compile(self, constraint: Constraint, reasoning: ReasoningFirst | None) -> Grammar:
         assert self._vocabulary is not None  # it was submitted before
-        return self._compile_one(constraint, self._vocabulary.result(), self._style)
+        vocabulary = self._vocabulary.result()
+        for marker in () if reasoning is None else (reasoning.begin, reasoning.end):
+            vocabulary.look_up(marker.encode())
+        return self._compile_one(constraint, vocabulary, self._style)
 
 
 @contextmanager

@@ -76,13 +76,14 @@ class Vocabulary:
 
     def beginnings(self, marker: bytes, num_said: int) -> IdArray:
         """Tokens that go on with `marker`, of which `num_said` bytes were said."""
-        return self._of_marker(marker).beginnings[num_said]
+        return self.look_up(marker).beginnings[num_said]
 
     def overruns(self, marker: bytes, num_said: int) -> IdArray:
         """Tokens that say more than the rest of `marker`, of which `num_said` bytes were said."""
-        return self._of_marker(marker).overruns[num_said]
+        return self.look_up(marker).overruns[num_said]
 
-    def _of_marker(self, marker: bytes) -> MarkerTokens:
+    def look_up(self, marker: bytes) -> MarkerTokens:
+        """The tokens around a marker; the first time takes 0.1 s for fifty thousand tokens."""
         found = self._markers.get(marker)
         if found is None:
             size = min(self.vocab_size, self.tokens.vocab_size)
@@ -101,7 +102,7 @@ class MarkerTokens:
 
     @classmethod
     def of(cls, marker: bytes, spellings: Sequence[bytes]) -> MarkerTokens:
-        """Look through a vocabulary, some tens of milliseconds for fifty thousand tokens."""
+        """Look through a vocabulary."""
         beginnings: list[list[int]] = [[] for _ in marker]
         overruns: list[list[int]] = [[] for _ in marker]
         last = marker[-1:]

@@ -17,7 +17,7 @@ from sglang.srt.errors import RequestError
 from sglang.srt.managers.io_struct import VocabularyReq
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_limits import GrammarVerdict
-from sglang.srt.sampling.sampling_params import Constraint
+from sglang.srt.sampling.sampling_params import Constraint, ReasoningFirst
 
 # A request whose grammar is not there after so long is given up. The library's own bounds end a
 # compilation earlier, as far as is known; others may have to be waited for.
@@ -80,7 +80,7 @@ class GrammarQueue:
             self._kept.move_to_end(constraint)
             req.grammar = kept
             return True
-        compilation = self._compilation(constraint)
+        compilation = self._compilation(constraint, req.params.reasoning)
         compilation.num_waiting += 1
         deadline = now + self._limit_s
         self._waiting[req.rid] = _Waiting(req, constraint, compilation.future, deadline)
@@ -139,7 +139,9 @@ class GrammarQueue:
             del self._compiling[entry.constraint]
         return entry
 
-    def _compilation(self, constraint: Constraint) -> _Compilation:
+    def _compilation(
+        self, constraint: Constraint, reasoning: ReasoningFirst | None
+    ) -> _Compilation:
         """The one under way or not yet taken for a constraint, or a new one."""
         found = self._compiling.get(constraint)
         if found is not None and (found.num_waiting or not found.future.done()):
@@ -152,7 +154,7 @@ class GrammarQueue:
             failed.set_exception(RequestError("Constraints are not served here."))
             started = _Compilation(failed)
         else:
-            started = _Compilation(self._compiler.start(constraint))
+            started = _Compilation(self._compiler.start(constraint, reasoning))
         self._compiling[constraint] = started
         return started
 
