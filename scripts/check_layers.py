@@ -79,6 +79,8 @@ TABLE: tuple[Row, ...] = (
      " < srt.mem_cache.allocation"),
     (3, "DEVICE", "srt.model_executor.forward_mode < srt.managers.schedule_batch"),
     (3, "DEVICE", "srt.constrained.grammar < srt.constrained.compiler"),
+    (3, "DEVICE", "srt.constrained.grammar < srt.constrained.reasoning_matcher"
+     " < srt.sampling.sampling_batch_info"),
     (3, "DEVICE", "srt.constrained.grammar < srt.managers.schedule_batch"),
     (3, "DEVICE", "srt.managers.generation_result, srt.managers.schedule_batch"
      " < srt.managers.schedule_policy"),

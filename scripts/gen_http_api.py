@@ -76,8 +76,8 @@ nothing (null, and the values in brackets). Null means "not given".
   ({slack} MiB apart) get 413.
 - The name in `model` is echoed, not checked.
 - Tool calls and reasoning: see [tools.md](tools.md). `/tokenize` with `messages` takes `tools` and
-  `tool_choice`, too. `require_reasoning` of `/generate` lets `meta_info` count `reasoning_tokens`;
-  it needs `--reasoning-parser`.
+  `tool_choice`, too. `require_reasoning` of `/generate` lets `meta_info` count `reasoning_tokens`,
+  and a constraint begin behind the reasoning; it needs `--reasoning-parser`.
 - Choice i of `n` samples with seed + i. The choices of a prompt share its computed prefix: they
   start when the first one has news.
 - A stream's status is sent with its first event, so a request that is refused before has its

@@ -43,9 +43,9 @@ def compiled(
     return compile_grammar(Constraint(kind, text), vocabulary, style or JsonStyle())
 
 
-def allowed(matcher: TokenMatcher, unwanted: tuple[int, ...] = ()) -> set[int]:
+def allowed(matcher: TokenMatcher, stops: tuple[int, ...] | None = None) -> set[int]:
     """Ids that may follow."""
-    hidden = matcher.hidden(unwanted)
+    hidden = matcher.hidden(stops)
     assert hidden is not None
     return set(np.flatnonzero(hidden == 0).tolist())
 

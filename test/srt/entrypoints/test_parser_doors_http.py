@@ -129,6 +129,23 @@ def test_generate_counts_reasoning_when_asked(parsing: LiveServer) -> None:
     assert reply["meta_info"]["reasoning_tokens"] == 0
 
 
+def test_generate_lets_reasoning_come_before_a_constraint(parsing: LiveServer) -> None:
+    parsing.service.answer = f"{THOUGHT}7"
+    wants = {"sampling_params": {"regex": "[0-9]"}, "require_reasoning": True}
+    prompts = ["Why?", "Why?<think>\n", "Why?<think>\n\n</think>\n\n"]
+    for prompt in prompts:
+        parsing.post("/generate", {"text": prompt, **wants})
+    parsing.post("/generate", {"input_ids": ids_of(prompts[1]).tolist(), **wants})
+    parsing.post("/generate", {"text": prompts, **wants, "stream": True})
+    parsing.post("/generate", {"text": "Why?", **wants, "require_reasoning": False})
+    parsing.post("/generate", {"text": "Why?", "require_reasoning": True})
+    found = [request.sampling_params.reasoning for request in parsing.service.requests[-9:]]
+    inside = [None if one is None else one.inside for one in found]
+    assert inside[:4] == [True, True, None, True]
+    assert sorted(inside[4:7], key=str) == [None, True, True]
+    assert inside[7:] == [None, None]
+
+
 def test_generate_needs_a_parser_to_count(server: LiveServer) -> None:
     reply = server.post("/generate", {"text": "Why?", "require_reasoning": True})
     assert reply.status_code == 400

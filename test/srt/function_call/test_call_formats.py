@@ -28,6 +28,12 @@ def read(name: str, text: str, *, max_calls: int | None = None) -> Answer:
     return answer_of(parse(parser, [text]))
 
 
+def xml_call(**values: object) -> str:
+    """A call of get_weather in the format of qwen3_coder."""
+    parameters = "".join(f"<parameter={key}>{value}</parameter>" for key, value in values.items())
+    return f"<tool_call><function=get_weather>{parameters}</function></tool_call>"
+
+
 def test_every_name_has_a_format() -> None:
     assert {*CALL_FORMATS, "gpt-oss"} == set(TOOL_CALL_PARSERS)
 
@@ -302,6 +308,58 @@ def test_scanned_json_is_what_python_reads() -> None:
             text = json.dumps(value, ensure_ascii=ascii_only)
             answer = read("mistral", f"[TOOL_CALLS]get_time[ARGS]{text}")
             assert answer.calls == [("get_time", value)]
+
+
+NINES = "9" * 5000  # Python reads no number with so many digits
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'<tool_call>{{"name": {NINES}, "arguments": {{}}}}</tool_call>',
+        f'<tool_call>{{"name": "get_time", "arguments": {NINES}}}</tool_call>',
+        '<tool_call>{"name": "get_time", "arguments": "{\\"a\\": NaN}"}</tool_call>',
+        '<tool_call>{"name": "get_time", "arguments": "{} {}"}</tool_call>',
+        '<tool_call>{"name": "get_time", "arguments": ""}</tool_call>',
+    ],
+)
+def test_odd_values_are_no_call(text: str) -> None:
+    assert read("hermes", text) == Answer(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("pythonic", r'[get_weather(city="\ud83d?", days=2)]'),
+        ("pythonic", r'[get_weather(city="\U0000d83d?", days=2)]'),
+        ("qwen3_coder", xml_call(days=2, other=r'["\ud83d?"]')),
+        (
+            "hermes",
+            r'<tool_call>{"name": "get_weather", "arguments": "{\"a\": \"\ud83d?\"}"}</tool_call>',
+        ),
+    ],
+)
+def test_half_a_surrogate_pair_can_be_sent(name: str, text: str) -> None:
+    events = parse(CallParser(CALL_FORMATS[name], TOOLS), [text])
+    answer = answer_of(events)
+    assert len(answer.calls) == 1
+    written = "".join(event.text for event in events if isinstance(event, CallArguments))
+    assert written.isascii()
+    assert "\\ud83d" in written
+
+
+def test_values_of_qwen3_coder_are_json() -> None:
+    """JSON has no infinity; a number that is too large is a text."""
+    for value in ("1e999", "-1e999", "NaN", "Infinity"):
+        answer = read("qwen3_coder", xml_call(days=value))
+        ((_, arguments),) = answer.calls
+        assert arguments["days"] == value
+
+
+def test_parentheses_make_a_tuple_only_with_a_comma() -> None:
+    answer = read("pythonic", "[get_weather(a=(1), b=(1,), c=(), d=((1, 2)), e=([3]))]")
+    ((_, arguments),) = answer.calls
+    assert arguments == {"a": 1, "b": [1], "c": [], "d": [1, 2], "e": [3]}
 
 
 def test_ids_fit_the_templates() -> None:

@@ -20,7 +20,7 @@ from sglang.srt.managers.io_struct import (
     VocabularyReq,
     int32_buffer,
 )
-from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.sampling.sampling_params import ReasoningFirst, SamplingParams
 from sglang.srt.tokenizer.tokenizer import Tokenizer
 from srt.constrained.grammar_cases import END, golden_tokenizer, vocabulary_message
 from srt.managers.rank_towers import rank_towers
@@ -30,6 +30,9 @@ from srt.utils.fake_device import LateRuntime
 
 VOCAB = 1700
 NEW_TOKENS = 40
+# Reasoning that ends with the first "d" of a random text.
+THOUGHT = ReasoningFirst("<", "d", inside=True)
+LETTER_D = 72
 FREE_PROMPTS = [list(range(30, 30 + n)) for n in (1, 17, 130)]
 HELD_PROMPTS = [list(range(400, 400 + n)) for n in (3, 60, 90)]
 # A text that ends by itself, one that ends when the model likes or tokens are used up, a choice.
@@ -81,6 +84,15 @@ def send_held(engine: DeviceTower, message: VocabularyReq, **params: object) -> 
                 regex=regex,
                 **{**stops(), **params},
             )
+            engine.send(
+                f"thought{number}",
+                prompt,
+                max_new_tokens=2 * NEW_TOKENS,
+                regex=regex,
+                reasoning=THOUGHT,
+                logit_bias={LETTER_D: 4.0},
+                **{**stops(), **params},
+            )
 
 
 def stops() -> dict[str, object]:
@@ -98,6 +110,10 @@ def texts(engine: DeviceTower, tokenizer: Tokenizer, kind: str) -> list[str]:
         ids = engine.output(f"{kind}{number}")
         reason = ends(engine)[f"{kind}{number}"]
         text = tokenizer.decode(ids)
+        if kind == "thought":
+            thought, mark, text = text.partition("d")
+            assert mark
+            assert not re.fullmatch(regex, thought)
         if reason.type == "stop":
             assert ids[-1] == END
             assert reason.matched == END
@@ -124,9 +140,10 @@ def expected(path: str, tokenizer: Tokenizer, message: VocabularyReq) -> dict[st
         run(engine)
         texts(engine, tokenizer, "held")
         texts(engine, tokenizer, "drawn")
+        texts(engine, tokenizer, "thought")
         for rid in {out.rid for out in engine.channel.outs}:
             found[rid] = engine.output(rid)
-    assert len(found) == 9
+    assert len(found) == 12
     return found
 
 
@@ -221,6 +238,8 @@ def test_ends_and_limits(path: str, tokenizer: Tokenizer, message: VocabularyReq
         engine.send("eos", prompt, regex="[0-9]{3}", ignore_eos=True)
         engine.send("least", prompt, regex="[0-9]{3}", min_new_tokens=20, **stops())
         engine.send("more", prompt, regex="[0-9]{3,30}", min_new_tokens=12, **stops())
+        wants_end = {"ignore_eos": True, "logit_bias": {END: 100.0}}
+        engine.send("on", prompt, regex="[0-9]{3,30}", min_new_tokens=12, **wants_end)
         engine.send("short", prompt, regex="[0-9]{30}", max_new_tokens=2, **stops())
         engine.send("broken", prompt, regex="(a", **stops())
         engine.send("none", prompt, max_new_tokens=0, regex="a+", **stops())
@@ -230,6 +249,7 @@ def test_ends_and_limits(path: str, tokenizer: Tokenizer, message: VocabularyReq
             assert re.fullmatch("[0-9]{3}", tokenizer.decode(engine.output(rid)))
             assert reasons[rid] == FinishReason("stop", matched=END)
         assert len(engine.output("more")) > 12
+        assert len(engine.output("on")) == 13
         assert reasons["short"] == FinishReason("length", length=2)
         assert reasons["none"] == FinishReason("length", length=0)
         assert reasons["broken"].status_code == 400

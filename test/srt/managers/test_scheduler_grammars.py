@@ -119,6 +119,21 @@ def test_only_the_last_used_are_kept(
     assert workshop.compiled == ["a", "b", "c", "b"]
 
 
+def test_long_grammars_are_kept_while_there_is_room(
+    message: VocabularyReq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_grammars, "MAX_KEPT_CHARS", 10)
+    workshop = Workshop()
+    harness, queue = harness_of(message, workshop)
+    long = ["a" * 6, "b" * 4, "c" * 11]
+    for number, regex in enumerate([long[0], long[1], long[0], "d", long[1], long[2], "d"]):
+        harness.send(f"r{number}", PROMPT, max_new=1, params={"regex": regex})
+        let_compile(queue, harness)
+        harness.run()
+    assert workshop.compiled == [long[0], long[1], "d", long[1], long[2], "d"]
+    assert queue._kept_chars == 1
+
+
 def test_a_broken_constraint_ends_its_request_alone(message: VocabularyReq) -> None:
     harness, queue = harness_of(message, Workshop())
     harness.send("broken", PROMPT, params={"json_schema": '{"type": "thing"}'})
@@ -163,6 +178,30 @@ def test_an_abort_finds_a_request_that_waits(message: VocabularyReq) -> None:
     workshop.go.set()
     harness.run()
     assert not harness.scheduler.busy
+
+
+def test_what_nobody_waits_for_is_not_compiled(message: VocabularyReq) -> None:
+    workshop = Workshop(holds=True)
+    harness, queue = harness_of(message, workshop)
+    for number in range(8):
+        harness.send(f"r{number}", PROMPT, max_new=1, params={"regex": f"a{{{number + 1}}}"})
+    harness.send("twin", PROMPT, max_new=1, params={"regex": "a{8}"})
+    harness.turn(2)
+    for number in range(8):
+        harness.abort(f"r{number}")
+    harness.turn()
+    begun = compiler_module.NUM_THREADS
+    assert len(queue._compiling) <= begun + 1, "those under way, and the one of the twin"
+    workshop.go.set()
+    let_compile(queue, harness)
+    harness.run()
+    assert harness.final("twin").type == "length"
+    assert "a{8}" in workshop.compiled
+    assert len(workshop.compiled) <= begun + 1
+    harness.send("last", PROMPT, max_new=1, params={"regex": "b"})
+    let_compile(queue, harness)
+    harness.run()
+    assert not queue._compiling
 
 
 def test_a_request_that_ended_takes_no_verdict(message: VocabularyReq) -> None:

@@ -37,10 +37,16 @@ def test_only_one_constraint_at_a_time() -> None:
 def test_a_schema_must_be_a_json_object() -> None:
     assert "not valid JSON" in refusal(json_schema="{")
     assert refusal(json_schema="[]") == "json_schema must be a JSON object."
-    assert "not valid JSON" in refusal(json_schema='{"a":' * 100_000)
+    assert "not valid JSON" in refusal(json_schema='{"a":' * 20_000)
     assert "not valid JSON" in refusal(json_schema='{"a": "\ud800"}')
 
 
 def test_a_constraint_is_bounded() -> None:
-    SamplingParams(regex="a" * MAX_CONSTRAINT_CHARS).verify(10)
-    assert "at most 1048576" in refusal(regex="a" * (MAX_CONSTRAINT_CHARS + 1))
+    for kind, most in (("json_schema", 131072), ("regex", 16384), ("ebnf", 65536)):
+        assert MAX_CONSTRAINT_CHARS[kind] == most
+        empty = '{"const": ""}' if kind == "json_schema" else ""
+        text = empty[:-2] + "a" * (most - len(empty)) + empty[-2:]
+        SamplingParams(**{kind: text}).verify(10)
+        assert refusal(**{kind: text + " "}) == (
+            f"{kind} has {most + 1} characters, at most {most} are served."
+        )

@@ -5,22 +5,31 @@ The scheduler's `GrammarQueue` starts a compilation and asks for it later; nobod
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 from sglang.srt.constrained.grammar import Grammar, JsonStyle, Vocabulary, compile_grammar
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.io_struct import VocabularyReq
-from sglang.srt.sampling.sampling_params import Constraint
+from sglang.srt.sampling.sampling_params import Constraint, ReasoningFirst
 
-NUM_THREADS = 2
+# The library follows references by recursion: a schema of 20 KB overflowed a stack of 8 MiB, which
+# ends the process. The deepest of those that `MAX_CONSTRAINT_CHARS` lets through needed between 32
+# and 64 MiB. Only what is touched takes memory.
+STACK_BYTES = 256 << 20
+# Longer constraints have a thread of their own: they may take many seconds, and others do not wait.
+LONG_CONSTRAINT_CHARS = 1 << 13
+NUM_THREADS = 2  # for those that are not long
 
 Compile = Callable[[Constraint, Vocabulary, JsonStyle], Grammar]
 
 
 class GrammarCompiler:
-    """Turns constraints into grammars of one model's vocabulary, at most `NUM_THREADS` at a time.
+    """Turns constraints into grammars of one model's vocabulary, on threads with large stacks.
 
+    At most `NUM_THREADS` short constraints and one long one at a time, each kind in order.
     `vocab_size` is the model's. The threads start with the first vocabulary.
     """
 
@@ -30,28 +39,53 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._style = style
         self._compile_one = compile_one
-        self._pool: ThreadPoolExecutor | None = None
+        self._short: ThreadPoolExecutor | None = None
+        self._long: ThreadPoolExecutor | None = None
         self._vocabulary: Future[Vocabulary] | None = None
 
     def set_vocabulary(self, message: VocabularyReq) -> None:
         """Begin to make the vocabulary that later constraints are compiled over."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
-            self._vocabulary = self._pool.submit(Vocabulary, message, self._vocab_size)
+        if self._short is None:
+            self._short = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
+            self._long = ThreadPoolExecutor(1, thread_name_prefix="grammar-long")
+            with _large_stacks():
+                self._vocabulary = self._short.submit(Vocabulary, message, self._vocab_size)
 
-    def start(self, constraint: Constraint) -> Future[Grammar]:
-        """Begin to compile; the future raises RequestError when that can't be."""
-        if self._pool is None:
+    def start(
+        self, constraint: Constraint, reasoning: ReasoningFirst | None = None
+    ) -> Future[Grammar]:
+        """Begin to compile; the future raises RequestError when that can't be.
+
+        What is needed of the vocabulary for `reasoning` is looked up as well, so that no step has
+        to.
+        """
+        pool = self._long if len(constraint.text) > LONG_CONSTRAINT_CHARS else self._short
+        if pool is None:
             failed: Future[Grammar] = Future()
             failed.set_exception(RequestError("Constraints are not served: no vocabulary came."))
             return failed
-        return self._pool.submit(self._compile, constraint)
+        with _large_stacks():
+            return pool.submit(self._compile, constraint, reasoning)
 
     def close(self) -> None:
         """Begin no further compilation; those under way are not waited for."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._short, self._long):
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, constraint: Constraint) -> Grammar:
+    def _compile(self, constraint: Constraint, reasoning: ReasoningFirst | None) -> Grammar:
         assert self._vocabulary is not None  # it was submitted before
-        return self._compile_one(constraint, self._vocabulary.result(), self._style)
+        vocabulary = self._vocabulary.result()
+        for marker in () if reasoning is None else (reasoning.begin, reasoning.end):
+            vocabulary.look_up(marker.encode())
+        return self._compile_one(constraint, vocabulary, self._style)
+
+
+@contextmanager
+def _large_stacks() -> Iterator[None]:
+    """Threads that a pool starts meanwhile have `STACK_BYTES`; others may too, without harm."""
+    usual = threading.stack_size(STACK_BYTES)
+    try:
+        yield
+    finally:
+        threading.stack_size(usual)

@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 Int32Array = npt.NDArray[np.int32]
 BitArray = npt.NDArray[np.uint8]
+IdArray = npt.NDArray[np.int64]
 
-# The translator of EBNF is Python and holds the interpreter: half a second for so much.
-MAX_EBNF_CHARS = 1 << 16
 # Of one grammar: a state takes one or two kilobytes. The other limits are the library's.
 _MAX_LEXER_STATES = 50_000
 _MESSAGE_CHARS = 400
@@ -56,6 +55,7 @@ class Vocabulary:
             raise RequestError(f"Constraints need the llguidance package: {error}") from error
         self.vocab_size = vocab_size
         self.end_ids = frozenset(message.end_ids)
+        self._markers: dict[bytes, MarkerTokens] = {}
         try:
             self.tokens: LLTokenizer = LLTokenizer(
                 message.tokenizer_json,
@@ -67,6 +67,64 @@ class Vocabulary:
                 f"Constraints cannot be served with this tokenizer: {_shortened(str(error))}"
             ) from error
 
+    def spelling(self, token_id: int) -> bytes:
+        """What a token adds to a text; a special token's is its name."""
+        if token_id >= self.tokens.vocab_size:
+            return b""
+        spelling: bytes = self.tokens.decode_bytes([token_id])
+        return spelling
+
+    def beginnings(self, marker: bytes, num_said: int) -> IdArray:
+        """Tokens that go on with `marker`, of which `num_said` bytes were said."""
+        return self.look_up(marker).beginnings[num_said]
+
+    def overruns(self, marker: bytes, num_said: int) -> IdArray:
+        """Tokens that say more than the rest of `marker`, of which `num_said` bytes were said."""
+        return self.look_up(marker).overruns[num_said]
+
+    def look_up(self, marker: bytes) -> MarkerTokens:
+        """The tokens around a marker; the first time takes 0.1 s for fifty thousand tokens."""
+        found = self._markers.get(marker)
+        if found is None:
+            size = min(self.vocab_size, self.tokens.vocab_size)
+            spellings = [self.tokens.decode_bytes([i]) for i in range(size)]
+            found = self._markers[marker] = MarkerTokens.of(marker, spellings)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class MarkerTokens:
+    """Tokens int64 [n] around a marker, by how many of its bytes were said: those that go on with
+    it, and those that say more than the rest of it."""
+
+    beginnings: tuple[IdArray, ...]
+    overruns: tuple[IdArray, ...]
+
+    @classmethod
+    def of(cls, marker: bytes, spellings: Sequence[bytes]) -> MarkerTokens:
+        """Look through a vocabulary."""
+        beginnings: list[list[int]] = [[] for _ in marker]
+        overruns: list[list[int]] = [[] for _ in marker]
+        last = marker[-1:]
+        for token_id, spelling in enumerate(spellings):
+            if not spelling:
+                continue
+            may_overrun = last in spelling[:-1]
+            if not may_overrun and spelling[:1] not in marker:
+                continue
+            for said in range(len(marker)):
+                rest = marker[said:]
+                if rest.startswith(spelling) or spelling.startswith(rest):
+                    beginnings[said].append(token_id)
+                at = (marker[:said] + spelling).find(marker) if may_overrun else -1
+                if 0 <= at < said + len(spelling) - len(marker):
+                    overruns[said].append(token_id)
+        return cls(_id_arrays(beginnings), _id_arrays(overruns))
+
+
+def _id_arrays(lists: Iterable[list[int]]) -> tuple[IdArray, ...]:
+    return tuple(np.array(ids, np.int64) for ids in lists)
+
 
 class Grammar:
     """One compiled constraint; never changed by the requests that start from it.
@@ -76,12 +134,16 @@ class Grammar:
 
     def __init__(self, start: LLMatcher, vocabulary: Vocabulary) -> None:
         self._start = start
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self.end_ids = vocabulary.end_ids
 
     def matcher(self) -> TokenMatcher:
         """A new matcher, at the beginning of a text; takes microseconds."""
-        return TokenMatcher(self._start.deep_copy(), self._vocabulary)
+        return TokenMatcher(self.fresh(), self.vocabulary)
+
+    def fresh(self) -> LLMatcher:
+        """The library's own state at the beginning of a text."""
+        return self._start.deep_copy()
 
 
 class TokenMatcher:
@@ -93,16 +155,18 @@ class TokenMatcher:
 
     def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
         self._matcher = matcher
+        self._vocabulary = vocabulary
         self._end_ids = vocabulary.end_ids
         self._vocab_size = vocabulary.vocab_size
         self._words = np.empty((vocabulary.tokens.vocab_size + 31) // 32, np.int32)
         self._is_over = False
         self.error: str | None = None
 
-    def hidden(self, unwanted: Sequence[int] = ()) -> BitArray | None:
+    def hidden(self, stops: Sequence[int] | None = None) -> BitArray | None:
         """A 1 for each token that may not follow, uint8 [V]; None when all may.
 
-        `unwanted` tokens are hidden as well, unless nothing else is left.
+        Where `stops` is given (min_new_tokens is not reached), those tokens and the ends of a text
+        are hidden as well, unless nothing else is left.
         """
         if self._is_over or self.error is not None:
             return None
@@ -112,9 +176,9 @@ class TokenMatcher:
             return None
         bits = np.unpackbits((~self._words).view(np.uint8), bitorder="little")
         bits = bits[: self._vocab_size]
-        if len(unwanted):
+        if stops is not None:
             fewer = bits.copy()
-            fewer[unwanted] = 1
+            fewer[[*stops, *(i for i in self._end_ids if i < self._vocab_size)]] = 1
             if not fewer.all():
                 return fewer
         return bits
@@ -134,7 +198,9 @@ class TokenMatcher:
 
 
 def compile_grammar(constraint: Constraint, vocabulary: Vocabulary, style: JsonStyle) -> Grammar:
-    """Compile; takes a millisecond, or up to seconds for a huge schema, without the interpreter.
+    """Compile; takes a millisecond, or many seconds for a huge schema, without the interpreter.
+
+    A schema whose references form a long chain needs a large stack: see `GrammarCompiler`.
 
     Raises RequestError (400) saying what is wrong with the constraint or not supported of it.
     """
@@ -181,10 +247,6 @@ def _library_grammar(constraint: Constraint, style: JsonStyle) -> str:
             elif style.whitespace_pattern is not None:
                 overrides["whitespace_pattern"] = style.whitespace_pattern
             return str(LLMatcher.grammar_from_json_schema(text, overrides=overrides))
-        if len(text) > MAX_EBNF_CHARS:
-            raise RequestError(
-                f"ebnf has {len(text)} characters, at most {MAX_EBNF_CHARS} are served."
-            )
         return str(grammar_from("ebnf", text))
     except ValueError as error:
         raise _refusal(kind, str(error)) from error

@@ -12,6 +12,8 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from sglang.srt.entrypoints.event_stream import DONE_EVENT, event, progress_comment
 from sglang.srt.entrypoints.generate_request_body import GenerateCall
 from sglang.srt.entrypoints.http_errors import ApiShape, bad_field, stream_error
@@ -135,7 +137,7 @@ class GenerateServer:
         """The whole answer; a list for a batch or n above 1. Raises RequestError."""
         began = time.monotonic()
         request = await self._with_prompt_ids(request)
-        counts = self._reasoning_counts(request)
+        request, counts = self._with_reasoning(request)
         outputs = await self._runner.collect(request.call)
         seconds = time.monotonic() - began
         results = []
@@ -170,7 +172,7 @@ class GenerateServer:
         """
         began = time.monotonic()
         request = await self._with_prompt_ids(request)
-        counts = self._reasoning_counts(request)
+        request, counts = self._with_reasoning(request)
         prompts = [request.call.prompts[i] for i in request.call.prompt_indices]
         outputs = [SequenceOutput() for _ in prompts]
         logprobs = [_Logprobs(prompt, self._text_of(request)) for prompt in prompts]
@@ -278,20 +280,29 @@ class GenerateServer:
             prompt_ids=tuple(prompt.input_ids for prompt in prompts),
         )
 
-    def _reasoning_counts(self, request: GenerateCall) -> list[ReasoningCount]:
-        """A count for each sequence. RequestError 400 when nobody knows what is reasoning."""
+    def _with_reasoning(self, request: GenerateCall) -> tuple[GenerateCall, list[ReasoningCount]]:
+        """The request, its constraints behind reasoning if it says so, and each sequence's count.
+
+        RequestError 400 when nobody knows what is reasoning.
+        """
         tokenizer = self._service.tokenizer
         indices = request.call.prompt_indices
         if not request.counts_reasoning:
-            return [ReasoningCount(None, str) for _ in indices]
+            return request, [ReasoningCount(None, str) for _ in indices]
         if self._reasoning_parser is None or tokenizer is None:
             raise bad_field("require_reasoning", "the server has no --reasoning-parser")
         names = ParserNames(reasoning=self._reasoning_parser)
-        ends = [_end_of(prompt, tokenizer.token_text) for prompt in request.call.prompts]
-        return [
-            ReasoningCount(AnswerForm(names, {}, None, ends[i], "", True), tokenizer.token_text)
-            for i in indices
-        ]
+        forms, prompts = [], []
+        for prompt in request.call.prompts:
+            params = prompt.sampling_params
+            end = _end_of(prompt, tokenizer.token_text)
+            form = AnswerForm(names, {}, None, end, "", True, params.constraint is not None)
+            params = msgspec.structs.replace(params, reasoning=form.held_reasoning)
+            forms.append(form)
+            prompts.append(replace(prompt, sampling_params=params))
+        call = replace(request.call, prompts=tuple(prompts))
+        counts = [ReasoningCount(forms[i], tokenizer.token_text) for i in indices]
+        return replace(request, call=call), counts
 
     def _text_of(self, request: GenerateCall) -> Callable[[int], str] | None:
         tokenizer = self._service.tokenizer

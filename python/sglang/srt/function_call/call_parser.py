@@ -13,17 +13,18 @@ from dataclasses import dataclass
 
 from sglang.srt.function_call.call_readers import CallReader
 from sglang.srt.function_call.core_types import (
+    PIECE_CHARS,
+    WHITESPACE,
     CallBroken,
     Content,
     Event,
+    HeldSpace,
     ToolSchemas,
     first_marker,
     held_length,
     merged,
 )
 from sglang.srt.function_call.json_scan import Step
-
-_WHITESPACE = " \t\n\r"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class CallParser:
         self._calls_left = max_calls
         self._state = _State.START
         self._buffer = ""
+        self._space = HeldSpace()
         self._raw = ""  # of the call, as far as it was taken from the buffer
         self._in_list = False
         self._has_content = False
@@ -73,8 +75,16 @@ class CallParser:
 
     def feed(self, text: str) -> list[Event]:
         """See `TextParser`."""
-        self._buffer += text
+        if self._space.takes(self._buffer, text):
+            return []
+        self._buffer += self._space.released()
         out: list[Event] = []
+        for at in range(0, len(text), PIECE_CHARS):
+            self._buffer += text[at : at + PIECE_CHARS]
+            self._read(out)
+        return merged(out)
+
+    def _read(self, out: list[Event]) -> None:
         steps = {
             _State.START: self._at_start,
             _State.TEXT: self._in_text,
@@ -85,11 +95,11 @@ class CallParser:
         }
         while self._buffer and steps[self._state](out):
             pass
-        return merged(out)
 
     def finish(self) -> list[Event]:
         """See `TextParser`."""
         out: list[Event] = []
+        self._buffer += self._space.released()
         if self._state is _State.AFTER:
             if self._buffer:  # half a marker
                 self._end_calls(out)
@@ -102,7 +112,7 @@ class CallParser:
     # ---- one step each: False when more text is needed ----
 
     def _at_start(self, _: list[Event]) -> bool:
-        stripped = self._buffer.lstrip(_WHITESPACE)
+        stripped = self._buffer.lstrip(WHITESPACE)
         if not stripped:
             return False
         self._state = _State.TEXT
@@ -115,12 +125,12 @@ class CallParser:
         found = first_marker(self._buffer, self._format.openers)
         if found is None:
             keep = held_length(self._buffer, self._format.openers)
-            certain = self._buffer[: len(self._buffer) - keep].rstrip(_WHITESPACE)
+            certain = self._buffer[: len(self._buffer) - keep].rstrip(WHITESPACE)
             self._say(certain, out)
             self._buffer = self._buffer[len(certain) :]
             return False
         at, opener = found
-        said = self._buffer[:at].rstrip(_WHITESPACE)
+        said = self._buffer[:at].rstrip(WHITESPACE)
         self._say(said, out)
         self._buffer = self._buffer[len(said) :]
         self._take(at - len(said) + len(opener))
@@ -128,10 +138,9 @@ class CallParser:
         return True
 
     def _before_call(self, out: list[Event]) -> bool:
-        char = self._buffer[0]
-        if char in _WHITESPACE:
-            self._take(1)
+        if self._take_space():
             return True
+        char = self._buffer[0]
         if char == "[" and self._format.may_list and not self._in_list:
             self._in_list = True
             self._take(1)
@@ -171,11 +180,10 @@ class CallParser:
 
     def _after_call(self, out: list[Event]) -> bool:
         """`_raw` holds the white space since the call or its last marker."""
+        if self._take_space():
+            return True
         form, buffer = self._format, self._buffer
         char = buffer[0]
-        if char in _WHITESPACE:
-            self._take(1)
-            return True
         may_call = self._calls_left is None or self._calls_left > 0
         if self._in_list and char == "]":
             self._in_list = False
@@ -217,6 +225,12 @@ class CallParser:
         """Move characters from the buffer to the call's raw text."""
         self._raw += self._buffer[:count]
         self._buffer = self._buffer[count:]
+
+    def _take_space(self) -> bool:
+        """Move the white space at the beginning of the buffer; False: there is none."""
+        count = len(self._buffer) - len(self._buffer.lstrip(WHITESPACE))
+        self._take(count)
+        return count > 0
 
     def _drop(self, count: int) -> None:
         self._raw = ""

@@ -11,15 +11,16 @@ import json
 from typing import Protocol
 
 from sglang.srt.function_call.core_types import (
+    WHITESPACE,
     CallArguments,
     CallEnd,
     CallStart,
     Event,
     ToolSchemas,
 )
-from sglang.srt.function_call.json_scan import ArgumentsReader, JsonScanner, Step
+from sglang.srt.function_call.json_scan import ArgumentsReader, JsonScanner, Step, sendable
 
-_WHITESPACE = " \t\n\r"
+_MOST_HEAD = 1024  # characters of name, id and white space
 _ARGUMENT_KEYS = ("arguments", "parameters")
 NAME_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 
@@ -86,7 +87,7 @@ class JsonCallReader:
             return self._take_scanned(char, out)
         if part is _Part.VALUE:
             return self._take_scanned(char, out)
-        if char in _WHITESPACE and part is not _Part.OPEN:
+        if char in WHITESPACE and part is not _Part.OPEN:
             return Step.TAKEN
         if part is _Part.VALUE_START:
             return self._start_value(char, out)
@@ -144,8 +145,8 @@ class JsonCallReader:
     def _note_value(self, text: str, out: list[Event]) -> bool:
         """Take in a whole value; False when the call can't have it."""
         if self._key == "name":
-            name = json.loads(text)
-            if self._name is not None or not isinstance(name, str) or name not in self._tools:
+            name = json.loads(text) if text.startswith('"') else None
+            if self._name is not None or name is None or name not in self._tools:
                 return False
             self._name = name
             if self._has_arguments:
@@ -176,16 +177,17 @@ class JsonCallReader:
 
 def _written_arguments(text: str) -> str | None:
     """Arguments whose value is no object: null is none of them, a string may hold the object."""
-    value = json.loads(text)
-    if value is None:
+    if text == "null":
         return "{}"
-    if not isinstance(value, str):
+    if not text.startswith('"'):
         return None
-    try:
-        is_object = isinstance(json.loads(value), dict)
-    except (ValueError, RecursionError):
+    out: list[Event] = []
+    reader = ArgumentsReader()
+    value = json.loads(text).strip(WHITESPACE)
+    steps = [reader.take(char, out) for char in value]
+    if not value.startswith("{") or Step.REFUSED in steps or Step.DONE not in steps:
         return None
-    return value if is_object else None
+    return sendable("".join(event.text for event in out if isinstance(event, CallArguments)))
 
 
 class NamedCallReader:
@@ -222,6 +224,8 @@ class NamedCallReader:
 
     def _take_head(self, char: str) -> Step:
         if char not in NAME_CHARS and char not in "[] \t\n\r":
+            return Step.REFUSED
+        if len(self._head) == _MOST_HEAD:
             return Step.REFUSED
         self._head += char
         name = self._head.partition("[")[0].strip()

@@ -60,7 +60,33 @@ class CallBroken:
 
 
 Event = Union[Reasoning, Content, CallStart, CallArguments, CallEnd, CallBroken]
+WHITESPACE = " \t\n\r"
+# A long text is read in pieces of so many characters, or each marker would copy what follows it.
+PIECE_CHARS = 1 << 12
 _TEXTS = (Reasoning, Content, CallArguments)
+
+
+class HeldSpace:
+    """White space behind white space that a parser holds back: kept unread, however long it gets.
+
+    For parsers to which it says nothing until something else follows.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+
+    def takes(self, held: str, text: str) -> bool:
+        """Keep `text` if it is white space and so is `held`, what the parser holds already."""
+        if text.strip(WHITESPACE) or not (self._parts or (held and not held.strip(WHITESPACE))):
+            return False
+        self._parts.append(text)
+        return True
+
+    def released(self) -> str:
+        """What was kept, and is not any more."""
+        text = "".join(self._parts)
+        self._parts.clear()
+        return text
 
 
 class TextParser(Protocol):

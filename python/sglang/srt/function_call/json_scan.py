@@ -18,7 +18,13 @@ _SCALAR = re.compile(r"true|false|null|-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-
 _ESCAPES = frozenset('"\\/bfnrt')
 _HEX = frozenset("0123456789abcdefABCDEF")
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]+')  # what means nothing inside a string
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MOST_DEPTH = 256  # what Python's own reader takes without a deep stack
+
+
+def sendable(text: str) -> str:
+    """JSON text as UTF-8 can carry it: half of a surrogate pair in a string as its escape."""
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class _State(enum.Enum):

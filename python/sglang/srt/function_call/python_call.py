@@ -18,7 +18,7 @@ from sglang.srt.function_call.core_types import (
     Event,
     ToolSchemas,
 )
-from sglang.srt.function_call.json_scan import Step
+from sglang.srt.function_call.json_scan import Step, sendable
 
 _TOKEN = re.compile(
     r"""\s*(?:
@@ -76,7 +76,8 @@ class PythonCallReader:
     def _take_name(self, char: str) -> Step:
         if char in NAME_CHARS:
             self._name += char
-            return Step.TAKEN
+            known = any(tool.startswith(self._name) for tool in self._tools)
+            return Step.TAKEN if known else Step.REFUSED
         if char != "(" or self._name not in self._tools:
             return Step.REFUSED
         self._text = []
@@ -96,8 +97,8 @@ class PythonCallReader:
             arguments = read_keywords("".join(self._text or ()))
         except ValueError:
             return Step.REFUSED
-        out += [CallStart(self._name), CallArguments(json.dumps(arguments, ensure_ascii=False))]
-        out.append(CallEnd())
+        written = sendable(json.dumps(arguments, ensure_ascii=False))
+        out += [CallStart(self._name), CallArguments(written), CallEnd()]
         return Step.DONE
 
 
@@ -168,14 +169,17 @@ class _LiteralReader:
         closer = _CLOSERS[opener]
         return self._mapping(depth) if closer == "}" else self._items(closer, depth)
 
-    def _items(self, closer: str, depth: int) -> list[Any]:
+    def _items(self, closer: str, depth: int) -> Any:
+        """A list or a tuple; one value in parentheses without a comma is that value."""
         items = []
+        has_comma = False
         while self._token != closer:
             items.append(self.value(depth + 1))
             if self._token != closer:
                 self.expect_mark(",")
+                has_comma = True
         self.expect_mark(closer)
-        return items
+        return items[0] if closer == ")" and items and not has_comma else items
 
     def _mapping(self, depth: int) -> dict[str, Any]:
         items = {}

@@ -13,6 +13,7 @@ says. One line break on either side of a value belongs to the format.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
@@ -25,12 +26,13 @@ from sglang.srt.function_call.core_types import (
     ToolSchemas,
     held_length,
 )
-from sglang.srt.function_call.json_scan import Step
+from sglang.srt.function_call.json_scan import Step, sendable
 
 _FUNCTION = "<function="
 _PARAMETER = "<parameter="
 _END_PARAMETER = "</parameter>"
 _END_FUNCTION = "</function>"
+_MOST_TAG = 1024  # characters
 _PLAIN = re.compile(r"[^<\n]+")  # what can't begin the end of a value
 _WORDS = {"True": True, "False": False, "None": None}
 
@@ -58,6 +60,8 @@ class XmlCallReader:
             return Step.TAKEN
         if not self._tag and self.has_begun and char in " \t\r\n":
             return Step.TAKEN
+        if len(self._tag) == _MOST_TAG:
+            return Step.REFUSED
         self._tag += char
         if not self.has_begun:
             return self._take_name(out)
@@ -165,12 +169,21 @@ def _named_types(schema: Any) -> Iterator[str]:
 def _converted(text: str, types: frozenset[str]) -> str:
     """The value's JSON; what is not of a type that it may have is a text."""
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        written = json.dumps(value, ensure_ascii=False)
     except (ValueError, RecursionError):
         value = _WORDS.get(text.strip(), text)
+        written = json.dumps(value, ensure_ascii=False)
     if "string" in types and not (value is None and "null" in types):
-        value = text
-    return json.dumps(value, ensure_ascii=False)
+        written = json.dumps(text, ensure_ascii=False)
+    return sendable(written)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits} is too large")
+    return number
 
 
 def _no_constant(word: str) -> NoReturn:

@@ -45,8 +45,7 @@ class DeviceGrammars:
         masks: list[np.ndarray] = []
         for place, state in rows.items():
             assert state.matcher is not None
-            unwanted = state.params.stop_token_ids if place in stops else ()
-            hidden = state.matcher.hidden(unwanted)
+            hidden = state.matcher.hidden(state.params.stop_token_ids if place in stops else None)
             if hidden is not None:
                 places.append(place)
                 masks.append(np.packbits(hidden, bitorder="little"))

@@ -107,7 +107,7 @@ class SamplingRow:
         `hide_stops`: and the stop tokens (min_new_tokens), unless the grammar wants one of them.
         """
         assert self.matcher is not None
-        hidden = self.matcher.hidden(self.params.stop_token_ids if hide_stops else ())
+        hidden = self.matcher.hidden(self.params.stop_token_ids if hide_stops else None)
         if hidden is not None:
             np.putmask(logits.numpy(), hidden.view(np.bool_), -np.inf)  # faster than masked_fill_
 

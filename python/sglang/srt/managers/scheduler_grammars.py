@@ -17,12 +17,22 @@ from sglang.srt.errors import RequestError
 from sglang.srt.managers.io_struct import VocabularyReq
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_limits import GrammarVerdict
-from sglang.srt.sampling.sampling_params import Constraint
+from sglang.srt.sampling.sampling_params import Constraint, ReasoningFirst
 
 # A request whose grammar is not there after so long is given up. The library's own bounds end a
 # compilation earlier, as far as is known; others may have to be waited for.
 COMPILE_LIMIT_S = 30.0
 MAX_KEPT = 64
+# Of their texts: a grammar of 100,000 characters took up to 30 MB.
+MAX_KEPT_CHARS = 1 << 20
+
+
+@dataclass(slots=True)
+class _Compilation:
+    """One under way, or done and not yet taken, and how many requests wait for it."""
+
+    future: Future[Grammar]
+    num_waiting: int = 0
 
 
 @dataclass(slots=True)
@@ -40,15 +50,16 @@ class GrammarQueue:
     """Holds requests from their arrival until their grammar is compiled.
 
     `compiler` None: constraints are not served, and whoever has one is given up at once. The
-    `MAX_KEPT` grammars that were used last are kept. What is kept, and for whom, follows from the
-    messages and verdicts alone.
+    `MAX_KEPT` grammars that were used last are kept, fewer where their texts are long. What is
+    kept, and for whom, follows from the messages and verdicts alone.
     """
 
     def __init__(self, compiler: GrammarCompiler | None, limit_s: float = COMPILE_LIMIT_S) -> None:
         self._compiler = compiler
         self._limit_s = limit_s
         self._kept: OrderedDict[Constraint, Grammar] = OrderedDict()
-        self._compiling: dict[Constraint, Future[Grammar]] = {}
+        self._kept_chars = 0
+        self._compiling: dict[Constraint, _Compilation] = {}
         self._waiting: dict[str, _Waiting] = {}  # by rid, in order of arrival
 
     def __len__(self) -> int:
@@ -69,13 +80,15 @@ class GrammarQueue:
             self._kept.move_to_end(constraint)
             req.grammar = kept
             return True
-        future = self._compilation(constraint)
-        self._waiting[req.rid] = _Waiting(req, constraint, future, now + self._limit_s)
+        compilation = self._compilation(constraint, req.params.reasoning)
+        compilation.num_waiting += 1
+        deadline = now + self._limit_s
+        self._waiting[req.rid] = _Waiting(req, constraint, compilation.future, deadline)
         return False
 
     def discard(self, req: Req) -> bool:
         """Hold a request no longer that ends; False: it was not held."""
-        return self._waiting.pop(req.rid, None) is not None
+        return self._let_go(req.rid) is not None
 
     def decided(self, now: float) -> list[GrammarVerdict]:
         """What has become of requests since the last call, in order of arrival; each once.
@@ -95,29 +108,54 @@ class GrammarQueue:
 
         Waits where this rank is slower.
         """
+        entry = self._let_go(rid)
+        if entry is None:
+            return None
+        entry.req.grammar = entry.future.result()
+        self._keep(entry.constraint, entry.req.grammar)
+        return entry.req
+
+    def _keep(self, constraint: Constraint, grammar: Grammar) -> None:
+        """Keep a grammar as the one used last, and let go of those that were used longest ago."""
+        if constraint not in self._kept:
+            self._kept_chars += len(constraint.text)
+        self._kept[constraint] = grammar
+        self._kept.move_to_end(constraint)
+        while len(self._kept) > MAX_KEPT or self._kept_chars > MAX_KEPT_CHARS:
+            dropped, _ = self._kept.popitem(last=False)
+            self._kept_chars -= len(dropped.text)
+
+    def _let_go(self, rid: str) -> _Waiting | None:
+        """Forget a request that waits, and a compilation that nobody waits for any more.
+
+        One that has begun can't be stopped: it stays, for whoever comes while it goes on.
+        """
         entry = self._waiting.pop(rid, None)
         if entry is None:
             return None
-        entry.req.grammar = self._kept[entry.constraint] = entry.future.result()
-        self._kept.move_to_end(entry.constraint)
-        if len(self._kept) > MAX_KEPT:
-            self._kept.popitem(last=False)
-        return entry.req
+        compilation = self._compiling[entry.constraint]
+        compilation.num_waiting -= 1
+        if compilation.num_waiting == 0 and (entry.future.done() or entry.future.cancel()):
+            del self._compiling[entry.constraint]
+        return entry
 
-    def _compilation(self, constraint: Constraint) -> Future[Grammar]:
+    def _compilation(
+        self, constraint: Constraint, reasoning: ReasoningFirst | None
+    ) -> _Compilation:
         """The one under way or not yet taken for a constraint, or a new one."""
-        wanted = {entry.future for entry in self._waiting.values()}
-        for known, future in list(self._compiling.items()):
-            if future.done() and future not in wanted:
-                del self._compiling[known]
         found = self._compiling.get(constraint)
-        if found is not None:
+        if found is not None and (found.num_waiting or not found.future.done()):
             return found
+        for known, one in list(self._compiling.items()):
+            if one.num_waiting == 0 and one.future.done():
+                del self._compiling[known]
         if self._compiler is None:
             failed: Future[Grammar] = Future()
             failed.set_exception(RequestError("Constraints are not served here."))
-            return failed
-        started = self._compiling[constraint] = self._compiler.start(constraint)
+            started = _Compilation(failed)
+        else:
+            started = _Compilation(self._compiler.start(constraint, reasoning))
+        self._compiling[constraint] = started
         return started
 
     def _verdict(self, rid: str, entry: _Waiting) -> GrammarVerdict:

@@ -18,7 +18,15 @@ from sglang.srt.function_call.core_types import (
 )
 from sglang.srt.function_call.function_call_parser import CALL_FORMATS, FORCED_CALLS
 from sglang.srt.parser.harmony_parser import HARMONY_MARKERS, HarmonyParser
-from sglang.srt.parser.reasoning_parser import REASONING_FORMATS, ReasoningParser, begins_inside
+from sglang.srt.parser.reasoning_parser import (
+    END_THINK,
+    REASONING_FORMATS,
+    THINK,
+    ReasoningParser,
+    begins_inside,
+    reasoning_first,
+)
+from sglang.srt.sampling.sampling_params import ReasoningFirst
 
 GPT_OSS = "gpt-oss"
 # Parsing a character takes about as long as formatting so many bytes of a reply.
@@ -40,8 +48,7 @@ class AnswerForm:
     `tools` empty: calls are not looked for. `max_calls` None: any number. `prompt` is the rendered
     prompt, `continued` the text of the assistant's message that the answer goes on with.
     `separates`: reasoning is shown apart; else it is content, as it was written. `is_held`: the
-    text was held to a grammar, so there is no reasoning in it, and it is calls if it `is_forced`
-    and else content.
+    text is held to a grammar behind its reasoning: it is calls if it `is_forced` and else content.
     """
 
     names: ParserNames
@@ -57,27 +64,39 @@ class AnswerForm:
     def is_plain(self) -> bool:
         """True when the text is the answer and nothing has to be parsed."""
         if self.is_held:
-            return not self.is_forced
+            return not self.is_forced and not (self.held_reasoning and self.separates)
         reads_calls = bool(self.tools) and self.names.tool_call is not None
         return not reads_calls and not (self.names.reasoning and self.separates)
 
     @property
+    def held_reasoning(self) -> ReasoningFirst | None:
+        """What comes before the text that is held to a grammar; None: nothing does."""
+        if not self.is_held:
+            return None
+        return reasoning_first(self.names.reasoning, self.prompt, self.continued)
+
+    @property
     def kept_tokens(self) -> tuple[str, ...]:
         """Special tokens that have to be in the text because parsers look for them."""
-        if self.is_plain or self.is_forced:
+        if self.is_plain:
             return ()
+        if self.is_held:
+            return (THINK, END_THINK) if self.held_reasoning else ()
         if GPT_OSS in (self.names.reasoning, self.names.tool_call):
             return HARMONY_MARKERS
         form = CALL_FORMATS.get(self.names.tool_call or "") if self.tools else None
         kept = () if form is None else form.markers
-        return (*kept, "<think>", "</think>") if self.names.reasoning else kept
+        return (*kept, THINK, END_THINK) if self.names.reasoning else kept
 
     def make_parser(self) -> TextParser | None:
         """A parser for one answer; None when the text is the answer."""
         if self.is_plain:
             return None
-        if self.is_forced:
-            return CallParser(FORCED_CALLS, self.tools, max_calls=self.max_calls)
+        if self.is_held:
+            forced: CallParser | None = None
+            if self.is_forced:
+                forced = CallParser(FORCED_CALLS, self.tools, max_calls=self.max_calls)
+            return _Chain(self._held_parser(verbatim=not self.separates), forced)
         if GPT_OSS in (self.names.reasoning, self.names.tool_call):
             tools = self.tools if self.names.tool_call == GPT_OSS else {}
             return HarmonyParser(tools, max_calls=self.max_calls)
@@ -91,13 +110,21 @@ class AnswerForm:
         return _Chain(reasoning, calls)
 
     def make_reasoning_reader(self) -> ReasoningParser | HarmonyParser | None:
-        """A parser that only knows what is reasoning; None when the server has no such parser."""
+        """A parser that only knows what is reasoning; None when there is none to know."""
         name = self.names.reasoning
-        if name is None or self.is_held:
+        if self.is_held:
+            return self._held_parser()
+        if name is None:
             return None
         if name == GPT_OSS:
             return HarmonyParser({})
         return ReasoningParser(inside=self._begins_inside)
+
+    def _held_parser(self, *, verbatim: bool = False) -> ReasoningParser | None:
+        reasoning = self.held_reasoning
+        if reasoning is None:
+            return None
+        return ReasoningParser(inside=reasoning.inside, verbatim=verbatim, held=True)
 
     @property
     def _begins_inside(self) -> bool:
@@ -140,6 +167,7 @@ class ReasoningCount:
 
     def __init__(self, form: AnswerForm | None, text_of: Callable[[int], str]) -> None:
         self._total = 0
+        self._num_open = 0  # tokens that may still turn out to be the begin marker
         self._parser = None if form is None else form.make_reasoning_reader()
         self._text_of = text_of
 
@@ -150,5 +178,7 @@ class ReasoningCount:
         for token_id in token_ids:
             was_reasoning = self._parser.is_reasoning
             self._parser.feed(self._text_of(int(token_id)))
-            self._total += was_reasoning or self._parser.is_reasoning
+            if was_reasoning or self._parser.is_reasoning:
+                self._total += 1 + self._num_open
+            self._num_open = self._num_open + 1 if self._parser.is_open else 0
         return self._total

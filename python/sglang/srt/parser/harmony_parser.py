@@ -15,11 +15,14 @@ import enum
 import re
 
 from sglang.srt.function_call.core_types import (
+    PIECE_CHARS,
+    WHITESPACE,
     CallBroken,
     CallEnd,
     CallStart,
     Content,
     Event,
+    HeldSpace,
     Reasoning,
     ToolSchemas,
     first_marker,
@@ -32,7 +35,7 @@ _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 _CONSTRAIN, _END, _CALL, _RETURN = "<|constrain|>", "<|end|>", "<|call|>", "<|return|>"
 HARMONY_MARKERS = (_START, _CHANNEL, _MESSAGE, _CONSTRAIN, _END, _CALL, _RETURN)
 _BODY_ENDS = (_START, _CHANNEL, _END, _CALL, _RETURN)
-_WHITESPACE = " \t\n\r"
+_MOST_HEADER = 1024  # characters; what goes on for longer is content
 _CHANNEL_NAME = re.compile(re.escape(_CHANNEL) + r"\s*([A-Za-z_]+)")
 _RECIPIENT = re.compile(r"(?:^|[\s>])to=([^\s<]+)")
 _FUNCTIONS = "functions."
@@ -63,6 +66,7 @@ class HarmonyParser:
         self._state = _State.FIRST
         self._kind = _Kind.CONTENT
         self._buffer = ""
+        self._space = HeldSpace()
         self._raw = ""  # of a message that may be a call
         self._arguments: ArgumentsReader | None = None  # of the call whose body this is
         self._name = ""
@@ -75,10 +79,23 @@ class HarmonyParser:
         """True while what comes is reasoning."""
         return self._state is _State.BODY and self._kind is _Kind.REASONING
 
+    @property
+    def is_open(self) -> bool:
+        """True while what came may be the beginning of reasoning or not: headers are neither."""
+        return False
+
     def feed(self, text: str) -> list[Event]:
         """See `TextParser`."""
-        self._buffer += text
+        if self._space.takes(self._buffer, text):
+            return []
+        self._buffer += self._space.released()
         out: list[Event] = []
+        for at in range(0, len(text), PIECE_CHARS):
+            self._buffer += text[at : at + PIECE_CHARS]
+            self._read(out)
+        return merged(out)
+
+    def _read(self, out: list[Event]) -> None:
         steps = {
             _State.FIRST: self._at_first,
             _State.HEADER: self._in_header,
@@ -87,16 +104,15 @@ class HarmonyParser:
         }
         while self._buffer and steps[self._state](out):
             pass
-        return merged(out)
 
     def finish(self) -> list[Event]:
         """See `TextParser`."""
         out: list[Event] = []
-        text, self._buffer = self._buffer, ""
+        text, self._buffer = self._buffer + self._space.released(), ""
         if self._state is _State.BODY:
             self._add(text, out)
             self._end_body(out)
-        elif text.strip(_WHITESPACE) or self._state is _State.FIRST:
+        elif text.strip(WHITESPACE) or self._state is _State.FIRST:
             self._begin(_Kind.CONTENT)
             self._add(text, out)
         return merged(out)
@@ -104,7 +120,7 @@ class HarmonyParser:
     # ---- one step each: False when more text is needed ----
 
     def _at_first(self, _: list[Event]) -> bool:
-        begun = self._buffer.lstrip(_WHITESPACE)
+        begun = self._buffer.lstrip(WHITESPACE)
         starts = (_CHANNEL, _START, _MESSAGE, "to=")
         if any(begun.startswith(start) for start in starts):
             self._state = _State.HEADER
@@ -116,8 +132,13 @@ class HarmonyParser:
 
     def _in_header(self, out: list[Event]) -> bool:
         at = self._buffer.find(_MESSAGE)
-        if at < 0:
-            return False
+        if not 0 <= at <= _MOST_HEADER:
+            if len(self._buffer) < _MOST_HEADER + len(_MESSAGE):
+                return False
+            text, self._buffer = self._buffer[:_MOST_HEADER], self._buffer[_MOST_HEADER:]
+            self._begin(_Kind.CONTENT)
+            self._add(text, out)
+            return True
         header = self._buffer[:at]
         self._raw = header + _MESSAGE
         self._buffer = self._buffer[len(self._raw) :]
@@ -148,7 +169,7 @@ class HarmonyParser:
         return True
 
     def _between(self, _: list[Event]) -> bool:
-        begun = self._buffer.lstrip(_WHITESPACE)
+        begun = self._buffer.lstrip(WHITESPACE)
         if not begun:
             return False
         starts = (_START, _CHANNEL)
@@ -199,7 +220,7 @@ class HarmonyParser:
         while at < len(text):
             run = 0 if self._arguments is None else self._arguments.take_run(text, at, out)
             char = text[at]
-            if run or ((self._arguments is None or not self._has_begun) and char in _WHITESPACE):
+            if run or ((self._arguments is None or not self._has_begun) and char in WHITESPACE):
                 self._raw += text[at : at + (run or 1)]
                 at += run or 1
                 continue

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang.srt.constrained.grammar import TokenMatcher
+from sglang.srt.constrained.reasoning_matcher import start_matcher
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import LogprobSpec
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -104,7 +105,7 @@ class SamplingBatchInfo:
 def _admission(req: Req, row: int) -> RowAdmission:
     matcher = None
     if req.grammar is not None:
-        matcher = req.grammar.matcher()
+        matcher = start_matcher(req.grammar, req.params.reasoning)
         matcher.replay(req.tokens.view(req.prompt_len))
     if not req.params.has_penalties:
         return RowAdmission(row, req.params, req.seed, _NO_IDS, _NO_IDS, matcher)

@@ -14,7 +14,9 @@ from sglang.srt.errors import RequestError
 
 TOP_K_ALL = 1 << 30
 MAX_SEED = (1 << 63) - 1
-MAX_CONSTRAINT_CHARS = 1 << 20
+# What the library does not bound by itself, compiling and the work of a mask, grows with the text,
+# part of it squared. The translator of EBNF is Python and holds the interpreter as well.
+MAX_CONSTRAINT_CHARS = {"json_schema": 1 << 17, "regex": 1 << 14, "ebnf": 1 << 16}
 
 
 class Constraint(msgspec.Struct, frozen=True, array_like=True):
@@ -24,6 +26,18 @@ class Constraint(msgspec.Struct, frozen=True, array_like=True):
     text: str
 
 
+class ReasoningFirst(msgspec.Struct, frozen=True, array_like=True):
+    """Reasoning that a text begins with, before it is held to its constraint.
+
+    It ends with the text `end`. `inside`: the text is reasoning from its first character; else it
+    is if it begins with `begin`.
+    """
+
+    begin: str
+    end: str
+    inside: bool
+
+
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """SGLang's sampling parameters.
 
@@ -31,7 +45,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limit. `stop` holds stop strings; `stop_token_ids` ends a request when sampled (ignored under
     `ignore_eos`, as end-of-text ids are). `sampling_seed` None means one drawn by the scheduler.
     `logit_bias` maps token id to an addend of the logit. At most one of `json_schema` (a schema as
-    JSON text), `regex` and `ebnf` says what the whole generated text must match.
+    JSON text), `regex` and `ebnf` says what the whole generated text must match, or what follows
+    `reasoning` (None: there is none), which the doors set and no client.
     """
 
     max_new_tokens: int | None = 128
@@ -55,11 +70,12 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     json_schema: str | None = None
     regex: str | None = None
     ebnf: str | None = None
+    reasoning: ReasoningFirst | None = None
 
     @property
     def constraint(self) -> Constraint | None:
         """What the generated text must match; None: anything goes."""
-        for kind in ("json_schema", "regex", "ebnf"):
+        for kind in MAX_CONSTRAINT_CHARS:
             text: str | None = getattr(self, kind)
             if text is not None:
                 return Constraint(kind, text)
@@ -115,17 +131,16 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         self._verify_ids(vocab_size)
 
     def _verify_constraint(self) -> None:
-        given = [k for k in ("json_schema", "regex", "ebnf") if getattr(self, k) is not None]
+        given = [k for k in MAX_CONSTRAINT_CHARS if getattr(self, k) is not None]
         if len(given) > 1:
             raise RequestError(f"Only one constraint can be given, not {' and '.join(given)}.")
         constraint = self.constraint
         if constraint is None:
             return
         kind, text = constraint.kind, constraint.text
-        if len(text) > MAX_CONSTRAINT_CHARS:
-            raise RequestError(
-                f"{kind} has {len(text)} characters, at most {MAX_CONSTRAINT_CHARS} are served."
-            )
+        most = MAX_CONSTRAINT_CHARS[kind]
+        if len(text) > most:
+            raise RequestError(f"{kind} has {len(text)} characters, at most {most} are served.")
         if kind == "json_schema":
             _check_schema(text)
 

@@ -50,8 +50,8 @@ def test_reasoning_is_apart_and_counted(thinking: LiveServer) -> None:
     assert reply.usage.completion_tokens == len(ANSWER)
     details = reply.usage.completion_tokens_details
     assert details is not None
-    # One token is one character here; "<think>" shows with its last one.
-    assert details.reasoning_tokens == len(THOUGHT) - len("<think")
+    # One token is one character here; "<think>" shows with its last one, and counts.
+    assert details.reasoning_tokens == len(THOUGHT)
     assert reply.usage.model_extra is not None
     assert reply.usage.model_extra["reasoning_tokens"] == details.reasoning_tokens
 
@@ -77,7 +77,7 @@ def test_a_stream_may_send_reasoning_at_its_end(thinking: LiveServer) -> None:
 def test_usage_of_a_stream_counts_reasoning(thinking: LiveServer) -> None:
     body = {"model": "m", "messages": ASK, "n": 2, "stream_options": {"include_usage": True}}
     usage = thinking.events("/v1/chat/completions", body)[-1]["usage"]
-    assert usage["reasoning_tokens"] == 2 * (len(THOUGHT) - len("<think"))
+    assert usage["reasoning_tokens"] == 2 * len(THOUGHT)
     assert usage["completion_tokens_details"] == {"reasoning_tokens": usage["reasoning_tokens"]}
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
 from sglang.srt.entrypoints.openai.tool_fields import forced_schema
-from sglang.srt.errors import RequestError
+from sglang.srt.sampling.sampling_params import ReasoningFirst
+from srt.constrained.grammar_cases import can_write, compiled, golden_tokenizer, vocabulary_of
 from srt.entrypoints.fake_service import LiveServer
 
 TOOLS: list[Any] = [
@@ -269,7 +272,7 @@ def named(name: str) -> dict[str, Any]:
 
 def test_a_forced_answer_is_held_to_be_calls(tmp_path: Any) -> None:
     """Without a parser, too: what a forced call looks like is not the model's to say."""
-    with LiveServer(tmp_path, reasoning_parser="deepseek-r1") as plain:
+    with LiveServer(tmp_path) as plain:
         plain.service.answer = '[{"name": "get_time", "parameters": {}}]'
         (choice,) = chat(plain, tools=TOOLS, tool_choice="required").json()["choices"]
         body = {"tools": TOOLS, "tool_choice": named("get_time"), "parallel_tool_calls": True}
@@ -283,9 +286,68 @@ def test_a_forced_answer_is_held_to_be_calls(tmp_path: Any) -> None:
     assert start["function"]["name"] == "get_time"
     of_any, of_one = (schema["items"]["anyOf"] for schema in schemas)
     assert [one["properties"]["name"]["const"] for one in of_any] == ["get_weather", "get_time"]
-    assert of_any[0]["properties"]["parameters"] == TOOLS[0]["function"]["parameters"]
+    assert of_any[0]["properties"]["parameters"] == {"$ref": "#/$defs/0"}
+    assert schemas[0]["$defs"]["0"] == TOOLS[0]["function"]["parameters"]
     assert [one["properties"]["name"]["const"] for one in of_one] == ["get_time"]
     assert ("maxItems" in schemas[0], schemas[1]["maxItems"]) == (False, 1)
+
+
+@pytest.mark.parametrize("parser", ["deepseek-r1", "qwen3"])
+def test_reasoning_comes_before_a_forced_call(tmp_path: Any, parser: str) -> None:
+    calls = '[{"name": "get_time", "parameters": {}}]'
+    begin = "<think>" if parser == "qwen3" else ""
+    body = {"tools": TOOLS, "tool_choice": "required"}
+    with LiveServer(tmp_path, reasoning_parser=parser) as thinking:
+        thinking.service.answer = f"{begin}Which? [1]\n</think>{calls}"
+        (choice,) = chat(thinking, **body).json()["choices"]
+        deltas = [one["delta"] for one in stream(thinking, **body)]
+        as_written = chat(thinking, **body, separate_reasoning=False).json()["choices"][0]
+        requests = list(thinking.service.requests)
+    for request in requests:
+        assert request.sampling_params.reasoning == ReasoningFirst(
+            "<think>", "</think>", inside=parser == "deepseek-r1"
+        )
+        assert request.kept_special_tokens == ("<think>", "</think>")
+    message = choice["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Which? [1]", None)
+    assert message["tool_calls"][0]["function"]["name"] == "get_time"
+    assert choice["finish_reason"] == "tool_calls"
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Which? [1]"
+    assert next(d["tool_calls"][0]["index"] for d in deltas if "tool_calls" in d) == 0
+    assert as_written["message"]["content"] == f"{begin}Which? [1]\n</think>"
+    assert as_written["message"]["tool_calls"][0]["function"]["name"] == "get_time"
+
+
+def test_reasoning_comes_before_a_held_text(tmp_path: Any) -> None:
+    """White space behind the marker is the text's, and the prompt may say that there is none."""
+    body = {"regex": " [0-9]+"}
+    with LiveServer(tmp_path, reasoning_parser="qwen3") as thinking:
+        for thought in ("<think>Hm.</think>", ""):
+            thinking.service.answer = thought + " 42"
+            (choice,) = chat(thinking, **body).json()["choices"]
+            assert choice["message"]["content"] == " 42"
+            assert choice["message"]["reasoning_content"] == ("Hm." if thought else None)
+        reply = chat(thinking, **body, separate_reasoning=False).json()
+        assert reply["choices"][0]["message"]["content"] == " 42"
+        thinking.service.answer = "<think>Hm.</think> 42"
+        reply = chat(thinking, **body, separate_reasoning=False).json()
+        assert reply["choices"][0]["message"]["content"] == "<think>Hm.</think> 42"
+        assert reply["usage"]["reasoning_tokens"] == len("<think>Hm.</think>")
+        chat(thinking)
+        last = {"role": "assistant", "content": "<think>x</think>"}
+        goes_on = [{"role": "user", "content": "?"}, last]
+        chat(thinking, **body, messages=goes_on, continue_final_message=True)
+        reasoning = [r.sampling_params.reasoning for r in thinking.service.requests]
+    assert [one is None for one in reasoning] == [False] * 4 + [True] * 2
+
+
+def test_gpt_oss_is_held_from_the_first_character(tmp_path: Any) -> None:
+    with LiveServer(tmp_path, reasoning_parser="gpt-oss") as channels:
+        channels.service.answer = "{}"
+        fields = {"response_format": {"type": "json_object"}}
+        (choice,) = chat(channels, **fields).json()["choices"]
+        assert choice["message"]["content"] == "{}"
+        assert channels.service.requests[-1].sampling_params.reasoning is None
 
 
 def test_an_answer_held_to_a_schema_is_content(server: LiveServer) -> None:
@@ -296,11 +358,57 @@ def test_an_answer_held_to_a_schema_is_content(server: LiveServer) -> None:
     assert choice["message"]["tool_calls"] is None
 
 
-def test_definitions_move_to_where_references_find_them() -> None:
-    city = {"type": "object", "properties": {"c": {"$ref": "#/$defs/C"}}, "$defs": {"C": {}}}
-    schema = json.loads(forced_schema({"f": city, "g": city}, None))
-    assert schema["$defs"] == {"C": {}}
-    assert "$defs" not in schema["items"]["anyOf"][0]["properties"]["parameters"]
-    other = {**city, "$defs": {"C": {"type": "string"}}}
-    with pytest.raises(RequestError, match="'C' is defined twice"):
-        forced_schema({"f": city, "g": other}, None)
+def test_references_of_a_schema_stay_within_it(tmp_path: Path) -> None:
+    """A tool's schema may refer to itself, by the names that another tool's schema has, too."""
+    chain = {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}
+    tools = {
+        "chain": {"properties": chain, "required": ["next"], "additionalProperties": False},
+        "number": typed("integer"),
+        "flag": typed("boolean"),
+        "other": {"$ref": "#/$defs/C", "$defs": {"C": {"properties": {}}}},
+        "any": {},
+    }
+    tokenizer = golden_tokenizer(tmp_path, "bpe")
+    held = compiled(vocabulary_of(tokenizer), "json_schema", forced_schema(tools, 1))
+
+    def fits(name: str, parameters: object) -> bool:
+        text = json.dumps([{"name": name, "parameters": parameters}])
+        return can_write(held, tokenizer, text)
+
+    assert fits("chain", {"next": {"next": None}})
+    assert not fits("chain", {"next": [{"name": "chain", "parameters": {"next": None}}]})
+    assert fits("number", {"c": 1, "same": 2})
+    assert not fits("number", {"c": 1, "same": True})
+    assert fits("flag", {"c": True, "same": False})
+    assert fits("other", {})
+    for name in tools:
+        assert not fits(name, 1), "arguments are an object"
+
+
+def typed(kind: str) -> dict[str, Any]:
+    return {
+        "properties": {"c": {"$ref": "#/$defs/C"}, "same": {"$ref": "#/properties/c"}},
+        "required": ["c", "same"],
+        "additionalProperties": False,
+        "$defs": {"C": {"type": kind}},
+    }
+
+
+@pytest.mark.parametrize("word", ["$defs", "definitions", "properties", "$ref"])
+def test_odd_schemas_of_tools_are_the_constraints_to_refuse(server: LiveServer, word: str) -> None:
+    function = {"name": "f", "parameters": {word: [1]}}
+    fields = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    server.service.answer = "[]"
+    assert chat(server, **fields).status_code == 200
+
+
+def test_a_schema_that_is_no_text_is_refused(server: LiveServer) -> None:
+    broken = b'{"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": "\xff"}}}'
+    content = (
+        b'{"messages": [{"role": "user", "content": "?"}], "response_format": ' + broken + b"}"
+    )
+    headers = {"Content-Type": "application/json"}
+    url = f"{server.url}/v1/chat/completions"
+    reply = httpx.post(url, content=content, headers=headers)
+    assert reply.status_code == 400
+    assert reply.json()["message"].endswith("it is not UTF-8 (invalid start byte).")

@@ -65,4 +65,9 @@ def _schema_of(wanted: ResponseFormat) -> str | None:
         raise bad_field("response_format.type", f"{wanted.type!r} is not served")
     if wanted.json_schema is None or is_null(wanted.json_schema.schema):
         raise bad_field("response_format.json_schema.schema", "it is missing")
-    return bytes(wanted.json_schema.schema).decode()
+    try:
+        return bytes(wanted.json_schema.schema).decode()
+    except UnicodeDecodeError as error:
+        raise bad_field(
+            "response_format.json_schema.schema", f"it is not UTF-8 ({error.reason})"
+        ) from None

@@ -30,13 +30,14 @@ from sglang.srt.entrypoints.openai.serving_base import (
     last_of,
     sampling_params,
 )
-from sglang.srt.entrypoints.openai.tool_fields import read_tool_use
+from sglang.srt.entrypoints.openai.tool_fields import ToolUse, read_tool_use
 from sglang.srt.entrypoints.request_body import RawFields, off_loop
 from sglang.srt.entrypoints.sequences import Call, SequenceOutput, abort_error
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest
 from sglang.srt.managers.io_struct import LogprobArrays
 from sglang.srt.parser.answer_parser import PARSE_BYTES_PER_CHAR, AnswerForm, ReasoningCount
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 _OPENING = Chunk({"role": "assistant", "content": ""}, None, finish_fields(None))
 
@@ -66,23 +67,7 @@ class ChatServing(OpenAIServing):
         kwargs = template_kwargs(body.chat_template_kwargs, body.reasoning_effort)
         if body.continue_final_message and messages[-1]["role"] != "assistant":
             raise bad_field("continue_final_message", "the last message is not the assistant's")
-        if not 0 <= body.top_logprobs <= MAX_OPENAI_TOP_LOGPROBS:
-            raise bad_field(
-                "top_logprobs",
-                f"it must be in [0, {MAX_OPENAI_TOP_LOGPROBS}], got {body.top_logprobs}",
-            )
-        if body.top_logprobs and not body.logprobs:
-            raise bad_field("top_logprobs", "it needs logprobs to be true")
-        check_max_tokens("max_tokens", body.max_tokens)
-        check_max_tokens("max_completion_tokens", body.max_completion_tokens)
-        max_new = body.max_completion_tokens
-        if max_new is None:
-            max_new = body.max_tokens
-        params = sampling_params(body, max_new, self.options.sampling_defaults)
-        if tools.forced_schema is not None:
-            if params.constraint is not None:
-                raise bad_field("tool_choice", f"{params.constraint.kind} is given as well")
-            params = msgspec.structs.replace(params, json_schema=tools.forced_schema)
+        params = self._params(body, tools)
         text = await self.service.render_chat(
             messages,
             add_generation_prompt=body.add_generation_prompt,
@@ -100,6 +85,7 @@ class ChatServing(OpenAIServing):
             is_held=params.constraint is not None,
             is_forced=tools.forced_schema is not None,
         )
+        params = msgspec.structs.replace(params, reasoning=form.held_reasoning)
         head, rid, extra_key = call_ids(body)
         request = GenerateRequest(
             rid=rid,
@@ -116,6 +102,27 @@ class ChatServing(OpenAIServing):
             include_progress=body.stream and bool(body.stream_options.include_progress),
         )
         return ChatCall(head, Call(rid, (request,)), body, form)
+
+    def _params(self, body: ChatBody, tools: ToolUse) -> SamplingParams:
+        """The sampling parameters, forced calls included; RequestError 400 naming a bad field."""
+        if not 0 <= body.top_logprobs <= MAX_OPENAI_TOP_LOGPROBS:
+            raise bad_field(
+                "top_logprobs",
+                f"it must be in [0, {MAX_OPENAI_TOP_LOGPROBS}], got {body.top_logprobs}",
+            )
+        if body.top_logprobs and not body.logprobs:
+            raise bad_field("top_logprobs", "it needs logprobs to be true")
+        check_max_tokens("max_tokens", body.max_tokens)
+        check_max_tokens("max_completion_tokens", body.max_completion_tokens)
+        max_new = body.max_completion_tokens
+        if max_new is None:
+            max_new = body.max_tokens
+        params = sampling_params(body, max_new, self.options.sampling_defaults)
+        if tools.forced_schema is None:
+            return params
+        if params.constraint is not None:
+            raise bad_field("tool_choice", f"{params.constraint.kind} is given as well")
+        return msgspec.structs.replace(params, json_schema=tools.forced_schema)
 
     async def reply(self, chat: ChatCall) -> dict[str, Any]:
         """The whole answer. Raises RequestError."""

@@ -15,7 +15,6 @@ from sglang.srt.entrypoints.http_errors import bad_field
 from sglang.srt.function_call.core_types import ToolSchemas
 
 ToolChoice = str | dict[str, Any]
-_DEFINITIONS = ("$defs", "definitions")
 
 
 @dataclass(frozen=True)
@@ -82,18 +81,16 @@ def read_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any
 def forced_schema(tools: ToolSchemas, max_calls: int | None) -> str:
     """The JSON schema of a list of calls of `tools`, as JSON text.
 
-    A schema may refer to its own `$defs`; they move to the root, where references look for them.
-    Raises RequestError 400 when two tools define one name differently.
+    A tool's own schema is a definition of it, so the references in it begin there. Arguments
+    are objects, whether it says so or not. Raises
+    RequestError 400 for one that is nested too deeply.
     """
-    shared: dict[str, dict[str, Any]] = {}
+    definitions: dict[str, Any] = {}
     calls = []
-    for name, schema in tools.items():
-        own = dict(schema)
-        for word in _DEFINITIONS:
-            for key, value in (own.pop(word, None) or {}).items():
-                if shared.setdefault(word, {}).setdefault(key, value) != value:
-                    raise bad_field("tools", f"{key!r} is defined twice; forced calls share it")
-        properties = {"name": {"const": name}, "parameters": own or {"type": "object"}}
+    for number, (name, schema) in enumerate(tools.items()):
+        place = f"#/$defs/{number}"
+        definitions[str(number)] = {"type": "object", **_moved(name, schema, place)}
+        properties = {"name": {"const": name}, "parameters": {"$ref": place}}
         calls.append(
             {
                 "type": "object",
@@ -104,7 +101,23 @@ def forced_schema(tools: ToolSchemas, max_calls: int | None) -> str:
         )
     limit = {} if max_calls is None else {"maxItems": max_calls}
     items = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **limit}
-    return json.dumps({**items, **shared}, ensure_ascii=False)
+    return json.dumps({**items, "$defs": definitions}, ensure_ascii=False)
+
+
+def _moved(name: str, schema: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The schema, with references to itself, for where it is at `place` of another."""
+
+    def refer(one: dict[str, Any]) -> dict[str, Any]:
+        target = one.get("$ref")
+        if isinstance(target, str) and target.startswith("#"):
+            one["$ref"] = place + target[1:]
+        return one
+
+    try:
+        moved: dict[str, Any] = json.loads(json.dumps(schema), object_hook=refer)
+    except RecursionError:
+        raise bad_field("tools", f"the parameters of {name!r} are nested too deeply") from None
+    return moved
 
 
 def _named(choice: ToolChoice, schemas: ToolSchemas) -> str:
