@@ -83,9 +83,13 @@ class GrammarCompiler:
 
 @contextmanager
 def _large_stacks() -> Iterator[None]:
-    """Threads that a pool starts meanwhile have `STACK_BYTES`; others may too, without harm."""
-    usual = threading.stack_size(STACK_BYTES)
+    """Threads that a pool starts meanwhile have `STACK_BYTES`; others may too, without harm.
+
+    Afterwards the system's own size holds. What was set before is not asked for: of two threads
+    that are here at once, the second would restore what the first had set.
+    """
+    threading.stack_size(STACK_BYTES)
     try:
         yield
     finally:
-        threading.stack_size(usual)
+        threading.stack_size(0)
