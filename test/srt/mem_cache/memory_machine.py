@@ -96,12 +96,16 @@ class MemoryMachine(RuleBasedStateMachine):
             return MemoryDriver(memory, backing, in_background=self.delays)
 
         self.reserve = reserve
-        self.epoch = 0
         self.ranks = RankDrivers(self.num_ranks, make)
 
     def on_ranks(self, act: Callable[[MemoryDriver], T]) -> T:
         """Do the same on every rank; returns what all return."""
         return self.ranks.run(act)
+
+    @property
+    def epoch(self) -> int:
+        """The newest forward that was launched, on every rank."""
+        return self.ranks.first.memory.manager.launched_epoch
 
     @property
     def requests(self) -> list[Request]:
@@ -284,17 +288,19 @@ class MemoryMachine(RuleBasedStateMachine):
     @rule()
     def launch_a_forward(self) -> None:
         """What becomes free may be read until it ends: not to be unmapped, nor written anew."""
-        self.epoch += 1
-        self.on_ranks(lambda driver: driver.launch(self.epoch))
+        epoch = self.epoch + 1
+        self.on_ranks(lambda driver: driver.launch(epoch))
 
     @precondition(lambda self: self.requests)
     @rule(token=st.integers(0, 2), times=st.integers(2, 12), chunk=st.integers(1, 9))
     def overlapped_steps(self, token: int, times: int, chunk: int) -> None:
         """Prompts and decodes go on, each step placed while the forward before it still reads."""
 
+        begun = self.epoch
+
         def act(driver: MemoryDriver) -> list[bool]:
             placed = []
-            for epoch in range(self.epoch + 1, self.epoch + 1 + times):
+            for epoch in range(begun + 1, begun + 1 + times):
                 left = [(r, len(r.tokens) - r.num_computed) for r in driver.requests]
                 decodes = [(r, token) for r, count in left if count == 0]
                 extends = [(r, min(chunk, count)) for r, count in left if count]
@@ -305,12 +311,13 @@ class MemoryMachine(RuleBasedStateMachine):
             return placed
 
         self.on_ranks(act)
-        self.epoch += times
 
     @rule(finish=st.booleans())
     def complete_forwards(self, finish: bool) -> None:
+        epoch = self.epoch
+
         def act(driver: MemoryDriver) -> None:
-            driver.complete(self.epoch)
+            driver.complete(epoch)
             if finish or not self.delays:
                 finish_background(driver.memory)
 
@@ -361,7 +368,7 @@ class MemoryMachine(RuleBasedStateMachine):
             driver.close(driver.requests[-1], insert=True)
         driver.backing.failing_maps.clear()
         driver.backing.failing_unmaps.clear()
-        driver.complete(self.epoch)
+        driver.complete(driver.memory.manager.launched_epoch)
         for _ in range(self.idle_boundaries):
             driver.boundary(1000.0)
         driver.check()

@@ -23,7 +23,7 @@ class MovingMachine(MemoryMachine):
 
     def drain(self, driver: MemoryDriver) -> None:
         """Pages move only with the queue drained."""
-        driver.complete(self.epoch)
+        driver.complete(driver.memory.manager.launched_epoch)
         driver.writes.clear()  # also those of steps that no forward was launched for
         finish_background(driver.memory)
 
