@@ -280,10 +280,12 @@ class MemoryDriver:
         could = memory.can_hold(everywhere)
         for request, _ in wants:  # a refused step, too, may recycle what came before it
             request.last_start = request.num_computed
-        # where no forward was launched for a request's last step, that has ended: it was computed
+        # where no forward was launched for a prompt's last chunk, that has ended: it was computed
         launched, stepping = memory.manager.launched_epoch, {id(request) for request, _ in wants}
         self.writes = [
-            one for one in self.writes if one.epoch <= launched or id(one.request) not in stepping
+            one
+            for one in self.writes
+            if one.epoch <= launched or one.decode or id(one.request) not in stepping
         ]
         refused = sum(stats.refused_count for stats in memory.manager.stats())
         leaving = self.in_background and memory.num_pending_growths > 0
