@@ -72,20 +72,17 @@ def render(info: Mapping[str, Any], width: int = 80) -> str:
         f"requests: {state['num_running_reqs']} running, {state['num_queue_reqs']} queued; "
         f"tokens: {memory['cached_tokens']:,} cached, {memory['headroom_tokens']:,} headroom",
     ]
-    places = {"disk": "on disk", "host": "in host memory"}
-    for tier, place in places.items():
-        bound = memory.get(f"{tier}_budget_bytes")
-        if bound:
-            lines.append(
-                f"{place}: {format_bytes(memory[f'{tier}_bytes'])} of {format_bytes(bound)}"
-            )
+    places = (("disk", "on disk"), ("host", "in host memory"))
+    below = [(tier, place) for tier, place in places if memory.get(f"{tier}_budget_bytes")]
+    for tier, place in below:
+        held, bound = (format_bytes(memory[f"{tier}_{name}"]) for name in ("bytes", "budget_bytes"))
+        lines.append(f"{place}: {held} of {bound}")
     if memory["growth_paused"]:
         lines.append("growth is paused: the machine refused memory")
     maps = {one["group"]: one for one in memory.get("segment_maps", ())}
     for group in memory["groups"]:
         lines += ["", *_group_lines(group, maps.get(group["group"]), width)]
-    below = [place for tier, place in places.items() if memory.get(f"{tier}_budget_bytes")]
-    legend = "\n".join([LEGEND, *(_LOWER_LEGEND.format(place=place) for place in below)])
+    legend = "\n".join([LEGEND, *(_LOWER_LEGEND.format(place=place) for _, place in below)])
     return "\n".join([*lines, "", legend])
 
 

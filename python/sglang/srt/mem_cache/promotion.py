@@ -50,14 +50,14 @@ class Promoter:
         if not wanted:
             return 0
         wanted_bytes = sum(self._manager.layouts[one.group].segment_bytes for one in wanted)
-        goal = min(self._step_bytes, wanted_bytes)
-        missing = goal - self._room(pages_expected)
-        if missing > 0 and self._ladder.shrink(
-            math.inf, pages_expected, most_bytes=missing, keep=1
-        ):
-            self._next_look = now  # there is room when they are gone
-            return 0
+        missing = min(self._step_bytes, wanted_bytes) - self._room(pages_expected)
         if missing > 0:
+            if (
+                self._ladder.shrink(math.inf, pages_expected, most_bytes=missing, keep=1)
+                is not None
+            ):
+                self._next_look = now  # there is room when they are gone
+                return 0
             unread = [one for one in heats if self._tier(one) is Tier.DEVICE and not _is_used(one)]
             most = min(self._step_bytes, missing)
             self._ladder.demote(most, [(one.group, one.segment) for one in unread])

@@ -58,11 +58,6 @@ class Work:
     map: SegmentIdsByGroup
     tier: Tier
 
-    @property
-    def asks_below(self) -> bool:
-        """Whether room of the lower tier is wanted."""
-        return any(self.demote) or self.tier is Tier.LOWER
-
 
 @dataclass(slots=True)
 class Job:
@@ -211,7 +206,7 @@ class JobRunner:
         if vote.status is VoteStatus.REFUSED:
             if result.refused is None:
                 result.refused = "another rank was refused"
-            result.lower_refused = job.tier is Tier.LOWER or any(job.demote)
+            result.lower_refused = _asks_below(job)
             self._undo_maps(job, result)
         for g in range(len(self._layouts)):
             self._conform_unmaps(g, job, result, gone=vote.unmapped[g])
@@ -269,20 +264,19 @@ def run_job(
 ) -> JobResult:
     """Do the work; map (a staged backing: prepare) in all groups or none; no BackingError."""
     result = _nothing_done(len(layouts))
-    tiered = backing if isinstance(backing, TieredBacking) else None
     take, undo = _mapping(backing, work.tier)
     try:
         _each(layouts, work.unmap, backing.unmap, result.unmapped, result.unmap_ms, timer)
         if any(work.unmap_lower):
-            give = _tiered(tiered).unmap_lower
+            give = _tiered(backing).unmap_lower
             _each(layouts, work.unmap_lower, give, result.unmapped, result.unmap_ms, timer)
         # what may be refused from here on is new memory, or room below
-        result.lower_refused = work.asks_below
+        result.lower_refused = _asks_below(work)
         if any(work.demote):
-            demote = _moving(_tiered(tiered), to_lower=True)
+            demote = _moving(_tiered(backing), to_lower=True)
             _each(layouts, work.demote, demote, result.demoted, result.demote_ms, timer)
         if any(work.promote):
-            promote = _moving(_tiered(tiered), to_lower=False)
+            promote = _moving(_tiered(backing), to_lower=False)
             _each(layouts, work.promote, promote, result.promoted, result.promote_ms, timer)
         _each(layouts, work.map, take, result.mapped, result.map_ms, timer)
     except BackingError as error:
@@ -316,7 +310,7 @@ def commit(
     acts = (backing.commit, backing.discard)
     if not _commit(layouts, result, result.mapped, result.map_ms, acts, timer):
         _give_back(result, result.mapped, backing.unmap)
-        result.lower_refused = job.tier is Tier.LOWER or any(job.demote)
+        result.lower_refused = _asks_below(job)
 
 
 def _commit(
@@ -350,6 +344,11 @@ def _commit(
     return result.refused is None
 
 
+def _asks_below(wanted: Job | Work) -> bool:
+    """Whether room of the lower tier is wanted."""
+    return any(wanted.demote) or wanted.tier is Tier.LOWER
+
+
 def _nothing_done(groups: int) -> JobResult:
     none: tuple[SegmentId, ...] = ()
     return JobResult(
@@ -372,7 +371,7 @@ def _move(
     backing: SegmentBacking, group: GroupId, segments: Sequence[SegmentId], *, to_lower: bool
 ) -> None:
     """Move segments to the other tier at once. Raises BackingError, and they stay."""
-    tiered = _tiered(backing if isinstance(backing, TieredBacking) else None)
+    tiered = _tiered(backing)
     (tiered.demote if to_lower else tiered.promote)(group, segments)
 
 
@@ -380,7 +379,7 @@ def _unmapping(backing: SegmentBacking, tier: Tier) -> _Act:
     """How memory on a tier is given back."""
     if tier is Tier.DEVICE:
         return backing.unmap
-    return _tiered(backing if isinstance(backing, TieredBacking) else None).unmap_lower
+    return _tiered(backing).unmap_lower
 
 
 def _mapping(backing: SegmentBacking, tier: Tier) -> tuple[_Act, _Act]:
@@ -391,7 +390,7 @@ def _mapping(backing: SegmentBacking, tier: Tier) -> tuple[_Act, _Act]:
         return backing.map, backing.unmap
     if isinstance(backing, StagedTieredBacking):
         return backing.prepare_lower, backing.discard
-    tiered = _tiered(backing if isinstance(backing, TieredBacking) else None)
+    tiered = _tiered(backing)
     return tiered.map_lower, tiered.unmap_lower
 
 
@@ -402,8 +401,8 @@ def _moving(backing: TieredBacking, *, to_lower: bool) -> _Act:
     return backing.demote if to_lower else backing.promote
 
 
-def _tiered(backing: TieredBacking | None) -> TieredBacking:
-    if backing is None:
+def _tiered(backing: SegmentBacking) -> TieredBacking:
+    if not isinstance(backing, TieredBacking):
         raise InvariantError("segments below a backing that has no lower tier")
     return backing
 
