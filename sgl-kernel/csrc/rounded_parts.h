@@ -1,6 +1,8 @@
 // How inputs that are rounded to bytes lie for vectors of 32 bytes: AVX2.
 #pragma once
 
+#include <immintrin.h>
+
 #include <cstdint>
 
 #include "quantized.h"
@@ -38,6 +40,12 @@ inline int64_t row_bytes(const SglQuantized& call) {
     const bool minima = call.mins != nullptr;
     return call.group == 16 ? Part<2>::count(blocks) * Part<2>::bytes(minima)
                             : Part<1>::count(blocks) * Part<1>::bytes(minima);
+}
+
+// What codes name, in both halves.
+inline __m256i values_of(const SglQuantized& call) {
+    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(call.values));
+    return _mm256_broadcastsi128_si256(values);
 }
 
 }  // namespace

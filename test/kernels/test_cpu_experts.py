@@ -148,6 +148,7 @@ MIXED = [
     ("numbers", "numbers", "numbers"),
     *((layout, layout, layout) for layout in LAYOUTS),
     ("4", "8+min", "8/16"),
+    ("4", "4:small", "4:small"),
     ("4+min", "4+min", "numbers"),
     ("numbers", "numbers", "8"),
 ]
