@@ -33,8 +33,9 @@ inline __m512 spread(__m128i halves) {
     return _mm512_cvtph_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(halves), order));
 }
 
-// Four blocks of an output: codes as Lines has the inputs, scales and minima for each lane.
-template <Code kCode, int kScales, bool kMins>
+// Four blocks of an output: codes as Lines has the inputs, scales and minima for each lane. `kWhole`: all
+// four are there.
+template <Code kCode, int kScales, bool kMins, bool kWhole>
 struct Codes {
     static constexpr int kBits = bits_of(kCode);
     static constexpr bool kSigned = is_signed(kCode);
@@ -42,29 +43,32 @@ struct Codes {
     __m512i bytes[2];
     __m512 scale[kScales], least[kScales];
 
-    // `some` blocks from `first` on: all four, or what is left.
+    // `some` blocks from `first` on.
     Codes(const SglQuantized& call, const Halves<kCode>& halves, int64_t out, int64_t first,
           int64_t some) {
         const char* codes = static_cast<const char*>(call.codes) + out * call.code_row;
         const char* from = codes + first * kBlock * kBits / 8;
-        const uint32_t words = some == kBlocks ? ~0u : (1u << some * kBits) - 1;
+        const uint32_t words = kWhole ? ~0u : (1u << some * kBits) - 1;
         if (kBits == 4) {
-            halves.spread(_mm512_maskz_loadu_epi32(words, from), bytes[0], bytes[1]);
+            halves.spread(load_words(words, from), bytes[0], bytes[1]);
         } else {
-            const __m512i a = _mm512_maskz_loadu_epi32(words, from);
-            const __m512i b = _mm512_maskz_loadu_epi32(words >> 16, from + 64);
+            const __m512i a = load_words(words, from);
+            const __m512i b = load_words(words >> 16, from + 64);
             const __m512i sign = _mm512_set1_epi8(-128);
             bytes[0] = _mm512_xor_si512(_mm512_shuffle_i32x4(a, b, 0x88), sign);
             bytes[1] = _mm512_xor_si512(_mm512_shuffle_i32x4(a, b, 0xdd), sign);
         }
-        const __mmask8 scales = (1u << some * kScales) - 1;
         const int64_t at = out * call.scale_row + first * kScales;
-        take(scales, static_cast<const Fp16*>(call.scales) + at, scale);
-        if (kMins) take(scales, static_cast<const Fp16*>(call.mins) + at, least);
+        take(some, static_cast<const Fp16*>(call.scales) + at, scale);
+        if (kMins) take(some, static_cast<const Fp16*>(call.mins) + at, least);
     }
 
-    static void take(__mmask8 some, const Fp16* from, __m512 (&to)[kScales]) {
-        const __m128i halves = _mm_maskz_loadu_epi16(some, from);
+    static void take(int64_t some, const Fp16* from, __m512 (&to)[kScales]) {
+        const auto* all = reinterpret_cast<const __m128i*>(from);
+        const __mmask8 which = (1u << some * kScales) - 1;
+        const __m128i halves = !kWhole        ? _mm_maskz_loadu_epi16(which, from)
+                               : kScales == 1 ? _mm_loadl_epi64(all)
+                                              : _mm_loadu_si128(all);
         to[0] = spread<kScales, 0>(halves);
         if (kScales == 2) to[kScales - 1] = spread<kScales, kScales - 1>(halves);
     }
@@ -89,8 +93,8 @@ struct Codes {
     }
 };
 
-// Adds what four blocks of output `out` give: `part` counts them.
-template <Code kCode, int kScales, bool kMins, int M>
+// Adds what four blocks of output `out` give: `part` counts them. `kWhole`: all four are there.
+template <Code kCode, int kScales, bool kMins, bool kWhole, int M>
 inline void add_part(const SglQuantized& call, const Halves<kCode>& halves, const char* x,
                      int64_t parts, int64_t part, int64_t out, __m512 (&sum)[M]) {
     constexpr int kBits = bits_of(kCode);
@@ -98,8 +102,8 @@ inline void add_part(const SglQuantized& call, const Halves<kCode>& halves, cons
     const char* ahead = static_cast<const char*>(call.codes) + out * call.code_row +
                         first * kBlock * kBits / 8 + kAhead;
     for (int line = 0; line < kBits / 4; ++line) _mm_prefetch(ahead + 64 * line, _MM_HINT_T1);
-    const int64_t some = std::min<int64_t>(kBlocks, call.in_features / kBlock - first);
-    const Codes<kCode, kScales, kMins> codes(call, halves, out, first, some);
+    const int64_t some = kWhole ? kBlocks : call.in_features / kBlock - first;
+    const Codes<kCode, kScales, kMins, kWhole> codes(call, halves, out, first, some);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m)
         sum[m] = codes.add(sum[m], x + (m * parts + part) * codes.kLines.count() * 64);
@@ -110,7 +114,7 @@ inline void add_part(const SglQuantized& call, const Halves<kCode>& halves, cons
 template <Code kCode, int kScales, bool kMins, int M>
 void multiply_block(const SglQuantized& call, const char* x, int64_t out, int64_t last,
                     float* result) {
-    const int64_t parts = parts_of(call);
+    const int64_t parts = parts_of(call), whole = call.in_features / kBlock / kBlocks;
     const Halves<kCode> halves(call);
     __m512 total[kOuts][M];
 #pragma GCC unroll 4
@@ -119,17 +123,21 @@ void multiply_block(const SglQuantized& call, const char* x, int64_t out, int64_
         for (int m = 0; m < M; ++m) total[n][m] = _mm512_setzero_ps();
     const auto which = [&](int n) { return std::min<int64_t>(out + n, last - 1); };
     const auto add = [&](int n, int64_t part) __attribute__((always_inline)) {
-        add_part<kCode, kScales, kMins>(call, halves, x, parts, part, which(n), total[n]);
+        add_part<kCode, kScales, kMins, true>(call, halves, x, parts, part, which(n), total[n]);
     };
     if (M == 1) {
 #pragma GCC unroll 4
         for (int n = 0; n < kOuts; ++n)
-            for (int64_t part = 0; part < parts; ++part) add(n, part);
+            for (int64_t part = 0; part < whole; ++part) add(n, part);
     } else {
-        for (int64_t part = 0; part < parts; ++part)
+        for (int64_t part = 0; part < whole; ++part)
 #pragma GCC unroll 4
             for (int n = 0; n < kOuts; ++n) add(n, part);
     }
+    if (whole < parts)
+#pragma GCC unroll 4
+        for (int n = 0; n < kOuts; ++n)
+            add_part<kCode, kScales, kMins, false>(call, halves, x, parts, whole, which(n), total[n]);
     __m512 quarters[kRows];
 #pragma GCC unroll 4
     for (int m = 0; m < kRows; ++m) {

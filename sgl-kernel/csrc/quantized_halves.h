@@ -1,4 +1,4 @@
-// Codes of half a byte as unsigned bytes: AVX-512.
+// How codes are read, and those of half a byte become unsigned bytes: AVX-512.
 #pragma once
 
 #include <immintrin.h>
@@ -7,7 +7,13 @@
 
 namespace {
 
-// They are so already, or the values that they name, signed, become so by adding 128.
+// 64 bytes, or those words of them that `which` names. From memory masked loads took
+// twice as long.
+inline __m512i load_words(__mmask16 which, const void* from) {
+    return which == 0xffff ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi32(which, from);
+}
+
+// Unsigned bytes: they are so already, or the values that they name, signed, become so by adding 128.
 template <Code kCode>
 class Halves {
   public:

@@ -123,12 +123,12 @@ class Codes {
     alignas(64) float least_[kMins ? kOuts : 1][16];
 
     void spread(const char* from, uint32_t words, int32_t* to) const {
-        __m512i a = _mm512_maskz_loadu_epi32(words, from), b;
+        __m512i a = load_words(words, from), b;
         if (kBits == 4) {
             halves_.spread(a, a, b);
         } else {
             const __m512i sign = _mm512_set1_epi8(-128);
-            b = _mm512_xor_si512(_mm512_maskz_loadu_epi32(words >> 16, from + 64), sign);
+            b = _mm512_xor_si512(load_words(words >> 16, from + 64), sign);
             a = _mm512_xor_si512(a, sign);
         }
         _mm512_store_si512(to, a);
@@ -147,7 +147,9 @@ class Codes {
     }
 
     static __m512 widen(__mmask16 some, const Fp16* from) {
-        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, from));
+        return _mm512_cvtph_ps(some == 0xffff
+                                   ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                                   : _mm256_maskz_loadu_epi16(some, from));
     }
 };
 
