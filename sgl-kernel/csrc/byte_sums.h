@@ -5,14 +5,16 @@
 
 namespace {
 
-// What is added to values that stand in for codes of 4 bits, of this size at most, so that they are no
-// less than 0: a block of them fits 16 bits then, see PairSums.
-constexpr int kShift = 16;
-
 // By products that are summed in pairs of 16 bits, which must hold them: bytes of up to 128 times bytes
 // of up to 127 fit, and so do the sums of 8 pairs of codes of 4 bits. 8 pairs of shifted values pass 16
 // bits, but not what is left of them without the shift, at which sums that wrap arrive all the same.
 struct PairSums {
+    // Of codes of 4 bits or shifted values, two vectors at most, and `sum`.
+    template <int kCount>
+    static __m256i add_halves(__m256i sum, const __m256i (&codes)[kCount],
+                              const __m256i (&x)[kCount]) {
+        return _mm256_add_epi32(sum, of_halves(codes, x));
+    }
     // Of codes of 4 bits, kCount vectors added up, at most 8.
     template <int kCount>
     static __m256i of_halves(const __m256i (&codes)[kCount], const __m256i (&x)[kCount]) {
@@ -53,6 +55,11 @@ struct PairSums {
 // those of PairSums, bit for bit.
 template <class Dots>
 struct DotSums {
+    template <int kCount>
+    static __m256i add_halves(__m256i sum, const __m256i (&codes)[kCount],
+                              const __m256i (&x)[kCount]) {
+        return add(sum, codes, x);
+    }
     template <int kCount>
     static __m256i of_halves(const __m256i (&codes)[kCount], const __m256i (&x)[kCount]) {
         return of_bytes(codes, x);

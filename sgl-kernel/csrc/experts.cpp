@@ -327,7 +327,8 @@ void open_gates(const SglExperts& call, const Choices& choices, char* opened) {
     Inputs gate_inputs(call, call.gate, call.hidden, x, call.dtype, x_row, rows);
     const bool same = call.gate.bits == call.up.bits && call.gate.group == call.up.group &&
                       !call.gate.mins == !call.up.mins &&
-                      !call.gate.has_values == !call.up.has_values;
+                      !call.gate.has_values == !call.up.has_values &&
+                      !std::memcmp(call.gate.values, call.up.values, sizeof call.up.values);
     std::unique_ptr<Inputs> others;
     if (!same) others.reset(new Inputs(call, call.up, call.hidden, x, call.dtype, x_row, rows));
     // One row of an expert is read where it is; several must stand together.

@@ -57,8 +57,9 @@ void dequantize_avx512(const SglQuantized&, int64_t, int64_t);
 
 namespace {
 
-// Half a byte that is its own value, half a byte that names one of 16, or a signed byte.
-enum class Code { kHalf, kNamed, kByte };
+// Half a byte that is its own value, half a byte that names one of 16, the same where these are small (which
+// AVX2 tells apart), or a signed byte.
+enum class Code { kHalf, kNamed, kSmall, kByte };
 
 constexpr int bits_of(Code code) { return code == Code::kByte ? 8 : 4; }
 inline Code code_of(const SglQuantized& call) {

@@ -10,15 +10,9 @@ namespace {
 // More rows are multiplied lane by lane, where a block's sums fit 16 bits. With bytes that took as long.
 constexpr int64_t kMostRows = 5;
 
-inline bool fit_lanes(const SglQuantized& call) {
-    return !call.has_values ||
-           std::all_of(call.values, call.values + 16,
-                       [](int value) { return value >= -kShift && value <= kShift; });
-}
-
 template <class Sums, Code kCode, bool kMins>
 void multiply_halves(const SglQuantized& call, const char* x, int64_t first, int64_t last) {
-    if (call.rows > kMostRows && fit_lanes(call))
+    if (call.rows > kMostRows)
         multiply_many<Sums, kCode, kMins>(call, x, first, last);
     else
         multiply_few<Sums, kCode, 1, kMins>(call, x, first, last);
@@ -26,9 +20,10 @@ void multiply_halves(const SglQuantized& call, const char* x, int64_t first, int
 
 template <class Sums, bool kMins>
 void multiply_layout(const SglQuantized& call, const char* x, int64_t first, int64_t last) {
-    const Code code = code_of(call);
+    const Code code = kind_of(call);
     if (code == Code::kHalf) multiply_halves<Sums, Code::kHalf, kMins>(call, x, first, last);
-    if (code == Code::kNamed) multiply_halves<Sums, Code::kNamed, kMins>(call, x, first, last);
+    if (code == Code::kSmall) multiply_halves<Sums, Code::kSmall, kMins>(call, x, first, last);
+    if (code == Code::kNamed) multiply_few<Sums, Code::kNamed, 1, kMins>(call, x, first, last);
     if (code != Code::kByte) return;
     if (call.group == 32) multiply_few<Sums, Code::kByte, 1, kMins>(call, x, first, last);
     if (call.group == 16) multiply_few<Sums, Code::kByte, 2, kMins>(call, x, first, last);

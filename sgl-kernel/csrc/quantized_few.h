@@ -89,7 +89,7 @@ inline void take_codes(const char* from, int step, bool half, __m256i values,
         const __m256i low = _mm256_set1_epi8(15);
         to[0] = _mm256_and_si256(both, low);
         to[Part<kScales>::kVectors - 1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-        if (kCode == Code::kNamed)
+        if (kCode != Code::kHalf)
             for (__m256i& some : to) some = _mm256_shuffle_epi8(values, some);
     } else if (kScales == 2) {
         to[0] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * step));
@@ -100,16 +100,20 @@ inline void take_codes(const char* from, int step, bool half, __m256i values,
 }
 
 // Sums of four products of a step's codes, and of their `sizes` where they are signed, with a row's inputs
-// at `x`.
-template <class Sums, bool kSigned, int kVectors>
+// at `x`. `shift`: its lanes for small values.
+template <class Sums, Code kCode, int kVectors>
 inline __m256i add_step(const __m256i (&codes)[kVectors], const __m256i (&sizes)[kVectors],
-                        const char* x) {
+                        const char* x, const char* shift) {
+    constexpr bool kSigned = kCode == Code::kNamed || kCode == Code::kByte;
     __m256i values[kVectors];
 #pragma GCC unroll 2
     for (int i = 0; i < kVectors; ++i) {
         values[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 32 * i));
         if (kSigned) values[i] = _mm256_sign_epi8(values[i], codes[i]);
     }
+    if (kCode == Code::kSmall)
+        return Sums::add_halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(shift)), codes,
+                                values);
     return kSigned ? Sums::of_bytes(sizes, values) : Sums::of_halves(codes, values);
 }
 
@@ -152,8 +156,10 @@ inline __attribute__((always_inline)) void add_part(const Output& output, __m256
         for (int i = 0; i < P::kVectors; ++i) size[i] = _mm256_abs_epi8(code[i]);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
-            const __m256i sum = add_step<Sums, kCode != Code::kHalf>(
-                code, size, x + m * row + step * P::kVectors * 32);
+            const char* from = x + m * row;
+            const __m256i sum =
+                add_step<Sums, kCode>(code, size, from + step * P::kVectors * 32,
+                                      from + P::shift_at(kMins) + step * 32);
             const __m256 spread = step == 0   ? _mm256_permute_ps(both[m], 0x00)
                                   : step == 1 ? _mm256_permute_ps(both[m], 0x55)
                                   : step == 2 ? _mm256_permute_ps(both[m], 0xaa)
@@ -187,8 +193,8 @@ inline __m128 multiply_block(const SglQuantized& call, const Ends& ends, const c
                              int64_t out, int64_t last) {
     using P = Part<kScales>;
     const int64_t blocks = call.in_features / kBlock, whole = blocks / P::kBlocks;
-    const int64_t rest = blocks % P::kBlocks;
-    const __m256i named = values_of(call);
+    const int64_t rest = blocks % P::kBlocks, bytes = P::bytes(kMins, kCode == Code::kSmall);
+    const __m256i named = values_of<kCode>(call);
     __m256 total[N][M];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
@@ -196,7 +202,7 @@ inline __m128 multiply_block(const SglQuantized& call, const Ends& ends, const c
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) total[n][m] = _mm256_setzero_ps();
         const char* values = x;
-        for (int64_t part = 0; part < whole; ++part, values += P::bytes(kMins))
+        for (int64_t part = 0; part < whole; ++part, values += bytes)
             add_part<Sums, kCode, kScales, kMins, true>(output, named, ends.whole, part, P::kBlocks,
                                                         values, row, total[n]);
         if (rest)

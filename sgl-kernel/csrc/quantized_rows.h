@@ -2,8 +2,8 @@
 //
 // A lane is a row. It holds four of the row's inputs and meets four codes of an output, which are the
 // same in all lanes, so that a block's sum stands whole in its lane and meets its scale once. Codes
-// become bytes once for all rows, a part of a few outputs at a time: those that name values become these,
-// shifted.
+// become bytes once for all rows, a part of a few outputs at a time: those that name small values become
+// these, shifted.
 #pragma once
 
 #include <immintrin.h>
@@ -44,19 +44,20 @@ inline void transpose(__m256i (&rows)[8]) {
 }
 
 // How 8 rows lie: block by block 8 vectors of inputs, the rows' scales, for minima their sums and for
-// values what PairSums takes their shift away with.
+// small values what PairSums takes their shift away with.
 template <Code kCode, bool kMins>
 struct Packed {
     using P = Part<1>;
     static constexpr int kScaleAt = kBlock * kLanes, kSumAt = kScaleAt + 32;
     static constexpr int kShiftAt = kSumAt + kMins * 32;
-    static constexpr int64_t kBlockBytes = kShiftAt + (kCode == Code::kNamed) * 32;
+    static constexpr bool kSmall = kCode == Code::kSmall;
+    static constexpr int64_t kBlockBytes = kShiftAt + kSmall * 32;
     static constexpr int64_t kPartBytes = P::kBlocks * kBlockBytes;
 
     // Part `part` of rows from `row` on, of which those that there are count, from lines into lanes.
     static void pack(const SglQuantized& call, const char* x, int64_t row, int64_t part, char* to) {
         const int64_t bytes = row_bytes(call), rows = std::min<int64_t>(kLanes, call.rows - row);
-        const char* from = x + row * bytes + part * P::bytes(kMins);
+        const char* from = x + row * bytes + part * P::bytes(kMins, kSmall);
         for (int64_t b = 0; b < P::kBlocks; ++b) {
             __m256i inputs[kLanes];
             for (int m = 0; m < kLanes; ++m)
@@ -65,7 +66,7 @@ struct Packed {
                                      : _mm256_setzero_si256();
             transpose(inputs);
             for (int i = 0; i < kLanes; ++i) store(inputs[i], to + b * kBlockBytes + i * 32);
-            if (kCode == Code::kNamed) store(shift_of(inputs), to + b * kBlockBytes + kShiftAt);
+            if (kSmall) store(shift_of(inputs), to + b * kBlockBytes + kShiftAt);
         }
         __m256i floats[kLanes];
         take(from + P::kScaleAt, bytes, rows, floats);
@@ -108,7 +109,7 @@ struct Codes {
     // Blocks [first, first + blocks) of the outputs from `out` on; those at `last` and beyond are as
     // the one before.
     void take(const SglQuantized& call, int64_t out, int64_t last, int64_t first, int64_t blocks) {
-        const __m256i shifted = _mm256_add_epi8(values_of(call), _mm256_set1_epi8(kShift));
+        const __m256i shifted = values_of<kCode>(call);
         for (int n = 0; n < kOuts; ++n) {
             const int64_t which = std::min(out + n, last - 1);
             const char* from = static_cast<const char*>(call.codes) + which * call.code_row +
@@ -126,7 +127,7 @@ struct Codes {
         const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
         __m256i both = _mm256_set_m128i(_mm_srli_epi16(a, 4), a);
         both = _mm256_and_si256(both, _mm256_set1_epi8(15));
-        if (kCode == Code::kNamed) both = _mm256_shuffle_epi8(shifted, both);
+        if (kCode == Code::kSmall) both = _mm256_shuffle_epi8(shifted, both);
         _mm256_store_si256(reinterpret_cast<__m256i*>(to), both);
     }
     static void widen(const Fp16* from, int64_t count, float* to) {
@@ -166,7 +167,7 @@ inline void add_blocks(const Codes<kCode, kMins>& codes, const char* x, int64_t 
             for (int i = 0; i < kLanes; ++i)
                 code[i] = same_codes(codes.codes[n] + b * kBlock + 4 * i);
             const __m256i sum =
-                kCode == Code::kNamed
+                kCode == Code::kSmall
                     ? Sums::of_shifted(code, value, _mm256_load_si256(inputs + Rows::kShiftAt / 32))
                     : Sums::of_halves(code, value);
             const __m256 scale = _mm256_mul_ps(scale_x, _mm256_set1_ps(codes.scale[n][b]));
