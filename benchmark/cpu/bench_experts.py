@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bench_attention import medians
+from bench_quantized import make as make_weight
 from cpu_report import Clock, clock_and_threads, parser, print_report
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.expert_weights import ExpertLayout
@@ -27,16 +28,23 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def make(shape: tuple[int, int, int, int], kind: str) -> Experts:
-    """Random experts in bfloat16, or rounded to bytes for kind "int8"."""
+    """Random experts in bfloat16, rounded to bytes ("int8"), or in codes as MXFP4 has them."""
     experts, _, hidden, width = shape
     layer = Experts(
         experts,
         hidden,
         width,
-        layout=ExpertLayout.MERGED,
+        layout=ExpertLayout.STACKED if kind == "mxfp4" else ExpertLayout.MERGED,
         parallel=ParallelState(),
         dtype=torch.bfloat16,
     )
+    if kind == "mxfp4":
+        for part in ("gate", "up"):
+            weight = make_weight("4 bits, values", experts * width, hidden)
+            layer.weight_loader("gate_up_proj", weight, (None, part))
+        weight = make_weight("4 bits, values", experts * hidden, width)
+        layer.weight_loader("down_proj", weight, (None, "down"))
+        return layer
     for parameter in layer.parameters():
         parameter.data.normal_(0.0, 0.02)
     kernels = native_kernels()
@@ -46,7 +54,8 @@ def make(shape: tuple[int, int, int, int], kind: str) -> Experts:
 
 
 def bytes_read(layer: Experts, routing: Routing) -> int:
-    parts = {id(one.matrix): one.matrix.nbytes for one in (layer.gate, layer.down) if one}
+    matrices = (one.matrix for one in (layer.gate, layer.up, layer.down) if one)
+    parts = {id(one): one.nbytes for one in matrices}
     whole = sum(parameter.nbytes for parameter in layer.parameters()) + sum(parts.values())
     return whole * len(routing.experts.unique()) // layer.num_experts
 
@@ -82,7 +91,7 @@ def main() -> None:
     args = parser(__doc__, rounds=5, cpu_time=True).parse_args()
     clock, _ = clock_and_threads(args)
     found = {}
-    for kind in ("bfloat16", "int8"):
+    for kind in ("bfloat16", "int8", "mxfp4"):
         found[kind] = []
         for shape in SHAPES:
             layer = make(shape, kind)

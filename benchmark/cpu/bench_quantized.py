@@ -30,16 +30,23 @@ from sglang.srt.layers.quantization.matrix import QuantizedMatrix
 SHAPES = ((960, 576), (3072, 576), (576, 1536), (49152, 576), (2048, 8192))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
 NATIVE = ("codes", "native bfloat16")  # not measured for more rows than 64
-LAYOUTS = {"4 bits, min": (4, True), "8 bits": (8, False)}
+MXFP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice each
+LAYOUTS = {
+    "4 bits, min": (4, True, None),
+    "4 bits, values": (4, False, MXFP4),
+    "8 bits": (8, False, None),
+}
 ALL_BYTES = 96 << 20  # of the codes in turn
 GROUP = 32
 
 
-def make(bits: int, with_mins: bool, outs: int, width: int) -> QuantizedWeight:
+def make(layout: str, outs: int, width: int) -> QuantizedWeight:
+    bits, with_mins, values = LAYOUTS[layout]
     dtype = torch.uint8 if bits == 4 else torch.int8
     codes = torch.randint(0, 100, (outs, width * bits // 8)).to(dtype)
     scales = torch.rand(outs, width // GROUP).half()
-    return QuantizedWeight(codes, scales, -scales if with_mins else None, gain=2.0**-10)
+    mins = -scales if with_mins else None
+    return QuantizedWeight(codes, scales, mins, gain=2.0**-10, values=values)
 
 
 def left_out(rows: int) -> set[str]:
@@ -62,10 +69,9 @@ def for_each(way: Callable[[int], object], count: int) -> None:
 def measure(
     layout: str, outs: int, width: int, threads: int, rounds: int, clock: Clock
 ) -> list[dict[str, Any]]:
-    bits, with_mins = LAYOUTS[layout]
-    first = make(bits, with_mins, outs, width)
+    first = make(layout, outs, width)
     count = -(-ALL_BYTES // first.nbytes)
-    weights = [first, *(make(bits, with_mins, outs, width) for _ in range(count - 1))]
+    weights = [first, *(make(layout, outs, width) for _ in range(count - 1))]
     matrices = [QuantizedMatrix([weight]) for weight in weights]
     wide = [torch.randn(outs, width).bfloat16() for _ in range(-(-count // 3))]
     found = []

@@ -77,7 +77,8 @@ struct SglLinear {
 };
 
 // A quantised weight [out_features, in_features], and what is done with it. Weight (n, k) is
-// (code * scale + min) * gain, with a scale and a min for each group of inputs.
+// (code * scale + min) * gain, with a scale and a min for each group of inputs. A code of 4 bits may
+// name one of 16 values, which takes its place then.
 struct SglQuantized {
     const void* x;       // [rows, in_features] in `dtype`; not read by sgl_dequantize
     const void* bias;    // [out_features] in `dtype`, or null
@@ -97,6 +98,8 @@ struct SglQuantized {
     int32_t num_threads;
     int32_t round_inputs;  // to bytes, with a scale for each 32: AVX2 to AMX only
     int32_t round_weight;  // to bfloat16, before the gain: AMX and a `dtype` of bfloat16 only
+    int32_t has_values;    // codes of 4 bits name `values`; 0: a code is its own value
+    int8_t values[16];     // -127 to 127
 };
 
 // (x + residual) / sqrt(mean of squares + eps) * (offset + weight), row by row, in fp32 and rounded
@@ -274,6 +277,8 @@ struct SglExpertMatrix {
     int64_t group;        // of codes
     float gain;           // of codes
     int32_t bits;         // of a code, 4 or 8; 0: numbers
+    int32_t has_values;   // of codes, as in SglQuantized
+    int8_t values[16];
 };
 
 // A mixture of experts: each row through its chosen ones, down(gate(gate x, up x)), times their weights

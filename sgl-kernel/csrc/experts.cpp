@@ -3,6 +3,7 @@
 // and ups, one of the second a range of the outputs over all experts, which it adds up for itself. The
 // products are those of linear.cpp and quantized.cpp.
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -93,6 +94,8 @@ SglQuantized quantized(const SglExperts& call, const SglExpertMatrix& matrix, in
     q.isa = call.isa;
     q.num_threads = 1;
     q.round_inputs = call.round_inputs;
+    q.has_values = matrix.has_values;
+    std::memcpy(q.values, matrix.values, sizeof q.values);
     return q;
 }
 
@@ -323,7 +326,9 @@ void open_gates(const SglExperts& call, const Choices& choices, char* opened) {
     const int64_t rows = call.scale_inputs ? count : call.rows;
     Inputs gate_inputs(call, call.gate, call.hidden, x, call.dtype, x_row, rows);
     const bool same = call.gate.bits == call.up.bits && call.gate.group == call.up.group &&
-                      !call.gate.mins == !call.up.mins;
+                      !call.gate.mins == !call.up.mins &&
+                      !call.gate.has_values == !call.up.has_values &&
+                      !std::memcmp(call.gate.values, call.up.values, sizeof call.up.values);
     std::unique_ptr<Inputs> others;
     if (!same) others.reset(new Inputs(call, call.up, call.hidden, x, call.dtype, x_row, rows));
     // One row of an expert is read where it is; several must stand together.
@@ -420,6 +425,7 @@ bool is_served(const SglExperts& call, const SglExpertMatrix& matrix, int64_t in
     if (!matrix.bits) return true;
     const bool grouped = matrix.bits == 4 ? matrix.group == 32
                                           : matrix.bits == 8 && (matrix.group == 32 || matrix.group == 16);
+    if (matrix.has_values && matrix.bits != 4) return false;
     return grouped && inputs % 32 == 0 && matrix.scales &&
            (!call.round_inputs || sgl::rounded_product(call.isa));
 }

@@ -35,7 +35,7 @@ struct Isa {
     template <class T>
     static constexpr bool reorders(T) { return false; }
     static constexpr bool reorders(Bf16) { return true; }
-    // 32 codes of half a byte, or of a signed byte, as floats.
+    // 32 codes of half a byte, the values that these name, or signed bytes, as floats.
     static void halves(const uint8_t* codes, F (&out)[4]) {
         const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
         const __m128i mask = _mm_set1_epi8(15);
@@ -45,6 +45,17 @@ struct Isa {
         out[1] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(low, 8)));
         out[2] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(high));
         out[3] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(high, 8)));
+    }
+    static void named(const uint8_t* codes, const int8_t* values, F (&out)[4]) {
+        const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+        const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+        const __m128i mask = _mm_set1_epi8(15);
+        const __m128i low = _mm_shuffle_epi8(all, _mm_and_si128(both, mask));
+        const __m128i high = _mm_shuffle_epi8(all, _mm_and_si128(_mm_srli_epi16(both, 4), mask));
+        out[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low));
+        out[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(low, 8)));
+        out[2] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high));
+        out[3] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(high, 8)));
     }
     static void signed_bytes(const int8_t* codes, F (&out)[4]) {
         for (int i = 0; i < 4; ++i) {

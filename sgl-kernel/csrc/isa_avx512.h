@@ -24,13 +24,22 @@ struct Isa {
     static void load_some(const T* x, F (&out)[1]) { out[0] = load(x); }
     template <class T>
     static constexpr bool reorders(T) { return false; }
-    // 32 codes of half a byte, or of a signed byte, as floats.
+    // 32 codes of half a byte, the values that these name, or signed bytes, as floats.
     static void halves(const uint8_t* codes, F (&out)[2]) {
         const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
         const __m128i mask = _mm_set1_epi8(15);
         const __m128i high = _mm_and_si128(_mm_srli_epi16(both, 4), mask);
         out[0] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(both, mask)));
         out[1] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(high));
+    }
+    static void named(const uint8_t* codes, const int8_t* values, F (&out)[2]) {
+        const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+        const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+        const __m128i mask = _mm_set1_epi8(15);
+        const __m128i low = _mm_shuffle_epi8(all, _mm_and_si128(both, mask));
+        const __m128i high = _mm_shuffle_epi8(all, _mm_and_si128(_mm_srli_epi16(both, 4), mask));
+        out[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low));
+        out[1] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(high));
     }
     static void signed_bytes(const int8_t* codes, F (&out)[2]) {
         for (int i = 0; i < 2; ++i) {

@@ -1,6 +1,10 @@
 // Vectors in plain C++; on ARM the compiler makes NEON of them, which every such CPU has.
 #pragma once
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include "numbers.h"
 
 namespace {
@@ -18,7 +22,7 @@ struct Isa {
     static void load_some(const T* x, F (&out)[1]) { out[0] = load(x); }
     template <class T>
     static constexpr bool reorders(T) { return false; }
-    // 32 codes of half a byte, or of a signed byte, as floats.
+    // 32 codes of half a byte, the values that these name, or signed bytes, as floats.
     static void halves(const uint8_t* codes, F (&out)[8]) {
         float values[32];
         for (int i = 0; i < 16; ++i) {
@@ -26,6 +30,21 @@ struct Isa {
             values[16 + i] = static_cast<float>(codes[i] >> 4);
         }
         std::memcpy(out, values, sizeof(values));
+    }
+    static void named(const uint8_t* codes, const int8_t* values, F (&out)[8]) {
+        int8_t found[32];
+#if defined(__aarch64__)
+        const uint8x16_t both = vld1q_u8(codes);
+        const int8x16_t all = vld1q_s8(values);
+        vst1q_s8(found, vqtbl1q_s8(all, vandq_u8(both, vdupq_n_u8(15))));
+        vst1q_s8(found + 16, vqtbl1q_s8(all, vshrq_n_u8(both, 4)));
+#else
+        for (int i = 0; i < 16; ++i) {
+            found[i] = values[codes[i] & 15];
+            found[16 + i] = values[codes[i] >> 4];
+        }
+#endif
+        signed_bytes(found, out);
     }
     static void signed_bytes(const int8_t* codes, F (&out)[8]) {
         float values[32];

@@ -35,7 +35,7 @@ bool is_served(const SglQuantized& call) {
     if (call.out_features < 1 || call.in_features < kBlock || call.in_features % kBlock)
         return false;
     return (call.bits == 4 && call.group == 32) ||
-           (call.bits == 8 && (call.group == 32 || call.group == 16));
+           (call.bits == 8 && !call.has_values && (call.group == 32 || call.group == 16));
 }
 
 int64_t outs_of_a_task(const SglQuantized& call, int64_t at_once) {

@@ -57,6 +57,15 @@ void dequantize_avx512(const SglQuantized&, int64_t, int64_t);
 
 namespace {
 
+// Half a byte that is its own value, half a byte that names one of 16, the same where these are small (which
+// AVX2 tells apart), or a signed byte.
+enum class Code { kHalf, kNamed, kSmall, kByte };
+
+constexpr int bits_of(Code code) { return code == Code::kByte ? 8 : 4; }
+inline Code code_of(const SglQuantized& call) {
+    return call.bits == 8 ? Code::kByte : call.has_values ? Code::kNamed : Code::kHalf;
+}
+
 // Rows [first, first + count) of a product.
 inline SglQuantized rows_of(const SglQuantized& whole, int64_t first, int64_t count) {
     const int64_t bytes = whole.dtype == SGL_FLOAT32 ? 4 : 2;

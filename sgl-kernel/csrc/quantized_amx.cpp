@@ -34,12 +34,20 @@ struct Shifts {
 };
 constexpr Shifts kShifts;
 
-// Codes of kOuts outputs, with what belongs to them.
+// Codes of kOuts outputs, with what belongs to them. `values`: of the 16 codes of 4 bits.
 struct Source {
     const char* codes;
     const Fp16 *scales, *mins;
     int64_t code_row, scale_row;
+    __m512 values;
 };
+
+inline __m512 values_of(const SglQuantized& call) {
+    if (code_of(call) != Code::kNamed)
+        return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(call.values));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(values));
+}
 
 // Turns blocks of kOuts outputs into bfloat16, one after the other.
 template <int kBits, int kScales, bool kMins>
@@ -57,7 +65,7 @@ class Numbers {
             const float* scale = scale_[n] + at * kScales;
             const float* least = kMins ? least_[n] + at * kScales : nullptr;
             if (kBits == 4)
-                look_up(codes, scale, least, to);
+                look_up(codes, from_.values, scale, least, to);
             else
                 multiply(codes, scale, least, to);
         }
@@ -91,9 +99,9 @@ class Numbers {
 
     // Of 4 bits: a table holds what the 16 codes are worth, and a line looks its words up byte by byte,
     // each the upper half of a float. A quarter has the codes of 2 bytes of each half of the block.
-    static void look_up(const char* codes, const float* scale, const float* least, char* to) {
-        const __m512 all = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m512i table = rounded(scaled(all, scale, least));
+    static void look_up(const char* codes, __m512 values, const float* scale, const float* least,
+                        char* to) {
+        const __m512i table = rounded(scaled(values, scale, least));
         const __m512i both = _mm512_broadcast_i32x4(
             _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
         // Codes from their third bit on, with others' bits about them.
@@ -263,7 +271,7 @@ Source padded(const SglQuantized& call, const Source& from, int64_t outs, char* 
         if (from.mins)
             std::memcpy(second + n * scales, from.mins + n * from.scale_row, scales * sizeof(Fp16));
     }
-    return {codes, first, second, code_bytes, scales};
+    return {codes, first, second, code_bytes, scales, from.values};
 }
 
 template <int kBits, int kScales, bool kMins>
@@ -271,12 +279,13 @@ void multiply_range(const SglQuantized& call, const char* x, int64_t first, int6
     thread_local sgl::Scratch for_numbers, for_codes;
     const int64_t blocks = call.in_features / kBlock;
     char* room = for_numbers.take(std::max(blocks, kRing) * kStepBytes);
+    const __m512 values = values_of(call);
     for (int64_t out = first; out < last; out += kOuts) {
         const int64_t outs = std::min(kOuts, last - out), at = out * call.scale_row;
         Source from{static_cast<const char*>(call.codes) + out * call.code_row,
                     static_cast<const Fp16*>(call.scales) + at,
                     kMins ? static_cast<const Fp16*>(call.mins) + at : nullptr, call.code_row,
-                    call.scale_row};
+                    call.scale_row, values};
         if (outs < kOuts)
             from = padded(call, from, outs, for_codes.take(kOuts * call.in_features * 2));
         Group<kBits, kScales, kMins>(call, from, x, room, out, outs).run();

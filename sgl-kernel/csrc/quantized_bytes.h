@@ -7,24 +7,26 @@
 
 namespace {
 
-// More rows are multiplied lane by lane, where codes have 4 bits. With 8 bits that took as long.
+// More rows are multiplied lane by lane, where a block's sums fit 16 bits. With bytes that took as long.
 constexpr int64_t kMostRows = 5;
 
-template <class Sums, bool kMins>
+template <class Sums, Code kCode, bool kMins>
 void multiply_halves(const SglQuantized& call, const char* x, int64_t first, int64_t last) {
     if (call.rows > kMostRows)
-        multiply_many<Sums, kMins>(call, x, first, last);
+        multiply_many<Sums, kCode, kMins>(call, x, first, last);
     else
-        multiply_few<Sums, 4, 1, kMins>(call, x, first, last);
+        multiply_few<Sums, kCode, 1, kMins>(call, x, first, last);
 }
 
 template <class Sums, bool kMins>
 void multiply_layout(const SglQuantized& call, const char* x, int64_t first, int64_t last) {
-    if (call.bits == 4) multiply_halves<Sums, kMins>(call, x, first, last);
-    if (call.bits == 8 && call.group == 32)
-        multiply_few<Sums, 8, 1, kMins>(call, x, first, last);
-    if (call.bits == 8 && call.group == 16)
-        multiply_few<Sums, 8, 2, kMins>(call, x, first, last);
+    const Code code = kind_of(call);
+    if (code == Code::kHalf) multiply_halves<Sums, Code::kHalf, kMins>(call, x, first, last);
+    if (code == Code::kSmall) multiply_halves<Sums, Code::kSmall, kMins>(call, x, first, last);
+    if (code == Code::kNamed) multiply_few<Sums, Code::kNamed, 1, kMins>(call, x, first, last);
+    if (code != Code::kByte) return;
+    if (call.group == 32) multiply_few<Sums, Code::kByte, 1, kMins>(call, x, first, last);
+    if (call.group == 16) multiply_few<Sums, Code::kByte, 2, kMins>(call, x, first, last);
 }
 
 template <class Sums>

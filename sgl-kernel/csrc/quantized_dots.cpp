@@ -2,7 +2,8 @@
 //
 // Four blocks of 32 codes are taken at a time, so that each quarter of a vector belongs to one block
 // and its sums meet their scale before anything crosses lanes. Codes are the unsigned side: those of
-// 4 bits are so, signed bytes become so by adding 128, which the inputs' `offset` takes away again.
+// 4 bits are so, signed bytes and values become so by adding 128, which the inputs' `offset` takes away
+// again.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 #include "add_lanes.h"
 #include "numbers.h"
 #include "quantized.h"
+#include "quantized_halves.h"
 #include "quantized_lines.h"
 
 namespace {
@@ -31,38 +33,42 @@ inline __m512 spread(__m128i halves) {
     return _mm512_cvtph_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(halves), order));
 }
 
-// Four blocks of an output: codes as Lines has the inputs, scales and minima for each lane.
-template <int kBits, int kScales, bool kMins>
+// Four blocks of an output: codes as Lines has the inputs, scales and minima for each lane. `kWhole`: all
+// four are there.
+template <Code kCode, int kScales, bool kMins, bool kWhole>
 struct Codes {
-    static constexpr Lines kLines{kScales, kBits == 8, kMins};
+    static constexpr int kBits = bits_of(kCode);
+    static constexpr bool kSigned = is_signed(kCode);
+    static constexpr Lines kLines{kScales, kSigned, kMins};
     __m512i bytes[2];
     __m512 scale[kScales], least[kScales];
 
-    // `some` blocks from `first` on: all four, or what is left.
-    Codes(const SglQuantized& call, int64_t out, int64_t first, int64_t some) {
+    // `some` blocks from `first` on.
+    Codes(const SglQuantized& call, const Halves<kCode>& halves, int64_t out, int64_t first,
+          int64_t some) {
         const char* codes = static_cast<const char*>(call.codes) + out * call.code_row;
         const char* from = codes + first * kBlock * kBits / 8;
-        const uint32_t words = some == kBlocks ? ~0u : (1u << some * kBits) - 1;
+        const uint32_t words = kWhole ? ~0u : (1u << some * kBits) - 1;
         if (kBits == 4) {
-            const __m512i both = _mm512_maskz_loadu_epi32(words, from);
-            const __m512i low = _mm512_set1_epi8(15);
-            bytes[0] = _mm512_and_si512(both, low);
-            bytes[1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+            halves.spread(load_words(words, from), bytes[0], bytes[1]);
         } else {
-            const __m512i a = _mm512_maskz_loadu_epi32(words, from);
-            const __m512i b = _mm512_maskz_loadu_epi32(words >> 16, from + 64);
+            const __m512i a = load_words(words, from);
+            const __m512i b = load_words(words >> 16, from + 64);
             const __m512i sign = _mm512_set1_epi8(-128);
             bytes[0] = _mm512_xor_si512(_mm512_shuffle_i32x4(a, b, 0x88), sign);
             bytes[1] = _mm512_xor_si512(_mm512_shuffle_i32x4(a, b, 0xdd), sign);
         }
-        const __mmask8 halves = (1u << some * kScales) - 1;
         const int64_t at = out * call.scale_row + first * kScales;
-        take(halves, static_cast<const Fp16*>(call.scales) + at, scale);
-        if (kMins) take(halves, static_cast<const Fp16*>(call.mins) + at, least);
+        take(some, static_cast<const Fp16*>(call.scales) + at, scale);
+        if (kMins) take(some, static_cast<const Fp16*>(call.mins) + at, least);
     }
 
-    static void take(__mmask8 some, const Fp16* from, __m512 (&to)[kScales]) {
-        const __m128i halves = _mm_maskz_loadu_epi16(some, from);
+    static void take(int64_t some, const Fp16* from, __m512 (&to)[kScales]) {
+        const auto* all = reinterpret_cast<const __m128i*>(from);
+        const __mmask8 which = (1u << some * kScales) - 1;
+        const __m128i halves = !kWhole        ? _mm_maskz_loadu_epi16(which, from)
+                               : kScales == 1 ? _mm_loadl_epi64(all)
+                                              : _mm_loadu_si128(all);
         to[0] = spread<kScales, 0>(halves);
         if (kScales == 2) to[kScales - 1] = spread<kScales, kScales - 1>(halves);
     }
@@ -76,7 +82,8 @@ struct Codes {
             const bool starts = i == 0 || kScales == 2, ends = i == 1 || kScales == 2;
             const int s = kScales == 2 ? i : 0;
             if (starts)
-                dots = kBits == 4 ? _mm512_setzero_si512() : _mm512_loadu_si512(x + kLines.offset(s) * 64);
+                dots = kSigned ? _mm512_loadu_si512(x + kLines.offset(s) * 64)
+                               : _mm512_setzero_si512();
             dots = _mm512_dpbusd_epi32(dots, bytes[i], _mm512_loadu_si512(x + i * 64));
             if (!ends) continue;
             sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scale[s] * scale_x, sum);
@@ -86,16 +93,17 @@ struct Codes {
     }
 };
 
-// Adds what four blocks of output `out` give: `part` counts them.
-template <int kBits, int kScales, bool kMins, int M>
-inline void add_part(const SglQuantized& call, const char* x, int64_t parts, int64_t part,
-                     int64_t out, __m512 (&sum)[M]) {
+// Adds what four blocks of output `out` give: `part` counts them. `kWhole`: all four are there.
+template <Code kCode, int kScales, bool kMins, bool kWhole, int M>
+inline void add_part(const SglQuantized& call, const Halves<kCode>& halves, const char* x,
+                     int64_t parts, int64_t part, int64_t out, __m512 (&sum)[M]) {
+    constexpr int kBits = bits_of(kCode);
     const int64_t first = part * kBlocks;
     const char* ahead = static_cast<const char*>(call.codes) + out * call.code_row +
                         first * kBlock * kBits / 8 + kAhead;
     for (int line = 0; line < kBits / 4; ++line) _mm_prefetch(ahead + 64 * line, _MM_HINT_T1);
-    const int64_t some = std::min<int64_t>(kBlocks, call.in_features / kBlock - first);
-    const Codes<kBits, kScales, kMins> codes(call, out, first, some);
+    const int64_t some = kWhole ? kBlocks : call.in_features / kBlock - first;
+    const Codes<kCode, kScales, kMins, kWhole> codes(call, halves, out, first, some);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m)
         sum[m] = codes.add(sum[m], x + (m * parts + part) * codes.kLines.count() * 64);
@@ -103,10 +111,11 @@ inline void add_part(const SglQuantized& call, const char* x, int64_t parts, int
 
 // M rows times the kOuts outputs from `out` on, or those below `last`: [kRows, kOuts]. One row waits
 // for the codes, so it reads an output's one after the other; more stay near while outputs change.
-template <int kBits, int kScales, bool kMins, int M>
+template <Code kCode, int kScales, bool kMins, int M>
 void multiply_block(const SglQuantized& call, const char* x, int64_t out, int64_t last,
                     float* result) {
-    const int64_t parts = parts_of(call);
+    const int64_t parts = parts_of(call), whole = call.in_features / kBlock / kBlocks;
+    const Halves<kCode> halves(call);
     __m512 total[kOuts][M];
 #pragma GCC unroll 4
     for (int n = 0; n < kOuts; ++n)
@@ -114,17 +123,21 @@ void multiply_block(const SglQuantized& call, const char* x, int64_t out, int64_
         for (int m = 0; m < M; ++m) total[n][m] = _mm512_setzero_ps();
     const auto which = [&](int n) { return std::min<int64_t>(out + n, last - 1); };
     const auto add = [&](int n, int64_t part) __attribute__((always_inline)) {
-        add_part<kBits, kScales, kMins>(call, x, parts, part, which(n), total[n]);
+        add_part<kCode, kScales, kMins, true>(call, halves, x, parts, part, which(n), total[n]);
     };
     if (M == 1) {
 #pragma GCC unroll 4
         for (int n = 0; n < kOuts; ++n)
-            for (int64_t part = 0; part < parts; ++part) add(n, part);
+            for (int64_t part = 0; part < whole; ++part) add(n, part);
     } else {
-        for (int64_t part = 0; part < parts; ++part)
+        for (int64_t part = 0; part < whole; ++part)
 #pragma GCC unroll 4
             for (int n = 0; n < kOuts; ++n) add(n, part);
     }
+    if (whole < parts)
+#pragma GCC unroll 4
+        for (int n = 0; n < kOuts; ++n)
+            add_part<kCode, kScales, kMins, false>(call, halves, x, parts, whole, which(n), total[n]);
     __m512 quarters[kRows];
 #pragma GCC unroll 4
     for (int m = 0; m < kRows; ++m) {
@@ -161,16 +174,16 @@ inline void finish(const SglQuantized& call, const float* result, int64_t row, i
                   static_cast<T*>(call.out) + (row + m) * call.out_row + out + n);
 }
 
-template <int kBits, int kScales, bool kMins>
+template <Code kCode, int kScales, bool kMins>
 void multiply_range(const SglQuantized& call, const char* x, int64_t first, int64_t last) {
     const int64_t row_bytes = parts_of(call) * lines_of(call).count() * 64;
     for (int64_t out = first; out < last; out += kOuts)
         for (int64_t row = 0; row < call.rows; row += kRows) {
             const int64_t rows = std::min<int64_t>(kRows, call.rows - row);
-            const auto multiply = rows == 4   ? multiply_block<kBits, kScales, kMins, 4>
-                                  : rows == 3 ? multiply_block<kBits, kScales, kMins, 3>
-                                  : rows == 2 ? multiply_block<kBits, kScales, kMins, 2>
-                                              : multiply_block<kBits, kScales, kMins, 1>;
+            const auto multiply = rows == 4   ? multiply_block<kCode, kScales, kMins, 4>
+                                  : rows == 3 ? multiply_block<kCode, kScales, kMins, 3>
+                                  : rows == 2 ? multiply_block<kCode, kScales, kMins, 2>
+                                              : multiply_block<kCode, kScales, kMins, 1>;
             float result[kRows * kOuts];
             multiply(call, x + row * row_bytes, out, last, result);
             if (call.dtype == SGL_BFLOAT16 && out + kOuts <= last) {
@@ -183,12 +196,12 @@ void multiply_range(const SglQuantized& call, const char* x, int64_t first, int6
         }
 }
 
-template <int kBits, int kScales>
+template <Code kCode, int kScales>
 void multiply_layout(const SglQuantized& call, const char* x, int64_t first, int64_t last) {
     if (call.mins)
-        multiply_range<kBits, kScales, true>(call, x, first, last);
+        multiply_range<kCode, kScales, true>(call, x, first, last);
     else
-        multiply_range<kBits, kScales, false>(call, x, first, last);
+        multiply_range<kCode, kScales, false>(call, x, first, last);
 }
 
 // 32 inputs into quarter `at` of `to`; its scale.
@@ -251,9 +264,12 @@ void multiply_rounded(const SglQuantized& call, const char* x, int64_t first, in
         sgl::multiply_lanes(call, x, first, last);
         return;
     }
-    if (call.bits == 4) multiply_layout<4, 1>(call, x, first, last);
-    if (call.bits == 8 && call.group == 32) multiply_layout<8, 1>(call, x, first, last);
-    if (call.bits == 8 && call.group == 16) multiply_layout<8, 2>(call, x, first, last);
+    const Code code = code_of(call);
+    if (code == Code::kHalf) multiply_layout<Code::kHalf, 1>(call, x, first, last);
+    if (code == Code::kNamed) multiply_layout<Code::kNamed, 1>(call, x, first, last);
+    if (code != Code::kByte) return;
+    if (call.group == 32) multiply_layout<Code::kByte, 1>(call, x, first, last);
+    if (call.group == 16) multiply_layout<Code::kByte, 2>(call, x, first, last);
 }
 
 }  // namespace

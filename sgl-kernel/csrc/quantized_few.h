@@ -70,10 +70,10 @@ class Scales {
     }
 };
 
-// The codes of step `step` of a part that begins at `from`, as Part has the inputs. `half`: there is no
-// second block.
-template <int kBits, int kScales>
-inline void take_codes(const char* from, int step, bool half,
+// The codes of step `step` of a part that begins at `from`, as Part has the inputs, or what they name of
+// `values`. `half`: there is no second block.
+template <Code kCode, int kScales>
+inline void take_codes(const char* from, int step, bool half, __m256i values,
                        __m256i (&to)[Part<kScales>::kVectors]) {
     const auto load = [&](int64_t at) {
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at));
@@ -82,13 +82,15 @@ inline void take_codes(const char* from, int step, bool half,
         const __m256i first = _mm256_castsi128_si256(load(low));
         return _mm256_inserti128_si256(first, half ? _mm_setzero_si128() : load(high), 1);
     };
-    if (kBits == 4) {
+    if (kCode != Code::kByte) {
         const __m256i both = half ? load_both(32 * step, 0)
                                   : _mm256_loadu_si256(
                                         reinterpret_cast<const __m256i*>(from + 32 * step));
         const __m256i low = _mm256_set1_epi8(15);
         to[0] = _mm256_and_si256(both, low);
         to[Part<kScales>::kVectors - 1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+        if (kCode != Code::kHalf)
+            for (__m256i& some : to) some = _mm256_shuffle_epi8(values, some);
     } else if (kScales == 2) {
         to[0] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * step));
     } else {
@@ -97,17 +99,22 @@ inline void take_codes(const char* from, int step, bool half,
     }
 }
 
-// Sums of four products of a step's codes with a row's inputs at `x`.
-template <class Sums, int kBits, int kVectors>
+// Sums of four products of a step's codes, and of their `sizes` where they are signed, with a row's inputs
+// at `x`. `shift`: its lanes for small values.
+template <class Sums, Code kCode, int kVectors>
 inline __m256i add_step(const __m256i (&codes)[kVectors], const __m256i (&sizes)[kVectors],
-                        const char* x) {
+                        const char* x, const char* shift) {
+    constexpr bool kSigned = kCode == Code::kNamed || kCode == Code::kByte;
     __m256i values[kVectors];
 #pragma GCC unroll 2
     for (int i = 0; i < kVectors; ++i) {
         values[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 32 * i));
-        if (kBits == 8) values[i] = _mm256_sign_epi8(values[i], codes[i]);
+        if (kSigned) values[i] = _mm256_sign_epi8(values[i], codes[i]);
     }
-    return kBits == 4 ? Sums::of_halves(codes, values) : Sums::of_bytes(sizes, values);
+    if (kCode == Code::kSmall)
+        return Sums::add_halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(shift)), codes,
+                                values);
+    return kSigned ? Sums::of_bytes(sizes, values) : Sums::of_halves(codes, values);
 }
 
 // An output's codes, scales and minima.
@@ -122,11 +129,13 @@ struct Output {
 };
 
 // Adds what part `part` of one output gives with M rows, `row` bytes apart. `blocks`: of the part.
-template <class Sums, int kBits, int kScales, bool kMins, bool kWhole, int M>
-inline __attribute__((always_inline)) void add_part(const Output& output, const Scales& scales,
-                                                    int64_t part, int64_t blocks, const char* x,
-                                                    int64_t row, __m256 (&total)[M]) {
+template <class Sums, Code kCode, int kScales, bool kMins, bool kWhole, int M>
+inline __attribute__((always_inline)) void add_part(const Output& output, __m256i values,
+                                                    const Scales& scales, int64_t part,
+                                                    int64_t blocks, const char* x, int64_t row,
+                                                    __m256 (&total)[M]) {
     using P = Part<kScales>;
+    constexpr int kBits = bits_of(kCode);
     const char* codes = output.codes + part * P::kBlocks * kBlock * kBits / 8;
     constexpr int kBytes = P::kBlocks * kBlock * kBits / 8;
 #pragma GCC unroll 4
@@ -142,13 +151,15 @@ inline __attribute__((always_inline)) void add_part(const Output& output, const 
         const int64_t first = step * (2 / kScales);
         if (!kWhole && first >= blocks) break;
         __m256i code[P::kVectors], size[P::kVectors];
-        take_codes<kBits, kScales>(codes, step, !kWhole && kScales == 1 && first + 1 == blocks,
-                                   code);
+        take_codes<kCode, kScales>(codes, step, !kWhole && kScales == 1 && first + 1 == blocks,
+                                   values, code);
         for (int i = 0; i < P::kVectors; ++i) size[i] = _mm256_abs_epi8(code[i]);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
-            const __m256i sum = add_step<Sums, kBits>(code, size,
-                                                      x + m * row + step * P::kVectors * 32);
+            const char* from = x + m * row;
+            const __m256i sum =
+                add_step<Sums, kCode>(code, size, from + step * P::kVectors * 32,
+                                      from + P::shift_at(kMins) + step * 32);
             const __m256 spread = step == 0   ? _mm256_permute_ps(both[m], 0x00)
                                   : step == 1 ? _mm256_permute_ps(both[m], 0x55)
                                   : step == 2 ? _mm256_permute_ps(both[m], 0xaa)
@@ -177,12 +188,13 @@ struct Ends {
 };
 
 // M rows times the N outputs from `out` on, or those below `last`: [M, N].
-template <class Sums, int kBits, int kScales, bool kMins, int M, int N>
+template <class Sums, Code kCode, int kScales, bool kMins, int M, int N>
 inline __m128 multiply_block(const SglQuantized& call, const Ends& ends, const char* x, int64_t row,
                              int64_t out, int64_t last) {
     using P = Part<kScales>;
     const int64_t blocks = call.in_features / kBlock, whole = blocks / P::kBlocks;
-    const int64_t rest = blocks % P::kBlocks;
+    const int64_t rest = blocks % P::kBlocks, bytes = P::bytes(kMins, kCode == Code::kSmall);
+    const __m256i named = values_of<kCode>(call);
     __m256 total[N][M];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
@@ -190,12 +202,12 @@ inline __m128 multiply_block(const SglQuantized& call, const Ends& ends, const c
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) total[n][m] = _mm256_setzero_ps();
         const char* values = x;
-        for (int64_t part = 0; part < whole; ++part, values += P::bytes(kMins))
-            add_part<Sums, kBits, kScales, kMins, true>(output, ends.whole, part, P::kBlocks, values, row,
-                                                        total[n]);
+        for (int64_t part = 0; part < whole; ++part, values += bytes)
+            add_part<Sums, kCode, kScales, kMins, true>(output, named, ends.whole, part, P::kBlocks,
+                                                        values, row, total[n]);
         if (rest)
-            add_part<Sums, kBits, kScales, kMins, false>(output, ends.rest, whole, rest, values, row,
-                                                         total[n]);
+            add_part<Sums, kCode, kScales, kMins, false>(output, named, ends.rest, whole, rest,
+                                                         values, row, total[n]);
     }
     const auto sum = [&](int i) { return total[i % N][std::min(i / N, M - 1)]; };
     return add_lanes(sum(0), sum(1), sum(2), sum(3));
@@ -222,7 +234,7 @@ inline void finish_sums(const SglQuantized& call, __m128 sums, int64_t row, int6
             static_cast<T*>(call.out)[(row + m) * call.out_row + out + n] = all[m * outs + n];
 }
 
-template <class Sums, int kBits, int kScales, bool kMins>
+template <class Sums, Code kCode, int kScales, bool kMins>
 void multiply_few(const SglQuantized& call, const char* x, int64_t first, int64_t last) {
     const int64_t bytes = row_bytes(call), blocks = call.in_features / kBlock;
     const Ends ends{{kPartScales, kPartScales},
@@ -232,12 +244,12 @@ void multiply_few(const SglQuantized& call, const char* x, int64_t first, int64_
     for (int64_t out = first; out < last; out += outs)
         for (int64_t row = 0; row < call.rows; row += most) {
             const int64_t rows = std::min<int64_t>(most, call.rows - row);
-            const auto multiply = rows == 4   ? multiply_block<Sums, kBits, kScales, kMins, 4, 1>
-                                  : rows == 3 ? multiply_block<Sums, kBits, kScales, kMins, 3, 1>
-                                  : outs == 2 ? multiply_block<Sums, kBits, kScales, kMins, 2, 2>
-                                  : rows == 2 ? multiply_block<Sums, kBits, kScales, kMins, 2, 1>
-                                  : outs == 4 ? multiply_block<Sums, kBits, kScales, kMins, 1, 4>
-                                              : multiply_block<Sums, kBits, kScales, kMins, 1, 1>;
+            const auto multiply = rows == 4   ? multiply_block<Sums, kCode, kScales, kMins, 4, 1>
+                                  : rows == 3 ? multiply_block<Sums, kCode, kScales, kMins, 3, 1>
+                                  : outs == 2 ? multiply_block<Sums, kCode, kScales, kMins, 2, 2>
+                                  : rows == 2 ? multiply_block<Sums, kCode, kScales, kMins, 2, 1>
+                                  : outs == 4 ? multiply_block<Sums, kCode, kScales, kMins, 1, 4>
+                                              : multiply_block<Sums, kCode, kScales, kMins, 1, 1>;
             const __m128 sums = multiply(call, ends, x + row * bytes, bytes, out, last);
             if (call.dtype == SGL_FLOAT32) finish_sums<float>(call, sums, row, rows, out, outs, last);
             if (call.dtype == SGL_BFLOAT16) finish_sums<Bf16>(call, sums, row, rows, out, outs, last);

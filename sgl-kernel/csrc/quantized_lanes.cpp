@@ -10,6 +10,7 @@
 
 #include "numbers.h"
 #include "quantized.h"
+#include "quantized_halves.h"
 #include "quantized_lines.h"
 #include "scratch.h"
 #include "transpose.h"
@@ -70,12 +71,14 @@ void pack_rows(const SglQuantized& call, const char* x, int64_t row, char* to) {
 }
 
 // Codes of kOuts outputs as bytes, kBlocks blocks at a time, and their scales as floats.
-template <int kBits, int kScales, bool kMins>
+template <Code kCode, int kScales, bool kMins>
 class Codes {
   public:
+    static constexpr int kBits = bits_of(kCode);
+
     // Those at `last` and beyond are as the one before.
     Codes(const SglQuantized& call, int64_t out, int64_t last)
-        : call_(call), blocks_(call.in_features / kBlock) {
+        : call_(call), halves_(call), blocks_(call.in_features / kBlock) {
         for (int n = 0; n < kOuts; ++n) which_[n] = std::min(out + n, last - 1);
     }
 
@@ -112,21 +115,20 @@ class Codes {
   private:
     static constexpr int64_t kWidened = 16 / kScales;  // blocks whose scales are floats at a time
     const SglQuantized& call_;
+    const Halves<kCode> halves_;
     const int64_t blocks_;
     int64_t which_[kOuts], scale_at_ = 0;
     alignas(64) int32_t bytes_[kOuts][kBlocks * kFours];
     alignas(64) float scale_[kOuts][16];
     alignas(64) float least_[kMins ? kOuts : 1][16];
 
-    static void spread(const char* from, uint32_t words, int32_t* to) {
-        __m512i a = _mm512_maskz_loadu_epi32(words, from), b;
+    void spread(const char* from, uint32_t words, int32_t* to) const {
+        __m512i a = load_words(words, from), b;
         if (kBits == 4) {
-            const __m512i low = _mm512_set1_epi8(15);
-            b = _mm512_and_si512(_mm512_srli_epi16(a, 4), low);
-            a = _mm512_and_si512(a, low);
+            halves_.spread(a, a, b);
         } else {
             const __m512i sign = _mm512_set1_epi8(-128);
-            b = _mm512_xor_si512(_mm512_maskz_loadu_epi32(words >> 16, from + 64), sign);
+            b = _mm512_xor_si512(load_words(words >> 16, from + 64), sign);
             a = _mm512_xor_si512(a, sign);
         }
         _mm512_store_si512(to, a);
@@ -145,15 +147,17 @@ class Codes {
     }
 
     static __m512 widen(__mmask16 some, const Fp16* from) {
-        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, from));
+        return _mm512_cvtph_ps(some == 0xffff
+                                   ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                                   : _mm256_maskz_loadu_epi16(some, from));
     }
 };
 
 // Adds block `b` of a part to the sums of kOuts outputs.
-template <int kBits, int kScales, bool kMins>
-inline __attribute__((always_inline)) void add_block(const Codes<kBits, kScales, kMins>& codes,
+template <Code kCode, int kScales, bool kMins>
+inline __attribute__((always_inline)) void add_block(const Codes<kCode, kScales, kMins>& codes,
                                                      const char* x, int b, __m512 (&total)[kOuts]) {
-    constexpr Lines kLines{kScales, kBits == 8, kMins};
+    constexpr Lines kLines{kScales, is_signed(kCode), kMins};
     constexpr int kEach = kFours / kScales;
     const char* more = x + (kFours - 2) * 64;
     const __m512 scale_x = _mm512_load_ps(x + kFours * 64);
@@ -164,8 +168,8 @@ inline __attribute__((always_inline)) void add_block(const Codes<kBits, kScales,
     for (int n = 0; n < kOuts; ++n)
 #pragma GCC unroll 2
         for (int s = 0; s < kScales; ++s) {
-            __m512i dots = kBits == 8 ? _mm512_load_si512(more + kLines.offset(s) * 64)
-                                      : _mm512_setzero_si512();
+            __m512i dots = kLines.offsets ? _mm512_load_si512(more + kLines.offset(s) * 64)
+                                          : _mm512_setzero_si512();
 #pragma GCC unroll 8
             for (int i = s * kEach; i < (s + 1) * kEach; ++i)
                 dots = _mm512_dpbusd_epi32(dots, codes.four(n, b, i), four[i]);
@@ -178,11 +182,11 @@ inline __attribute__((always_inline)) void add_block(const Codes<kBits, kScales,
 }
 
 // The sums of 16 packed rows with kOuts outputs.
-template <int kBits, int kScales, bool kMins>
+template <Code kCode, int kScales, bool kMins>
 void multiply_rows(const SglQuantized& call, const char* x, int64_t out, int64_t last,
                    __m512 (&total)[kOuts]) {
     const int64_t blocks = call.in_features / kBlock, bytes = vectors_of(lines_of(call)) * 64;
-    Codes<kBits, kScales, kMins> codes(call, out, last);
+    Codes<kCode, kScales, kMins> codes(call, out, last);
     __m512 sum[kOuts];
 #pragma GCC unroll 16
     for (int n = 0; n < kOuts; ++n) sum[n] = _mm512_setzero_ps();
@@ -226,7 +230,7 @@ void finish(const SglQuantized& call, const __m512 (&total)[kOuts], int64_t row,
                    which, to);
 }
 
-template <int kBits, int kScales, bool kMins>
+template <Code kCode, int kScales, bool kMins>
 void multiply_range(const SglQuantized& call, const char* x, int64_t first, int64_t last) {
     thread_local sgl::Scratch room;
     const int64_t bytes = parts_of(call) * kBlocks * vectors_of(lines_of(call)) * 64;
@@ -236,7 +240,7 @@ void multiply_range(const SglQuantized& call, const char* x, int64_t first, int6
     for (int64_t out = first; out < last; out += kOuts)
         for (int64_t row = 0; row < call.rows; row += kLanes) {
             __m512 total[kOuts];
-            multiply_rows<kBits, kScales, kMins>(call, packed + row / kLanes * bytes, out, last,
+            multiply_rows<kCode, kScales, kMins>(call, packed + row / kLanes * bytes, out, last,
                                                  total);
             if (call.dtype == SGL_FLOAT32) finish<float>(call, total, row, out, last);
             if (call.dtype == SGL_BFLOAT16) finish<Bf16>(call, total, row, out, last);
@@ -244,18 +248,21 @@ void multiply_range(const SglQuantized& call, const char* x, int64_t first, int6
         }
 }
 
-template <int kBits, int kScales>
+template <Code kCode, int kScales>
 void multiply_layout(const SglQuantized& call, const char* x, int64_t first, int64_t last) {
     if (call.mins)
-        multiply_range<kBits, kScales, true>(call, x, first, last);
+        multiply_range<kCode, kScales, true>(call, x, first, last);
     else
-        multiply_range<kBits, kScales, false>(call, x, first, last);
+        multiply_range<kCode, kScales, false>(call, x, first, last);
 }
 
 }  // namespace
 
 void sgl::multiply_lanes(const SglQuantized& call, const char* x, int64_t first, int64_t last) {
-    if (call.bits == 4) multiply_layout<4, 1>(call, x, first, last);
-    if (call.bits == 8 && call.group == 32) multiply_layout<8, 1>(call, x, first, last);
-    if (call.bits == 8 && call.group == 16) multiply_layout<8, 2>(call, x, first, last);
+    const Code code = code_of(call);
+    if (code == Code::kHalf) multiply_layout<Code::kHalf, 1>(call, x, first, last);
+    if (code == Code::kNamed) multiply_layout<Code::kNamed, 1>(call, x, first, last);
+    if (code != Code::kByte) return;
+    if (call.group == 32) multiply_layout<Code::kByte, 1>(call, x, first, last);
+    if (call.group == 16) multiply_layout<Code::kByte, 2>(call, x, first, last);
 }

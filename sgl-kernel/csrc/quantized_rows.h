@@ -2,7 +2,8 @@
 //
 // A lane is a row. It holds four of the row's inputs and meets four codes of an output, which are the
 // same in all lanes, so that a block's sum stands whole in its lane and meets its scale once. Codes
-// become bytes once for all rows, a part of a few outputs at a time.
+// become bytes once for all rows, a part of a few outputs at a time: those that name small values become
+// these, shifted.
 #pragma once
 
 #include <immintrin.h>
@@ -42,18 +43,21 @@ inline void transpose(__m256i (&rows)[8]) {
     for (int i = 0; i < 8; ++i) rows[i] = t[i];
 }
 
-// How 8 rows lie: block by block 8 vectors of inputs, the rows' scales and, for minima, their sums.
-template <bool kMins>
+// How 8 rows lie: block by block 8 vectors of inputs, the rows' scales, for minima their sums and for
+// small values what PairSums takes their shift away with.
+template <Code kCode, bool kMins>
 struct Packed {
     using P = Part<1>;
     static constexpr int kScaleAt = kBlock * kLanes, kSumAt = kScaleAt + 32;
-    static constexpr int64_t kBlockBytes = kSumAt + kMins * 32;
+    static constexpr int kShiftAt = kSumAt + kMins * 32;
+    static constexpr bool kSmall = kCode == Code::kSmall;
+    static constexpr int64_t kBlockBytes = kShiftAt + kSmall * 32;
     static constexpr int64_t kPartBytes = P::kBlocks * kBlockBytes;
 
     // Part `part` of rows from `row` on, of which those that there are count, from lines into lanes.
     static void pack(const SglQuantized& call, const char* x, int64_t row, int64_t part, char* to) {
         const int64_t bytes = row_bytes(call), rows = std::min<int64_t>(kLanes, call.rows - row);
-        const char* from = x + row * bytes + part * P::bytes(kMins);
+        const char* from = x + row * bytes + part * P::bytes(kMins, kSmall);
         for (int64_t b = 0; b < P::kBlocks; ++b) {
             __m256i inputs[kLanes];
             for (int m = 0; m < kLanes; ++m)
@@ -62,6 +66,7 @@ struct Packed {
                                      : _mm256_setzero_si256();
             transpose(inputs);
             for (int i = 0; i < kLanes; ++i) store(inputs[i], to + b * kBlockBytes + i * 32);
+            if (kSmall) store(shift_of(inputs), to + b * kBlockBytes + kShiftAt);
         }
         __m256i floats[kLanes];
         take(from + P::kScaleAt, bytes, rows, floats);
@@ -79,6 +84,12 @@ struct Packed {
     static void store(__m256i x, char* to) {
         _mm256_store_si256(reinterpret_cast<__m256i*>(to), x);
     }
+    static __m256i shift_of(const __m256i (&inputs)[kLanes]) {
+        __m256i shift = _mm256_setzero_si256();
+        for (const __m256i& four : inputs)
+            shift = _mm256_sub_epi16(shift, _mm256_maddubs_epi16(_mm256_set1_epi8(kShift), four));
+        return shift;
+    }
     static void take(const char* from, int64_t bytes, int64_t rows, __m256i (&to)[kLanes]) {
         for (int m = 0; m < kLanes; ++m)
             to[m] = m < rows ? _mm256_loadu_si256(
@@ -89,7 +100,7 @@ struct Packed {
 };
 
 // Codes of kOuts outputs as bytes, a part at a time, and their scales as floats.
-template <bool kMins>
+template <Code kCode, bool kMins>
 struct Codes {
     using P = Part<1>;
     alignas(32) char codes[kOuts][P::kBlocks * kBlock];
@@ -98,12 +109,13 @@ struct Codes {
     // Blocks [first, first + blocks) of the outputs from `out` on; those at `last` and beyond are as
     // the one before.
     void take(const SglQuantized& call, int64_t out, int64_t last, int64_t first, int64_t blocks) {
+        const __m256i shifted = values_of<kCode>(call);
         for (int n = 0; n < kOuts; ++n) {
             const int64_t which = std::min(out + n, last - 1);
             const char* from = static_cast<const char*>(call.codes) + which * call.code_row +
                                first * (kBlock / 2);
             for (int64_t b = 0; b < blocks; ++b)
-                spread(from + b * (kBlock / 2), codes[n] + b * kBlock);
+                spread(from + b * (kBlock / 2), shifted, codes[n] + b * kBlock);
             const int64_t at = which * call.scale_row + first;
             widen(static_cast<const Fp16*>(call.scales) + at, blocks, scale[n]);
             if (kMins) widen(static_cast<const Fp16*>(call.mins) + at, blocks, least[n]);
@@ -111,11 +123,12 @@ struct Codes {
     }
 
   private:
-    static void spread(const char* from, char* to) {
+    static void spread(const char* from, __m256i shifted, char* to) {
         const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-        const __m256i both = _mm256_set_m128i(_mm_srli_epi16(a, 4), a);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to),
-                           _mm256_and_si256(both, _mm256_set1_epi8(15)));
+        __m256i both = _mm256_set_m128i(_mm_srli_epi16(a, 4), a);
+        both = _mm256_and_si256(both, _mm256_set1_epi8(15));
+        if (kCode == Code::kSmall) both = _mm256_shuffle_epi8(shifted, both);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to), both);
     }
     static void widen(const Fp16* from, int64_t count, float* to) {
         if (count == kPartScales) {
@@ -135,9 +148,10 @@ inline __m256i same_codes(const char* at) {
 }
 
 // Adds what `blocks` blocks give to the sums of 8 packed rows, [kOuts, 8] at `sums`.
-template <class Sums, bool kMins>
-inline void add_blocks(const Codes<kMins>& codes, const char* x, int64_t blocks, float* sums) {
-    using Rows = Packed<kMins>;
+template <class Sums, Code kCode, bool kMins>
+inline void add_blocks(const Codes<kCode, kMins>& codes, const char* x, int64_t blocks,
+                       float* sums) {
+    using Rows = Packed<kCode, kMins>;
     __m256 total[kOuts];
     for (int n = 0; n < kOuts; ++n) total[n] = _mm256_load_ps(sums + n * kLanes);
     for (int64_t b = 0; b < blocks; ++b, x += Rows::kBlockBytes) {
@@ -152,9 +166,12 @@ inline void add_blocks(const Codes<kMins>& codes, const char* x, int64_t blocks,
 #pragma GCC unroll 8
             for (int i = 0; i < kLanes; ++i)
                 code[i] = same_codes(codes.codes[n] + b * kBlock + 4 * i);
-            const __m256 sum = _mm256_cvtepi32_ps(Sums::of_halves(code, value));
+            const __m256i sum =
+                kCode == Code::kSmall
+                    ? Sums::of_shifted(code, value, _mm256_load_si256(inputs + Rows::kShiftAt / 32))
+                    : Sums::of_halves(code, value);
             const __m256 scale = _mm256_mul_ps(scale_x, _mm256_set1_ps(codes.scale[n][b]));
-            total[n] = _mm256_fmadd_ps(sum, scale, total[n]);
+            total[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, total[n]);
             if (kMins)
                 total[n] = _mm256_fmadd_ps(
                     _mm256_set1_ps(codes.least[n][b]),
@@ -181,18 +198,18 @@ inline void finish_rows(const SglQuantized& call, const float* sums, int64_t row
 
 // Rows that are packed at `x`, part by part and 8 rows after the other, times kOuts outputs from `out`
 // on, or those below `last`. `sums`: room for them all.
-template <class Sums, bool kMins>
+template <class Sums, Code kCode, bool kMins>
 void multiply_packed(const SglQuantized& call, const char* x, int64_t out, int64_t last,
                      float* sums) {
     using P = Part<1>;
     const int64_t blocks = call.in_features / kBlock, tiles = (call.rows + kLanes - 1) / kLanes;
     const int64_t outs = std::min<int64_t>(kOuts, last - out);
-    Codes<kMins> codes;
+    Codes<kCode, kMins> codes;
     std::fill_n(sums, tiles * kLanes * kOuts, 0.0f);
     for (int64_t first = 0; first < blocks; first += P::kBlocks) {
         const int64_t some = std::min<int64_t>(P::kBlocks, blocks - first);
         codes.take(call, out, last, first, some);
-        for (int64_t tile = 0; tile < tiles; ++tile, x += Packed<kMins>::kPartBytes)
+        for (int64_t tile = 0; tile < tiles; ++tile, x += Packed<kCode, kMins>::kPartBytes)
             add_blocks<Sums>(codes, x, some, sums + tile * kLanes * kOuts);
     }
     for (int64_t tile = 0; tile < tiles; ++tile, sums += kLanes * kOuts) {
@@ -203,11 +220,12 @@ void multiply_packed(const SglQuantized& call, const char* x, int64_t out, int64
     }
 }
 
-template <class Sums, bool kMins>
+template <class Sums, Code kCode, bool kMins>
 void multiply_many(const SglQuantized& whole, const char* x, int64_t first, int64_t last) {
     thread_local sgl::Scratch room;
+    using Rows = Packed<kCode, kMins>;
     const int64_t parts = Part<1>::count(whole.in_features / kBlock);
-    const int64_t bytes = parts * Packed<kMins>::kPartBytes;
+    const int64_t bytes = parts * Rows::kPartBytes;
     const int64_t most = std::max<int64_t>(1, kPackedBytes / bytes);
     const int64_t tiles = std::min<int64_t>(most, (whole.rows + kLanes - 1) / kLanes);
     char* packed = room.take(tiles * (bytes + kLanes * kOuts * 4));
@@ -217,10 +235,10 @@ void multiply_many(const SglQuantized& whole, const char* x, int64_t first, int6
             rows_of(whole, row, std::min<int64_t>(most * kLanes, whole.rows - row));
         char* to = packed;
         for (int64_t part = 0; part < parts; ++part)
-            for (int64_t m = 0; m < call.rows; m += kLanes, to += Packed<kMins>::kPartBytes)
-                Packed<kMins>::pack(call, x + row * row_bytes(call), m, part, to);
+            for (int64_t m = 0; m < call.rows; m += kLanes, to += Rows::kPartBytes)
+                Rows::pack(call, x + row * row_bytes(call), m, part, to);
         for (int64_t out = first; out < last; out += kOuts)
-            multiply_packed<Sums, kMins>(call, packed, out, last, sums);
+            multiply_packed<Sums, kCode, kMins>(call, packed, out, last, sums);
     }
 }
 

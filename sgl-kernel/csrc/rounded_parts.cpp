@@ -53,11 +53,22 @@ inline void sum_halves(__m256i bytes, int32_t (&sum)[2]) {
     sum[1] = _mm256_extract_epi32(all, 4);
 }
 
+// What takes the shift of small values away, of the inputs of a step: see Part.
+inline __m256i shift_of(const char* inputs) {
+    __m256i pairs = _mm256_setzero_si256();
+    for (int i = 0; i < 2; ++i) {
+        const auto* from = reinterpret_cast<const __m256i*>(inputs + 32 * i);
+        const __m256i some = _mm256_maddubs_epi16(_mm256_set1_epi8(kShift), _mm256_loadu_si256(from));
+        pairs = _mm256_sub_epi16(pairs, some);
+    }
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
 // Rounds up to Part::kBlocks blocks.
 template <int kScales>
-inline void round_part(const float* x, int64_t blocks, bool minima, char* to) {
+inline void round_part(const float* x, int64_t blocks, bool minima, bool small, char* to) {
     using P = Part<kScales>;
-    std::memset(to, 0, P::bytes(minima));
+    std::memset(to, 0, P::bytes(minima, small));
     float* scales = reinterpret_cast<float*>(to + P::kScaleAt);
     float* sums = reinterpret_cast<float*>(to + P::kSumAt);
     for (int64_t b = 0; b < blocks; ++b) {
@@ -73,17 +84,21 @@ inline void round_part(const float* x, int64_t blocks, bool minima, char* to) {
         if (kScales == 1) sum[0] += sum[1];
         for (int s = 0; s < kScales; ++s) sums[b * kScales + s] = sum[s] * scale;
     }
+    auto* shift = reinterpret_cast<__m256i*>(to + P::shift_at(minima));
+    for (int step = 0; step < kSteps && small; ++step)
+        _mm256_storeu_si256(shift + step, shift_of(to + 64 * step));
 }
 
 template <int kScales>
 void round_rows(const SglQuantized& call, const float* x, char* to) {
     using P = Part<kScales>;
     const int64_t blocks = call.in_features / kBlock;
-    const bool minima = call.mins != nullptr;
+    const bool minima = call.mins != nullptr, small = kind_of(call) == Code::kSmall;
+    const int64_t bytes = P::bytes(minima, small);
     for (int64_t row = 0; row < call.rows; ++row, x += call.in_features)
-        for (int64_t first = 0; first < blocks; first += P::kBlocks, to += P::bytes(minima))
+        for (int64_t first = 0; first < blocks; first += P::kBlocks, to += bytes)
             round_part<kScales>(x + first * kBlock, std::min<int64_t>(P::kBlocks, blocks - first),
-                                minima, to);
+                                minima, small, to);
 }
 
 }  // namespace

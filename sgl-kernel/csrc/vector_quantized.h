@@ -18,17 +18,18 @@ constexpr int kVectors = kBlock / Isa::kLanes;   // that they fill
 constexpr int64_t kScalesAtOnce = 8;             // widened at a time
 constexpr int kOuts = 4;                         // outputs that are floats at a time
 
-// The 32 codes of a block: two in a byte, the first 16 in the low halves; or signed bytes.
-template <int kBits>
-inline void load_codes(const uint8_t* codes, int64_t block, Isa::F (&out)[kVectors]) {
-    if (kBits == 4)
-        Isa::halves(codes + block * (kBlock / 2), out);
-    else
+// The 32 codes of a block of an output: two in a byte, the first 16 in the low halves; or signed bytes.
+template <Code kCode>
+inline void load_codes(const SglQuantized& call, const uint8_t* codes, int64_t block,
+                       Isa::F (&out)[kVectors]) {
+    if (kCode == Code::kHalf) Isa::halves(codes + block * (kBlock / 2), out);
+    if (kCode == Code::kNamed) Isa::named(codes + block * (kBlock / 2), call.values, out);
+    if (kCode == Code::kByte)
         Isa::signed_bytes(reinterpret_cast<const int8_t*>(codes) + block * kBlock, out);
 }
 
 // Adds the products of one output with kRows rows of the input.
-template <int kBits, int kGroup, int kRows>
+template <Code kCode, int kGroup, int kRows>
 inline void multiply_block(const SglQuantized& call, const float* x, const float* sums, int64_t row,
                            int64_t out, float (&result)[kRows]) {
     constexpr int kScales = kBlock / kGroup, kPart = kVectors / kScales;
@@ -43,7 +44,7 @@ inline void multiply_block(const SglQuantized& call, const float* x, const float
         Isa::widen(scales + first * kScales, count * kScales, wide);
         for (int64_t b = 0; b < count; ++b) {
             Isa::F code[kVectors];
-            load_codes<kBits>(codes, first + b, code);
+            load_codes<kCode>(call, codes, first + b, code);
             const float* values = input + (first + b) * kBlock;
 #pragma GCC unroll 4
             for (int m = 0; m < kRows; ++m)
@@ -72,11 +73,11 @@ inline void multiply_block(const SglQuantized& call, const float* x, const float
     }
 }
 
-template <class T, int kBits, int kGroup, int kRows>
+template <class T, Code kCode, int kGroup, int kRows>
 inline void multiply_rows(const SglQuantized& call, const float* x, const float* sums, int64_t row,
                           int64_t out) {
     float result[kRows];
-    multiply_block<kBits, kGroup, kRows>(call, x, sums, row, out, result);
+    multiply_block<kCode, kGroup, kRows>(call, x, sums, row, out, result);
     const float bias = call.bias ? to_float(static_cast<const T*>(call.bias)[out]) : 0.0f;
     for (int m = 0; m < kRows; ++m)
         store(result[m] * call.gain + bias,
@@ -84,7 +85,7 @@ inline void multiply_rows(const SglQuantized& call, const float* x, const float*
 }
 
 // One output's weights as floats, without the gain.
-template <int kBits, int kGroup>
+template <Code kCode, int kGroup>
 inline void widen_output(const SglQuantized& call, int64_t out, float* to) {
     constexpr int kScales = kBlock / kGroup, kPart = kVectors / kScales;
     const uint8_t* codes = static_cast<const uint8_t*>(call.codes) + out * call.code_row;
@@ -99,7 +100,7 @@ inline void widen_output(const SglQuantized& call, int64_t out, float* to) {
         if (mins) Isa::widen(mins + first * kScales, count * kScales, least);
         for (int64_t b = 0; b < count; ++b) {
             Isa::F code[kVectors];
-            load_codes<kBits>(codes, first + b, code);
+            load_codes<kCode>(call, codes, first + b, code);
 #pragma GCC unroll 8
             for (int i = 0; i < kVectors; ++i) {
                 const int64_t g = b * kScales + i / kPart;
@@ -132,12 +133,12 @@ inline void multiply_wide(const SglQuantized& call, const float* x, const float*
 }
 
 // Many rows: the codes of a few outputs become floats once for all of them.
-template <class T, int kBits, int kGroup>
+template <class T, Code kCode, int kGroup>
 inline void multiply_many(const SglQuantized& call, const float* x, int64_t first, int64_t last) {
     const std::unique_ptr<float[]> wide(new float[kOuts * call.in_features]());
     for (int64_t out = first; out < last; out += kOuts) {
         for (int64_t n = out; n < out + kOuts && n < last; ++n)
-            widen_output<kBits, kGroup>(call, n, wide.get() + (n - out) * call.in_features);
+            widen_output<kCode, kGroup>(call, n, wide.get() + (n - out) * call.in_features);
         int64_t row = 0;
         // Three rows and four outputs are twelve sums: with what they are made of 16 registers.
         for (; row + 3 <= call.rows; row += 3)
@@ -147,28 +148,31 @@ inline void multiply_many(const SglQuantized& call, const float* x, int64_t firs
     }
 }
 
-template <class T, int kBits, int kGroup>
+template <class T, Code kCode, int kGroup>
 inline void multiply_range(const SglQuantized& call, const float* x, const float* sums,
                            int64_t first, int64_t last) {
     if (call.rows >= sgl::kManyRows) {
-        multiply_many<T, kBits, kGroup>(call, x, first, last);
+        multiply_many<T, kCode, kGroup>(call, x, first, last);
         return;
     }
     for (int64_t out = first; out < last; ++out) {
         int64_t row = 0;
         for (; row + 4 <= call.rows; row += 4)
-            multiply_rows<T, kBits, kGroup, 4>(call, x, sums, row, out);
+            multiply_rows<T, kCode, kGroup, 4>(call, x, sums, row, out);
         for (; row < call.rows; ++row)
-            multiply_rows<T, kBits, kGroup, 1>(call, x, sums, row, out);
+            multiply_rows<T, kCode, kGroup, 1>(call, x, sums, row, out);
     }
 }
 
 template <class T>
 inline void multiply_typed(const SglQuantized& call, const float* x, const float* sums,
                            int64_t first, int64_t last) {
-    if (call.bits == 4) multiply_range<T, 4, 32>(call, x, sums, first, last);
-    if (call.bits == 8 && call.group == 32) multiply_range<T, 8, 32>(call, x, sums, first, last);
-    if (call.bits == 8 && call.group == 16) multiply_range<T, 8, 16>(call, x, sums, first, last);
+    const Code code = code_of(call);
+    if (code == Code::kHalf) multiply_range<T, Code::kHalf, 32>(call, x, sums, first, last);
+    if (code == Code::kNamed) multiply_range<T, Code::kNamed, 32>(call, x, sums, first, last);
+    if (code != Code::kByte) return;
+    if (call.group == 32) multiply_range<T, Code::kByte, 32>(call, x, sums, first, last);
+    if (call.group == 16) multiply_range<T, Code::kByte, 16>(call, x, sums, first, last);
 }
 
 inline void multiply_any(const SglQuantized& call, const float* x, const float* sums, int64_t first,
@@ -178,11 +182,11 @@ inline void multiply_any(const SglQuantized& call, const float* x, const float* 
     if (call.dtype == SGL_FLOAT16) multiply_typed<Fp16>(call, x, sums, first, last);
 }
 
-template <class T, int kBits, int kGroup>
+template <class T, Code kCode, int kGroup>
 inline void dequantize_rows(const SglQuantized& call, int64_t first, int64_t last) {
     const std::unique_ptr<float[]> wide(new float[call.in_features]);
     for (int64_t row = first; row < last; ++row) {
-        widen_output<kBits, kGroup>(call, call.ids ? call.ids[row] : row, wide.get());
+        widen_output<kCode, kGroup>(call, call.ids ? call.ids[row] : row, wide.get());
         T* out = static_cast<T*>(call.out) + row * call.out_row;
 #pragma omp simd
         for (int64_t d = 0; d < call.in_features; ++d) store(wide[d] * call.gain, out + d);
@@ -191,9 +195,12 @@ inline void dequantize_rows(const SglQuantized& call, int64_t first, int64_t las
 
 template <class T>
 inline void dequantize_typed(const SglQuantized& call, int64_t first, int64_t last) {
-    if (call.bits == 4) dequantize_rows<T, 4, 32>(call, first, last);
-    if (call.bits == 8 && call.group == 32) dequantize_rows<T, 8, 32>(call, first, last);
-    if (call.bits == 8 && call.group == 16) dequantize_rows<T, 8, 16>(call, first, last);
+    const Code code = code_of(call);
+    if (code == Code::kHalf) dequantize_rows<T, Code::kHalf, 32>(call, first, last);
+    if (code == Code::kNamed) dequantize_rows<T, Code::kNamed, 32>(call, first, last);
+    if (code != Code::kByte) return;
+    if (call.group == 32) dequantize_rows<T, Code::kByte, 32>(call, first, last);
+    if (call.group == 16) dequantize_rows<T, Code::kByte, 16>(call, first, last);
 }
 
 inline void dequantize_any(const SglQuantized& call, int64_t first, int64_t last) {

@@ -32,7 +32,8 @@ struct Problem {
     std::vector<char> rounded;
     SglQuantized call = {};
 
-    Problem(int64_t rows, int64_t outs, int64_t width, int32_t bits, int64_t group, bool minima)
+    Problem(int64_t rows, int64_t outs, int64_t width, int32_t bits, int64_t group, bool minima,
+            int32_t most)
         : codes(outs * width * bits / 8), scales(outs * width / group), mins(scales.size()),
           x(rows * width), out(rows * outs) {
         for (auto& code : codes) code = static_cast<uint8_t>(std::rand() >> 4);
@@ -50,6 +51,9 @@ struct Problem {
         call.group = group;
         call.gain = 0.5f;
         call.bits = bits;
+        call.has_values = most != 0;
+        for (int i = 0; i < 16 && most; ++i)
+            call.values[i] = static_cast<int8_t>(i == 3 ? most : std::rand() % (2 * most + 1) - most);
         rounded.resize(sgl::rounded_bytes_in_parts(call));
         sgl::round_inputs_in_parts(call, x.data(), rounded.data());
     }
@@ -63,10 +67,11 @@ struct Problem {
     }
 };
 
-int compare(int32_t bits, int64_t group, bool minima) {
+// `most`: the largest of the values that codes name, 0: none are named.
+int compare(int32_t bits, int64_t group, bool minima, int32_t most = 0) {
     int differ = 0;
     for (int64_t rows : {1, 2, 3, 4, 5, 6, 8, 17}) {
-        Problem problem(rows, 7, 288, bits, group, minima);
+        Problem problem(rows, 7, 288, bits, group, minima, most);
         const auto dots = problem.product<DotSums<WrittenDots>>();
         const auto pairs = problem.product<PairSums>();
         differ += std::memcmp(dots.data(), pairs.data(), dots.size() * 4) != 0;
@@ -79,7 +84,8 @@ int compare(int32_t bits, int64_t group, bool minima) {
 int main() {
     int differ = 0;
     for (bool minima : {false, true})
-        differ += compare(4, 32, minima) + compare(8, 32, minima) + compare(8, 16, minima);
-    std::printf("%d of 48 products differ\n", differ);
+        differ += compare(4, 32, minima) + compare(4, 32, minima, 16) + compare(4, 32, minima, 127) +
+                  compare(8, 32, minima) + compare(8, 16, minima);
+    std::printf("%d of 80 products differ\n", differ);
     return differ != 0;
 }

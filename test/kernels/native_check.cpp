@@ -77,7 +77,8 @@ void check_linear(int32_t dtype, int32_t threads) {
     }
 }
 
-void check_quantized(int32_t dtype, int32_t bits, int32_t threads) {
+// `named`: codes name values.
+void check_quantized(int32_t dtype, int32_t bits, bool named, int32_t threads) {
     const int64_t outs = 19, width = 96, group = 32, groups = width / group;
     std::vector<uint8_t> codes(outs * width * bits / 8);
     for (auto& code : codes) code = static_cast<uint8_t>(random_bits());
@@ -93,6 +94,8 @@ void check_quantized(int32_t dtype, int32_t bits, int32_t threads) {
         call.scale_row = groups, call.rows = rows, call.out_features = outs;
         call.in_features = width, call.group = group, call.gain = 0.5f, call.bits = bits;
         call.dtype = dtype, call.isa = sgl_cpu_isa(), call.num_threads = threads;
+        call.has_values = named;
+        for (int i = 0; i < 16; ++i) call.values[i] = static_cast<int8_t>(15 * i - 100);
         failures += sgl_quantized_linear(&call) != 0;
         std::vector<double> want(rows * outs);
         for (int64_t n = 0; n < outs; ++n)
@@ -102,13 +105,14 @@ void check_quantized(int32_t dtype, int32_t bits, int32_t threads) {
                 if (bits == 4) {
                     const uint8_t both = row[d / 32 * 16 + d % 16];
                     code = d % 32 < 16 ? both & 15 : both >> 4;
+                    if (named) code = 15 * code - 100;
                 }
                 const double least = mins[n * groups + d / group] == 0x3800 ? 0.5 : -0.5;
                 const double weight = (code * 0.125 + least) * 0.5;
                 for (int64_t m = 0; m < rows; ++m)
                     want[m * outs + n] += x.at(m * width + d) * weight;
             }
-        compare(bits == 4 ? "quantized 4" : "quantized 8", out, want);
+        compare(named ? "named" : bits == 4 ? "quantized 4" : "quantized 8", out, want);
     }
 }
 
@@ -347,8 +351,9 @@ int main() {
     for (int32_t dtype : {SGL_FLOAT32, SGL_BFLOAT16})
         for (int32_t threads : {1, 3}) {
             check_linear(dtype, threads);
-            check_quantized(dtype, 4, threads);
-            check_quantized(dtype, 8, threads);
+            check_quantized(dtype, 4, false, threads);
+            check_quantized(dtype, 4, true, threads);
+            check_quantized(dtype, 8, false, threads);
             for (int32_t kv_dtype : {dtype, int32_t{SGL_FP8_E4M3}, int32_t{SGL_FP8_E5M2}}) {
                 check_attention(dtype, kv_dtype, 1, threads);
                 check_attention(dtype, kv_dtype, 23, threads);

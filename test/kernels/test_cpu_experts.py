@@ -7,7 +7,14 @@ import torch
 
 sgl_kernel = pytest.importorskip("sgl_kernel")
 
-from kernels.test_cpu_quantized import LAYOUTS, LEVELS, make, numbers, rounded  # noqa: E402
+from kernels.test_cpu_quantized import (  # noqa: E402
+    LAYOUTS,
+    LEVELS,
+    ROUNDING_LEVELS,
+    make,
+    numbers,
+    rounded,
+)
 from sgl_kernel import (  # noqa: E402
     Arena,
     ExpertMatrix,
@@ -19,14 +26,12 @@ from sgl_kernel import (  # noqa: E402
     QuantizedWeight,
     RouteKind,
     Tape,
-    has_byte_dots,
     record,
     route,
 )
 
 E, HIDDEN, WIDTH = 5, 96, 64
 GATES = [Gate(GateKind.SILU), Gate(GateKind.GELU_TANH), Gate(GateKind.CLAMPED, 1.702, 0.6)]
-with_byte_dots = pytest.mark.skipif(not has_byte_dots(), reason="no dot products of bytes")
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}
 
 
@@ -148,6 +153,8 @@ MIXED = [
     ("numbers", "numbers", "numbers"),
     *((layout, layout, layout) for layout in LAYOUTS),
     ("4", "8+min", "8/16"),
+    ("4", "4:small", "4:small"),
+    ("4:large", "4:small", "4:large"),
     ("4+min", "4+min", "numbers"),
     ("numbers", "numbers", "8"),
 ]
@@ -199,15 +206,15 @@ def test_scaled_inputs_and_what_is_added(layout: str, dtype: torch.dtype) -> Non
         close(mixture(x, experts, shares, added=added), want + added.double(), dtype)
 
 
-@with_byte_dots
+@pytest.mark.parametrize("isa", ROUNDING_LEVELS)
 @pytest.mark.parametrize("layouts", MIXED, ids="-".join)
-def test_rounded_inputs(layouts: tuple[str, str, str]) -> None:
+def test_rounded_inputs(layouts: tuple[str, str, str], isa: Isa) -> None:
     """Codes meet bytes; numbers beside them their inputs as they are."""
     weights = Weights(layouts, torch.bfloat16, bias=True)
     mixture = weights.mixture(GATES[0], torch.bfloat16)
     for rows in (1, 9):
         x, (experts, shares) = torch.randn(rows, HIDDEN).bfloat16(), choices(rows, 3)
-        found = mixture(x, experts, shares, round_inputs=True, num_threads=2)
+        found = mixture(x, experts, shares, round_inputs=True, num_threads=2, isa=isa)
         exact = weights.reference(x, experts, shares, GATES[0])
         close(found, exact, torch.bfloat16)
         if "numbers" not in layouts:

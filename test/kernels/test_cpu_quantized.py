@@ -29,17 +29,25 @@ X86 = [isa for isa in Isa if Isa.AVX2 <= isa <= Isa.AMX]
 HERE = Path(__file__).parent
 API = HERE.parents[1] / "sgl-kernel" / "csrc"
 COMPILER = shutil.which("g++") or shutil.which("c++")
-LAYOUTS = {  # bits, group, with minima
-    "4": (4, 32, False),
-    "4+min": (4, 32, True),
-    "8": (8, 32, False),
-    "8+min": (8, 32, True),
-    "8/16": (8, 16, False),
+CPU_INFO = Path("/proc/cpuinfo")
+CPU_FLAGS = set(CPU_INFO.read_text().split()) if CPU_INFO.exists() else set()
+HAS_BYTE_PERMUTES = {"avx512vbmi", "avx512_bf16"} <= CPU_FLAGS
+SMALL = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -16)  # up to what 16 bits can add up
+LARGE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 127)
+LAYOUTS = {  # bits, group, with minima, values that codes name
+    "4": (4, 32, False, None),
+    "4+min": (4, 32, True, None),
+    "4:small": (4, 32, False, SMALL),
+    "4:small+min": (4, 32, True, SMALL),
+    "4:large": (4, 32, False, LARGE),
+    "8": (8, 32, False, None),
+    "8+min": (8, 32, True, None),
+    "8/16": (8, 16, False, None),
 }
 
 
 def make(layout: str, outs: int, width: int, gain: float = 1.0) -> QuantizedWeight:
-    bits, group, with_mins = LAYOUTS[layout]
+    bits, group, with_mins, values = LAYOUTS[layout]
     generator = torch.Generator().manual_seed(outs * width)
     groups = (outs, width // group)
     if bits == 4:
@@ -48,7 +56,7 @@ def make(layout: str, outs: int, width: int, gain: float = 1.0) -> QuantizedWeig
         codes = torch.randint(-128, 128, (outs, width), generator=generator).to(torch.int8)
     scales = torch.rand(groups, generator=generator).half() + 0.1
     mins = torch.randn(groups, generator=generator).half() if with_mins else None
-    return QuantizedWeight(codes, scales, mins, gain)
+    return QuantizedWeight(codes, scales, mins, gain, values)
 
 
 def numbers(weight: QuantizedWeight) -> torch.Tensor:
@@ -57,6 +65,8 @@ def numbers(weight: QuantizedWeight) -> torch.Tensor:
     if weight.bits == 4:
         blocks = weight.codes.view(len(codes), -1, 16)
         codes = torch.cat((blocks & 15, blocks >> 4), -1).flatten(1).double()
+    if weight.values is not None:
+        codes = torch.tensor(weight.values).double()[codes.long()]
     wide = codes * weight.scales.double().repeat_interleave(weight.group, 1)
     if weight.mins is not None:
         wide += weight.mins.double().repeat_interleave(weight.group, 1)
@@ -128,13 +138,19 @@ def test_products_of_rounded_inputs(
 @pytest.mark.parametrize("isa", ROUNDING_LEVELS)
 def test_sums_of_extreme_codes_fit(isa: Isa) -> None:
     """The largest codes and inputs everywhere: sums in 16 bits would show what they can't hold."""
-    for codes in (torch.full((5, 288), 255, dtype=torch.uint8), torch.full((5, 576), -128).char()):
-        weight = QuantizedWeight(codes, torch.ones(5, 18).half())
+    halves, ones = torch.full((5, 288), 255, dtype=torch.uint8), torch.ones(5, 18).half()
+    weights = [
+        QuantizedWeight(halves, ones),
+        QuantizedWeight(torch.full((5, 576), -128).char(), ones),
+        *(QuantizedWeight(halves, ones, values=(0,) * 15 + (v,)) for v in (-127, -16, 16, 17, 127)),
+    ]
+    for weight in weights:
         for rows in (1, 4, 9):
             x = torch.full((rows, 576), -127.0)
             x[:, 1::2] *= torch.tensor([1.0, -1.0]).repeat(144)
-            out = weight.multiply(x, isa=isa, round_inputs=True)
-            assert torch.equal(out.double(), x.double() @ numbers(weight).t())
+            for inputs in (x, -x, x.abs()):
+                out = weight.multiply(inputs, isa=isa, round_inputs=True)
+                assert torch.equal(out.double(), inputs.double() @ numbers(weight).t())
 
 
 @pytest.mark.parametrize("isa", ROUNDING_LEVELS)
@@ -142,7 +158,7 @@ def test_sums_of_extreme_codes_fit(isa: Isa) -> None:
 def test_rounded_rows_do_not_depend_on_their_neighbours(layout: str, isa: Isa) -> None:
     """Up to a few rows, and beyond: from there on blocks are added up in another order."""
     weight, x = make(layout, 50, 576), torch.randn(43, 576)
-    few = 8 if isa >= Isa.AVX512_BF16 else 5 if weight.bits == 4 else 43
+    few = 8 if isa >= Isa.AVX512_BF16 else 5 if weight.has_short_sums else 43
     out = weight.multiply(x, num_threads=2, isa=isa, round_inputs=True)
     for rows in (1, 2, 3, 5, 6, 8, 9, 17, 30):
         some = weight.multiply(x[-rows:], isa=isa, round_inputs=True)
@@ -173,6 +189,15 @@ def test_rounded_rows_keep_what_is_not_finite(
     assert out[3:].isfinite().all()
 
 
+def built_and_run(program: Path, sources: list[str], flags: list[str]) -> str:
+    """What a C++ program prints, which must build and end well."""
+    build = [str(COMPILER), "-std=c++17", "-Wno-psabi", f"-I{API}", *flags, *sources]
+    for command in ([*build, "-o", str(program)], [str(program)]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.skipif(COMPILER is None or cpu_isa() not in X86, reason="no C++ compiler for AVX2")
 def test_dot_products_without_avx512_give_the_same_bits(tmp_path: Path) -> None:
     """With the instruction written out, since few processors that lack AVX-512 have it."""
@@ -182,13 +207,20 @@ def test_dot_products_without_avx512_give_the_same_bits(tmp_path: Path) -> None:
         str(API / "rounded_parts.cpp"),
         str(API / "scratch.cpp"),
     ]
-    flags = ["-std=c++17", "-O0", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi", f"-I{API}"]
-    build = [str(COMPILER), *flags, *sources, "-o", str(program)]
-    done = subprocess.run(build, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == "0 of 48 products differ\n"
+    flags = ["-O0", "-mavx2", "-mfma", "-mf16c"]
+    assert built_and_run(program, sources, flags) == "0 of 80 products differ\n"
+
+
+@pytest.mark.skipif(COMPILER is None or not HAS_BYTE_PERMUTES, reason="no C++ compiler for VBMI")
+def test_products_on_tiles_that_are_written_out(tmp_path: Path) -> None:
+    """All of them but the tiles' own instructions, since few processors have these."""
+    program = tmp_path / "tiles_check"
+    sources = [str(HERE / "tiles_check.cpp"), str(API / "scratch.cpp")]
+    flags = ["-O1", "-mavx2", "-mfma", "-mf16c", "-w"]
+    flags += [f"-mavx512{kind}" for kind in ("f", "bw", "dq", "vl", "bf16", "vbmi")]
+    flags += ["-mamx-tile", "-mamx-bf16"]
+    said = built_and_run(program, sources, flags)
+    assert said == "0 outputs of 24 products are far\n"
 
 
 def test_rounding_wants_its_instructions() -> None:
@@ -271,6 +303,7 @@ def test_parts(layout: str) -> None:
     assert torch.equal(numbers(weight.columns(32, 96)), wide[:, 32:96])
     joined = QuantizedWeight.join([weight.rows(0, 5), weight.rows(5, 24)])
     assert torch.equal(numbers(joined), wide)
+    assert joined.values == weight.values == weight.take(torch.tensor([0])).values
     x = torch.randn(2, 128)
     assert torch.equal(weight.rows(3, 9).multiply(x), weight.multiply(x)[:, 3:9])
     bytes_each = weight.bits / 8 + 2 / weight.group * (1 if weight.mins is None else 2)
@@ -294,6 +327,8 @@ def test_what_is_refused() -> None:
         weight.columns(16, 64)
     with pytest.raises(KernelError, match="joined"):
         QuantizedWeight.join([weight, make("8", 8, 64)])
+    with pytest.raises(KernelError, match="joined"):
+        QuantizedWeight.join([weight, make("4:small", 8, 64)])
     with pytest.raises(KernelError, match="is no"):
         weight.dequantize_into(torch.zeros(7, 64))
     codes, scales = weight.codes, weight.scales
@@ -306,6 +341,12 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(KernelError):
             QuantizedWeight(*wrong)
+    bytes_ = make("8", 8, 64)
+    for values in (SMALL[:15], (*SMALL[:15], 128), (*SMALL[:15], -128)):
+        with pytest.raises(KernelError, match="4 bits with values"):
+            QuantizedWeight(codes, scales, values=values)
+    with pytest.raises(KernelError, match="8 bits with values"):
+        QuantizedWeight(bytes_.codes, bytes_.scales, values=SMALL)
 
 
 @pytest.mark.parametrize("isa", LEVELS)

@@ -113,6 +113,7 @@ class ExpertMatrix:
         fields.scales, fields.scale_row = own.scales.data_ptr(), own.scales.stride(0)
         fields.mins = None if own.mins is None else own.mins.data_ptr()
         fields.group, fields.gain, fields.bits = own.group, own.gain, own.bits
+        fields.has_values, fields.values = own.named_values
         return fields
 
 

@@ -87,6 +87,8 @@ class QuantizedCall(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in ("bits", "dtype", "isa", "num_threads", "round_inputs", "round_weight")
         ),
+        ("has_values", ctypes.c_int32),
+        ("values", ctypes.c_int8 * 16),
     )
 
 
@@ -218,6 +220,8 @@ class ExpertMatrixFields(ctypes.Structure):
         ("group", ctypes.c_int64),
         ("gain", ctypes.c_float),
         ("bits", ctypes.c_int32),
+        ("has_values", ctypes.c_int32),
+        ("values", ctypes.c_int8 * 16),
     )
 
 

@@ -9,6 +9,7 @@ Legend: R rows, N outputs, K inputs, G inputs of a group.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,7 @@ from sgl_kernel.library import (
 from sgl_kernel.tape import empty, make
 
 _BLOCK = 32  # codes that belong together, whatever the group
+_SHORT = 16  # the largest value whose sums with a block of bytes AVX2 keeps in 16 bits
 
 
 class QuantizedWeight:
@@ -33,8 +35,9 @@ class QuantizedWeight:
 
     `codes` are uint8 [N, K / 2], of each 32 inputs 16 bytes with input i in the low half and i + 16
     in the high half of byte i; or int8 [N, K]. `scales` are float16 [N, K / G]; `mins` alike, None
-    where all are 0. G is 32, or 16 of int8 codes. Holds the tensors, whose rows must be contiguous.
-    Raises KernelError for what is not served.
+    where all are 0. G is 32, or 16 of int8 codes. With `values`, 16 of -127 to 127, a uint8 code
+    names the one that takes its place; None: it is its own value. Holds the tensors, whose rows
+    must be contiguous. Raises KernelError for what is not served.
     """
 
     def __init__(
@@ -43,8 +46,10 @@ class QuantizedWeight:
         scales: torch.Tensor,
         mins: torch.Tensor | None = None,
         gain: float = 1.0,
+        values: Sequence[int] | None = None,
     ) -> None:
         self.codes, self.scales, self.mins, self.gain = codes, scales, mins, gain
+        self.values = None if values is None else tuple(values)
         self.bits = {torch.uint8: 4, torch.int8: 8}.get(codes.dtype, 0)
         if not self.bits or codes.dim() != 2 or scales.dim() != 2 or not scales.shape[1]:
             raise KernelError(f"codes of {codes.dtype} {list(codes.shape)} are not served")
@@ -59,6 +64,16 @@ class QuantizedWeight:
                 raise KernelError("rows of scales must be contiguous, and lie as those of mins")
         if codes.stride(1) != 1:
             raise KernelError("rows of codes must be contiguous")
+        if self.values is not None and (
+            self.bits != 4
+            or len(self.values) != 16
+            or not all(-127 <= value <= 127 for value in self.values)
+        ):
+            raise KernelError(f"codes of {self.bits} bits with values {self.values} are not served")
+        # whether sums of a block times bytes fit 16 bits, so that AVX2 takes many rows of these
+        self.has_short_sums = self.bits == 4 and all(abs(v) <= _SHORT for v in self.values or ())
+        # as native calls hold them
+        self.named_values = self.values is not None, (ctypes.c_int8 * 16)(*(self.values or ()))
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +85,7 @@ class QuantizedWeight:
     @property
     def layout(self) -> tuple[object, ...]:
         """What two weights must share to be joined."""
-        return self.bits, self.group, self.mins is None, self.gain, self.shape[1]
+        return self.bits, self.group, self.mins is None, self.gain, self.shape[1], self.values
 
     @classmethod
     def join(cls, parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
@@ -79,11 +94,10 @@ class QuantizedWeight:
         if any(part.layout != first.layout for part in parts):
             raise KernelError("weights of different layouts can't be joined")
         mins = [part.mins for part in parts if part.mins is not None]
-        return cls(
+        return first._like(
             torch.cat([part.codes for part in parts]),
             torch.cat([part.scales for part in parts]),
             torch.cat(mins) if mins else None,
-            first.gain,
         )
 
     def columns(self, first: int, last: int) -> QuantizedWeight:
@@ -93,20 +107,26 @@ class QuantizedWeight:
         codes = slice(first * self.bits // 8, last * self.bits // 8)
         groups = slice(first // self.group, last // self.group)
         mins = None if self.mins is None else self.mins[:, groups].contiguous()
-        return QuantizedWeight(
-            self.codes[:, codes].contiguous(), self.scales[:, groups].contiguous(), mins, self.gain
+        return self._like(
+            self.codes[:, codes].contiguous(), self.scales[:, groups].contiguous(), mins
         )
 
     def rows(self, first: int, last: int) -> QuantizedWeight:
         """The outputs [first, last), without a copy."""
         part = slice(first, last)
         mins = None if self.mins is None else self.mins[part]
-        return QuantizedWeight(self.codes[part], self.scales[part], mins, self.gain)
+        return self._like(self.codes[part], self.scales[part], mins)
 
     def take(self, rows: torch.Tensor) -> QuantizedWeight:
         """The outputs of int64 `rows` [*], copied in their order."""
         mins = None if self.mins is None else self.mins[rows]
-        return QuantizedWeight(self.codes[rows], self.scales[rows], mins, self.gain)
+        return self._like(self.codes[rows], self.scales[rows], mins)
+
+    def _like(
+        self, codes: torch.Tensor, scales: torch.Tensor, mins: torch.Tensor | None
+    ) -> QuantizedWeight:
+        """Others with this gain and these values."""
+        return QuantizedWeight(codes, scales, mins, self.gain, self.values)
 
     def multiply(
         self,
@@ -192,7 +212,7 @@ class QuantizedWeight:
             None if self.mins is None else self.mins.data_ptr(), None,
             0, out.stride(0), self.codes.stride(0), self.scales.stride(0),
             0, *self.shape, self.group, self.gain, self.bits, DTYPES[out.dtype],
-            allowed_isa(isa), num_threads, False, False,
+            allowed_isa(isa), num_threads, False, False, *self.named_values,
         )  # fmt: skip
 
     def __repr__(self) -> str:

@@ -20,8 +20,10 @@ HALVES = {
     "Q5_K": (0, 2),
     "Q6_K": (208,),
     "MXFP4": (),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
 }
-ROUNDED = {"Q4_K", "Q5_K", "Q6_K"}
+ROUNDED = {"Q4_K", "Q5_K", "Q6_K", "IQ4_XS"}
 
 
 def random_rows(name: str, rows: int, blocks: int, scale: float, seed: int = 0) -> np.ndarray:
@@ -43,6 +45,8 @@ def numbers(found: BlockCodes) -> np.ndarray:
     if found.codes.dtype == np.uint8:
         blocks = found.codes.reshape(len(codes), -1, 16)
         codes = np.concatenate((blocks & 15, blocks >> 4), -1).reshape(len(codes), -1)
+    if found.values is not None:
+        codes = np.array(found.values, np.float64)[codes]
     group = codes.shape[1] // found.scales.shape[1]
     wide = codes * found.scales.astype(np.float64).repeat(group, 1)
     if found.mins is not None:
@@ -95,4 +99,12 @@ def test_types_and_widths_that_are_served() -> None:
     assert is_served("Q4_1", 576)
     assert not is_served("Q4_K", 576)
     assert not is_served("F16", 576)
-    assert not is_served("IQ4_XS", 512)
+    assert not is_served("IQ3_XXS", 512)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K", "MXFP4", "IQ4_NL", "IQ4_XS"])
+def test_codes_of_four_bits_stay_two_to_a_byte(name: str) -> None:
+    found = take_apart(name, random_rows(name, 5, 2, 1.0))
+    assert found.codes.dtype == np.uint8
+    assert found.codes.shape[1] * 2 == found.scales.shape[1] * 32
+    assert (found.values is None) == name.startswith("Q")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,7 @@ from sglang.srt.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from sglang.srt.layers.quantization import matrix as matrices
 from sglang.srt.layers.quantization.choice import choose_quantization
 from sglang.srt.layers.quantization.int8 import quantize_int8
 from sglang.srt.layers.quantization.matrix import QuantizedMatrix, QuantizedWeight
@@ -78,7 +82,7 @@ def test_leading_dimensions_and_half_precision() -> None:
     want = many.float() @ wide.t()
     bound = 0.01 * want.abs() + 0.05
     # By tiles, of the matrix or of the processor, but where any number of rows is rounded.
-    if most_rounded_rows(4) >= 90:
+    if most_rounded_rows("4") >= 90:
         bound += many.float().abs().max() / 127 / 2 * wide.abs().sum(1)
     assert ((out.float() - want).abs() <= bound).all()
 
@@ -211,35 +215,49 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_quantization("gguf", is_gguf=True, device="cpu")
 
 
-def most_rounded_rows(bits: int) -> int:
+VALUES = {"4 of up to 16": (*range(-15, 0), 16), "4 of up to 17": (*range(-15, 0), 17)}
+
+
+def most_rounded_rows(codes: str) -> int:
     """Of inputs of 16 bits, beside no matrix tiles."""
     if not KERNELS.has_byte_dots():
         return 0
     if KERNELS.cpu_isa().name in ("AVX2", "AVX512"):
-        return 1 << 30 if bits == 4 else 8
+        return 1 << 30 if codes in ("4", "4 of up to 16") else 8
     return 64
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["4", *VALUES, "8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 4, 5, 8, 9, 64, 65])
-def test_when_inputs_of_16_bits_are_rounded(dtype: torch.dtype, rows: int, bits: int) -> None:
+def test_when_inputs_of_16_bits_are_rounded(dtype: torch.dtype, rows: int, kind: str) -> None:
     """Only where bytes are multiplied: everywhere else few rows are exact too.
 
     Beside matrix tiles, more than four rows of bfloat16 meet a rounded weight instead.
     """
-    codes = torch.randint(-127, 128, (24, 96 * bits // 8), dtype=torch.int8)
+    codes = torch.randint(-127, 128, (24, 96 if kind == "8" else 48), dtype=torch.int8)
     scales = torch.rand(24, 3).half() + 0.1
-    weight = KERNELS.QuantizedWeight(codes.view(torch.uint8) if bits == 4 else codes, scales)
+    codes = codes if kind == "8" else codes.view(torch.uint8)
+    weight = KERNELS.QuantizedWeight(codes, scales, values=VALUES.get(kind))
     x = torch.randn(rows, 96).to(dtype)
     found = QuantizedMatrix([weight]).product(x)
     exact = x.double() @ weight.dequantize(torch.float32).double().t()
     if dtype is torch.bfloat16 and rows > 4 and KERNELS.has_tiles():
         assert torch.equal(found, weight.multiply(x, round_weight=True))
         assert not torch.equal(found, weight.multiply(x, round_inputs=True))
-    elif dtype is torch.float32 or rows > most_rounded_rows(bits):
+    elif dtype is torch.float32 or rows > most_rounded_rows(kind):
         terms = x.double().abs() @ weight.dequantize(torch.float32).double().abs().t()
         assert ((found.double() - exact).abs() <= 8 * torch.finfo(dtype).eps * terms).all()
     else:
         assert torch.equal(found, weight.multiply(x, round_inputs=True))
         assert not torch.equal(found, weight.multiply(x))
+
+
+@pytest.mark.parametrize(("level", "small", "large"), [("AVX2", sys.maxsize, 8), ("AMX", 64, 64)])
+def test_how_many_rows_are_rounded(
+    level: str, small: int, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = SimpleNamespace(has_byte_dots=lambda: True, cpu_isa=lambda: KERNELS.Isa[level])
+    monkeypatch.setattr(matrices, "native_kernels", lambda: others)
+    assert matrices._most_rounded_rows.__wrapped__(True) == small
+    assert matrices._most_rounded_rows.__wrapped__(False) == large

@@ -83,7 +83,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, family: str) -> None:
 
 @native
 @pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4"])
 def test_experts_that_stay_quantised_answer_as_their_numbers(
     tmp_path: Path, family: str, quant: str
 ) -> None:
@@ -119,14 +119,17 @@ def bytes_held(model: CausalLM) -> int:
 
 
 @native
-@pytest.mark.parametrize("quant", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_1", "Q8_0", "MXFP4"])
 def test_a_loaded_mixture_takes_the_memory_of_its_file(tmp_path: Path, quant: str) -> None:
-    """Minima that Q4_0 has by implication are written out: 5 bits a weight instead of 4.5."""
+    """Minima that Q4_0 has by implication are written out: 5 bits a weight instead of 4.5.
+
+    MXFP4's scales have 16 bits instead of 8.
+    """
     hf = make_hf_model("qwen3_moe", hidden_size=128, **FAMILIES["qwen3_moe"])
     write_gguf(tmp_path / "m.gguf", hf, TYPES[quant])
     in_file = sum(tensor.n_bytes for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors)
     held = bytes_held(load(tmp_path / "m.gguf", "gguf"))
-    most = 5 / 4.5 if quant == "Q4_0" else 1.0
+    most = {"Q4_0": 5 / 4.5, "MXFP4": 4.5 / 4.25}.get(quant, 1.0)
     assert in_file <= held <= 1.01 * most * in_file
     assert bytes_held(load(tmp_path / "m.gguf", "none")) > 3 * held
 

@@ -31,7 +31,7 @@ def test_every_type_that_gguf_quantises(tmp_path: Path, quant: gguf.GGMLQuantiza
 
 
 @native
-@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_codes_that_are_kept_are_the_same_numbers(tmp_path: Path, quant: str, tied: bool) -> None:
     hf = make_hf_model("qwen2", tie_word_embeddings=tied)

@@ -133,7 +133,7 @@ def _is_kept(info: GGUFTensorInfo) -> bool:
 def _quantized(kernels: ModuleType, kept: BlockCodes) -> QuantizedWeight:
     mins = None if kept.mins is None else torch.from_numpy(kept.mins)
     weight: QuantizedWeight = kernels.QuantizedWeight(
-        torch.from_numpy(kept.codes), torch.from_numpy(kept.scales), mins, kept.gain
+        torch.from_numpy(kept.codes), torch.from_numpy(kept.scales), mins, kept.gain, kept.values
     )
     return weight
 

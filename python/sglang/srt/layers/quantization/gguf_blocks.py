@@ -2,8 +2,8 @@
 
 What comes out is what the native kernels read (`sgl_kernel.QuantizedWeight`): codes of four bits
 stay two to a byte, five, six and eight bits become a signed byte each. Values are the file's, but
-for the scales of K-quants: these are products, rounded to 16 bits. The numbers of MXFP4, which no
-line goes through, become bytes too: twice each, with half the scale.
+for the scales of K-quants and of IQ4_XS: these are products, rounded to 16 bits. Codes whose
+numbers stand at unequal distances name them; those of MXFP4 are taken twice, with half the scale.
 
 Source: the block layouts of the public GGUF types, checked against `gguf.dequantize` in the tests.
 Legend: B blocks, N rows, K inputs of a row, G inputs of a group.
@@ -26,7 +26,8 @@ CodeArray = npt.NDArray[Any]  # uint8 of two codes, or int8 of one
 
 _CODES_AT_ONCE = 1 << 22
 _POWER_BIAS = 128  # of the exponent of MXFP4 over twice its numbers
-_MXFP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+_MXFP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _LOW_HALF, _FOUR_BITS = np.uint8(15), np.uint8(4)
 
 
@@ -34,12 +35,14 @@ class BlockCodes(NamedTuple):
     """A tensor of N rows: weight = (code * scale + min) * gain.
 
     `codes` uint8 [N, K / 2] or int8 [N, K], `scales` float16 [N, K / G], `mins` alike or None.
+    With `values` a uint8 code names one of these 16, which takes its place; None: of its own value.
     """
 
     codes: CodeArray
     scales: Float16Array
     mins: Float16Array | None
     gain: float
+    values: tuple[int, ...] | None = None
 
 
 class _Parts(NamedTuple):
@@ -60,6 +63,7 @@ class _Format:
     rounded: bool = False
     scale_at: int = 0  # where its 16-bit scale stands
     powers: bool = False  # its scale is a byte's power of two instead
+    values: tuple[int, ...] | None = None  # that its codes name
 
 
 def is_served(type_name: str, width: int) -> bool:
@@ -81,7 +85,7 @@ def take_apart(type_name: str, rows: UInt8Array) -> BlockCodes:
     for first in range(0, len(rows), step):
         some = np.ascontiguousarray(rows[first : first + step])
         parts = form.take_apart(some.reshape(-1, form.num_bytes))
-        found.append(_as_rows(parts, len(some), gain))
+        found.append(_as_rows(parts, len(some), gain, form.values))
     if len(found) == 1:
         return found[0]
     mins = [part.mins for part in found if part.mins is not None]
@@ -90,15 +94,18 @@ def take_apart(type_name: str, rows: UInt8Array) -> BlockCodes:
         np.concatenate([part.scales for part in found]),
         np.concatenate(mins) if mins else None,
         gain,
+        form.values,
     )
 
 
-def _as_rows(parts: _Parts, num_rows: int, gain: float) -> BlockCodes:
+def _as_rows(
+    parts: _Parts, num_rows: int, gain: float, values: tuple[int, ...] | None
+) -> BlockCodes:
     def halves(values: Float32Array) -> Float16Array:
         return (values / np.float32(gain)).astype(np.float16).reshape(num_rows, -1)
 
     mins = None if parts.mins is None else halves(parts.mins)
-    return BlockCodes(parts.codes.reshape(num_rows, -1), halves(parts.scales), mins, gain)
+    return BlockCodes(parts.codes.reshape(num_rows, -1), halves(parts.scales), mins, gain, values)
 
 
 def _gain(rows: UInt8Array, form: _Format) -> float:
@@ -151,8 +158,19 @@ def _q8_0(blocks: UInt8Array) -> _Parts:
 
 def _mxfp4(blocks: UInt8Array) -> _Parts:
     scale = np.exp2(blocks[:, :1].astype(np.float64) - _POWER_BIAS).astype(np.float32)
-    low, high = _low_high(blocks[:, 1:17])
-    return _Parts(_MXFP4[np.concatenate((low, high), axis=1)], scale)
+    return _Parts(blocks[:, 1:17], scale)
+
+
+def _iq4_nl(blocks: UInt8Array) -> _Parts:
+    return _Parts(blocks[:, 2:18], _half(blocks, 0))
+
+
+def _iq4_xs(blocks: UInt8Array) -> _Parts:
+    """Scales of six bits: two in 16 bits of all eight, four in half a byte of each."""
+    upper = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> np.arange(0, 16, 2) & 3
+    lower = np.stack(_low_high(blocks[:, 4:8]), axis=2).reshape(-1, 8)
+    steps = (lower | upper << 4).astype(np.float32) - np.float32(32)
+    return _Parts(blocks[:, 8:136], _half(blocks, 0) * steps)
 
 
 def _six_bits(packed: UInt8Array) -> tuple[UInt8Array, UInt8Array]:
@@ -204,7 +222,9 @@ _FORMATS = {
     "Q5_0": _Format(32, 22, _q5_0),
     "Q5_1": _Format(32, 24, _q5_1),
     "Q8_0": _Format(32, 34, _q8_0),
-    "MXFP4": _Format(32, 17, _mxfp4, rounded=True, powers=True),
+    "MXFP4": _Format(32, 17, _mxfp4, rounded=True, powers=True, values=_MXFP4),
+    "IQ4_NL": _Format(32, 18, _iq4_nl, values=_IQ4),
+    "IQ4_XS": _Format(256, 136, _iq4_xs, rounded=True, values=_IQ4),
     "Q4_K": _Format(256, 144, _q4_k, rounded=True),
     "Q5_K": _Format(256, 176, _q5_k, rounded=True),
     "Q6_K": _Format(256, 210, _q6_k, rounded=True, scale_at=208),

@@ -4,7 +4,7 @@ A few rows of input go through the native kernel, which reads every code once. M
 tile of the weight at a time, turned into numbers and multiplied by PyTorch: the work of that is
 then small beside the product's. In float32 both compute with the same numbers. Inputs of 16 bits,
 which are rounded already, are rounded once more to bytes for a few rows where the processor
-multiplies bytes; without dot products of these, for any number of rows where codes have 4 bits.
+multiplies bytes; without dot products of these, for any number of rows where codes are small.
 Where it multiplies bfloat16 by matrix tiles, all but a few rows of that type meet
 a weight that the native kernel rounds to it. See docs/quantized_weights.md.
 
@@ -26,8 +26,9 @@ from sglang.srt.utils.native import native_kernels
 
 # Up to so many rows the native kernel is the faster way, see benchmark/cpu/bench_quantized.py.
 _NATIVE_ROWS = 64
-# Without dot products of bytes inputs are rounded up to so many rows, by bits of a code.
-_ROUNDED_ROWS_OF_PAIRS = {4: sys.maxsize, 8: 8}
+# Without dot products of bytes inputs are rounded up to so many rows where a block's sums don't fit
+# 16 bits, else for any number.
+_ROUNDED_ROWS_OF_PAIRS = 8
 # Beside matrix tiles inputs are rounded up to so many rows only, see the same.
 _ROUNDED_ROWS_BESIDE_TILES = 4
 QUANTIZED_BLOCK = 32  # inputs that can't be cut apart
@@ -51,18 +52,19 @@ def rounds_inputs(dtype: torch.dtype) -> bool:
 
 
 @cache
-def _most_rounded_rows(bits: int) -> int:
+def _most_rounded_rows(has_short_sums: bool) -> int:
     kernels = native_kernels()
     if kernels is None or not kernels.has_byte_dots():
         return 0
     if kernels.cpu_isa().name in ("AVX2", "AVX512"):
-        return _ROUNDED_ROWS_OF_PAIRS[bits]
+        return sys.maxsize if has_short_sums else _ROUNDED_ROWS_OF_PAIRS
     return _NATIVE_ROWS
 
 
 def _rounds(part: QuantizedWeight, flat: torch.Tensor) -> bool:
     """Whether the rows of flat [R, K] are rounded to bytes for a product with `part`."""
-    return flat.dtype is not torch.float32 and len(flat) <= _most_rounded_rows(part.bits)
+    few = _most_rounded_rows(part.has_short_sums)
+    return flat.dtype is not torch.float32 and len(flat) <= few
 
 
 def _by_tiles(flat: torch.Tensor) -> bool:
@@ -77,7 +79,7 @@ class QuantizedWeight(Protocol):
     codes: torch.Tensor
     scales: torch.Tensor
     mins: torch.Tensor | None
-    bits: int
+    has_short_sums: bool
 
     @property
     def shape(self) -> tuple[int, int]: ...
