@@ -78,7 +78,8 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.segment_manager < srt.mem_cache.memory_report"
      " < srt.mem_cache.allocation"),
     (3, "DEVICE", "srt.model_executor.forward_mode < srt.managers.schedule_batch"),
-    (3, "DEVICE", "srt.constrained.grammar < srt.constrained.compiler"),
+    (3, "DEVICE", "srt.constrained.structural_tag < srt.constrained.grammar"
+     " < srt.constrained.compiler"),
     (3, "DEVICE", "srt.constrained.grammar < srt.constrained.reasoning_matcher"
      " < srt.sampling.sampling_batch_info"),
     (3, "DEVICE", "srt.constrained.grammar < srt.managers.schedule_batch"),
@@ -99,7 +100,7 @@ TABLE: tuple[Row, ...] = (
     (6, "TEXT", "srt.function_call.core_types < srt.function_call.json_scan"
      " < srt.function_call.call_readers < srt.function_call.python_call,"
      " srt.function_call.xml_call < srt.function_call.call_parser"
-     " < srt.function_call.function_call_parser"
+     " < srt.function_call.function_call_parser, srt.function_call.strict_calls"
      " < srt.parser.reasoning_parser, srt.parser.harmony_parser"
      " < srt.parser.answer_parser < srt.parser.parser_choice < srt.entrypoints.*"),
     (6, "TEXT", "srt.managers.generate_request, srt.managers.incremental_text"

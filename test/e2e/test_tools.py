@@ -110,3 +110,54 @@ def test_an_answer_can_be_forced_to_be_a_call(client: openai.OpenAI) -> None:
     arguments = json.loads(call.function.arguments)
     assert arguments.keys() <= {"city"}
     assert all(isinstance(value, str) for value in arguments.values())
+
+
+def test_a_strict_function_gets_only_what_its_schema_allows(client: openai.OpenAI) -> None:
+    """Paris is asked for, as above; the schema knows two other cities."""
+    function = {
+        **TOOLS[0]["function"],
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Lima", "Cairo"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    }
+    tools: list[Any] = [{"type": "function", "function": function}]
+    reply = client.chat.completions.create(
+        model="default", messages=CHAT, tools=tools, temperature=0, max_tokens=64
+    )
+    (choice,) = reply.choices
+    assert choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function"
+    assert json.loads(call.function.arguments)["city"] in ("Lima", "Cairo")
+
+
+def test_a_structural_tag_through_the_client(client: openai.OpenAI) -> None:
+    number = {"type": "integer", "minimum": 10, "maximum": 12}
+    schema = {"type": "object", "properties": {"n": number}, "required": ["n"]}
+    tag = {
+        "type": "structural_tag",
+        "format": {
+            "type": "sequence",
+            "elements": [
+                {"type": "const_string", "value": "<r>"},
+                {"type": "json_schema", "json_schema": {**schema, "additionalProperties": False}},
+                {"type": "regex", "pattern": "</r>( |!)"},
+            ],
+        },
+    }
+    reply = client.chat.completions.create(
+        model="default",
+        messages=[asked("Paris")],
+        response_format=tag,  # type: ignore[arg-type]
+        temperature=1.0,
+        seed=3,
+        max_tokens=200,
+    )
+    text = reply.choices[0].message.content or ""
+    assert text.startswith("<r>{")
+    assert text[-5:] in ("</r> ", "</r>!")
+    assert json.loads(text[3:-5])["n"] in (10, 11, 12)

@@ -111,6 +111,7 @@ class FakeService:
         self.tokenizer: CharTokenizer | None = CharTokenizer()
         self.pulse = SchedulerPulse(20.0, time.monotonic)
         self.context_length = CONTEXT_LENGTH
+        self.constraint_refusal: str | None = None
         self.answer = ANSWER
         self.hold_at: dict[str, int] = {}
         self.refusals: dict[str, FinishReason] = {}

@@ -21,7 +21,8 @@ def refusal(**fields: str) -> str:
 
 def test_each_kind_is_the_constraint() -> None:
     assert SamplingParams().constraint is None
-    for kind, text in (("json_schema", '{"type": "object"}'), ("regex", "a+"), ("ebnf", "r ::= x")):
+    cases = {"json_schema": "{}", "regex": "a+", "ebnf": "r ::= x", "structural_tag": "{}"}
+    for kind, text in cases.items():
         params = SamplingParams(**{kind: text})
         params.verify(10)
         assert params.constraint == Constraint(kind, text)
@@ -39,12 +40,14 @@ def test_a_schema_must_be_a_json_object() -> None:
     assert refusal(json_schema="[]") == "json_schema must be a JSON object."
     assert "not valid JSON" in refusal(json_schema='{"a":' * 20_000)
     assert "not valid JSON" in refusal(json_schema='{"a": "\ud800"}')
+    assert refusal(structural_tag="[]") == "structural_tag must be a JSON object."
 
 
 def test_a_constraint_is_bounded() -> None:
-    for kind, most in (("json_schema", 131072), ("regex", 16384), ("ebnf", 65536)):
-        assert MAX_CONSTRAINT_CHARS[kind] == most
-        empty = '{"const": ""}' if kind == "json_schema" else ""
+    limits = {"json_schema": 131072, "regex": 16384, "ebnf": 65536, "structural_tag": 131072}
+    assert limits == MAX_CONSTRAINT_CHARS
+    for kind, most in limits.items():
+        empty = '{"const": ""}' if most == 131072 else ""
         text = empty[:-2] + "a" * (most - len(empty)) + empty[-2:]
         SamplingParams(**{kind: text}).verify(10)
         assert refusal(**{kind: text + " "}) == (

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from sglang.srt.constrained.structural_tag import NO_SPECIAL_TOKENS, SpecialTokens, lark_of
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.io_struct import VocabularyReq
 from sglang.srt.sampling.sampling_params import Constraint
@@ -40,6 +43,26 @@ class JsonStyle:
     compact: bool = False
     whitespace_pattern: str | None = None
 
+    @property
+    def options(self) -> dict[str, str | bool]:
+        """The same in the library's words."""
+        if self.compact:
+            return {"whitespace_flexible": False}
+        if self.whitespace_pattern is not None:
+            return {"whitespace_pattern": self.whitespace_pattern}
+        return {}
+
+
+class _AddedToken(msgspec.Struct, frozen=True):
+    id: int
+    special: bool = False
+
+
+class _AddedTokens(msgspec.Struct, frozen=True):
+    """What is read of a tokenizer's JSON."""
+
+    added_tokens: list[_AddedToken] = []
+
 
 class Vocabulary:
     """A tokenizer as the library sees it, for masks of `vocab_size` tokens.
@@ -56,6 +79,7 @@ class Vocabulary:
         self.vocab_size = vocab_size
         self.end_ids = frozenset(message.end_ids)
         self._markers: dict[bytes, MarkerTokens] = {}
+        self._tokenizer_json = message.tokenizer_json
         try:
             self.tokens: LLTokenizer = LLTokenizer(
                 message.tokenizer_json,
@@ -66,6 +90,18 @@ class Vocabulary:
             raise RequestError(
                 f"Constraints cannot be served with this tokenizer: {_shortened(str(error))}"
             ) from error
+
+    @cached_property
+    def special(self) -> SpecialTokens:
+        """Tokens that the library does not take for text; looking takes a moment."""
+        size = min(self.vocab_size, self.tokens.vocab_size)
+        ids = [i for i in range(size) if self.tokens.is_special_token(i)]
+        names = {i: self.tokens.decode_bytes([i]).decode(errors="ignore") for i in ids}
+        added = msgspec.json.decode(self._tokenizer_json, type=_AddedTokens).added_tokens
+        written = {token.id for token in added if not token.special}
+        return SpecialTokens(
+            {name: i for i, name in names.items() if name}, frozenset(written.intersection(ids))
+        )
 
     def spelling(self, token_id: int) -> bytes:
         """What a token adds to a text; a special token's is its name."""
@@ -206,7 +242,8 @@ def compile_grammar(constraint: Constraint, vocabulary: Vocabulary, style: JsonS
     """
     from llguidance import LLMatcher
 
-    text = _library_grammar(constraint, style)
+    special = vocabulary.special if constraint.kind == "structural_tag" else NO_SPECIAL_TOKENS
+    text = _library_grammar(constraint, style, special)
     start = LLMatcher(vocabulary.tokens, text, log_level=0, limits=_limits())
     if not start.is_error():
         start.compute_bitmask()  # finds a language without a text; and what it makes is kept
@@ -233,7 +270,9 @@ def _limits() -> LLParserLimits:
     return LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
 
 
-def _library_grammar(constraint: Constraint, style: JsonStyle) -> str:
+def _library_grammar(
+    constraint: Constraint, style: JsonStyle, special: SpecialTokens = NO_SPECIAL_TOKENS
+) -> str:
     from llguidance import LLMatcher, grammar_from
 
     kind, text = constraint.kind, constraint.text
@@ -241,12 +280,9 @@ def _library_grammar(constraint: Constraint, style: JsonStyle) -> str:
         return str(LLMatcher.grammar_from_regex(text))
     try:
         if kind == "json_schema":
-            overrides: dict[str, str | bool] = {}
-            if style.compact:
-                overrides["whitespace_flexible"] = False
-            elif style.whitespace_pattern is not None:
-                overrides["whitespace_pattern"] = style.whitespace_pattern
-            return str(LLMatcher.grammar_from_json_schema(text, overrides=overrides))
+            return str(LLMatcher.grammar_from_json_schema(text, overrides=style.options))
+        if kind == "structural_tag":
+            return lark_of(text, special, style.options)
         return str(grammar_from("ebnf", text))
     except ValueError as error:
         raise _refusal(kind, str(error)) from error

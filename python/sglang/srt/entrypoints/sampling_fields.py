@@ -14,10 +14,9 @@ from sglang.srt.entrypoints.request_body import RawFields
 from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-STRUCTURAL_TAG = Refusal("structural tags are not served; use json_schema, regex or ebnf", ("",))
 STOP_REGEX = Refusal("stop_regex is not served; use stop", ("", []))
 
-CONSTRAINTS = ("json_schema", "regex", "ebnf")
+CONSTRAINTS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
 class SamplingBody(msgspec.Struct, frozen=True):
@@ -44,6 +43,7 @@ class SamplingBody(msgspec.Struct, frozen=True):
     json_schema: str | None = None
     regex: str | None = None
     ebnf: str | None = None
+    structural_tag: str | None = None
 
 
 SAMPLING_FIELDS = FieldTable(
@@ -52,7 +52,6 @@ SAMPLING_FIELDS = FieldTable(
     # by custom logit processors alone, which are refused.
     accepted=("stream_interval", "custom_params"),
     refused={
-        "structural_tag": STRUCTURAL_TAG,
         "stop_regex": STOP_REGEX,
         "beam_width": Refusal("beam search is not served", (0, 1)),
     },

@@ -48,6 +48,11 @@ class TextService(Protocol):
         """The effective context in tokens at this moment, 0 before the scheduler is ready."""
         ...
 
+    @property
+    def constraint_refusal(self) -> str | None:
+        """Why no text can be held to a grammar; None: it can."""
+        ...
+
     def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateDelta, None]:
         """Deltas of one sequence; closing the generator early aborts the request."""
         ...

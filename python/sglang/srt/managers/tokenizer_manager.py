@@ -162,6 +162,11 @@ class TokenizerManager:
         return self.pulse.context_length
 
     @property
+    def constraint_refusal(self) -> str | None:
+        """Why no text can be held to a grammar, for clients; None: it can."""
+        return self._constraints.refusal
+
+    @property
     def num_requests(self) -> int:
         """Requests that are being prepared, waiting or running."""
         return len(self._states)
@@ -254,7 +259,7 @@ class TokenizerManager:
             request,
             vocab_size=self.model_config.vocab_size,
             has_tokenizer=self.tokenizer is not None,
-            no_constraints=self._constraints.refusal if is_held else None,
+            no_constraints=self.constraint_refusal if is_held else None,
             num_replicas=self.num_replicas,
         )
         if request.rid in self._rids:

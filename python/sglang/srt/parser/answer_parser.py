@@ -49,6 +49,7 @@ class AnswerForm:
     prompt, `continued` the text of the assistant's message that the answer goes on with.
     `separates`: reasoning is shown apart; else it is content, as it was written. `is_held`: the
     text is held to a grammar behind its reasoning: it is calls if it `is_forced` and else content.
+    `is_tagged`: only parts of the text are, and it is read as if nothing was.
     """
 
     names: ParserNames
@@ -59,6 +60,7 @@ class AnswerForm:
     separates: bool
     is_held: bool = False
     is_forced: bool = False
+    is_tagged: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -70,8 +72,13 @@ class AnswerForm:
 
     @property
     def held_reasoning(self) -> ReasoningFirst | None:
-        """What comes before the text that is held to a grammar; None: nothing does."""
-        if not self.is_held:
+        """What comes before a text all of which is held to a grammar; None: nothing does."""
+        return self.free_reasoning if self.is_held else None
+
+    @property
+    def free_reasoning(self) -> ReasoningFirst | None:
+        """What comes before a grammar begins to hold; None: nothing does, or none holds."""
+        if not self.is_held and not self.is_tagged:
             return None
         return reasoning_first(self.names.reasoning, self.prompt, self.continued)
 

@@ -16,7 +16,12 @@ TOP_K_ALL = 1 << 30
 MAX_SEED = (1 << 63) - 1
 # What the library does not bound by itself, compiling and the work of a mask, grows with the text,
 # part of it squared. The translator of EBNF is Python and holds the interpreter as well.
-MAX_CONSTRAINT_CHARS = {"json_schema": 1 << 17, "regex": 1 << 14, "ebnf": 1 << 16}
+MAX_CONSTRAINT_CHARS = {
+    "json_schema": 1 << 17,
+    "regex": 1 << 14,
+    "ebnf": 1 << 16,
+    "structural_tag": 1 << 17,
+}
 
 
 class Constraint(msgspec.Struct, frozen=True, array_like=True):
@@ -45,8 +50,9 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limit. `stop` holds stop strings; `stop_token_ids` ends a request when sampled (ignored under
     `ignore_eos`, as end-of-text ids are). `sampling_seed` None means one drawn by the scheduler.
     `logit_bias` maps token id to an addend of the logit. At most one of `json_schema` (a schema as
-    JSON text), `regex` and `ebnf` says what the whole generated text must match, or what follows
-    `reasoning` (None: there is none), which the doors set and no client.
+    JSON text), `regex`, `ebnf` and `structural_tag` (JSON text, too) says what the whole generated
+    text must match, or what follows `reasoning` (None: there is none), which the doors set and no
+    client.
     """
 
     max_new_tokens: int | None = 128
@@ -70,6 +76,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     json_schema: str | None = None
     regex: str | None = None
     ebnf: str | None = None
+    structural_tag: str | None = None
     reasoning: ReasoningFirst | None = None
 
     @property
@@ -141,8 +148,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         most = MAX_CONSTRAINT_CHARS[kind]
         if len(text) > most:
             raise RequestError(f"{kind} has {len(text)} characters, at most {most} are served.")
-        if kind == "json_schema":
-            _check_schema(text)
+        if kind in ("json_schema", "structural_tag"):
+            _check_object(kind, text)
 
     def _verify_ids(self, vocab_size: int) -> None:
         if any(not s for s in self.stop):
@@ -160,11 +167,11 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 )
 
 
-def _check_schema(text: str) -> None:
+def _check_object(kind: str, text: str) -> None:
     """Raise RequestError (400) unless `text` is a JSON object; what it says is checked later."""
     try:
-        schema = msgspec.json.decode(text)
+        value = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
-        raise RequestError(f"json_schema is not valid JSON: {error}") from None
-    if not isinstance(schema, dict):
-        raise RequestError("json_schema must be a JSON object.")
+        raise RequestError(f"{kind} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"{kind} must be a JSON object.")

@@ -143,6 +143,24 @@ def test_fields_reach_the_sampling_parameters(server: LiveServer) -> None:
         ({"regex": "a+"}, ("regex", "a+")),
         ({"ebnf": 'root ::= "a"'}, ("ebnf", 'root ::= "a"')),
         ({"json_schema": "{}"}, ("json_schema", "{}")),
+        ({"structural_tag": '{"format": 1}'}, ("structural_tag", '{"format": 1}')),
+        (
+            {"response_format": {"type": "structural_tag", "format": {"b": 1, "a": [2]}}},
+            ("structural_tag", '{"format": {"b":1,"a":[2]}}'),
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "structural_tag",
+                    "structures": [{"begin": "é", "schema": {}, "end": ""}],
+                    "triggers": ["é"],
+                }
+            },
+            (
+                "structural_tag",
+                '{"structures": [{"begin":"é","schema":{},"end":""}], "triggers": ["é"]}',
+            ),
+        ),
     ],
 )
 def test_a_constraint_arrives(

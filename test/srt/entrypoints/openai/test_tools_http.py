@@ -412,3 +412,83 @@ def test_a_schema_that_is_no_text_is_refused(server: LiveServer) -> None:
     reply = httpx.post(url, content=content, headers=headers)
     assert reply.status_code == 400
     assert reply.json()["message"].endswith("it is not UTF-8 (invalid start byte).")
+
+
+def strict(*tools: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{**tool, "function": {**tool["function"], "strict": True}} for tool in tools]
+
+
+def test_arguments_of_a_strict_function_follow_its_schema(
+    server: LiveServer, tmp_path: Path
+) -> None:
+    server.service.answer = f"<think>It is far.</think>I look.\n{WEATHER}"
+    schema = {
+        "type": "object",
+        "properties": {"city": {"$ref": "#/$defs/city"}},
+        "required": ["city"],
+        "$defs": {"city": {"enum": ["Paris", "Rome"]}},
+    }
+    weather = {"type": "function", "function": {"name": "get_weather", "parameters": schema}}
+    (choice,) = chat(server, tools=[*strict(weather), TOOLS[1]]).json()["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] == "I look."
+    assert choice["message"]["reasoning_content"] == "It is far."
+    params = server.service.requests[0].sampling_params
+    assert params.reasoning == ReasoningFirst("<think>", "</think>", False)
+    assert params.constraint is not None
+    assert params.constraint.kind == "structural_tag"
+    tokenizer = golden_tokenizer(tmp_path, "bpe")
+    held = compiled(vocabulary_of(tokenizer), "structural_tag", params.constraint.text)
+    for text in ("", "I look.", WEATHER, f"So:{WEATHER}\n{TIME}", TIME.replace("{}", '{"x": 1}')):
+        assert can_write(held, tokenizer, text), text
+    for text in (WEATHER.replace("Paris", "Oslo"), TIME.replace("get_time", "f"), "<tool_call>"):
+        assert not can_write(held, tokenizer, text), text
+
+
+def test_one_call_at_most_ends_the_answer(server: LiveServer, tmp_path: Path) -> None:
+    chat(server, tools=strict(*TOOLS), parallel_tool_calls=False)
+    constraint = server.service.requests[0].sampling_params.constraint
+    assert constraint is not None
+    tokenizer = golden_tokenizer(tmp_path, "bpe")
+    held = compiled(vocabulary_of(tokenizer), "structural_tag", constraint.text)
+    assert can_write(held, tokenizer, f"So:{TIME}")
+    assert not can_write(held, tokenizer, f"So:{TIME}\n")
+
+
+@pytest.mark.parametrize("fields", [{"regex": "a"}, {"tool_choice": "none"}])
+def test_what_else_is_asked_for_comes_first(server: LiveServer, fields: dict[str, Any]) -> None:
+    reply = chat(server, tools=strict(*TOOLS), **fields)
+    assert reply.status_code == 200
+    assert server.service.requests[0].sampling_params.structural_tag is None
+
+
+def test_strict_asks_for_nothing_where_no_text_can_be_held(server: LiveServer) -> None:
+    server.service.constraint_refusal = "not here"
+    server.service.answer = WEATHER
+    (choice,) = chat(server, tools=strict(*TOOLS)).json()["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert server.service.requests[0].sampling_params.constraint is None
+
+
+def test_a_structural_tag_leaves_calls_and_reasoning_to_be_read(server: LiveServer) -> None:
+    server.service.answer = f"<think>a</think>{TIME}"
+    tag = {"type": "structural_tag", "format": {"type": "any_text"}}
+    (choice,) = chat(server, tools=TOOLS, response_format=tag).json()["choices"]
+    assert choice["message"]["reasoning_content"] == "a"
+    assert [c["function"]["name"] for c in choice["message"]["tool_calls"]] == ["get_time"]
+
+
+def test_strict_is_true_or_false(server: LiveServer) -> None:
+    reply = chat(server, tools=[{"type": "function", "function": {"name": "f", "strict": 1.5}}])
+    assert reply.status_code == 400
+    assert "tools[0].function.strict" in reply.json()["message"]
+
+
+def test_gpt_oss_is_held_from_its_first_character(tmp_path: Path) -> None:
+    with LiveServer(tmp_path, tool_call_parser="gpt-oss", reasoning_parser="gpt-oss") as server:
+        server.service.answer = "<r>a</r>"
+        tag = {"type": "structural_tag", "format": {"type": "any_text"}}
+        (choice,) = chat(server, tools=strict(*TOOLS), response_format=tag).json()["choices"]
+        assert choice["message"]["content"] == "<r>a</r>"
+        assert chat(server, tools=strict(*TOOLS)).status_code == 200
+        assert server.service.requests[1].sampling_params.constraint is None

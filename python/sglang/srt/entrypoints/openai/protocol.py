@@ -21,7 +21,7 @@ from sglang.srt.entrypoints.generate_request_body import (
 )
 from sglang.srt.entrypoints.openai.response_format import ResponseFormat
 from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal
-from sglang.srt.entrypoints.sampling_fields import STOP_REGEX, STRUCTURAL_TAG
+from sglang.srt.entrypoints.sampling_fields import STOP_REGEX
 from sglang.srt.entrypoints.token_id_reader import IdLists
 
 FUNCTIONS = Refusal("use tools", ([],))
@@ -65,6 +65,7 @@ class SharedBody(msgspec.Struct, frozen=True, kw_only=True):
     json_schema: str | None = None
     regex: str | None = None
     ebnf: str | None = None
+    structural_tag: str | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     rid: str | None = None
@@ -116,7 +117,6 @@ _ACCEPTED = (
 )
 
 _REFUSED = {
-    "structural_tag": STRUCTURAL_TAG,
     "stop_regex": STOP_REGEX,
     "lora_path": LORA,
     "session_params": SESSION,

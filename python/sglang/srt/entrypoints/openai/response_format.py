@@ -5,6 +5,7 @@ For both OpenAI endpoints. What a schema may say is the scheduler's to check, wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -29,45 +30,57 @@ class JsonSchemaFormat(msgspec.Struct, frozen=True):
 
 
 class ResponseFormat(msgspec.Struct, frozen=True):
-    """`response_format`: `type` is "text", "json_object" or "json_schema"."""
+    """`response_format`: `type` is "text", "json_object", "json_schema" or "structural_tag".
+
+    The last has a `format`, or `structures` with `triggers`, as the client wrote them.
+    """
 
     type: str
     json_schema: JsonSchemaFormat | None = None
+    format: msgspec.Raw = RAW_NULL
+    structures: msgspec.Raw = RAW_NULL
+    triggers: msgspec.Raw = RAW_NULL
 
 
 def constraint_fields(
-    response_format: ResponseFormat | None,
-    json_schema: str | None,
-    regex: str | None,
-    ebnf: str | None,
+    response_format: ResponseFormat | None, given: Mapping[str, str | None]
 ) -> dict[str, Any]:
     """The constraint as `SamplingParams` names it; none where nothing or "" was given.
 
-    Raises RequestError (400) for an unknown type, a schema that is missing, or two constraints.
+    `given` are the fields beside the format. Raises RequestError (400) for an unknown type, a
+    schema that is missing, or two constraints.
     """
-    given = {"json_schema": json_schema, "regex": regex, "ebnf": ebnf}
     fields = {name: text for name, text in given.items() if text}
-    wanted = None if response_format is None else _schema_of(response_format)
-    if wanted is None:
-        return fields
-    if fields:
+    wanted = {} if response_format is None else _wanted(response_format)
+    if wanted and fields:
         raise bad_field("response_format", f"{next(iter(fields))} is given as well")
-    return {"json_schema": wanted}
+    return wanted or fields
 
 
-def _schema_of(wanted: ResponseFormat) -> str | None:
-    """The schema that a format asks for; None for plain text."""
+def _wanted(wanted: ResponseFormat) -> dict[str, Any]:
+    """What a format asks for; nothing for plain text."""
     if wanted.type == "text":
-        return None
+        return {}
     if wanted.type == "json_object":
-        return ANY_OBJECT
+        return {"json_schema": ANY_OBJECT}
+    if wanted.type == "structural_tag":
+        return {"structural_tag": _tag_of(wanted)}
     if wanted.type != "json_schema":
         raise bad_field("response_format.type", f"{wanted.type!r} is not served")
     if wanted.json_schema is None or is_null(wanted.json_schema.schema):
         raise bad_field("response_format.json_schema.schema", "it is missing")
+    return {"json_schema": _decoded("json_schema.schema", wanted.json_schema.schema)}
+
+
+def _tag_of(wanted: ResponseFormat) -> str:
+    """A structural tag as JSON text."""
+    parts = {"format": wanted.format, "structures": wanted.structures, "triggers": wanted.triggers}
+    given = [f'"{k}": {_decoded(k, raw)}' for k, raw in parts.items() if not is_null(raw)]
+    return f"{{{', '.join(given)}}}"
+
+
+def _decoded(name: str, raw: msgspec.Raw) -> str:
     try:
-        return bytes(wanted.json_schema.schema).decode()
+        return bytes(raw).decode()
     except UnicodeDecodeError as error:
-        raise bad_field(
-            "response_format.json_schema.schema", f"it is not UTF-8 ({error.reason})"
-        ) from None
+        raise bad_field(f"response_format.{name}", f"it is not UTF-8 ({error.reason})") from None

@@ -13,7 +13,7 @@ from sglang.srt.entrypoints.generate_request_body import new_rid, prefix_key
 from sglang.srt.entrypoints.http_errors import bad_field
 from sglang.srt.entrypoints.openai.protocol import SharedBody
 from sglang.srt.entrypoints.openai.response_format import constraint_fields
-from sglang.srt.entrypoints.sampling_fields import logit_bias, stop_strings
+from sglang.srt.entrypoints.sampling_fields import CONSTRAINTS, logit_bias, stop_strings
 from sglang.srt.entrypoints.sequences import SequenceOutput, SequenceRunner
 from sglang.srt.entrypoints.service import TextService
 from sglang.srt.errors import RequestError
@@ -67,7 +67,9 @@ def sampling_params(
         no_stop_trim=body.no_stop_trim,
         logit_bias=logit_bias("logit_bias", body.logit_bias),
         sampling_seed=body.seed,
-        **constraint_fields(body.response_format, body.json_schema, body.regex, body.ebnf),
+        **constraint_fields(
+            body.response_format, {kind: getattr(body, kind) for kind in CONSTRAINTS}
+        ),
     )
     given = {name: getattr(body, name) for name in _DEFAULTED if getattr(body, name) is not None}
     return msgspec.structs.replace(params, **{**defaults, **given})

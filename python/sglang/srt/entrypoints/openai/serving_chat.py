@@ -34,9 +34,15 @@ from sglang.srt.entrypoints.openai.tool_fields import ToolUse, read_tool_use
 from sglang.srt.entrypoints.request_body import RawFields, off_loop
 from sglang.srt.entrypoints.sequences import Call, SequenceOutput, abort_error
 from sglang.srt.errors import RequestError
+from sglang.srt.function_call.strict_calls import strict_tag
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest
 from sglang.srt.managers.io_struct import LogprobArrays
-from sglang.srt.parser.answer_parser import PARSE_BYTES_PER_CHAR, AnswerForm, ReasoningCount
+from sglang.srt.parser.answer_parser import (
+    GPT_OSS,
+    PARSE_BYTES_PER_CHAR,
+    AnswerForm,
+    ReasoningCount,
+)
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 _OPENING = Chunk({"role": "assistant", "content": ""}, None, finish_fields(None))
@@ -75,6 +81,7 @@ class ChatServing(OpenAIServing):
             **tools.template_kwargs,
             **kwargs,
         )
+        is_tagged = self._is_tagged(params)
         form = AnswerForm(
             names=self.options.parsers,
             tools=tools.schemas,
@@ -82,10 +89,11 @@ class ChatServing(OpenAIServing):
             prompt=text,
             continued=messages[-1]["content"] if body.continue_final_message else "",
             separates=body.separate_reasoning,
-            is_held=params.constraint is not None,
+            is_held=params.constraint is not None and not is_tagged,
             is_forced=tools.forced_schema is not None,
+            is_tagged=is_tagged,
         )
-        params = msgspec.structs.replace(params, reasoning=form.held_reasoning)
+        params = msgspec.structs.replace(params, reasoning=form.free_reasoning)
         head, rid, extra_key = call_ids(body)
         request = GenerateRequest(
             rid=rid,
@@ -119,10 +127,29 @@ class ChatServing(OpenAIServing):
             max_new = body.max_tokens
         params = sampling_params(body, max_new, self.options.sampling_defaults)
         if tools.forced_schema is None:
-            return params
+            return self._strict_calls(params, tools)
         if params.constraint is not None:
             raise bad_field("tool_choice", f"{params.constraint.kind} is given as well")
         return msgspec.structs.replace(params, json_schema=tools.forced_schema)
+
+    def _strict_calls(self, params: SamplingParams, tools: ToolUse) -> SamplingParams:
+        """Calls of strict functions held to their schemas, where nothing else is asked for."""
+        if params.constraint is not None or not tools.strict or self.service.constraint_refusal:
+            return params
+        parser = self.options.parsers.tool_call
+        tag = strict_tag(parser, tools.schemas, tools.strict, tools.max_calls)
+        return msgspec.structs.replace(params, structural_tag=tag)
+
+    def _is_tagged(self, params: SamplingParams) -> bool:
+        """Whether only parts of the text are held to a grammar.
+
+        Those of gpt-oss count as held from their first character: free text has none of its marks.
+        """
+        constraint = params.constraint
+        names = (self.options.parsers.reasoning, self.options.parsers.tool_call)
+        return (
+            constraint is not None and constraint.kind == "structural_tag" and GPT_OSS not in names
+        )
 
     async def reply(self, chat: ChatCall) -> dict[str, Any]:
         """The whole answer. Raises RequestError."""

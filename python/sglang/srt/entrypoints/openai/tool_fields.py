@@ -23,13 +23,15 @@ class ToolUse:
 
     `for_template` are the request's own objects, which is the form that chat templates take.
     `max_calls` None: any number. `forced_schema`: the schema of answers that have to be calls, as
-    JSON; None where text may be the answer.
+    JSON; None where text may be the answer, and then `strict` are the functions whose arguments
+    have to follow their schemas.
     """
 
     for_template: tuple[Mapping[str, Any], ...]
     schemas: ToolSchemas
     max_calls: int | None
     forced_schema: str | None = None
+    strict: frozenset[str] = frozenset()
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def read_tool_use(
     if choice is None or choice in ("auto", "none"):
         if choice == "none" or not tools:
             return ToolUse((), {}, None)
-        return ToolUse(tuple(tools), schemas, None if parallel else 1)
+        return ToolUse(tuple(tools), schemas, None if parallel else 1, strict=_strict_names(tools))
     if not tools:
         raise bad_field("tool_choice", "there are no tools to choose from")
     max_calls = None if parallel else 1
@@ -71,11 +73,18 @@ def read_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any
             raise bad_field(f"{name}.function.name", "it is missing")
         if called in schemas:
             raise bad_field(f"{name}.function.name", f"{called!r} comes twice")
+        if function.get("strict") not in (None, True, False):
+            raise bad_field(f"{name}.function.strict", "expected true or false")
         parameters = function.get("parameters")
         if parameters is not None and not isinstance(parameters, dict):
             raise bad_field(f"{name}.function.parameters", "expected a JSON schema")
         schemas[called] = parameters or {}
     return schemas
+
+
+def _strict_names(tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """The functions of checked tools that are `strict`."""
+    return frozenset(tool["function"]["name"] for tool in tools if tool["function"].get("strict"))
 
 
 def forced_schema(tools: ToolSchemas, max_calls: int | None) -> str:
