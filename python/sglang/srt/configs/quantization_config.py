@@ -3,12 +3,13 @@
 compressed-tensors writes `quantization_config` into config.json, ModelOpt the same and, or only, a
 file hf_quant_config.json beside it. Pure; `ModelConfig` reads the files. What `auto` of
 --kv-cache-dtype makes of it is SGLang's rule: its pull request 35455 says which schemes count, and
-that others are warned of and served with a cache that is not quantised.
+that others are warned of and served with a cache that is not quantised. Of weights only that is
+read which their tensors don't tell themselves: which modules are quantised, their names say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,34 @@ class KVCacheScheme:
 
     dtype: str | None
     told: str
+
+
+@dataclass(frozen=True, slots=True)
+class WeightScheme:
+    """How the weights of a checkpoint are quantised.
+
+    `method` is a name of `WEIGHT_METHODS`.
+    """
+
+    method: str
+
+
+def weight_scheme(config: Any, modelopt: Mapping[str, Any]) -> WeightScheme | None:
+    """The scheme of the weights, None where they are numbers; arguments as below.
+
+    Raises ValueError, one line, for a method that is not served, which it names.
+    """
+    if not has_quantized_weights(config, modelopt):
+        return None
+    if not isinstance(config, Mapping):
+        named: Any = config or f"modelopt {modelopt.get('quant_algo')}"
+    else:
+        named = config.get("quant_method")
+    read = WEIGHT_METHODS.get(named) if isinstance(named, str) else None
+    if read is None or not isinstance(config, Mapping):
+        served = ", ".join(WEIGHT_METHODS)
+        raise ValueError(f"weights quantized by {named!r} are not served; those of {served} are")
+    return read(config)
 
 
 def has_quantized_weights(config: Any, modelopt: Mapping[str, Any]) -> bool:
@@ -80,3 +109,13 @@ def _modelopt_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _algorithm(config: Mapping[str, Any]) -> str | None:
     value = _modelopt_part(config).get("kv_cache_quant_algo")
     return str(value) if value else None
+
+
+def _read_mxfp4(config: Mapping[str, Any]) -> WeightScheme:
+    del config  # its fields are about which modules are quantised
+    return WeightScheme("mxfp4")
+
+
+WEIGHT_METHODS: Mapping[str, Callable[[Mapping[str, Any]], WeightScheme]] = {
+    "mxfp4": _read_mxfp4,
+}
