@@ -131,7 +131,7 @@ def test_a_quantised_cache_is_no_quantised_weight(tmp_path: Path) -> None:
     for change in (
         {"config_groups": {"group_0": {"targets": ["Linear"]}}},
         {"kv_cache_scheme": None},
-        {"quant_method": "fp8"},
+        {"quant_method": "quark"},
     ):
         with pytest.raises(ValueError, match="weights quantized by '"):
             load(tmp_path, raw | {"quantization_config": cache | change})

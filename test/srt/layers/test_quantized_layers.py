@@ -201,6 +201,7 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gguf", "cpu", "this model is none"),
         ("marlin", "cpu", "must be one of"),
         ("mxfp4", "cpu", "has no quantised weights"),
+        ("fp8", "meta", "has no quantised weights, and is not made so here"),
         ("int8", "meta", "on a CPU only"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -211,6 +212,8 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
             for device in ("cpu", "meta")
         ]
         assert found == ["mxfp4", "none"]
+    assert choose_quantization(None, is_gguf=False, method="fp8", device="cpu") == "none"
+    assert choose_quantization("fp8", is_gguf=False, method="fp8", device="cpu") == "none"
     assert choose_quantization("int8", is_gguf=False, method="mxfp4", device="cpu") == "int8"
     assert choose_quantization("none", is_gguf=False, method="mxfp4", device="cpu") == "none"
     with pytest.raises(ValueError, match="--quantization mxfp4: this checkpoint is quantised by g"):

@@ -16,7 +16,7 @@ from sglang.srt.layers.moe import Experts
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models.causal_lm import CausalLM
 from sglang.srt.utils.native import native_kernels
-from srt.model_loader.quantized_files import mxfp4, write_checkpoint
+from srt.model_loader.quantized_files import mxfp4, plain_tensors, write_checkpoint
 from srt.model_loader.test_gguf_mixtures import experts_of, logits
 from srt.models.hf_models import make_hf_model
 from srt.models.test_models import assert_logits_equal, hf_logits, prompts
@@ -29,15 +29,16 @@ EXPERTS = "model.layers.{}.mlp.experts."
 def published(folder: Path, width: int = 64, **arguments: Any) -> tuple[PreTrainedModel, str]:
     """The model in numbers, and where its quantised checkpoint is."""
     model = make_hf_model("gpt_oss", intermediate_size=width, num_hidden_layers=2)
-    replaced = {}
+    stored = plain_tensors(model)
     state = model.state_dict()
     for layer in range(2):
         for leaf, outputs, inputs in (("gate_up_proj", 2 * width, 64), ("down_proj", 64, width)):
             name = EXPERTS.format(layer) + leaf
             tensors, numbers = mxfp4(6, outputs, inputs, seed=10 * layer + outputs)
-            replaced |= {f"{name}_{role}": tensor for role, tensor in tensors.items()}
+            stored |= {f"{name}_{role}": tensor for role, tensor in tensors.items()}
+            del stored[name]
             state[name].copy_(numbers.transpose(1, 2))
-    return model, write_checkpoint(folder, model, METHOD, replaced, **arguments)
+    return model, write_checkpoint(folder, model, METHOD, stored, **arguments)
 
 
 def load(path: str, quantization: str | None = None, rank: int = 0, ranks: int = 1) -> CausalLM:
@@ -126,8 +127,10 @@ def test_experts_in_numbers_stand_beside_quantised_layers(tmp_path: Path) -> Non
     name = EXPERTS.format(1) + "gate_up_proj"
     tensors, numbers = mxfp4(6, 128, 64, seed=3)
     model.state_dict()[name].copy_(numbers.transpose(1, 2))
-    replaced = {f"{name}_{role}": tensor for role, tensor in tensors.items()}
-    assert_logits_equal(model, write_checkpoint(tmp_path, model, METHOD, replaced))
+    stored = plain_tensors(model)
+    del stored[name]
+    stored |= {f"{name}_{role}": tensor for role, tensor in tensors.items()}
+    assert_logits_equal(model, write_checkpoint(tmp_path, model, METHOD, stored))
 
 
 BROKEN: list[tuple[str, Any, str]] = [
@@ -186,6 +189,7 @@ def test_files_of_torch_save_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path, make_hf_model("llama"), METHOD, {})
+    model = make_hf_model("llama")
+    path = write_checkpoint(tmp_path, model, METHOD, plain_tensors(model))
     with pytest.raises(ValueError, match="'mxfp4' are served of gpt_oss, not llama"):
         ModelConfig.from_path(path)

@@ -30,10 +30,12 @@ class KVCacheScheme:
 class WeightScheme:
     """How the weights of a checkpoint are quantised.
 
-    `method` is a name of `WEIGHT_METHODS`.
+    `method` is a name of `WEIGHT_METHODS`. `block`: an FP8 scale is for so many (outputs, inputs),
+    None where the shapes of scales say it.
     """
 
     method: str
+    block: tuple[int, int] | None = None
 
 
 def weight_scheme(config: Any, modelopt: Mapping[str, Any]) -> WeightScheme | None:
@@ -116,6 +118,70 @@ def _read_mxfp4(config: Mapping[str, Any]) -> WeightScheme:
     return WeightScheme("mxfp4")
 
 
+def _read_fp8(config: Mapping[str, Any]) -> WeightScheme:
+    if config.get("fmt", "e4m3") != "e4m3":
+        raise ValueError(f"weights of fp8 in {config['fmt']!r} are not served; 'e4m3' is")
+    return WeightScheme("fp8", block=_block(config.get("weight_block_size"), "weight_block_size"))
+
+
+def _read_compressed_tensors(config: Mapping[str, Any]) -> WeightScheme:
+    """Each of its groups says how some modules' weights are: all must be what is served."""
+    name = "compressed-tensors"
+    sparsity = config.get("sparsity_config")
+    if isinstance(sparsity, Mapping) and sparsity.get("format") not in (None, "dense"):
+        raise ValueError(f"{name}: weights in {sparsity['format']!r} are not served")
+    transforms = config.get("transform_config")
+    if isinstance(transforms, Mapping) and transforms.get("config_groups"):
+        raise ValueError(f"{name}: transform_config is not served")
+    groups = config.get("config_groups")
+    found = []
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping):
+            found.append(_compressed_block(weights))
+    if not found:
+        raise ValueError(f"weights quantized by {name!r}: config_groups names none")
+    blocks = sorted({block for block in found if block is not None})
+    if len(blocks) > 1:
+        raise ValueError(f"{name}: one block_structure is served, not {blocks}")
+    return WeightScheme(name, block=blocks[0] if blocks else None)
+
+
+def _compressed_block(weights: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The block of a scale that one group of compressed-tensors names."""
+    kind, bits, strategy = (weights.get(key) for key in ("type", "num_bits", "strategy"))
+    if (kind, bits) not in _COMPRESSED or strategy not in _COMPRESSED_STRATEGIES:
+        raise ValueError(
+            f"compressed-tensors: weights of {bits} bits of type {kind!r} by {strategy!r} "
+            "are not served"
+        )
+    if strategy != "block":
+        return None
+    found = _block(weights.get("block_structure"), "block_structure")
+    if found is None:
+        raise ValueError("compressed-tensors: strategy 'block' needs a block_structure")
+    return found
+
+
+def _block(value: Any, field: str) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):  # older files of compressed-tensors: "128x128"
+        value = [int(size) if size.isdecimal() else size for size in value.split("x")]
+    if not isinstance(value, list) or len(value) != 2 or not all(map(_is_count, value)):
+        raise ValueError(f"{field} must be two positive whole numbers, not {value!r}")
+    return value[0], value[1]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+_COMPRESSED = (("float", 8),)
+_COMPRESSED_STRATEGIES = (None, "tensor", "channel", "group", "block")
+
 WEIGHT_METHODS: Mapping[str, Callable[[Mapping[str, Any]], WeightScheme]] = {
     "mxfp4": _read_mxfp4,
+    "fp8": _read_fp8,
+    "compressed-tensors": _read_compressed_tensors,
 }

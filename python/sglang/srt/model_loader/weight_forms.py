@@ -14,15 +14,24 @@ from collections.abc import Mapping
 
 import torch
 
+from sglang.srt.configs.quantization_config import WeightScheme
 from sglang.srt.layers.quantization.coded_matrix import CodedMatrix, PlainMatrix, StackedMatrix
 from sglang.srt.layers.quantization.mxfp4 import BLOCK, Mxfp4Matrix
+from sglang.srt.layers.quantization.scaled_floats import ScaledFloats
 
 Tensors = Mapping[str, torch.Tensor]
 """Tensors by role; a plain tensor's is "" or "weight"."""
 
-_MERGED = re.compile(r"(.*\.experts\.(?:gate_up|down)_proj)(?:_(blocks|scales|bias))?")
+_MERGED = re.compile(r"(.*\.experts\.(?:gate_up|down)_proj)(?:_(blocks|scales|scale|bias))?")
+_SCALES = ("weight_scale", "weight_scale_inv")  # both are factors of the codes
+# Of inputs, which are not quantised here.
+_UNUSED = frozenset({"input_scale", "activation_scale", "input_scale_ub", "input_zero_point"})
 # Roles of a module's tensors, by method. Others are plain tensors of their own.
-_ROLES: dict[str, frozenset[str]] = {"mxfp4": frozenset()}
+_ROLES: dict[str, frozenset[str]] = {
+    "mxfp4": frozenset(),
+    "fp8": frozenset({"weight", *_SCALES, *_UNUSED}),
+    "compressed-tensors": frozenset({"weight", *_SCALES, *_UNUSED}),
+}
 
 
 def split_name(name: str, method: str) -> tuple[str, str]:
@@ -34,22 +43,89 @@ def split_name(name: str, method: str) -> tuple[str, str]:
     return (module, role) if role in _ROLES[method] else (name, "")
 
 
+def open_module(scheme: WeightScheme, module: str, tensors: Tensors) -> CodedMatrix | torch.Tensor:
+    """The matrix of a module's tensors, or its weight as it is where that is numbers."""
+    weight = tensors.get("weight")
+    scales = [role for role in _SCALES if role in tensors]
+    if weight is None:
+        raise ValueError(f"weight {module}.weight is missing beside {module}.{next(iter(tensors))}")
+    name = f"{module}.{scales[0] if scales else _SCALES[0]}"
+    if _is_numbers(name, weight, tensors[scales[0]] if scales else None):
+        return weight
+    if weight.dim() != 2:
+        raise ValueError(f"weight {module}.weight: {_told(weight)} is no matrix")
+    if len(scales) != 1:
+        what = "there are both" if scales else "there is none"
+        raise ValueError(f"weight {module}.weight needs one of {' and '.join(_SCALES)}, {what}")
+    return _scaled(name, weight, tensors[scales[0]], scheme.block)
+
+
+def _scaled(
+    name: str, codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int] | None
+) -> ScaledFloats:
+    """`codes` float8 [N, K] and their scales, whose shape says what each is for."""
+    rows, width = codes.shape
+    if not scales.is_floating_point():
+        raise ValueError(f"weight {name}: {scales.dtype} is no scale")
+    if block is not None:
+        wanted = (-(-rows // block[0]), -(-width // block[1]))
+        if tuple(scales.shape) == wanted:
+            return ScaledFloats(codes, scales, block)
+    if scales.numel() == 1:
+        return ScaledFloats(codes, scales.reshape(1, 1), (rows, width))
+    if scales.dim() in (1, 2) and len(scales) == rows and width % (scales.numel() // rows) == 0:
+        scales = scales.reshape(rows, -1)
+        return ScaledFloats(codes, scales, (1, width // scales.shape[1]))
+    raise ValueError(f"weight {name}: shape {tuple(scales.shape)} scales no {tuple(codes.shape)}")
+
+
+def _told(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
 def open_merged(
     module: str, part: str, tensors: Tensors, *, num_experts: int, interleaved: bool
 ) -> CodedMatrix:
     """`part` ("gate", "up" or "down") of all experts of a merged tensor, one below another.
 
-    Codes have outputs before inputs, [E, N, K / 32, 16]; numbers inputs before outputs, [E, K, N].
+    MXFP4 has outputs before inputs, [E, N, K / 32, 16]; numbers have inputs before outputs,
+    [E, K, N], and so has FP8, with scales [E, 1, N] or one for an expert.
     `interleaved`: outputs 2i and 2i + 1 of gate and up are gate i and up i, else gates come first.
     """
     if "blocks" in tensors or "scales" in tensors:
         return _open_mxfp4(module, part, tensors, num_experts)
-    weight = tensors[""]
+    weight, scales = tensors.get(""), tensors.get("scale")
+    if weight is None:
+        raise ValueError(f"weight {module} is missing beside {module}_scale")
     if weight.dim() != 3 or len(weight) != num_experts or not weight.is_floating_point():
-        found = f"{weight.dtype} {tuple(weight.shape)}"
-        raise ValueError(f"weight {module}: {found} is none of {num_experts} experts")
+        raise ValueError(f"weight {module}: {_told(weight)} is none of {num_experts} experts")
     outputs = merged_half(weight, part, interleaved=interleaved).transpose(1, 2)
-    return StackedMatrix([PlainMatrix(expert) for expert in outputs])
+    if _is_numbers(f"{module}_scale", weight, scales):
+        return StackedMatrix([PlainMatrix(expert) for expert in outputs])
+    if scales is None:
+        raise ValueError(f"weight {module}_scale is missing")
+    if scales.numel() == num_experts:
+        halves = scales.reshape(num_experts, 1)
+    elif tuple(scales.shape) == (num_experts, 1, weight.shape[2]):
+        halves = merged_half(scales, part, interleaved=interleaved).squeeze(1)
+    else:
+        raise ValueError(f"weight {module}_scale: {_told(scales)} scales no {_told(weight)}")
+    pairs = zip(outputs, halves, strict=True)
+    return StackedMatrix([_scaled(f"{module}_scale", *pair, None) for pair in pairs])
+
+
+def _is_numbers(name: str, weight: torch.Tensor, scales: torch.Tensor | None) -> bool:
+    """Whether a weight is numbers rather than FP8; `name` is that of its scales.
+
+    Raises ValueError for scales of numbers, and for other types.
+    """
+    if weight.is_floating_point() and weight.dtype.itemsize > 1:
+        if scales is not None:
+            raise ValueError(f"weight {name} scales a weight of {weight.dtype}")
+        return True
+    if weight.dtype is not torch.float8_e4m3fn:
+        raise ValueError(f"weight {name}: a weight of {weight.dtype} is not served")
+    return False
 
 
 def merged_half(merged: torch.Tensor, part: str, *, interleaved: bool) -> torch.Tensor:

@@ -7,7 +7,8 @@ import torch
 from sglang.srt.utils.native import native_kernels
 
 # SGLang's names of checkpoints' own codes; what says by which kernel is the same here.
-_METHODS = {"mxfp4": "mxfp4"}
+_METHODS = {name: name for name in ("mxfp4", "fp8", "compressed-tensors")}
+_ONLY_READ = frozenset({"fp8"})  # no kernel multiplies with its codes
 QUANTIZATIONS = ("gguf", "int8", *_METHODS, "none")
 
 
@@ -30,7 +31,8 @@ def choose_quantization(
         what = "has no quantised weights" if own is None else f"is quantised by {own}"
         raise ValueError(f"--quantization {name}: this checkpoint {what}, and is not made so here")
     if name is None or name in _METHODS:
-        return own if own is not None and has_kernels else "none"
+        keeps = own is not None and own not in _ONLY_READ and has_kernels
+        return own if own is not None and keeps else "none"
     if name == "gguf" and not is_gguf:
         raise ValueError("--quantization gguf keeps the codes of a GGUF file; this model is none")
     if name != "none" and not on_cpu:
