@@ -94,7 +94,10 @@ class ServerArgs(RankArgs, DoorArgs):
         "quantised checkpoints' methods those of such a one, int8 any checkpoint's, rounded to "
         "bytes at load; none makes numbers of all. Nothing else is quantised at load.",
         group=DEVICE,
-        choices=("gguf", "int8", "mxfp4", "fp8", "compressed-tensors", "none"),
+        choices=(
+            *("gguf", "int8", "mxfp4", "fp8", "gptq", "gptq_marlin", "awq", "awq_marlin"),
+            *("compressed-tensors", "none"),
+        ),
         default_text="gguf or the checkpoint's method where sgl-kernel is installed, else none",
     )
     disable_cuda_graph: bool = flag(

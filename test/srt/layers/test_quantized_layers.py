@@ -212,6 +212,11 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
             for device in ("cpu", "meta")
         ]
         assert found == ["mxfp4", "none"]
+    for name, method in (("gptq_marlin", "gptq"), ("awq", "awq"), ("awq_marlin", "awq")):
+        assert choose_quantization(name, is_gguf=False, method=method, device="cpu") == method
+        assert choose_quantization(name, is_gguf=False, method=method, device="meta") == "none"
+    with pytest.raises(ValueError, match=r"--quantization awq_marlin: .* is quantised by gptq"):
+        choose_quantization("awq_marlin", is_gguf=False, method="gptq", device="cpu")
     assert choose_quantization(None, is_gguf=False, method="fp8", device="cpu") == "none"
     assert choose_quantization("fp8", is_gguf=False, method="fp8", device="cpu") == "none"
     assert choose_quantization("int8", is_gguf=False, method="mxfp4", device="cpu") == "int8"

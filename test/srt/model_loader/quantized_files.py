@@ -7,7 +7,8 @@ formats, element by element where that is readable, by other code than the loade
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,105 @@ def fp8(outputs: int, inputs: int, seed: int, block: tuple[int, int]) -> Coded:
         for column in range(inputs):
             numbers[row, column] *= scale[row // block[0], column // block[1]]
     return {"weight": weight, "scale": scale}, numbers
+
+
+def words(numbers: torch.Tensor, bits: int, dim: int, order: Sequence[int]) -> torch.Tensor:
+    """Numbers packed into int32 along `dim`: bits [bits * i, ...) of a word are number order[i]."""
+    count = 32 // bits
+    missing = -numbers.shape[dim] % count
+    moved = torch.nn.functional.pad(numbers.long().movedim(dim, -1), (0, missing))
+    groups = moved.unflatten(-1, (-1, count))
+    total = sum(groups[..., place] << bits * i for i, place in enumerate(order))
+    assert isinstance(total, torch.Tensor)
+    signed = torch.where(total >= 1 << 31, total - (1 << 32), total)
+    return signed.to(torch.int32).movedim(-1, dim).contiguous()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Integers of a matrix: codes [N, K], zeros and scales [N, G], each input's group [K]."""
+
+    codes: torch.Tensor
+    zeros: torch.Tensor
+    scales: torch.Tensor
+    groups: torch.Tensor
+
+    @property
+    def numbers(self) -> torch.Tensor:
+        steps = self.codes - self.zeros[:, self.groups]
+        return steps.float() * self.scales.float()[:, self.groups]
+
+
+def integers(
+    outputs: int,
+    inputs: int,
+    seed: int,
+    *,
+    bits: int = 4,
+    group: int = 32,
+    symmetric: bool = True,
+    dtype: torch.dtype = torch.float16,
+    permuted: bool = False,
+) -> Drawn:
+    """Unsigned codes; zeros are the middle when `symmetric`. `group` -1: one for a whole row."""
+    count = 1 if group == -1 else -(-inputs // group)
+    codes = torch.randint(0, 1 << bits, (outputs, inputs), generator=draw(seed))
+    zeros = torch.full((outputs, count), 1 << bits - 1)
+    if not symmetric:
+        zeros = torch.randint(1, 1 << bits, (outputs, count), generator=draw(seed + 1))
+    scales = torch.rand(outputs, count, generator=draw(seed + 2)) * 0.5 + 0.75
+    scales = (scales * 4 / (1 << bits) / inputs**0.5).to(dtype)
+    groups = torch.arange(inputs) // (inputs if group == -1 else group)
+    if permuted:
+        groups = groups[torch.randperm(inputs, generator=draw(seed))]
+    return Drawn(codes, zeros, scales, groups)
+
+
+def gptq(drawn: Drawn, *, bits: int = 4, less: int = 1, indexed: bool = True) -> Coded:
+    """`less` is taken off the zeros that are stored."""
+    order = range(32 // bits)
+    tensors = {
+        "qweight": words(drawn.codes.t(), bits, 0, order),
+        "qzeros": words(drawn.zeros.t() - less, bits, 1, order),
+        "scales": drawn.scales.t(),
+    }
+    if indexed:
+        tensors["g_idx"] = drawn.groups.int()
+    return tensors, drawn.numbers
+
+
+def awq(drawn: Drawn, order: Sequence[int] = (0, 2, 4, 6, 1, 3, 5, 7)) -> Coded:
+    tensors = {
+        "qweight": words(drawn.codes.t(), 4, 1, order),
+        "qzeros": words(drawn.zeros.t(), 4, 1, order),
+        "scales": drawn.scales.t(),
+    }
+    return tensors, drawn.numbers
+
+
+def packed(drawn: Drawn, *, bits: int = 4, symmetric: bool = True) -> Coded:
+    """compressed-tensors' pack-quantized."""
+    tensors = {
+        "weight_packed": words(drawn.codes, bits, 1, range(32 // bits)),
+        "weight_scale": drawn.scales,
+        "weight_shape": torch.tensor(drawn.codes.shape),
+    }
+    if not symmetric:
+        tensors["weight_zero_point"] = words(drawn.zeros, bits, 0, range(32 // bits))
+    if not torch.equal(drawn.groups, drawn.groups.sort().values):
+        tensors["weight_g_idx"] = drawn.groups.int()
+    return tensors, drawn.numbers
+
+
+def signed_bytes(drawn: Drawn, *, symmetric: bool = True) -> Coded:
+    """compressed-tensors' int-quantized."""
+    tensors = {
+        "weight": (drawn.codes - 128).to(torch.int8),
+        "weight_scale": drawn.scales,
+    }
+    if not symmetric:
+        tensors["weight_zero_point"] = (drawn.zeros - 128).to(torch.int8)
+    return tensors, drawn.numbers
 
 
 def plain_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -47,6 +47,7 @@ SCALES: dict[str, tuple[dict[str, Any], str, Callable[[int, int], tuple[int, int
     "tensor": (PLAIN, "weight_scale", lambda n, k: (n, k)),
     "mistral's": (PLAIN, "weight_scale_inv", lambda n, k: (n, k)),
     "channel": (PLAIN, "weight_scale", lambda n, k: (1, k)),
+    "fbgemm": ({"quant_method": "fbgemm_fp8"}, "weight_scale", lambda n, k: (1, k)),
     "block": (BLOCKS, "weight_scale_inv", lambda n, k: (BLOCK[0], BLOCK[1])),
     "compressed tensor": (compressed("tensor"), "weight_scale", lambda n, k: (n, k)),
     "compressed channel": (compressed("channel"), "weight_scale", lambda n, k: (1, k)),

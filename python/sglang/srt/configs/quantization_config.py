@@ -30,12 +30,19 @@ class KVCacheScheme:
 class WeightScheme:
     """How the weights of a checkpoint are quantised.
 
-    `method` is a name of `WEIGHT_METHODS`. `block`: an FP8 scale is for so many (outputs, inputs),
-    None where the shapes of scales say it.
+    `method` is a name of `WEIGHT_METHODS`, of several that mean the same the first. `block`: an FP8
+    scale is for so many (outputs, inputs), None where the shapes of scales say it. Of GPTQ and AWQ:
+    integers have `bits` bits and a scale for each `group` inputs, -1 for all, None where that
+    differs from module to module and shapes say it; zeros are stored less `zero_offset`; `ordered`:
+    every module says its inputs' groups.
     """
 
     method: str
     block: tuple[int, int] | None = None
+    bits: int | None = None
+    group: int | None = None
+    zero_offset: int = 0
+    ordered: bool = False
 
 
 def weight_scheme(config: Any, modelopt: Mapping[str, Any]) -> WeightScheme | None:
@@ -124,6 +131,46 @@ def _read_fp8(config: Mapping[str, Any]) -> WeightScheme:
     return WeightScheme("fp8", block=_block(config.get("weight_block_size"), "weight_block_size"))
 
 
+def _read_gptq(config: Mapping[str, Any]) -> WeightScheme:
+    stored = config.get("checkpoint_format") or config.get("format") or "gptq"
+    if stored not in ("gptq", "gptq_v2"):
+        raise ValueError(f"weights of gptq in {stored!r} are not served; 'gptq' and 'gptq_v2' are")
+    _check("gptq", config, "pack_dtype", ("int32",), "int32")
+    _check("gptq", config, "bits", (4, 8))
+    varies = bool(config.get("dynamic"))  # modules that differ, by regular expressions
+    return WeightScheme(
+        "gptq",
+        bits=None if varies else config["bits"],
+        group=None if varies else _group_size("gptq", config.get("group_size", -1)),
+        zero_offset=1 if stored == "gptq" else 0,
+        ordered=bool(config.get("desc_act")) and not varies,
+    )
+
+
+def _read_awq(config: Mapping[str, Any]) -> WeightScheme:
+    # AutoAWQ's own file has the names in brackets.
+    named = {"bits": config.get("w_bit"), "group_size": config.get("q_group_size"), **config}
+    _check("awq", named, "bits", (4,))
+    version = str(config.get("version") or "gemm").lower()
+    _check("awq", {"version": version}, "version", ("gemm",))
+    return WeightScheme("awq", bits=4, group=_group_size("awq", named["group_size"]))
+
+
+def _check(
+    method: str, config: Mapping[str, Any], field: str, served: tuple[Any, ...], default: Any = None
+) -> None:
+    value = config.get(field, default)
+    if value not in served:
+        names = " and ".join(map(repr, served))
+        raise ValueError(f"weights of {method} with {field} {value!r} are not served, {names} are")
+
+
+def _group_size(method: str, value: Any) -> int:
+    if value != -1 and not _is_count(value):
+        raise ValueError(f"{method}: group_size must be -1 or positive, not {value!r}")
+    return int(value)
+
+
 def _read_compressed_tensors(config: Mapping[str, Any]) -> WeightScheme:
     """Each of its groups says how some modules' weights are: all must be what is served."""
     name = "compressed-tensors"
@@ -149,7 +196,8 @@ def _read_compressed_tensors(config: Mapping[str, Any]) -> WeightScheme:
 
 def _compressed_block(weights: Mapping[str, Any]) -> tuple[int, int] | None:
     """The block of a scale that one group of compressed-tensors names."""
-    kind, bits, strategy = (weights.get(key) for key in ("type", "num_bits", "strategy"))
+    kind, bits = weights.get("type", "int"), weights.get("num_bits")
+    strategy = weights.get("strategy")
     if (kind, bits) not in _COMPRESSED or strategy not in _COMPRESSED_STRATEGIES:
         raise ValueError(
             f"compressed-tensors: weights of {bits} bits of type {kind!r} by {strategy!r} "
@@ -177,11 +225,14 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-_COMPRESSED = (("float", 8),)
+_COMPRESSED = (("float", 8), ("int", 4), ("int", 8))
 _COMPRESSED_STRATEGIES = (None, "tensor", "channel", "group", "block")
 
 WEIGHT_METHODS: Mapping[str, Callable[[Mapping[str, Any]], WeightScheme]] = {
     "mxfp4": _read_mxfp4,
     "fp8": _read_fp8,
+    "fbgemm_fp8": _read_fp8,  # the same, with a scale for each output
+    "gptq": _read_gptq,
+    "awq": _read_awq,
     "compressed-tensors": _read_compressed_tensors,
 }

@@ -18,11 +18,14 @@ from sglang.srt.configs.quantization_config import WeightScheme
 from sglang.srt.layers.quantization.coded_matrix import CodedMatrix, PlainMatrix, StackedMatrix
 from sglang.srt.layers.quantization.mxfp4 import BLOCK, Mxfp4Matrix
 from sglang.srt.layers.quantization.scaled_floats import ScaledFloats
+from sglang.srt.model_loader.integer_forms import open_awq, open_bytes, open_gptq, open_packed
 
 Tensors = Mapping[str, torch.Tensor]
 """Tensors by role; a plain tensor's is "" or "weight"."""
 
 _MERGED = re.compile(r"(.*\.experts\.(?:gate_up|down)_proj)(?:_(blocks|scales|scale|bias))?")
+# Of which a module has none beside its weight as numbers.
+_PACKED = frozenset({"qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_shape"})
 _SCALES = ("weight_scale", "weight_scale_inv")  # both are factors of the codes
 # Of inputs, which are not quantised here.
 _UNUSED = frozenset({"input_scale", "activation_scale", "input_scale_ub", "input_zero_point"})
@@ -30,7 +33,12 @@ _UNUSED = frozenset({"input_scale", "activation_scale", "input_scale_ub", "input
 _ROLES: dict[str, frozenset[str]] = {
     "mxfp4": frozenset(),
     "fp8": frozenset({"weight", *_SCALES, *_UNUSED}),
-    "compressed-tensors": frozenset({"weight", *_SCALES, *_UNUSED}),
+    "gptq": frozenset({"weight", "qweight", "qzeros", "scales", "g_idx"}),
+    "awq": frozenset({"weight", "qweight", "qzeros", "scales"}),
+    "compressed-tensors": frozenset(
+        {"weight", "weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx"}
+        | {*_SCALES, *_UNUSED}
+    ),
 }
 
 
@@ -46,9 +54,26 @@ def split_name(name: str, method: str) -> tuple[str, str]:
 def open_module(scheme: WeightScheme, module: str, tensors: Tensors) -> CodedMatrix | torch.Tensor:
     """The matrix of a module's tensors, or its weight as it is where that is numbers."""
     weight = tensors.get("weight")
-    scales = [role for role in _SCALES if role in tensors]
+    packed = sorted(tensors.keys() & _PACKED)
+    if packed and weight is not None:
+        raise ValueError(f"weight {module}.weight is there beside {module}.{packed[0]}")
+    if packed and scheme.method == "gptq":
+        return open_gptq(scheme, module, tensors)
+    if packed and scheme.method == "awq":
+        return open_awq(scheme, module, tensors)
+    if packed:
+        return open_packed(module, tensors)
     if weight is None:
         raise ValueError(f"weight {module}.weight is missing beside {module}.{next(iter(tensors))}")
+    if weight.dtype is torch.int8 and scheme.method == "compressed-tensors":
+        return open_bytes(module, tensors)
+    return _open_floats(scheme, module, weight, tensors)
+
+
+def _open_floats(
+    scheme: WeightScheme, module: str, weight: torch.Tensor, tensors: Tensors
+) -> CodedMatrix | torch.Tensor:
+    scales = [role for role in _SCALES if role in tensors]
     name = f"{module}.{scales[0] if scales else _SCALES[0]}"
     if _is_numbers(name, weight, tensors[scales[0]] if scales else None):
         return weight
@@ -57,6 +82,9 @@ def open_module(scheme: WeightScheme, module: str, tensors: Tensors) -> CodedMat
     if len(scales) != 1:
         what = "there are both" if scales else "there is none"
         raise ValueError(f"weight {module}.weight needs one of {' and '.join(_SCALES)}, {what}")
+    zeros = tensors.get("weight_zero_point")
+    if zeros is not None and bool(zeros.float().any()):
+        raise ValueError(f"weight {module}.weight_zero_point: FP8 has no zeros")
     return _scaled(name, weight, tensors[scales[0]], scheme.block)
 
 

@@ -7,7 +7,15 @@ import torch
 from sglang.srt.utils.native import native_kernels
 
 # SGLang's names of checkpoints' own codes; what says by which kernel is the same here.
-_METHODS = {name: name for name in ("mxfp4", "fp8", "compressed-tensors")}
+_METHODS = {
+    "mxfp4": "mxfp4",
+    "fp8": "fp8",
+    "gptq": "gptq",
+    "gptq_marlin": "gptq",
+    "awq": "awq",
+    "awq_marlin": "awq",
+    "compressed-tensors": "compressed-tensors",
+}
 _ONLY_READ = frozenset({"fp8"})  # no kernel multiplies with its codes
 QUANTIZATIONS = ("gguf", "int8", *_METHODS, "none")
 
