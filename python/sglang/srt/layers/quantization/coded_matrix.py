@@ -73,6 +73,21 @@ def rows_of_parts(
     return found
 
 
+def by_group(
+    numbers: torch.Tensor, values: torch.Tensor, group: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers [n, K], or a view of them, and values [n, G] that broadcast to it.
+
+    A value is for `group` numbers, the last for what is left.
+    """
+    width = numbers.shape[1]
+    if values.shape[1] == 1:
+        return numbers, values
+    if width % group:
+        return numbers, values.repeat_interleave(group, 1)[:, :width]
+    return numbers.view(len(numbers), -1, group), values.unsqueeze(-1)
+
+
 def as_numbers(matrix: CodedMatrix, dtype: torch.dtype) -> torch.Tensor:
     """The whole matrix [N, K] in `dtype`, which never exists in float32 when large."""
     out = torch.empty(matrix.shape, dtype=dtype)

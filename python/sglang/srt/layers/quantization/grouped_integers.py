@@ -18,6 +18,7 @@ from sglang.srt.layers.quantization.coded_matrix import (
     NUMBERS_AT_ONCE,
     CodedMatrix,
     StackedMatrix,
+    by_group,
     rows_of_parts,
 )
 from sglang.srt.layers.quantization.gguf_blocks import BlockCodes
@@ -54,10 +55,16 @@ class GroupedIntegers(CodedMatrix):
         return 1 << self.bits - 1
 
     def numbers(self, first: int, last: int) -> torch.Tensor:
-        codes = self.codes(first, last).float()
-        zeros = None if self.zeros is None else self.zeros[first:last].float()
-        codes -= self._middle if zeros is None else self._spread(zeros)
-        return codes.mul_(self._spread(self.scales[first:last].float()))
+        numbers = self.codes(first, last).float()
+        scales = self.scales[first:last].float()
+        zeros = torch.full_like(scales, self._middle)
+        if self.zeros is not None:
+            zeros.copy_(self.zeros[first:last])
+        if self.order is not None:
+            return numbers.sub_(zeros[:, self.order]).mul_(scales[:, self.order])
+        for values, change in ((zeros, torch.Tensor.sub_), (scales, torch.Tensor.mul_)):
+            change(*by_group(numbers, values, self.group))
+        return numbers
 
     def block_codes(self) -> BlockCodes | None:
         """See `CodedMatrix`: None for permuted groups, and for those that cut blocks of 32.
@@ -113,14 +120,6 @@ class GroupedIntegers(CodedMatrix):
         if values.shape[1] == 1:
             return values.expand(-1, blocks).contiguous()
         return values.repeat_interleave(self.group // QUANTIZED_BLOCK, 1)[:, :blocks].contiguous()
-
-    def _spread(self, values: torch.Tensor) -> torch.Tensor:
-        """[n, G] for each input: [n, K], or [n, 1] where a row has one."""
-        if self.order is not None:
-            return values[:, self.order]
-        if values.shape[1] == 1:
-            return values
-        return values.repeat_interleave(self.group, 1)[:, : self.shape[1]]
 
 
 def stack_matrices(parts: Sequence[CodedMatrix]) -> CodedMatrix:

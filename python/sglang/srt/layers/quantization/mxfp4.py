@@ -15,7 +15,8 @@ from sglang.srt.layers.quantization.coded_matrix import CodedMatrix
 from sglang.srt.layers.quantization.gguf_blocks import BlockCodes, take_apart
 
 BLOCK = 32
-_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device="cpu")
+_SIZES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device="cpu")
+_E2M1 = torch.cat((_SIZES, -_SIZES))
 _BIAS = 127
 
 
@@ -27,10 +28,11 @@ class Mxfp4Matrix(CodedMatrix):
         self._blocks, self._scales = blocks, scales
 
     def numbers(self, first: int, last: int) -> torch.Tensor:
-        codes = self._elements(first, last).int()
-        values = torch.cat((_E2M1, -_E2M1))[codes]
-        powers = self._scales[first:last].int() - _BIAS
-        return torch.ldexp(values, powers.unsqueeze(-1)).view(last - first, self.shape[1])
+        codes = self._elements(first, last)
+        values = _E2M1.index_select(0, codes.flatten().int()).view(codes.shape)
+        scales = self._scales[first:last]
+        powers = torch.ldexp(torch.ones(scales.shape), scales.int() - _BIAS)
+        return values.mul_(powers.unsqueeze(-1)).view(last - first, self.shape[1])
 
     def block_codes(self) -> BlockCodes:
         """By way of GGUF's blocks, which have the same numbers in another order."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import torch
 
-from sglang.srt.layers.quantization.coded_matrix import CodedMatrix
+from sglang.srt.layers.quantization.coded_matrix import CodedMatrix, by_group
+
+_E4M3 = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
 
 
 class ScaledFloats(CodedMatrix):
@@ -28,6 +30,9 @@ class ScaledFloats(CodedMatrix):
     def numbers(self, first: int, last: int) -> torch.Tensor:
         outputs, inputs = self._block
         scales = self._scales[torch.arange(first, last, device="cpu") // outputs]
-        if scales.shape[1] > 1:
-            scales = scales.repeat_interleave(inputs, 1)[:, : self.shape[1]]
-        return self._codes[first:last].float() * scales
+        # Looked up: that is several times faster than PyTorch's conversion.
+        codes = self._codes[first:last].view(torch.uint8).flatten().int()
+        numbers = _E4M3.index_select(0, codes).view(last - first, self.shape[1])
+        view, factors = by_group(numbers, scales, inputs)
+        view.mul_(factors)
+        return numbers
