@@ -22,6 +22,7 @@ from srt.model_loader.quantized_files import (
     write_checkpoint,
 )
 from srt.model_loader.test_gguf_mixtures import experts_of, logits
+from srt.model_loader.test_kv_scales import layer_scales, scales_of
 from srt.model_loader.test_mxfp4_checkpoints import is_kept, load
 from srt.models.hf_models import make_hf_model
 from srt.models.test_models import assert_logits_equal, hf_logits, prompts
@@ -171,6 +172,14 @@ def test_scales_that_are_left_out_would_be_seen(tmp_path: Path) -> None:
     tensors[name] = tensors[name].flip(1)
     save_file(tensors, file)
     assert (logits(load(path), 40) - hf_logits(model, prompts(40)[0])).abs().max() > 0.01
+
+
+def test_scales_of_the_cache_are_no_weights(tmp_path: Path) -> None:
+    model = make_hf_model("llama", num_hidden_layers=2)
+    tensors = quantise(model, coder("channel"))
+    tensors |= layer_scales({"k_scale": 0.5, "v_scale": 3.0})
+    path = write_checkpoint(tmp_path, model, PLAIN, tensors)
+    assert scales_of(path) == [(0.5, 3.0), (1.0, 6.0)]
 
 
 BROKEN: list[tuple[str, str, Any, str]] = [
