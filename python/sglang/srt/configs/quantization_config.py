@@ -31,10 +31,10 @@ class WeightScheme:
     """How the weights of a checkpoint are quantised.
 
     `method` is a name of `WEIGHT_METHODS`, of several that mean the same the first. `block`: an FP8
-    scale is for so many (outputs, inputs), None where the shapes of scales say it. Of GPTQ and AWQ:
-    integers have `bits` bits and a scale for each `group` inputs, -1 for all, None where that
-    differs from module to module and shapes say it; zeros are stored less `zero_offset`; `ordered`:
-    every module says its inputs' groups.
+    scale is for so many (outputs, inputs), None where the shapes of scales say it. Integers have
+    `bits` bits and a scale for each `group` inputs, -1 for all, None where there are none, or where
+    modules differ and shapes say it; GPTQ's zeros are stored less `zero_offset`; `ordered`: inputs
+    are in groups by an order of their own, which every module has.
     """
 
     method: str
@@ -185,30 +185,35 @@ def _read_compressed_tensors(config: Mapping[str, Any]) -> WeightScheme:
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if isinstance(weights, Mapping):
-            found.append(_compressed_block(weights))
+            found.append(_compressed_group(weights))
     if not found:
         raise ValueError(f"weights quantized by {name!r}: config_groups names none")
-    blocks = sorted({block for block in found if block is not None})
+    blocks = sorted({one.block for one in found if one.block is not None})
     if len(blocks) > 1:
         raise ValueError(f"{name}: one block_structure is served, not {blocks}")
+    if len(set(found)) == 1:
+        return found[0]
     return WeightScheme(name, block=blocks[0] if blocks else None)
 
 
-def _compressed_block(weights: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The block of a scale that one group of compressed-tensors names."""
+def _compressed_group(weights: Mapping[str, Any]) -> WeightScheme:
+    """What one group of compressed-tensors says."""
+    name = "compressed-tensors"
     kind, bits = weights.get("type", "int"), weights.get("num_bits")
     strategy = weights.get("strategy")
     if (kind, bits) not in _COMPRESSED or strategy not in _COMPRESSED_STRATEGIES:
         raise ValueError(
-            f"compressed-tensors: weights of {bits} bits of type {kind!r} by {strategy!r} "
-            "are not served"
+            f"{name}: weights of {bits} bits of type {kind!r} by {strategy!r} are not served"
         )
-    if strategy != "block":
-        return None
-    found = _block(weights.get("block_structure"), "block_structure")
-    if found is None:
-        raise ValueError("compressed-tensors: strategy 'block' needs a block_structure")
-    return found
+    block = None
+    if strategy == "block":
+        block = _block(weights.get("block_structure"), "block_structure")
+        if block is None:
+            raise ValueError(f"{name}: strategy 'block' needs a block_structure")
+    if kind == "float":
+        return WeightScheme(name, block=block)
+    group = _group_size(name, weights.get("group_size") or -1)
+    return WeightScheme(name, block, bits, group, ordered=weights.get("actorder") == "group")
 
 
 def _block(value: Any, field: str) -> tuple[int, int] | None:

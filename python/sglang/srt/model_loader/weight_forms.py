@@ -16,6 +16,7 @@ import torch
 
 from sglang.srt.configs.quantization_config import WeightScheme
 from sglang.srt.layers.quantization.coded_matrix import CodedMatrix, PlainMatrix, StackedMatrix
+from sglang.srt.layers.quantization.grouped_integers import GroupedIntegers
 from sglang.srt.layers.quantization.mxfp4 import BLOCK, Mxfp4Matrix
 from sglang.srt.layers.quantization.scaled_floats import ScaledFloats
 from sglang.srt.model_loader.integer_forms import open_awq, open_bytes, open_gptq, open_packed
@@ -109,6 +110,32 @@ def _scaled(
 
 def _told(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def kept_bits(scheme: WeightScheme) -> float | None:
+    """Bits of a weight whose codes are kept, with its scales; None where they become numbers.
+
+    Integers are taken as symmetric.
+    """
+    group = -1 if scheme.group is None else scheme.group
+    if scheme.method == "mxfp4":
+        sample: CodedMatrix = Mxfp4Matrix(
+            torch.zeros(1, 1, BLOCK // 2, dtype=torch.uint8),
+            torch.zeros(1, 1, dtype=torch.uint8),
+        )
+    elif scheme.bits is not None and not scheme.ordered and (group < 0 or group % BLOCK == 0):
+        codes = torch.zeros(1, BLOCK, dtype=torch.uint8)
+        scales = torch.ones(1, 1, dtype=torch.float16)
+        sample = GroupedIntegers(
+            (1, BLOCK), scheme.bits, lambda first, last: codes[first:last], scales, None, BLOCK
+        )
+    else:
+        return None
+    kept = sample.block_codes()
+    if kept is None:
+        return None
+    parts = (kept.codes, kept.scales, kept.mins)
+    return sum(part.nbytes for part in parts if part is not None) * 8 / BLOCK
 
 
 def open_merged(
