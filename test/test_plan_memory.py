@@ -13,6 +13,7 @@ from sglang.planner.known_models import KNOWN_MODELS
 from sglang.planner.machines import DEVICES
 from sglang.planner.memory_plan import MemoryPlan, Question, count_weights, make_plan
 from sglang.srt.configs.families import FAMILIES
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 
 
@@ -144,6 +145,57 @@ def test_an_impossible_question_is_one_line(
     error = capsys.readouterr().err
     assert complaint in error
     assert error.count("\n") == 1
+
+
+def quantised(folder: Path, base: dict[str, Any], scheme: dict[str, Any]) -> ModelConfig:
+    text = json.dumps({**base, "quantization_config": scheme})
+    (folder / "config.json").write_text(text)
+    return ModelConfig.from_path(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, 5.0),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, 8.5),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}, 0.0),
+        ({"quant_method": "awq", "bits": 4, "group_size": 16}, 0.0),
+        ({"quant_method": "fp8"}, 0.0),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {
+                    "a": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 128}}
+                },
+            },
+            5.0,
+        ),
+    ],
+)
+def test_matrices_that_stay_quantised_on_a_cpu(
+    tmp_path: Path, scheme: dict[str, Any], bits: float
+) -> None:
+    config = quantised(tmp_path, KNOWN_MODELS["llama-3.1-8b"], scheme)
+    plain = count_weights(config, ParallelState(), "bfloat16")
+    found = count_weights(config, ParallelState(), "bfloat16", on_cpu=True)
+    layer = 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14336)
+    assert (plain.num_coded, plain.all_bytes) == (0, 2 * plain.num_params)
+    assert found.code_bits == bits
+    assert found.num_coded == found.active_coded == (32 * layer if bits else 0)
+    saved = int(found.num_coded * (16 - bits) / 8)
+    assert found.all_bytes == plain.all_bytes - saved
+    assert found.active_bytes == plain.active_bytes - saved
+
+
+def test_experts_of_gpt_oss_that_stay_quantised_on_a_cpu(tmp_path: Path) -> None:
+    config = quantised(tmp_path, KNOWN_MODELS["gpt-oss-20b"], {"quant_method": "mxfp4"})
+    found = count_weights(config, ParallelState(), "bfloat16", on_cpu=True)
+    assert found.num_coded == 24 * 32 * 3 * 2880 * 2880
+    assert found.active_coded == found.num_coded * 4 // 32
+    assert 4.0 < found.code_bits <= 8.5
+    device = next(one for one in DEVICES.values() if not one.is_cpu)
+    on_gpu = make_plan(Question(config, device, 1, 4096, "bfloat16", "bfloat16"))
+    assert on_gpu.weights.num_coded == 0
 
 
 def test_a_directory_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,8 @@ from sglang.planner.machines import Device
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.moe import Experts
-from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.layers.weights import WeightOwner
 from sglang.srt.managers.scheduler_pool_plan import kv_cache_spec
 from sglang.srt.mem_cache.capacity import (
     effective_context_length,
@@ -31,6 +32,7 @@ from sglang.srt.mem_cache.kv_layout import (
     SegmentLayout,
     make_segment_layouts,
 )
+from sglang.srt.model_loader.weight_forms import kept_bits
 from sglang.srt.models.registry import resolve_model_class
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,19 +47,26 @@ _TP_SIZES = (1, 2, 4, 8, 16, 32, 64)
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Of one rank: all parameters, and those that one token multiplies with (its embedding row and
-    experts that it does not choose left out)."""
+    experts that it does not choose left out). Of both, those that stay quantised in `code_bits`
+    bits, scales included."""
 
     num_params: int
     num_active: int
     bytes_per_param: int
+    num_coded: int = 0
+    active_coded: int = 0
+    code_bits: float = 0.0
 
     @property
     def all_bytes(self) -> int:
-        return self.num_params * self.bytes_per_param
+        return self._bytes(self.num_params, self.num_coded)
 
     @property
     def active_bytes(self) -> int:
-        return self.num_active * self.bytes_per_param
+        return self._bytes(self.num_active, self.active_coded)
+
+    def _bytes(self, params: int, coded: int) -> int:
+        return (params - coded) * self.bytes_per_param + int(coded * self.code_bits / 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +139,7 @@ def make_plan(question: Question) -> MemoryPlan:
     """Answer a question. Raises ValueError when heads or widths can't be divided over the ranks."""
     ask = question
     parallel = ParallelState(0, ask.tp_size)
-    weights = count_weights(ask.config, parallel, ask.dtype)
+    weights = count_weights(ask.config, parallel, ask.dtype, on_cpu=ask.device.is_cpu)
     spec = kv_cache_spec(ask.config, parallel, ask.kv_dtype, ask.page_size)
     usable = int(ask.device.memory_bytes * ask.mem_fraction)
     budget = max(0, usable - weights.all_bytes)
@@ -167,19 +176,42 @@ def make_plan(question: Question) -> MemoryPlan:
     )
 
 
-def count_weights(config: ModelConfig, parallel: ParallelState, dtype: str) -> Weights:
-    """Parameters of one rank, counted on the model itself, which is built without memory."""
+def count_weights(
+    config: ModelConfig, parallel: ParallelState, dtype: str, *, on_cpu: bool = False
+) -> Weights:
+    """Parameters of one rank, counted on the model itself, which is built without memory.
+
+    `on_cpu`: a quantised checkpoint's codes are kept. Those of MXFP4 are experts, those of other
+    methods all matrices but embedding, head and routers; a file may have fewer. What a GGUF file
+    keeps stands in its tensors and is counted as numbers.
+    """
     with torch.device("meta"):
         model = resolve_model_class(config.architecture)(config, parallel, _DTYPES[dtype])
+    scheme = config.weight_scheme if on_cpu else None
+    bits = None if scheme is None else kept_bits(scheme)
     total = sum(parameter.numel() for parameter in model.parameters())
-    idle = 0
+    idle, coded, idle_coded = 0, 0, 0
     for module in model.modules():
+        in_code = 0
+        if bits is not None and scheme is not None and _is_coded(module, scheme.method):
+            named = module.named_parameters()
+            in_code = sum(one.numel() for name, one in named if not name.endswith("bias"))
+        coded += in_code
         if isinstance(module, Experts) and config.moe is not None:
             share = 1 - config.moe.experts_per_token / config.moe.num_experts
             idle += int(_num_params(module) * share)
+            idle_coded += int(in_code * share)
         elif isinstance(module, VocabParallelEmbedding) and not config.tie_word_embeddings:
             idle += _num_params(module)
-    return Weights(total, total - idle, _DTYPES[dtype].itemsize)
+    size = _DTYPES[dtype].itemsize
+    return Weights(total, total - idle, size, coded, coded - idle_coded, bits or 0.0)
+
+
+def _is_coded(module: nn.Module, method: str) -> bool:
+    if isinstance(module, Experts):
+        return True
+    is_table = isinstance(module, (VocabParallelEmbedding, ParallelLMHead))
+    return isinstance(module, WeightOwner) and not is_table and method != "mxfp4"
 
 
 def prefill_flops(

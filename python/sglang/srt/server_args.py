@@ -90,11 +90,15 @@ class ServerArgs(RankArgs, DoorArgs):
     )
     quantization: str | None = flag(
         None,
-        "Weights that stay quantised in memory, on a CPU: gguf those of a GGUF file, int8 any "
-        "checkpoint's, rounded to bytes at load; none makes numbers of all.",
+        "Weights that stay quantised in memory, on a CPU: gguf those of a GGUF file, the names of "
+        "quantised checkpoints' methods those of such a one, int8 any checkpoint's, rounded to "
+        "bytes at load; none makes numbers of all. Nothing else is quantised at load.",
         group=DEVICE,
-        choices=("gguf", "int8", "none"),
-        default_text="gguf for a GGUF file where sgl-kernel is installed, else none",
+        choices=(
+            *("gguf", "int8", "mxfp4", "fp8", "gptq", "gptq_marlin", "awq", "awq_marlin"),
+            *("compressed-tensors", "none"),
+        ),
+        default_text="gguf or the checkpoint's method where sgl-kernel is installed, else none",
     )
     disable_cuda_graph: bool = flag(
         False,

@@ -276,7 +276,7 @@ def test_architecture_from_the_model_type(tmp_path: Path) -> None:
         ({"vocab_size": "big"}, "vocab_size must be a positive whole number"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"torch_dtype": "int8"}, "unsupported checkpoint dtype"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "by 'bitsandbytes' are"),
         ({"eos_token_id": -1}, "token id"),
     ],
 )

@@ -91,7 +91,7 @@ def test_it_is_read_from_both_files(tmp_path: Path) -> None:
     assert ModelConfig.from_path(str(tmp_path)).kv_cache == KVCacheScheme("fp8_e4m3", "FP8")
     said["quant_algo"] = "FP8"
     write(tmp_path, "hf_quant_config.json", {"quantization": said})
-    with pytest.raises(ValueError, match="quantized Hugging Face checkpoints are not supported"):
+    with pytest.raises(ValueError, match="quantized by 'modelopt FP8' are not served"):
         ModelConfig.from_path(str(tmp_path))
     write(tmp_path, "hf_quant_config.json", {"quantization": [said]})
     with pytest.raises(ValueError, match=r"hf_quant_config.json: quantization must be an object"):

@@ -203,14 +203,34 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_quantization("none", is_gguf=True, device="cpu") == "none"
     for name, device, message in (
         ("gguf", "cpu", "this model is none"),
-        ("fp8", "cpu", "must be one of"),
+        ("marlin", "cpu", "must be one of"),
+        ("mxfp4", "cpu", "has no quantised weights"),
+        ("fp8", "meta", "has no quantised weights, and is not made so here"),
         ("int8", "meta", "on a CPU only"),
     ):
         with pytest.raises(ValueError, match=message):
             choose_quantization(name, is_gguf=False, device=device)
+    for name in (None, "mxfp4"):
+        found = [
+            choose_quantization(name, is_gguf=False, method="mxfp4", device=device)
+            for device in ("cpu", "meta")
+        ]
+        assert found == ["mxfp4", "none"]
+    for name, method in (("gptq_marlin", "gptq"), ("awq", "awq"), ("awq_marlin", "awq")):
+        assert choose_quantization(name, is_gguf=False, method=method, device="cpu") == method
+        assert choose_quantization(name, is_gguf=False, method=method, device="meta") == "none"
+    with pytest.raises(ValueError, match=r"--quantization awq_marlin: .* is quantised by gptq"):
+        choose_quantization("awq_marlin", is_gguf=False, method="gptq", device="cpu")
+    assert choose_quantization(None, is_gguf=False, method="fp8", device="cpu") == "none"
+    assert choose_quantization("fp8", is_gguf=False, method="fp8", device="cpu") == "none"
+    assert choose_quantization("int8", is_gguf=False, method="mxfp4", device="cpu") == "int8"
+    assert choose_quantization("none", is_gguf=False, method="mxfp4", device="cpu") == "none"
+    with pytest.raises(ValueError, match="--quantization mxfp4: this checkpoint is quantised by g"):
+        choose_quantization("mxfp4", is_gguf=True, device="cpu")
     module = "sglang.srt.layers.quantization.choice.native_kernels"
     monkeypatch.setattr(module, lambda: None)
     assert choose_quantization(None, is_gguf=True, device="cpu") == "none"
+    assert choose_quantization("mxfp4", is_gguf=False, method="mxfp4", device="cpu") == "none"
     with pytest.raises(ValueError, match="needs the native kernels"):
         choose_quantization("gguf", is_gguf=True, device="cpu")
 

@@ -16,7 +16,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.weights import WeightOwner
 from sglang.srt.model_loader.loader import load_model, open_weights
-from sglang.srt.model_loader.weight_files import safetensors_weights
+from sglang.srt.model_loader.weight_files import SafetensorsIndex, safetensors_weights
 from sglang.srt.models.causal_lm import CausalLM
 from sglang.srt.models.registry import resolve_model_class
 from srt.models.hf_models import make_hf_model, save
@@ -338,6 +338,24 @@ def test_pages_of_a_file_go_with_their_tensor_and_come_back_by_reading(tmp_path:
     assert [name for name, _ in given] == ["a", "b"]
     for name, tensor in given:
         assert torch.equal(tensor, tensors[name]), "read again"
+
+
+def test_tensors_of_several_files_by_name(tmp_path: Path) -> None:
+    tensors = {name: torch.randn(1 << 10, 1 << 10) for name in ("a", "b", "c")}
+    for file, names in (("1.safetensors", ("a", "c")), ("2.safetensors", ("b",))):
+        save_file({name: tensors[name] for name in names}, tmp_path / file)
+    index = SafetensorsIndex(sorted(tmp_path.glob("*.safetensors")))
+    assert sorted(index.names) == ["a", "b", "c"]
+    kept = {}
+    for names in (("b", "a"), ("c",), ("a",)):
+        with index.read(names) as found:
+            assert list(found) == list(names)
+            for name, tensor in found.items():
+                assert torch.equal(tensor, tensors[name])
+                assert mapped_bytes(tensor) > tensor.nbytes // 2
+            kept.update(found)
+        for tensor in kept.values():
+            assert mapped_bytes(tensor) < tensor.nbytes // 8, "no more than its edges"
 
 
 def mapped_bytes(tensor: torch.Tensor) -> int:

@@ -19,8 +19,9 @@ from sglang.srt.configs.gguf_config import gguf_to_hf_config
 from sglang.srt.configs.model_traits import ModelTraits, positive
 from sglang.srt.configs.quantization_config import (
     KVCacheScheme,
-    has_quantized_weights,
+    WeightScheme,
     kv_cache_scheme,
+    weight_scheme,
 )
 from sglang.srt.configs.rope_config import RopeConfig, rope_config_from_hf
 from sglang.srt.environ import Environ
@@ -57,8 +58,9 @@ class ModelConfig(ModelTraits):
     None and `eos_token_ids` empty when the checkpoint names none.
     `generation_defaults` holds those of temperature, top_p, top_k, min_p and repetition_penalty
     that generation_config.json sets. `kv_cache` is the scheme of the KV cache that the checkpoint
-    names, None where it names none. `path` is the directory or the .gguf file itself; `raw` the
-    text model's config in Hugging Face's shape, overrides applied.
+    names, None where it names none; `weight_scheme` that of quantised weights in a Hugging Face
+    directory. `path` is the directory or the .gguf file itself; `raw` the text model's config in
+    Hugging Face's shape, overrides applied.
     """
 
     architecture: str
@@ -81,6 +83,7 @@ class ModelConfig(ModelTraits):
     eos_token_ids: tuple[int, ...]
     generation_defaults: dict[str, float | int]
     kv_cache: KVCacheScheme | None
+    weight_scheme: WeightScheme | None
     is_gguf: bool
     path: str
     raw: dict[str, Any] = field(repr=False)
@@ -134,6 +137,11 @@ class ModelConfig(ModelTraits):
     def kv_size(self) -> int:
         """Width of the keys of one token over all kv heads."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def stacks_experts(self) -> bool:
+        """Whether the loader gives all experts' gates, ups and downs as three stacks."""
+        return self.is_gguf or self.weight_scheme is not None
 
 
 def find_model_file(model_path: str) -> Path:
@@ -253,8 +261,11 @@ def _build(
     architecture = _pick_architecture(raw)
     family = FAMILIES[architecture]
     quantization = raw.get("quantization_config")
-    if has_quantized_weights(quantization, modelopt):
-        raise ValueError("quantized Hugging Face checkpoints are not supported (GGUF files are)")
+    scheme = weight_scheme(quantization, modelopt)
+    if scheme is not None and scheme.method == "mxfp4" and family.model_type != "gpt_oss":
+        raise ValueError(
+            f"weights quantized by 'mxfp4' are served of gpt_oss, not {family.model_type}"
+        )
     values = {**_COMMON_DEFAULTS, **family.defaults}
     values.update({k: v for k, v in raw.items() if v is not None or k in family.null_means_none})
     hidden, heads = positive(values, "hidden_size"), positive(values, "num_attention_heads")
@@ -296,6 +307,7 @@ def _build(
         eos_token_ids=_all_ids(generation.get("eos_token_id"), values.get("eos_token_id")),
         generation_defaults=_generation_defaults(generation),
         kv_cache=kv_cache_scheme(quantization, modelopt),
+        weight_scheme=scheme,
         is_gguf=is_gguf,
         path=path,
         raw=raw,

@@ -40,7 +40,7 @@ class ExpertLayout(enum.Enum):
     the right. INTERLEAVED: the same, but columns 2i and 2i + 1 are gate i and up i. SEPARATE:
     `{e}.gate_proj.weight` and `{e}.up_proj.weight` [I, H] and `{e}.down_proj.weight` [H, I].
     STACKED: `gate_proj.weight` and `up_proj.weight` [E, I, H] and `down_proj.weight` [E, H, I],
-    biases beside them; GGUF files are so.
+    biases beside them; GGUF files are so, and what is read of quantised checkpoints.
     """
 
     MERGED = "merged"

@@ -119,7 +119,7 @@ def _walk(
         # Of three dimensions the first are experts, whose outputs are one below another.
         if kernels is not None and len(info.shape) in (2, 3) and _is_kept(info):
             kept = take_apart(info.quant_type.name, read_gguf_bytes(path, info))
-            tensor = _quantized(kernels, kept)
+            tensor = quantized_weight(kernels, kept)
             yield hf_name, tensor if order is None else tensor.take(order)
             continue
         tensor = _dequantize(path, info, dtype)
@@ -130,7 +130,8 @@ def _is_kept(info: GGUFTensorInfo) -> bool:
     return is_served(info.quant_type.name, info.shape[-1])
 
 
-def _quantized(kernels: ModuleType, kept: BlockCodes) -> QuantizedWeight:
+def quantized_weight(kernels: ModuleType, kept: BlockCodes) -> QuantizedWeight:
+    """Codes as the weight that `kernels`, the package sgl_kernel, multiplies with."""
     mins = None if kept.mins is None else torch.from_numpy(kept.mins)
     weight: QuantizedWeight = kernels.QuantizedWeight(
         torch.from_numpy(kept.codes), torch.from_numpy(kept.scales), mins, kept.gain, kept.values

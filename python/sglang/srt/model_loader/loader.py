@@ -26,6 +26,7 @@ from sglang.srt.layers.weights import WeightOwner
 from sglang.srt.model_loader.gguf_weights import gguf_weights
 from sglang.srt.model_loader.huge_pages import move_to_huge_pages
 from sglang.srt.model_loader.kv_scales import CheckpointScales, read_scale_file, set_kv_scales
+from sglang.srt.model_loader.quantized_weights import quantized_weights
 from sglang.srt.model_loader.weight_files import (
     WeightIterator,
     WeightSource,
@@ -64,14 +65,20 @@ def load_model(
     checkpoint's. Raises ValueError, one line, for a wrong format, missing files, damaged files,
     missing or unexpected weights, scales that don't fit, and a quantisation that can't be had.
     """
-    kept = choose_quantization(quantization, is_gguf=config.is_gguf, device=device)
+    scheme = config.weight_scheme
+    kept = choose_quantization(
+        quantization,
+        is_gguf=config.is_gguf,
+        method=None if scheme is None else scheme.method,
+        device=device,
+    )
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"unknown load format {load_format!r}; one of {', '.join(LOAD_FORMATS)}")
     kernels = None if kept == "none" else native_kernels()
     if load_format == "dummy":
         source = None
     else:
-        source = open_weights(config, load_format, dtype, kernels if kept == "gguf" else None)
+        source = open_weights(config, load_format, dtype, None if kept == "int8" else kernels)
     model_class = resolve_model_class(config.architecture)
     with torch.device(device):
         model = model_class(config, parallel, dtype)
@@ -108,7 +115,8 @@ def open_weights(
 ) -> WeightSource:
     """Find the files that `load_format` (not `dummy`) means; see `load_model` for errors.
 
-    `kernels`, the package sgl_kernel: a GGUF file's matrices keep their codes for it.
+    `kernels`, the package sgl_kernel: matrices that are quantised in the files keep their codes
+    for it.
     """
     if config.is_gguf != (load_format == "gguf") and load_format != "auto":
         kind = "a GGUF file" if config.is_gguf else "a Hugging Face directory"
@@ -118,10 +126,14 @@ def open_weights(
     folder = Path(config.path)
     if load_format in ("auto", "safetensors"):
         files = find_safetensors(folder)
+        if files and config.weight_scheme is not None:
+            return quantized_weights(config, files, dtype, kernels)
         if files:
             return safetensors_weights(files)
     if load_format in ("auto", "pt"):
         files = find_pt_files(folder)
+        if files and config.weight_scheme is not None:
+            raise ValueError(f"{folder}: quantised weights are read from safetensors files only")
         if files:
             return pt_weights(files)
     wanted = {"safetensors": "safetensors", "pt": ".bin or .pt"}

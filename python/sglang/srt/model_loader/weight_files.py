@@ -12,8 +12,10 @@ import json
 import mmap
 import pickle
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -63,6 +65,54 @@ def safetensors_weights(files: list[Path]) -> WeightSource:
 def pt_weights(files: list[Path]) -> WeightSource:
     """All tensors of `files`, read with torch.load(weights_only=True)."""
     return WeightSource(_walk_pt(files), None)
+
+
+class SafetensorsIndex:
+    """Tensors of several files by name, in whatever order they are asked for.
+
+    Raises ValueError when a file's header is damaged or two files have a tensor of one name.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files: dict[str, Path] = {}
+        for file in files:
+            for name in _safetensors_names(file):
+                if name in self._files:
+                    raise ValueError(f"weight {name} is in the checkpoint twice")
+                self._files[name] = file
+        self._readers: dict[Path, Any] = {}
+        self._mapped: dict[Path, range] = {}
+        self._calls = HostCalls()
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors, file by file."""
+        return list(self._files)
+
+    @contextmanager
+    def read(self, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Whole tensors by name, whose pages leave this process with the context.
+
+        Raises ValueError, one line naming the file, for a damaged file.
+        """
+        tensors = {name: self._tensor(name) for name in names}
+        yield tensors
+        for name, tensor in tensors.items():
+            file = self._files[name]
+            if not self._mapped.get(file):
+                self._mapped[file] = _mapped_range(file)
+            if tensor.data_ptr() in self._mapped[file]:
+                _let_go(tensor, self._calls)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        file = self._files[name]
+        try:
+            if file not in self._readers:
+                self._readers[file] = safe_open(file, framework="pt")
+            tensor: torch.Tensor = self._readers[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is truncated or damaged: {error}") from error
+        return tensor
 
 
 def _find(folder: Path, index_name: str, single: str, patterns: tuple[str, ...]) -> list[Path]:

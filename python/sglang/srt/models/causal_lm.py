@@ -50,8 +50,8 @@ class CausalLM(nn.Module, ABC):
         Tensors that come quantised stay so in layers that can keep them.
 
         A tensor is let go before the next is asked for. Raises ValueError that names missing,
-        unexpected, repeated and wrongly shaped tensors; rotary frequency buffers and the copy of
-        a tied head are passed over.
+        unexpected, repeated and wrongly shaped tensors; rotary frequency buffers, the copy of a
+        tied head and GPTQ's biases of zeros are passed over.
         """
         places = self._places()
         done: set[str] = set()
@@ -59,7 +59,7 @@ class CausalLM(nn.Module, ABC):
         for name, tensor in weights:
             place = places.get(name)
             if place is None:
-                if not self._may_be_ignored(name):
+                if not self._may_be_ignored(name, tensor):
                     unexpected.append(name)
                 continue
             if name in done:
@@ -93,9 +93,13 @@ class CausalLM(nn.Module, ABC):
                 places[f"{prefix}.{param_name}"] = _Place(module, param_name, shard)
         return places
 
-    def _may_be_ignored(self, name: str) -> bool:
+    def _may_be_ignored(self, name: str, tensor: LoadedWeight) -> bool:
         if name.endswith("rotary_emb.inv_freq"):
             return True
+        scheme = self.config.weight_scheme
+        if scheme is not None and scheme.method == "gptq" and name.endswith(".bias"):
+            # Its writers give every layer a bias; one that is not the model's adds nothing.
+            return isinstance(tensor, torch.Tensor) and not tensor.any()
         return self.config.tie_word_embeddings and name == "lm_head.weight"
 
 

@@ -1,7 +1,7 @@
 """gpt-oss: sliding and full layers in turn, attention sinks, experts with biases.
 
-The decoder is Llama's. Unquantised weights only. Source: arXiv 2508.10925 and the published
-configurations; sinks, arXiv 2309.17453.
+The decoder is Llama's. Source: arXiv 2508.10925 and the published configurations; sinks,
+arXiv 2309.17453.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class GptOssMoE(nn.Module):
             moe.num_experts,
             config.hidden_size,
             moe.intermediate_size,
-            layout=ExpertLayout.STACKED if config.is_gguf else ExpertLayout.INTERLEAVED,
+            layout=ExpertLayout.STACKED if config.stacks_experts else ExpertLayout.INTERLEAVED,
             activation=None if gate is None else ClampedGate(gate.alpha, gate.limit),
             bias=True,
             parallel=parallel,

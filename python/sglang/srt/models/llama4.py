@@ -105,7 +105,7 @@ class Llama4MoE(nn.Module):
             moe.num_experts,
             hidden,
             moe.intermediate_size,
-            layout=ExpertLayout.STACKED if config.is_gguf else ExpertLayout.MERGED,
+            layout=ExpertLayout.STACKED if config.stacks_experts else ExpertLayout.MERGED,
             scale_inputs=True,
             parallel=parallel,
             dtype=dtype,

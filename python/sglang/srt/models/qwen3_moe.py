@@ -30,7 +30,7 @@ class Qwen3MoeBlock(nn.Module):
             moe.num_experts,
             config.hidden_size,
             moe.intermediate_size,
-            layout=ExpertLayout.STACKED if config.is_gguf else ExpertLayout.SEPARATE,
+            layout=ExpertLayout.STACKED if config.stacks_experts else ExpertLayout.SEPARATE,
             parallel=parallel,
             dtype=dtype,
         )
