@@ -28,9 +28,16 @@ from triton.runtime.jit import create_function_from_signature
 from sgl_kernel.triton.attention import launch_sizes
 from sgl_kernel.triton.kernels.attention import merge_parts_kernel, paged_attention_kernel
 from sgl_kernel.triton.kernels.moe import grouped_linear_kernel, sum_pairs_kernel
+from sgl_kernel.triton.kernels.quantized import (
+    dequantize_kernel,
+    grouped_quantized_kernel,
+    quantized_linear_kernel,
+    sum_splits_kernel,
+)
 from sgl_kernel.triton.kernels.rows import gate_kernel, rms_norm_kernel, route_kernel
 from sgl_kernel.triton.kernels.store import rotate_and_store_kernel
-from sgl_kernel.triton.launch import FP_FUSION, TRITON_TYPES, power_of_two
+from sgl_kernel.triton.launch import FP_FUSION, TRITON_TYPES, GroupedTile, power_of_two
+from sgl_kernel.triton.quantized import QuantizedWeight, default_tile
 from sgl_kernel.triton.work import Tile
 
 POINTERS = {
@@ -45,7 +52,10 @@ POINTERS = {
     **dict.fromkeys(("items_ptr", "origins_ptr", "pages_ptr", "rows_ptr"), "*i32"),
     "table_starts_ptr": "*i64",
 }
-STRIDES = ("q_stride", "k_stride", "v_stride", "x_stride", "residual_stride")
+STRIDES = (
+    *("q_stride", "k_stride", "v_stride", "x_stride", "residual_stride"),
+    *("codes_stride", "row_bytes", "out_stride"),
+)
 FLOATS = (
     "scale",
     "v_scale",
@@ -56,6 +66,8 @@ FLOATS = (
     "limit",
     "k_factor",
     "v_factor",
+    "scale_gain",
+    "gain",
 )
 WAITS = r"cp\.async\.wait_group\s+(\w+)"
 INSTRUCTIONS = (
@@ -168,6 +180,66 @@ def compile_grouped(*, rows: int = 16, columns: int = 64, scales: bool = False) 
     return compiled(grouped_linear_kernel, constants, {}, options)
 
 
+def compile_quantized(
+    *,
+    name: str = "linear",
+    bits: int = 4,
+    group: int = 32,
+    rows: int = 16,
+    dtype: str = "bfloat16",
+    mins: bool = False,
+    values: list[int] | None = None,
+    scales: bool = False,
+    splits: int = 4,
+    tile: list[int] | None = None,
+    options: dict[str, int] | None = None,
+) -> Any:
+    """A kernel over codes; `rows` chooses the tile as a call with so many does."""
+    x_type = getattr(torch, dtype)
+    kind = torch.uint8 if bits == 4 else torch.int8
+    codes = torch.empty(1, 64 * bits, dtype=kind)
+    halves = torch.empty(1, 512 // group, dtype=torch.float16)
+    weight = QuantizedWeight(
+        codes, halves, halves if mins else None, 1.0, None if values is None else tuple(values)
+    )
+    sizes = weight.launch_sizes(GroupedTile(*tile) if tile else default_tile(rows, x_type), x_type)
+    sizes.pop("enable_fp_fusion")
+    sizes.update(options or {})
+    given = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
+    own = TRITON_TYPES[x_type]
+    types = {
+        "codes_ptr": "*u8" if bits == 4 else "*i8",
+        **dict.fromkeys(("scales_ptr", "mins_ptr"), "*fp16"),
+        **dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), f"*{own}"),
+    }
+    if name == "dequantize":
+        kept = {key: sizes[key] for key in ("GROUP", "KIND", "HAS_MINS")}
+        constants = {**kept, "BLOCK_B": 1024, "BY_ID": True}
+        return compiled(dequantize_kernel, constants, {**types, "ids_ptr": "*i64"}, {})
+    if name == "sum":
+        constants = {"SPLITS": splits, "BLOCK": 1024, "HAS_BIAS": True}
+        return compiled(sum_splits_kernel, constants, types, {})
+    if name == "linear":
+        constants = {**sizes, "TOGETHER": 8, "SPLITS": splits, "HAS_BIAS": splits == 1}
+        if splits > 1:
+            types["out_ptr"] = "*fp32"
+        return compiled(quantized_linear_kernel, constants, types, given)
+    constants = {
+        **sizes,
+        "OUT": 5760,
+        "ROW_BYTES": 2880 * bits // 8,
+        "EXPERT_ROWS": 5760,
+        "NUM_EXPERTS": 128,
+        "CHOSEN": 4,
+        "TOGETHER": 8,
+        "BY_TOKEN": True,
+        "HAS_BIAS": True,
+        "SCALES_INPUTS": scales,
+        "SCALES_OUTPUTS": not scales,
+    }
+    return compiled(grouped_quantized_kernel, constants, types, given)
+
+
 def compile_rows(*, name: str) -> Any:
     kernel, constants = {
         "norm": (rms_norm_kernel, {"WIDTH": 5120, "BLOCK": 8192, "ADDS": True, "KEEPS": True}),
@@ -195,8 +267,12 @@ def count_kernels(*, name: str, values: list[Any]) -> dict[str, int]:
         "attention": paged_attention_kernel,
         "merge": merge_parts_kernel,
         "grouped": grouped_linear_kernel,
+        "quantized": quantized_linear_kernel,
+        "grouped quantized": grouped_quantized_kernel,
     }
-    kernel, differing = kernels[name], ("num_pairs",) if name == "grouped" else FLOATS
+    kernel, differing = kernels[name], FLOATS
+    if "grouped" in name or name == "quantized":
+        differing = ("num_pairs", "num_rows", *(f"table_{i}" for i in range(4)))
     backend = make_backend(GPUTarget("cuda", 90, 32))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     keys = set()
@@ -256,6 +332,7 @@ KINDS = {
     "count": count_kernels,
     "store": compile_store,
     "grouped": compile_grouped,
+    "quantized": compile_quantized,
     "rows": compile_rows,
 }
 

@@ -1,0 +1,316 @@
+"""Weights that stay quantised on a GPU: products with their codes, and rows of them as numbers.
+
+What each computes is what `sgl_kernel.QuantizedWeight` does on a CPU, but for one thing: the weight
+is rounded to the type of the input before it is multiplied. Nothing waits for the device. See
+docs/gpu.md, Note [Quantised weights]. Not yet run on a GPU.
+
+Legend: R rows of x, N outputs, K inputs, G inputs of a group, E experts, T tokens, P pairs of token
+and expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from sgl_kernel.codes import CodedWeight
+from sgl_kernel.library import KernelError
+from sgl_kernel.triton.kernels.quantized import (
+    BYTES,
+    E2M1,
+    NIBBLES,
+    TABLE,
+    dequantize_kernel,
+    grouped_quantized_kernel,
+    quantized_linear_kernel,
+    sum_splits_kernel,
+)
+from sgl_kernel.triton.launch import (
+    FP_FUSION,
+    TRITON_TYPES,
+    GroupedTile,
+    Pairs,
+    check_device,
+    is_interpreted,
+    power_of_two,
+)
+
+_SERVED = (torch.float32, torch.bfloat16, torch.float16)
+# Twice the numbers of E2M1, whose bits are those of a float16 that is 2^15 times smaller.
+_E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_E2M1_FACTOR = 2.0**15
+_MOST_SPLITS = 16
+_LEAST_STEPS = 4  # of a share of the inputs, in tiles
+_PROGRAMS_OF_A_MULTIPROCESSOR = 3
+_SUM_OUTPUTS = 1024
+_DEQUANTIZED_BYTES = 1024  # of codes, of a row at a time
+
+
+class QuantizedWeight(CodedWeight):
+    """See `CodedWeight`; computes where the tensors lie, which is a GPU or Triton's interpreter.
+
+    The layout's own work (rows, columns, join) is done anywhere, so a loader may cut a weight on
+    the host before it moves the tensors.
+    """
+
+    on_device = True
+
+    def multiply(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        tile: GroupedTile | None = None,
+        splits: int | None = None,
+        num_threads: int = 1,
+        round_inputs: bool = False,
+        round_weight: bool = True,
+    ) -> torch.Tensor:
+        """x [R, K] times the weight transposed, plus bias [N]: [R, N] in the type of x.
+
+        The weight is rounded to that type, sums are float32 and rounded once. `tile` and `splits`
+        of the inputs are chosen when None. The rest is what a CPU's class is told, and changes
+        nothing. Raises KernelError for shapes and types that are not served.
+        """
+        del num_threads, round_inputs, round_weight
+        check_device(x, self.codes)
+        rows, width = x.shape
+        if x.dtype not in _SERVED or width != self.shape[1] or x.stride(1) != 1:
+            raise KernelError(f"a weight of {self.shape} does not serve {x.dtype} {list(x.shape)}")
+        if bias is not None and (bias.shape != self.shape[:1] or not bias.is_contiguous()):
+            raise KernelError(f"bias must be contiguous [{self.shape[0]}]")
+        out = torch.empty((rows, self.shape[0]), dtype=x.dtype, device=x.device)
+        if rows and self.shape[0]:
+            tile = default_tile(rows, x.dtype) if tile is None else tile
+            if splits is None:
+                splits = default_splits(rows, self.shape, tile, num_programs(x.device))
+            self._launch(x, bias, out, tile, splits)
+        return out
+
+    def _launch(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        tile: GroupedTile,
+        splits: int,
+    ) -> None:
+        rows, outputs = out.shape
+        target = out
+        if splits > 1:
+            target = torch.empty((splits, rows, outputs), dtype=torch.float32, device=x.device)
+        row_tiles = -(-rows // tile.rows)
+        quantized_linear_kernel[(row_tiles * -(-outputs // tile.columns), splits)](
+            *(x, self.codes, self.scales, self.mins, bias if splits == 1 else None, target),
+            *(rows, outputs, self.codes.shape[1], x.stride(0)),
+            *self.launch_numbers,
+            **self.launch_sizes(tile, x.dtype),
+            TOGETHER=8,
+            SPLITS=splits,
+            HAS_BIAS=bias is not None and splits == 1,
+        )
+        if splits > 1:
+            block = min(_SUM_OUTPUTS, power_of_two(outputs))
+            sum_splits_kernel[(rows, -(-outputs // block))](
+                *(target, bias, out, rows, outputs),
+                SPLITS=splits,
+                BLOCK=block,
+                HAS_BIAS=bias is not None,
+                **FP_FUSION,
+            )
+
+    def dequantize(self, dtype: torch.dtype, *, num_threads: int = 1) -> torch.Tensor:
+        """The weight as numbers: [N, K] in `dtype`, where its codes lie."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        self.dequantize_into(out, num_threads=num_threads)
+        return out
+
+    def dequantize_into(self, out: torch.Tensor, *, num_threads: int = 1) -> None:
+        """Write the weight into out [N, K], whose rows are contiguous.
+
+        Raises KernelError for another shape or a type that is not served.
+        """
+        del num_threads
+        if out.dtype not in _SERVED or tuple(out.shape) != self.shape or out.stride(1) != 1:
+            raise KernelError(f"a weight of {self.shape} is no {out.dtype} {list(out.shape)}")
+        self._write_rows(out, None)
+
+    def dequantize_rows(
+        self, ids: torch.Tensor, dtype: torch.dtype, *, num_threads: int = 1
+    ) -> torch.Tensor:
+        """The outputs of contiguous int64 `ids` [R], each in [0, N), as numbers: [R, K]."""
+        del num_threads
+        if ids.dtype != torch.int64 or ids.dim() != 1 or not ids.is_contiguous():
+            raise KernelError("ids must be contiguous int64")
+        if dtype not in _SERVED:
+            raise KernelError(f"a weight of {self.shape} is not served as {dtype}")
+        out = torch.empty((len(ids), self.shape[1]), dtype=dtype, device=self.codes.device)
+        self._write_rows(out, ids)
+        return out
+
+    def _write_rows(self, out: torch.Tensor, ids: torch.Tensor | None) -> None:
+        check_device(out, self.codes)
+        if not len(out):
+            return
+        row_bytes = self.codes.shape[1]
+        block = min(_DEQUANTIZED_BYTES, power_of_two(row_bytes))
+        codes_stride, scales_stride, *rest = self.launch_numbers
+        dequantize_kernel[(len(out), -(-row_bytes // block))](
+            *(self.codes, self.scales, self.mins, ids, out),
+            *(row_bytes, codes_stride, scales_stride, out.stride(0), *rest),
+            BLOCK_B=block,
+            GROUP=self.group,
+            KIND=self._kind,
+            HAS_MINS=self.mins is not None,
+            BY_ID=ids is not None,
+            **FP_FUSION,
+        )
+
+    @property
+    def _kind(self) -> int:
+        """What codes stand for, as kernels/quantized.py numbers it."""
+        if self.bits == 8:
+            return int(BYTES.value)
+        if self.values is None:
+            return int(NIBBLES.value)
+        return int(E2M1.value if self.values == _E2M1_VALUES else TABLE.value)
+
+    @property
+    def launch_numbers(self) -> tuple[float, ...]:
+        """Strides of codes and scales, gains of scales and minima, and the table in four words."""
+        factor = _E2M1_FACTOR if self._kind == E2M1.value else 1.0
+        values = (0,) * 16 if self.values is None else self.values
+        table = [
+            int.from_bytes(bytes(v & 255 for v in values[i : i + 4]), "little", signed=True)
+            for i in range(0, 16, 4)
+        ]
+        strides = self.codes.stride(0), self.scales.stride(0)
+        return *strides, float(self.gain) * factor, float(self.gain), *table
+
+    def launch_sizes(self, tile: GroupedTile, dtype: torch.dtype) -> dict[str, object]:
+        """What a kernel of products is compiled for, with inputs of `dtype`."""
+        return {
+            "BLOCK_N": tile.columns,
+            "BLOCK_M": tile.rows,
+            "BLOCK_B": tile.depth * self.bits // 8,
+            "GROUP": self.group,
+            "KIND": self._kind,
+            "HAS_MINS": self.mins is not None,
+            "X_TYPE": TRITON_TYPES[dtype],
+            "DOT_TYPE": TRITON_TYPES[torch.float32 if is_interpreted() else dtype],
+            "PRECISION": "ieee" if dtype is torch.float32 else "tf32",
+            "num_warps": 8 if tile.columns >= 128 else 4,
+            "num_stages": 3,
+            **FP_FUSION,
+        }
+
+
+@cache
+def num_programs(device: torch.device) -> int:
+    """Programs that `device` runs at a time; of a CPU, where kernels are interpreted, 1."""
+    if device.type != "cuda":
+        return 1
+    found = torch.cuda.get_device_properties(device).multi_processor_count
+    return int(found) * _PROGRAMS_OF_A_MULTIPROCESSOR
+
+
+def default_tile(rows: int, dtype: torch.dtype) -> GroupedTile:
+    """A tile about as high as there are rows. Chosen by arithmetic, not by measurement.
+
+    64 outputs are what four warps multiply at a time, and codes of four bits for 128 inputs what
+    four threads load.
+    """
+    height = min(128, max(16, power_of_two(rows)))
+    depth = (64 if height == 128 else 128) * 2 // dtype.itemsize
+    return GroupedTile(height, 128 if height == 128 else 64, depth)
+
+
+def default_splits(rows: int, shape: tuple[int, int], tile: GroupedTile, programs: int) -> int:
+    """Shares of the inputs, a power of two: more than one where outputs alone fill no chip.
+
+    Of one tile of rows, whatever their number, so that a row's sums are the same beside others.
+    """
+    if rows > tile.rows or tile.rows > 64:
+        return 1
+    tiles = -(-shape[0] // tile.columns)
+    most = min(programs // tiles, shape[1] // tile.depth // _LEAST_STEPS, _MOST_SPLITS)
+    return 1 << max(0, most.bit_length() - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCodes:
+    """One quantised matrix of every expert: outputs [e * stride + first, ... + count) are e's."""
+
+    weight: QuantizedWeight
+    stride: int
+    first: int
+    count: int
+
+    def joined(self, other: ExpertCodes) -> ExpertCodes | None:
+        """This one's outputs and then `other`'s as one matrix; None where they lie elsewhere."""
+        beside = self.weight is other.weight and self.first + self.count == other.first
+        if not beside or self.stride != other.stride:
+            return None
+        return ExpertCodes(self.weight, self.stride, self.first, self.count + other.count)
+
+
+def grouped_quantized(
+    x: torch.Tensor,
+    matrix: ExpertCodes,
+    pairs: Pairs,
+    num_experts: int,
+    out: torch.Tensor,
+    *,
+    tile: GroupedTile | None = None,
+    bias: torch.Tensor | None = None,
+    scale_inputs: torch.Tensor | None = None,
+    scale_outputs: torch.Tensor | None = None,
+) -> None:
+    """Write x times the transposed matrix of each pair's expert into out [P, count].
+
+    As `grouped_linear`: `x` [T, K] or [P, K], `bias` [E, count] and rows of `out` at any stride,
+    scales float32 [T, chosen]. Raises KernelError for shapes that do not fit.
+    """
+    weight = matrix.weight
+    num_pairs = pairs.num_pairs
+    check_device(x, weight.codes)
+    if x.shape[1] != weight.shape[1] or x.stride(1) != 1 or x.dtype not in _SERVED:
+        raise KernelError(f"x {x.dtype} {tuple(x.shape)} does not fit {weight}")
+    if len(x) not in (pairs.num_tokens, num_pairs):
+        raise KernelError(f"{len(x)} rows for {pairs.num_tokens} x {pairs.num_chosen} pairs")
+    if num_experts * matrix.stride > weight.shape[0] or matrix.first + matrix.count > matrix.stride:
+        raise KernelError(f"{weight.shape[0]} outputs are not {num_experts} of {matrix}")
+    if out.shape != (num_pairs, matrix.count) or out.stride(1) != 1:
+        raise KernelError(f"{tuple(out.shape)} is no place for {num_pairs} x {matrix.count}")
+    if bias is not None and (bias.shape != (num_experts, matrix.count) or bias.stride(1) != 1):
+        raise KernelError(f"bias must be {[num_experts, matrix.count]}")
+    if scale_inputs is not None and scale_outputs is not None:
+        raise KernelError("weights of the pairs multiply inputs or outputs, not both")
+    if tile is None:
+        tile = default_tile(pairs.block, x.dtype)
+    if tile.rows != pairs.block:
+        raise KernelError(f"tiles of {pairs.block} and {tile.rows} rows")
+    if not num_pairs:
+        return
+    own = weight.rows(matrix.first, weight.shape[0])
+    codes_stride, scales_stride, *rest = own.launch_numbers
+    columns = -(-matrix.count // tile.columns)
+    grouped_quantized_kernel[(len(pairs.tile_experts) * columns,)](
+        *(x, own.codes, own.scales, own.mins, bias, out, pairs.order, pairs.tile_experts),
+        scale_outputs if scale_inputs is None else scale_inputs,
+        *(num_pairs, x.stride(0), codes_stride, scales_stride),
+        *(0 if bias is None else bias.stride(0), out.stride(0), *rest),
+        **own.launch_sizes(tile, x.dtype),
+        OUT=matrix.count,
+        ROW_BYTES=own.codes.shape[1],
+        EXPERT_ROWS=matrix.stride,
+        NUM_EXPERTS=num_experts,
+        CHOSEN=pairs.num_chosen,
+        TOGETHER=8,
+        BY_TOKEN=len(x) != num_pairs,
+        HAS_BIAS=bias is not None,
+        SCALES_INPUTS=scale_inputs is not None,
+        SCALES_OUTPUTS=scale_outputs is not None,
+    )
