@@ -37,6 +37,8 @@ class QuantizedWeight:
     Raises KernelError for what is not served.
     """
 
+    on_device = False
+
     def __init__(
         self,
         codes: torch.Tensor,

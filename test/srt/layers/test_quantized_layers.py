@@ -200,15 +200,19 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, device, message in (
         ("gguf", "cpu", "this model is none"),
         ("fp8", "cpu", "must be one of"),
-        ("int8", "meta", "on a CPU only"),
+        ("int8", "meta", "needs the native kernels"),
     ):
         with pytest.raises(ValueError, match=message):
             choose_quantization(name, is_gguf=False, device=device)
-    module = "sglang.srt.layers.quantization.choice.native_kernels"
-    monkeypatch.setattr(module, lambda: None)
+    monkeypatch.setattr("sglang.srt.utils.native.native_kernels", lambda: None)
     assert choose_quantization(None, is_gguf=True, device="cpu") == "none"
-    with pytest.raises(ValueError, match="needs the native kernels"):
+    with pytest.raises(ValueError, match=r"needs the native kernels.*a C\+\+ compiler"):
         choose_quantization("gguf", is_gguf=True, device="cpu")
+    for found, kept in ((object(), "gguf"), (None, "none")):
+        monkeypatch.setattr("sglang.srt.utils.native._layer_kernels", lambda found=found: found)
+        assert choose_quantization(None, is_gguf=True, device="cuda:1") == kept
+    with pytest.raises(ValueError, match=r"needs the native kernels.*the package triton"):
+        choose_quantization("int8", is_gguf=False, device="cuda")
 
 
 def most_rounded_rows(bits: int) -> int:

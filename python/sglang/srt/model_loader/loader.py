@@ -22,7 +22,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.expert_weights import ExpertWeights
 from sglang.srt.layers.quantization.choice import choose_quantization
-from sglang.srt.layers.weights import WeightOwner
+from sglang.srt.layers.weights import WeightOwner, give_memory
 from sglang.srt.model_loader.gguf_weights import gguf_weights
 from sglang.srt.model_loader.huge_pages import move_to_huge_pages
 from sglang.srt.model_loader.kv_scales import CheckpointScales, read_scale_file, set_kv_scales
@@ -36,7 +36,7 @@ from sglang.srt.model_loader.weight_files import (
 )
 from sglang.srt.models.causal_lm import CausalLM
 from sglang.srt.models.registry import resolve_model_class
-from sglang.srt.utils.native import native_kernels
+from sglang.srt.utils.native import codes_kernels
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 _DUMMY_STD = 0.02
@@ -67,7 +67,7 @@ def load_model(
     kept = choose_quantization(quantization, is_gguf=config.is_gguf, device=device)
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"unknown load format {load_format!r}; one of {', '.join(LOAD_FORMATS)}")
-    kernels = None if kept == "none" else native_kernels()
+    kernels = None if kept == "none" else codes_kernels(device)
     if load_format == "dummy":
         source = None
     else:
@@ -108,7 +108,7 @@ def open_weights(
 ) -> WeightSource:
     """Find the files that `load_format` (not `dummy`) means; see `load_model` for errors.
 
-    `kernels`, the package sgl_kernel: a GGUF file's matrices keep their codes for it.
+    `kernels`, that of `codes_kernels`: a GGUF file's matrices keep their codes for it.
     """
     if config.is_gguf != (load_format == "gguf") and load_format != "auto":
         kind = "a GGUF file" if config.is_gguf else "a Hugging Face directory"
@@ -135,6 +135,7 @@ def fill_with_dummy_weights(model: nn.Module, seed: int) -> None:
     Each parameter's values depend on `seed` and its name alone.
     """
     for name, parameter in model.named_parameters():
+        give_memory(parameter)
         if parameter.dim() == 1:
             parameter.data.fill_(0.0 if name.endswith(".bias") else 1.0)
             continue
