@@ -32,6 +32,7 @@ from sgl_kernel.triton.kernels.quantized import (
     dequantize_kernel,
     grouped_quantized_kernel,
     quantized_linear_kernel,
+    quantized_rows_kernel,
     sum_splits_kernel,
 )
 from sgl_kernel.triton.kernels.rows import gate_kernel, rms_norm_kernel, route_kernel
@@ -202,7 +203,9 @@ def compile_quantized(
     weight = QuantizedWeight(
         codes, halves, halves if mins else None, 1.0, None if values is None else tuple(values)
     )
-    sizes = weight.launch_sizes(GroupedTile(*tile) if tile else default_tile(rows, x_type), x_type)
+    sizes = weight.launch_sizes(
+        GroupedTile(*tile) if tile and name != "rows" else default_tile(rows, x_type), x_type
+    )
     sizes.pop("enable_fp_fusion")
     sizes.update(options or {})
     given = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
@@ -216,6 +219,17 @@ def compile_quantized(
         kept = {key: sizes[key] for key in ("GROUP", "KIND", "HAS_MINS")}
         constants = {**kept, "BLOCK_B": 1024, "BY_ID": True}
         return compiled(dequantize_kernel, constants, {**types, "ids_ptr": "*i64"}, {})
+    if name == "rows":
+        kept = {key: sizes[key] for key in ("GROUP", "KIND", "HAS_MINS")}
+        constants = {
+            **kept,
+            **dict.fromkeys(("HAS_BIAS", "BY_EXPERT", "SCALES_OUTPUTS"), True),
+            "SCALES_INPUTS": False,
+            "EXPERT_ROWS": 5760,
+            "CHOSEN": 4,
+            **({"BLOCK_N": tile[0], "BLOCK_B": tile[1], "STAGES": tile[2]} if tile else {}),
+        }
+        return compiled(quantized_rows_kernel, constants, types, {"num_warps": 4})
     if name == "sum":
         constants = {"SPLITS": splits, "BLOCK": 1024, "HAS_BIAS": True}
         return compiled(sum_splits_kernel, constants, types, {})

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from sgl_kernel.library import KernelError
 from sgl_kernel.triton import ExpertCodes, GroupedTile, QuantizedWeight, mixture
+from sgl_kernel.triton.expert_codes import takes_single_pairs
 from sgl_kernel.triton.quantized import default_splits, default_tile
 
 TILE = GroupedTile(16, 16, 64)
@@ -88,6 +89,21 @@ def test_products(
     assert out.dtype is dtype
     close(out, x, numbers(weight), bias)
     assert torch.equal(weight.multiply(x[:1], bias, tile=TILE, splits=splits), out[:1])
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_single_rows(layout: str) -> None:
+    """One row meets the weight as it is; outputs and inputs fill no tile."""
+    for outs, width, dtype in ((19, 96, torch.float32), (21, 1184, torch.bfloat16)):
+        weight = make(layout, outs, width, gain=0.25)
+        x, bias = drawn(1, width, dtype=dtype), drawn(outs, dtype=dtype)
+        wide = numbers(weight)
+        want = x.double() @ wide.t() + bias.double()
+        terms = x.double().abs() @ wide.abs().t() + bias.double().abs()
+        error = (weight.multiply(x, bias).double() - want).abs()
+        rounding = {torch.float32: 0.0, torch.bfloat16: 2.0**-7}[dtype]  # of the answer alone
+        assert (error <= rounding * want.abs() + 1e-6 * terms).all()
+        assert torch.equal(weight.multiply(x), weight.multiply(x, torch.zeros(outs, dtype=dtype)))
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
@@ -203,8 +219,35 @@ def test_mixtures(kinds: tuple[str | None, str | None], bias: bool, scale_inputs
         )
         for gate_up in ways
     ]
+    assert not takes_single_pairs(18, num_experts)
     torch.testing.assert_close(found[0].double(), want, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.parametrize(("bias", "scale_inputs"), [(True, False), (False, True)])
+def test_few_pairs_are_not_sorted(bias: bool, scale_inputs: bool) -> None:
+    """Half as many pairs as experts: each reads its expert's weights, rounded nowhere."""
+    num_experts, hidden, width = 8, 64, 32
+    experts, weights = torch.tensor([[6, 1], [1, 0]]), torch.rand(2, 2)
+    assert takes_single_pairs(experts.numel(), num_experts)
+    assert not takes_single_pairs(experts.numel() + 1, num_experts)
+    gate, up = (make("e2m1", num_experts * width, hidden, gain) for gain in (1 / 32, 1 / 64))
+    down = make("8/16", num_experts * hidden, width, 1 / 64)
+    biases = (drawn(num_experts, 2 * width), drawn(num_experts, hidden)) if bias else None
+    x = drawn(2, hidden) / 8
+    found = mixture(
+        *(x, experts, weights),
+        (ExpertCodes(gate, width, 0, width), ExpertCodes(up, width, 0, width)),
+        ExpertCodes(down, hidden, 0, hidden),
+        num_experts=num_experts,
+        gate_up_bias=None if biases is None else biases[0],
+        down_bias=None if biases is None else biases[1],
+        scale_inputs=scale_inputs,
+    )
+    halves = [numbers(one).view(num_experts, width, hidden) for one in (gate, up)]
+    both, wide_down = torch.cat(halves, 1), numbers(down).view(num_experts, hidden, width)
+    want = mixture_numbers(x, experts, weights, both, wide_down, biases, scale_inputs)
+    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-6)
 
 
 def test_what_does_not_fit_is_refused() -> None:

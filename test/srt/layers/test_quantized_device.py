@@ -232,15 +232,21 @@ class Unlaunched:
 
 def test_a_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that is done beside launches could be captured."""
-    for name in ("quantized_linear", "sum_splits", "dequantize", "grouped_quantized"):
-        monkeypatch.setattr(f"sgl_kernel.triton.quantized.{name}_kernel", Unlaunched())
-    monkeypatch.setattr("sgl_kernel.triton.moe.sum_pairs_kernel", Unlaunched())
+    kernels_of = {
+        "quantized": ("quantized_linear", "quantized_rows", "sum_splits", "dequantize"),
+        "expert_codes": ("grouped_quantized",),
+        "moe": ("sum_pairs",),
+    }
+    for module, names in kernels_of.items():
+        for name in names:
+            monkeypatch.setattr(f"sgl_kernel.triton.{module}.{name}_kernel", Unlaunched())
     matrix = QuantizedMatrix([four_bits(40, 96), eight_bits(24, 96)])
     experts, x, ids = loaded_experts(), torch.randn(2, 96), torch.tensor([3, 63])
     with torch.inference_mode(), OpRecorder(), NoValues():
-        matrix.product(x, None, 3, 50)
         matrix.take(ids, torch.float32)
-        experts(x[:, :32].contiguous(), routing(2))
+        for rows in (1, 2):
+            matrix.product(x[:rows], None, 3, 50)
+            experts(x[:rows, :32].contiguous(), routing(rows))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

@@ -1,5 +1,7 @@
 """Mixtures of experts on a GPU: pairs sorted by expert, two launches of products, one sum.
 
+Few pairs are not sorted where weights stay quantised (expert_codes.py).
+
 What is computed is what `Experts` in sglang.srt.layers.moe does. Nothing waits for the device:
 shapes depend on the number of tokens alone, so a step can be captured in a graph. See docs/gpu.md,
 Note [Grouped products]. Not yet run on a GPU.
@@ -10,10 +12,17 @@ Legend: T tokens, E experts, K experts of a token, H hidden width, I an expert's
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
 from sgl_kernel.library import KernelError
+from sgl_kernel.triton.expert_codes import (
+    ExpertCodes,
+    grouped_quantized,
+    single_pairs,
+    takes_single_pairs,
+)
 from sgl_kernel.triton.kernels.moe import grouped_linear_kernel, sum_pairs_kernel
 from sgl_kernel.triton.launch import (
     FP_FUSION,
@@ -24,7 +33,6 @@ from sgl_kernel.triton.launch import (
     is_interpreted,
     power_of_two,
 )
-from sgl_kernel.triton.quantized import ExpertCodes, grouped_quantized
 from sgl_kernel.triton.rows import silu_and_mul
 
 _SUM_COLUMNS = 1024
@@ -151,20 +159,14 @@ def mixture(
     if num_experts is None:
         num_experts = len(next(one for one in (gate_up, down) if isinstance(one, torch.Tensor)))
     num_tokens, num_chosen = experts.shape
-    block = default_grouped_tile(experts.numel(), num_experts, x.dtype).rows
-    pairs = sort_pairs(experts, num_experts, block if tile is None else tile.rows)
-    hidden = _gate_up(
-        x, gate_up, pairs, num_experts, tile, gate_up_bias, weights if scale_inputs else None
-    )
-    parts = _down(
-        activation(hidden),
-        down,
-        pairs,
-        num_experts,
-        tile,
-        down_bias,
-        None if scale_inputs else weights,
-    )
+    work = _Work(experts, weights, num_experts, scale_inputs, tile, None)
+    numbers = isinstance(gate_up, torch.Tensor) or isinstance(down, torch.Tensor)
+    if numbers or tile is not None or not takes_single_pairs(experts.numel(), num_experts):
+        block = default_grouped_tile(experts.numel(), num_experts, x.dtype).rows
+        pairs = sort_pairs(experts, num_experts, block if tile is None else tile.rows)
+        work = replace(work, pairs=pairs)
+    hidden = _gate_up(x, gate_up, work, gate_up_bias)
+    parts = _down(activation(hidden), down, work, down_bias)
     width = parts.shape[1]
     out = torch.empty((num_tokens, width), dtype=out_dtype or x.dtype, device=x.device)
     if num_tokens:
@@ -182,49 +184,81 @@ def mixture(
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a mixture's products share; `pairs` None: each pair is multiplied by itself."""
+
+    experts: torch.Tensor
+    weights: torch.Tensor
+    num_experts: int
+    scale_inputs: bool
+    tile: GroupedTile | None
+    pairs: Pairs | None
+
+    def numbers(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        out_dtype: torch.dtype,
+        **scales: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`grouped_linear` of the sorted pairs."""
+        assert self.pairs is not None
+        tile = self.tile
+        if tile is None:
+            tile = default_grouped_tile(self.experts.numel(), self.num_experts, x.dtype)
+        return grouped_linear(x, weight, self.pairs, tile, bias=bias, out_dtype=out_dtype, **scales)
+
+    def codes(
+        self,
+        x: torch.Tensor,
+        matrix: ExpertCodes,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        **scales: torch.Tensor | None,
+    ) -> None:
+        """Write the pairs' products with quantised weights into out [T * K, count]."""
+        if self.pairs is None:
+            experts, count = self.experts, self.num_experts
+            single_pairs(x, matrix, experts, count, out, bias=bias, **scales)
+            return
+        pairs, tile = self.pairs, self.tile
+        grouped_quantized(x, matrix, pairs, self.num_experts, out, tile=tile, bias=bias, **scales)
+
+
 def _gate_up(
     x: torch.Tensor,
     gate_up: torch.Tensor | tuple[ExpertCodes, ExpertCodes],
-    pairs: Pairs,
-    num_experts: int,
-    tile: GroupedTile | None,
+    work: _Work,
     bias: torch.Tensor | None,
-    scales: torch.Tensor | None,
 ) -> torch.Tensor:
     """Gate and up of every pair, [T * K, 2 I]: one launch where they lie together, else two."""
+    scales = work.weights if work.scale_inputs else None
     if isinstance(gate_up, torch.Tensor):
-        tile = tile or default_grouped_tile(pairs.num_pairs, num_experts, x.dtype)
-        return grouped_linear(x, gate_up, pairs, tile, bias=bias, scale_inputs=scales)
+        return work.numbers(x, gate_up, bias, out_dtype=x.dtype, scale_inputs=scales)
     gate, up = gate_up
-    out = torch.empty((pairs.num_pairs, gate.count + up.count), dtype=x.dtype, device=x.device)
+    size = (work.experts.numel(), gate.count + up.count)
+    out = torch.empty(size, dtype=x.dtype, device=x.device)
     both = gate.joined(up)
     first = 0
     for matrix in gate_up if both is None else (both,):
         last = first + matrix.count
-        grouped_quantized(
-            *(x, matrix, pairs, num_experts, out[:, first:last]),
-            tile=tile,
-            bias=None if bias is None else bias[:, first:last],
-            scale_inputs=scales,
-        )
+        own = None if bias is None else bias[:, first:last]
+        work.codes(x, matrix, own, out[:, first:last], scale_inputs=scales)
         first = last
     return out
 
 
 def _down(
-    x: torch.Tensor,
-    down: torch.Tensor | ExpertCodes,
-    pairs: Pairs,
-    num_experts: int,
-    tile: GroupedTile | None,
-    bias: torch.Tensor | None,
-    scales: torch.Tensor | None,
+    x: torch.Tensor, down: torch.Tensor | ExpertCodes, work: _Work, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """What every pair's expert gives, float32 [T * K, H]."""
-    kind = torch.float32
+    scales = None if work.scale_inputs else work.weights
     if isinstance(down, torch.Tensor):
-        tile = tile or default_grouped_tile(pairs.num_pairs, num_experts, x.dtype)
-        return grouped_linear(x, down, pairs, tile, bias=bias, scale_outputs=scales, out_dtype=kind)
-    out = torch.empty((pairs.num_pairs, down.count), dtype=kind, device=x.device)
-    grouped_quantized(x, down, pairs, num_experts, out, tile=tile, bias=bias, scale_outputs=scales)
+        return work.numbers(x, down, bias, out_dtype=torch.float32, scale_outputs=scales)
+    size = (work.experts.numel(), down.count)
+    out = torch.empty(size, dtype=torch.float32, device=x.device)
+    work.codes(x, down, bias, out, scale_outputs=scales)
     return out

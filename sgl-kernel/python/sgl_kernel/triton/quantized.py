@@ -1,16 +1,13 @@
 """Weights that stay quantised on a GPU: products with their codes, and rows of them as numbers.
 
-What each computes is what `sgl_kernel.QuantizedWeight` does on a CPU, but for one thing: the weight
-is rounded to the type of the input before it is multiplied. Nothing waits for the device. See
-docs/gpu.md, Note [Quantised weights]. Not yet run on a GPU.
+What each computes is what `sgl_kernel.QuantizedWeight` does on a CPU. Nothing waits for the device.
+See docs/gpu.md, Note [Quantised weights]. Not yet run on a GPU.
 
-Legend: R rows of x, N outputs, K inputs, G inputs of a group, E experts, T tokens, P pairs of token
-and expert.
+Legend: R rows of x, N outputs, K inputs, G inputs of a group.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -23,21 +20,20 @@ from sgl_kernel.triton.kernels.quantized import (
     NIBBLES,
     TABLE,
     dequantize_kernel,
-    grouped_quantized_kernel,
     quantized_linear_kernel,
+    quantized_rows_kernel,
     sum_splits_kernel,
 )
 from sgl_kernel.triton.launch import (
     FP_FUSION,
     TRITON_TYPES,
     GroupedTile,
-    Pairs,
     check_device,
     is_interpreted,
     power_of_two,
 )
 
-_SERVED = (torch.float32, torch.bfloat16, torch.float16)
+SERVED = (torch.float32, torch.bfloat16, torch.float16)
 # Twice the numbers of E2M1, whose bits are those of a float16 that is 2^15 times smaller.
 _E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 _E2M1_FACTOR = 2.0**15
@@ -45,6 +41,7 @@ _MOST_SPLITS = 16
 _LEAST_STEPS = 4  # of a share of the inputs, in tiles
 _PROGRAMS_OF_A_MULTIPROCESSOR = 3
 _SUM_OUTPUTS = 1024
+_ROW_BYTES = 256  # of the codes of an output, in a turn of a single row's product
 _DEQUANTIZED_BYTES = 1024  # of codes, of a row at a time
 
 
@@ -70,19 +67,22 @@ class QuantizedWeight(CodedWeight):
     ) -> torch.Tensor:
         """x [R, K] times the weight transposed, plus bias [N]: [R, N] in the type of x.
 
-        The weight is rounded to that type, sums are float32 and rounded once. `tile` and `splits`
-        of the inputs are chosen when None. The rest is what a CPU's class is told, and changes
-        nothing. Raises KernelError for shapes and types that are not served.
+        Sums are float32 and rounded once. More than one row meet a weight that is rounded to their
+        type. `tile` and `splits` of the inputs are chosen when None; one row is not tiled then. The
+        rest is what a CPU's class is told, and changes nothing. Raises KernelError for shapes and
+        types that are not served.
         """
         del num_threads, round_inputs, round_weight
         check_device(x, self.codes)
         rows, width = x.shape
-        if x.dtype not in _SERVED or width != self.shape[1] or x.stride(1) != 1:
+        if x.dtype not in SERVED or width != self.shape[1] or x.stride(1) != 1:
             raise KernelError(f"a weight of {self.shape} does not serve {x.dtype} {list(x.shape)}")
         if bias is not None and (bias.shape != self.shape[:1] or not bias.is_contiguous()):
             raise KernelError(f"bias must be contiguous [{self.shape[0]}]")
         out = torch.empty((rows, self.shape[0]), dtype=x.dtype, device=x.device)
-        if rows and self.shape[0]:
+        if rows == 1 and tile is None and self.shape[0]:
+            self.launch_rows(x, out, bias)
+        elif rows and self.shape[0]:
             tile = default_tile(rows, x.dtype) if tile is None else tile
             if splits is None:
                 splits = default_splits(rows, self.shape, tile, num_programs(x.device))
@@ -121,6 +121,49 @@ class QuantizedWeight(CodedWeight):
                 **FP_FUSION,
             )
 
+    def launch_rows(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        experts: torch.Tensor | None = None,
+        stride: int = 0,
+        chosen: int = 1,
+        scale_inputs: torch.Tensor | None = None,
+        scale_outputs: torch.Tensor | None = None,
+    ) -> None:
+        """Write products of single rows, read anew for each, into out [R, count].
+
+        Row r is that of x[r // chosen] with the first outputs, and where `experts` int64 [R] are
+        given with those from experts[r] * `stride` on; `bias` is [E, count] then, rows at any
+        stride. Scales float32 [R] multiply inputs or outputs. Shapes are the caller's matter.
+        """
+        rows, count = out.shape
+        outputs, row_bytes = 16, self.codes.shape[1]
+        if rows * -(-count // outputs) < num_programs(x.device):
+            outputs = 8
+        codes_stride, scales_stride, *rest = self.launch_numbers
+        quantized_rows_kernel[(-(-count // outputs), rows)](
+            *(x, self.codes, self.scales, self.mins, bias, out, experts),
+            scale_outputs if scale_inputs is None else scale_inputs,
+            *(count, row_bytes, x.stride(0), codes_stride, scales_stride),
+            *(0 if bias is None else bias.stride(0), out.stride(0), *rest),
+            EXPERT_ROWS=stride,
+            CHOSEN=chosen,
+            BLOCK_N=outputs,
+            BLOCK_B=min(_ROW_BYTES, power_of_two(row_bytes)),
+            GROUP=self.group,
+            STAGES=4,
+            KIND=self._kind,
+            HAS_MINS=self.mins is not None,
+            HAS_BIAS=bias is not None,
+            BY_EXPERT=experts is not None,
+            SCALES_INPUTS=scale_inputs is not None,
+            SCALES_OUTPUTS=scale_outputs is not None,
+            **FP_FUSION,
+        )
+
     def dequantize(self, dtype: torch.dtype, *, num_threads: int = 1) -> torch.Tensor:
         """The weight as numbers: [N, K] in `dtype`, where its codes lie."""
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
@@ -133,7 +176,7 @@ class QuantizedWeight(CodedWeight):
         Raises KernelError for another shape or a type that is not served.
         """
         del num_threads
-        if out.dtype not in _SERVED or tuple(out.shape) != self.shape or out.stride(1) != 1:
+        if out.dtype not in SERVED or tuple(out.shape) != self.shape or out.stride(1) != 1:
             raise KernelError(f"a weight of {self.shape} is no {out.dtype} {list(out.shape)}")
         self._write_rows(out, None)
 
@@ -144,7 +187,7 @@ class QuantizedWeight(CodedWeight):
         del num_threads
         if ids.dtype != torch.int64 or ids.dim() != 1 or not ids.is_contiguous():
             raise KernelError("ids must be contiguous int64")
-        if dtype not in _SERVED:
+        if dtype not in SERVED:
             raise KernelError(f"a weight of {self.shape} is not served as {dtype}")
         out = torch.empty((len(ids), self.shape[1]), dtype=dtype, device=self.codes.device)
         self._write_rows(out, ids)
@@ -237,80 +280,3 @@ def default_splits(rows: int, shape: tuple[int, int], tile: GroupedTile, program
     tiles = -(-shape[0] // tile.columns)
     most = min(programs // tiles, shape[1] // tile.depth // _LEAST_STEPS, _MOST_SPLITS)
     return 1 << max(0, most.bit_length() - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertCodes:
-    """One quantised matrix of every expert: outputs [e * stride + first, ... + count) are e's."""
-
-    weight: QuantizedWeight
-    stride: int
-    first: int
-    count: int
-
-    def joined(self, other: ExpertCodes) -> ExpertCodes | None:
-        """This one's outputs and then `other`'s as one matrix; None where they lie elsewhere."""
-        beside = self.weight is other.weight and self.first + self.count == other.first
-        if not beside or self.stride != other.stride:
-            return None
-        return ExpertCodes(self.weight, self.stride, self.first, self.count + other.count)
-
-
-def grouped_quantized(
-    x: torch.Tensor,
-    matrix: ExpertCodes,
-    pairs: Pairs,
-    num_experts: int,
-    out: torch.Tensor,
-    *,
-    tile: GroupedTile | None = None,
-    bias: torch.Tensor | None = None,
-    scale_inputs: torch.Tensor | None = None,
-    scale_outputs: torch.Tensor | None = None,
-) -> None:
-    """Write x times the transposed matrix of each pair's expert into out [P, count].
-
-    As `grouped_linear`: `x` [T, K] or [P, K], `bias` [E, count] and rows of `out` at any stride,
-    scales float32 [T, chosen]. Raises KernelError for shapes that do not fit.
-    """
-    weight = matrix.weight
-    num_pairs = pairs.num_pairs
-    check_device(x, weight.codes)
-    if x.shape[1] != weight.shape[1] or x.stride(1) != 1 or x.dtype not in _SERVED:
-        raise KernelError(f"x {x.dtype} {tuple(x.shape)} does not fit {weight}")
-    if len(x) not in (pairs.num_tokens, num_pairs):
-        raise KernelError(f"{len(x)} rows for {pairs.num_tokens} x {pairs.num_chosen} pairs")
-    if num_experts * matrix.stride > weight.shape[0] or matrix.first + matrix.count > matrix.stride:
-        raise KernelError(f"{weight.shape[0]} outputs are not {num_experts} of {matrix}")
-    if out.shape != (num_pairs, matrix.count) or out.stride(1) != 1:
-        raise KernelError(f"{tuple(out.shape)} is no place for {num_pairs} x {matrix.count}")
-    if bias is not None and (bias.shape != (num_experts, matrix.count) or bias.stride(1) != 1):
-        raise KernelError(f"bias must be {[num_experts, matrix.count]}")
-    if scale_inputs is not None and scale_outputs is not None:
-        raise KernelError("weights of the pairs multiply inputs or outputs, not both")
-    if tile is None:
-        tile = default_tile(pairs.block, x.dtype)
-    if tile.rows != pairs.block:
-        raise KernelError(f"tiles of {pairs.block} and {tile.rows} rows")
-    if not num_pairs:
-        return
-    own = weight.rows(matrix.first, weight.shape[0])
-    codes_stride, scales_stride, *rest = own.launch_numbers
-    columns = -(-matrix.count // tile.columns)
-    grouped_quantized_kernel[(len(pairs.tile_experts) * columns,)](
-        *(x, own.codes, own.scales, own.mins, bias, out, pairs.order, pairs.tile_experts),
-        scale_outputs if scale_inputs is None else scale_inputs,
-        *(num_pairs, x.stride(0), codes_stride, scales_stride),
-        *(0 if bias is None else bias.stride(0), out.stride(0), *rest),
-        **own.launch_sizes(tile, x.dtype),
-        OUT=matrix.count,
-        ROW_BYTES=own.codes.shape[1],
-        EXPERT_ROWS=matrix.stride,
-        NUM_EXPERTS=num_experts,
-        CHOSEN=pairs.num_chosen,
-        TOGETHER=8,
-        BY_TOKEN=len(x) != num_pairs,
-        HAS_BIAS=bias is not None,
-        SCALES_INPUTS=scale_inputs is not None,
-        SCALES_OUTPUTS=scale_outputs is not None,
-    )

@@ -254,6 +254,102 @@ def grouped_quantized_kernel(
     )
 
 
+@triton.jit
+def row_products(
+    x_ptr, codes_ptr, scales_ptr, mins_ptr, outputs, is_output,
+    row_bytes, codes_stride, scales_stride, scale_gain, gain,
+    table_0, table_1, table_2, table_3,
+    BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    KIND: tl.constexpr, HAS_MINS: tl.constexpr,
+):  # fmt: skip
+    """float32 [N]: weight rows `outputs` times one row of x, all in float32.
+
+    Codes of a group are added up before their scale multiplies the sum.
+    """
+    COUNT: tl.constexpr = GROUP if KIND == BYTES else _HALF
+    WIDTH: tl.constexpr = GROUP if KIND == BYTES else _BLOCK
+    GROUPS: tl.constexpr = BLOCK_B // COUNT
+    offs = tl.arange(0, BLOCK_B)
+    groups = tl.arange(0, GROUPS)
+    in_group = tl.arange(0, COUNT)
+    codes_at = codes_ptr + outputs.to(tl.int64)[:, None] * codes_stride + offs[None, :]
+    scales_at = outputs.to(tl.int64)[:, None] * scales_stride + groups[None, :]
+    x_at = x_ptr + groups[:, None] * WIDTH + in_group[None, :]
+    last_group = row_bytes // COUNT
+    acc = tl.zeros([BLOCK_N, GROUPS], tl.float32)
+    for start in tl.range(0, row_bytes, BLOCK_B, num_stages=STAGES):
+        codes = tl.load(
+            codes_at + start, mask=is_output[:, None] & (start + offs < row_bytes)[None, :], other=0
+        )
+        first = start // COUNT
+        inside = first + groups < last_group
+        scales = tl.load(
+            scales_ptr + scales_at + first, mask=is_output[:, None] & inside[None, :], other=0.0
+        )
+        x = tl.load(x_at + first * WIDTH, mask=inside[:, None], other=0.0).to(tl.float32)
+        if KIND == BYTES:
+            wide = tl.reshape(codes.to(tl.float32), [BLOCK_N, GROUPS, COUNT])
+            part = tl.sum(wide * x[None, :, :], 2)
+            x_sum = tl.sum(x, 1)
+        else:
+            low, high = half_numbers(codes, table_0, table_1, table_2, table_3, KIND)
+            others = tl.load(x_at + first * WIDTH + _HALF, mask=inside[:, None], other=0.0)
+            others = others.to(tl.float32)
+            part = tl.sum(tl.reshape(low, [BLOCK_N, GROUPS, COUNT]) * x[None, :, :], 2)
+            rest = tl.sum(tl.reshape(high, [BLOCK_N, GROUPS, COUNT]) * others[None, :, :], 2)
+            if KIND == NIBBLES:
+                rest *= 0.0625
+            part += rest
+            x_sum = tl.sum(x, 1) + tl.sum(others, 1)
+        acc += part * (scales.to(tl.float32) * scale_gain)
+        if HAS_MINS:
+            mins = tl.load(
+                mins_ptr + scales_at + first, mask=is_output[:, None] & inside[None, :], other=0.0
+            )
+            acc += mins.to(tl.float32) * gain * x_sum[None, :]
+    return tl.sum(acc, 1)
+
+
+@triton.jit(do_not_specialize=["table_0", "table_1", "table_2", "table_3"])
+def quantized_rows_kernel(
+    x_ptr, codes_ptr, scales_ptr, mins_ptr, bias_ptr, out_ptr, experts_ptr, pair_weights_ptr,
+    num_outputs, row_bytes, x_stride, codes_stride, scales_stride, bias_stride, out_stride,
+    scale_gain, gain, table_0, table_1, table_2, table_3,
+    EXPERT_ROWS: tl.constexpr, CHOSEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    KIND: tl.constexpr, HAS_MINS: tl.constexpr, HAS_BIAS: tl.constexpr, BY_EXPERT: tl.constexpr,
+    SCALES_INPUTS: tl.constexpr, SCALES_OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """Program (b, r): N outputs of row r of x, or of pair r of token and expert.
+
+    Row r of `out` is that of x[r // CHOSEN] and of the matrix of experts[r] (BY_EXPERT), whose
+    pointers stand at expert 0's first output. No weight is rounded.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_output = outputs < num_outputs
+    first = 0
+    expert = row * 0
+    if BY_EXPERT:
+        expert = tl.load(experts_ptr + row)
+        first = expert * EXPERT_ROWS
+    out = row_products(
+        x_ptr + row // CHOSEN * x_stride, codes_ptr, scales_ptr, mins_ptr,
+        first + outputs, is_output,
+        row_bytes, codes_stride, scales_stride, scale_gain, gain,
+        table_0, table_1, table_2, table_3, BLOCK_N, BLOCK_B, GROUP, STAGES, KIND, HAS_MINS,
+    )  # fmt: skip
+    if SCALES_INPUTS:
+        out *= tl.load(pair_weights_ptr + row)
+    if HAS_BIAS:
+        bias_at = bias_ptr + expert * bias_stride + outputs
+        out += tl.load(bias_at, mask=is_output, other=0.0).to(tl.float32)
+    if SCALES_OUTPUTS:
+        out *= tl.load(pair_weights_ptr + row)
+    kind = out_ptr.dtype.element_ty
+    tl.store(out_ptr + row * out_stride + outputs, out.to(kind), mask=is_output)
+
+
 @triton.jit(do_not_specialize=["table_0", "table_1", "table_2", "table_3"])
 def dequantize_kernel(
     codes_ptr, scales_ptr, mins_ptr, ids_ptr, out_ptr,
