@@ -195,7 +195,10 @@ def compile_quantized(
     tile: list[int] | None = None,
     options: dict[str, int] | None = None,
 ) -> Any:
-    """A kernel over codes; `rows` chooses the tile as a call with so many does."""
+    """A kernel over codes; `rows` chooses the tile as a call with so many does.
+
+    Of single rows it is the number of outputs instead.
+    """
     x_type = getattr(torch, dtype)
     kind = torch.uint8 if bits == 4 else torch.int8
     codes = torch.empty(1, 64 * bits, dtype=kind)
@@ -203,9 +206,7 @@ def compile_quantized(
     weight = QuantizedWeight(
         codes, halves, halves if mins else None, 1.0, None if values is None else tuple(values)
     )
-    sizes = weight.launch_sizes(
-        GroupedTile(*tile) if tile and name != "rows" else default_tile(rows, x_type), x_type
-    )
+    sizes = weight.launch_sizes(GroupedTile(*tile) if tile else default_tile(rows, x_type), x_type)
     sizes.pop("enable_fp_fusion")
     sizes.update(options or {})
     given = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
@@ -227,7 +228,9 @@ def compile_quantized(
             "SCALES_INPUTS": False,
             "EXPERT_ROWS": 5760,
             "CHOSEN": 4,
-            **({"BLOCK_N": tile[0], "BLOCK_B": tile[1], "STAGES": tile[2]} if tile else {}),
+            "BLOCK_N": rows,
+            "BLOCK_B": 256,
+            "STAGES": 4,
         }
         return compiled(quantized_rows_kernel, constants, types, {"num_warps": 4})
     if name == "sum":

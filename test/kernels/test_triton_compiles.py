@@ -77,6 +77,10 @@ UNEVEN = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 def test_quantised_products(tmp_path: Path) -> None:
     """Codes come 16 bytes at a time beside the arithmetic, and become numbers in registers."""
     few: dict[str, Any] = {"kernel": "quantized", "values": E2M1}
+    (single,) = compile_all([{**few, "name": "rows", "rows": 16}], tmp_path)
+    assert single["stack_bytes"] == 0
+    assert single["instructions"]["cp.async.cg.shared.global"] >= 8
+    assert max(single["on_their_way"]) >= 6
     grouped = {**few, "name": "grouped"}
     for made in compile_all([few, {**few, "rows": 128, "splits": 1}, grouped], tmp_path):
         assert made["shared_bytes"] <= SHARED_BYTES
@@ -105,6 +109,7 @@ def test_every_quantised_kernel(tmp_path: Path) -> None:
             for name in ("linear", "grouped"):
                 cases.append({**kind, "name": name, "rows": rows, "splits": 1})
         cases.append({**kind, "rows": 16, "splits": 16})
+        cases += [{**kind, "name": "rows", "rows": outputs} for outputs in (8, 16)]
         cases.append({**kind, "name": "dequantize"})
         cases.append({**kind, "rows": 64, "dtype": "float16"})
     cases += [{**kinds[2], "name": "grouped", "rows": rows, "scales": True} for rows in (16, 128)]

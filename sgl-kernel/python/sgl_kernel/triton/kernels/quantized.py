@@ -277,15 +277,24 @@ def row_products(
     x_at = x_ptr + groups[:, None] * WIDTH + in_group[None, :]
     last_group = row_bytes // COUNT
     acc = tl.zeros([BLOCK_N, GROUPS], tl.float32)
+    mask = is_output[:, None] & (groups < last_group)[None, :]
+    scales = tl.load(scales_ptr + scales_at, mask=mask, other=0.0)  # a turn ahead, as above
+    mins = scales
+    if HAS_MINS:
+        mins = tl.load(mins_ptr + scales_at, mask=mask, other=0.0)
     for start in tl.range(0, row_bytes, BLOCK_B, num_stages=STAGES):
         codes = tl.load(
             codes_at + start, mask=is_output[:, None] & (start + offs < row_bytes)[None, :], other=0
         )
         first = start // COUNT
         inside = first + groups < last_group
-        scales = tl.load(
-            scales_ptr + scales_at + first, mask=is_output[:, None] & inside[None, :], other=0.0
-        )
+        scale = scales.to(tl.float32) * scale_gain
+        low_end = mins.to(tl.float32) * gain
+        ahead = first + GROUPS
+        mask = is_output[:, None] & (ahead + groups < last_group)[None, :]
+        scales = tl.load(scales_ptr + scales_at + ahead, mask=mask, other=0.0)
+        if HAS_MINS:
+            mins = tl.load(mins_ptr + scales_at + ahead, mask=mask, other=0.0)
         x = tl.load(x_at + first * WIDTH, mask=inside[:, None], other=0.0).to(tl.float32)
         if KIND == BYTES:
             wide = tl.reshape(codes.to(tl.float32), [BLOCK_N, GROUPS, COUNT])
@@ -301,12 +310,9 @@ def row_products(
                 rest *= 0.0625
             part += rest
             x_sum = tl.sum(x, 1) + tl.sum(others, 1)
-        acc += part * (scales.to(tl.float32) * scale_gain)
+        acc += part * scale
         if HAS_MINS:
-            mins = tl.load(
-                mins_ptr + scales_at + first, mask=is_output[:, None] & inside[None, :], other=0.0
-            )
-            acc += mins.to(tl.float32) * gain * x_sum[None, :]
+            acc += low_end * x_sum[None, :]
     return tl.sum(acc, 1)
 
 
