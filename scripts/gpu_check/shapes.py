@@ -135,21 +135,21 @@ def compiled_shapes(dry: bool) -> Sequence[AttentionShape]:
 
 
 def checked_codes(dry: bool) -> Sequence[CodesShape]:
-    """Every layout and type, and every height of a tile; widths that fill none."""
+    """Every layout and type, single rows and every height of a tile; widths that fill none."""
     if dry:
         return (CodesShape("MXFP4", 1, 35, 96), CodesShape("8 bits", 20, 35, 96, "float32"))
     layouts = ("4 bits", "4 bits with minima", "MXFP4", "4 bits by table", "8 bits", "8 bits in 16")
-    shapes = [CodesShape(layout, rows, 1037, 2880) for layout in layouts for rows in (3, 300)]
+    shapes = [CodesShape(layout, rows, 1037, 2880) for layout in layouts for rows in (1, 3, 300)]
     shapes += [CodesShape("MXFP4", rows, 1037, 2880) for rows in (30, 60)]
     shapes += [CodesShape("MXFP4", rows, 1037, 2880, "float16") for rows in (3, 300)]
     return (*shapes, CodesShape("8 bits", 3, 1037, 2880, "float32"))
 
 
 def checked_experts(dry: bool) -> Sequence[ExpertsShape]:
-    """Few rows of each expert, and many."""
+    """Pairs that are not sorted, few rows of each expert, and many."""
     if dry:
         return (ExpertsShape("MXFP4", 3, 4, 2, 64, 32),)
-    return tuple(ExpertsShape("MXFP4", rows, 16, 4, 2880, 1440) for rows in (3, 700))
+    return tuple(ExpertsShape("MXFP4", rows, 16, 4, 2880, 1440) for rows in (1, 3, 700))
 
 
 def timed_codes(dry: bool) -> Sequence[CodesShape]:

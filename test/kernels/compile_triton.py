@@ -206,7 +206,9 @@ def compile_quantized(
     weight = QuantizedWeight(
         codes, halves, halves if mins else None, 1.0, None if values is None else tuple(values)
     )
-    sizes = weight.launch_sizes(GroupedTile(*tile) if tile else default_tile(rows, x_type), x_type)
+    sizes = weight.launch_sizes(
+        GroupedTile(*tile) if tile else default_tile(rows, bits, x_type), x_type
+    )
     sizes.pop("enable_fp_fusion")
     sizes.update(options or {})
     given = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}

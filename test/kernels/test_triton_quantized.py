@@ -138,13 +138,13 @@ def test_places_beyond_31_bits() -> None:
 def test_a_row_is_the_same_beside_others() -> None:
     """Whatever the number of rows, as long as these fit one tile."""
     shape = (2880, 4096)
-    splits = {default_splits(rows, shape, default_tile(16, torch.bfloat16), 396)
+    splits = {default_splits(rows, shape, default_tile(16, 4, torch.bfloat16), 396)
               for rows in (1, 2, 16)}  # fmt: skip
     assert splits == {8}
-    assert default_splits(17, shape, default_tile(16, torch.bfloat16), 396) == 1
-    assert default_splits(1, (201_088, 2880), default_tile(1, torch.bfloat16), 396) == 1
-    assert default_splits(1, (64, 64), default_tile(1, torch.bfloat16), 396) == 1
-    tiles = [default_tile(rows, torch.bfloat16) for rows in (1, 17, 33, 65, 9000)]
+    assert default_splits(17, shape, default_tile(16, 4, torch.bfloat16), 396) == 1
+    assert default_splits(1, (201_088, 2880), default_tile(1, 4, torch.bfloat16), 396) == 1
+    assert default_splits(1, (64, 64), default_tile(1, 4, torch.bfloat16), 396) == 1
+    tiles = [default_tile(rows, 4, torch.bfloat16) for rows in (1, 17, 33, 65, 9000)]
     assert [(tile.rows, tile.columns) for tile in tiles] == [
         *((16, 64), (32, 64), (64, 64), (128, 128), (128, 128))
     ]

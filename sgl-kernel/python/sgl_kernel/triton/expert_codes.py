@@ -80,7 +80,7 @@ def grouped_quantized(
     if scale_inputs is not None and scale_outputs is not None:
         raise KernelError("weights of the pairs multiply inputs or outputs, not both")
     if tile is None:
-        tile = default_tile(pairs.block, x.dtype)
+        tile = default_tile(pairs.block, weight.bits, x.dtype)
     if tile.rows != pairs.block:
         raise KernelError(f"tiles of {pairs.block} and {tile.rows} rows")
     if not num_pairs:

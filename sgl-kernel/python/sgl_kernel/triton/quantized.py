@@ -83,7 +83,7 @@ class QuantizedWeight(CodedWeight):
         if rows == 1 and tile is None and self.shape[0]:
             self.launch_rows(x, out, bias)
         elif rows and self.shape[0]:
-            tile = default_tile(rows, x.dtype) if tile is None else tile
+            tile = default_tile(rows, self.bits, x.dtype) if tile is None else tile
             if splits is None:
                 splits = default_splits(rows, self.shape, tile, num_programs(x.device))
             self._launch(x, bias, out, tile, splits)
@@ -259,14 +259,14 @@ def num_programs(device: torch.device) -> int:
     return int(found) * _PROGRAMS_OF_A_MULTIPROCESSOR
 
 
-def default_tile(rows: int, dtype: torch.dtype) -> GroupedTile:
+def default_tile(rows: int, bits: int, dtype: torch.dtype) -> GroupedTile:
     """A tile about as high as there are rows. Chosen by arithmetic, not by measurement.
 
-    64 outputs are what four warps multiply at a time, and codes of four bits for 128 inputs what
-    four threads load.
+    64 outputs are what four warps multiply at a time. Codes of 64 bytes are what four threads load;
+    high tiles, which wait for arithmetic rather than for codes, take less to leave registers free.
     """
     height = min(128, max(16, power_of_two(rows)))
-    depth = (64 if height == 128 else 128) * 2 // dtype.itemsize
+    depth = (256 // bits if height == 128 else 128) * 2 // dtype.itemsize
     return GroupedTile(height, 128 if height == 128 else 64, depth)
 
 
