@@ -206,8 +206,11 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
             choose_quantization(name, is_gguf=False, device=device)
     monkeypatch.setattr("sglang.srt.utils.native.native_kernels", lambda: None)
     assert choose_quantization(None, is_gguf=True, device="cpu") == "none"
-    with pytest.raises(ValueError, match=r"needs the native kernels.*a C\+\+ compiler"):
+    with pytest.raises(ValueError, match="needs the native kernels"):
         choose_quantization("gguf", is_gguf=True, device="cpu")
+
+
+def test_what_is_chosen_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for found, kept in ((object(), "gguf"), (None, "none")):
         monkeypatch.setattr("sglang.srt.utils.native._layer_kernels", lambda found=found: found)
         assert choose_quantization(None, is_gguf=True, device="cuda:1") == kept

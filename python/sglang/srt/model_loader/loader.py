@@ -108,7 +108,7 @@ def open_weights(
 ) -> WeightSource:
     """Find the files that `load_format` (not `dummy`) means; see `load_model` for errors.
 
-    `kernels`, that of `codes_kernels`: a GGUF file's matrices keep their codes for it.
+    `kernels`, the package sgl_kernel: a GGUF file's matrices keep their codes for it.
     """
     if config.is_gguf != (load_format == "gguf") and load_format != "auto":
         kind = "a GGUF file" if config.is_gguf else "a Hugging Face directory"
