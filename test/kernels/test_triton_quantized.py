@@ -144,6 +144,13 @@ def test_a_row_is_the_same_beside_others() -> None:
     assert default_splits(17, shape, default_tile(16, 4, torch.bfloat16), 396) == 1
     assert default_splits(1, (201_088, 2880), default_tile(1, 4, torch.bfloat16), 396) == 1
     assert default_splits(1, (64, 64), default_tile(1, 4, torch.bfloat16), 396) == 1
+    depths = {
+        default_tile(rows, bits, dtype).depth % 32
+        for rows in (1, 500)
+        for bits in (4, 8)
+        for dtype in STEP
+    }
+    assert depths == {0}
     tiles = [default_tile(rows, 4, torch.bfloat16) for rows in (1, 17, 33, 65, 9000)]
     assert [(tile.rows, tile.columns) for tile in tiles] == [
         *((16, 64), (32, 64), (64, 64), (128, 128), (128, 128))
@@ -256,6 +263,8 @@ def test_what_does_not_fit_is_refused() -> None:
         weight.multiply(drawn(2, 32))
     with pytest.raises(KernelError, match=r"does not serve torch\.float64"):
         weight.multiply(drawn(2, 64).double())
+    with pytest.raises(KernelError, match="tiles of 16 inputs cut a block"):
+        weight.multiply(drawn(2, 64), tile=GroupedTile(16, 16, 16))
     with pytest.raises(KernelError, match="bias must be contiguous"):
         weight.multiply(drawn(2, 64), drawn(7))
     with pytest.raises(KernelError, match=r"is no torch\.float32"):

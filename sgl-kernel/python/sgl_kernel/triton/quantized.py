@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from sgl_kernel.codes import CodedWeight
+from sgl_kernel.codes import BLOCK, CodedWeight
 from sgl_kernel.library import KernelError
 from sgl_kernel.triton.kernels.quantized import (
     BYTES,
@@ -233,7 +233,12 @@ class QuantizedWeight(CodedWeight):
         return *strides, float(self.gain) * factor, float(self.gain), *table
 
     def launch_sizes(self, tile: GroupedTile, dtype: torch.dtype) -> dict[str, object]:
-        """What a kernel of products is compiled for, with inputs of `dtype`."""
+        """What a kernel of products is compiled for, with inputs of `dtype`.
+
+        Raises KernelError for a tile that cuts blocks of 32 inputs.
+        """
+        if tile.depth % BLOCK:
+            raise KernelError(f"tiles of {tile.depth} inputs cut a block")
         return {
             "BLOCK_N": tile.columns,
             "BLOCK_M": tile.rows,
@@ -267,7 +272,7 @@ def default_tile(rows: int, bits: int, dtype: torch.dtype) -> GroupedTile:
     """
     height = min(128, max(16, power_of_two(rows)))
     depth = (256 // bits if height == 128 else 128) * 2 // dtype.itemsize
-    return GroupedTile(height, 128 if height == 128 else 64, depth)
+    return GroupedTile(height, 128 if height == 128 else 64, max(depth, BLOCK))
 
 
 def default_splits(rows: int, shape: tuple[int, int], tile: GroupedTile, programs: int) -> int:
