@@ -123,6 +123,7 @@ class ExpertWeights(nn.Module):
         self.up: ExpertMatrix | None = None
         self.down: ExpertMatrix | None = None
         self._halves: dict[str, QuantizedWeight | None] = {}  # of gate and up, None: numbers
+        self._numbers_loaded = 0  # of gate_up_proj and down_proj
         self._parallel = parallel
 
     def native_parts(self, kernels: ModuleType) -> tuple[Any, Any, Any] | None:
@@ -158,6 +159,11 @@ class ExpertWeights(nn.Module):
                 return None
         down = self.down_proj if self.down is None else self.down.codes(kernels)
         return None if down is None else (gate_up, down)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether all weights have come; biases don't count."""
+        return self._numbers_loaded == self.gate_up_proj.numel() + self.down_proj.numel()
 
     def quantize(self, kernels: ModuleType) -> None:
         """Round loaded weights to bytes (see int8.py), where widths allow and they are not so yet.
@@ -211,11 +217,11 @@ class ExpertWeights(nn.Module):
         elif param_name == "gate_up_proj":
             give_memory(self.gate_up_proj)
             for target, half in self._gate_and_up(loaded, self.gate_up_proj.data):
-                copy_checked(target, half.transpose(1, 2), param_name)
+                self._copy(target, half.transpose(1, 2), param_name)
         elif param_name == "down_proj":
             self._check_width(loaded, 1, self.intermediate_size)
             give_memory(self.down_proj)
-            copy_checked(self.down_proj.data, self._cut(loaded, 1).transpose(1, 2), param_name)
+            self._copy(self.down_proj.data, self._cut(loaded, 1).transpose(1, 2), param_name)
         elif param_name == "gate_up_proj_bias" and self.gate_up_proj_bias is not None:
             for target, half in self._gate_and_up(loaded, self.gate_up_proj_bias.data):
                 copy_checked(target, half, param_name)
@@ -229,11 +235,11 @@ class ExpertWeights(nn.Module):
         give_memory(self.get_parameter(param_name))
         if param_name == "down_proj":
             self._check_width(loaded, 1, self.intermediate_size)
-            copy_checked(self.down_proj.data[expert], self._cut(loaded, 1), what)
+            self._copy(self.down_proj.data[expert], self._cut(loaded, 1), what)
             return
         self._check_width(loaded, 0, self.intermediate_size)
         target = self._half(self.gate_up_proj.data[expert], 0, part)
-        copy_checked(target, self._cut(loaded, 0), what)
+        self._copy(target, self._cut(loaded, 0), what)
 
     def _load_stacked(self, param_name: str, loaded: torch.Tensor, part: str) -> None:
         what = f"{part} of all experts"
@@ -242,14 +248,18 @@ class ExpertWeights(nn.Module):
         if part == "down":
             if param_name == "down_proj":
                 self._check_width(loaded, 2, self.intermediate_size)
-                loaded = self._cut(loaded, 2)
-            copy_checked(target, loaded, what)
+                self._copy(target, self._cut(loaded, 2), what)
+            else:
+                copy_checked(target, loaded, what)
             return
         self._check_width(loaded, 1, self.intermediate_size)
-        copy_checked(self._half(target, 1, part), self._cut(loaded, 1), what)
+        half, loaded = self._half(target, 1, part), self._cut(loaded, 1)
         if param_name == "gate_up_proj":
+            self._copy(half, loaded, what)
             self._halves[part] = None
             self._settle_gate_up()
+        else:
+            copy_checked(half, loaded, what)
 
     def _load_quantized(self, loaded: QuantizedWeight, part: str) -> None:
         rows, columns = self.intermediate_size, self.hidden_size
@@ -304,6 +314,10 @@ class ExpertWeights(nn.Module):
         matrix = QuantizedMatrix([move_to(weight, self.down_proj.device)])
         self.down = ExpertMatrix(matrix, self.hidden_size, 0, self.hidden_size)
         self.down_proj.data = self.down_proj.data.new_empty(0, self.hidden_size, self.width)
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, what: str) -> None:
+        copy_checked(target, source, what)
+        self._numbers_loaded += target.numel()
 
     def _half(self, both: torch.Tensor, dim: int, part: str) -> torch.Tensor:
         """The gate's or the up's part of both, which stand one after the other along `dim`."""

@@ -44,6 +44,7 @@ class _VocabShard(WeightOwner):
                 loaded = numbers_like(loaded, self.weight)
             give_memory(self.weight)
             self.weight.data[self._filled :].zero_()
+            self._rows_loaded += len(self.weight) - self._filled
         self.load_rows(0, narrow_rows(loaded, self._first, self._filled), "weight")
 
 

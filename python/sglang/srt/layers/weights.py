@@ -106,6 +106,11 @@ class WeightOwner(nn.Module):
         if self._parts and self._rows_loaded == len(self.weight):
             self._settle()
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether all rows have come."""
+        return self.quantized is not None or self._rows_loaded == len(self.weight)
+
     def quantize(self, kernels: ModuleType) -> None:
         """Round a loaded weight to bytes (see int8.py), if its width allows and it is not so yet.
 
