@@ -106,6 +106,20 @@ def test_single_rows(layout: str) -> None:
         assert torch.equal(weight.multiply(x), weight.multiply(x, torch.zeros(outs, dtype=dtype)))
 
 
+def test_an_idle_chip_gets_more_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer outputs each of a single row, and shares of the inputs of several."""
+    weight = make("4+min", 21, 1184)
+    x, nothing = drawn(3, 1184, dtype=torch.bfloat16), torch.zeros(21, dtype=torch.bfloat16)
+    alone, several = weight.multiply(x[:1]), weight.multiply(x)
+    monkeypatch.setattr("sgl_kernel.triton.quantized.num_programs", lambda device: 396)
+    tile = default_tile(3, 4, torch.bfloat16)
+    assert default_splits(3, weight.shape, tile, 396) == 2
+    assert torch.equal(weight.multiply(x[:1]), alone)
+    assert torch.equal(weight.multiply(x), weight.multiply(x, tile=tile, splits=2))
+    close(weight.multiply(x), x, numbers(weight), nothing)
+    close(several, x, numbers(weight), nothing)
+
+
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_numbers(layout: str) -> None:
     """Whole weights and single outputs; a place of many numbers, of which some are left alone."""
