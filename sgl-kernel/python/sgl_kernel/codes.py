@@ -49,7 +49,8 @@ class CodedWeight:
         if self.values is not None:
             fits = len(self.values) == _VALUES and max(map(abs, self.values)) <= _MOST
             if self.bits != 4 or not fits:
-                raise KernelError(f"values {self.values} of {self.bits} bits are not served")
+                what = f"codes of {self.bits} bits with values {self.values}"
+                raise KernelError(f"{what} are not served")
         for part in (scales,) if mins is None else (scales, mins):
             if part.dtype != torch.float16 or part.shape != (len(codes), scales.shape[1]):
                 raise KernelError(f"scales must be float16 {[len(codes), scales.shape[1]]}")
