@@ -281,6 +281,8 @@ def test_what_does_not_fit_is_refused() -> None:
         weight.multiply(drawn(2, 64), tile=GroupedTile(16, 16, 16))
     with pytest.raises(KernelError, match="bias must be contiguous"):
         weight.multiply(drawn(2, 64), drawn(7))
+    with pytest.raises(KernelError, match="is no place for a product"):
+        weight.multiply_into(torch.empty(2, 7), drawn(2, 64))
     with pytest.raises(KernelError, match=r"is no torch\.float32"):
         weight.dequantize_into(torch.empty(8, 63))
     with pytest.raises(KernelError, match="ids must be contiguous int64"):

@@ -73,13 +73,28 @@ class QuantizedWeight(CodedWeight):
         types that are not served.
         """
         del num_threads, round_inputs, round_weight
+        out = torch.empty((len(x), self.shape[0]), dtype=x.dtype, device=x.device)
+        self.multiply_into(out, x, bias, tile=tile, splits=splits)
+        return out
+
+    def multiply_into(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        tile: GroupedTile | None = None,
+        splits: int | None = None,
+    ) -> None:
+        """As `multiply`, into out [R, N] of the type of x, whose rows are contiguous."""
         check_device(x, self.codes)
         rows, width = x.shape
         if x.dtype not in SERVED or width != self.shape[1] or x.stride(1) != 1:
             raise KernelError(f"a weight of {self.shape} does not serve {x.dtype} {list(x.shape)}")
         if bias is not None and (bias.shape != self.shape[:1] or not bias.is_contiguous()):
             raise KernelError(f"bias must be contiguous [{self.shape[0]}]")
-        out = torch.empty((rows, self.shape[0]), dtype=x.dtype, device=x.device)
+        if out.dtype != x.dtype or out.shape != (rows, self.shape[0]) or out.stride(1) != 1:
+            raise KernelError(f"{out.dtype} {list(out.shape)} is no place for a product")
         if rows == 1 and tile is None and self.shape[0]:
             self.launch_rows(x, out, bias)
         elif rows and self.shape[0]:
@@ -87,7 +102,6 @@ class QuantizedWeight(CodedWeight):
             if splits is None:
                 splits = default_splits(rows, self.shape, tile, num_programs(x.device))
             self._launch(x, bias, out, tile, splits)
-        return out
 
     def _launch(
         self,
@@ -100,11 +114,12 @@ class QuantizedWeight(CodedWeight):
         rows, outputs = out.shape
         target = out
         if splits > 1:
-            target = torch.empty((splits, rows, outputs), dtype=torch.float32, device=x.device)
+            size = (splits * rows, outputs)
+            target = torch.empty(size, dtype=torch.float32, device=x.device)
         row_tiles = -(-rows // tile.rows)
         quantized_linear_kernel[(row_tiles * -(-outputs // tile.columns), splits)](
             *(x, self.codes, self.scales, self.mins, bias if splits == 1 else None, target),
-            *(rows, outputs, self.codes.shape[1], x.stride(0)),
+            *(rows, outputs, self.codes.shape[1], x.stride(0), target.stride(0)),
             *self.launch_numbers,
             **self.launch_sizes(tile, x.dtype),
             TOGETHER=8,
@@ -114,7 +129,7 @@ class QuantizedWeight(CodedWeight):
         if splits > 1:
             block = min(_SUM_OUTPUTS, power_of_two(outputs))
             sum_splits_kernel[(rows, -(-outputs // block))](
-                *(target, bias, out, rows, outputs),
+                *(target, bias, out, rows, outputs, out.stride(0)),
                 SPLITS=splits,
                 BLOCK=block,
                 HAS_BIAS=bias is not None,

@@ -112,6 +112,11 @@ class QuantizedWeight(Protocol):
         round_weight: bool = False,
     ) -> torch.Tensor: ...
 
+    def multiply_into(
+        self, out: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
+        """Only of those on a device."""
+
     def dequantize(self, dtype: torch.dtype, *, num_threads: int = 1) -> torch.Tensor: ...
 
     def dequantize_rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
@@ -181,7 +186,9 @@ class QuantizedMatrix:
         """
         last = self.shape[0] if last is None else last
         flat = x.reshape(-1, self.shape[1])
-        natively = self._on_device or len(flat) <= _NATIVE_ROWS or _by_tiles(flat)
+        if self._on_device:
+            return self._on_gpu(flat, bias, first, last).view(*x.shape[:-1], last - first)
+        natively = len(flat) <= _NATIVE_ROWS or _by_tiles(flat)
         if natively or all(_rounds(part, flat) for part in self._parts):
             out = self._native(flat, bias, first, last)
         else:
@@ -222,22 +229,28 @@ class QuantizedMatrix:
             out = torch.where(here.unsqueeze(-1), rows, out)
         return out
 
+    def _on_gpu(
+        self, flat: torch.Tensor, bias: torch.Tensor | None, first: int, last: int
+    ) -> torch.Tensor:
+        """flat [R, K] times the outputs [first, last), each part's written in its place."""
+        out = flat.new_empty(len(flat), last - first)
+        for begin, part in self._parts_of(first, last):
+            place = slice(begin - first, begin - first + part.shape[0])
+            part.multiply_into(out[:, place], flat, None if bias is None else bias[place])
+        return out
+
     def _native(
         self, flat: torch.Tensor, bias: torch.Tensor | None, first: int, last: int
     ) -> torch.Tensor:
         threads = torch.get_num_threads()
-        tiles = not self._on_device and _by_tiles(flat)
+        tiles = _by_tiles(flat)
         outs = []
         for begin, part in self._parts_of(first, last):
             end = begin + part.shape[0]
-            own_bias = None if bias is None else bias[begin - first : end - first]
-            if part.on_device:
-                outs.append(part.multiply(flat, own_bias))
-                continue
             outs.append(
                 part.multiply(
                     flat,
-                    own_bias,
+                    None if bias is None else bias[begin - first : end - first],
                     num_threads=threads,
                     round_inputs=not tiles and _rounds(part, flat),
                     round_weight=tiles,

@@ -141,7 +141,8 @@ def place_of(program, row_tiles, output_tiles, TOGETHER: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows", "table_0", "table_1", "table_2", "table_3"])
 def quantized_linear_kernel(
     x_ptr, codes_ptr, scales_ptr, mins_ptr, bias_ptr, out_ptr,
-    num_rows, num_outputs, row_bytes, x_stride, codes_stride, scales_stride, scale_gain, gain,
+    num_rows, num_outputs, row_bytes, x_stride, out_stride, codes_stride, scales_stride,
+    scale_gain, gain,
     table_0, table_1, table_2, table_3,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr, GROUP: tl.constexpr,
     TOGETHER: tl.constexpr, SPLITS: tl.constexpr,
@@ -150,7 +151,7 @@ def quantized_linear_kernel(
 ):  # fmt: skip
     """Program (p, s): a tile of N outputs of M rows, over share s of the inputs.
 
-    With SPLITS > 1 `out` are float32 parts [SPLITS, R, N], to which no bias is added.
+    With SPLITS > 1 `out` are float32 parts [SPLITS * R, N], to which no bias is added.
     """
     output_tiles = tl.cdiv(num_outputs, BLOCK_N)
     tile, block = place_of(
@@ -172,7 +173,7 @@ def quantized_linear_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + outputs, mask=is_output, other=0.0)
         acc += bias.to(tl.float32)[:, None]
-    places = (split.to(tl.int64) * num_rows + rows)[None, :] * num_outputs + outputs[:, None]
+    places = (split.to(tl.int64) * num_rows + rows)[None, :] * out_stride + outputs[:, None]
     tl.store(
         out_ptr + places,
         acc.to(out_ptr.dtype.element_ty),
@@ -182,10 +183,10 @@ def quantized_linear_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def sum_splits_kernel(
-    parts_ptr, bias_ptr, out_ptr, num_rows, num_outputs,
+    parts_ptr, bias_ptr, out_ptr, num_rows, num_outputs, out_stride,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, b): the sum of row r's float32 parts [SPLITS, R, N], the first one first."""
+    """Program (r, b): the sum of row r's float32 parts [SPLITS * R, N], the first one first."""
     row = tl.program_id(0).to(tl.int64)
     outputs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = outputs < num_outputs
@@ -195,7 +196,7 @@ def sum_splits_kernel(
         total += tl.load(parts_ptr + at + outputs, mask=mask, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias_ptr + outputs, mask=mask, other=0.0).to(tl.float32)
-    at = row * num_outputs + outputs
+    at = row * out_stride + outputs
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
