@@ -10,6 +10,8 @@ Legend: N outputs, K inputs, R rows of x, B bytes of a row's codes, M rows of a 
 import triton
 import triton.language as tl
 
+from sgl_kernel.triton.kernels.moe import place_of
+
 # What codes stand for, see `_kind` of sgl_kernel.triton.quantized.
 BYTES = tl.constexpr(0)
 NIBBLES = tl.constexpr(1)
@@ -126,15 +128,6 @@ def products(
             weight = weight.to(X_TYPE).to(DOT_TYPE)
             acc = tl.dot(weight, x.to(DOT_TYPE), acc, input_precision=PRECISION)
     return acc
-
-
-@triton.jit
-def place_of(program, row_tiles, output_tiles, TOGETHER: tl.constexpr):
-    """(tile of rows, tile of outputs): TOGETHER tiles of rows share one of outputs in turn."""
-    in_group = TOGETHER * output_tiles
-    first = program // in_group * TOGETHER
-    group_tiles = tl.minimum(row_tiles - first, TOGETHER)
-    return first + program % in_group % group_tiles, program % in_group // group_tiles
 
 
 # The number of rows differs from step to step, and table and gains from layer to layer.
