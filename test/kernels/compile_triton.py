@@ -37,7 +37,7 @@ from sgl_kernel.triton.kernels.quantized import (
 )
 from sgl_kernel.triton.kernels.rows import gate_kernel, rms_norm_kernel, route_kernel
 from sgl_kernel.triton.kernels.store import rotate_and_store_kernel
-from sgl_kernel.triton.launch import FP_FUSION, TRITON_TYPES, GroupedTile, power_of_two
+from sgl_kernel.triton.launch import FP_FUSION, TRITON_TYPES, power_of_two
 from sgl_kernel.triton.quantized import QuantizedWeight, default_tile
 from sgl_kernel.triton.work import Tile
 
@@ -192,71 +192,53 @@ def compile_quantized(
     values: list[int] | None = None,
     scales: bool = False,
     splits: int = 4,
-    tile: list[int] | None = None,
-    options: dict[str, int] | None = None,
+    bare: bool = False,
 ) -> Any:
     """A kernel over codes; `rows` chooses the tile as a call with so many does.
 
-    Of single rows it is the number of outputs instead.
+    Of single rows it is the number of outputs instead. `bare`: without all that a call may lack.
     """
     x_type = getattr(torch, dtype)
-    kind = torch.uint8 if bits == 4 else torch.int8
-    codes = torch.empty(1, 64 * bits, dtype=kind)
+    codes = torch.empty(1, 64 * bits, dtype=torch.uint8 if bits == 4 else torch.int8)
     halves = torch.empty(1, 512 // group, dtype=torch.float16)
-    weight = QuantizedWeight(
-        codes, halves, halves if mins else None, 1.0, None if values is None else tuple(values)
-    )
-    sizes = weight.launch_sizes(
-        GroupedTile(*tile) if tile else default_tile(rows, bits, x_type), x_type
-    )
-    sizes.pop("enable_fp_fusion")
-    sizes.update(options or {})
-    given = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
-    own = TRITON_TYPES[x_type]
+    weight = QuantizedWeight(codes, halves, halves if mins else None, values=values)
+    sizes = weight.launch_sizes(default_tile(rows, bits, x_type), x_type)
+    options = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
+    kept = {key: sizes[key] for key in ("GROUP", "KIND", "HAS_MINS")}
+    experts = {"EXPERT_ROWS": 5760, "CHOSEN": 4, "HAS_BIAS": True}
+    scaled = {"SCALES_INPUTS": scales, "SCALES_OUTPUTS": not scales}
+    single = {"BY_EXPERT": True, "BLOCK_N": rows, "BLOCK_B": 256, "STAGES": 4}
+    tiled = {"OUT": 5760, "ROW_BYTES": 2880 * bits // 8, "NUM_EXPERTS": 128, "BY_TOKEN": True}
+    kernel, constants = {
+        "linear": (quantized_linear_kernel, {**sizes, "SPLITS": splits, "HAS_BIAS": splits == 1}),
+        "grouped": (grouped_quantized_kernel, {**sizes, **experts, **scaled, **tiled}),
+        "rows": (quantized_rows_kernel, {**kept, **experts, **scaled, **single}),
+        "dequantize": (dequantize_kernel, {**kept, "BLOCK_B": 1024, "BY_ID": True}),
+        "sum": (sum_splits_kernel, {"SPLITS": splits, "BLOCK": 1024, "HAS_BIAS": True}),
+    }[name]
+    if name in ("linear", "grouped"):
+        constants["TOGETHER"] = 8
+    else:
+        options = {"num_warps": 4}
+    own = f"*{TRITON_TYPES[x_type]}"
     types = {
         "codes_ptr": "*u8" if bits == 4 else "*i8",
         **dict.fromkeys(("scales_ptr", "mins_ptr"), "*fp16"),
-        **dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), f"*{own}"),
+        **dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), own),
+        "ids_ptr": "*i64",
     }
-    if name == "dequantize":
-        kept = {key: sizes[key] for key in ("GROUP", "KIND", "HAS_MINS")}
-        constants = {**kept, "BLOCK_B": 1024, "BY_ID": True}
-        return compiled(dequantize_kernel, constants, {**types, "ids_ptr": "*i64"}, {})
-    if name == "rows":
-        kept = {key: sizes[key] for key in ("GROUP", "KIND", "HAS_MINS")}
-        constants = {
-            **kept,
-            **dict.fromkeys(("HAS_BIAS", "BY_EXPERT", "SCALES_OUTPUTS"), True),
-            "SCALES_INPUTS": False,
-            "EXPERT_ROWS": 5760,
-            "CHOSEN": 4,
-            "BLOCK_N": rows,
-            "BLOCK_B": 256,
-            "STAGES": 4,
-        }
-        return compiled(quantized_rows_kernel, constants, types, {"num_warps": 4})
-    if name == "sum":
-        constants = {"SPLITS": splits, "BLOCK": 1024, "HAS_BIAS": True}
-        return compiled(sum_splits_kernel, constants, types, {})
-    if name == "linear":
-        constants = {**sizes, "TOGETHER": 8, "SPLITS": splits, "HAS_BIAS": splits == 1}
-        if splits > 1:
-            types["out_ptr"] = "*fp32"
-        return compiled(quantized_linear_kernel, constants, types, given)
-    constants = {
-        **sizes,
-        "OUT": 5760,
-        "ROW_BYTES": 2880 * bits // 8,
-        "EXPERT_ROWS": 5760,
-        "NUM_EXPERTS": 128,
-        "CHOSEN": 4,
-        "TOGETHER": 8,
-        "BY_TOKEN": True,
-        "HAS_BIAS": True,
-        "SCALES_INPUTS": scales,
-        "SCALES_OUTPUTS": not scales,
-    }
-    return compiled(grouped_quantized_kernel, constants, types, given)
+    if name == "linear" and splits > 1:
+        types["out_ptr"] = "*fp32"
+    constants.pop("enable_fp_fusion", None)
+    return compiled(kernel, constants | lacking(kernel, bare), types, options)
+
+
+def lacking(kernel: Any, bare: bool) -> dict[str, Any]:
+    """What a launch that lacks minima, bias, experts, ids and weights gives a kernel instead."""
+    pointers = ("mins_ptr", "bias_ptr", "experts_ptr", "ids_ptr", "pair_weights_ptr")
+    flags = ("HAS_MINS", "HAS_BIAS", "BY_EXPERT", "BY_ID", "SCALES_INPUTS", "SCALES_OUTPUTS")
+    found = {**dict.fromkeys(pointers), **dict.fromkeys(flags, False)}
+    return {name: value for name, value in found.items() if bare and name in kernel.arg_names}
 
 
 def compile_rows(*, name: str) -> Any:

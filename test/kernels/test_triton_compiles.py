@@ -114,6 +114,8 @@ def test_every_quantised_kernel(tmp_path: Path) -> None:
         cases.append({**kind, "rows": 64, "dtype": "float16"})
     cases += [{**kinds[2], "name": "grouped", "rows": rows, "scales": True} for rows in (16, 128)]
     cases += [{"name": "sum", "splits": splits} for splits in (2, 16)]
+    for name in ("linear", "rows", "grouped", "dequantize", "sum"):
+        cases.append({"name": name, "rows": 16, "splits": 1, "bare": True})
     made_of = compile_all([{"kernel": "quantized", **case} for case in cases], tmp_path)
     for case, made in zip(cases, made_of, strict=True):
         print(case, made)
