@@ -147,7 +147,7 @@ def test_an_impossible_question_is_one_line(
     assert error.count("\n") == 1
 
 
-def quantised(folder: Path, base: dict[str, Any], scheme: dict[str, Any]) -> ModelConfig:
+def quantised(folder: Path, base: dict[str, Any], scheme: dict[str, Any] | None) -> ModelConfig:
     text = json.dumps({**base, "quantization_config": scheme})
     (folder / "config.json").write_text(text)
     return ModelConfig.from_path(str(folder))
@@ -172,12 +172,12 @@ def quantised(folder: Path, base: dict[str, Any], scheme: dict[str, Any]) -> Mod
         ),
     ],
 )
-def test_matrices_that_stay_quantised_on_a_cpu(
+def test_matrices_that_stay_quantised(
     tmp_path: Path, scheme: dict[str, Any], bits: float
 ) -> None:
-    config = quantised(tmp_path, KNOWN_MODELS["llama-3.1-8b"], scheme)
-    plain = count_weights(config, ParallelState(), "bfloat16")
-    found = count_weights(config, ParallelState(), "bfloat16", on_cpu=True)
+    base = KNOWN_MODELS["llama-3.1-8b"]
+    plain = count_weights(quantised(tmp_path, base, None), ParallelState(), "bfloat16")
+    found = count_weights(quantised(tmp_path, base, scheme), ParallelState(), "bfloat16")
     layer = 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14336)
     assert (plain.num_coded, plain.all_bytes) == (0, 2 * plain.num_params)
     assert found.code_bits == bits
@@ -187,15 +187,12 @@ def test_matrices_that_stay_quantised_on_a_cpu(
     assert found.active_bytes == plain.active_bytes - saved
 
 
-def test_experts_of_gpt_oss_that_stay_quantised_on_a_cpu(tmp_path: Path) -> None:
+def test_experts_of_gpt_oss_stay_quantised(tmp_path: Path) -> None:
     config = quantised(tmp_path, KNOWN_MODELS["gpt-oss-20b"], {"quant_method": "mxfp4"})
-    found = count_weights(config, ParallelState(), "bfloat16", on_cpu=True)
+    found = count_weights(config, ParallelState(), "bfloat16")
     assert found.num_coded == 24 * 32 * 3 * 2880 * 2880
     assert found.active_coded == found.num_coded * 4 // 32
-    assert 4.0 < found.code_bits <= 8.5
-    device = next(one for one in DEVICES.values() if not one.is_cpu)
-    on_gpu = make_plan(Question(config, device, 1, 4096, "bfloat16", "bfloat16"))
-    assert on_gpu.weights.num_coded == 0
+    assert found.code_bits == 4.5
 
 
 def test_a_directory_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,11 @@
-"""Compiles the attention kernels of all stages in several processes, before anything is checked.
+"""Compiles the kernels that take long in several processes, before anything is checked.
 
     python -m gpu_check.precompile PLACE OF [--dry-run-cpu]
 
-A process launches every OF-th shape once, so Triton's cache on disk has its kernels. Each takes
-seconds of one core to compile, and all of them more than a stage has. What breaks here is no
-finding: the shape is checked later. Run by stage 1.
+These are attention's of all stages and those of quantised weights. A process launches every OF-th
+shape once, so Triton's cache on disk has its kernels. Each takes seconds of one core to compile,
+and all of them more than a stage has. What breaks here is no finding: the shape is checked later.
+Run by stage 1.
 """
 
 from __future__ import annotations
@@ -14,14 +15,23 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from gpu_check.attention_batch import OnePool, make_batch, make_tables, spec_of
+from gpu_check.quantized import mixture_error, product_error
 from gpu_check.records import Journal
 from gpu_check.setting import Setting, make_setting
-from gpu_check.shapes import AttentionShape, compiled_shapes
+from gpu_check.shapes import (
+    AttentionShape,
+    CodesShape,
+    ExpertsShape,
+    checked_codes,
+    checked_experts,
+    compiled_shapes,
+)
 from sglang.srt.layers.attention.registry import get_attention_backend
 
 _MOST_PROCESSES = 8  # each has a context on the device, of half a GiB
@@ -40,7 +50,7 @@ def compile_kernels(setting: Setting, journal: Journal) -> None:
     except ValueError as error:
         journal.skip("kernels are compiled", str(error))
         return
-    shapes = compiled_shapes(setting.is_dry)
+    shapes = all_shapes(setting.is_dry)
     count = 1 if setting.is_dry else num_processes(os.cpu_count() or 1, len(shapes))
     began, deadline = time.monotonic(), time.monotonic() + _SHARE_OF_TIME * setting.seconds_left
     processes = [_start(setting, place, count) for place in range(count)]
@@ -70,8 +80,22 @@ def _start(setting: Setting, place: int, count: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
-def launch(setting: Setting, shape: AttentionShape) -> None:
-    """One layer's attention, whose result nobody looks at."""
+def all_shapes(dry: bool) -> Sequence[AttentionShape | CodesShape | ExpertsShape]:
+    """Everything that is compiled here, what takes longest first."""
+    if dry:
+        return compiled_shapes(dry)
+    return (*compiled_shapes(dry), *checked_codes(dry), *checked_experts(dry))
+
+
+def launch(setting: Setting, shape: AttentionShape | CodesShape | ExpertsShape) -> None:
+    """One layer's attention, or product, whose result nobody looks at."""
+    if not isinstance(shape, AttentionShape):
+        with setting.runtime.computing(), torch.inference_mode():
+            if isinstance(shape, CodesShape):
+                product_error(setting, shape)
+            else:
+                mixture_error(setting, shape)
+        return
     kind = get_attention_backend("triton", setting.device.type)
     backend = kind(spec_of(shape.heads, shape.dtype, shape.page_size))
     _, num_slots = make_tables(shape.lengths, shape.page_size, scattered=shape.scattered)
@@ -85,7 +109,7 @@ def main(place: int, count: int, dry: bool) -> int:
     """Exit status 1 when a shape broke; the others were launched all the same."""
     setting = make_setting(dry, float("inf"), Path())
     broke = 0
-    for shape in compiled_shapes(dry)[place::count]:
+    for shape in all_shapes(dry)[place::count]:
         try:
             launch(setting, shape)
         except Exception:  # noqa: BLE001  told by the stage that checks the shape

@@ -40,6 +40,40 @@ class DecodeShape:
     context: int
 
 
+@dataclass(frozen=True)
+class CodesShape:
+    """`rows` times a quantised weight [outputs, inputs]; layouts are those of quantized.py."""
+
+    layout: str
+    rows: int
+    outputs: int
+    inputs: int
+    dtype: str = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        size = f"{self.rows} x {self.outputs} x {self.inputs}"
+        return f"{self.layout} {size} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class ExpertsShape:
+    """`rows` through `chosen` of quantised experts."""
+
+    layout: str
+    rows: int
+    experts: int
+    chosen: int
+    hidden: int
+    width: int
+    dtype: str = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        size = f"{self.rows} x {self.chosen} of {self.experts} x {self.hidden} x {self.width}"
+        return f"{self.layout} {size} {self.dtype}"
+
+
 SCOUT_RANK = Heads("scout-tp8", 5, 1, 128)
 LLAMA_8B = Heads("llama-8b", 32, 8, 128)
 SMALL = Heads("small", 9, 3, 64)
@@ -98,6 +132,44 @@ def compiled_shapes(dry: bool) -> Sequence[AttentionShape]:
         shapes.append(AttentionShape("circuit", CIRCUIT, lengths))
         shapes.append(AttentionShape("circuit", CIRCUIT, lengths, chunk=8192))
     return sorted(shapes, key=lambda one: (one.dtype != "float32", one.lengths == DECODES))
+
+
+def checked_codes(dry: bool) -> Sequence[CodesShape]:
+    """Every layout and type, single rows and every height of a tile; widths that fill none."""
+    if dry:
+        return (CodesShape("MXFP4", 1, 35, 96), CodesShape("8 bits", 20, 35, 96, "float32"))
+    layouts = ("4 bits", "4 bits with minima", "MXFP4", "4 bits by table", "8 bits", "8 bits in 16")
+    shapes = [CodesShape(layout, rows, 1037, 2880) for layout in layouts for rows in (1, 3, 300)]
+    shapes += [CodesShape("MXFP4", rows, 1037, 2880) for rows in (30, 60)]
+    shapes += [CodesShape("MXFP4", rows, 1037, 2880, "float16") for rows in (3, 300)]
+    return (*shapes, CodesShape("8 bits", 3, 1037, 2880, "float32"))
+
+
+def checked_experts(dry: bool) -> Sequence[ExpertsShape]:
+    """Pairs that are not sorted, few rows of each expert, and many."""
+    if dry:
+        return (ExpertsShape("MXFP4", 3, 4, 2, 64, 32),)
+    return tuple(ExpertsShape("MXFP4", rows, 16, 4, 2880, 1440) for rows in (1, 3, 700))
+
+
+def timed_codes(dry: bool) -> Sequence[CodesShape]:
+    """A decode step's products: a square one of a layer, and a wide one."""
+    if dry:
+        return (CodesShape("MXFP4", 1, 64, 96),)
+    sides = ((4096, 4096), (28672, 8192))
+    return tuple(
+        CodesShape(layout, rows, *side)
+        for layout in ("4 bits with minima", "MXFP4", "8 bits")
+        for side in sides
+        for rows in (1, 16)
+    )
+
+
+def timed_experts(dry: bool) -> Sequence[ExpertsShape]:
+    """Steps of gpt-oss-120b."""
+    if dry:
+        return (ExpertsShape("MXFP4", 1, 4, 2, 64, 32),)
+    return tuple(ExpertsShape("MXFP4", rows, 128, 4, 2880, 2880) for rows in (1, 8, 64))
 
 
 def decode_shapes(dry: bool) -> Sequence[DecodeShape]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from gpu_check.attention_batch import OnePool, make_batch, make_tables, spec_of
+from gpu_check.quantized import time_codes
 from gpu_check.records import Journal
 from gpu_check.setting import Setting, time_ms
 from gpu_check.shapes import LLAMA_8B, SCOUT_RANK, TINY, AttentionShape, Heads, decode_shapes
@@ -54,6 +55,12 @@ def _memory_rates(setting: Setting) -> tuple[float, float]:
     copy_ms = time_ms(setting, lambda: target.copy_(source))
     read_ms = time_ms(setting, lambda: source.sum())
     return 2 * source.nbytes / copy_ms * 1e3, source.nbytes / read_ms * 1e3
+
+
+def check_codes(setting: Setting, journal: Journal) -> None:
+    """Products with quantised weights beside a copy's bandwidth."""
+    copied, _ = _memory_rates(setting)
+    time_codes(setting, journal, copied)
 
 
 def check_attention(setting: Setting, journal: Journal) -> None:
@@ -284,4 +291,9 @@ def _bench(setting: Setting, folder: Path, flags: list[str]) -> list[dict[str, f
     return [{k: v for k, v in line.items() if isinstance(v, int | float)} for line in lines]
 
 
-PARTS = (("graphs", check_graphs), ("attention", check_attention), ("growth", growth_stall))
+PARTS = (
+    ("graphs", check_graphs),
+    ("quantised weights", check_codes),
+    ("attention", check_attention),
+    ("growth", growth_stall),
+)

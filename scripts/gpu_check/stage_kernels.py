@@ -8,6 +8,7 @@ import torch
 
 from gpu_check.attention_batch import OnePool, largest_error, make_batch, make_tables, spec_of
 from gpu_check.precompile import compile_kernels
+from gpu_check.quantized import check_codes
 from gpu_check.records import Journal
 from gpu_check.sampling import check_sampling
 from gpu_check.setting import Setting
@@ -193,5 +194,6 @@ PARTS = (
     ("compile", compile_kernels),
     ("sampler", check_sampling),
     ("layers", check_layers),
+    ("quantised weights", check_codes),
     ("attention", check_attention),
 )

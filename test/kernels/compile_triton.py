@@ -28,9 +28,17 @@ from triton.runtime.jit import create_function_from_signature
 from sgl_kernel.triton.attention import launch_sizes
 from sgl_kernel.triton.kernels.attention import merge_parts_kernel, paged_attention_kernel
 from sgl_kernel.triton.kernels.moe import grouped_linear_kernel, sum_pairs_kernel
+from sgl_kernel.triton.kernels.quantized import (
+    dequantize_kernel,
+    grouped_quantized_kernel,
+    quantized_linear_kernel,
+    quantized_rows_kernel,
+    sum_splits_kernel,
+)
 from sgl_kernel.triton.kernels.rows import gate_kernel, rms_norm_kernel, route_kernel
 from sgl_kernel.triton.kernels.store import rotate_and_store_kernel
 from sgl_kernel.triton.launch import FP_FUSION, TRITON_TYPES, power_of_two
+from sgl_kernel.triton.quantized import QuantizedWeight, default_tile
 from sgl_kernel.triton.work import Tile
 
 POINTERS = {
@@ -45,7 +53,10 @@ POINTERS = {
     **dict.fromkeys(("items_ptr", "origins_ptr", "pages_ptr", "rows_ptr"), "*i32"),
     "table_starts_ptr": "*i64",
 }
-STRIDES = ("q_stride", "k_stride", "v_stride", "x_stride", "residual_stride")
+STRIDES = (
+    *("q_stride", "k_stride", "v_stride", "x_stride", "residual_stride"),
+    *("codes_stride", "row_bytes", "out_stride"),
+)
 FLOATS = (
     "scale",
     "v_scale",
@@ -56,6 +67,8 @@ FLOATS = (
     "limit",
     "k_factor",
     "v_factor",
+    "scale_gain",
+    "gain",
 )
 WAITS = r"cp\.async\.wait_group\s+(\w+)"
 INSTRUCTIONS = (
@@ -168,6 +181,66 @@ def compile_grouped(*, rows: int = 16, columns: int = 64, scales: bool = False) 
     return compiled(grouped_linear_kernel, constants, {}, options)
 
 
+def compile_quantized(
+    *,
+    name: str = "linear",
+    bits: int = 4,
+    group: int = 32,
+    rows: int = 16,
+    dtype: str = "bfloat16",
+    mins: bool = False,
+    values: list[int] | None = None,
+    scales: bool = False,
+    splits: int = 4,
+    bare: bool = False,
+) -> Any:
+    """A kernel over codes; `rows` chooses the tile as a call with so many does.
+
+    Of single rows it is the number of outputs instead. `bare`: without all that a call may lack.
+    """
+    x_type = getattr(torch, dtype)
+    codes = torch.empty(1, 64 * bits, dtype=torch.uint8 if bits == 4 else torch.int8)
+    halves = torch.empty(1, 512 // group, dtype=torch.float16)
+    weight = QuantizedWeight(codes, halves, halves if mins else None, values=values)
+    sizes = weight.launch_sizes(default_tile(rows, bits, x_type), x_type)
+    options = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
+    kept = {key: sizes[key] for key in ("GROUP", "KIND", "HAS_MINS")}
+    experts = {"EXPERT_ROWS": 5760, "CHOSEN": 4, "HAS_BIAS": True}
+    scaled = {"SCALES_INPUTS": scales, "SCALES_OUTPUTS": not scales}
+    single = {"BY_EXPERT": True, "BLOCK_N": rows, "BLOCK_B": 256, "STAGES": 4}
+    tiled = {"OUT": 5760, "ROW_BYTES": 2880 * bits // 8, "NUM_EXPERTS": 128, "BY_TOKEN": True}
+    kernel, constants = {
+        "linear": (quantized_linear_kernel, {**sizes, "SPLITS": splits, "HAS_BIAS": splits == 1}),
+        "grouped": (grouped_quantized_kernel, {**sizes, **experts, **scaled, **tiled}),
+        "rows": (quantized_rows_kernel, {**kept, **experts, **scaled, **single}),
+        "dequantize": (dequantize_kernel, {**kept, "BLOCK_B": 1024, "BY_ID": True}),
+        "sum": (sum_splits_kernel, {"SPLITS": splits, "BLOCK": 1024, "HAS_BIAS": True}),
+    }[name]
+    if name in ("linear", "grouped"):
+        constants["TOGETHER"] = 8
+    else:
+        options = {"num_warps": 4}
+    own = f"*{TRITON_TYPES[x_type]}"
+    types = {
+        "codes_ptr": "*u8" if bits == 4 else "*i8",
+        **dict.fromkeys(("scales_ptr", "mins_ptr"), "*fp16"),
+        **dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), own),
+        "ids_ptr": "*i64",
+    }
+    if name == "linear" and splits > 1:
+        types["out_ptr"] = "*fp32"
+    constants.pop("enable_fp_fusion", None)
+    return compiled(kernel, constants | lacking(kernel, bare), types, options)
+
+
+def lacking(kernel: Any, bare: bool) -> dict[str, Any]:
+    """What a launch that lacks minima, bias, experts, ids and weights gives a kernel instead."""
+    pointers = ("mins_ptr", "bias_ptr", "experts_ptr", "ids_ptr", "pair_weights_ptr")
+    flags = ("HAS_MINS", "HAS_BIAS", "BY_EXPERT", "BY_ID", "SCALES_INPUTS", "SCALES_OUTPUTS")
+    found = {**dict.fromkeys(pointers), **dict.fromkeys(flags, False)}
+    return {name: value for name, value in found.items() if bare and name in kernel.arg_names}
+
+
 def compile_rows(*, name: str) -> Any:
     kernel, constants = {
         "norm": (rms_norm_kernel, {"WIDTH": 5120, "BLOCK": 8192, "ADDS": True, "KEEPS": True}),
@@ -195,8 +268,12 @@ def count_kernels(*, name: str, values: list[Any]) -> dict[str, int]:
         "attention": paged_attention_kernel,
         "merge": merge_parts_kernel,
         "grouped": grouped_linear_kernel,
+        "quantized": quantized_linear_kernel,
+        "grouped quantized": grouped_quantized_kernel,
     }
-    kernel, differing = kernels[name], ("num_pairs",) if name == "grouped" else FLOATS
+    kernel, differing = kernels[name], FLOATS
+    if "grouped" in name or name == "quantized":
+        differing = ("num_pairs", "num_rows", *(f"table_{i}" for i in range(4)))
     backend = make_backend(GPUTarget("cuda", 90, 32))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     keys = set()
@@ -256,6 +333,7 @@ KINDS = {
     "count": count_kernels,
     "store": compile_store,
     "grouped": compile_grouped,
+    "quantized": compile_quantized,
     "rows": compile_rows,
 }
 

@@ -55,7 +55,10 @@ def test_what_differs_from_call_to_call_is_no_part_of_what_is_compiled(tmp_path:
     ]
     # The products of experts serve every number of tokens.
     cases.append({"kernel": "count", "name": "grouped", "values": [1, 8, 16, 17, 4096]})
-    assert [made["kernels"] for made in compile_all(cases, tmp_path)] == [1, 1, 1]
+    # And so do those of codes, whatever a table's words are.
+    for name in ("quantized", "grouped quantized"):
+        cases.append({"kernel": "count", "name": name, "values": [1, 8, 0, -129, 0x7F000010]})
+    assert [made["kernels"] for made in compile_all(cases, tmp_path)] == [1] * 5
 
 
 def test_bytes_are_widened_in_pairs(tmp_path: Path) -> None:
@@ -65,6 +68,61 @@ def test_bytes_are_widened_in_pairs(tmp_path: Path) -> None:
     assert kinds["cvt.rn.bf16x2.f32"] >= 64
     assert "cvt.bf16.f16" not in kinds
     assert "cvt.rn.bf16.f16" not in kinds
+
+
+E2M1 = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
+UNEVEN = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+
+
+def test_quantised_products(tmp_path: Path) -> None:
+    """Codes come 16 bytes at a time beside the arithmetic, and become numbers in registers."""
+    few: dict[str, Any] = {"kernel": "quantized", "values": E2M1}
+    (single,) = compile_all([{**few, "name": "rows", "rows": 16}], tmp_path)
+    assert single["stack_bytes"] == 0
+    assert single["instructions"]["cp.async.cg.shared.global"] >= 8
+    assert max(single["on_their_way"]) >= 6
+    grouped = {**few, "name": "grouped"}
+    for made in compile_all([few, {**few, "rows": 128, "splits": 1}, grouped], tmp_path):
+        assert made["shared_bytes"] <= SHARED_BYTES
+        assert made["stack_bytes"] == 0
+        kinds = made["instructions"]
+        assert kinds["wgmma.mma_async"] >= 4
+        assert kinds["cp.async.cg.shared.global"] >= 12
+        assert max(made["on_their_way"]) >= 3
+
+
+@pytest.mark.slow
+def test_every_quantised_kernel(tmp_path: Path) -> None:
+    """No more than registers hold, whatever codes stand for."""
+    kinds: list[dict[str, Any]] = [
+        {"bits": 4},
+        {"bits": 4, "mins": True},
+        {"bits": 4, "values": E2M1},
+        {"bits": 4, "values": UNEVEN, "mins": True},
+        {"bits": 8},
+        {"bits": 8, "mins": True},
+        {"bits": 8, "group": 16},
+    ]
+    cases: list[dict[str, Any]] = []
+    for kind in kinds:
+        for rows in (16, 32, 64, 128):
+            for name in ("linear", "grouped"):
+                cases.append({**kind, "name": name, "rows": rows, "splits": 1})
+        cases.append({**kind, "rows": 16, "splits": 16})
+        cases += [{**kind, "name": "rows", "rows": outputs} for outputs in (8, 16)]
+        cases.append({**kind, "name": "dequantize"})
+        cases.append({**kind, "rows": 64, "dtype": "float16"})
+    cases += [{**kinds[2], "name": "grouped", "rows": rows, "scales": True} for rows in (16, 128)]
+    cases += [{"name": "sum", "splits": splits} for splits in (2, 16)]
+    for name in ("linear", "rows", "grouped", "dequantize", "sum"):
+        cases.append({"name": name, "rows": 16, "splits": 1, "bare": True})
+    made_of = compile_all([{"kernel": "quantized", **case} for case in cases], tmp_path)
+    for case, made in zip(cases, made_of, strict=True):
+        print(case, made)
+        assert made["shared_bytes"] <= SHARED_BYTES, case
+        assert made["stack_bytes"] == 0, case
+        if case.get("name", "linear") in ("linear", "grouped"):
+            assert made["instructions"]["wgmma.mma_async"], case
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from kernels.test_triton_quantized import LAYOUTS, make, numbers
 from kernels.triton_cases import ALL, BUSY, IDLE, Case, Chip, Sight
 from sgl_kernel.triton import (
     Segments,
@@ -144,3 +145,27 @@ def test_rows_and_mixtures() -> None:
         result = (torch.nn.functional.silu(gate) * up) @ down[expert].double().t()
         exact += result * (weights * (experts == expert)).sum(1, keepdim=True)
     torch.testing.assert_close(found, exact, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 30, 60, 500])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("dtype", list(ATOL))
+def test_products_of_codes(dtype: torch.dtype, layout: str, rows: int) -> None:
+    weight = make(layout, 1037, 2880, gain=1 / 64)
+    wide = numbers(weight)
+    weight.codes, weight.scales = weight.codes.cuda(), weight.scales.cuda()
+    weight.mins = None if weight.mins is None else weight.mins.cuda()
+    x = torch.randn(rows, 2880, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    bias = torch.randn(1037, generator=torch.Generator().manual_seed(1)).to(dtype)
+    out = weight.multiply(x.cuda(), bias.cuda()).cpu().double()
+    want = x.double() @ wide.t() + bias.double()
+    # The weight is rounded to the type of x, each number by at most half a step.
+    terms = x.double().abs() @ wide.abs().t() + bias.double().abs()
+    assert ((out - want).abs() <= torch.finfo(dtype).eps * terms + 1e-6 * terms).all()
+    ids = torch.tensor([1036, 5], device="cuda")
+    torch.testing.assert_close(
+        weight.dequantize_rows(ids, dtype).cpu().double(),
+        wide[ids.cpu()],
+        rtol=torch.finfo(dtype).eps,
+        atol=1e-6,
+    )

@@ -45,6 +45,7 @@ _GPT_OSS: dict[str, Any] = {
     "sliding_window": 128,
     "num_experts_per_tok": 4,
     "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "mxfp4"},
 }
 
 KNOWN_MODELS: dict[str, dict[str, Any]] = {

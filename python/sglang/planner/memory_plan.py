@@ -139,7 +139,7 @@ def make_plan(question: Question) -> MemoryPlan:
     """Answer a question. Raises ValueError when heads or widths can't be divided over the ranks."""
     ask = question
     parallel = ParallelState(0, ask.tp_size)
-    weights = count_weights(ask.config, parallel, ask.dtype, on_cpu=ask.device.is_cpu)
+    weights = count_weights(ask.config, parallel, ask.dtype)
     spec = kv_cache_spec(ask.config, parallel, ask.kv_dtype, ask.page_size)
     usable = int(ask.device.memory_bytes * ask.mem_fraction)
     budget = max(0, usable - weights.all_bytes)
@@ -176,18 +176,16 @@ def make_plan(question: Question) -> MemoryPlan:
     )
 
 
-def count_weights(
-    config: ModelConfig, parallel: ParallelState, dtype: str, *, on_cpu: bool = False
-) -> Weights:
+def count_weights(config: ModelConfig, parallel: ParallelState, dtype: str) -> Weights:
     """Parameters of one rank, counted on the model itself, which is built without memory.
 
-    `on_cpu`: a quantised checkpoint's codes are kept. Those of MXFP4 are experts, those of other
-    methods all matrices but embedding, head and routers; a file may have fewer. What a GGUF file
+    A quantised checkpoint's codes are kept: those of MXFP4 are experts, those of other methods
+    all matrices but embedding, head and routers; a file may have fewer. What a GGUF file
     keeps stands in its tensors and is counted as numbers.
     """
     with torch.device("meta"):
         model = resolve_model_class(config.architecture)(config, parallel, _DTYPES[dtype])
-    scheme = config.weight_scheme if on_cpu else None
+    scheme = config.weight_scheme
     bits = None if scheme is None else kept_bits(scheme)
     total = sum(parameter.numel() for parameter in model.parameters())
     idle, coded, idle_coded = 0, 0, 0

@@ -90,7 +90,7 @@ class ServerArgs(RankArgs, DoorArgs):
     )
     quantization: str | None = flag(
         None,
-        "Weights that stay quantised in memory, on a CPU: gguf those of a GGUF file, the names of "
+        "Weights that stay quantised in memory: gguf those of a GGUF file, the names of "
         "quantised checkpoints' methods those of such a one, int8 any checkpoint's, rounded to "
         "bytes at load; none makes numbers of all. Nothing else is quantised at load.",
         group=DEVICE,

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from sgl_kernel.codes import CodedWeight
 from sgl_kernel.library import (
     DTYPES,
     Isa,
@@ -26,19 +27,13 @@ from sgl_kernel.library import (
 )
 from sgl_kernel.tape import empty, make
 
-_BLOCK = 32  # codes that belong together, whatever the group
 _SHORT = 16  # the largest value whose sums with a block of bytes AVX2 keeps in 16 bits
 
 
-class QuantizedWeight:
-    """A weight [N, K]: (code * scale + min) * gain, with a scale and a min for each G inputs.
+class QuantizedWeight(CodedWeight):
+    """See `CodedWeight`; computes on the CPU."""
 
-    `codes` are uint8 [N, K / 2], of each 32 inputs 16 bytes with input i in the low half and i + 16
-    in the high half of byte i; or int8 [N, K]. `scales` are float16 [N, K / G]; `mins` alike, None
-    where all are 0. G is 32, or 16 of int8 codes. With `values`, 16 of -127 to 127, a uint8 code
-    names the one that takes its place; None: it is its own value. Holds the tensors, whose rows
-    must be contiguous. Raises KernelError for what is not served.
-    """
+    on_device = False
 
     def __init__(
         self,
@@ -48,85 +43,11 @@ class QuantizedWeight:
         gain: float = 1.0,
         values: Sequence[int] | None = None,
     ) -> None:
-        self.codes, self.scales, self.mins, self.gain = codes, scales, mins, gain
-        self.values = None if values is None else tuple(values)
-        self.bits = {torch.uint8: 4, torch.int8: 8}.get(codes.dtype, 0)
-        if not self.bits or codes.dim() != 2 or scales.dim() != 2 or not scales.shape[1]:
-            raise KernelError(f"codes of {codes.dtype} {list(codes.shape)} are not served")
-        self.shape = (len(codes), codes.shape[1] * 8 // self.bits)
-        self.group = self.shape[1] // scales.shape[1]
-        if self.shape[1] % _BLOCK or self.group not in ((32,) if self.bits == 4 else (16, 32)):
-            raise KernelError(f"{self.shape[1]} inputs in groups of {self.group} are not served")
-        for part in (scales,) if mins is None else (scales, mins):
-            if part.dtype != torch.float16 or part.shape != (len(codes), scales.shape[1]):
-                raise KernelError(f"scales must be float16 {[len(codes), scales.shape[1]]}")
-            if part.stride() != (scales.stride(0), 1):
-                raise KernelError("rows of scales must be contiguous, and lie as those of mins")
-        if codes.stride(1) != 1:
-            raise KernelError("rows of codes must be contiguous")
-        if self.values is not None and (
-            self.bits != 4
-            or len(self.values) != 16
-            or not all(-127 <= value <= 127 for value in self.values)
-        ):
-            raise KernelError(f"codes of {self.bits} bits with values {self.values} are not served")
+        super().__init__(codes, scales, mins, gain, values)
         # whether sums of a block times bytes fit 16 bits, so that AVX2 takes many rows of these
         self.has_short_sums = self.bits == 4 and all(abs(v) <= _SHORT for v in self.values or ())
         # as native calls hold them
         self.named_values = self.values is not None, (ctypes.c_int8 * 16)(*(self.values or ()))
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of codes, scales and mins, in bytes."""
-        return (
-            self.codes.nbytes + self.scales.nbytes + (0 if self.mins is None else self.mins.nbytes)
-        )
-
-    @property
-    def layout(self) -> tuple[object, ...]:
-        """What two weights must share to be joined."""
-        return self.bits, self.group, self.mins is None, self.gain, self.shape[1], self.values
-
-    @classmethod
-    def join(cls, parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-        """Weights of one layout, one below another, copied. Raises KernelError for others."""
-        first = parts[0]
-        if any(part.layout != first.layout for part in parts):
-            raise KernelError("weights of different layouts can't be joined")
-        mins = [part.mins for part in parts if part.mins is not None]
-        return first._like(
-            torch.cat([part.codes for part in parts]),
-            torch.cat([part.scales for part in parts]),
-            torch.cat(mins) if mins else None,
-        )
-
-    def columns(self, first: int, last: int) -> QuantizedWeight:
-        """The inputs [first, last), copied. Raises KernelError where they cut a block of 32."""
-        if first % _BLOCK or last % _BLOCK:
-            raise KernelError(f"inputs [{first}, {last}) cut a block")
-        codes = slice(first * self.bits // 8, last * self.bits // 8)
-        groups = slice(first // self.group, last // self.group)
-        mins = None if self.mins is None else self.mins[:, groups].contiguous()
-        return self._like(
-            self.codes[:, codes].contiguous(), self.scales[:, groups].contiguous(), mins
-        )
-
-    def rows(self, first: int, last: int) -> QuantizedWeight:
-        """The outputs [first, last), without a copy."""
-        part = slice(first, last)
-        mins = None if self.mins is None else self.mins[part]
-        return self._like(self.codes[part], self.scales[part], mins)
-
-    def take(self, rows: torch.Tensor) -> QuantizedWeight:
-        """The outputs of int64 `rows` [*], copied in their order."""
-        mins = None if self.mins is None else self.mins[rows]
-        return self._like(self.codes[rows], self.scales[rows], mins)
-
-    def _like(
-        self, codes: torch.Tensor, scales: torch.Tensor, mins: torch.Tensor | None
-    ) -> QuantizedWeight:
-        """Others with this gain and these values."""
-        return QuantizedWeight(codes, scales, mins, self.gain, self.values)
 
     def multiply(
         self,
@@ -214,6 +135,3 @@ class QuantizedWeight:
             0, *self.shape, self.group, self.gain, self.bits, DTYPES[out.dtype],
             allowed_isa(isa), num_threads, False, False, *self.named_values,
         )  # fmt: skip
-
-    def __repr__(self) -> str:
-        return f"QuantizedWeight({self.shape}, bits={self.bits}, group={self.group})"

@@ -206,7 +206,7 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         ("marlin", "cpu", "must be one of"),
         ("mxfp4", "cpu", "has no quantised weights"),
         ("fp8", "meta", "has no quantised weights, and is not made so here"),
-        ("int8", "meta", "on a CPU only"),
+        ("int8", "meta", "needs the native kernels"),
     ):
         with pytest.raises(ValueError, match=message):
             choose_quantization(name, is_gguf=False, device=device)
@@ -227,8 +227,7 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_quantization("none", is_gguf=False, method="mxfp4", device="cpu") == "none"
     with pytest.raises(ValueError, match="--quantization mxfp4: this checkpoint is quantised by g"):
         choose_quantization("mxfp4", is_gguf=True, device="cpu")
-    module = "sglang.srt.layers.quantization.choice.native_kernels"
-    monkeypatch.setattr(module, lambda: None)
+    monkeypatch.setattr("sglang.srt.utils.native.native_kernels", lambda: None)
     assert choose_quantization(None, is_gguf=True, device="cpu") == "none"
     assert choose_quantization("mxfp4", is_gguf=False, method="mxfp4", device="cpu") == "none"
     with pytest.raises(ValueError, match="needs the native kernels"):
@@ -236,6 +235,14 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 VALUES = {"4 of up to 16": (*range(-15, 0), 16), "4 of up to 17": (*range(-15, 0), 17)}
+
+
+def test_what_is_chosen_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, kept in ((object(), "gguf"), (None, "none")):
+        monkeypatch.setattr("sglang.srt.utils.native._layer_kernels", lambda found=found: found)
+        assert choose_quantization(None, is_gguf=True, device="cuda:1") == kept
+    with pytest.raises(ValueError, match=r"needs the native kernels.*the package triton"):
+        choose_quantization("int8", is_gguf=False, device="cuda")
 
 
 def most_rounded_rows(codes: str) -> int:

@@ -42,7 +42,7 @@ FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "llama4")
 @pytest.fixture(autouse=True)
 def no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device computes with tensor operations, which alone can be recorded."""
-    for module in ("utils.native", "mem_cache.memory_pool", "model_loader.loader"):
+    for module in ("utils.native", "mem_cache.memory_pool"):
         monkeypatch.setattr(f"sglang.srt.{module}.native_kernels", lambda: None)
     # A recorded step reads as much for every row, and the recorder keeps all that it makes.
     monkeypatch.setattr(torch_device_backend, "RECORDED_TOKENS", 256)

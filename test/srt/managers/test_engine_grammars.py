@@ -196,7 +196,7 @@ def test_a_device_behind_the_host_says_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The masks wait for the tokens before, the forwards do not; penalties go with grammars."""
-    for module in ("utils.native", "mem_cache.memory_pool", "model_loader.loader"):
+    for module in ("utils.native", "mem_cache.memory_pool"):
         monkeypatch.setattr(f"sglang.srt.{module}.native_kernels", lambda: None)
     monkeypatch.setattr(torch_device_backend, "RECORDED_TOKENS", 256)
     flags = {"device": "cuda", "attention_backend": "torch_native", "kv_segment_size": 256}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from sglang.srt.layers.expert_weights import ExpertWeights
 from sglang.srt.layers.weights import WeightOwner
 from sglang.srt.model_loader.gguf_weights import hf_weight_name
 from sglang.srt.utils.native import native_kernels
@@ -65,6 +66,40 @@ def test_a_checkpoint_in_numbers_can_be_rounded_to_bytes(tmp_path: Path) -> None
     changed = [name for name, tensor in want.items() if not torch.equal(found[name], tensor)]
     assert any("q_proj" in name for name in changed)
     assert not any("norm" in name for name in changed)
+
+
+@native
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_layers_are_rounded_as_they_come(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model is never in memory as numbers: those of a layer go when its last tensor has come."""
+    changes = {"moe_intermediate_size": 64} if family == "qwen3_moe" else {}
+    make_hf_model(family, num_hidden_layers=4, **changes).save_pretrained(tmp_path)
+    begun: dict[int, WeightOwner | ExpertWeights] = {}
+    waiting: list[int] = []
+
+    def watch(kind: type[WeightOwner | ExpertWeights], name: str) -> None:
+        take = getattr(kind, name)
+
+        def watched(self: WeightOwner | ExpertWeights, *arguments: Any) -> None:
+            take(self, *arguments)
+            begun[id(self)] = self
+            numbers = (
+                one.quantized is None if isinstance(one, WeightOwner) else one.down is None
+                for one in begun.values()
+            )
+            waiting.append(sum(numbers))
+
+        monkeypatch.setattr(kind, name, watched)
+
+    watch(WeightOwner, "load_rows")
+    watch(ExpertWeights, "_copy")
+    model = load(tmp_path, quantization="int8")
+    assert max(waiting) <= 2, "what one file's order leaves open: q, k and v beside o"
+    owners = [one for one in model.modules() if isinstance(one, (WeightOwner, ExpertWeights))]
+    assert len(begun) == len(owners)
+    assert all(one.is_loaded or isinstance(one, ExpertWeights) for one in owners)
 
 
 @pytest.mark.parametrize(

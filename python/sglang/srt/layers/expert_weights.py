@@ -26,8 +26,16 @@ from sglang.srt.layers.quantization.matrix import (
     QUANTIZED_BLOCK,
     QuantizedMatrix,
     QuantizedWeight,
+    move_to,
+    numbers_like,
 )
-from sglang.srt.layers.weights import LoadedWeight, copy_checked, frozen_parameter
+from sglang.srt.layers.weights import (
+    LoadedWeight,
+    copy_checked,
+    deferred_parameter,
+    frozen_parameter,
+    give_memory,
+)
 
 # (expert, part): the expert None for all of them, the part None for gate and up merged, or down.
 ExpertShard = tuple[int | None, str | None]
@@ -65,6 +73,13 @@ class ExpertMatrix:
             return None
         return kernels.ExpertMatrix(whole, self.stride, self.first, self.count, bias)
 
+    def codes(self, kernels: ModuleType) -> Any:
+        """It as `sgl_kernel.triton.ExpertCodes`; None when its layouts differ."""
+        whole = self.matrix.whole
+        if whole is None:
+            return None
+        return kernels.ExpertCodes(whole, self.stride, self.first, self.count)
+
     def product(
         self, expert: int, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -97,9 +112,8 @@ class ExpertWeights(nn.Module):
         self.num_experts, self.hidden_size = num_experts, hidden_size
         self.width, self.intermediate_size = width, intermediate_size
         self.layout = layout
-        # Memory that is never written is never committed: free where weights come quantised.
-        self.gate_up_proj = frozen_parameter(num_experts, 2 * width, hidden_size, dtype=dtype)
-        self.down_proj = frozen_parameter(num_experts, hidden_size, width, dtype=dtype)
+        self.gate_up_proj = deferred_parameter(num_experts, 2 * width, hidden_size, dtype=dtype)
+        self.down_proj = deferred_parameter(num_experts, hidden_size, width, dtype=dtype)
         self.gate_up_proj_bias: nn.Parameter | None = None
         self.down_proj_bias: nn.Parameter | None = None
         if bias:
@@ -109,6 +123,7 @@ class ExpertWeights(nn.Module):
         self.up: ExpertMatrix | None = None
         self.down: ExpertMatrix | None = None
         self._halves: dict[str, QuantizedWeight | None] = {}  # of gate and up, None: numbers
+        self._numbers_loaded = 0  # of gate_up_proj and down_proj
         self._parallel = parallel
 
     def native_parts(self, kernels: ModuleType) -> tuple[Any, Any, Any] | None:
@@ -132,14 +147,32 @@ class ExpertWeights(nn.Module):
             down = kernels.ExpertMatrix(rows, hidden, 0, hidden, down_bias)
         return None if gate is None or up is None or down is None else (gate, up, down)
 
+    def device_parts(self, kernels: ModuleType) -> tuple[Any, Any] | None:
+        """What `mixture` of sgl_kernel.triton takes as gate and up, and as down.
+
+        None when a matrix has parts of different layouts.
+        """
+        gate_up: Any = self.gate_up_proj
+        if self.gate is not None and self.up is not None:
+            gate_up = self.gate.codes(kernels), self.up.codes(kernels)
+            if None in gate_up:
+                return None
+        down = self.down_proj if self.down is None else self.down.codes(kernels)
+        return None if down is None else (gate_up, down)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether all weights have come; biases don't count."""
+        return self._numbers_loaded == self.gate_up_proj.numel() + self.down_proj.numel()
+
     def quantize(self, kernels: ModuleType) -> None:
         """Round loaded weights to bytes (see int8.py), where widths allow and they are not so yet.
 
-        `kernels` is the package sgl_kernel.
+        `kernels` is that of `codes_kernels`.
         """
         width, rows = self.width, 2 * self.width
         if self.gate is None and self.hidden_size % QUANTIZED_BLOCK == 0:
-            both = _rounded(self.gate_up_proj, kernels)
+            both = QuantizedMatrix([_rounded(self.gate_up_proj, kernels)])
             self._keep_gate_up(
                 ExpertMatrix(both, rows, 0, width), ExpertMatrix(both, rows, width, width)
             )
@@ -182,11 +215,13 @@ class ExpertWeights(nn.Module):
         elif part is not None:
             self._load_stacked(param_name, loaded, part)
         elif param_name == "gate_up_proj":
+            give_memory(self.gate_up_proj)
             for target, half in self._gate_and_up(loaded, self.gate_up_proj.data):
-                copy_checked(target, half.transpose(1, 2), param_name)
+                self._copy(target, half.transpose(1, 2), param_name)
         elif param_name == "down_proj":
             self._check_width(loaded, 1, self.intermediate_size)
-            copy_checked(self.down_proj.data, self._cut(loaded, 1).transpose(1, 2), param_name)
+            give_memory(self.down_proj)
+            self._copy(self.down_proj.data, self._cut(loaded, 1).transpose(1, 2), param_name)
         elif param_name == "gate_up_proj_bias" and self.gate_up_proj_bias is not None:
             for target, half in self._gate_and_up(loaded, self.gate_up_proj_bias.data):
                 copy_checked(target, half, param_name)
@@ -197,28 +232,34 @@ class ExpertWeights(nn.Module):
 
     def _load_separate(self, param_name: str, loaded: torch.Tensor, expert: int, part: str) -> None:
         what = f"{part} of expert {expert}"
+        give_memory(self.get_parameter(param_name))
         if param_name == "down_proj":
             self._check_width(loaded, 1, self.intermediate_size)
-            copy_checked(self.down_proj.data[expert], self._cut(loaded, 1), what)
+            self._copy(self.down_proj.data[expert], self._cut(loaded, 1), what)
             return
         self._check_width(loaded, 0, self.intermediate_size)
         target = self._half(self.gate_up_proj.data[expert], 0, part)
-        copy_checked(target, self._cut(loaded, 0), what)
+        self._copy(target, self._cut(loaded, 0), what)
 
     def _load_stacked(self, param_name: str, loaded: torch.Tensor, part: str) -> None:
         what = f"{part} of all experts"
+        give_memory(self.get_parameter(param_name))
         target = self.get_parameter(param_name).data
         if part == "down":
             if param_name == "down_proj":
                 self._check_width(loaded, 2, self.intermediate_size)
-                loaded = self._cut(loaded, 2)
-            copy_checked(target, loaded, what)
+                self._copy(target, self._cut(loaded, 2), what)
+            else:
+                copy_checked(target, loaded, what)
             return
         self._check_width(loaded, 1, self.intermediate_size)
-        copy_checked(self._half(target, 1, part), self._cut(loaded, 1), what)
+        half, loaded = self._half(target, 1, part), self._cut(loaded, 1)
         if param_name == "gate_up_proj":
+            self._copy(half, loaded, what)
             self._halves[part] = None
             self._settle_gate_up()
+        else:
+            copy_checked(half, loaded, what)
 
     def _load_quantized(self, loaded: QuantizedWeight, part: str) -> None:
         rows, columns = self.intermediate_size, self.hidden_size
@@ -230,15 +271,15 @@ class ExpertWeights(nn.Module):
                 f"the model needs {(self.num_experts * rows, columns)}"
             )
         if part != "down":
-            self._halves[part] = self._own_rows(loaded)
+            self._halves[part] = move_to(self._own_rows(loaded), self.gate_up_proj.device)
             self._settle_gate_up()
         elif self._parallel.tp_size == 1:
-            self._keep_down(QuantizedMatrix([loaded]))
+            self._keep_down(loaded)
         elif self.width % QUANTIZED_BLOCK == 0:
             first = self._parallel.tp_rank * self.width
-            self._keep_down(QuantizedMatrix([loaded.columns(first, first + self.width)]))
+            self._keep_down(loaded.columns(first, first + self.width))
         else:
-            wide = loaded.dequantize(self.down_proj.dtype)
+            wide = numbers_like(loaded, self.down_proj)
             self._load_stacked("down_proj", wide.view(self.num_experts, rows, columns), part)
 
     def _own_rows(self, loaded: QuantizedWeight) -> QuantizedWeight:
@@ -269,9 +310,14 @@ class ExpertWeights(nn.Module):
             0, 2 * self.width, self.hidden_size
         )
 
-    def _keep_down(self, matrix: QuantizedMatrix) -> None:
+    def _keep_down(self, weight: QuantizedWeight) -> None:
+        matrix = QuantizedMatrix([move_to(weight, self.down_proj.device)])
         self.down = ExpertMatrix(matrix, self.hidden_size, 0, self.hidden_size)
         self.down_proj.data = self.down_proj.data.new_empty(0, self.hidden_size, self.width)
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, what: str) -> None:
+        copy_checked(target, source, what)
+        self._numbers_loaded += target.numel()
 
     def _half(self, both: torch.Tensor, dim: int, part: str) -> torch.Tensor:
         """The gate's or the up's part of both, which stand one after the other along `dim`."""
@@ -303,7 +349,8 @@ class ExpertWeights(nn.Module):
             )
 
 
-def _rounded(parameter: nn.Parameter, kernels: ModuleType) -> QuantizedMatrix:
+def _rounded(parameter: nn.Parameter, kernels: ModuleType) -> QuantizedWeight:
     """All experts' outputs, one below another, as signed bytes."""
     codes, scales, gain = quantize_int8(parameter.data.flatten(0, 1))
-    return QuantizedMatrix([kernels.QuantizedWeight(codes, scales, gain=gain)])
+    weight: QuantizedWeight = kernels.QuantizedWeight(codes, scales, gain=gain)
+    return weight

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sglang.srt.distributed.parallel_state import ParallelState
-from sglang.srt.layers.quantization.matrix import QUANTIZED_BLOCK
+from sglang.srt.layers.quantization.matrix import QUANTIZED_BLOCK, numbers_like
 from sglang.srt.layers.weights import (
     LoadedWeight,
     WeightOwner,
@@ -261,5 +261,5 @@ class RowParallelLinear(_ShardedLinear):
                 return loaded
             if shard % QUANTIZED_BLOCK == 0:
                 return loaded.columns(first, first + shard)
-            loaded = loaded.dequantize(self.weight.dtype)
+            loaded = numbers_like(loaded, self.weight)
         return loaded.narrow(1, first, shard)

@@ -146,22 +146,25 @@ class Experts(ExpertWeights):
             if mixture is not None:
                 return self._add_ranks(mixture, x, routing, added)
         there = device_kernels_for(x) if x.dtype is self.gate_up_proj.dtype else None
-        if there is not None:
-            mine = self._launch(there, x, routing)
+        parts = None if there is None else self.device_parts(there)
+        if there is not None and parts is not None:
+            mine = self._launch(there, parts, x, routing)
         else:
             mine = self._one_by_one(x, routing)
         total = self._parallel.all_reduce(mine).to(x.dtype)
         return total if added is None else total + added
 
-    def _launch(self, kernels: ModuleType, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def _launch(
+        self, kernels: ModuleType, parts: tuple[Any, Any], x: torch.Tensor, routing: Routing
+    ) -> torch.Tensor:
         """This rank's sum [T, H] by Triton's kernels, which wait for nothing."""
         is_first = self._parallel.tp_rank == 0  # whose bias is the ranks' sum's
         total: torch.Tensor = kernels.mixture(
             x,
             routing.experts,
             routing.weights,
-            self.gate_up_proj,
-            self.down_proj,
+            *parts,
+            num_experts=self.num_experts,
             activation=self.act_fn,
             gate_up_bias=self.gate_up_proj_bias,
             down_bias=self.down_proj_bias if is_first else None,

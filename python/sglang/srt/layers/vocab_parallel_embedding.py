@@ -11,8 +11,9 @@ from types import ModuleType
 import torch
 
 from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.layers.quantization.matrix import numbers_like
 from sglang.srt.layers.rows import take_rows
-from sglang.srt.layers.weights import LoadedWeight, WeightOwner, narrow_rows
+from sglang.srt.layers.weights import LoadedWeight, WeightOwner, give_memory, narrow_rows
 
 
 class _VocabShard(WeightOwner):
@@ -40,8 +41,10 @@ class _VocabShard(WeightOwner):
             )
         if self._filled < len(self.weight):
             if not isinstance(loaded, torch.Tensor):
-                loaded = loaded.dequantize(self.weight.dtype)
+                loaded = numbers_like(loaded, self.weight)
+            give_memory(self.weight)
             self.weight.data[self._filled :].zero_()
+            self._rows_loaded += len(self.weight) - self._filled
         self.load_rows(0, narrow_rows(loaded, self._first, self._filled), "weight")
 
 

@@ -17,6 +17,7 @@ from sglang.srt.layers.quantization.matrix import (
     QUANTIZED_BLOCK,
     QuantizedMatrix,
     QuantizedWeight,
+    move_to,
 )
 
 LoadedWeight = torch.Tensor | QuantizedWeight
@@ -25,6 +26,27 @@ LoadedWeight = torch.Tensor | QuantizedWeight
 def frozen_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     """An uninitialised parameter without gradient on the current default device."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+def deferred_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    """As `frozen_parameter`; on a GPU without memory before `give_memory`, and all one number.
+
+    Weights that stay quantised never need it. On a CPU memory that is never written is never
+    committed, so there it costs nothing to have it.
+    """
+    if torch.get_default_device().type == "cpu":
+        return frozen_parameter(*shape, dtype=dtype)
+    return nn.Parameter(torch.empty(1, dtype=dtype).expand(shape), requires_grad=False)
+
+
+def give_memory(parameter: nn.Parameter) -> None:
+    """Give a `deferred_parameter` its memory, uninitialised, before numbers are written there.
+
+    Others have theirs and keep it.
+    """
+    data = parameter.data
+    if data.numel() > 1 and not any(data.stride()):
+        parameter.data = torch.empty_like(data, memory_format=torch.contiguous_format)
 
 
 def copy_checked(target: torch.Tensor, source: torch.Tensor, what: str) -> None:
@@ -49,8 +71,7 @@ class WeightOwner(nn.Module):
 
     def __init__(self, num_rows: int, width: int, dtype: torch.dtype) -> None:
         super().__init__()
-        # Memory that is never written is never committed: free where all rows come quantised.
-        self.weight = frozen_parameter(num_rows, width, dtype=dtype)
+        self.weight = deferred_parameter(num_rows, width, dtype=dtype)
         self.quantized: QuantizedMatrix | None = None
         self._parts: list[tuple[int, QuantizedWeight]] = []
         self._rows_loaded = 0
@@ -75,19 +96,25 @@ class WeightOwner(nn.Module):
         """Take rows of the weight from `first` on; ValueError when the shapes differ."""
         count, width = source.shape[0], self.weight.shape[1]
         if isinstance(source, torch.Tensor):
+            give_memory(self.weight)
             copy_checked(self.weight.data[first : first + count], source, what)
         elif source.shape[1] != width:
             raise ValueError(f"{what}: the checkpoint has {source.shape[1]} columns, not {width}")
         else:
-            self._parts.append((first, source))
+            self._parts.append((first, move_to(source, self.weight.device)))
         self._rows_loaded += count
         if self._parts and self._rows_loaded == len(self.weight):
             self._settle()
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether all rows have come."""
+        return self.quantized is not None or self._rows_loaded == len(self.weight)
+
     def quantize(self, kernels: ModuleType) -> None:
         """Round a loaded weight to bytes (see int8.py), if its width allows and it is not so yet.
 
-        `kernels` is the package sgl_kernel. Side effect: `weight` has no rows afterwards.
+        `kernels` is that of `codes_kernels`. Side effect: `weight` has no rows afterwards.
         """
         rows, width = self.weight.shape
         if self.quantized is None and rows and width % QUANTIZED_BLOCK == 0:

@@ -30,7 +30,8 @@ def move_to_huge_pages(model: nn.Module, *, copy: bool) -> int:
     keeps an address of a weight.
     """
     parameters = [p for p in model.parameters() if p.device.type == "cpu" and p.numel()]
-    matrices = list(_quantized(model)) if copy else []
+    kept = _quantized(model) if copy else ()
+    matrices = [one for one in kept if all(t.device.type == "cpu" for t in one.tensors())]
     sizes = [p.nbytes for p in parameters]
     sizes += [t.nbytes for matrix in matrices for t in matrix.tensors()]
     room = _Room.of(sum(_lines(size) for size in sizes))

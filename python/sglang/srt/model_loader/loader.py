@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +22,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.expert_weights import ExpertWeights
 from sglang.srt.layers.quantization.choice import choose_quantization
-from sglang.srt.layers.weights import WeightOwner
+from sglang.srt.layers.weights import LoadedWeight, WeightOwner, give_memory
 from sglang.srt.model_loader.gguf_weights import gguf_weights
 from sglang.srt.model_loader.huge_pages import move_to_huge_pages
 from sglang.srt.model_loader.kv_scales import CheckpointScales, read_scale_file, set_kv_scales
@@ -37,10 +37,11 @@ from sglang.srt.model_loader.weight_files import (
 )
 from sglang.srt.models.causal_lm import CausalLM
 from sglang.srt.models.registry import resolve_model_class
-from sglang.srt.utils.native import native_kernels
+from sglang.srt.utils.native import codes_kernels
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 _DUMMY_STD = 0.02
+_ROUNDED = (WeightOwner, ExpertWeights)
 
 
 def load_model(
@@ -74,7 +75,7 @@ def load_model(
     )
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"unknown load format {load_format!r}; one of {', '.join(LOAD_FORMATS)}")
-    kernels = None if kept == "none" else native_kernels()
+    kernels = None if kept == "none" else codes_kernels(device)
     if load_format == "dummy":
         source = None
     else:
@@ -90,10 +91,12 @@ def load_model(
             fill_with_dummy_weights(model, seed)
         else:
             weights = scales.without_scales(source.weights)
+            if kept == "int8" and kernels is not None:
+                weights = _rounded_on_the_way(weights, model, kernels)
             _load(model, WeightSource(weights, source.num_weights), show_progress)
         if kept == "int8" and kernels is not None:
             for module in model.modules():
-                if isinstance(module, (WeightOwner, ExpertWeights)):
+                if isinstance(module, _ROUNDED):
                     module.quantize(kernels)
         if kept != "none":
             move_to_huge_pages(model, copy=True)
@@ -147,6 +150,7 @@ def fill_with_dummy_weights(model: nn.Module, seed: int) -> None:
     Each parameter's values depend on `seed` and its name alone.
     """
     for name, parameter in model.named_parameters():
+        give_memory(parameter)
         if parameter.dim() == 1:
             parameter.data.fill_(0.0 if name.endswith(".bias") else 1.0)
             continue
@@ -170,6 +174,22 @@ def _load(model: CausalLM, source: WeightSource, show_progress: bool) -> None:
         dynamic_ncols=True,
     ) as bar:
         model.load_weights(_counted(source, bar.update))
+
+
+def _rounded_on_the_way(
+    weights: Iterable[tuple[str, LoadedWeight]], model: nn.Module, kernels: ModuleType
+) -> WeightIterator:
+    """The same `weights`. Side effect: layers are rounded to bytes once their weights have come.
+
+    So a model never is in memory as numbers.
+    """
+    owners = (module for module in model.modules() if isinstance(module, _ROUNDED))
+    waiting: list[WeightOwner | ExpertWeights] = list(owners)
+    for pair in weights:
+        yield pair
+        for module in [module for module in waiting if module.is_loaded]:
+            module.quantize(kernels)
+            waiting.remove(module)
 
 
 def _counted(source: WeightSource, count: Callable[[], object]) -> WeightIterator:

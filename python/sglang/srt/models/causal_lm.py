@@ -16,6 +16,7 @@ from torch import nn
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.moe import Experts
+from sglang.srt.layers.quantization.matrix import numbers_like
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.layers.weights import LoadedWeight, WeightOwner
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -115,7 +116,7 @@ class _Place:
         if not isinstance(tensor, torch.Tensor) and not isinstance(
             self.module, (WeightOwner, Experts)
         ):
-            tensor = tensor.dequantize(self.module.get_parameter(self.param_name).dtype)
+            tensor = numbers_like(tensor, self.module.get_parameter(self.param_name))
         if self.shard_id is None:
             self.module.weight_loader(self.param_name, tensor)
         else:

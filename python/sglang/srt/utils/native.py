@@ -54,6 +54,18 @@ def _layer_kernels() -> ModuleType | None:
     return None if Environ.from_os().disable_native_kernels else triton_kernels()
 
 
+def codes_kernels(device: str | torch.device) -> ModuleType | None:
+    """The package whose `QuantizedWeight` computes on `device`; None where there is none.
+
+    `native_kernels` of a CPU, `triton_kernels` of a GPU, none where
+    SGLANG_DISABLE_NATIVE_KERNELS is set.
+    """
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return native_kernels()
+    return _layer_kernels() if kind == "cuda" else None
+
+
 def kernels_for(*tensors: torch.Tensor) -> ModuleType | None:
     """`native_kernels` where all tensors lie on the CPU in types that they compute, else None."""
     for tensor in tensors:

@@ -11,8 +11,10 @@ from sgl_kernel.triton.attention import (
     default_tiles,
     paged_attention,
 )
-from sgl_kernel.triton.launch import check_device, is_interpreted
-from sgl_kernel.triton.moe import GroupedTile, grouped_linear, mixture, sort_pairs
+from sgl_kernel.triton.expert_codes import ExpertCodes
+from sgl_kernel.triton.launch import GroupedTile, check_device, is_interpreted
+from sgl_kernel.triton.moe import grouped_linear, mixture, sort_pairs
+from sgl_kernel.triton.quantized import QuantizedWeight
 from sgl_kernel.triton.rows import clamped_gate, gelu_tanh_and_mul, rms_norm, route, silu_and_mul
 from sgl_kernel.triton.store import rotate_and_store, store_kv
 from sgl_kernel.triton.work import Chip, Queries, Sight, Tile, Work, plan_waves, plan_work
@@ -20,7 +22,9 @@ from sgl_kernel.triton.work import Chip, Queries, Sight, Tile, Work, plan_waves,
 __all__ = [
     "Chip",
     "DeviceWork",
+    "ExpertCodes",
     "GroupedTile",
+    "QuantizedWeight",
     "Queries",
     "Segments",
     "Sight",

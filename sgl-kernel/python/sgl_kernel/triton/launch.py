@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,6 +22,34 @@ TRITON_TYPES: dict[torch.dtype, Any] = {
 
 # Of every launch: a product and a sum may be rounded once. Said, because Triton's default changes.
 FP_FUSION: dict[str, Any] = {"enable_fp_fusion": True}
+
+
+class Pairs(NamedTuple):
+    """Pairs of token and expert, by expert, in tiles of `block` rows of one expert each.
+
+    `order` int32 [tiles * block]: pair t * K + i is token t's i-th expert, T * K is padding.
+    `tile_experts` int32 [tiles], E for tiles that are left over.
+    """
+
+    order: torch.Tensor
+    tile_experts: torch.Tensor
+    block: int
+    num_tokens: int
+    num_chosen: int
+
+    @property
+    def num_pairs(self) -> int:
+        """T * K."""
+        return self.num_tokens * self.num_chosen
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedTile:
+    """Sizes of a product's launch: rows, output features and input features, powers of two."""
+
+    rows: int
+    columns: int
+    depth: int
 
 
 def is_interpreted() -> bool:

@@ -1,5 +1,7 @@
 """Mixtures of experts on a GPU: pairs sorted by expert, two launches of products, one sum.
 
+Few pairs are not sorted where weights stay quantised (expert_codes.py).
+
 What is computed is what `Experts` in sglang.srt.layers.moe does. Nothing waits for the device:
 shapes depend on the number of tokens alone, so a step can be captured in a graph. See docs/gpu.md,
 Note [Grouped products]. Not yet run on a GPU.
@@ -10,16 +12,23 @@ Legend: T tokens, E experts, K experts of a token, H hidden width, I an expert's
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 
 from sgl_kernel.library import KernelError
+from sgl_kernel.triton.expert_codes import (
+    ExpertCodes,
+    grouped_quantized,
+    single_pairs,
+    takes_single_pairs,
+)
 from sgl_kernel.triton.kernels.moe import grouped_linear_kernel, sum_pairs_kernel
 from sgl_kernel.triton.launch import (
     FP_FUSION,
     TRITON_TYPES,
+    GroupedTile,
+    Pairs,
     check_device,
     is_interpreted,
     power_of_two,
@@ -27,29 +36,6 @@ from sgl_kernel.triton.launch import (
 from sgl_kernel.triton.rows import silu_and_mul
 
 _SUM_COLUMNS = 1024
-
-
-class Pairs(NamedTuple):
-    """Pairs of token and expert, by expert, in tiles of `block` rows of one expert each.
-
-    `order` int32 [tiles * block]: pair t * K + i is token t's i-th expert, T * K is padding.
-    `tile_experts` int32 [tiles], E for tiles that are left over.
-    """
-
-    order: torch.Tensor
-    tile_experts: torch.Tensor
-    block: int
-    num_tokens: int
-    num_chosen: int
-
-
-@dataclass(frozen=True, slots=True)
-class GroupedTile:
-    """Sizes of a product's launch: rows, output features and input features, powers of two."""
-
-    rows: int
-    columns: int
-    depth: int
 
 
 def default_grouped_tile(num_pairs: int, num_experts: int, dtype: torch.dtype) -> GroupedTile:
@@ -105,7 +91,7 @@ def grouped_linear(
     if scale_inputs is not None and scale_outputs is not None:
         raise KernelError("weights of the pairs multiply inputs or outputs, not both")
     num_experts, width, depth = weight.shape
-    num_pairs = pairs.num_tokens * pairs.num_chosen
+    num_pairs = pairs.num_pairs
     out = torch.empty((num_pairs, width), dtype=out_dtype or x.dtype, device=x.device)
     if not num_pairs:
         return out
@@ -143,7 +129,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, pairs: Pairs, tile: GroupedTil
         raise KernelError(f"x {tuple(x.shape)} does not fit weights {tuple(weight.shape)}")
     if pairs.block != tile.rows or x.dtype != weight.dtype:
         raise KernelError(f"tiles of {pairs.block} and {tile.rows}, {x.dtype} and {weight.dtype}")
-    if len(x) not in (pairs.num_tokens, pairs.num_tokens * pairs.num_chosen):
+    if len(x) not in (pairs.num_tokens, pairs.num_pairs):
         raise KernelError(f"{len(x)} rows for {pairs.num_tokens} x {pairs.num_chosen} pairs")
 
 
@@ -151,9 +137,10 @@ def mixture(
     x: torch.Tensor,
     experts: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | tuple[ExpertCodes, ExpertCodes],
+    down: torch.Tensor | ExpertCodes,
     *,
+    num_experts: int | None = None,
     activation: Callable[[torch.Tensor], torch.Tensor] = silu_and_mul,
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
@@ -164,33 +151,23 @@ def mixture(
     """The weighted sum of each token's experts, down(activation(gate_up(x))): x [T, H] to [T, H].
 
     `experts` int64 [T, K], different ones for a token, with `weights` float32 [T, K];
-    `gate_up` [E, 2 I, H], `down` [E, H, I], biases [E, 2 I] and [E, H]. `scale_inputs`: weights
-    multiply what an expert gets, not what it gives. What experts give is added up in float32, the
-    lowest expert first, and comes in `out_dtype` (None: x's).
+    `gate_up` [E, 2 I, H], `down` [E, H, I], biases [E, 2 I] and [E, H]. Quantised weights are
+    (gate, up) and down; `num_experts` is needed where both are. `scale_inputs`: weights multiply
+    what an expert gets, not what it gives. What experts give is added up in float32, the lowest
+    expert first, and comes in `out_dtype` (None: x's).
     """
-    num_experts = len(gate_up)
+    if num_experts is None:
+        num_experts = len(next(one for one in (gate_up, down) if isinstance(one, torch.Tensor)))
     num_tokens, num_chosen = experts.shape
-    if tile is None:
-        tile = default_grouped_tile(experts.numel(), num_experts, x.dtype)
-    pairs = sort_pairs(experts, num_experts, tile.rows)
-    hidden = grouped_linear(
-        x,
-        gate_up,
-        pairs,
-        tile,
-        bias=gate_up_bias,
-        scale_inputs=weights if scale_inputs else None,
-    )
-    parts = grouped_linear(
-        activation(hidden),
-        down,
-        pairs,
-        tile,
-        bias=down_bias,
-        scale_outputs=None if scale_inputs else weights,
-        out_dtype=torch.float32,
-    )
-    width = down.shape[1]
+    work = _Work(experts, weights, num_experts, scale_inputs, tile, None)
+    numbers = isinstance(gate_up, torch.Tensor) or isinstance(down, torch.Tensor)
+    if numbers or tile is not None or not takes_single_pairs(experts.numel(), num_experts):
+        block = default_grouped_tile(experts.numel(), num_experts, x.dtype).rows
+        pairs = sort_pairs(experts, num_experts, block if tile is None else tile.rows)
+        work = replace(work, pairs=pairs)
+    hidden = _gate_up(x, gate_up, work, gate_up_bias)
+    parts = _down(activation(hidden), down, work, down_bias)
+    width = parts.shape[1]
     out = torch.empty((num_tokens, width), dtype=out_dtype or x.dtype, device=x.device)
     if num_tokens:
         block = min(_SUM_COLUMNS, power_of_two(width))
@@ -204,4 +181,84 @@ def mixture(
             NUM_EXPERTS=num_experts,
             **FP_FUSION,
         )
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a mixture's products share; `pairs` None: each pair is multiplied by itself."""
+
+    experts: torch.Tensor
+    weights: torch.Tensor
+    num_experts: int
+    scale_inputs: bool
+    tile: GroupedTile | None
+    pairs: Pairs | None
+
+    def numbers(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        out_dtype: torch.dtype,
+        **scales: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`grouped_linear` of the sorted pairs."""
+        assert self.pairs is not None
+        tile = self.tile
+        if tile is None:
+            tile = default_grouped_tile(self.experts.numel(), self.num_experts, x.dtype)
+        return grouped_linear(x, weight, self.pairs, tile, bias=bias, out_dtype=out_dtype, **scales)
+
+    def codes(
+        self,
+        x: torch.Tensor,
+        matrix: ExpertCodes,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        **scales: torch.Tensor | None,
+    ) -> None:
+        """Write the pairs' products with quantised weights into out [T * K, count]."""
+        if self.pairs is None:
+            experts, count = self.experts, self.num_experts
+            single_pairs(x, matrix, experts, count, out, bias=bias, **scales)
+            return
+        pairs, tile = self.pairs, self.tile
+        grouped_quantized(x, matrix, pairs, self.num_experts, out, tile=tile, bias=bias, **scales)
+
+
+def _gate_up(
+    x: torch.Tensor,
+    gate_up: torch.Tensor | tuple[ExpertCodes, ExpertCodes],
+    work: _Work,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Gate and up of every pair, [T * K, 2 I]: one launch where they lie together, else two."""
+    scales = work.weights if work.scale_inputs else None
+    if isinstance(gate_up, torch.Tensor):
+        return work.numbers(x, gate_up, bias, out_dtype=x.dtype, scale_inputs=scales)
+    gate, up = gate_up
+    size = (work.experts.numel(), gate.count + up.count)
+    out = torch.empty(size, dtype=x.dtype, device=x.device)
+    both = gate.joined(up)
+    first = 0
+    for matrix in gate_up if both is None else (both,):
+        last = first + matrix.count
+        own = None if bias is None else bias[:, first:last]
+        work.codes(x, matrix, own, out[:, first:last], scale_inputs=scales)
+        first = last
+    return out
+
+
+def _down(
+    x: torch.Tensor, down: torch.Tensor | ExpertCodes, work: _Work, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """What every pair's expert gives, float32 [T * K, H]."""
+    scales = None if work.scale_inputs else work.weights
+    if isinstance(down, torch.Tensor):
+        return work.numbers(x, down, bias, out_dtype=torch.float32, scale_outputs=scales)
+    size = (work.experts.numel(), down.count)
+    out = torch.empty(size, dtype=torch.float32, device=x.device)
+    work.codes(x, down, bias, out, scale_outputs=scales)
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang.srt.utils.native import native_kernels
+from sglang.srt.utils.native import codes_kernels
 
 # SGLang's names of checkpoints' own codes; what says by which kernel is the same here.
 _METHODS = {
@@ -30,8 +30,7 @@ def choose_quantization(
     A checkpoint's codes become numbers where no kernel multiplies with them. Raises ValueError,
     one line, for another name and for what can't be had here.
     """
-    on_cpu = torch.device(device).type == "cpu"
-    has_kernels = on_cpu and native_kernels() is not None
+    has_kernels = codes_kernels(device) is not None
     own = "gguf" if is_gguf else method
     if name is not None and name not in QUANTIZATIONS:
         raise ValueError(f"--quantization {name}: must be one of {', '.join(QUANTIZATIONS)}")
@@ -43,11 +42,10 @@ def choose_quantization(
         return own if own is not None and keeps else "none"
     if name == "gguf" and not is_gguf:
         raise ValueError("--quantization gguf keeps the codes of a GGUF file; this model is none")
-    if name != "none" and not on_cpu:
-        raise ValueError(f"--quantization {name} computes on a CPU only")
     if name != "none" and not has_kernels:
+        on_gpu = torch.device(device).type == "cuda"
+        more = "and the package triton" if on_gpu else "which takes a C++ compiler"
         raise ValueError(
-            f"--quantization {name} needs the native kernels: pip install ./sgl-kernel, which "
-            "takes a C++ compiler"
+            f"--quantization {name} needs the native kernels: pip install ./sgl-kernel, {more}"
         )
     return name

@@ -22,12 +22,12 @@ class Int8Codes(NamedTuple):
 def quantize_int8(weight: torch.Tensor) -> Int8Codes:
     """Round weight [N, K] to the nearest of 255 steps of each group's largest magnitude.
 
-    K must be a multiple of 32. Scales are rounded to 16 bits before codes are chosen; `gain`, a
-    power of two, keeps them in the middle of their range.
+    K must be a multiple of 32. Codes lie where the weight does. Scales are rounded to 16 bits
+    before codes are chosen; `gain`, a power of two, keeps them in the middle of their range.
     """
     rows, width = weight.shape
-    codes = torch.empty(rows, width, dtype=torch.int8)
-    scales = torch.empty(rows, width // _GROUP, dtype=torch.float16)
+    codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(rows, width // _GROUP, dtype=torch.float16, device=weight.device)
     largest = float(weight.abs().max()) / 127 if weight.numel() else 0.0
     gain = 2.0 ** math.ceil(math.log2(largest)) if 0.0 < largest < math.inf else 1.0
     step = max(1, _ROWS_AT_ONCE // width)

@@ -6,7 +6,8 @@ then small beside the product's. In float32 both compute with the same numbers. 
 which are rounded already, are rounded once more to bytes for a few rows where the processor
 multiplies bytes; without dot products of these, for any number of rows where codes are small.
 Where it multiplies bfloat16 by matrix tiles, all but a few rows of that type meet
-a weight that the native kernel rounds to it. See docs/quantized_weights.md.
+a weight that the native kernel rounds to it. On a GPU the kernels take any number of rows. See
+docs/quantized_weights.md.
 
 Legend: N outputs, K inputs.
 """
@@ -74,8 +75,12 @@ def _by_tiles(flat: torch.Tensor) -> bool:
 
 
 class QuantizedWeight(Protocol):
-    """What is needed of `sgl_kernel.QuantizedWeight`."""
+    """What is needed of `sgl_kernel.QuantizedWeight`, or of the one in sgl_kernel.triton.
 
+    `on_device`: it computes on a GPU alone, and its layout may be cut on the host before.
+    """
+
+    on_device: bool
     codes: torch.Tensor
     scales: torch.Tensor
     mins: torch.Tensor | None
@@ -109,11 +114,29 @@ class QuantizedWeight(Protocol):
         round_weight: bool = False,
     ) -> torch.Tensor: ...
 
+    def multiply_into(
+        self, out: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
+        """Only of those on a device."""
+
     def dequantize(self, dtype: torch.dtype, *, num_threads: int = 1) -> torch.Tensor: ...
 
     def dequantize_rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
 
     def dequantize_into(self, out: torch.Tensor, *, num_threads: int = 1) -> None: ...
+
+
+def move_to(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    """The same weight. Side effect: it holds copies on `device` of tensors that are elsewhere."""
+    weight.codes, weight.scales = weight.codes.to(device), weight.scales.to(device)
+    weight.mins = None if weight.mins is None else weight.mins.to(device)
+    return weight
+
+
+def numbers_like(weight: QuantizedWeight, target: torch.Tensor) -> torch.Tensor:
+    """The weight as numbers of the type of `target`, where that lies. Side effect of `move_to`."""
+    threads = torch.get_num_threads()
+    return move_to(weight, target.device).dequantize(target.dtype, num_threads=threads)
 
 
 class QuantizedMatrix:
@@ -125,6 +148,7 @@ class QuantizedMatrix:
             some = list(group)
             joined.append(some[0] if len(some) == 1 else type(some[0]).join(some))
         self._parts = tuple(joined)
+        self._on_device = any(part.on_device for part in joined)
         starts = itertools.accumulate((part.shape[0] for part in joined), initial=0)
         *self._starts, num_rows = starts
         self.shape = (num_rows, joined[0].shape[1])
@@ -164,6 +188,8 @@ class QuantizedMatrix:
         """
         last = self.shape[0] if last is None else last
         flat = x.reshape(-1, self.shape[1])
+        if self._on_device:
+            return self._on_gpu(flat, bias, first, last).view(*x.shape[:-1], last - first)
         natively = len(flat) <= _NATIVE_ROWS or _by_tiles(flat)
         if natively or all(_rounds(part, flat) for part in self._parts):
             out = self._native(flat, bias, first, last)
@@ -183,12 +209,37 @@ class QuantizedMatrix:
         flat = rows.reshape(-1)
         if len(self._parts) == 1:
             out = self._parts[0].dequantize_rows(flat, dtype)
+        elif self._on_device:
+            out = self._take_from_all(flat, dtype)
         else:
             out = torch.empty(len(flat), self.shape[1], dtype=dtype)
             for start, part in zip(self._starts, self._parts, strict=True):
                 here = (flat >= start) & (flat < start + part.shape[0])
                 out[here] = part.take(flat[here] - start).dequantize(dtype)
         return out.view(*rows.shape, self.shape[1])
+
+    def _take_from_all(self, flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of every part for all of int64 `flat` [R], and the right ones of these.
+
+        No size depends on what `flat` holds, so nothing waits for it.
+        """
+        out = torch.zeros(len(flat), self.shape[1], dtype=dtype, device=flat.device)
+        for start, part in zip(self._starts, self._parts, strict=True):
+            local = flat - start
+            here = (local >= 0) & (local < part.shape[0])
+            rows = part.dequantize_rows(local.clamp(0, part.shape[0] - 1), dtype)
+            out = torch.where(here.unsqueeze(-1), rows, out)
+        return out
+
+    def _on_gpu(
+        self, flat: torch.Tensor, bias: torch.Tensor | None, first: int, last: int
+    ) -> torch.Tensor:
+        """flat [R, K] times the outputs [first, last), each part's written in its place."""
+        out = flat.new_empty(len(flat), last - first)
+        for begin, part in self._parts_of(first, last):
+            place = slice(begin - first, begin - first + part.shape[0])
+            part.multiply_into(out[:, place], flat, None if bias is None else bias[place])
+        return out
 
     def _native(
         self, flat: torch.Tensor, bias: torch.Tensor | None, first: int, last: int

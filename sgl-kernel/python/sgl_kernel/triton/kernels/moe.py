@@ -10,6 +10,15 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def place_of(program, row_tiles, output_tiles, TOGETHER: tl.constexpr):
+    """(tile of rows, tile of outputs): TOGETHER tiles of rows share one of outputs in turn."""
+    in_group = TOGETHER * output_tiles
+    first = program // in_group * TOGETHER
+    group_tiles = tl.minimum(row_tiles - first, TOGETHER)
+    return first + program % in_group % group_tiles, program % in_group // group_tiles
+
+
 # Whether the number of pairs is 1 or a multiple of 16 differs from step to step, and helps nothing.
 @triton.jit(do_not_specialize=["num_pairs"])
 def grouped_linear_kernel(
@@ -29,13 +38,9 @@ def grouped_linear_kernel(
     Weights of the pairs multiply the inputs, rounded to their type, or the outputs. Programs beside
     each other share a weight tile: GROUP_M tiles of pairs before the next features.
     """
-    program = tl.program_id(0)
-    num_tiles = tl.num_programs(0) // tl.cdiv(OUT, BLOCK_N)
-    in_group = GROUP_M * tl.cdiv(OUT, BLOCK_N)
-    first_tile = program // in_group * GROUP_M
-    group_tiles = tl.minimum(num_tiles - first_tile, GROUP_M)
-    tile = first_tile + program % in_group % group_tiles
-    block = program % in_group // group_tiles
+    output_tiles: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
+    num_tiles = tl.num_programs(0) // output_tiles
+    tile, block = place_of(tl.program_id(0), num_tiles, output_tiles, GROUP_M)
     expert = tl.load(tile_experts_ptr + tile)
     if expert == NUM_EXPERTS:
         return
