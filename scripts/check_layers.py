@@ -78,7 +78,8 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.segment_manager < srt.mem_cache.memory_report"
      " < srt.mem_cache.allocation"),
     (3, "DEVICE", "srt.model_executor.forward_mode < srt.managers.schedule_batch"),
-    (3, "DEVICE", "srt.constrained.structural_tag < srt.constrained.grammar"
+    (3, "DEVICE", "srt.constrained.structural_formats < srt.constrained.structural_tag"
+     " < srt.constrained.grammar"
      " < srt.constrained.compiler"),
     (3, "DEVICE", "srt.constrained.grammar < srt.constrained.reasoning_matcher"
      " < srt.sampling.sampling_batch_info"),

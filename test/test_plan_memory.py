@@ -172,9 +172,7 @@ def quantised(folder: Path, base: dict[str, Any], scheme: dict[str, Any] | None)
         ),
     ],
 )
-def test_matrices_that_stay_quantised(
-    tmp_path: Path, scheme: dict[str, Any], bits: float
-) -> None:
+def test_matrices_that_stay_quantised(tmp_path: Path, scheme: dict[str, Any], bits: float) -> None:
     base = KNOWN_MODELS["llama-3.1-8b"]
     plain = count_weights(quantised(tmp_path, base, None), ParallelState(), "bfloat16")
     found = count_weights(quantised(tmp_path, base, scheme), ParallelState(), "bfloat16")

@@ -1,8 +1,7 @@
 """Structural tags as a grammar of the library: text that is free, with parts in it that are not.
 
-The formats are a tree, by xgrammar's public documentation of `structural_tag`; the older form,
-`structures` with `triggers`, is one of them. Pure, but for the library's translators of schemas,
-regular expressions and EBNF. Only `grammar.py` calls it.
+Pure, but for the library's translators of schemas, regular expressions and EBNF. Only `grammar.py`
+calls it.
 
 What has no end of its own (`any_text`, `triggered_tags`) is one lazy lexeme together with what ends
 it: the library commits to the first of those that can end. So a part is compiled together with the
@@ -15,139 +14,30 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
-import msgspec
+from sglang.srt.constrained.structural_formats import (
+    AnyText,
+    ConstString,
+    Ebnf,
+    Format,
+    JsonSchema,
+    Optional_,
+    Or,
+    Plus,
+    Regex,
+    Repeat,
+    Sequence_,
+    Star,
+    Tag,
+    TagsWithSeparator,
+    TriggeredTags,
+    is_endless,
+    read_tag,
+)
 
 _TEXT, _SOME_TEXT = "/(?s:.*)/", "/(?s:.+)/"
 _UNENDED = "any_text and triggered_tags must come last, or before a const_string or a tag"
-
-
-class ConstString(msgspec.Struct, frozen=True, tag="const_string", forbid_unknown_fields=True):
-    """Exactly `value`."""
-
-    value: str
-
-
-class JsonSchema(msgspec.Struct, frozen=True, tag="json_schema", forbid_unknown_fields=True):
-    """JSON of a schema; other styles and `any_order` are refused."""
-
-    json_schema: dict[str, Any] | bool
-    style: str = "json"
-    any_order: bool = False
-
-
-class Ebnf(msgspec.Struct, frozen=True, tag="grammar", forbid_unknown_fields=True):
-    """What a grammar in EBNF allows."""
-
-    grammar: str
-
-
-class Regex(msgspec.Struct, frozen=True, tag="regex", forbid_unknown_fields=True):
-    """What a regular expression matches."""
-
-    pattern: str
-
-
-class AnyText(msgspec.Struct, frozen=True, tag="any_text", forbid_unknown_fields=True):
-    """Anything without one of `excludes`, up to what ends it."""
-
-    excludes: list[str] = []
-
-
-class Sequence_(msgspec.Struct, frozen=True, tag="sequence", forbid_unknown_fields=True):
-    """One after the other."""
-
-    elements: list[Format]
-
-
-class Or(msgspec.Struct, frozen=True, tag="or", forbid_unknown_fields=True):
-    """One of them."""
-
-    elements: list[Format]
-
-
-class Optional_(msgspec.Struct, frozen=True, tag="optional", forbid_unknown_fields=True):
-    """Once or not at all."""
-
-    content: Format
-
-
-class Plus(msgspec.Struct, frozen=True, tag="plus", forbid_unknown_fields=True):
-    """Once or more often."""
-
-    content: Format
-
-
-class Star(msgspec.Struct, frozen=True, tag="star", forbid_unknown_fields=True):
-    """Any number of times."""
-
-    content: Format
-
-
-class Repeat(msgspec.Struct, frozen=True, tag="repeat", forbid_unknown_fields=True):
-    """From `min` to `max` times; `max` -1: without a limit."""
-
-    min: int
-    max: int
-    content: Format
-
-
-class Tag(msgspec.Struct, frozen=True, tag="tag", forbid_unknown_fields=True):
-    """`begin`, the content, and one of `end`; an empty end is none."""
-
-    begin: str
-    content: Format
-    end: str | list[str]
-
-    @property
-    def ends(self) -> tuple[str, ...]:
-        """The ends that are not empty."""
-        return tuple(e for e in ([self.end] if isinstance(self.end, str) else self.end) if e)
-
-
-class TriggeredTags(msgspec.Struct, frozen=True, tag="triggered_tags", forbid_unknown_fields=True):
-    """Free text in which a trigger begins one of the tags that begin with it."""
-
-    triggers: list[str]
-    tags: list[Tag]
-    at_least_one: bool = False
-    stop_after_first: bool = False
-    excludes: list[str] = []
-
-
-class TagsWithSeparator(
-    msgspec.Struct, frozen=True, tag="tags_with_separator", forbid_unknown_fields=True
-):
-    """Tags with `separator` between them and nothing else."""
-
-    tags: list[Tag]
-    separator: str
-    at_least_one: bool = False
-    stop_after_first: bool = False
-
-
-Format = Union[
-    ConstString, JsonSchema, Ebnf, Regex, AnyText, Sequence_, Or, Optional_, Plus, Star, Repeat,
-    Tag, TriggeredTags, TagsWithSeparator,
-]  # fmt: skip
-
-
-class Structure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A tag of the older form: JSON of `schema` between `begin` and `end`."""
-
-    begin: str
-    schema: dict[str, Any] | bool
-    end: str
-
-
-class StructuralTag(msgspec.Struct, frozen=True):
-    """`format`, or `structures` with `triggers`."""
-
-    type: str = "structural_tag"
-    format: Format | None = None
-    structures: list[Structure] = []
-    triggers: list[str] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,36 +68,9 @@ def lark_of(text: str, special: SpecialTokens, json_options: Mapping[str, Any]) 
     saying what is wrong with the tag or not served of it.
     """
     try:
-        tag = msgspec.json.decode(text, type=StructuralTag)
-        return _Writer(special, json_options).grammar(_whole(tag))
+        return _Writer(special, json_options).grammar(read_tag(text))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except (msgspec.DecodeError, UnicodeEncodeError) as error:
-        raise ValueError(str(error)) from None
-
-
-def _whole(tag: StructuralTag) -> Format:
-    if tag.type != "structural_tag":
-        raise ValueError(f"its type is {tag.type!r}")
-    if tag.format is not None:
-        return tag.format
-    if not tag.structures:
-        raise ValueError("it has neither a format nor structures")
-    tags = [Tag(one.begin, JsonSchema(one.schema), one.end) for one in tag.structures]
-    return TriggeredTags(tag.triggers, tags)
-
-
-def _is_endless(form: Format) -> bool:
-    """Whether it goes on until something else ends it."""
-    if isinstance(form, AnyText):
-        return True
-    if isinstance(form, TriggeredTags):
-        return not form.stop_after_first or not form.at_least_one
-    if isinstance(form, Sequence_):
-        return bool(form.elements) and _is_endless(form.elements[-1])
-    if isinstance(form, Tag):
-        return not form.ends and _is_endless(form.content)
-    return isinstance(form, Or) and any(_is_endless(one) for one in form.elements)
 
 
 class _Writer:
@@ -394,7 +257,7 @@ class _Writer:
             is_last = number == len(elements) - 1
             after = ends
             if not is_last:
-                after = (_first_string(elements[number + 1]),) if _is_endless(form) else ()
+                after = (_first_string(elements[number + 1]),) if is_endless(form) else ()
             part = self._element(form, after, begun)
             bodies.append(part.body)
             if is_last:
@@ -421,7 +284,7 @@ class _Writer:
         return _Part(_alternatives(bodies), took_end=True)
 
     def _repeated(self, form: Optional_ | Plus | Star | Repeat) -> str:
-        if _is_endless(form.content):
+        if is_endless(form.content):
             raise ValueError(_UNENDED)
         one = self._rule(self._compile(form.content, ()).body)
         if not isinstance(form, Repeat):
