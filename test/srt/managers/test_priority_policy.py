@@ -25,7 +25,9 @@ from sglang.srt.managers.schedule_policy import (
     service_key,
 )
 from sglang.srt.managers.scheduler_admission import WaitingQueue
+from sglang.srt.managers.scheduler_setup import _priority_rules
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import ServerArgs
 
 
 class FakeLease:
@@ -185,3 +187,23 @@ class TestDisplaced:
         reqs[2].retract(forced=True)
         assert choose_displaced(reqs, 6) is reqs[0]
         assert choose_displaced(reqs[1:], 6) is reqs[2], "but before the more urgent"
+
+
+class TestFlags:
+    def rules(self, **flags: object) -> PriorityRules | None:
+        return _priority_rules(ServerArgs.from_kwargs(model_path="m", device="cpu", **flags))
+
+    def test_off_unless_enabled(self) -> None:
+        assert self.rules(abort_on_priority_when_disabled=True) is None
+
+    def test_each_flag_is_a_rule(self) -> None:
+        assert self.rules(enable_priority_scheduling=True) == PriorityRules(False, None, 10)
+        rules = self.rules(
+            enable_priority_scheduling=True,
+            schedule_low_priority_values_first=True,
+            default_priority_value=-4,
+            priority_scheduling_preemption_threshold=3,
+        )
+        assert rules == PriorityRules(low_first=True, default=-4, threshold=3)
+        rules = self.rules(enable_priority_scheduling=True, disable_priority_preemption=True)
+        assert rules == PriorityRules(threshold=None)
