@@ -30,9 +30,10 @@ TABLE: tuple[Row, ...] = (
     (1, "", "srt.sampling.sampling_params < srt.managers.io_struct"),
     (1, "", "srt.configs.parser_names < srt.configs.door_args"),
     (1, "", "srt.configs.flag_spec < srt.configs.door_args, srt.configs.rank_args,"
-     " srt.configs.flag_tables, srt.configs.flag_parser"),
+     " srt.configs.priority_args, srt.configs.flag_tables, srt.configs.flag_parser"),
     (1, "", "srt.configs.kv_events_config < srt.configs.flag_checks"),
-    (1, "", "srt.configs.door_args, srt.configs.rank_args, srt.configs.flag_tables,"
+    (1, "", "srt.configs.door_args, srt.configs.rank_args, srt.configs.priority_args,"
+     " srt.configs.flag_tables,"
      " srt.configs.flag_parser, srt.configs.flag_checks < srt.server_args"),
     (1, "", "srt.configs.gguf_file < srt.configs.gguf_config < srt.configs.model_config"),
     (1, "", "srt.configs.quantization_config < srt.configs.model_config"),
@@ -65,7 +66,7 @@ TABLE: tuple[Row, ...] = (
      " srt.mem_cache.chunk_cache < srt.mem_cache.lease < srt.mem_cache.page_ladder"
      " < srt.mem_cache.window_ladder, srt.mem_cache.window_recycler"
      " < srt.mem_cache.integrity, srt.mem_cache.group_parts < srt.mem_cache.allocation"
-     " < srt.mem_cache.upstream.*, srt.mem_cache.compaction"),
+     " < srt.mem_cache.upstream.*, srt.mem_cache.compaction, srt.mem_cache.room_without"),
     (2, "DEVICE", "srt.mem_cache.allocation < srt.mem_cache.compaction < srt.mem_cache.reclaim"),
     (2, "DEVICE", "srt.mem_cache.memory_pool, srt.mem_cache.radix_cache, srt.mem_cache.window_index"
      " < srt.mem_cache.canary < srt.mem_cache.allocation"),
@@ -85,7 +86,7 @@ TABLE: tuple[Row, ...] = (
      " < srt.sampling.sampling_batch_info"),
     (3, "DEVICE", "srt.constrained.grammar < srt.managers.schedule_batch"),
     (3, "DEVICE", "srt.managers.generation_result, srt.managers.schedule_batch"
-     " < srt.managers.schedule_policy"),
+     " < srt.managers.schedule_policy < srt.managers.priority_policy"),
     (3, "DEVICE", "srt.managers.schedule_batch < srt.model_executor.forward_batch_info"
      " < srt.sampling.sampling_batch_info"),
     (4, "DEVICE", "srt.distributed.communicator, srt.distributed.shared_exchange,"

@@ -213,6 +213,12 @@ def test_model_overrides_are_an_object() -> None:
         (["--attention-backend", "triton", "--kv-cache-dtype", "int8"], "take an fp8 one"),
         (["--device", "cuda", "--kv-parallel-size", "2"], "--kv-parallel-size spreads KV on"),
         (["--disable-radix-cache", "--max-cached-tokens", "5"], "drop --disable-radix-cache"),
+        (["--schedule-low-priority-values-first"], "needs --enable-priority-scheduling"),
+        (["--default-priority-value", "1"], "needs --enable-priority-scheduling"),
+        (
+            ["--priority-scheduling-preemption-threshold", "-1"],
+            "--priority-scheduling-preemption-threshold must be at least 0",
+        ),
         (["--disable-radix-cache", "--schedule-policy", "lpm"], "drop --disable-radix-cache"),
         (["--grammar-backend", "xgrammar"], "--grammar-backend must be one of llguidance, none"),
         (

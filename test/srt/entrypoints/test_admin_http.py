@@ -213,6 +213,7 @@ def test_metrics(server: LiveServer) -> None:
         "prompt_tokens_total": 100,
         "cached_tokens_total": 25,
         "num_retracted_requests_total": 3,
+        "num_preempted_requests_total": 2,
         "memory": {
             "capacity_tokens": 1024,
             "page_size": 16,
@@ -236,6 +237,7 @@ def test_metrics(server: LiveServer) -> None:
     assert grown["sglang:inter_token_latency_seconds_count"] == len(ANSWER) - 1
     assert grown["sglang:e2e_request_latency_seconds_count"] == 1
     assert grown["sglang:num_retracted_requests_total"] == 3
+    assert grown["sglang:num_preempted_requests_total"] == 2
     assert after["sglang:num_running_reqs"] == 2
     assert after["sglang:num_queue_reqs"] == 1
     assert after["sglang:num_used_tokens"] == 128

@@ -40,20 +40,8 @@ def make_req(arrival: int = 0, prompt: int = 10, max_new: int = 8, **kwargs: obj
 
 
 @dataclass
-class FakeTable:
-    num_pages: int
-    first_page: int = 0
-
-    @property
-    def end_page(self) -> int:
-        return self.first_page + self.num_pages
-
-
-@dataclass
 class FakeLease:
-    tables: tuple[FakeTable, ...]
     num_cached_tokens: int = 0
-    row: int = 0
 
 
 class TestShares:
@@ -109,34 +97,29 @@ class TestOrder:
 class TestPromises:
     def test_the_last_token_needs_no_slot(self) -> None:
         req = make_req(prompt=60, max_new=5)  # 60 + 4 stored
-        assert pages_promised(req, None, (0,), 64, (None,), full=False) == (1,)
+        assert pages_promised(req, (0,), (0,), 64, (None,), full=False) == (1,)
         req = make_req(prompt=60, max_new=6)
-        assert pages_promised(req, None, (0,), 64, (None,), full=False) == (2,)
+        assert pages_promised(req, (0,), (0,), 64, (None,), full=False) == (2,)
 
     def test_held_pages_are_not_promised_again(self) -> None:
         req = make_req(prompt=640, max_new=1)
-        lease = FakeLease((FakeTable(3),))
-        assert pages_promised(req, lease, (3,), 64, (None,), full=False) == (7,)  # type: ignore[arg-type]
+        assert pages_promised(req, (3,), (3,), 64, (None,), full=False) == (7,)
 
     def test_clipped_and_full(self) -> None:
         req = make_req(prompt=1, max_new=100_000)
-        assert pages_promised(req, None, (0,), 1, (None,), full=False) == (CLIP_MAX_NEW_TOKENS,)
-        assert pages_promised(req, None, (0,), 1, (None,), full=True) == (100_000,)
+        assert pages_promised(req, (0,), (0,), 1, (None,), full=False) == (CLIP_MAX_NEW_TOKENS,)
+        assert pages_promised(req, (0,), (0,), 1, (None,), full=True) == (100_000,)
 
     def test_a_window_bounds_the_need(self) -> None:
         req = make_req(prompt=1000, max_new=1)
-        assert pages_promised(req, None, (0, 0), 10, (None, 7), full=True) == (100, 7)
+        assert pages_promised(req, (0, 0), (0, 0), 10, (None, 7), full=True) == (100, 7)
 
     def test_a_dropped_head_is_neither_held_nor_taken_again(self) -> None:
         req = make_req(prompt=1000, max_new=1)
-        table = FakeTable(4, first_page=50)
-        lease = FakeLease((FakeTable(54), table))
-        promised = partial(pages_promised, req, lease, page_size=10, full=True)  # type: ignore[arg-type]
-        assert promised(held=(54, 4), window_pages=(None, 7)) == (46, 3)
-        assert promised(held=(54, 1), window_pages=(None, 7)) == (46, 6), "three are shared"
-        table.first_page = 94
-        lease.tables[0].num_pages = 98
-        assert promised(held=(98, 4), window_pages=(None, 7)) == (2, 2), "only two are to come"
+        promised = partial(pages_promised, req, page_size=10, window_pages=(None, 7), full=True)
+        assert promised(ends=(54, 54), held=(54, 4)) == (46, 3)
+        assert promised(ends=(54, 54), held=(54, 1)) == (46, 6), "three are shared"
+        assert promised(ends=(98, 98), held=(98, 4)) == (2, 2), "only two are to come"
 
     def test_promises_add_up_per_group(self) -> None:
         assert total_pages([], (60,)) == (60,)
@@ -149,7 +132,7 @@ class TestVictim:
         reqs = []
         for arrival, computed, state in specs:
             req = make_req(arrival, prompt=1000)
-            req.admit(FakeLease((FakeTable(0),)))  # type: ignore[arg-type]
+            req.admit(FakeLease())  # type: ignore[arg-type]
             req.num_scheduled = computed
             if state is ReqState.DECODE:
                 req.move(ReqState.DECODE)

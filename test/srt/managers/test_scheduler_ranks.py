@@ -12,6 +12,7 @@ import pytest
 from sglang.srt.distributed.communicator import Communicator
 from sglang.srt.errors import RankLostError
 from sglang.srt.managers.io_struct import AbortReq, TokenOut
+from sglang.srt.managers.priority_policy import PriorityRules
 from sglang.srt.managers.scheduler_limits import TurnInputs
 from sglang.srt.managers.scheduler_ranks import (
     MEET_INTERVAL_S,
@@ -135,7 +136,14 @@ def run_program(
         ranks=control,
     )
     open_gate_before_waiting(memory.manager, backing)
-    harness = Harness(memory, page_size=4, chunk_tokens=16, control=control, adaptive_chunk=True)
+    harness = Harness(
+        memory,
+        page_size=4,
+        chunk_tokens=16,
+        control=control,
+        adaptive_chunk=True,
+        priorities=PriorityRules(threshold=1) if seed >= 4 else None,
+    )
     harness.now = 1000.0 * rank  # nobody asks the second rank's clock, nor how fast it computes
     harness.worker.step_time = lambda: luck.choice((0.001, 1.0, 3.0))
     trace = Trace()
@@ -145,7 +153,7 @@ def run_program(
         if kind == "send":
             rid = f"r{number}"
             trace.prompts[rid] = [dice.randrange(3) for _ in range(dice.randrange(1, 50))]
-            harness.send(rid, trace.prompts[rid], dice.randrange(1, 20))
+            harness.send(rid, trace.prompts[rid], dice.randrange(1, 20), priority=number % 3)
         elif kind == "abort" and trace.prompts and dice.random() < 0.3:
             harness.abort(dice.choice(list(trace.prompts)))
         elif kind == "rest":
@@ -181,5 +189,6 @@ def test_pages_stay_alike_whatever_the_machines_do(
             count = out.completion_tokens
             expected = expected_output(first.prompts[out.rid], count, rules)
             assert harness.output(out.rid) == expected
+    assert (harness.scheduler.counters.num_preemptions > 0) == (seed >= 4)
     assert (first.refusals + second.refusals > 0) == bool(seed % 2)
     assert any(call.startswith("agree") for call in ranks.control.calls[0])

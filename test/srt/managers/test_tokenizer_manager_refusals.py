@@ -290,3 +290,22 @@ async def test_a_request_through_scheduler_and_detokenizer(
             scheduler.close()
             detokenizer.close()
             context.term()
+
+
+async def test_a_priority_that_would_order_nothing_is_refused_where_that_is_asked_for(
+    tokenizer: Tokenizer,
+) -> None:
+    async with rig(tokenizer) as r:
+        r.manager.server_args.abort_on_priority_when_disabled = True  # type: ignore[misc]
+        with pytest.raises(RequestError, match="priority has no effect on this server") as caught:
+            await collect(r.manager.generate(request(ids=prompt(3), priority=0)))
+        assert caught.value.http_status == 400
+        assert r.manager.num_requests == 0
+        for enabled, priority in ((False, None), (True, 0)):
+            r.manager.server_args.enable_priority_scheduling = enabled  # type: ignore[misc]
+            ask = request(ids=prompt(3), priority=priority)
+            served = asyncio.create_task(collect(r.manager.generate(ask)))
+            sent = await r.sent_request()
+            assert sent.priority == priority
+            r.tell(sent.rid, "", [], LENGTH)
+            await served

@@ -104,6 +104,8 @@ def fake_settings() -> tuple[Any, Any]:
         dp_size=1,
         load_balance_method="round_robin",
         grammar_backend="llguidance",
+        abort_on_priority_when_disabled=False,
+        enable_priority_scheduling=False,
     )
     return args, SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(7,))
 

@@ -69,6 +69,16 @@ def check_host_tier(args: Any) -> None:
         )
 
 
+def check_priorities(args: Any) -> None:
+    """Raise ValueError with one line when a flag of priorities could have no effect."""
+    if args.enable_priority_scheduling:
+        return
+    if args.schedule_low_priority_values_first:
+        raise ValueError("--schedule-low-priority-values-first needs --enable-priority-scheduling")
+    if args.default_priority_value is not None:
+        raise ValueError("--default-priority-value needs --enable-priority-scheduling")
+
+
 def check_combinations(args: Any) -> None:
     """Raise ValueError with one line when two flags of a `ServerArgs` contradict each other."""
     try:
@@ -81,6 +91,7 @@ def check_combinations(args: Any) -> None:
     check_nodes(args)
     check_disk_tier(args)
     check_host_tier(args)
+    check_priorities(args)
     if args.skip_tokenizer_init and args.chat_template is not None:
         raise ValueError("--chat-template needs a tokenizer; drop --skip-tokenizer-init")
     if (

@@ -241,9 +241,6 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (
         "this order of requests does not exist here",
         """
-        --enable-priority-scheduling; --disable-priority-preemption;
-        --abort-on-priority-when-disabled; --schedule-low-priority-values-first;
-        --priority-scheduling-preemption-threshold V; --default-priority-value V;
         --retraction-policy V ok:length
         """,
     ),

@@ -26,6 +26,7 @@ class GenerateRequest:
 
     `logprob_start_len` is the first prompt position whose log probability is wanted, -1 for none
     of the prompt. `extra_key` keeps requests with different keys from sharing a prefix.
+    `priority` None: the client named none.
     `include_progress` asks for deltas that tell how far a long prompt is computed.
     `add_special_tokens` says whether `text` gets the tokenizer's BOS and EOS (False for text
     that a chat template rendered). `kept_special_tokens` are shown although special tokens are
@@ -43,7 +44,7 @@ class GenerateRequest:
     top_logprobs_num: int = 0
     token_ids_logprob: tuple[int, ...] = ()
     extra_key: str | None = None
-    priority: int = 0
+    priority: int | None = None
     add_special_tokens: bool = True
     kept_special_tokens: tuple[str, ...] = ()
     include_progress: bool = False

@@ -94,9 +94,9 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
     `input_ids` int32 [n]. `sampling_params.stop_token_ids` already holds the model's and the
     tokenizer's end-of-text ids unless `ignore_eos`. `logprob_start_len` is an absolute prompt
     position: log probabilities are wanted for prompt tokens at and after it; it equals n when
-    none of the prompt is wanted. `priority` and `extra_key` as in SGLang (`extra_key` also
-    carries `cache_salt`): requests with different keys never share a prefix. `include_progress`
-    asks for `PrefillProgress` while the prompt is computed.
+    none of the prompt is wanted. `priority` (None: none was named) and `extra_key` as in SGLang
+    (`extra_key` also carries `cache_salt`): requests with different keys never share a prefix.
+    `include_progress` asks for `PrefillProgress` while the prompt is computed.
     """
 
     bulk_field: ClassVar[str] = "input_ids"  # forty megabytes at ten million tokens: see channel.py
@@ -110,7 +110,7 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
     top_logprobs_num: int = 0
     token_ids_logprob: bytes = b""
     extra_key: str | None = None
-    priority: int = 0
+    priority: int | None = None
     detok: DetokOptions = DetokOptions()
     include_progress: bool = False
 

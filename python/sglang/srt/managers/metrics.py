@@ -43,6 +43,10 @@ _STATE_GAUGES: Mapping[str, tuple[tuple[str, ...], str]] = {
 # Totals that the scheduler counts: they only grow, and are shown as counters.
 _STATE_TOTALS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "num_retracted_requests": (("num_retracted_requests_total",), "Requests retracted"),
+    "num_preempted_requests": (
+        ("num_preempted_requests_total",),
+        "Requests retracted for a more urgent one",
+    ),
     "num_refused_requests": (("num_refused_requests_total",), "Requests refused on arrival"),
     "evicted_tokens": (("evicted_tokens_total",), "Cached tokens evicted"),
 }

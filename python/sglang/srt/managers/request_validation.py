@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
+from sglang.srt.configs.priority_args import MAX_PRIORITY
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateRequest, IdArray
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -18,7 +19,6 @@ _EMPTY_PROMPT = "The prompt is empty: it must have at least one token."
 _IDS_AT_ONCE = 1 << 18
 MAX_TOP_LOGPROBS = 1024
 MAX_PICKED_LOGPROBS = 4096
-MAX_PRIORITY = 1 << 31
 
 
 def check_fields(
@@ -28,10 +28,12 @@ def check_fields(
     has_tokenizer: bool,
     num_replicas: int = 1,
     no_constraints: str | None = None,
+    refuses_priority: bool = False,
 ) -> None:
     """Check everything that needs no token ids.
 
     `no_constraints` says why json_schema, regex and ebnf can't be served; None: they are.
+    `refuses_priority`: requests that name a priority are not served.
     """
     wanted = request.routed_dp_rank
     if wanted is not None and not 0 <= wanted < num_replicas:
@@ -43,6 +45,11 @@ def check_fields(
     if request.text == "":
         raise RequestError(_EMPTY_PROMPT)
     _check_wire_fields(request)
+    if refuses_priority and request.priority is not None:
+        raise RequestError(
+            "priority has no effect on this server (--abort-on-priority-when-disabled without "
+            "--enable-priority-scheduling): leave it out."
+        )
     if not has_tokenizer:
         if request.text is not None:
             raise RequestError(
@@ -70,9 +77,10 @@ def _check_wire_fields(request: GenerateRequest) -> None:
     for name, value in fields:
         if value is not None and not is_unicode(value):
             raise RequestError(f"{name} is not valid Unicode.")
-    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+    priority = request.priority
+    if priority is not None and not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
         raise RequestError(
-            f"priority must be in [{-MAX_PRIORITY}, {MAX_PRIORITY}], got {request.priority}."
+            f"priority must be in [{-MAX_PRIORITY}, {MAX_PRIORITY}], got {priority}."
         )
 
 

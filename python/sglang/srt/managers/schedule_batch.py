@@ -114,7 +114,15 @@ class Req:
     and the request enters no batch from then on.
     """
 
-    def __init__(self, message: TokenizedGenerateReqInput, arrival: int, seed: int) -> None:
+    def __init__(
+        self,
+        message: TokenizedGenerateReqInput,
+        arrival: int,
+        seed: int,
+        *,
+        urgency: int | None = None,
+    ) -> None:
+        """`urgency` orders requests, the highest first; None: priorities order nothing here."""
         params = message.sampling_params
         prompt = np.frombuffer(message.input_ids, dtype="<i4")
         self.rid = message.rid
@@ -127,7 +135,9 @@ class Req:
         self.stream = message.stream
         self.include_progress = message.include_progress
         self.extra_key = message.extra_key
-        self.priority = message.priority
+        self.urgency = 0 if urgency is None else urgency
+        # What the prefix cache evicts by, if it is told to.
+        self.priority = (message.priority or 0) if urgency is None else urgency
         self.detok: DetokOptions | None = message.detok
         self.has_stop_strings = bool(message.detok.stop_strings)
         self.grammar: Grammar | None = None  # set before it is admitted, if it has a constraint
@@ -143,7 +153,8 @@ class Req:
         self.num_pending = 0
         self.num_inflight = 0
         self.num_retractions = 0
-        self.num_budget_retractions = 0  # of them, for a budget that was lowered
+        # Of them, for a budget that was lowered or a request that is more urgent.
+        self.num_forced_retractions = 0
         self.num_passed_over = 0
         self.num_cached_tokens: int | None = None  # of the first admission; None: never admitted
         self.sampler_ready = False  # the sampler knows this row's parameters and history
@@ -174,6 +185,11 @@ class Req:
         return self.finish_reason is not None
 
     @property
+    def is_waiting(self) -> bool:
+        """True while it waits for a place, for the first time or again."""
+        return self.state in (ReqState.WAITING, ReqState.RETRACTED)
+
+    @property
     def max_new_tokens(self) -> int:
         """The user's limit; the text side always resolves None before sending."""
         assert self.params.max_new_tokens is not None
@@ -192,8 +208,12 @@ class Req:
 
     @property
     def num_own_retractions(self) -> int:
-        """Retractions that its own growth and its neighbours' caused."""
-        return self.num_retractions - self.num_budget_retractions
+        """Retractions that its own growth and its neighbours' caused.
+
+        Others say nothing of how much it is likely to need, so they neither make it reserve its
+        full need nor bring it nearer to `MAX_RETRACTIONS`.
+        """
+        return self.num_retractions - self.num_forced_retractions
 
     @property
     def needs_reservation(self) -> bool:
@@ -243,14 +263,18 @@ class Req:
         if self.num_cached_tokens is None:
             self.num_cached_tokens = lease.num_cached_tokens
 
-    def retract(self) -> None:
-        """Give up its place (the caller closed the lease) and wait again, outputs kept."""
+    def retract(self, *, forced: bool) -> None:
+        """Give up its place (the caller closed the lease) and wait again, outputs kept.
+
+        `forced`: neither its own growth nor its neighbours' is the cause.
+        """
         if self.num_inflight:
             raise InvariantError(f"{self!r} is retracted while a forward names it")
         self.move(ReqState.RETRACTED)
         self.kv = None
         self.num_scheduled = 0
         self.num_retractions += 1
+        self.num_forced_retractions += forced
         if self.logprob is not None and not self.logprob.input_sent:
             self.logprob.input_parts.clear()
 
@@ -303,7 +327,7 @@ class ScheduledReq:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleBatch:
-    """What one step computes; decodes first, then extends, each in arrival order."""
+    """What one step computes; decodes as they were admitted, then extends, urgent ones first."""
 
     step: int
     items: tuple[ScheduledReq, ...]

@@ -1,7 +1,8 @@
 """Decisions of the scheduler as pure functions of numbers: order, admission, chunks, victims.
 
-Nothing here touches memory, a clock or a socket; the scheduler asks, then acts. Queues arrive in
-arrival order and ties always fall to the earlier arrival, so that every rank decides alike.
+Nothing here touches memory, a clock or a socket; the scheduler asks, then acts. Queues come the
+most urgent first, equals in arrival order, and ties always fall to the earlier arrival, so that
+every rank decides alike. Without priority scheduling all are equals (`priority_policy`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from sglang.srt.managers.schedule_batch import Req, ReqState, ScheduledReq
-from sglang.srt.mem_cache.allocation import KVLease
 from sglang.srt.mem_cache.kv_layout import num_pages_for
 
 # Under lpm a request that was passed over this often goes first: a stream of better prefix hits
@@ -21,30 +21,35 @@ LPM_MAX_PASSED_OVER = 64
 LPM_MAX_QUEUE = 128
 
 
+def service_key(req: Req) -> tuple[int, int]:
+    """Sorts requests by who is served first: the most urgent, equals by arrival."""
+    return (-req.urgency, req.arrival)
+
+
 def order_waiting(
     waiting: Sequence[Req], policy: str, match_len: Callable[[Req], int]
 ) -> list[Req]:
-    """Waiting requests in the order of admission.
+    """Waiting requests, sorted by `service_key`, in the order of admission.
 
-    `policy` "fcfs": arrival order. "lpm": longest cached prefix first, those passed over
-    `LPM_MAX_PASSED_OVER` times before all; the queue's tail beyond `LPM_MAX_QUEUE` stays in
-    arrival order behind.
+    `policy` "fcfs": as they come. "lpm": among the equally urgent the longest cached prefix
+    first, those passed over `LPM_MAX_PASSED_OVER` times before; the queue's tail beyond
+    `LPM_MAX_QUEUE` stays as it is behind.
     """
     if policy == "fcfs":
         return list(waiting)
     head, tail = waiting[:LPM_MAX_QUEUE], waiting[LPM_MAX_QUEUE:]
 
-    def rank(req: Req) -> tuple[int, int, int]:
+    def rank(req: Req) -> tuple[int, int, int, int]:
         if req.num_passed_over >= LPM_MAX_PASSED_OVER:
-            return (0, 0, req.arrival)
-        return (1, -match_len(req), req.arrival)
+            return (-req.urgency, 0, 0, req.arrival)
+        return (-req.urgency, 1, -match_len(req), req.arrival)
 
     return [*sorted(head, key=rank), *tail]
 
 
 def pages_promised(
     req: Req,
-    lease: KVLease | None,
+    ends: Sequence[int],
     held: Sequence[int],
     page_size: int,
     window_pages: tuple[int | None, ...],
@@ -54,7 +59,8 @@ def pages_promised(
 ) -> tuple[int, ...]:
     """Pages per group that `req` may still take beside those that its lease already has.
 
-    `held[g]` are the pages that the lease (None: no page yet) has for itself. `window_pages[g]`
+    `held[g]` are the pages that it has for itself, and its tables reach up to page `ends[g]` (both
+    0 while it has none). `window_pages[g]`
     bounds what a window group holds at a time (None: the group keeps every token); the head that
     such a group dropped is neither held nor taken again. `full` counts every token of
     max_new_tokens instead of the clipped number. No request grows beyond `context_length`,
@@ -65,7 +71,7 @@ def pages_promised(
     promised = []
     for group, window in enumerate(window_pages):
         need = wanted if window is None else min(wanted, window)
-        still_to_come = wanted - (lease.tables[group].end_page if lease is not None else 0)
+        still_to_come = wanted - ends[group]
         promised.append(max(0, min(need - held[group], still_to_come)))
     return tuple(promised)
 
@@ -98,26 +104,32 @@ def share_chunk_tokens(left: Sequence[int], budget: int, page_size: int) -> list
     return shares
 
 
-def choose_victim(running: Sequence[Req]) -> Req | None:
-    """The running request to retract, or None when nobody may be.
+def retraction_cost(req: Req) -> tuple[int, bool, int, bool, int]:
+    """Sorts running requests by who gives up its place first.
 
-    Never the oldest. Fewest own computed tokens first, decode before prefill on ties, then the
-    newest; those with a full reservation only when there is no other.
+    The least urgent; of those one without a full reservation, then the one with the fewest own
+    computed tokens, decode before prefill on ties, then the newest.
+    """
+    return (
+        req.urgency,
+        req.needs_reservation,
+        req.own_computed(),
+        req.state is not ReqState.DECODE,
+        -req.arrival,
+    )
+
+
+def choose_victim(running: Sequence[Req]) -> Req | None:
+    """The running request to retract when pages run out, or None when nobody may be.
+
+    Never the oldest of the most urgent. Scarcity so leaves it its pages until it ends, and only
+    one that is more urgent yet may take its place: why everybody is served in the end is told in
+    docs/structures.md, Note [Priorities].
     """
     if len(running) < 2:
         return None
-    oldest = min(running, key=lambda req: req.arrival)
-    candidates = [req for req in running if req is not oldest]
-
-    def cost(req: Req) -> tuple[bool, int, bool, int]:
-        return (
-            req.needs_reservation,
-            req.own_computed(),
-            req.state is not ReqState.DECODE,
-            -req.arrival,
-        )
-
-    return min(candidates, key=cost)
+    kept = min(running, key=service_key)
+    return min((req for req in running if req is not kept), key=retraction_cost)
 
 
 class ChunkSizer:
@@ -176,7 +188,7 @@ def step_candidates(
             decodes.append(ScheduledReq(req, req.num_scheduled, 1, True, relay))
         elif req.state is ReqState.PREFILL and not req.is_ending and req.extend_left > 0:
             prefills.append(req)
-    prefills.sort(key=lambda req: req.arrival)
+    prefills.sort(key=service_key)
     budget = chunks.next_budget(shared=bool(decodes) or len(prefills) > 1)
     shares = share_chunk_tokens([req.extend_left for req in prefills], budget, page_size)
     extends = []

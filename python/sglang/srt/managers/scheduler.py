@@ -28,12 +28,12 @@ from sglang.srt.managers.io_struct import (
     ToScheduler,
     VocabularyReq,
 )
+from sglang.srt.managers.priority_policy import choose_displaced
 from sglang.srt.managers.schedule_batch import (
     MAX_RETRACTIONS,
     Req,
     ReqState,
     ScheduleBatch,
-    ScheduledReq,
 )
 from sglang.srt.managers.schedule_policy import ChunkSizer, choose_victim, step_candidates
 from sglang.srt.managers.scheduler_admission import Admission, WaitingQueue
@@ -49,11 +49,12 @@ from sglang.srt.managers.scheduler_limits import (
     Worker,
 )
 from sglang.srt.managers.scheduler_output import OutputCollector
+from sglang.srt.managers.scheduler_placement import StepPlacer
 from sglang.srt.managers.scheduler_progress import PrefillProgressLog
 from sglang.srt.managers.scheduler_ranks import OwnTurns
 from sglang.srt.managers.scheduler_results import process_result
 from sglang.srt.managers.scheduler_stats import SchedulerCounters
-from sglang.srt.mem_cache.allocation import DecodeRows, KVMemory, KVPlacement, PageNeed
+from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
 from sglang.srt.mem_cache.kv_layout import num_pages_for
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -112,6 +113,7 @@ class Scheduler:
         self._canary = canary
         self._control = SchedulerControl(self, memory, canary)
         self._admission = Admission(memory, limits)
+        self._placer = StepPlacer(memory)
         self._chunks = ChunkSizer(
             limits.chunk_tokens,
             limits.page_size,
@@ -126,7 +128,6 @@ class Scheduler:
         self._by_rid: dict[str, Req] = {}  # all that have not finished
         self._inflight: deque[_StepInFlight] = deque()
         self._drops: list[int] = []  # rows that the sampler may forget
-        self._decode_rows = DecodeRows.of(())  # of the last step that decoded
         self._outputs = OutputCollector(limits.stream_interval)
         self.prefills = PrefillProgressLog(channel.send_progress)
         self._num_arrivals = 0
@@ -242,7 +243,9 @@ class Scheduler:
             # The text side keeps ids unique; answering here would give one id two final outputs.
             logger.error("Ignored a second request with the id %s", message.rid)
             return
-        reason = self._limits.refusal(num_tokens, self.num_waiting)
+        rules = self._limits.priorities
+        urgency = None if rules is None else rules.urgency(message.priority)
+        reason = self._limits.refusal(num_tokens) or self._make_way(urgency or 0)
         if reason is not None:
             self.counters.num_refused += 1
             self._outputs.refuse(message.rid, num_tokens, reason)
@@ -250,13 +253,27 @@ class Scheduler:
         seed = message.sampling_params.sampling_seed
         if seed is None:
             seed = int(self._seeds.integers(1 << 62))
-        req = Req(message, self._num_arrivals, seed)
+        req = Req(message, self._num_arrivals, seed, urgency=urgency)
         self._num_arrivals += 1
         self.counters.num_requests += 1
         self.counters.prompt_tokens += num_tokens
         self._by_rid[req.rid] = req
         if self._grammars.add(req, now):
             self._waiting.add(req)
+
+    def _make_way(self, urgency: int) -> FinishReason | None:
+        """Why the queue can't take a newcomer; from a full one somebody less urgent has to go."""
+        full = self._limits.queue_refusal(self.num_waiting)
+        if full is None:
+            return None
+        waiting = (req for req in self._by_rid.values() if req.is_waiting)
+        displaced = choose_displaced(waiting, urgency)
+        if displaced is None:
+            return full
+        self.end_by_abort(
+            displaced, f"{full.message} A more urgent one took this one's place.", 503
+        )
+        return None
 
     def _abort(self, message: AbortReq) -> None:
         wanted = self.requests() if message.abort_all else [self._by_rid.get(message.rid)]
@@ -271,7 +288,7 @@ class Scheduler:
 
     def _end(self, req: Req, reason: FinishReason) -> bool:
         """End a request from outside a step, in whatever state; False when it ended before."""
-        waiting = req.state in (ReqState.WAITING, ReqState.RETRACTED)
+        waiting = req.is_waiting
         if not req.finish(reason):
             return False
         if waiting and not self._grammars.discard(req):
@@ -284,10 +301,17 @@ class Scheduler:
 
     def _launch_next(self) -> bool:
         """Put together the next step and submit it; False when there is nothing to compute."""
-        for req in self._admission.admit(self._waiting, list(self._running.values())):
-            self._running[req.rid] = req
-            self.counters.note_admission(req)
-            self.prefills.admitted(req, self._clock())
+        self._admit()
+        while victims := self._preempted():
+            # Pages are given back once no forward names them; results may also make room.
+            if self._inflight:
+                self.drain()
+                self._admit()
+                victims = self._preempted()
+            for req in victims:
+                self._retract(req, forced=True)
+                self.counters.num_preemptions += 1
+            self._admit()
         while True:
             decodes, extends = step_candidates(
                 self._running.values(),
@@ -297,9 +321,11 @@ class Scheduler:
             )
             if not decodes and not extends:
                 return False
-            placed = self._place(decodes, extends)
+            placed = self._placer.place(decodes, extends)
             if placed is not None:
-                self._submit(*placed)
+                items, placement = placed
+                self._num_steps += 1
+                self._submit(ScheduleBatch(self._num_steps, items), placement)
                 return True
             if self._inflight:
                 # Results under way may end requests and free pages; nobody is retracted before.
@@ -307,36 +333,17 @@ class Scheduler:
             else:
                 self._relieve()
 
-    def _place(
-        self, decodes: list[ScheduledReq], extends: list[ScheduledReq]
-    ) -> tuple[ScheduleBatch, KVPlacement] | None:
-        """Slots for a step: all decodes or none, then as many extends as fit, oldest first."""
-        parts: list[KVPlacement] = []
-        items: list[ScheduledReq] = []
-        if decodes:
-            leases = tuple([item.lease for item in decodes])
-            if leases != self._decode_rows.leases:
-                self._decode_rows = DecodeRows.of(leases)
-            placement = self._memory.alloc_for_decode(self._decode_rows)
-            if placement is None:
-                return None
-            parts.append(placement)
-            items.extend(decodes)
-        if extends:
-            placement = self._memory.alloc_for_extend([_need(item) for item in extends])
-            if placement is not None:
-                parts.append(placement)
-                items.extend(extends)
-            else:
-                for item in extends:
-                    placement = self._memory.alloc_for_extend([_need(item)])
-                    if placement is not None:
-                        parts.append(placement)
-                        items.append(item)
-        if not items:
-            return None
-        self._num_steps += 1
-        return ScheduleBatch(self._num_steps, tuple(items)), KVPlacement.concat(parts)
+    def _admit(self) -> None:
+        for req in self._admission.admit(self._waiting, list(self._running.values())):
+            self._running[req.rid] = req
+            self.counters.note_admission(req)
+            self.prefills.admitted(req, self._clock())
+
+    def _preempted(self) -> list[Req]:
+        """Who has to give up its place for the next in the queue; nobody while a budget moves."""
+        if self._control.active:
+            return []
+        return self._admission.plan_preemption(self._waiting, list(self._running.values()))
 
     def _submit(self, batch: ScheduleBatch, placement: KVPlacement) -> None:
         info = SamplingBatchInfo.from_schedule_batch(batch, self._drops)
@@ -362,7 +369,7 @@ class Scheduler:
         # A budget on its way down makes scarcity that is nobody's fault and passes.
         patient = self._control.active
         if victim is not None and (patient or victim.num_own_retractions < MAX_RETRACTIONS):
-            self._retract(victim)
+            self._retract(victim, forced=False)
             return
         if victim is None and not running:
             raise InvariantError("no pages are left although nobody runs")
@@ -382,18 +389,17 @@ class Scheduler:
         running = [req for req in self._running.values() if not req.is_ending]
         victim = choose_victim(running) or (running[0] if running else None)
         if victim is not None:
-            self._retract(victim)
-            victim.num_budget_retractions += 1
+            self._retract(victim, forced=True)
         return victim is not None
 
-    def _retract(self, req: Req) -> None:
+    def _retract(self, req: Req, *, forced: bool) -> None:
         lease = req.kv
         if lease is None:
             raise InvariantError(f"{req!r} is retracted without memory")
         computed = min(req.num_scheduled, req.known)
         self._memory.close(lease, req.tokens.view(0, computed), computed)
         self._drops.append(lease.row)
-        req.retract()
+        req.retract(forced=forced)
         self.prefills.gone(req)
         del self._running[req.rid]
         self._waiting.add(req)
@@ -454,7 +460,3 @@ class Scheduler:
         outputs = self._outputs.take()
         if outputs is not None:
             self._channel.send_outputs(outputs)
-
-
-def _need(item: ScheduledReq) -> PageNeed:
-    return PageNeed(item.lease, item.num_tokens)

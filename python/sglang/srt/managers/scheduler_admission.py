@@ -2,7 +2,7 @@
 
 Admission reserves promises, not pages: what every admitted request may still ask for has to fit
 in the budget less what is locked (DESIGN: two prompts of 60 % of capacity never block each
-other). The order comes from the policy; under fcfs nobody overtakes.
+other). The order comes from the policy; under fcfs nobody overtakes among the equally urgent.
 """
 
 from __future__ import annotations
@@ -11,28 +11,35 @@ import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from sglang.srt.managers.priority_policy import plan_preemption
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.managers.schedule_policy import order_waiting, pages_promised, total_pages
+from sglang.srt.managers.schedule_policy import (
+    order_waiting,
+    pages_promised,
+    service_key,
+    total_pages,
+)
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.mem_cache.allocation import KVLease, KVMemory
+from sglang.srt.mem_cache.room_without import RoomWithout
 
 # Steps between two looks at a waiting prompt while no number has changed for the better.
 LOOK_AGAIN = 16
 
 
 class WaitingQueue:
-    """Requests without memory, in arrival order; retracted ones return to their old place."""
+    """Requests without memory, sorted by `service_key`; retracted ones return to their place."""
 
     def __init__(self) -> None:
         self._reqs: list[Req] = []
 
     def add(self, req: Req) -> None:
-        """Insert by arrival; a new request goes to the end in O(1)."""
-        bisect.insort(self._reqs, req, key=lambda other: other.arrival)
+        """Insert in order; a new request goes behind its equals."""
+        bisect.insort(self._reqs, req, key=service_key)
 
     def remove(self, req: Req) -> None:
         """Take a request out; it must be there."""
-        index = bisect.bisect_left(self._reqs, req.arrival, key=lambda other: other.arrival)
+        index = bisect.bisect_left(self._reqs, service_key(req), key=service_key)
         removed = self._reqs.pop(index)
         assert removed is req
 
@@ -55,6 +62,19 @@ class _Refusal:
     room: tuple[int, ...]
     num_skipped: int = 0
 
+    def stands(self, num_waiting: int, room: tuple[int, ...]) -> bool:
+        """True when nothing got better since, so that a look may be skipped.
+
+        A look costs a match of a whole prompt, too much for every step of a long wait. Room can
+        also grow in ways that the numbers do not show (a running request shares more of the
+        waiting one's prefix), so every `LOOK_AGAIN`th step looks all the same.
+        """
+        better = any(a > b for a, b in zip(room, self.room, strict=True))
+        if num_waiting != self.num_waiting or better or self.num_skipped >= LOOK_AGAIN:
+            return False
+        self.num_skipped += 1
+        return True
+
 
 class Admission:
     """Opens leases for waiting requests as far as rows and promises allow."""
@@ -63,11 +83,12 @@ class Admission:
         self._memory = memory
         self._limits = limits
         self._refusal: _Refusal | None = None
+        self._no_plan: _Refusal | None = None  # the last time that preemption did not help
 
     def set_limits(self, limits: SchedulerLimits) -> None:
         """Admit under other numbers from now on; who was refused is looked at again."""
         self._limits = limits
-        self._refusal = None
+        self._refusal = self._no_plan = None
 
     def admit(self, waiting: WaitingQueue, running: Sequence[Req]) -> list[Req]:
         """Admit in the policy's order until the first that does not fit; returns the admitted.
@@ -78,8 +99,10 @@ class Admission:
         if not len(waiting) or len(running) >= self._limits.max_running_requests:
             return admitted
         present = [req for req in running if not req.is_ending]
-        if self._is_hopeless(len(waiting), present):
-            return admitted
+        if self._refusal is not None:
+            if self._refusal.stands(len(waiting), self._room(present)):
+                return admitted
+            self._refusal = None
         for req in order_waiting(waiting.view(), self._limits.policy, self._match_len):
             if len(running) + len(admitted) >= self._limits.max_running_requests:
                 break
@@ -92,30 +115,55 @@ class Admission:
         for req in admitted:
             waiting.remove(req)
         if admitted and self._limits.policy != "fcfs":
-            last = max(req.arrival for req in admitted)
+            last = max(map(service_key, admitted))
             for req in waiting:
-                if req.arrival > last:
+                if service_key(req) > last:
                     break
                 req.num_passed_over += 1
         return admitted
 
-    def _is_hopeless(self, num_waiting: int, present: Sequence[Req]) -> bool:
-        """True when nothing got better since the last refusal.
+    def plan_preemption(self, waiting: WaitingQueue, running: Sequence[Req]) -> list[Req]:
+        """Which running requests to retract so that the next in the queue can be admitted.
 
-        A look costs a match of a whole prompt, too much for every step of a long wait. Room can
-        also grow in ways that the numbers do not show (a running request shares more of the
-        waiting one's prefix), so every `LOOK_AGAIN`th step looks all the same.
+        For right after `admit`. Empty when it may take nobody's place, or when even all that it
+        may take would not make room. Retracts nobody.
         """
-        refusal = self._refusal
-        if refusal is None:
-            return False
-        same_queue = refusal.num_waiting == num_waiting
-        better = any(a > b for a, b in zip(self._room(present), refusal.room, strict=True))
-        if same_queue and not better and refusal.num_skipped < LOOK_AGAIN:
-            refusal.num_skipped += 1
-            return True
-        self._refusal = None
-        return False
+        rules = self._limits.priorities
+        if rules is None or not len(waiting):
+            return []
+        present = [req for req in running if not req.is_ending]
+        preemptible = rules.preemptible(present, waiting.view()[0].urgency)
+        if not preemptible:
+            return []
+        if self._no_plan is not None and self._no_plan.stands(len(waiting), self._room(present)):
+            return []
+        first = order_waiting(waiting.view(), self._limits.policy, self._match_len)[0]
+        plan = self._plan_for(first, present, preemptible, len(running))
+        self._no_plan = None if plan else _Refusal(len(waiting), self._room(present))
+        return plan
+
+    def _plan_for(
+        self, req: Req, present: Sequence[Req], preemptible: Sequence[Req], num_running: int
+    ) -> list[Req]:
+        with RoomWithout(
+            self._memory,
+            req.tokens.view(),
+            extra_key=req.extra_key,
+            max_prefix=req.max_prefix(),
+            priority=req.priority,
+        ) as room:
+
+            def fits(gone: Sequence[Req]) -> bool:
+                if num_running - len(gone) >= self._limits.max_running_requests:
+                    return False
+                rest = [other for other in present if other not in gone]
+                full = req.needs_reservation or any(other.needs_reservation for other in rest)
+                promised = [self._promise(other, full) for other in rest]
+                own = self._promise_behind(req, room.num_hit_pages, full)
+                leases = [other.kv for other in gone if other.kv is not None]
+                return room.can_hold(total_pages(promised, own), leases)
+
+            return plan_preemption(preemptible, fits)
 
     def _room(self, present: Sequence[Req]) -> tuple[int, ...]:
         """Pages per group that are neither taken nor promised (clipped); may be negative."""
@@ -148,13 +196,34 @@ class Admission:
     def _promise(self, req: Req, full: bool, lease: KVLease | None = None) -> tuple[int, ...]:
         limits = self._limits
         lease = lease or req.kv
-        held = (0,) * len(limits.window_pages) if lease is None else self._memory.pages_held(lease)
+        ends = held = (0,) * len(limits.window_pages)
+        if lease is not None:
+            ends = tuple(table.end_page for table in lease.tables)
+            held = self._memory.pages_held(lease)
         return pages_promised(
             req,
-            lease,
+            ends,
             held,
             limits.page_size,
             limits.window_pages,
+            full=full,
+            context_length=limits.context_length,
+        )
+
+    def _promise_behind(self, req: Req, num_hit_pages: int, full: bool) -> tuple[int, ...]:
+        """What `req` would take behind a hit, as `_promise` would tell of its lease.
+
+        In a window group the pages of the hit that nobody else reads would be its own and locked;
+        as nobody has locked them yet they count as still to come.
+        """
+        limits = self._limits
+        bounds = limits.window_pages
+        return pages_promised(
+            req,
+            (num_hit_pages,) * len(bounds),
+            tuple(num_hit_pages if bound is None else 0 for bound in bounds),
+            limits.page_size,
+            bounds,
             full=full,
             context_length=limits.context_length,
         )

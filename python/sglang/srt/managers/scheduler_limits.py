@@ -19,6 +19,7 @@ from sglang.srt.managers.io_struct import (
     FinishReason,
     ToScheduler,
 )
+from sglang.srt.managers.priority_policy import PriorityRules
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -30,7 +31,8 @@ class SchedulerLimits:
 
     Tokens unless named otherwise. `chunk_tokens` is the prefill budget of a step,
     `adaptive_chunk` lets it shrink to keep steps short. `window_pages[g]` bounds the pages one
-    request needs of group g (None: keeps all). `max_queued_requests` None: no bound.
+    request needs of group g (None: keeps all). `max_queued_requests` None: no bound. `priorities`
+    None: the priorities of requests order nothing.
     """
 
     page_size: int
@@ -46,9 +48,10 @@ class SchedulerLimits:
     random_seed: int
     max_queued_requests: int | None = None
     log_interval_steps: int = 40
+    priorities: PriorityRules | None = None
 
-    def refusal(self, num_tokens: int, num_waiting: int) -> FinishReason | None:
-        """Why a prompt of `num_tokens` can't join a queue of `num_waiting`; None when it can."""
+    def refusal(self, num_tokens: int) -> FinishReason | None:
+        """Why a prompt of `num_tokens` can't be served, whoever waits; None when it can."""
         if num_tokens == 0:
             return FinishReason("abort", message="The prompt is empty.", status_code=400)
         if num_tokens >= self.context_length:
@@ -57,11 +60,15 @@ class SchedulerLimits:
                 f"({self.context_length - 1} tokens)."
             )
             return FinishReason("abort", message=text, status_code=400, err_type="BadRequestError")
-        bound = self.max_queued_requests
-        if bound is not None and num_waiting >= bound:
-            text = f"The request queue is full ({bound} requests)."
-            return FinishReason("abort", message=text, status_code=503)
         return None
+
+    def queue_refusal(self, num_waiting: int) -> FinishReason | None:
+        """Why a queue of `num_waiting` takes no more; None when it does."""
+        bound = self.max_queued_requests
+        if bound is None or num_waiting < bound:
+            return None
+        text = f"The request queue is full ({bound} requests)."
+        return FinishReason("abort", message=text, status_code=503)
 
 
 class SchedulerChannel(Protocol):

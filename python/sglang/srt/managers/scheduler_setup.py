@@ -26,6 +26,7 @@ from sglang.srt.layers.attention.registry import get_attention_backend, make_att
 from sglang.srt.layers.compiled import compile_layers
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.managers.io_struct import SchedulerReady
+from sglang.srt.managers.priority_policy import PriorityRules
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_device import (
@@ -404,6 +405,18 @@ def _limits(args: ServerArgs, plan: PoolPlan, page_size: int, spec: KVCacheSpec)
         random_seed=args.random_seed,
         max_queued_requests=args.max_queued_requests,
         log_interval_steps=args.decode_log_interval,
+        priorities=_priority_rules(args),
+    )
+
+
+def _priority_rules(args: ServerArgs) -> PriorityRules | None:
+    if not args.enable_priority_scheduling:
+        return None
+    threshold = args.priority_scheduling_preemption_threshold
+    return PriorityRules(
+        low_first=args.schedule_low_priority_values_first,
+        default=args.default_priority_value,
+        threshold=None if args.disable_priority_preemption else threshold,
     )
 
 

@@ -23,6 +23,7 @@ class SchedulerCounters:
         self.num_refused = 0
         self.num_aborted = 0
         self.num_retractions = 0
+        self.num_preemptions = 0  # of them, for a more urgent request
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.generated_tokens = 0
@@ -53,6 +54,7 @@ class SchedulerCounters:
             "num_refused_requests_total": self.num_refused,
             "num_aborted_requests_total": self.num_aborted,
             "num_retracted_requests_total": self.num_retractions,
+            "num_preempted_requests_total": self.num_preemptions,
             "prompt_tokens_total": self.prompt_tokens,
             "cached_tokens_total": self.cached_tokens,
             "generation_tokens_total": self.generated_tokens,

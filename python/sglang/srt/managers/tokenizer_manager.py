@@ -254,6 +254,7 @@ class TokenizerManager:
 
     def _register(self, request: GenerateRequest) -> RequestState:
         self._check_alive()
+        args = self.server_args
         is_held = request.sampling_params.constraint is not None
         validation.check_fields(
             request,
@@ -261,6 +262,8 @@ class TokenizerManager:
             has_tokenizer=self.tokenizer is not None,
             no_constraints=self.constraint_refusal if is_held else None,
             num_replicas=self.num_replicas,
+            refuses_priority=args.abort_on_priority_when_disabled
+            and not args.enable_priority_scheduling,
         )
         if request.rid in self._rids:
             raise RequestError(f"A request with the id {request.rid!r} is already being served.")

@@ -111,6 +111,11 @@ class BasePrefixCache(abc.ABC):
         del group
         return self.num_evictable_pages
 
+    def pages_locked_by(self, handles: Sequence[PrefixHandle]) -> int:
+        """Pages that only `handles` keep locked, in each group that keeps all."""
+        del handles
+        return 0
+
     def keep_window(
         self,
         handle: PrefixHandle,

@@ -73,12 +73,19 @@ class PageLadder:
         The pages of both tiers' bounds less those in `owned_pages`; while growth is paused
         after a refusal, no more than what is mapped.
         """
-        joint = joint_pages(self._manager.layouts, self._manager.reach_bytes, self.owned_pages())
-        return tuple(min(joint, self._without_growth(g)) for g in range(len(self._allocators)))
+        return self._headroom([0] * len(self._allocators))
 
-    def can_hold(self, need: Sequence[int]) -> bool:
-        """Whether the numbers allow `need[g]` more pages in every group at once."""
-        headroom = self.headroom_pages()
+    def _headroom(self, gone: Sequence[int]) -> tuple[int, ...]:
+        owned = [pages - less for pages, less in zip(self.owned_pages(), gone, strict=True)]
+        joint = joint_pages(self._manager.layouts, self._manager.reach_bytes, owned)
+        return tuple(min(joint, self._without_growth(g) + less) for g, less in enumerate(gone))
+
+    def can_hold(self, need: Sequence[int], gone: Sequence[int] | None = None) -> bool:
+        """Whether the numbers allow `need[g]` more pages in every group at once.
+
+        `gone[g]` of those in `owned_pages` are counted as if their owners had left (None: none).
+        """
+        headroom = self._headroom(gone or [0] * len(self._allocators))
         return all(wanted <= room for wanted, room in zip(need, headroom, strict=True))
 
     def capacity_pages(self) -> int:

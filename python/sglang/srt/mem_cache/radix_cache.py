@@ -80,6 +80,12 @@ class RadixCache(BasePrefixCache):
     def num_locked_pages(self) -> int:
         return self._num_locked_pages
 
+    def pages_locked_by(self, handles: Sequence[PrefixHandle]) -> int:
+        locks: Counter[TreeNode] = Counter()
+        for handle in handles:
+            locks.update(handle.node.path_up())
+        return sum(node.num_pages for node, count in locks.items() if node.lock_ref == count)
+
     # ---- finding ----------------------------------------------------------------------------
 
     def match_len(self, token_ids: Int32Array, extra_key: str | None, max_tokens: int) -> int:

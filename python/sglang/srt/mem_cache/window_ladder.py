@@ -42,11 +42,14 @@ class WindowPageLadder(PageLadder):
             for g, allocator in enumerate(self._allocators)
         )
 
-    def can_hold(self, need: Sequence[int]) -> bool:
+    def can_hold(self, need: Sequence[int], gone: Sequence[int] | None = None) -> bool:
         """See `PageLadder.can_hold`: counts segments of all groups against one bound."""
-        if any(pages > self._without_growth(g) for g, pages in enumerate(need)):
-            return False
-        wanted = [have + more for have, more in zip(self.owned_pages(), need, strict=True)]
+        gone = gone or [0] * len(self._allocators)
+        for g, (pages, less) in enumerate(zip(need, gone, strict=True)):
+            if pages > self._without_growth(g) + less:
+                return False
+        parts = zip(self.owned_pages(), need, gone, strict=True)
+        wanted = [have + more - less for have, more, less in parts]
         return _fit(self._manager.layouts, self._manager.reach_bytes, wanted)
 
     def headroom_pages(self) -> tuple[int, ...]:

@@ -86,6 +86,10 @@ class WindowRecycler:
     def has_window(self, group: int) -> bool:
         return any(g == group for g, _ in self._rules)
 
+    def recycles(self, group: int) -> bool:
+        """Whether a row drops its oldest pages of a group."""
+        return any(g == group for g, _ in self._rules)
+
     def pages_held(self, lease: KVLease) -> tuple[int, ...]:
         """Pages per group that stay this lease's when it moves on.
 

@@ -71,7 +71,7 @@ class SharedBody(msgspec.Struct, frozen=True, kw_only=True):
     rid: str | None = None
     extra_key: str | None = None
     cache_salt: str | None = None
-    priority: Int = 0
+    priority: Int | None = None
 
 
 class ChatBody(SharedBody, frozen=True, kw_only=True):
