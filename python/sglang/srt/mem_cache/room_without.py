@@ -71,7 +71,7 @@ def pages_owned_by(memory: KVMemory, leases: Sequence[KVLease]) -> tuple[int, ..
         tables = np.concatenate([lease.tables[g].page_ids for lease in leases])
         pages, counts = np.unique(tables, return_counts=True)
         alone = allocator.index.rows[pages] == counts
-        if memory.recycler.recycles(g):
+        if memory.recycler.has_window(g):
             owned.append(int(alone.sum()))  # cached pages are kept by rows there, not by locks
         else:
             used = allocator.index.state[pages] == PageState.USED

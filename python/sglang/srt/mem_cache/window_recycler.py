@@ -84,9 +84,6 @@ class WindowRecycler:
         return [leaving.pages for leaving in self._leaving if leaving.group == group]
 
     def has_window(self, group: int) -> bool:
-        return any(g == group for g, _ in self._rules)
-
-    def recycles(self, group: int) -> bool:
         """Whether a row drops its oldest pages of a group."""
         return any(g == group for g, _ in self._rules)
 
