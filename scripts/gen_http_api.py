@@ -136,7 +136,7 @@ nothing (null, and the values in brackets). Null means "not given".
   `cancelled`; a response that has ended stays as it is. A client that leaves ends its response,
   and nothing of it is kept. `input_items`, `compact` and streams of kept responses are not
   served.
-- `rid` names the request for `/abort_request`, without it the response's id does.
+- `/abort_request` takes the response's id, or the `rid` of the request.
 - `usage.input_tokens_details.cached_tokens` is always shown. `cache_write_tokens` is not counted:
   0.
 """

@@ -75,10 +75,11 @@ def test_a_client_that_leaves_ends_its_work(server: LiveServer, is_stream: bool)
     server.service.hold_at["gone"] = 2
     body = {"model": "m", "input": "x", "rid": "gone", "stream": is_stream}
     with server.raw(http_post(PATH, json.dumps(body).encode())) as connection:
-        assert server.service.started.get(timeout=20) == "gone"
+        rid = server.service.started.get(timeout=20)
+        assert rid.startswith("gone_resp_")
         if is_stream:
             assert b"200 OK" in connection.recv(1 << 16)
-    assert server.service.ended.get(timeout=20) == ("gone", False)
+    assert server.service.ended.get(timeout=20) == (rid, False)
     assert create(server)["status"] == "completed"
 
 

@@ -335,6 +335,17 @@ def test_a_conversation_goes_on_by_its_id(client: openai.OpenAI, server: LiveSer
     assert len(shown(server)) == 7
 
 
+def test_a_long_conversation_goes_on(server: LiveServer) -> None:
+    """Long enough to be read and kept off the event loop."""
+    server.service.context_length = 1 << 20
+    first = stream(server, input="é" * 70_000)[-1]["response"]
+    create(server, input="And?", previous_response_id=first["id"])
+    question, answer, more = shown(server)
+    assert question == {"role": "user", "content": "é" * 70_000}
+    assert answer == {"role": "assistant", "content": server.service.answer}
+    assert more == {"role": "user", "content": "And?"}
+
+
 def test_what_is_not_kept_is_not_found(server: LiveServer) -> None:
     unkept = create(server, store=False)
     assert unkept["store"] is False
@@ -381,7 +392,7 @@ def test_a_running_response_is_seen_and_cancelled(server: LiveServer) -> None:
         assert cancelled == {**response, "status": "cancelled"}
         while not data.endswith(b"0\r\n\r\n"):
             data += connection.recv(1 << 16)
-    assert server.service.aborts == [("r", False)]
+    assert server.service.aborts == [(f"r_{response['id']}", False)]
     assert b"event: response.incomplete" in data
     ended = server.request("GET", url).json()
     assert (ended["status"], ended["incomplete_details"]) == ("cancelled", None)

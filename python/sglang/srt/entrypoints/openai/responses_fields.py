@@ -199,6 +199,8 @@ def read_responses(fields: RawFields) -> ResponsesBody:
     """Read the fields; RequestError 400 naming the first that cannot be served."""
     body = RESPONSES_FIELDS.read(fields)
     check_max_tokens("max_output_tokens", body.max_output_tokens)
+    if body.rid == "":
+        raise bad_field("rid", "it is empty")
     for value in body.include:
         if value not in _INCLUDABLE:
             raise bad_field("include", f"{value!r} is not served")

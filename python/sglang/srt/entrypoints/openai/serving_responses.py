@@ -90,7 +90,8 @@ class ResponseServing:
         asked = messages_of("input", body.input)
         if not asked:
             raise bad_field("input", "it is missing or empty")
-        rid = response_id if body.rid is None else body.rid
+        # Aborts go by how ids begin: the client's own still works, and ends nothing else here.
+        rid = response_id if body.rid is None else f"{body.rid}_{response_id}"
         chat = await self._chat.prepare(chat_body(body, rid, [*messages, *asked]))
         opening = _opening(response_id, body, chat)
         return ResponseCall(response_id, chat, opening, asked, previous, body.store)
@@ -103,7 +104,7 @@ class ResponseServing:
             size = formatted_bytes(output.output_logprobs)
             size += PARSE_BYTES_PER_CHAR * len(output.text)
             response = await off_loop(size, self._whole, call, output)
-            return self._end(call, response)
+            return await self._end(call, response)
         finally:
             self._running.pop(call.id, None)
 
@@ -124,10 +125,18 @@ class ResponseServing:
 
     async def events(self, call: ResponseCall) -> AsyncGenerator[bytes, None]:
         """Encoded events; the last one has the response. RequestError only before the first."""
+        self._running[call.id] = call
+        try:
+            async with aclosing(self._answered(call)) as events:
+                async for one in events:
+                    yield one
+        finally:
+            self._running.pop(call.id, None)
+
+    async def _answered(self, call: ResponseCall) -> AsyncGenerator[bytes, None]:
         encoder = EventEncoder()
         answer = _StreamedAnswer(call, ReasoningCount(call.chat.form, self._chat.token_text))
         has_begun = False
-        self._running[call.id] = call
         try:
             async with aclosing(self._chat.runner.stream(call.chat.call)) as deltas:
                 async for index, delta in deltas:
@@ -152,19 +161,19 @@ class ResponseServing:
             for one in answer.broken_off():
                 yield encoder.encode(one)
             response = {**answer.response(), "status": "failed", "error": _error(error)}
-        finally:
-            self._running.pop(call.id, None)
         kind = _FINAL_EVENTS.get(response["status"], "response.incomplete")
-        body = self._end(call, response)
+        body = await self._end(call, response)
         yield encoder.encode({"type": kind, "response": orjson.Fragment(body)})
 
-    def _end(self, call: ResponseCall, response: dict[str, Any]) -> bytes:
+    async def _end(self, call: ResponseCall, response: dict[str, Any]) -> bytes:
         """The response as JSON, kept if it may be."""
         body = dump_json(response)
         if call.keeps:
-            answer = messages_of("output", response["output"])
-            messages = msgspec.json.encode([*call.asked, *answer])
+            said = [*call.asked, *messages_of("output", response["output"])]
+            size = sum(len(message["content"]) for message in said)
+            messages = await off_loop(size, msgspec.json.encode, said)
             self._store.put(call.id, body, Turn(messages, call.previous))
+        self._running.pop(call.id, None)  # before the client hears of the end, and comes back
         return body
 
     def retrieve(self, response_id: str) -> bytes:
