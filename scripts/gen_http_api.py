@@ -14,6 +14,8 @@ from typing import Any
 
 from sglang.srt.entrypoints.generate_request_body import FIELDS_HEADER, GENERATE_FIELDS
 from sglang.srt.entrypoints.openai.protocol import CHAT_FIELDS, COMPLETION_FIELDS
+from sglang.srt.entrypoints.openai.responses_fields import RESPONSES_FIELDS
+from sglang.srt.entrypoints.openai.responses_store import RESPONSE_STORE_BYTES
 from sglang.srt.entrypoints.request_fields import FieldTable
 from sglang.srt.entrypoints.sampling_fields import SAMPLING_FIELDS
 from sglang.srt.entrypoints.server_context import BINARY_SLACK_BYTES
@@ -37,6 +39,9 @@ nothing (null, and the values in brackets). Null means "not given".
 |---|---|---|
 | `/generate` | POST, PUT | SGLang's native API |
 | `/v1/chat/completions`, `/v1/completions` | POST | OpenAI's API |
+| `/v1/responses` | POST | OpenAI's Responses API, see below |
+| `/v1/responses/{id}` | GET, DELETE | a kept response |
+| `/v1/responses/{id}/cancel` | POST | ends a running response |
 | `/v1/models`, `/v1/models/{id}` | GET | `max_model_len` is the effective context |
 | `/tokenize`, also below `/v1` | POST | `prompt` (one text or several) or `messages`, to `tokens` |
 | `/detokenize`, also below `/v1` | POST | `tokens` (a list of ids or of such lists), to `text` |
@@ -57,10 +62,12 @@ nothing (null, and the values in brackets). Null means "not given".
 ## What to know
 
 - An error is `{"object": "error", "message": ..., "type": ..., "param": null, "code": 400}` below
-  `/v1` and `{"error": {"message": ...}}` elsewhere. In a stream that has begun, the event
-  `{"error": ...}` holds the former, or a message with `type`, `code` and `retryable`.
-- Any other path is answered with 404: embeddings, scores, `/v1/responses`, `/v1/messages`, sessions
-  and LoRA adapters are not served.
+  `/v1`, `{"error": {"message": ..., "type": ..., "param": null, "code": null}}` with OpenAI's
+  types at `/v1/responses`, and `{"error": {"message": ...}}` elsewhere. In a stream that has
+  begun, the event `{"error": ...}` holds the former, or a message with `type`, `code` and
+  `retryable`.
+- Any other path is answered with 404: embeddings, scores, `/v1/messages`, sessions and LoRA
+  adapters are not served.
 - With `--api-key` every path but the four of health asks for `Authorization: Bearer KEY` (401
   `{"error":"Unauthorized"}`), `/metrics` included.
 - With `--admin-api-key`, `/set_kv_budget`, `/compact_kv` and `/flush_cache` ask for that key and
@@ -95,7 +102,50 @@ nothing (null, and the values in brackets). Null means "not given".
 - A client that closes its connection, even only its sending side, ends its request.
 - A log probability that does not exist is null; OpenAI's shapes show -9999 for minus infinity.
 - `text_offset` counts characters of the tokens' own texts from the start of what is shown.
+
+## Responses
+
+`/v1/responses` is a chat in other words: `client.responses.create`, `.parse`, `.stream`,
+`.retrieve`, `.cancel` and `.delete` of the `openai` package work, and everything said of chats in
+[tools.md](tools.md) and [structured_outputs.md](structured_outputs.md) holds.
+
+- `input` is a text, or items: messages (text only), `function_call`, `function_call_output` and
+  `reasoning`. The text of a reasoning item (its summary where there is none) goes to the chat
+  template as `reasoning_content` of the answer behind it, `thinking` for gpt-oss; whether it is
+  shown to the model is the template's choice. Passed over are encrypted reasoning, reasoning
+  without an answer behind it, and calls with the status `incomplete`.
+- `tools` are functions; built-in tools, images, files, `allowed_tools` and the background are
+  refused. `strict` of a function is off unless it is true. A schema in `text.format` always
+  holds.
+- Reasoning comes as `reasoning_text`, never as a summary and never encrypted: `reasoning.summary`
+  and the `include` of `reasoning.encrypted_content` are accepted without effect.
+- The output's items come in the order in which they were written, so an answer can have several
+  messages. In a stream a call that breaks off stays as an `incomplete` item; in a whole reply its
+  text is a message.
+- Log probabilities (`top_logprobs`, or `include` of `message.output_text.logprobs`) go with the
+  next text of a message, whatever their tokens were: those of reasoning and calls are among them.
+- A stream has OpenAI's typed events, and no `[DONE]`. An error after the first one becomes
+  `response.failed`; a cancelled response ends with `response.incomplete` and its status
+  `cancelled`.
+- Responses are kept unless `store` is false, so that they can be retrieved and gone on from with
+  `previous_response_id`. They are kept in the server's memory, {store} MiB of them: the oldest go
+  first, then and after a restart they are answered with 404. A server behind a router knows only
+  its own. `--dp-size` makes no difference: its replicas share one store. Who knows an id can read
+  the response.
+- While a response runs, it is retrieved as it began. `cancel` replies at once, with the status
+  `cancelled`; a response that has ended stays as it is. A client that leaves ends its response,
+  and nothing of it is kept. `input_items`, `compact` and streams of kept responses are not
+  served.
+- `/abort_request` takes the response's id, or the `rid` of the request.
+- `usage.input_tokens_details.cached_tokens` is always shown. `cache_write_tokens` is not counted:
+  0.
 """
+
+_VALUES = {
+    "header": FIELDS_HEADER,
+    "slack": str(BINARY_SLACK_BYTES >> 20),
+    "store": str(RESPONSE_STORE_BYTES >> 20),
+}
 
 _TABLES: tuple[tuple[str, FieldTable[Any], str], ...] = (
     ("`/generate`", GENERATE_FIELDS, "Any other field is refused."),
@@ -106,13 +156,16 @@ _TABLES: tuple[tuple[str, FieldTable[Any], str], ...] = (
         "Any other field is ignored: clients send many of their own.",
     ),
     ("`/v1/completions`", COMPLETION_FIELDS, "Any other field is ignored."),
+    ("`/v1/responses`", RESPONSES_FIELDS, "Any other field is ignored."),
 )
 
 
 def render() -> str:
     """The whole page."""
-    slack = str(BINARY_SLACK_BYTES >> 20)
-    lines = [_INTRODUCTION.replace("{header}", FIELDS_HEADER).replace("{slack}", slack)]
+    introduction = _INTRODUCTION
+    for name, value in _VALUES.items():
+        introduction = introduction.replace(f"{{{name}}}", value)
+    lines = [introduction]
     for title, table, unknown in _TABLES:
         lines.append(f"## Fields of {title}\n")
         lines.append(f"Served: {_names(table.served)}.\n")

@@ -92,6 +92,42 @@ def test_the_call_comes_in_pieces(client: openai.OpenAI) -> None:
     assert len(pieces) > 3
 
 
+def test_a_response_calls_a_function_and_goes_on(client: openai.OpenAI) -> None:
+    """By way of /v1/responses: the same call, whole and streamed, then its output."""
+    items: list[Any] = []
+    for city in ("Rome", "Oslo", "Madrid"):
+        arguments = json.dumps({"city": city})
+        call = {"type": "function_call", "call_id": f"call_{city}", "name": "get_weather"}
+        items += [asked(city), {**call, "arguments": arguments}]
+    tools: list[Any] = [{"type": "function", **TOOLS[0]["function"]}]
+    given: dict[str, Any] = {"tools": tools, "temperature": 0, "max_output_tokens": 64}
+    reply = client.responses.create(model="default", input=[*items, asked("Paris")], **given)
+    (call,) = reply.output
+    assert call.type == "function_call"
+    assert json.loads(call.arguments) == {"city": "Paris"}
+    with client.responses.stream(
+        model="default", input=[*items, asked("Paris")], **given
+    ) as events:
+        pieces = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
+        streamed = events.get_final_response()
+    assert "".join(pieces) == call.arguments
+    assert len(pieces) > 3
+    assert streamed.usage is not None
+    assert reply.usage is not None
+    assert streamed.usage.output_tokens == reply.usage.output_tokens
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "It is sunny."}
+    more = client.responses.create(
+        model="default",
+        previous_response_id=reply.id,
+        input=[output],  # type: ignore[list-item]
+        **{**given, "max_output_tokens": 8},
+    )
+    assert more.usage is not None
+    assert more.usage.input_tokens > reply.usage.total_tokens
+    assert more.usage.input_tokens_details.cached_tokens > 0
+    assert client.responses.retrieve(more.id).output == more.output
+
+
 def test_an_answer_can_be_forced_to_be_a_call(client: openai.OpenAI) -> None:
     """Without a conversation to follow, the model would talk."""
     reply = client.chat.completions.create(

@@ -23,6 +23,7 @@ from sglang.srt.entrypoints.generate_request_body import (
 from sglang.srt.entrypoints.http_errors import ApiShape, JsonResponse, bad_field, bad_json
 from sglang.srt.entrypoints.openai.chat_messages import template_kwargs, template_messages
 from sglang.srt.entrypoints.openai.protocol import ChatBody, CompletionBody
+from sglang.srt.entrypoints.openai.responses_fields import ResponsesBody, read_responses
 from sglang.srt.entrypoints.openai.serving_chat import read_chat
 from sglang.srt.entrypoints.openai.serving_completions import read_completion, read_prompts
 from sglang.srt.entrypoints.openai.tool_fields import read_tool_use
@@ -105,6 +106,31 @@ class ApiDoors:
             return EventStream(ApiShape.OPENAI, serving.events(call))
         return JsonResponse(await while_connected(request.receive, serving.reply(call)))
 
+    async def responses(self, request: Request) -> Response:
+        """POST /v1/responses."""
+        raw = await self._openai_body(request)
+        body: ResponsesBody = await off_loop(len(raw), _parse_responses, raw)
+        serving = self._context.serving.responses
+        call = await while_connected(request.receive, serving.prepare(body))
+        if call.is_stream:
+            return EventStream(ApiShape.RESPONSES, serving.events(call))
+        return _json(await while_connected(request.receive, serving.reply(call)))
+
+    async def response(self, request: Request) -> Response:
+        """GET or DELETE /v1/responses/{id}."""
+        serving = self._context.serving.responses
+        response_id = request.path_params["response_id"]
+        if request.method == "DELETE":
+            return JsonResponse(serving.delete(response_id))
+        if request.query_params.get("stream", "false") != "false":
+            raise bad_field("stream", "a kept response is not streamed")
+        return _json(serving.retrieve(response_id))
+
+    async def cancel_response(self, request: Request) -> Response:
+        """POST /v1/responses/{id}/cancel."""
+        serving = self._context.serving.responses
+        return _json(await serving.cancel(request.path_params["response_id"]))
+
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
         fields = await self._fields(request)
@@ -172,6 +198,15 @@ def _content_type(request: Request) -> str:
 
 def _parse_chat(body: bytearray) -> ChatBody:
     return read_chat(split_object(body))
+
+
+def _parse_responses(body: bytearray) -> ResponsesBody:
+    return read_responses(split_object(body))
+
+
+def _json(body: bytes) -> Response:
+    """A reply that is JSON already."""
+    return Response(body, media_type="application/json")
 
 
 def _parse_completion(body: bytearray) -> tuple[CompletionBody, list[str | IdArray]]:

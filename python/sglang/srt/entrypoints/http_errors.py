@@ -32,6 +32,7 @@ class ApiShape(enum.Enum):
 
     NATIVE = "native"
     OPENAI = "openai"
+    RESPONSES = "responses"
 
 
 class JsonResponse(Response):
@@ -58,6 +59,9 @@ def error_body(shape: ApiShape, error: RequestError) -> dict[str, Any]:
     """The reply's JSON object for an error that comes before any output."""
     if shape is ApiShape.NATIVE:
         return {"error": {"message": error.message}}
+    if shape is ApiShape.RESPONSES:
+        kind = "invalid_request_error" if error.http_status < 500 else "server_error"
+        return {"error": {"message": error.message, "type": kind, "param": None, "code": None}}
     return {
         "object": "error",
         "message": error.message,

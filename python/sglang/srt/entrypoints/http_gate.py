@@ -20,9 +20,13 @@ HEALTH_PATHS = frozenset({"/health", "/health_generate", "/ready", "/ping"})
 # What changes the server for everybody: asks for the admin key once there is one.
 ADMIN_PATHS = frozenset({"/set_kv_budget", "/compact_kv", "/flush_cache"})
 
+RESPONSES_PATH = "/v1/responses"
+
 
 def shape_of(path: str) -> ApiShape:
     """Whose error format a path speaks."""
+    if path == RESPONSES_PATH or path.startswith(f"{RESPONSES_PATH}/"):
+        return ApiShape.RESPONSES
     return ApiShape.OPENAI if path.startswith("/v1/") else ApiShape.NATIVE
 
 

@@ -11,9 +11,11 @@ import time
 
 from sglang.srt.entrypoints.binary_ids import ID_BYTES
 from sglang.srt.entrypoints.generate_api import GenerateServer
+from sglang.srt.entrypoints.openai.responses_store import ResponseStore
 from sglang.srt.entrypoints.openai.serving_base import OpenAIOptions, default_sampling
 from sglang.srt.entrypoints.openai.serving_chat import ChatServing
 from sglang.srt.entrypoints.openai.serving_completions import CompletionServing
+from sglang.srt.entrypoints.openai.serving_responses import ResponseServing
 from sglang.srt.entrypoints.sequences import SequenceRunner
 from sglang.srt.entrypoints.service import TextService
 from sglang.srt.environ import Environ
@@ -63,6 +65,7 @@ class Serving:
             reasoning_parser=self.parsers.reasoning,
         )
         self.chat = ChatServing(service, self.runner, options)
+        self.responses = ResponseServing(self.chat, ResponseStore())
         self.completions = CompletionServing(service, self.runner, options)
 
 

@@ -50,7 +50,7 @@ def _message(name: str, message: Mapping[str, Any]) -> dict[str, Any]:
     if role not in _ROLES:
         raise bad_field(f"{name}.role", f"expected one of {', '.join(_ROLES)}")
     result = dict(message)
-    result["content"] = _content(f"{name}.content", message.get("content"))
+    result["content"] = text_content(f"{name}.content", message.get("content"))
     calls = message.get("tool_calls")
     if calls is None:
         result.pop("tool_calls", None)
@@ -66,7 +66,8 @@ def _message(name: str, message: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _content(name: str, content: Any) -> str:
+def text_content(name: str, content: Any) -> str:
+    """A content's text, its parts on lines of their own; RequestError 400 naming what is none."""
     if content is None:
         return ""
     if isinstance(content, str):

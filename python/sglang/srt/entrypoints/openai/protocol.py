@@ -116,7 +116,7 @@ _ACCEPTED = (
     "stream_interval",
 )
 
-_REFUSED = {
+SHARED_REFUSALS = {
     "stop_regex": STOP_REGEX,
     "lora_path": LORA,
     "session_params": SESSION,
@@ -140,7 +140,7 @@ CHAT_FIELDS = FieldTable(
     ChatBody,
     accepted=_ACCEPTED,
     refused={
-        **_REFUSED,
+        **SHARED_REFUSALS,
         "functions": FUNCTIONS,
         "function_call": Refusal("use tool_choice", ("none", "auto")),
         "input_ids": Refusal("send ids to /v1/completions or /generate", ([],)),
@@ -159,7 +159,7 @@ COMPLETION_FIELDS = FieldTable(
     CompletionBody,
     accepted=_ACCEPTED,
     refused={
-        **_REFUSED,
+        **SHARED_REFUSALS,
         "suffix": Refusal("the model has no fill-in-the-middle template", ("",)),
         "best_of": Refusal("best_of is not served; use n", (1,)),
     },

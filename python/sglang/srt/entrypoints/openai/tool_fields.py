@@ -58,8 +58,13 @@ def read_tool_use(
     return ToolUse(tuple(tools), allowed, max_calls, forced_schema(allowed, max_calls))
 
 
-def read_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Function name -> schema of its arguments. RequestError 400 naming a bad tool."""
+def read_tools(
+    tools: Sequence[Mapping[str, Any]], inside: str = ".function"
+) -> dict[str, Mapping[str, Any]]:
+    """Function name -> schema of its arguments. RequestError 400 naming a bad tool.
+
+    `inside` is where the client wrote the function's fields, for that name.
+    """
     schemas: dict[str, Mapping[str, Any]] = {}
     for i, tool in enumerate(tools):
         name = f"tools[{i}]"
@@ -67,17 +72,17 @@ def read_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any
             raise bad_field(f"{name}.type", "only functions are served")
         function = tool.get("function")
         if not isinstance(function, dict):
-            raise bad_field(f"{name}.function", "it is missing")
+            raise bad_field(f"{name}{inside}", "it is missing")
         called = function.get("name")
         if not isinstance(called, str) or not called:
-            raise bad_field(f"{name}.function.name", "it is missing")
+            raise bad_field(f"{name}{inside}.name", "it is missing")
         if called in schemas:
-            raise bad_field(f"{name}.function.name", f"{called!r} comes twice")
+            raise bad_field(f"{name}{inside}.name", f"{called!r} comes twice")
         if function.get("strict") not in (None, True, False):
-            raise bad_field(f"{name}.function.strict", "expected true or false")
+            raise bad_field(f"{name}{inside}.strict", "expected true or false")
         parameters = function.get("parameters")
         if parameters is not None and not isinstance(parameters, dict):
-            raise bad_field(f"{name}.function.parameters", "expected a JSON schema")
+            raise bad_field(f"{name}{inside}.parameters", "expected a JSON schema")
         schemas[called] = parameters or {}
     return schemas
 

@@ -1,0 +1,211 @@
+"""A response's output: what a parser makes of an answer, as items and as the events of a stream.
+
+A whole reply and a stream come from the same writer, so both have the same items. It knows
+nothing of requests; who streams numbers the events.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang.srt.entrypoints.http_errors import dump_json
+from sglang.srt.function_call.core_types import (
+    CallArguments,
+    CallBroken,
+    CallEnd,
+    CallStart,
+    Content,
+    Event,
+    Reasoning,
+    merged,
+)
+
+StreamEvent = dict[str, Any]
+REASONING, MESSAGE, CALL = "reasoning", "message", "function_call"
+_ID_PREFIXES = {REASONING: "rs", MESSAGE: "msg", CALL: "fc"}
+_DELTAS = {
+    REASONING: "response.reasoning_text",
+    MESSAGE: "response.output_text",
+    CALL: "response.function_call_arguments",
+}
+
+
+def new_id(prefix: str) -> str:
+    """An id that nobody can guess."""
+    return f"{prefix}_{uuid.uuid4().hex}"
+
+
+def settled(events: Iterable[Event]) -> list[Event]:
+    """The events of a whole answer, with what was read of calls that are none as content."""
+    result: list[Event] = []
+    begin = 0
+    for event in events:
+        if isinstance(event, CallStart):
+            begin = len(result)
+        if isinstance(event, CallBroken):
+            result[begin:] = [Content(event.raw)]
+        else:
+            result.append(event)
+    return merged(result)
+
+
+class EventEncoder:
+    """Numbers the events of one stream, and writes them as server-sent events."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def encode(self, event: StreamEvent) -> bytes:
+        """One event with its name and its number."""
+        numbered = {**event, "sequence_number": self._next}
+        self._next += 1
+        return f"event: {event['type']}\ndata: ".encode() + dump_json(numbered) + b"\n\n"
+
+
+@dataclass
+class _Item:
+    """An item that is being written."""
+
+    kind: str
+    id: str
+    index: int
+    call: dict[str, str] = field(default_factory=dict)  # a call's id and name
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+
+    def part(self) -> dict[str, Any]:
+        """The one content part of reasoning or of a message."""
+        text = "".join(self.texts)
+        if self.kind == REASONING:
+            return {"type": "reasoning_text", "text": text}
+        logprobs = list(self.logprobs)
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+
+    def shown(self, status: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        """The item with the content `parts`; a call has its arguments instead."""
+        head = {"id": self.id, "type": self.kind, "status": status}
+        if self.kind == CALL:
+            return {**head, **self.call, "arguments": "".join(self.texts)}
+        if self.kind == MESSAGE:
+            return {**head, "role": "assistant", "content": parts}
+        return {**head, "summary": [], "content": parts, "encrypted_content": None}
+
+
+class OutputWriter:
+    """Takes an answer's parsed events in order; what they make is in `items` after `finish`.
+
+    White space is no message of its own: it waits for text, and is dropped before calls.
+    Log probabilities go with the next text of a message, whatever their tokens were.
+    """
+
+    def __init__(self, new_call_id: Callable[[], str]) -> None:
+        self.items: list[dict[str, Any]] = []
+        self._new_call_id = new_call_id
+        self._open: _Item | None = None
+        self._space: list[str] = []
+        self._logprobs: list[dict[str, Any]] = []
+
+    def feed(
+        self, events: Iterable[Event], logprobs: Iterable[dict[str, Any]] = ()
+    ) -> list[StreamEvent]:
+        """What the events add to the stream; `logprobs` are OpenAI's objects of their tokens."""
+        self._logprobs += logprobs
+        return [shown for event in events for shown in self._take(event)]
+
+    def finish(self, is_complete: bool) -> list[StreamEvent]:
+        """Close what is open; a complete answer has a message, if an empty one, or a call."""
+        shown: list[StreamEvent] = []
+        says = any(item["type"] != REASONING for item in self.items)
+        is_open = self._open is not None and self._open.kind != REASONING
+        if not (says or is_open) and (self._space or is_complete):
+            shown += self._begin(MESSAGE)
+            shown += self._text("".join(self._space))
+        return [*shown, *self._close("completed" if is_complete else "incomplete")]
+
+    def _take(self, event: Event) -> list[StreamEvent]:
+        if isinstance(event, CallStart):
+            self._space.clear()
+            return self._begin(CALL, call_id=self._new_call_id(), name=event.name)
+        if isinstance(event, CallArguments):
+            return self._text(event.text)
+        if isinstance(event, CallEnd):
+            return self._close("completed")
+        if isinstance(event, CallBroken):  # what was sent can't be taken back
+            return self._close("incomplete")
+        if isinstance(event, Reasoning):
+            return [*self._in(REASONING), *self._text(event.text)]
+        if not self._is_in(MESSAGE) and not event.text.strip():
+            self._space.append(event.text)
+            return []
+        text = "".join([*self._space, event.text])
+        self._space.clear()
+        return [*self._in(MESSAGE), *self._text(text)]
+
+    def _is_in(self, kind: str) -> bool:
+        return self._open is not None and self._open.kind == kind
+
+    def _in(self, kind: str) -> list[StreamEvent]:
+        return [] if self._is_in(kind) else self._begin(kind)
+
+    def _begin(self, kind: str, **call: str) -> list[StreamEvent]:
+        shown = self._close("completed")
+        item = _Item(kind, new_id(_ID_PREFIXES[kind]), len(self.items), call)
+        self._open = item
+        added = item.shown("in_progress", [])
+        shown.append(
+            {"type": "response.output_item.added", "output_index": item.index, "item": added}
+        )
+        if kind != CALL:
+            part = {"type": "response.content_part.added", **_place(item), "part": item.part()}
+            shown.append(part)
+        return shown
+
+    def _text(self, text: str) -> list[StreamEvent]:
+        item = self._open
+        if item is None or not text:
+            return []
+        item.texts.append(text)
+        delta = {"type": f"{_DELTAS[item.kind]}.delta", **_place(item), "delta": text}
+        if item.kind == MESSAGE:
+            delta["logprobs"] = self._claimed(item)
+        return [delta]
+
+    def _claimed(self, item: _Item) -> list[dict[str, Any]]:
+        """The log probabilities that wait, which are the item's now."""
+        logprobs, self._logprobs = self._logprobs, []
+        item.logprobs += logprobs
+        return logprobs
+
+    def _close(self, status: str) -> list[StreamEvent]:
+        item, self._open = self._open, None
+        if item is None:
+            return []
+        if item.kind == MESSAGE:
+            self._claimed(item)  # those of tokens without text, as that of the answer's end
+        parts = [] if item.kind == CALL else [item.part()]
+        whole = item.shown(status, parts)
+        self.items.append(whole)
+        done: StreamEvent = {"type": f"{_DELTAS[item.kind]}.done", **_place(item)}
+        if item.kind == CALL:
+            done["arguments"] = whole["arguments"]
+        else:
+            done["text"] = parts[0]["text"]
+        if item.kind == MESSAGE:
+            done["logprobs"] = parts[0]["logprobs"]
+        shown = [done]
+        if parts:
+            part = {"type": "response.content_part.done", **_place(item), "part": parts[0]}
+            shown.append(part)
+        shown.append(
+            {"type": "response.output_item.done", "output_index": item.index, "item": whole}
+        )
+        return shown
+
+
+def _place(item: _Item) -> dict[str, Any]:
+    """Where in the output an event of the item belongs."""
+    place = {"item_id": item.id, "output_index": item.index}
+    return place if item.kind == CALL else {**place, "content_index": 0}
