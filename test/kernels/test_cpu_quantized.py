@@ -11,6 +11,7 @@ import torch
 
 sgl_kernel = pytest.importorskip("sgl_kernel")
 
+from kernels.quantized_cases import drawn_codes, numbers  # noqa: E402
 from sgl_kernel import (  # noqa: E402
     Isa,
     KernelError,
@@ -34,7 +35,7 @@ CPU_FLAGS = set(CPU_INFO.read_text().split()) if CPU_INFO.exists() else set()
 HAS_BYTE_PERMUTES = {"avx512vbmi", "avx512_bf16"} <= CPU_FLAGS
 SMALL = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -16)  # up to what 16 bits can add up
 LARGE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 127)
-LAYOUTS = {  # bits, group, with minima, values that codes name
+LAYOUTS = {
     "4": (4, 32, False, None),
     "4+min": (4, 32, True, None),
     "4:small": (4, 32, False, SMALL),
@@ -47,30 +48,7 @@ LAYOUTS = {  # bits, group, with minima, values that codes name
 
 
 def make(layout: str, outs: int, width: int, gain: float = 1.0) -> QuantizedWeight:
-    bits, group, with_mins, values = LAYOUTS[layout]
-    generator = torch.Generator().manual_seed(outs * width)
-    groups = (outs, width // group)
-    if bits == 4:
-        codes = torch.randint(0, 256, (outs, width // 2), generator=generator).to(torch.uint8)
-    else:
-        codes = torch.randint(-128, 128, (outs, width), generator=generator).to(torch.int8)
-    scales = torch.rand(groups, generator=generator).half() + 0.1
-    mins = torch.randn(groups, generator=generator).half() if with_mins else None
-    return QuantizedWeight(codes, scales, mins, gain, values)
-
-
-def numbers(weight: QuantizedWeight) -> torch.Tensor:
-    """float64 [N, K], written down from what the class says."""
-    codes = weight.codes.double()
-    if weight.bits == 4:
-        blocks = weight.codes.view(len(codes), -1, 16)
-        codes = torch.cat((blocks & 15, blocks >> 4), -1).flatten(1).double()
-    if weight.values is not None:
-        codes = torch.tensor(weight.values).double()[codes.long()]
-    wide = codes * weight.scales.double().repeat_interleave(weight.group, 1)
-    if weight.mins is not None:
-        wide += weight.mins.double().repeat_interleave(weight.group, 1)
-    return wide * weight.gain
+    return QuantizedWeight(*drawn_codes(LAYOUTS[layout], outs, width, gain))
 
 
 @pytest.mark.parametrize("isa", LEVELS)

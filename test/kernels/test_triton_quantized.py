@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from kernels.quantized_cases import drawn_codes, numbers
 from sgl_kernel.library import KernelError
 from sgl_kernel.triton import ExpertCodes, GroupedTile, QuantizedWeight, mixture
 from sgl_kernel.triton.expert_codes import takes_single_pairs
@@ -19,7 +20,7 @@ TILE = GroupedTile(16, 16, 64)
 STEP = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 UNEVEN = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-LAYOUTS = {  # bits, group, with minima, values
+LAYOUTS = {
     "4": (4, 32, False, None),
     "4+min": (4, 32, True, None),
     "e2m1": (4, 32, False, E2M1),
@@ -32,30 +33,7 @@ LAYOUTS = {  # bits, group, with minima, values
 
 
 def make(layout: str, outs: int, width: int, gain: float = 1.0) -> QuantizedWeight:
-    bits, group, with_mins, values = LAYOUTS[layout]
-    generator = torch.Generator().manual_seed(outs * width)
-    groups = (outs, width // group)
-    if bits == 4:
-        codes = torch.randint(0, 256, (outs, width // 2), generator=generator).to(torch.uint8)
-    else:
-        codes = torch.randint(-128, 128, (outs, width), generator=generator).to(torch.int8)
-    scales = torch.rand(groups, generator=generator).half() + 0.1
-    mins = torch.randn(groups, generator=generator).half() if with_mins else None
-    return QuantizedWeight(codes, scales, mins, gain, values)
-
-
-def numbers(weight: QuantizedWeight) -> torch.Tensor:
-    """float64 [N, K], written down from what the class says."""
-    codes = weight.codes.double()
-    if weight.bits == 4:
-        blocks = weight.codes.view(len(codes), -1, 16)
-        codes = torch.cat((blocks & 15, blocks >> 4), -1).flatten(1).double()
-        if weight.values is not None:
-            codes = torch.tensor(weight.values).double()[codes.long()]
-    wide = codes * weight.scales.double().repeat_interleave(weight.group, 1)
-    if weight.mins is not None:
-        wide += weight.mins.double().repeat_interleave(weight.group, 1)
-    return wide * weight.gain
+    return QuantizedWeight(*drawn_codes(LAYOUTS[layout], outs, width, gain))
 
 
 def drawn(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -261,11 +261,7 @@ def _build(
     architecture = _pick_architecture(raw)
     family = FAMILIES[architecture]
     quantization = raw.get("quantization_config")
-    scheme = weight_scheme(quantization, modelopt)
-    if scheme is not None and scheme.method == "mxfp4" and family.model_type != "gpt_oss":
-        raise ValueError(
-            f"weights quantized by 'mxfp4' are served of gpt_oss, not {family.model_type}"
-        )
+    scheme = weight_scheme(quantization, modelopt, family.model_type)
     values = {**_COMMON_DEFAULTS, **family.defaults}
     values.update({k: v for k, v in raw.items() if v is not None or k in family.null_means_none})
     hidden, heads = positive(values, "hidden_size"), positive(values, "num_attention_heads")

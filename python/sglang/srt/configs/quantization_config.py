@@ -45,10 +45,11 @@ class WeightScheme:
     ordered: bool = False
 
 
-def weight_scheme(config: Any, modelopt: Mapping[str, Any]) -> WeightScheme | None:
+def weight_scheme(config: Any, modelopt: Mapping[str, Any], model_type: str) -> WeightScheme | None:
     """The scheme of the weights, None where they are numbers; arguments as below.
 
-    Raises ValueError, one line, for a method that is not served, which it names.
+    Raises ValueError, one line, for a method that is not served, at all or of this family of
+    models.
     """
     if not has_quantized_weights(config, modelopt):
         return None
@@ -60,7 +61,10 @@ def weight_scheme(config: Any, modelopt: Mapping[str, Any]) -> WeightScheme | No
     if read is None or not isinstance(config, Mapping):
         served = ", ".join(WEIGHT_METHODS)
         raise ValueError(f"weights quantized by {named!r} are not served; those of {served} are")
-    return read(config)
+    scheme = read(config)
+    if scheme.method == "mxfp4" and model_type != "gpt_oss":
+        raise ValueError(f"weights quantized by 'mxfp4' are served of gpt_oss, not {model_type}")
+    return scheme
 
 
 def has_quantized_weights(config: Any, modelopt: Mapping[str, Any]) -> bool:

@@ -100,13 +100,11 @@ def load_model(
                     module.quantize(kernels)
         if kept != "none":
             move_to_huge_pages(model, copy=True)
-    if scales_kv:
-        if kv_scale_path is not None:
-            place = (config.num_layers, parallel.tp_rank, parallel.tp_size)
-            found = read_scale_file(kv_scale_path, *place)
-        else:
-            found = scales.scales()
-        set_kv_scales(model, found)
+    if scales_kv and kv_scale_path is not None:
+        place = (config.num_layers, parallel.tp_rank, parallel.tp_size)
+        set_kv_scales(model, read_scale_file(kv_scale_path, *place))
+    elif scales_kv:
+        set_kv_scales(model, scales.scales())
     return model.requires_grad_(False).eval()
 
 

@@ -408,3 +408,10 @@ def test_log_probabilities(server: LiveServer) -> None:
         assert [one["token"] for one in part["logprobs"]] == list(server.service.answer)
         assert {len(one["top_logprobs"]) for one in part["logprobs"]} == {2}
     assert accumulated(events)[1]["content"][0]["text"] == part["text"]
+
+
+def test_a_priority_is_told_only_where_it_is_named(server: LiveServer) -> None:
+    for fields, told in (({}, None), ({"priority": 3}, 3)):
+        reply = server.post("/v1/responses", {"model": "m", "input": "x", **fields})
+        assert reply.status_code == 200
+        assert server.service.requests[-1].priority == told

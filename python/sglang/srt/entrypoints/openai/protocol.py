@@ -36,14 +36,13 @@ class StreamOptions(msgspec.Struct, frozen=True):
     include_progress: bool | None = None
 
 
-class SharedBody(msgspec.Struct, frozen=True, kw_only=True):
-    """What both OpenAI endpoints serve.
+class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What all OpenAI endpoints that generate serve.
 
     None: the model's or the API's default. `logit_bias` has token ids as keys.
     """
 
     model: str = "default"
-    max_tokens: Int | None = None
     min_tokens: Int = 0
     temperature: float | None = None
     top_p: float | None = None
@@ -52,7 +51,6 @@ class SharedBody(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    n: Int = 1
     seed: Int | None = None
     stop: str | list[str] = []
     stop_token_ids: list[Int] = []
@@ -61,7 +59,6 @@ class SharedBody(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
-    response_format: ResponseFormat | None = None
     json_schema: str | None = None
     regex: str | None = None
     ebnf: str | None = None
@@ -72,6 +69,14 @@ class SharedBody(msgspec.Struct, frozen=True, kw_only=True):
     extra_key: str | None = None
     cache_salt: str | None = None
     priority: Int | None = None
+
+
+class SharedBody(GenerationBody, frozen=True, kw_only=True):
+    """What chats and completions serve."""
+
+    max_tokens: Int | None = None
+    n: Int = 1
+    response_format: ResponseFormat | None = None
 
 
 class ChatBody(SharedBody, frozen=True, kw_only=True):

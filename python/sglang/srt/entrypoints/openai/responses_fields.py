@@ -17,14 +17,13 @@ from sglang.srt.entrypoints.openai.protocol import (
     FUNCTIONS,
     SHARED_REFUSALS,
     ChatBody,
-    StreamOptions,
+    GenerationBody,
 )
 from sglang.srt.entrypoints.openai.response_format import JsonSchemaFormat, ResponseFormat
 from sglang.srt.entrypoints.openai.serving_base import check_max_tokens
 from sglang.srt.entrypoints.openai.tool_fields import ToolChoice, read_tools
 from sglang.srt.entrypoints.request_body import RawFields, decode_field
 from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal, is_null
-from sglang.srt.entrypoints.sampling_fields import CONSTRAINTS
 from sglang.srt.errors import RequestError
 
 LOGPROBS = "message.output_text.logprobs"
@@ -45,32 +44,10 @@ _RAW_NULL = msgspec.Raw(b"null")
 _TOOLS: msgspec.json.Decoder[list[dict[str, Any]]] = msgspec.json.Decoder(list[dict[str, Any]])
 # Fields that a chat request has under the same name.
 _SAME_IN_CHAT = (
-    "model",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "min_tokens",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "logit_bias",
-    "ignore_eos",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "no_stop_trim",
-    *CONSTRAINTS,
+    *(name for name in GenerationBody.__struct_fields__ if name != "rid"),
     "parallel_tool_calls",
     "top_logprobs",
     "chat_template_kwargs",
-    "stream",
-    "stream_options",
-    "extra_key",
-    "cache_salt",
-    "priority",
 )
 
 
@@ -104,14 +81,13 @@ class ReasoningConfig(msgspec.Struct, frozen=True):
     mode: str | None = None
 
 
-class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True):
+class ResponsesBody(GenerationBody, frozen=True, kw_only=True):
     """The served fields of /v1/responses.
 
     None: the model's or the API's default. `tools` is JSON as the client wrote it.
     """
 
-    model: str = "default"
-    input: str | list[dict[str, Any]] = []
+    input: str | list[dict[str, Any]] = msgspec.field(default_factory=list)
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool = True
@@ -121,39 +97,13 @@ class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True):
     tools: msgspec.Raw | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
-    include: list[str] = []
+    include: list[str] = msgspec.field(default_factory=list)
     top_logprobs: Int = 0
-    metadata: dict[str, str] = {}
+    metadata: dict[str, str] = msgspec.field(default_factory=dict)
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    min_tokens: Int = 0
-    seed: Int | None = None
-    stop: str | list[str] = []
-    stop_token_ids: list[Int] = []
-    logit_bias: dict[str, float] = {}
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
-    no_stop_trim: bool = False
-    json_schema: str | None = None
-    regex: str | None = None
-    ebnf: str | None = None
-    structural_tag: str | None = None
-    chat_template_kwargs: dict[str, Any] = {}
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    rid: str | None = None
-    extra_key: str | None = None
-    cache_salt: str | None = None
-    priority: Int = 0
+    chat_template_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 _CHAT_LIMIT = Refusal("use max_output_tokens")
