@@ -79,7 +79,6 @@ class Vocabulary:
         self.vocab_size = vocab_size
         self.end_ids = frozenset(message.end_ids)
         self._markers: dict[bytes, MarkerTokens] = {}
-        self._tokenizer_json = message.tokenizer_json
         try:
             self.tokens: LLTokenizer = LLTokenizer(
                 message.tokenizer_json,
@@ -90,6 +89,9 @@ class Vocabulary:
             raise RequestError(
                 f"Constraints cannot be served with this tokenizer: {_shortened(str(error))}"
             ) from error
+        # Read now: the text is megabytes, and nobody keeps it.
+        added = msgspec.json.decode(message.tokenizer_json, type=_AddedTokens).added_tokens
+        self._shown = frozenset(token.id for token in added if not token.special)
 
     @cached_property
     def special(self) -> SpecialTokens:
@@ -97,10 +99,8 @@ class Vocabulary:
         size = min(self.vocab_size, self.tokens.vocab_size)
         ids = [i for i in range(size) if self.tokens.is_special_token(i)]
         names = {i: self.tokens.decode_bytes([i]).decode(errors="ignore") for i in ids}
-        added = msgspec.json.decode(self._tokenizer_json, type=_AddedTokens).added_tokens
-        written = {token.id for token in added if not token.special}
         return SpecialTokens(
-            {name: i for i, name in names.items() if name}, frozenset(written.intersection(ids))
+            {name: i for i, name in names.items() if name}, self._shown.intersection(ids)
         )
 
     def spelling(self, token_id: int) -> bytes:
