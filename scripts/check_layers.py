@@ -30,9 +30,12 @@ TABLE: tuple[Row, ...] = (
     (1, "", "srt.sampling.sampling_params < srt.managers.io_struct"),
     (1, "", "srt.configs.parser_names < srt.configs.door_args"),
     (1, "", "srt.configs.flag_spec < srt.configs.door_args, srt.configs.rank_args,"
-     " srt.configs.priority_args, srt.configs.flag_tables, srt.configs.flag_parser"),
-    (1, "", "srt.configs.kv_events_config < srt.configs.flag_checks"),
+     " srt.configs.priority_args, srt.configs.speculative_args, srt.configs.flag_tables,"
+     " srt.configs.flag_parser"),
+    (1, "", "srt.configs.kv_events_config, srt.configs.speculative_args"
+     " < srt.configs.flag_checks"),
     (1, "", "srt.configs.door_args, srt.configs.rank_args, srt.configs.priority_args,"
+     " srt.configs.speculative_args,"
      " srt.configs.flag_tables,"
      " srt.configs.flag_parser, srt.configs.flag_checks < srt.server_args"),
     (1, "", "srt.configs.gguf_file < srt.configs.gguf_config < srt.configs.model_config"),
@@ -85,8 +88,11 @@ TABLE: tuple[Row, ...] = (
     (3, "DEVICE", "srt.constrained.grammar < srt.constrained.reasoning_matcher"
      " < srt.sampling.sampling_batch_info"),
     (3, "DEVICE", "srt.constrained.grammar < srt.managers.schedule_batch"),
+    (3, "DEVICE", "srt.speculative.ngram_index, srt.speculative.draft_plan"
+     " < srt.speculative.ngram_drafts < srt.managers.schedule_batch"),
     (3, "DEVICE", "srt.managers.generation_result, srt.managers.schedule_batch"
      " < srt.managers.schedule_policy < srt.managers.priority_policy"),
+    (3, "DEVICE", "srt.managers.schedule_batch, srt.speculative.* < srt.managers.draft_policy"),
     (3, "DEVICE", "srt.managers.schedule_batch < srt.model_executor.forward_batch_info"
      " < srt.sampling.sampling_batch_info"),
     (4, "DEVICE", "srt.distributed.communicator, srt.distributed.shared_exchange,"

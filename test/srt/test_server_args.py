@@ -215,6 +215,16 @@ def test_model_overrides_are_an_object() -> None:
         (["--disable-radix-cache", "--max-cached-tokens", "5"], "drop --disable-radix-cache"),
         (["--schedule-low-priority-values-first"], "needs --enable-priority-scheduling"),
         (["--default-priority-value", "1"], "needs --enable-priority-scheduling"),
+        (["--speculative-algorithm", "EAGLE"], "must be one of NGRAM"),
+        (["--speculative-num-draft-tokens", "4"], "needs --speculative-algorithm"),
+        (
+            [
+                *("--speculative-algorithm", "NGRAM"),
+                *("--speculative-ngram-min-match-window-size", "9"),
+                *("--speculative-ngram-max-match-window-size", "8"),
+            ],
+            "--speculative-ngram-min-match-window-size 9 is above",
+        ),
         (
             ["--priority-scheduling-preemption-threshold", "-1"],
             "--priority-scheduling-preemption-threshold must be at least 0",
@@ -271,7 +281,12 @@ def test_a_refused_flag_may_ask_for_what_is_the_case(
 def test_flags_that_must_not_pass_silently_are_refused() -> None:
     refused = {name for spec in REFUSED for name in spec.names}
     assert refused >= {
-        *("--torchao-config", "--enable-lora", "--speculative-algorithm", "--disaggregation-mode"),
+        *(
+            "--torchao-config",
+            "--enable-lora",
+            "--speculative-draft-model-path",
+            "--disaggregation-mode",
+        ),
         *("--hicache-storage-backend", "--pp-size", "--ep-size"),
         *("--completion-template", "--tool-server", "--ssl-keyfile"),
     }

@@ -22,6 +22,7 @@ from sglang.srt.configs.flag_spec import FlagSpec, derived, flag, specs_of
 from sglang.srt.configs.flag_tables import OTHER_FLAGS
 from sglang.srt.configs.priority_args import PriorityArgs
 from sglang.srt.configs.rank_args import RankArgs
+from sglang.srt.configs.speculative_args import SpeculativeArgs
 from sglang.srt.utils.device_probe import detect_device
 from sglang.srt.utils.sizes import parse_bytes, parse_count, parse_count_or_auto
 
@@ -41,7 +42,7 @@ _OTHER_NAMES = {
 
 
 @dataclass(frozen=True)
-class ServerArgs(PriorityArgs, RankArgs, DoorArgs):
+class ServerArgs(SpeculativeArgs, PriorityArgs, RankArgs, DoorArgs):
     """All settings of a server or an engine, resolved and validated.
 
     Building one raises ValueError with one line when a value or a combination cannot be served.

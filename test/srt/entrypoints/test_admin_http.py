@@ -214,6 +214,9 @@ def test_metrics(server: LiveServer) -> None:
         "cached_tokens_total": 25,
         "num_retracted_requests_total": 3,
         "num_preempted_requests_total": 2,
+        "num_drafted_tokens_total": 40,
+        "num_correct_drafted_tokens_total": 30,
+        "avg_spec_accept_length": 3.5,
         "memory": {
             "capacity_tokens": 1024,
             "page_size": 16,
@@ -238,6 +241,9 @@ def test_metrics(server: LiveServer) -> None:
     assert grown["sglang:e2e_request_latency_seconds_count"] == 1
     assert grown["sglang:num_retracted_requests_total"] == 3
     assert grown["sglang:num_preempted_requests_total"] == 2
+    assert grown["sglang:spec_drafted_tokens_total"] == 40
+    assert grown["sglang:spec_correct_tokens_total"] == 30
+    assert after["sglang:spec_accept_length"] == 3.5
     assert after["sglang:num_running_reqs"] == 2
     assert after["sglang:num_queue_reqs"] == 1
     assert after["sglang:num_used_tokens"] == 128

@@ -113,22 +113,24 @@ class ChecksumWorker:
         for layer in range(self._pool.spec.num_layers):
             group = self._pool.group_of_layer(layer)
             self._pool.set_kv_buffer(layer, batch.out_cache_loc[group], k + layer, v)
-        sampled = []
-        for request, index in enumerate(info.sample_index):
-            if index >= 0:
-                sampled.append(self._sample(geometry, request))
+        sampled = [
+            self._sample(geometry, request, ahead)
+            for request, count in enumerate(info.sample_counts)
+            for ahead in range(1 - count, 1)
+        ]
         token_ids = np.array(sampled, np.int64)
         self._relay[np.asarray(info.rows, np.int64)] = token_ids
         return GenerationBatchResult(
             token_ids, [None] * len(sampled), [None] * batch.batch_size, self.step_time()
         )
 
-    def _sample(self, geometry: BatchGeometry, request: int) -> int:
-        """The checksum of what the layer that sees most may see.
+    def _sample(self, geometry: BatchGeometry, request: int, ahead: int) -> int:
+        """The checksum of what the layer that sees most may see from a request's last token, or
+        from one before that (`ahead` is negative).
 
         Every layer's tokens are checked to be at their positions and to agree with the others.
         """
-        seq_len = int(geometry.seq_lens[request])
+        seq_len = int(geometry.seq_lens[request]) + ahead
         longest: list[int] = []
         seen: list[list[int]] = []
         for layer in range(self._pool.spec.num_layers):

@@ -13,7 +13,7 @@ from sglang.srt.distributed.communicator import Communicator
 from sglang.srt.errors import RankLostError
 from sglang.srt.managers.io_struct import AbortReq, TokenOut
 from sglang.srt.managers.priority_policy import PriorityRules
-from sglang.srt.managers.scheduler_limits import TurnInputs
+from sglang.srt.managers.scheduler_limits import StepTime, TurnInputs
 from sglang.srt.managers.scheduler_ranks import (
     MEET_INTERVAL_S,
     FollowingTurns,
@@ -45,7 +45,7 @@ def test_what_rank_0_hears_and_reads_is_what_both_take(ranks: ThreadRanks) -> No
         if isinstance(channel, FakeChannel):
             channel.inbox.append(AbortReq("a"))
         first = turns.next(0)
-        turns.note_step(64, 0.5 + rank)
+        turns.note_step(StepTime(64, 65, 0.5 + rank))
         turns.note_decided(np.array([3, 4], np.int64))
         return [first, turns.next(0)]
 
@@ -53,7 +53,7 @@ def test_what_rank_0_hears_and_reads_is_what_both_take(ranks: ThreadRanks) -> No
     assert inputs == same
     assert inputs[0].messages == [AbortReq("a")]
     assert [one.now for one in inputs] == [5.0, 5.0]
-    assert inputs[1].step_times == [(64, 0.5)]
+    assert inputs[1].step_times == [(64, 65, 0.5)]
     assert inputs[0].digest != inputs[1].digest
 
 

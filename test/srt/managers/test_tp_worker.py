@@ -70,6 +70,8 @@ def step(*, first: bool) -> tuple[ForwardBatch, SamplingBatchInfo]:
         drops=(),
         sample_index=(0,),
         logit_index=(0,),
+        sample_counts=(1,),
+        expected=(-1,),
         rows=(2,),
         positions=(1,),
         suppress_stop=(False,),

@@ -31,6 +31,14 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
+        "a draft is one chain of tokens here, from the longest newest match in the request's text",
+        """
+        --speculative-ngram-min-bfs-breadth V; --speculative-ngram-max-bfs-breadth V;
+        --speculative-ngram-match-type V; --speculative-ngram-branch-length V;
+        --speculative-ngram-capacity V; --speculative-ngram-max-trie-depth V
+        """,
+    ),
+    (
         "ranks need no such tuning here",
         """
         --nccl-port V; --base-gpu-id V;
@@ -185,21 +193,17 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "speculative decoding does not exist here",
+        "tokens are drafted from a request's own text (--speculative-algorithm NGRAM), by no model",
         """
-        --speculative-algorithm V; --speculative-draft-model-path|--speculative-draft-model V;
+        --speculative-draft-model-path|--speculative-draft-model V;
         --speculative-draft-model-revision V; --speculative-draft-model-quantization V;
         --speculative-draft-load-format V; --speculative-num-steps V; --speculative-eagle-topk V;
-        --speculative-num-draft-tokens V; --speculative-token-map V;
+        --speculative-token-map V;
         --speculative-accept-threshold-single V; --speculative-accept-threshold-acc V;
         --speculative-attention-mode V; --speculative-draft-attention-backend V;
         --speculative-moe-runner-backend V; --speculative-moe-a2a-backend V;
         --speculative-dflash-block-size V; --speculative-adaptive;
-        --speculative-adaptive-config V; --speculative-ngram-min-match-window-size V;
-        --speculative-ngram-max-match-window-size V; --speculative-ngram-min-bfs-breadth V;
-        --speculative-ngram-max-bfs-breadth V; --speculative-ngram-match-type V;
-        --speculative-ngram-branch-length V; --speculative-ngram-capacity V;
-        --speculative-ngram-max-trie-depth V; --enable-multi-layer-eagle
+        --speculative-adaptive-config V; --enable-multi-layer-eagle
         """,
     ),
     (

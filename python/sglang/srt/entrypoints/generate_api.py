@@ -34,7 +34,7 @@ from sglang.srt.entrypoints.sequences import (
 from sglang.srt.entrypoints.service import TextService
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest
-from sglang.srt.managers.io_struct import FinishReason, LogprobArrays
+from sglang.srt.managers.io_struct import DraftCounts, FinishReason, LogprobArrays
 from sglang.srt.parser.answer_parser import (
     PARSE_BYTES_PER_CHAR,
     AnswerForm,
@@ -80,7 +80,20 @@ def meta_info(
     }
     if last.finish_reason is not None:
         info["e2e_latency"] = seconds
+    if last.drafts is not None:
+        info |= draft_figures(last.drafts)
     return info
+
+
+def draft_figures(drafts: DraftCounts) -> dict[str, Any]:
+    """SGLang's `spec_*` entries; the accept length counts the token after a draft as well."""
+    return {
+        "spec_accept_rate": drafts.num_correct / drafts.num_proposed,
+        "spec_accept_length": 1 + drafts.num_correct / drafts.num_verified,
+        "spec_num_correct_drafts": drafts.num_correct,
+        "spec_num_proposed_drafts": drafts.num_proposed,
+        "spec_verify_ct": drafts.num_verified,
+    }
 
 
 class _Logprobs:

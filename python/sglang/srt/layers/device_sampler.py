@@ -69,6 +69,10 @@ class DeviceSampler:
         self._host.drop(row)
         self._counts.drop(row)
 
+    def remembers(self, row: int) -> bool:
+        """See `Sampler.remembers`."""
+        return self._host.remembers(row)
+
     def sample(
         self,
         logits: torch.Tensor,

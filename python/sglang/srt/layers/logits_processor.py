@@ -62,11 +62,11 @@ class LogitsProcessor:
     ) -> LogitsProcessorOutput:
         """Compute what the step wants of `hidden` [R, h], the rows `logits_rows` of the batch.
 
-        `logprob_specs` and `sample_rows` have one entry per request; `sample_rows[b]` indexes the
-        R rows, -1 when b samples nothing. Ticks the batch's progress once a block. Raises
+        `logprob_specs` has one entry per request, `sample_rows` index those of the R rows that are
+        sampled from. Ticks the batch's progress once a block. Raises
         InvariantError when a wanted row was not kept.
         """
-        logits = lm_head(self._chosen(hidden, [row for row in sample_rows if row >= 0])).float()
+        logits = lm_head(self._chosen(hidden, list(sample_rows))).float()
         wanted = [
             (request, spec, _first_kept(forward_batch, spec))
             for request, spec in enumerate(logprob_specs)

@@ -83,6 +83,12 @@ class Sampler:
         """The request of `row` left; a row that was never admitted is no mistake."""
         self._rows.pop(row, None)
 
+    def remembers(self, row: int) -> bool:
+        """Whether what `row` samples next depends on the tokens that it sampled before, beside what
+        the logits tell of them: penalties count them, a grammar follows them."""
+        state = self.state(row)
+        return state.counts_tokens or state.matcher is not None
+
     def sample(
         self,
         logits: torch.Tensor,

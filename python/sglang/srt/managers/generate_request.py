@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sglang.srt.managers.io_struct import FinishReason, LogprobArrays, PrefillProgress
+from sglang.srt.managers.io_struct import DraftCounts, FinishReason, LogprobArrays, PrefillProgress
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 IdArray = npt.NDArray[np.int32]
@@ -62,8 +62,8 @@ class GenerateDelta:
     `text` and `output_ids` (int32) are deltas and may be empty, `prompt_tokens`,
     `completion_tokens`, `cached_tokens` and `num_retractions` are totals so far.
     `input_logprobs` comes at most once, `output_logprobs` covers exactly `output_ids`. `dp_rank` is
-    the replica's number, None where there is one. `progress` is set, and nothing else is new, on a
-    delta that only tells of the prompt's progress.
+    the replica's number, None where there is one; `drafts` are totals, None without any. `progress`
+    is set, and nothing else is new, on a delta that only tells of the prompt's progress.
     """
 
     text: str
@@ -77,6 +77,7 @@ class GenerateDelta:
     output_logprobs: LogprobArrays | None = None
     progress: PrefillProgress | None = None
     dp_rank: int | None = None
+    drafts: DraftCounts | None = None
 
 
 def concat_logprobs(parts: Sequence[LogprobArrays]) -> LogprobArrays | None:

@@ -161,12 +161,20 @@ ToScheduler = Union[TokenizedGenerateReqInput, VocabularyReq, AbortReq, StopStri
 # ---- from the scheduler -----------------------------------------------------------------------
 
 
+class DraftCounts(msgspec.Struct, frozen=True, array_like=True):
+    """Drafts of a request that were verified so far, their tokens, and those that were taken."""
+
+    num_verified: int
+    num_proposed: int
+    num_correct: int
+
+
 class TokenOut(msgspec.Struct, array_like=True):
     """News of one request: tokens since its last news, and its end when `finish_reason` is set.
 
     `output_ids` int32, only the new ones. `completion_tokens` counts all so far. `detok` is set
-    on a request's first news only, `input_logprobs` on the first news after the prompt was
-    computed, `output_logprobs` covers exactly `output_ids`.
+    on a request's first news only, `drafts` where drafts were verified, `input_logprobs` on the
+    first news after the prompt was computed, `output_logprobs` covers exactly `output_ids`.
     """
 
     rid: str
@@ -179,6 +187,7 @@ class TokenOut(msgspec.Struct, array_like=True):
     input_logprobs: LogprobArrays | None = None
     output_logprobs: LogprobArrays | None = None
     detok: DetokOptions | None = None
+    drafts: DraftCounts | None = None
 
 
 class BatchTokenIDOut(msgspec.Struct, tag="token_out"):
@@ -200,6 +209,7 @@ class TextOut(msgspec.Struct, array_like=True):
     finish_reason: FinishReason | None = None
     input_logprobs: LogprobArrays | None = None
     output_logprobs: LogprobArrays | None = None
+    drafts: DraftCounts | None = None
 
 
 class BatchStrOut(msgspec.Struct, tag="str_out"):

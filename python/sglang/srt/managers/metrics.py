@@ -28,6 +28,7 @@ _REQUEST_BUCKETS = (0.1, 0.2, 0.4, 0.8, 1, 2, 5, 10, 20, 40, 60, 100, 200, 400, 
 _STATE_GAUGES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "num_running_reqs": (("num_running_reqs",), "Requests that are being computed"),
     "num_queue_reqs": (("num_queue_reqs",), "Requests that wait"),
+    "spec_accept_length": (("avg_spec_accept_length",), "Tokens of a step with a draft, mean"),
     "gen_throughput": (("last_gen_throughput",), "Generated tokens per second"),
     "max_total_num_tokens": (("memory", "capacity_tokens"), "Tokens that the KV budget can hold"),
     "context_len": (("memory", "context_length"), "Effective context length in tokens"),
@@ -48,6 +49,11 @@ _STATE_TOTALS: Mapping[str, tuple[tuple[str, ...], str]] = {
         "Requests retracted for a more urgent one",
     ),
     "num_refused_requests": (("num_refused_requests_total",), "Requests refused on arrival"),
+    "spec_drafted_tokens": (("num_drafted_tokens_total",), "Tokens drafted"),
+    "spec_correct_tokens": (
+        ("num_correct_drafted_tokens_total",),
+        "Drafted tokens that the model took",
+    ),
     "evicted_tokens": (("evicted_tokens_total",), "Cached tokens evicted"),
 }
 

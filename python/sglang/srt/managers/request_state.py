@@ -91,6 +91,7 @@ class RequestState:
             input_logprobs=self._input_logprobs,
             output_logprobs=concat_logprobs(self._output_logprobs),
             dp_rank=self.shown_dp_rank,
+            drafts=last.drafts,
         )
         self._text = io.StringIO()
         self._ids = bytearray()

@@ -29,6 +29,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.mem_cache.allocation import KVLease
 from sglang.srt.model_executor.forward_mode import ForwardMode
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.ngram_drafts import NgramDrafts
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -141,6 +142,7 @@ class Req:
         self.detok: DetokOptions | None = message.detok
         self.has_stop_strings = bool(message.detok.stop_strings)
         self.grammar: Grammar | None = None  # set before it is admitted, if it has a constraint
+        self.drafts: NgramDrafts | None = None  # set before it is admitted, if it is drafted
         self.logprob: LogprobState | None = None
         if message.return_logprob:
             picked = np.frombuffer(message.token_ids_logprob, dtype="<i4")
@@ -299,7 +301,8 @@ class Req:
 class ScheduledReq:
     """One request's part of a step: tokens [start, start + num_tokens), and whether to sample.
 
-    `from_relay`: the one input token is what the forward before sampled for this row.
+    `from_relay`: the one input token is what the forward before sampled for this row. `draft` are
+    the last of the tokens: not known but proposed, to be sampled against.
     """
 
     req: Req
@@ -307,6 +310,22 @@ class ScheduledReq:
     num_tokens: int
     sample: bool
     from_relay: bool = False
+    draft: tuple[int, ...] = ()
+
+    @property
+    def is_extend(self) -> bool:
+        """False for a decoding request, drafted or not."""
+        return self.num_tokens - len(self.draft) > 1 or not self.req.num_output
+
+    @property
+    def num_places(self) -> int:
+        """Tokens that it samples: none, one, or one more than are drafted."""
+        return 1 + len(self.draft) if self.sample else 0
+
+    def input_ids(self) -> list[int] | Int32Array:
+        """The ids of its tokens, the draft's included; must not be kept across an append."""
+        known = self.req.tokens.view(self.start, self.start + self.num_tokens - len(self.draft))
+        return [*known.tolist(), *self.draft] if self.draft else known
 
     @property
     def lease(self) -> KVLease:
@@ -334,12 +353,16 @@ class ScheduleBatch:
 
     @property
     def forward_mode(self) -> ForwardMode:
-        extends = sum(item.num_tokens > 1 or not item.req.num_output for item in self.items)
+        extends = sum(item.is_extend for item in self.items)
         if not self.items:
             return ForwardMode.IDLE
         if extends == 0:
-            return ForwardMode.DECODE
+            return ForwardMode.TARGET_VERIFY if self.has_drafts else ForwardMode.DECODE
         return ForwardMode.EXTEND if extends == len(self.items) else ForwardMode.MIXED
+
+    @property
+    def has_drafts(self) -> bool:
+        return any(item.draft for item in self.items)
 
     @property
     def num_tokens(self) -> int:
@@ -348,4 +371,4 @@ class ScheduleBatch:
     @property
     def num_prefill_tokens(self) -> int:
         """Tokens of the extends: all but those that decode."""
-        return sum(item.num_tokens for item in self.items if item.num_tokens > 1)
+        return sum(i.num_tokens for i in self.items if i.num_tokens > 1 and not i.draft)

@@ -8,7 +8,7 @@ every rank decides alike. Without priority scheduling all are equals (`priority_
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from sglang.srt.managers.schedule_batch import Req, ReqState, ScheduledReq
 from sglang.srt.mem_cache.kv_layout import num_pages_for
@@ -171,6 +171,13 @@ class ChunkSizer:
             return self._max
         wanted = int(self._tokens_per_s * (self._target_s if shared else self._alone_s))
         return max(self._page, min(self._max, wanted - wanted % self._page))
+
+
+def pages_expected(running: Collection[Req], chunk_tokens: int, page_size: int) -> int:
+    """Pages that the next step may ask for in every group, so that memory maps ahead of it."""
+    left = sum(req.extend_left for req in running)
+    pages = num_pages_for(min(left, chunk_tokens), page_size) if left else 0
+    return pages + len(running)
 
 
 def step_candidates(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sglang.srt.errors import InvariantError
+from sglang.srt.managers.draft_policy import DraftPolicy
 from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.managers.io_struct import (
     AbortReq,
@@ -35,7 +36,12 @@ from sglang.srt.managers.schedule_batch import (
     ReqState,
     ScheduleBatch,
 )
-from sglang.srt.managers.schedule_policy import ChunkSizer, choose_victim, step_candidates
+from sglang.srt.managers.schedule_policy import (
+    ChunkSizer,
+    choose_victim,
+    pages_expected,
+    step_candidates,
+)
 from sglang.srt.managers.scheduler_admission import Admission, WaitingQueue
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_control import SchedulerControl
@@ -44,6 +50,7 @@ from sglang.srt.managers.scheduler_limits import (
     GrammarVerdict,
     SchedulerChannel,
     SchedulerLimits,
+    StepTime,
     TurnInputs,
     TurnSource,
     Worker,
@@ -55,7 +62,6 @@ from sglang.srt.managers.scheduler_ranks import OwnTurns
 from sglang.srt.managers.scheduler_results import process_result
 from sglang.srt.managers.scheduler_stats import SchedulerCounters
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
-from sglang.srt.mem_cache.kv_layout import num_pages_for
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.utils.progress import Progress
@@ -121,6 +127,7 @@ class Scheduler:
             ALONE_STEP_TARGET_S,
             adaptive=limits.adaptive_chunk,
         )
+        self._drafting = DraftPolicy(limits.drafts)
         self._seeds = np.random.default_rng(limits.random_seed)
         self._grammars = GrammarQueue(None) if grammars is None else grammars
         self._waiting = WaitingQueue()
@@ -174,11 +181,12 @@ class Scheduler:
         began = self._clock()
         self._take(inputs)
         launched = self._launch_next()
+        awaited = bool(self._inflight)
         while len(self._inflight) > (1 if launched and self._limits.overlap else 0):
             self._collect()
         if launched:
             self.counters.note_step(self._clock() - began)
-        self._stalled = not launched and not self._inflight
+        self._stalled = not launched and not awaited
         self._memory.on_step_boundary(inputs.now, self._pages_expected())
         self._progress.tick()
         self._flush_outputs()
@@ -203,8 +211,10 @@ class Scheduler:
 
     def _take(self, inputs: TurnInputs) -> None:
         """Take what has come; a message and the frame with its prompt are gone after this."""
-        for num_tokens, seconds in inputs.step_times:
-            self._chunks.observe(num_tokens, seconds)
+        for time in inputs.step_times:
+            self._chunks.observe(time.num_prefill_tokens, time.seconds)
+            if not time.num_prefill_tokens:
+                self._drafting.observe(time.num_tokens, time.seconds)
         for message in inputs.messages:
             self._dispatch(message, inputs.now)
         inputs.messages.clear()
@@ -254,6 +264,7 @@ class Scheduler:
         if seed is None:
             seed = int(self._seeds.integers(1 << 62))
         req = Req(message, self._num_arrivals, seed, urgency=urgency)
+        self._drafting.start(req)
         self._num_arrivals += 1
         self.counters.num_requests += 1
         self.counters.prompt_tokens += num_tokens
@@ -300,7 +311,10 @@ class Scheduler:
     # ---- deciding and launching ----
 
     def _launch_next(self) -> bool:
-        """Put together the next step and submit it; False when there is nothing to compute."""
+        """Put together the next step and submit it; False when there is nothing to compute, or not
+        before results have come."""
+        if any(step.batch.has_drafts for step in self._inflight):
+            return False  # how far their requests will be is not known
         self._admit()
         while victims := self._preempted():
             # Pages are given back once no forward names them; results may also make room.
@@ -321,7 +335,12 @@ class Scheduler:
             )
             if not decodes and not extends:
                 return False
-            placed = self._placer.place(decodes, extends)
+            drafted = self._drafting.with_drafts(
+                decodes, self._limits.context_length, ahead=bool(self._inflight)
+            )
+            if drafted is None:
+                return False
+            placed = self._placer.place(drafted, extends)
             if placed is not None:
                 items, placement = placed
                 self._num_steps += 1
@@ -361,6 +380,7 @@ class Scheduler:
             self._turns.note_decided(slots)
         future = self._worker.submit(forward_batch, info)
         self._inflight.append(_StepInFlight(batch, info, future))
+        self._drafting.index_prompts(batch.items)  # while the step is computed
 
     def _relieve(self) -> None:
         """No pages for anyone's next step: retract a victim, or end the only one there is."""
@@ -413,10 +433,12 @@ class Scheduler:
         step = self._inflight.popleft()
         result = step.future.result()
         self._memory.note_completed(step.batch.step)
-        process_result(step.batch, step.info, result, self._memory, self._limits.context_length)
-        self._turns.note_step(step.batch.num_prefill_tokens, result.forward_s)
+        counts = process_result(
+            step.batch, step.info, result, self._memory, self._limits.context_length
+        )
+        self._turns.note_step(StepTime.of(step.batch, result))
         self._turns.note_decided(result.token_ids)
-        self.counters.note_result(len(result.token_ids))
+        self.counters.note_result(*counts)
         self.prefills.computed(step.batch.items, self._clock())
         for item in step.batch.items:
             self._outputs.note(item.req)
@@ -446,11 +468,9 @@ class Scheduler:
         del self._by_rid[req.rid]
 
     def _pages_expected(self) -> tuple[int, ...]:
-        """Pages that the next step may ask for, so that memory maps ahead of it."""
-        page_size = self._limits.page_size
-        left = sum(req.extend_left for req in self._running.values())
-        pages = num_pages_for(min(left, self._limits.chunk_tokens), page_size) if left else 0
-        return tuple(pages + len(self._running) for _ in self._limits.window_pages)
+        limits = self._limits
+        pages = pages_expected(self._running.values(), limits.chunk_tokens, limits.page_size)
+        return (pages,) * len(limits.window_pages)
 
     def _reply(self, replies: Sequence[ControlReply]) -> None:
         for reply in replies:

@@ -39,6 +39,10 @@ class _RequestMarks:
             self._marks = np.concatenate([self._marks, new])
         return self._marks[:count]
 
+    def of_draft(self, draft: Sequence[int]) -> UInt64Array:
+        """Marks of tokens that may come behind those so far."""
+        return chain_marks(self._end, np.array(draft, np.int32))[0]
+
 
 class SchedulerCanary:
     """Checks what every forward reads, marks what it writes.
@@ -59,8 +63,11 @@ class SchedulerCanary:
             read = self._marks_of(item.req).upto(item.req, item.start)
             self._canary.check_tables(repr(item.req), item.lease.tables, read)
         for item in batch.items:
-            end = item.start + item.num_tokens
-            written = self._marks_of(item.req).upto(item.req, end)[item.start :]
+            known = item.start + item.num_tokens - len(item.draft)
+            marks = self._marks_of(item.req)
+            written = marks.upto(item.req, known)[item.start :]
+            if item.draft:
+                written = np.concatenate([written, marks.of_draft(item.draft)])
             self._canary.write(item.lease.tables, item.start, written)
 
     def audit(self, requests: Sequence[Req]) -> None:

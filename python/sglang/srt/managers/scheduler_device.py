@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.speculative_args import DEFAULT_DRAFT_TOKENS, ngram_window
 from sglang.srt.errors import BackingError
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.device_sampler import DeviceSampler
@@ -32,6 +33,7 @@ from sglang.srt.model_executor.cuda_graph_runner import CudaGraphRunner, capture
 from sglang.srt.model_executor.decode_tapes import CausalLM, DecodeTapes
 from sglang.srt.model_executor.model_runner import StepRecorder
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative.ngram_drafts import NgramRules
 from sglang.srt.utils.device import DeviceRuntime
 from sglang.srt.utils.disk_space import DiskSpace, read_disk_space
 from sglang.srt.utils.host_memory import read_host_memory
@@ -41,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 # Kernels on a GPU like long runs, and the driver few calls: docs/kv_segments.md.
 _DEVICE_SEGMENT_TOKENS = 8192
+# Most tokens of a step with drafts: more pay for themselves on no such machine.
+_DRAFTED_STEP_TOKENS = {"cpu": 64, "cuda": 512}
 
 
 def prefill_chunk_tokens(args: ServerArgs) -> int:
@@ -53,6 +57,24 @@ def prefill_chunk_tokens(args: ServerArgs) -> int:
 def reserve_of(args: ServerArgs, backing: SegmentBacking) -> int:
     """Empty segments that stay mapped; memory that never moves has no reserve."""
     return args.kv_segment_reserve if backing.elastic else 0
+
+
+def ngram_rules(args: ServerArgs) -> NgramRules | None:
+    """How requests are drafted; None: they are not.
+
+    What penalties and grammars leave of a draft is found token by token, which a device would have
+    to wait for.
+    """
+    if args.speculative_algorithm is None:
+        return None
+    least, most = ngram_window(args)
+    return NgramRules(
+        max_draft_tokens=args.speculative_num_draft_tokens or DEFAULT_DRAFT_TOKENS,
+        min_match=least,
+        max_match=most,
+        max_step_tokens=_DRAFTED_STEP_TOKENS[args.device],
+        drafts_edited=args.device == "cpu",
+    )
 
 
 def auto_min_slots(runtime: DeviceRuntime) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self
 
 import msgspec
 import numpy as np
@@ -20,8 +20,10 @@ from sglang.srt.managers.io_struct import (
     ToScheduler,
 )
 from sglang.srt.managers.priority_policy import PriorityRules
+from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.speculative.ngram_drafts import NgramRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class SchedulerLimits:
     Tokens unless named otherwise. `chunk_tokens` is the prefill budget of a step,
     `adaptive_chunk` lets it shrink to keep steps short. `window_pages[g]` bounds the pages one
     request needs of group g (None: keeps all). `max_queued_requests` None: no bound. `priorities`
-    None: the priorities of requests order nothing.
+    None: the priorities of requests order nothing. `drafts` None: no tokens are drafted.
     """
 
     page_size: int
@@ -49,6 +51,7 @@ class SchedulerLimits:
     max_queued_requests: int | None = None
     log_interval_steps: int = 40
     priorities: PriorityRules | None = None
+    drafts: NgramRules | None = None
 
     def refusal(self, num_tokens: int) -> FinishReason | None:
         """Why a prompt of `num_tokens` can't be served, whoever waits; None when it can."""
@@ -92,18 +95,30 @@ class GrammarVerdict(msgspec.Struct, frozen=True, array_like=True):
     status: int = 0
 
 
+class StepTime(NamedTuple):
+    """What a step took, and how much of its tokens was prompts."""
+
+    num_prefill_tokens: int
+    num_tokens: int
+    seconds: float
+
+    @classmethod
+    def of(cls, batch: ScheduleBatch, result: GenerationBatchResult) -> Self:
+        return cls(batch.num_prefill_tokens, batch.num_tokens, result.forward_s)
+
+
 class TurnInputs(msgspec.Struct, array_like=True):
     """All that a turn is decided from beside the state that ranks share: the same on every rank.
 
     `now` in seconds of rank 0's monotonic clock; `messages` in the order in which they came;
-    `step_times` the (prefill tokens, seconds) of steps that rank 0 collected since the last turn,
-    for the size of chunks. `digest` stands for what rank 0 has decided so far. `meet`: all ranks
+    `step_times` those of steps that rank 0 collected since the last turn, for the size of chunks
+    and drafts. `digest` stands for what rank 0 has decided so far. `meet`: all ranks
     show that they are there. `grammars` tells of requests that wait for theirs.
     """
 
     now: float
     messages: list[ToScheduler]
-    step_times: list[tuple[int, float]] = []
+    step_times: list[StepTime] = []
     digest: int = 0
     meet: bool = False
     grammars: list[GrammarVerdict] = []
@@ -115,7 +130,7 @@ class TurnSource(Protocol):
     def next(self, poll_ms: int) -> TurnInputs:
         """What the next turn is decided from; rank 0 waits up to `poll_ms` for a message."""
 
-    def note_step(self, num_prefill_tokens: int, seconds: float) -> None:
+    def note_step(self, time: StepTime) -> None:
         """A step was collected; its time comes back with the inputs of the next turn."""
 
     def note_grammars(self, verdicts: Sequence[GrammarVerdict]) -> None:

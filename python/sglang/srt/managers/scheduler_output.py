@@ -9,6 +9,7 @@ import numpy as np
 
 from sglang.srt.managers.io_struct import (
     BatchTokenIDOut,
+    DraftCounts,
     FinishReason,
     LogprobArrays,
     TokenOut,
@@ -58,6 +59,13 @@ def input_logprobs(state: LogprobState, prompt_ids: np.ndarray) -> LogprobArrays
     return concat_logprobs([first, *state.input_parts])
 
 
+def _draft_counts(req: Req) -> DraftCounts | None:
+    drafts = req.drafts
+    if drafts is None or drafts.num_verified == 0:
+        return None
+    return DraftCounts(drafts.num_verified, drafts.num_proposed, drafts.num_correct)
+
+
 class OutputCollector:
     """Gathers the news of one turn; `take` hands them over as one message."""
 
@@ -89,6 +97,7 @@ class OutputCollector:
                 input_logprobs=self._prompt_logprobs(req),
                 output_logprobs=logprobs,
                 detok=req.detok,
+                drafts=_draft_counts(req),
             )
         )
         req.detok = None

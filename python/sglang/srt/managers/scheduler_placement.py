@@ -1,9 +1,13 @@
-"""Slots for the parts of a step: all decodes or none, then as many extends as there is room for."""
+"""Slots for the parts of a step: all decodes or none, then as many extends as there is room for.
+
+Drafts are the first to be left out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sglang.srt.managers.draft_policy import without_drafts
 from sglang.srt.managers.schedule_batch import ScheduledReq
 from sglang.srt.mem_cache.allocation import DecodeRows, KVMemory, KVPlacement, PageNeed
 
@@ -25,14 +29,11 @@ class StepPlacer:
         parts: list[KVPlacement] = []
         items: list[ScheduledReq] = []
         if decodes:
-            leases = tuple([item.lease for item in decodes])
-            if leases != self._decode_rows.leases:
-                self._decode_rows = DecodeRows.of(leases)
-            placement = self._memory.alloc_for_decode(self._decode_rows)
-            if placement is None:
+            placed = self._place_decodes(decodes)
+            if placed is None:
                 return None
-            parts.append(placement)
-            items.extend(decodes)
+            items.extend(placed[0])
+            parts.append(placed[1])
         if extends:
             placement = self._memory.alloc_for_extend([_need(item) for item in extends])
             if placement is not None:
@@ -45,6 +46,23 @@ class StepPlacer:
                         parts.append(placement)
                         items.append(item)
         return (tuple(items), KVPlacement.concat(parts)) if items else None
+
+    def _place_decodes(
+        self, decodes: Sequence[ScheduledReq]
+    ) -> tuple[Sequence[ScheduledReq], KVPlacement] | None:
+        """All decodes, with their drafts or without; None: there is not room for a token each."""
+        if any(item.draft or item.lease.has_spare_pages for item in decodes):
+            # Those that have pages ahead of them, or need several tokens, are no rows of a kind.
+            for some in (decodes, without_drafts(decodes)):
+                placement = self._memory.alloc_for_extend([_need(item) for item in some])
+                if placement is not None:
+                    return some, placement
+            return None
+        leases = tuple([item.lease for item in decodes])
+        if leases != self._decode_rows.leases:
+            self._decode_rows = DecodeRows.of(leases)
+        placement = self._memory.alloc_for_decode(self._decode_rows)
+        return None if placement is None else (decodes, placement)
 
 
 def _need(item: ScheduledReq) -> PageNeed:

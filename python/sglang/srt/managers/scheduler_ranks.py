@@ -25,6 +25,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.scheduler_limits import (
     GrammarVerdict,
     SchedulerChannel,
+    StepTime,
     TurnInputs,
     TurnSource,
 )
@@ -39,7 +40,7 @@ class OwnTurns:
     def __init__(self, channel: SchedulerChannel, clock: Callable[[], float]) -> None:
         self._channel = channel
         self._clock = clock
-        self._step_times: list[tuple[int, float]] = []
+        self._step_times: list[StepTime] = []
         self._grammars: list[GrammarVerdict] = []
 
     def next(self, poll_ms: int) -> TurnInputs:
@@ -49,9 +50,9 @@ class OwnTurns:
         verdicts, self._grammars = self._grammars, []
         return TurnInputs(self._clock(), messages, times, grammars=verdicts)
 
-    def note_step(self, num_prefill_tokens: int, seconds: float) -> None:
+    def note_step(self, time: StepTime) -> None:
         """See `TurnSource`."""
-        self._step_times.append((num_prefill_tokens, seconds))
+        self._step_times.append(time)
 
     def note_grammars(self, verdicts: Sequence[GrammarVerdict]) -> None:
         """See `TurnSource`."""
@@ -87,9 +88,9 @@ class LeadingTurns:
             self._control.agree((0,))
         return inputs
 
-    def note_step(self, num_prefill_tokens: int, seconds: float) -> None:
+    def note_step(self, time: StepTime) -> None:
         """See `TurnSource`."""
-        self._own.note_step(num_prefill_tokens, seconds)
+        self._own.note_step(time)
 
     def note_grammars(self, verdicts: Sequence[GrammarVerdict]) -> None:
         """See `TurnSource`."""
@@ -124,7 +125,7 @@ class FollowingTurns:
             self._control.agree((0,))
         return inputs
 
-    def note_step(self, num_prefill_tokens: int, seconds: float) -> None:
+    def note_step(self, time: StepTime) -> None:
         """Rank 0's time of the same step counts."""
 
     def note_grammars(self, verdicts: Sequence[GrammarVerdict]) -> None:

@@ -35,6 +35,7 @@ from sglang.srt.managers.scheduler_device import (
     host_space,
     make_recorder,
     make_sampler,
+    ngram_rules,
     open_backing,
     plan_of_device,
     prefill_chunk_tokens,
@@ -406,6 +407,7 @@ def _limits(args: ServerArgs, plan: PoolPlan, page_size: int, spec: KVCacheSpec)
         max_queued_requests=args.max_queued_requests,
         log_interval_steps=args.decode_log_interval,
         priorities=_priority_rules(args),
+        drafts=ngram_rules(args),
     )
 
 

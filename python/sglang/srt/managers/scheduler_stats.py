@@ -15,6 +15,11 @@ from sglang.srt.mem_cache.memory_report import memory_details
 MAX_LISTED = 256
 
 
+def accept_length(num_verified: int, num_correct: int) -> float | None:
+    """Mean tokens that came of a step with a draft; None: nothing was drafted."""
+    return round(1 + num_correct / num_verified, 4) if num_verified else None
+
+
 class SchedulerCounters:
     """Totals since start; read by `internal_state`, changed by the scheduler only."""
 
@@ -30,15 +35,27 @@ class SchedulerCounters:
         self.num_steps = 0
         self.gen_throughput = 0.0  # tokens/s, smoothed over steps
         self._last_sampled = 0
+        self.num_proposed = 0  # tokens drafted
+        self.num_correct = 0  # of them, taken
+        self.num_verified = 0  # drafts
 
     def note_admission(self, req: Req) -> None:
         """A request took its place; only the first time counts for the hit rate."""
         if req.num_retractions == 0:
             self.cached_tokens += req.num_cached_tokens or 0
 
-    def note_result(self, num_sampled: int) -> None:
-        """A step was computed."""
+    def note_result(
+        self,
+        num_sampled: int,
+        num_verified: int = 0,
+        num_proposed: int = 0,
+        num_correct: int = 0,
+    ) -> None:
+        """A step was computed: drafts of `num_verified` requests, their tokens, and those taken."""
         self.num_steps += 1
+        self.num_proposed += num_proposed
+        self.num_correct += num_correct
+        self.num_verified += num_verified
         self.generated_tokens += num_sampled
         self._last_sampled = num_sampled
 
@@ -59,6 +76,10 @@ class SchedulerCounters:
             "cached_tokens_total": self.cached_tokens,
             "generation_tokens_total": self.generated_tokens,
             "num_steps_total": self.num_steps,
+            "num_verified_drafts_total": self.num_verified,
+            "num_drafted_tokens_total": self.num_proposed,
+            "num_correct_drafted_tokens_total": self.num_correct,
+            "avg_spec_accept_length": accept_length(self.num_verified, self.num_correct),
             "last_gen_throughput": round(self.gen_throughput, 3),
         }
 

@@ -27,13 +27,12 @@ import numpy.typing as npt
 import torch
 
 from sglang.srt.constrained.grammar import TokenMatcher
+from sglang.srt.layers.draft_sampling import Places, PlaceSampler, sample_places
 from sglang.srt.layers.late_results import LatePrompts, LateResults, StepTold
-from sglang.srt.layers.logprobs import Highest
-from sglang.srt.layers.sampler import SampleOutput
 from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.managers.io_struct import LogprobArrays
 from sglang.srt.managers.token_relay import DeviceRelay, HostRelay, TokenRelay
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, LogprobSpec
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import CausalLM, ModelRunner
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -41,7 +40,7 @@ from sglang.srt.utils.device import CpuRuntime, DeviceRuntime, HostCopy
 from sglang.srt.utils.progress import Progress
 
 
-class TokenSampler(Protocol):
+class TokenSampler(PlaceSampler, Protocol):
     """`Sampler` and `DeviceSampler`; see there."""
 
     def admit(
@@ -55,16 +54,6 @@ class TokenSampler(Protocol):
     ) -> None: ...
 
     def drop(self, row: int) -> None: ...
-
-    def sample(
-        self,
-        logits: torch.Tensor,
-        rows: Sequence[int],
-        positions: Sequence[int],
-        suppress_stop: Sequence[bool],
-        logprob_specs: Sequence[LogprobSpec | None],
-        highest: Highest | None = None,
-    ) -> SampleOutput: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,19 +184,10 @@ class TpModelWorker:
             logits = self._runner.forward(
                 batch, info.logprob_specs, info.logit_index, before=self._tell
             )
-            sampled_specs = [
-                spec
-                for spec, index in zip(info.logprob_specs, info.sample_index, strict=True)
-                if index >= 0
-            ]
-            out = self._sampler.sample(
-                logits.next_token_logits,
-                info.rows,
-                info.positions,
-                info.suppress_stop,
-                sampled_specs,
-                logits.highest,
+            places = Places(
+                info.rows, info.positions, info.suppress_stop, info.place_specs(), info.expected
             )
+            out = sample_places(self._sampler, logits.next_token_logits, places, logits.highest)
             self._relay.note(out.token_ids)
             prompts = None
             if logits.late is not None:

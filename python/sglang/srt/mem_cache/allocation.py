@@ -460,7 +460,7 @@ class KVMemory:
         if need.lease.closed:
             raise InvariantError(f"{need.lease!r} is closed")
         end = need.lease.num_tokens + need.num_tokens
-        return num_pages_for(end, self.page_size) - need.lease.tables[0].end_page
+        return max(0, num_pages_for(end, self.page_size) - need.lease.tables[0].end_page)
 
     def _insert(
         self, lease: KVLease, token_ids: Int32Array, num_tokens: int, *, keep_window: bool

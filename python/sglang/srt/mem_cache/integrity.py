@@ -107,7 +107,7 @@ def _check_leases(
         for group, table in enumerate(lease.tables):
             _require(table is rows.tables(lease.row)[group], f"{lease!r}: not its row's table")
             held = table.end_page
-            wanted = num_pages_for(lease.num_tokens, page_size)
+            wanted = num_pages_for(max(lease.num_tokens, lease.reached), page_size)
             _require(held == wanted, f"{lease!r} holds {held} pages, not {wanted}")
             _require(
                 recycler.has_window(group) or table.first_page == 0, f"{table!r} lost its head"

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.base_prefix_cache import PrefixHandle
 from sglang.srt.mem_cache.block_table import BlockTable, BlockTableSnapshot
-from sglang.srt.mem_cache.kv_layout import ReqPoolIdx
+from sglang.srt.mem_cache.kv_layout import ReqPoolIdx, num_pages_for
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.segment_state import Ticket
 
@@ -27,7 +27,8 @@ class KVLease:
 
     `num_tokens` tokens have a slot, the first `num_cached_tokens` of them came from the cache.
     That number and the tables are kept by the row, in the pool's arrays, and only shown here.
-    Invariant while open: every table holds exactly the pages of `num_tokens` tokens.
+    Invariant while open: every table holds exactly the pages of `num_tokens` tokens, or of
+    `reached` tokens when that is more: those that had a slot before the last `rewind`.
     """
 
     __slots__ = (
@@ -37,6 +38,7 @@ class KVLease:
         "handle",
         "next_share_tokens",
         "num_cached_tokens",
+        "reached",
         "row",
         "tables",
     )
@@ -55,6 +57,7 @@ class KVLease:
         self.extra_key = extra_key
         self.num_cached_tokens = handle.num_tokens
         self.next_share_tokens = 0
+        self.reached = 0
         self.closed = False
         self.num_tokens = handle.num_tokens
 
@@ -66,6 +69,25 @@ class KVLease:
     @num_tokens.setter
     def num_tokens(self, num_tokens: int) -> None:
         self._rows.set_num_tokens(self.row, num_tokens)
+
+    @property
+    def has_spare_pages(self) -> bool:
+        """Whether the tables hold pages beyond those of the tokens that have a slot."""
+        if self.reached == 0 or self.reached <= self.num_tokens:
+            return False
+        size = self.tables[0].page_size
+        return num_pages_for(self.reached, size) > num_pages_for(self.num_tokens, size)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget the slots of all but the first `num_tokens` tokens: drafts that were not taken.
+
+        Their pages stay for what comes instead, so that no table changes. No forward may be under
+        way. Raises InvariantError when there are fewer tokens than that.
+        """
+        if num_tokens > self.num_tokens:
+            raise InvariantError(f"{self!r} can't be rewound to {num_tokens} tokens")
+        self.reached = max(self.reached, self.num_tokens)
+        self.num_tokens = num_tokens
 
     def __repr__(self) -> str:
         return (

@@ -55,10 +55,13 @@ class StepShape(NamedTuple):
 
     @classmethod
     def of(cls, batch: ForwardBatch) -> Self:
-        """A decode step's number of rows thrice, or what a step with prompts is filled up to."""
+        """A decode step's number of rows thrice, or what a step with prompts is filled up to.
+
+        Where all rows are sampled from, drafts are verified: few shapes, and no row to waste.
+        """
         tokens, requests = batch.num_tokens, batch.batch_size
         sampled = len(batch.geometry.logits_rows)
-        if tokens > requests:
+        if tokens > max(requests, sampled):
             tokens = -(-tokens // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
         return cls(tokens, requests, sampled)
 

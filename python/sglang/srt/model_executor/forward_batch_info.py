@@ -213,8 +213,7 @@ def _packed_ids(
             relay_rows.append(item.lease.row)
             input_ids[q_start] = 0
         else:
-            ids = item.req.tokens.view(item.start, item.start + item.num_tokens)
-            input_ids[q_start : q_start + item.num_tokens] = ids
+            input_ids[q_start : q_start + item.num_tokens] = item.input_ids()
     return input_ids, np.array(relay_at, np.int64), np.array(relay_rows, np.int64)
 
 
@@ -231,13 +230,13 @@ def _block_tables(
 
 
 def _logits_rows(batch: ScheduleBatch, starts: Int64Array) -> Int64Array:
-    """Packed rows whose logits are wanted, ascending: prompt logprobs, then the row to sample."""
+    """Packed rows whose logits are wanted, ascending: prompt logprobs, then those to sample."""
     rows: list[int] = []
     for item, q_start in zip(batch.items, starts.tolist(), strict=True):
         first, count = item.logprob_rows()
         if count:
             begin = q_start + first - item.start
             rows += range(begin, begin + count)
-        if item.sample:
-            rows.append(q_start + item.num_tokens - 1)
+        end = q_start + item.num_tokens
+        rows += range(end - item.num_places, end)
     return np.array(rows, np.int64)

@@ -6,9 +6,11 @@ import enum
 
 
 class ForwardMode(enum.Enum):
-    """What a batch computes: new prompt tokens, one token each, both, or nothing (padding)."""
+    """What a batch computes: new prompt tokens, one token each, that and drafts, prompts
+    beside decodes, or nothing (padding)."""
 
     EXTEND = "extend"
     DECODE = "decode"
+    TARGET_VERIFY = "target_verify"
     MIXED = "mixed"
     IDLE = "idle"

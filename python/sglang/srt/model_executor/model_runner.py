@@ -46,13 +46,12 @@ class ModelRunner:
     ) -> LogitsProcessorOutput:
         """Compute K, V and the wanted logits of a batch.
 
-        `sample_rows[b]` indexes `logits_rows` (-1: request b samples nothing). Returns float32
-        logits [number sampled, vocabulary], to be read before the next call, and per request its
+        `sample_rows` index those of `logits_rows` that are sampled from. Returns float32 logits
+        [number sampled, vocabulary], to be read before the next call, and per request its
         prompt log probabilities. `before` is called when all is prepared and compute begins.
         """
         # Both ascend without repeats: as many sampled as wanted means that no others are wanted.
-        sampled = sum(row >= 0 for row in sample_rows)
-        if self.tapes is not None and sampled == len(forward_batch.geometry.logits_rows):
+        if self.tapes is not None and len(sample_rows) == len(forward_batch.geometry.logits_rows):
             found = self.tapes.compute(forward_batch, before)
             if found is not None:
                 return LogitsProcessorOutput(

@@ -42,10 +42,11 @@ class RowAdmission:
 class SamplingBatchInfo:
     """Sampling of one step.
 
-    `sample_index[b]` is request b's place among the sampled rows (-1: not sampled);
-    `logit_index[b]` its place in `logits_rows` [R] (-1 likewise). `rows`, `positions` (absolute,
-    of the token being sampled) and `suppress_stop` (min_new_tokens not reached) follow the
-    sampled order. `logprob_specs[b]` is None when nothing is wanted.
+    A sampled token has a *place*: request b's are `sample_counts[b]` neighbours from
+    `sample_index[b]` on (-1: not sampled), more than one where it was drafted. `logit_index` (where
+    in `logits_rows` [R]), `rows`, `positions` (absolute, of the token being sampled),
+    `suppress_stop` (min_new_tokens not reached) and `expected` (the token drafted for the place, -1
+    for none) follow the places. `logprob_specs[b]` is None when nothing is wanted.
     """
 
     admissions: tuple[RowAdmission, ...]
@@ -56,6 +57,18 @@ class SamplingBatchInfo:
     positions: tuple[int, ...]
     suppress_stop: tuple[bool, ...]
     logprob_specs: tuple[LogprobSpec | None, ...]
+    sample_counts: tuple[int, ...]
+    expected: tuple[int, ...]
+
+    def places_of(self, request: int) -> range:
+        """The places of a request of the batch; empty when it samples nothing."""
+        first = self.sample_index[request]
+        return range(first, first + self.sample_counts[request])
+
+    def place_specs(self) -> list[LogprobSpec | None]:
+        """What each place wants of log probabilities."""
+        pairs = zip(self.logprob_specs, self.sample_counts, strict=True)
+        return [spec for spec, count in pairs for _ in range(count)]
 
     @classmethod
     def from_schedule_batch(cls, batch: ScheduleBatch, drops: Sequence[int]) -> SamplingBatchInfo:
@@ -67,6 +80,7 @@ class SamplingBatchInfo:
         positions: list[int] = []
         suppress: list[bool] = []
         specs: list[LogprobSpec | None] = []
+        expected: list[int] = []
         q_start = logits_seen = 0
         for item in batch.items:
             req = item.req
@@ -80,15 +94,17 @@ class SamplingBatchInfo:
                     admissions.append(_admission(req, item.lease.row))
                     req.sampler_ready = True
                 sample_index.append(len(rows))
-                logit_index.append(logits_seen)
-                logits_seen += 1
-                rows.append(item.lease.row)
-                positions.append(item.start + item.num_tokens)
-                generated = req.num_output + req.num_pending
-                suppress.append(generated < req.params.min_new_tokens)
+                count = item.num_places
+                logit_index += range(logits_seen, logits_seen + count)
+                logits_seen += count
+                rows += [item.lease.row] * count
+                end = item.start + item.num_tokens
+                positions += range(end - len(item.draft), end + 1)
+                ahead = req.params.min_new_tokens - req.num_output - req.num_pending
+                suppress += [place < ahead for place in range(count)]
+                expected += [*item.draft, -1]
             else:
                 sample_index.append(-1)
-                logit_index.append(-1)
             q_start += item.num_tokens
         return cls(
             admissions=tuple(admissions),
@@ -99,6 +115,8 @@ class SamplingBatchInfo:
             positions=tuple(positions),
             suppress_stop=tuple(suppress),
             logprob_specs=tuple(specs),
+            sample_counts=tuple(item.num_places for item in batch.items),
+            expected=tuple(expected),
         )
 
 

@@ -1,0 +1,110 @@
+"""What drafting brings: the same answers with and without it, two engines in turns.
+
+    export PYTHONPATH=python:benchmark/memory
+    python benchmark/serving/speculation.py --model-path MODEL [--batch-size 1 4] [--dtype float32]
+
+Prints JSON: for each task and batch size the generated tokens, seconds of both (medians), the
+median of the ratios of neighbouring rounds (drafted over plain), drafted tokens, how many of them
+were right, and whether the answers were the same. Prefixes are cached in both, so decoding counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any
+
+import sglang
+from bench_common import describe_machine
+
+CODE = """class Account:
+    def __init__(self, owner, balance=0):
+        self.owner = owner
+        self.balance = balance
+
+    def deposit(self, amount):
+        if amount <= 0:
+            raise ValueError("amount must be positive")
+        self.balance += amount
+        return self.balance
+
+    def withdraw(self, amount):
+        if amount > self.balance:
+            raise ValueError("insufficient funds")
+        self.balance -= amount
+        return self.balance
+"""
+NOTICE = (
+    "The library opens at nine on weekdays and at ten on Saturdays. Books can be kept for four "
+    "weeks and renewed twice unless somebody waits for them. Members pay twelve euros a year, "
+    "students and pensioners six. Laptops are lent for two hours at the desk on the first floor, "
+    "and the reading room on the second floor is open until midnight in June."
+)
+TASKS = {
+    "edit": f"Rename `amount` to `value` in this code and print all of it:\n```python\n{CODE}```",
+    "quote": f"Repeat this text word by word.\n\n{NOTICE}",
+    "answer": f"{NOTICE}\n\nWhen does the library open, and what does a membership cost?",
+    "story": "Tell me a story about a fox and a crow.",
+}
+
+
+def main() -> None:
+    """Run all tasks and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model-path", required=True)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1])
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=7)
+    settings = parser.parse_args()
+    flags: dict[str, Any] = {"model_path": settings.model_path, "dtype": settings.dtype}
+    flags |= {"quantization": settings.quantization, "random_seed": 1, "log_level": "error"}
+    plain = sglang.Engine(**flags)
+    drafted = sglang.Engine(**flags, speculative_algorithm="NGRAM")
+    try:
+        tasks = [
+            measure(plain, drafted, name, batch, settings.tokens, settings.rounds)
+            for batch in settings.batch_size
+            for name in TASKS
+        ]
+    finally:
+        plain.shutdown()
+        drafted.shutdown()
+    report = {"machine": describe_machine(), "settings": vars(settings), "tasks": tasks}
+    print(json.dumps(report, indent=1))
+
+
+def measure(
+    plain: sglang.Engine, drafted: sglang.Engine, name: str, batch: int, tokens: int, rounds: int
+) -> dict[str, Any]:
+    """One task, `batch` times at once, after a round that does not count."""
+    text = f"<|im_start|>user\n{TASKS[name]}<|im_end|>\n<|im_start|>assistant\n"
+    params = {"temperature": 0, "max_new_tokens": tokens}
+    seconds: dict[str, list[float]] = {"plain": [], "drafted": []}
+    answers: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(rounds + 1):
+        for kind, engine in (("plain", plain), ("drafted", drafted)):
+            begun = time.perf_counter()
+            answers[kind] = engine.generate([text] * batch, params)
+            seconds[kind].append(time.perf_counter() - begun)
+    pairs = zip(seconds["drafted"][1:], seconds["plain"][1:], strict=True)
+    infos = [answer["meta_info"] for answer in answers["drafted"]]
+    return {
+        "task": name,
+        "batch_size": batch,
+        "tokens": sum(info["completion_tokens"] for info in infos),
+        "plain_s": round(statistics.median(seconds["plain"][1:]), 4),
+        "drafted_s": round(statistics.median(seconds["drafted"][1:]), 4),
+        "ratio": round(statistics.median(one / other for one, other in pairs), 3),
+        "proposed": sum(info.get("spec_num_proposed_drafts", 0) for info in infos),
+        "correct": sum(info.get("spec_num_correct_drafts", 0) for info in infos),
+        "same": [one["output_ids"] for one in answers["plain"]]
+        == [one["output_ids"] for one in answers["drafted"]],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Drafted tokens of a real server with the demo model: the text of one without drafts, sooner."""
+
+from __future__ import annotations
+
+import httpx
+
+from e2e.server_process import ServerProcess, running_server
+
+PLANETS = "Mercury, Venus, Earth, Mars, Jupiter, Saturn, Uranus, Neptune. "
+PROMPTS = [f"The planets: {PLANETS * 3}", "for i in range(10):\n    print(i)\nfor i in range("]
+
+
+def answer(url: str, prompt: str, **params: object) -> dict[str, object]:
+    sampling = {"temperature": 0, "max_new_tokens": 60, "ignore_eos": True, **params}
+    body = {"text": prompt, "sampling_params": sampling}
+    reply = httpx.post(f"{url}/generate", json=body, timeout=120)
+    assert reply.status_code == 200, reply.text
+    found: dict[str, object] = reply.json()
+    return found
+
+
+def test_a_server_with_drafts_says_what_one_without_says(server: ServerProcess) -> None:
+    sampled = {"temperature": 0.4, "sampling_seed": 5, "presence_penalty": 0.1}
+    flags = ("--dtype", "float32", "--speculative-algorithm", "NGRAM")
+    with running_server(*flags, "--enable-metrics") as drafted:
+        for prompt in PROMPTS:
+            for params in ({}, sampled):
+                plain, fast = (answer(one.url, prompt, **params) for one in (server, drafted))
+                assert fast["output_ids"] == plain["output_ids"]
+                assert fast["text"] == plain["text"]
+                assert not any("spec" in name for name in plain["meta_info"])  # type: ignore[attr-defined]
+        info: dict[str, float] = answer(drafted.url, PROMPTS[0])["meta_info"]  # type: ignore[assignment]
+        assert 0 < info["spec_verify_ct"] < 60
+        assert 0 < info["spec_num_correct_drafts"] <= info["spec_num_proposed_drafts"]
+        assert 1 < info["spec_accept_length"] <= 9
+        metrics = httpx.get(f"{drafted.url}/metrics").text
+        (line,) = [x for x in metrics.splitlines() if x.startswith("sglang:spec_accept_length{")]
+        assert float(line.split()[-1]) > 1
