@@ -9,7 +9,7 @@ at the next write, which during a long prefill is minutes away.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -29,6 +29,11 @@ DONE_EVENT = b"data: [DONE]\n\n"
 def event(content: Any) -> bytes:
     """One server-sent event with a JSON object."""
     return b"data: " + dump_json(content) + b"\n\n"
+
+
+def named_event(content: Mapping[str, Any]) -> bytes:
+    """One server-sent event with a JSON object, named as the object's `type`."""
+    return f"event: {content['type']}\ndata: ".encode() + dump_json(content) + b"\n\n"
 
 
 def progress_comment(index: int, progress: PrefillProgress) -> bytes:
