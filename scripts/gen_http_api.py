@@ -12,6 +12,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.entrypoints.anthropic.messages_fields import (
+    COUNT_FIELDS,
+    MESSAGES_FIELDS,
+    TOOL_FIELDS,
+)
 from sglang.srt.entrypoints.generate_request_body import FIELDS_HEADER, GENERATE_FIELDS
 from sglang.srt.entrypoints.openai.protocol import CHAT_FIELDS, COMPLETION_FIELDS
 from sglang.srt.entrypoints.openai.responses_fields import RESPONSES_FIELDS
@@ -42,6 +47,8 @@ nothing (null, and the values in brackets). Null means "not given".
 | `/v1/responses` | POST | OpenAI's Responses API, see below |
 | `/v1/responses/{id}` | GET, DELETE | a kept response |
 | `/v1/responses/{id}/cancel` | POST | ends a running response |
+| `/v1/messages` | POST | Anthropic's Messages API, see below |
+| `/v1/messages/count_tokens` | POST | a prompt of that API, to `input_tokens` |
 | `/v1/models`, `/v1/models/{id}` | GET | `max_model_len` is the effective context |
 | `/tokenize`, also below `/v1` | POST | `prompt` (one text or several) or `messages`, to `tokens` |
 | `/detokenize`, also below `/v1` | POST | `tokens` (a list of ids or of such lists), to `text` |
@@ -63,13 +70,15 @@ nothing (null, and the values in brackets). Null means "not given".
 
 - An error is `{"object": "error", "message": ..., "type": ..., "param": null, "code": 400}` below
   `/v1`, `{"error": {"message": ..., "type": ..., "param": null, "code": null}}` with OpenAI's
-  types at `/v1/responses`, and `{"error": {"message": ...}}` elsewhere. In a stream that has
-  begun, the event `{"error": ...}` holds the former, or a message with `type`, `code` and
+  types at `/v1/responses`, `{"type": "error", "error": {"type": ..., "message": ...}}` with
+  Anthropic's types below `/v1/messages`, and `{"error": {"message": ...}}` elsewhere. In a stream
+  that has begun, the event `{"error": ...}` holds the first, or a message with `type`, `code` and
   `retryable`.
-- Any other path is answered with 404: embeddings, scores, `/v1/messages`, sessions and LoRA
-  adapters are not served.
-- With `--api-key` every path but the four of health asks for `Authorization: Bearer KEY` (401
-  `{"error":"Unauthorized"}`), `/metrics` included.
+- Any other path is answered with 404: embeddings, scores, sessions and LoRA adapters are not
+  served.
+- With `--api-key` every path but the four of health asks for `Authorization: Bearer KEY` or
+  `x-api-key: KEY` (401 `{"error":"Unauthorized"}`, Anthropic's error at its paths), `/metrics`
+  included.
 - With `--admin-api-key`, `/set_kv_budget`, `/compact_kv` and `/flush_cache` ask for that key and
   no other.
 - While the model is loaded, and while the server ends, everything answers 503.
@@ -139,6 +148,38 @@ nothing (null, and the values in brackets). Null means "not given".
 - `/abort_request` takes the response's id, or the `rid` of the request.
 - `usage.input_tokens_details.cached_tokens` is always shown. `cache_write_tokens` is not counted:
   0.
+
+## Messages
+
+`/v1/messages` is a chat in Anthropic's words: `client.messages.create`, `.stream` and
+`.count_tokens` of the `anthropic` package work, and everything said of chats in
+[tools.md](tools.md) and [structured_outputs.md](structured_outputs.md) holds.
+
+- `content` is a text or blocks: `text`, `tool_use`, `tool_result` and `thinking`. Images, documents
+  and the blocks of Anthropic's own tools are refused. Texts of one message, and messages of one
+  role that follow each other, are put together, a line each. A result of a tool becomes a message
+  of the role `tool`; `is_error` is not shown to the model.
+- The text of `thinking` goes to the chat template as in `/v1/responses`; `redacted_thinking` is
+  passed over. `signature` is empty here and not checked.
+- Where the last message is the assistant's, the answer goes on with it.
+- `thinking` of the types `enabled` and `adaptive` sets `enable_thinking` and `thinking` of the chat
+  template to true, `disabled` to false; without it the template decides. `budget_tokens` has to
+  be less than `max_tokens`, and is not enforced. With the `display` `omitted` the block comes
+  without its text. Thinking comes apart from the text with `--reasoning-parser`.
+- `output_config.effort` is the template's `reasoning_effort`, `output_config.format` a JSON schema
+  that always holds.
+- `tools` are custom ones. `strict` is off unless it is true. `disable_parallel_tool_use` takes the
+  first call.
+- `stop_reason` is `end_turn`, `tool_use`, `stop_sequence` or `max_tokens`, and null for an answer
+  that `/abort_request` has ended. In a stream a call that breaks off stays as a block whose input
+  is no JSON; in a whole reply its text is a text block.
+- `usage`: `input_tokens` are those of the prompt that were computed, `cache_read_input_tokens`
+  those that the prefix cache held, marked with `cache_control` or not.
+  `cache_creation_input_tokens` is not counted: 0.
+- A stream has Anthropic's events: `message_start`, a `ping`, the blocks, `message_delta`,
+  `message_stop`. While a long prompt is computed more pings come, at most two a second. An error
+  after the first event is the last one, `error`.
+- `/abort_request` takes the message's id, or the `rid` of the request.
 """
 
 _VALUES = {
@@ -157,6 +198,9 @@ _TABLES: tuple[tuple[str, FieldTable[Any], str], ...] = (
     ),
     ("`/v1/completions`", COMPLETION_FIELDS, "Any other field is ignored."),
     ("`/v1/responses`", RESPONSES_FIELDS, "Any other field is ignored."),
+    ("`/v1/messages`", MESSAGES_FIELDS, "Any other field is refused."),
+    ("`/v1/messages/count_tokens`", COUNT_FIELDS, "Any other field is refused."),
+    ("`tools` of `/v1/messages`", TOOL_FIELDS, "Any other field is refused."),
 )
 
 

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sglang.srt.entrypoints.admin_doors import AdminDoors
+from sglang.srt.entrypoints.anthropic.messages_doors import MessagesDoors
 from sglang.srt.entrypoints.api_doors import ApiDoors
 from sglang.srt.entrypoints.http_errors import error_response
 from sglang.srt.entrypoints.http_gate import Gate, shape_of
@@ -34,7 +35,7 @@ GET, POST = ["GET"], ["POST"]
 def build_app(context: ServerContext) -> Starlette:
     """The application of one server; `context` decides what is served and when."""
     api, admin, memory = ApiDoors(context), AdminDoors(context), MemoryDoors(context)
-    parsers = ParserDoors(context)
+    parsers, anthropic = ParserDoors(context), MessagesDoors(context)
     routes: list[tuple[str, list[str], Door]] = [
         ("/", ["GET", "HEAD"], admin.root),
         ("/health", GET, admin.health),
@@ -47,6 +48,8 @@ def build_app(context: ServerContext) -> Starlette:
         ("/v1/responses", POST, api.responses),
         ("/v1/responses/{response_id}", ["GET", "DELETE"], api.response),
         ("/v1/responses/{response_id}/cancel", POST, api.cancel_response),
+        ("/v1/messages", POST, anthropic.messages),
+        ("/v1/messages/count_tokens", POST, anthropic.count_tokens),
         ("/tokenize", POST, api.tokenize),
         ("/v1/tokenize", POST, api.tokenize),
         ("/detokenize", POST, api.detokenize),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import time
 
+from sglang.srt.entrypoints.anthropic.serving_messages import MessageServing
 from sglang.srt.entrypoints.binary_ids import ID_BYTES
 from sglang.srt.entrypoints.generate_api import GenerateServer
 from sglang.srt.entrypoints.openai.responses_store import ResponseStore
@@ -66,6 +67,7 @@ class Serving:
         )
         self.chat = ChatServing(service, self.runner, options)
         self.responses = ResponseServing(self.chat, ResponseStore())
+        self.messages = MessageServing(self.chat)
         self.completions = CompletionServing(service, self.runner, options)
 
 
