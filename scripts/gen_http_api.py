@@ -18,6 +18,12 @@ from sglang.srt.entrypoints.anthropic.messages_fields import (
     TOOL_FIELDS,
 )
 from sglang.srt.entrypoints.generate_request_body import FIELDS_HEADER, GENERATE_FIELDS
+from sglang.srt.entrypoints.ollama.ollama_doors import OLLAMA_API_VERSION, SHOW_FIELDS
+from sglang.srt.entrypoints.ollama.ollama_fields import (
+    OLLAMA_CHAT_FIELDS,
+    OLLAMA_GENERATE_FIELDS,
+    OPTION_FIELDS,
+)
 from sglang.srt.entrypoints.openai.protocol import CHAT_FIELDS, COMPLETION_FIELDS
 from sglang.srt.entrypoints.openai.responses_fields import RESPONSES_FIELDS
 from sglang.srt.entrypoints.openai.responses_store import RESPONSE_STORE_BYTES
@@ -49,6 +55,9 @@ nothing (null, and the values in brackets). Null means "not given".
 | `/v1/responses/{id}/cancel` | POST | ends a running response |
 | `/v1/messages` | POST | Anthropic's Messages API, see below |
 | `/v1/messages/count_tokens` | POST | a prompt of that API, to `input_tokens` |
+| `/api/chat`, `/api/generate` | POST | Ollama's API, see below |
+| `/api/tags`, `/api/ps`, `/api/version` | GET | the model and its API, for Ollama's clients |
+| `/api/show` | POST | `model`, to what is known of it |
 | `/v1/models`, `/v1/models/{id}` | GET | `max_model_len` is the effective context |
 | `/tokenize`, also below `/v1` | POST | `prompt` (one text or several) or `messages`, to `tokens` |
 | `/detokenize`, also below `/v1` | POST | `tokens` (a list of ids or of such lists), to `text` |
@@ -71,9 +80,9 @@ nothing (null, and the values in brackets). Null means "not given".
 - An error is `{"object": "error", "message": ..., "type": ..., "param": null, "code": 400}` below
   `/v1`, `{"error": {"message": ..., "type": ..., "param": null, "code": null}}` with OpenAI's
   types at `/v1/responses`, `{"type": "error", "error": {"type": ..., "message": ...}}` with
-  Anthropic's types below `/v1/messages`, and `{"error": {"message": ...}}` elsewhere. In a stream
-  that has begun, the event `{"error": ...}` holds the first, or a message with `type`, `code` and
-  `retryable`.
+  Anthropic's types below `/v1/messages`, `{"error": ...}` with a text at Ollama's paths, and
+  `{"error": {"message": ...}}` elsewhere. In a stream that has begun, the event `{"error": ...}`
+  holds the first, or a message with `type`, `code` and `retryable`.
 - Any other path is answered with 404: embeddings, scores, sessions and LoRA adapters are not
   served.
 - With `--api-key` every path but the four of health asks for `Authorization: Bearer KEY` or
@@ -180,11 +189,44 @@ nothing (null, and the values in brackets). Null means "not given".
   `message_stop`. While a long prompt is computed more pings come, at most two a second. An error
   after the first event is the last one, `error`.
 - `/abort_request` takes the message's id, or the `rid` of the request.
+
+## Ollama
+
+`/api/chat` and `/api/generate` are chats in Ollama's words: `chat`, `generate`, `list`, `show` and
+`ps` of the `ollama` package work, and everything said of chats in [tools.md](tools.md) and
+[structured_outputs.md](structured_outputs.md) holds. A stream, which is the default, is lines of
+JSON.
+
+- A `prompt` is a message of the user's, behind `system`; with `raw` it goes to the model as it is,
+  and nothing of the answer is parsed. A request without a prompt, or without messages, is
+  answered with `done_reason` `load`: the model is there, and stays whatever `keep_alive` says.
+- `options` that are left out are the model's own defaults (`--sampling-defaults`), not Ollama's:
+  nothing is penalised and no answer ends before the context does unless they say so.
+  `num_predict` -1 and -2 mean up to the context's end. A `num_ctx` above the server's context is
+  refused, any other changes nothing. Penalties look at all tokens so far.
+- `format` is `json` or a schema.
+- `think` sets `enable_thinking` and `thinking` of the chat template, a text its `reasoning_effort`,
+  too; without it the template decides. True or a text is refused without `--reasoning-parser`.
+- A call comes in one line of a stream, when it is complete; text that is no call after all is
+  content. Calls have an `id`, which a message of the role `tool` may name as its `tool_call_id`.
+- `done_reason` is `stop`, `length`, or `abort` for an answer that `/abort_request` has ended.
+- The last line counts tokens and nanoseconds. `prompt_eval_duration` is the time from the request
+  to its first token, waiting included, `load_duration` 0.
+- `/api/show` knows `--served-model-name`, also with `:latest`; chats echo the name in `model`.
+  `digest`, `parameter_size`, and the quantisation of a GGUF file, are not told. `size` is that of
+  the weights' files.
+- `/api/version` is {ollama}, the version of Ollama whose API this is: some clients ask for
+  one that is new enough.
+- `SGLANG_OLLAMA_CHAT_ROUTE`, and likewise `GENERATE`, `TAGS`, `SHOW`, `PS` and `VERSION`, change a
+  path; `SGLANG_OLLAMA_ROOT_ROUTE` adds one that says "Ollama is running". These paths win over
+  others.
+- Embeddings, and whatever pulls, makes or removes models, are not served.
 """
 
 _VALUES = {
     "header": FIELDS_HEADER,
     "slack": str(BINARY_SLACK_BYTES >> 20),
+    "ollama": OLLAMA_API_VERSION,
     "store": str(RESPONSE_STORE_BYTES >> 20),
 }
 
@@ -201,6 +243,10 @@ _TABLES: tuple[tuple[str, FieldTable[Any], str], ...] = (
     ("`/v1/messages`", MESSAGES_FIELDS, "Any other field is refused."),
     ("`/v1/messages/count_tokens`", COUNT_FIELDS, "Any other field is refused."),
     ("`tools` of `/v1/messages`", TOOL_FIELDS, "Any other field is refused."),
+    ("`/api/chat`", OLLAMA_CHAT_FIELDS, "Any other field is refused."),
+    ("`/api/generate`", OLLAMA_GENERATE_FIELDS, "Any other field is refused."),
+    ("`options` of `/api/chat` and `/api/generate`", OPTION_FIELDS, "Any other field is refused."),
+    ("`/api/show`", SHOW_FIELDS, "Any other field is refused."),
 )
 
 
@@ -214,11 +260,12 @@ def render() -> str:
         lines.append(f"## Fields of {title}\n")
         lines.append(f"Served: {_names(table.served)}.\n")
         lines.append(f"Accepted without effect: {_names(table.accepted)}.\n")
-        lines.append("| Refused | Because |\n|---|---|")
+        if table.refused:
+            lines.append("| Refused | Because |\n|---|---|")
         refused = sorted(table.refused.items(), key=lambda item: (item[1].reason, item[0]))
         for reason, members in groupby(refused, key=lambda item: item[1].reason):
             lines.append(f"| {', '.join(_refused(*member) for member in members)} | {reason} |")
-        lines.append(f"\n{unknown}\n")
+        lines.append(f"\n{unknown}\n" if table.refused else f"{unknown}\n")
     return "\n".join(lines)
 
 

@@ -24,6 +24,8 @@ from sglang.srt.managers.io_struct import PrefillProgress
 T = TypeVar("T")
 
 DONE_EVENT = b"data: [DONE]\n\n"
+SERVER_SENT_EVENTS = "text/event-stream"
+NDJSON = "application/x-ndjson"
 
 
 def event(content: Any) -> bytes:
@@ -76,17 +78,21 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(Response):
-    """A `text/event-stream` reply from an iterator of encoded events.
+    """A reply from an iterator of encoded events, server-sent ones or lines of JSON.
 
     The status line is sent with the first event, so an error raised before it becomes an ordinary
     error reply. The iterator is closed in every case; after a disconnect it is cancelled where it
     waits. Errors after the first event are the iterator's business.
     """
 
-    media_type = "text/event-stream"
-
-    def __init__(self, shape: ApiShape, events: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+    def __init__(
+        self,
+        shape: ApiShape,
+        events: AsyncGenerator[bytes, None],
+        media_type: str = SERVER_SENT_EVENTS,
+    ) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(headers=headers, media_type=media_type)
         del self.headers["content-length"]
         self._shape = shape
         self._events = events

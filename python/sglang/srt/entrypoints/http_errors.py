@@ -42,6 +42,7 @@ class ApiShape(enum.Enum):
     OPENAI = "openai"
     RESPONSES = "responses"
     ANTHROPIC = "anthropic"
+    OLLAMA = "ollama"
 
 
 class JsonResponse(Response):
@@ -71,6 +72,8 @@ def error_body(shape: ApiShape, error: RequestError) -> dict[str, Any]:
     if shape is ApiShape.RESPONSES:
         kind = "invalid_request_error" if error.http_status < 500 else "server_error"
         return {"error": {"message": error.message, "type": kind, "param": None, "code": None}}
+    if shape is ApiShape.OLLAMA:
+        return {"error": error.message}
     if shape is ApiShape.ANTHROPIC:
         usual = "invalid_request_error" if error.http_status < 500 else "api_error"
         kind = _ANTHROPIC_TYPES.get(error.http_status, usual)
@@ -102,7 +105,7 @@ def stream_error(shape: ApiShape, error: RequestError) -> dict[str, Any]:
     """The object of the one event that ends a stream which had already begun."""
     if shape is ApiShape.OPENAI:
         return {"error": error_body(shape, error)}
-    if shape is ApiShape.ANTHROPIC:
+    if shape in (ApiShape.ANTHROPIC, ApiShape.OLLAMA):
         return error_body(shape, error)
     return {
         "error": {

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sglang.srt.entrypoints.http_errors import ApiShape, error_response, unauthorized
 from sglang.srt.entrypoints.server_context import ServerContext
+from sglang.srt.environ import OllamaRoutes
 from sglang.srt.errors import RequestError
 
 # Always open and always answered: who asks for health has no key and no patience.
@@ -29,8 +30,10 @@ _SHAPES = {RESPONSES_PATH: ApiShape.RESPONSES, MESSAGES_PATH: ApiShape.ANTHROPIC
 _KEY_HEADERS = {b"authorization": b"Bearer ", b"x-api-key": b""}
 
 
-def shape_of(path: str) -> ApiShape:
-    """Whose error format a path speaks."""
+def shape_of(path: str, ollama: OllamaRoutes) -> ApiShape:
+    """Whose error format a path speaks; `ollama` says which paths are Ollama's."""
+    if path in ollama.paths:
+        return ApiShape.OLLAMA
     for root, shape in _SHAPES.items():
         if path == root or path.startswith(f"{root}/"):
             return shape
@@ -57,14 +60,17 @@ class Gate:
             await self._app(scope, receive, send)
             return
         if not self._has_key(scope):
-            await unauthorized(shape_of(scope["path"]))(scope, receive, send)
+            await unauthorized(self._shape_of(scope))(scope, receive, send)
             return
         try:
             _ = self._context.serving
         except RequestError as error:
-            await error_response(shape_of(scope["path"]), error)(scope, receive, send)
+            await error_response(self._shape_of(scope), error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+    def _shape_of(self, scope: Scope) -> ApiShape:
+        return shape_of(scope["path"], self._context.environ.ollama_routes)
 
     def _has_key(self, scope: Scope) -> bool:
         expected = self._admin_key if scope["path"] in ADMIN_PATHS else self._key

@@ -12,6 +12,7 @@ import time
 from sglang.srt.entrypoints.anthropic.serving_messages import MessageServing
 from sglang.srt.entrypoints.binary_ids import ID_BYTES
 from sglang.srt.entrypoints.generate_api import GenerateServer
+from sglang.srt.entrypoints.ollama.serving_ollama import OllamaServing
 from sglang.srt.entrypoints.openai.responses_store import ResponseStore
 from sglang.srt.entrypoints.openai.serving_base import OpenAIOptions, default_sampling
 from sglang.srt.entrypoints.openai.serving_chat import ChatServing
@@ -68,6 +69,7 @@ class Serving:
         self.chat = ChatServing(service, self.runner, options)
         self.responses = ResponseServing(self.chat, ResponseStore())
         self.messages = MessageServing(self.chat)
+        self.ollama = OllamaServing(self.chat)
         self.completions = CompletionServing(service, self.runner, options)
 
 

@@ -104,7 +104,7 @@ class MessageServing:
         reader = AnswerReader(call.chat.form, self._chat.token_text)
         writer = _writer(call)
         has_begun = False
-        async with aclosing(answer_deltas(self._chat, call.chat)) as deltas:
+        async with aclosing(answer_deltas(self._chat.runner, call.chat.call)) as deltas:
             async for delta in deltas:
                 if not has_begun:
                     has_begun = True

@@ -15,7 +15,7 @@ from typing import Union
 from sglang.srt.entrypoints.openai.serving_base import last_of
 from sglang.srt.entrypoints.openai.serving_chat import ChatCall, ChatServing
 from sglang.srt.entrypoints.request_body import off_loop
-from sglang.srt.entrypoints.sequences import SequenceOutput, abort_error
+from sglang.srt.entrypoints.sequences import Call, SequenceOutput, SequenceRunner, abort_error
 from sglang.srt.function_call.core_types import (
     CallArguments,
     CallBroken,
@@ -31,11 +31,9 @@ from sglang.srt.managers.generate_request import GenerateDelta
 from sglang.srt.parser.answer_parser import PARSE_BYTES_PER_CHAR, AnswerForm, ReasoningCount
 
 
-async def answer_deltas(
-    serving: ChatServing, chat: ChatCall
-) -> AsyncGenerator[GenerateDelta, None]:
+async def answer_deltas(runner: SequenceRunner, call: Call) -> AsyncGenerator[GenerateDelta, None]:
     """The deltas of a request for one answer. Raises RequestError, also for an engine's abort."""
-    async with aclosing(serving.runner.stream(chat.call)) as deltas:
+    async with aclosing(runner.stream(call)) as deltas:
         async for _, delta in deltas:
             error = abort_error(delta.finish_reason)
             if error is not None:

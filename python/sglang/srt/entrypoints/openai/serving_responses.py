@@ -134,7 +134,7 @@ class ResponseServing:
         answer = _StreamedAnswer(call, AnswerReader(call.chat.form, self._chat.token_text))
         has_begun = False
         try:
-            async with aclosing(answer_deltas(self._chat, call.chat)) as deltas:
+            async with aclosing(answer_deltas(self._chat.runner, call.chat.call)) as deltas:
                 async for delta in deltas:
                     if not has_begun:
                         has_begun = True
