@@ -182,6 +182,7 @@ nothing (null, and the values in brackets). Null means "not given".
 - `stop_reason` is `end_turn`, `tool_use`, `stop_sequence` or `max_tokens`, and null for an answer
   that `/abort_request` has ended. In a stream a call that breaks off stays as a block whose input
   is no JSON; in a whole reply its text is a text block.
+- The prompt and `max_tokens` have to fit into the context together.
 - `usage`: `input_tokens` are those of the prompt that were computed, `cache_read_input_tokens`
   those that the prefix cache held, marked with `cache_control` or not.
   `cache_creation_input_tokens` is not counted: 0.
@@ -203,7 +204,8 @@ JSON.
 - `options` that are left out are the model's own defaults (`--sampling-defaults`), not Ollama's:
   nothing is penalised and no answer ends before the context does unless they say so.
   `num_predict` -1 and -2 mean up to the context's end. A `num_ctx` above the server's context is
-  refused, any other changes nothing. Penalties look at all tokens so far.
+  refused, any other changes nothing. `repeat_penalty` looks at the whole prompt and answer, the
+  other two at the whole answer.
 - `format` is `json` or a schema.
 - `think` sets `enable_thinking` and `thinking` of the chat template, a text its `reasoning_effort`,
   too; without it the template decides. True or a text is refused without `--reasoning-parser`.

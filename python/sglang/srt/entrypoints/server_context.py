@@ -69,8 +69,8 @@ class Serving:
         self.chat = ChatServing(service, self.runner, options)
         self.responses = ResponseServing(self.chat, ResponseStore())
         self.messages = MessageServing(self.chat)
-        self.ollama = OllamaServing(self.chat)
         self.completions = CompletionServing(service, self.runner, options)
+        self.ollama = OllamaServing(self.chat, self.completions)
 
 
 class ServerContext:

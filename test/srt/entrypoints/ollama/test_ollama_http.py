@@ -176,6 +176,10 @@ def test_prompts(server: LiveServer) -> None:
     assert reply["prompt_eval_count"] == len("\x01<s>Hi")  # as the tokenizer begins a text
     assert len(server.service.templates) == num_rendered
     assert added_up(lines(server, "/api/generate", prompt="<s>Hi", raw=True)) == reply
+    assert server.service.requests[-1].sampling_params.max_new_tokens is None
+    whole(server, "/api/generate", raw=True, options={"num_predict": 4, "top_k": 5})
+    params = server.service.requests[-1].sampling_params
+    assert (params.max_new_tokens, params.top_k) == (4, 5)
 
 
 @pytest.mark.parametrize(

@@ -166,39 +166,45 @@ def read_options(body: SharedBody, context_length: int) -> OptionsBody:
     return options
 
 
+def shared_fields(body: SharedBody, options: OptionsBody) -> dict[str, Any]:
+    """What of OpenAI's requests says the same; RequestError 400 naming a bad field.
+
+    They are streams in any case, so that the first token can be timed.
+    """
+    return {
+        "model": body.model.removesuffix(":latest"),  # which names no adapter
+        "max_tokens": None if options.num_predict in UNLIMITED else options.num_predict,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": -1 if options.top_k == 0 else options.top_k,
+        "min_p": options.min_p,
+        "seed": None if options.seed == -1 else options.seed,
+        "stop": options.stop,
+        "repetition_penalty": options.repeat_penalty,
+        "presence_penalty": options.presence_penalty,
+        "frequency_penalty": options.frequency_penalty,
+        "response_format": _response_format(body.format),
+        "stream": True,
+    }
+
+
 def chat_body(
     body: SharedBody,
     options: OptionsBody,
     messages: Sequence[Message],
     tools: Sequence[dict[str, Any]] = (),
 ) -> ChatBody:
-    """The chat request that asks the same; RequestError 400 naming a field that can't be served.
-
-    It is a stream in any case, so that its first token can be timed.
-    """
+    """The chat request that asks the same; RequestError 400 naming a field that can't be served."""
+    kwargs: dict[str, Any] = {}
+    if body.think is not None and body.think != "":
+        # Templates have either name for it, and take no notice of the other.
+        kwargs = {"enable_thinking": bool(body.think), "thinking": bool(body.think)}
     return ChatBody(
-        model=body.model,
+        **shared_fields(body, options),
         messages=list(messages),
         tools=list(tools),
-        max_tokens=None if options.num_predict in UNLIMITED else options.num_predict,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=-1 if options.top_k == 0 else options.top_k,
-        min_p=options.min_p,
-        seed=None if options.seed == -1 else options.seed,
-        stop=options.stop,
-        repetition_penalty=options.repeat_penalty,
-        presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty,
-        response_format=_response_format(body.format),
-        # Templates have either name for it, and take no notice of the other.
-        chat_template_kwargs=(
-            {}
-            if body.think in (None, "")
-            else dict.fromkeys(("enable_thinking", "thinking"), bool(body.think))
-        ),
+        chat_template_kwargs=kwargs,
         reasoning_effort=body.think if isinstance(body.think, str) and body.think else None,
-        stream=True,
     )
 
 

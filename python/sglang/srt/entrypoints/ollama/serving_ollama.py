@@ -5,6 +5,7 @@ The request becomes a chat request and the answer is parsed as a chat's, unless 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import orjson
 
 from sglang.srt.entrypoints.http_errors import ApiShape, dump_json, stream_error
@@ -24,12 +26,13 @@ from sglang.srt.entrypoints.ollama.ollama_fields import (
     chat_messages,
     prompt_messages,
     read_options,
+    shared_fields,
     unable_to_think,
 )
 from sglang.srt.entrypoints.openai.answer_reader import AnswerReader, answer_deltas, read_whole
-from sglang.srt.entrypoints.openai.protocol import ChatBody
-from sglang.srt.entrypoints.openai.serving_base import call_ids, sampling_params
+from sglang.srt.entrypoints.openai.protocol import CompletionBody
 from sglang.srt.entrypoints.openai.serving_chat import ChatServing
+from sglang.srt.entrypoints.openai.serving_completions import CompletionServing
 from sglang.srt.entrypoints.request_body import off_loop
 from sglang.srt.entrypoints.sequences import Call, SequenceOutput
 from sglang.srt.errors import RequestError
@@ -42,7 +45,7 @@ from sglang.srt.function_call.core_types import (
     Reasoning,
 )
 from sglang.srt.function_call.function_call_parser import new_call_id
-from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest
+from sglang.srt.managers.generate_request import GenerateDelta
 from sglang.srt.parser.answer_parser import PARSE_BYTES_PER_CHAR, AnswerForm, ParserNames
 
 # More of an answer: one of `content`, `thinking` and `tool_calls`.
@@ -62,10 +65,11 @@ class OllamaCall:
 
 
 class OllamaServing:
-    """Serves read requests by way of `chat`."""
+    """Serves read requests by way of `chat`, raw prompts by way of `completions`."""
 
-    def __init__(self, chat: ChatServing) -> None:
+    def __init__(self, chat: ChatServing, completions: CompletionServing) -> None:
         self._chat = chat
+        self._completions = completions
 
     async def prepare_chat(self, body: OllamaChatBody) -> OllamaCall:
         """Render the conversation and build the call; RequestError 400 when it cannot be."""
@@ -80,7 +84,7 @@ class OllamaServing:
         begin_ns = time.perf_counter_ns()
         options = self._options(body)
         if body.raw:
-            call = self._raw_call(chat_body(body, options, ()), body.prompt)
+            call = await self._raw_call(body, options)
             form = AnswerForm(ParserNames(), {}, None, prompt="", continued="", separates=False)
         else:
             messages = prompt_messages(body)
@@ -93,13 +97,14 @@ class OllamaServing:
             raise unable_to_think(body.model)
         return read_options(body, self._chat.service.context_length)
 
-    def _raw_call(self, body: ChatBody, prompt: str) -> Call:
-        params = sampling_params(body, body.max_tokens, self._chat.options.sampling_defaults)
-        _, rid, _ = call_ids(body)
-        request = GenerateRequest(
-            rid=rid, text=prompt, input_ids=None, sampling_params=params, stream=body.stream
-        )
-        return Call(rid, (request,))
+    async def _raw_call(self, body: OllamaGenerateBody, options: OptionsBody) -> Call:
+        fields = CompletionBody(**shared_fields(body, options))
+        call = (await self._completions.prepare(fields, [body.prompt])).call
+        if fields.max_tokens is not None:
+            return call
+        (request,) = call.prompts  # without a limit, where OpenAI's API has one
+        params = msgspec.structs.replace(request.sampling_params, max_new_tokens=None)
+        return Call(call.rid, (dataclasses.replace(request, sampling_params=params),))
 
     async def reply(self, call: OllamaCall) -> dict[str, Any]:
         """The whole answer. Raises RequestError."""
