@@ -215,8 +215,8 @@ JSON.
 - The last line counts tokens and nanoseconds. `prompt_eval_duration` is the time from the request
   to its first token, waiting included, `load_duration` 0.
 - `/api/show` knows `--served-model-name`, also with `:latest`; chats echo the name in `model`.
-  `digest`, `parameter_size`, and the quantisation of a GGUF file, are not told. `size` is that of
-  the weights' files.
+  `parameter_size`, and the quantisation of a GGUF file, are not told. `size` is that of the
+  weights' files, `digest` a SHA-256 of the configuration and of those files' names and sizes.
 - `/api/version` is {ollama}, the version of Ollama whose API this is: some clients ask for
   one that is new enough.
 - `SGLANG_OLLAMA_CHAT_ROUTE`, and likewise `GENERATE`, `TAGS`, `SHOW`, `PS` and `VERSION`, change a

@@ -85,6 +85,7 @@ def message(**fields: Any) -> tuple[str, dict[str, Any]]:
         ((CHAT, {"logprobs": True}), "'logprobs'"),
         ((CHAT, {"truncate": True}), "'truncate'"),
         ((CHAT, {"shift": True}), "'shift'"),
+        ((CHAT, {"_debug_render_only": True}), "'_debug_render_only'"),
         (options(num_ctx=513), "'options.num_ctx': the context has 512 tokens"),
         (options(num_predict=-3), "'options.num_predict'"),
         (options(num_predict=1000), "Requested token count exceeds"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ PATHS = ("/api/chat", "/api/generate")
 def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     directory = tmp_path_factory.mktemp("ollama")
     (directory / "model.safetensors").write_bytes(b"x" * 100)
-    with LiveServer(directory, tool_call_parser="hermes", reasoning_parser="qwen3") as server:
+    with LiveServer(
+        directory, device="cpu", tool_call_parser="hermes", reasoning_parser="qwen3"
+    ) as server:
         yield server
 
 
@@ -278,11 +281,20 @@ def test_the_model_is_told_of(server: LiveServer) -> None:
         "parameter_size": "",
         "quantization_level": "F32",
     }
-    card = {"name": "tiny", "model": "tiny", "size": 100, "digest": "", "details": details}
+    digest = model["digest"]
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    card = {"name": "tiny", "model": "tiny", "size": 100, "digest": digest, "details": details}
     assert model == card
     (running,) = server.request("GET", "/api/ps").json()["models"]
-    assert running == {**card, "context_length": CONTEXT_LENGTH}
-    for body in ({"model": "tiny"}, {"model": "tiny:latest", "verbose": True}, {"name": "tiny"}):
+    assert running == {
+        **card,
+        "size_vram": 0,
+        "expires_at": "9999-12-31T23:59:59Z",
+        "context_length": CONTEXT_LENGTH,
+    }
+    own_client = {"system": "", "template": "", "options": None, "name": "", "verbose": False}
+    bodies = ({"model": "tiny"}, {"model": "tiny:latest", **own_client}, {"name": "tiny"})
+    for body in bodies:
         shown = server.post("/api/show", body).json()
         assert shown["details"] == details
         assert shown["capabilities"] == ["completion", "tools", "thinking"]

@@ -1,20 +1,23 @@
 """What Ollama's clients ask of the model: /api/tags, /api/show and /api/ps.
 
-Only what is known here is told: a field for which there is nothing is empty, or left out.
+Only what is known here is told: a field for which there is nothing is empty.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.entrypoints.http_errors import dump_json
 from sglang.srt.entrypoints.ollama.serving_ollama import timestamp
 from sglang.srt.entrypoints.server_context import ServerContext
 from sglang.srt.errors import RequestError
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
+_NEVER = "9999-12-31T23:59:59Z"
 
 
 def model_list(context: ServerContext) -> dict[str, Any]:
@@ -24,8 +27,12 @@ def model_list(context: ServerContext) -> dict[str, Any]:
 
 def running_models(context: ServerContext) -> dict[str, Any]:
     """The object of /api/ps: the same model, which is loaded for good."""
-    length = context.serving.service.context_length
-    return {"models": [{**_card(context), "context_length": length}]}
+    card = _card(context)
+    on_gpu = context.server_args.device != "cpu"
+    card["size_vram"] = card["size"] if on_gpu else 0
+    card["expires_at"] = _NEVER
+    card["context_length"] = context.serving.service.context_length
+    return {"models": [card]}
 
 
 def model_shown(context: ServerContext, name: str) -> dict[str, Any]:
@@ -62,11 +69,14 @@ def model_shown(context: ServerContext, name: str) -> dict[str, Any]:
 
 def _card(context: ServerContext) -> dict[str, Any]:
     name = context.server_args.served_model_name
+    config = context.serving.service.model_config
+    sizes = _weight_files(Path(config.path))
+    told = dump_json([config.raw, sorted(sizes.items())])
     return {
         "name": name,
         "model": name,
-        "size": _weight_bytes(Path(context.serving.service.model_config.path)),
-        "digest": "",
+        "size": sum(sizes.values()),
+        "digest": hashlib.sha256(told).hexdigest(),
         "details": _details(context),
     }
 
@@ -86,8 +96,9 @@ def _details(context: ServerContext) -> dict[str, Any]:
     }
 
 
-def _weight_bytes(path: Path) -> int:
-    """Bytes of the files that the weights are in; 0 where they are gone."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for kind in _WEIGHT_FILES for file in path.glob(kind))
+def _weight_files(path: Path) -> dict[str, int]:
+    """The files that the weights are in and their bytes; none where they are gone."""
+    files = [path]
+    if path.is_dir():
+        files = [file for kind in _WEIGHT_FILES for file in path.glob(kind)]
+    return {file.name: file.stat().st_size for file in files if file.is_file()}

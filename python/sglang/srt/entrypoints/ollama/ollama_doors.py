@@ -17,7 +17,7 @@ from sglang.srt.entrypoints.ollama.ollama_fields import (
 )
 from sglang.srt.entrypoints.ollama.serving_ollama import OllamaCall, loaded
 from sglang.srt.entrypoints.request_body import off_loop, read_body, split_object
-from sglang.srt.entrypoints.request_fields import FieldTable
+from sglang.srt.entrypoints.request_fields import FieldTable, Refusal
 from sglang.srt.entrypoints.server_context import ServerContext
 
 # Clients ask whether a server is new enough for them: this is the version of Ollama whose API is
@@ -32,7 +32,17 @@ class ShowBody(msgspec.Struct, frozen=True):
     name: str = ""
 
 
-SHOW_FIELDS = FieldTable(ShowBody, accepted=("verbose",), refused={}, refuse_unknown=True)
+_AS_IT_IS = "the model is shown as it is"
+SHOW_FIELDS = FieldTable(
+    ShowBody,
+    accepted=("verbose",),
+    refused={
+        "system": Refusal(_AS_IT_IS, ("",)),
+        "template": Refusal(_AS_IT_IS, ("",)),
+        "options": Refusal(_AS_IT_IS, ({},)),
+    },
+    refuse_unknown=True,
+)
 
 
 class OllamaDoors:

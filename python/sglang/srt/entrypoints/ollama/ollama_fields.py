@@ -111,6 +111,9 @@ _REFUSED = {
     "top_logprobs": Refusal(RETURNS, (0,)),
     "truncate": Refusal("a prompt that is too long is refused", (False,)),
     "shift": Refusal("an answer ends with the context", (False,)),
+    "_debug_render_only": Refusal(
+        "prompts are not shown", (False,)
+    ),  # Ollama's own client sends it
 }
 OLLAMA_CHAT_FIELDS = FieldTable(
     OllamaChatBody, accepted=_ACCEPTED, refused=_REFUSED, refuse_unknown=True
