@@ -28,7 +28,7 @@ from sglang.srt.entrypoints.anthropic.messages_fields import (
 )
 from sglang.srt.entrypoints.event_stream import named_event
 from sglang.srt.entrypoints.http_errors import ApiShape, stream_error
-from sglang.srt.entrypoints.openai.answer_reader import AnswerReader, answer_deltas, whole_answer
+from sglang.srt.entrypoints.openai.answer_reader import AnswerReader, whole_answer
 from sglang.srt.entrypoints.openai.protocol import ChatBody
 from sglang.srt.entrypoints.openai.responses_events import new_id
 from sglang.srt.entrypoints.openai.serving_chat import ChatCall, ChatServing
@@ -104,8 +104,8 @@ class MessageServing:
         reader = AnswerReader(call.chat.form, self._chat.token_text)
         writer = _writer(call)
         has_begun = False
-        async with aclosing(answer_deltas(self._chat.runner, call.chat.call)) as deltas:
-            async for delta in deltas:
+        async with aclosing(self._chat.runner.answers(call.chat.call)) as deltas:
+            async for _, delta in deltas:
                 if not has_begun:
                     has_begun = True
                     yield {"type": "message_start", "message": _opening(call, delta)}

@@ -29,7 +29,7 @@ from sglang.srt.entrypoints.ollama.ollama_fields import (
     shared_fields,
     unable_to_think,
 )
-from sglang.srt.entrypoints.openai.answer_reader import AnswerReader, answer_deltas, read_whole
+from sglang.srt.entrypoints.openai.answer_reader import AnswerReader, read_whole
 from sglang.srt.entrypoints.openai.protocol import CompletionBody
 from sglang.srt.entrypoints.openai.serving_chat import ChatServing
 from sglang.srt.entrypoints.openai.serving_completions import CompletionServing
@@ -110,8 +110,8 @@ class OllamaServing:
         """The whole answer. Raises RequestError."""
         output = SequenceOutput()
         clock = _Clock(call.begin_ns)
-        async with aclosing(answer_deltas(self._chat.runner, call.call)) as deltas:
-            async for delta in deltas:
+        async with aclosing(self._chat.runner.answers(call.call)) as deltas:
+            async for _, delta in deltas:
                 clock.note()
                 output.add(delta)
         size = PARSE_BYTES_PER_CHAR * len(output.text)
@@ -136,8 +136,8 @@ class OllamaServing:
         reader = AnswerReader(call.form, self._chat.token_text)
         parts = _Parts(_new_id(call))
         clock = _Clock(call.begin_ns)
-        async with aclosing(answer_deltas(self._chat.runner, call.call)) as deltas:
-            async for delta in deltas:
+        async with aclosing(self._chat.runner.answers(call.call)) as deltas:
+            async for _, delta in deltas:
                 clock.note()
                 for part in parts.take(reader.take(delta)):
                     yield _line(call, part)

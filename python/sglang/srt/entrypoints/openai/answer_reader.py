@@ -7,15 +7,14 @@ own. What they share is here, and knows no API's format; `ChatServing` has its o
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import aclosing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Union
 
 from sglang.srt.entrypoints.openai.serving_base import last_of
 from sglang.srt.entrypoints.openai.serving_chat import ChatCall, ChatServing
 from sglang.srt.entrypoints.request_body import off_loop
-from sglang.srt.entrypoints.sequences import Call, SequenceOutput, SequenceRunner, abort_error
+from sglang.srt.entrypoints.sequences import SequenceOutput
 from sglang.srt.function_call.core_types import (
     CallArguments,
     CallBroken,
@@ -29,16 +28,6 @@ from sglang.srt.function_call.core_types import (
 )
 from sglang.srt.managers.generate_request import GenerateDelta
 from sglang.srt.parser.answer_parser import PARSE_BYTES_PER_CHAR, AnswerForm, ReasoningCount
-
-
-async def answer_deltas(runner: SequenceRunner, call: Call) -> AsyncGenerator[GenerateDelta, None]:
-    """The deltas of a request for one answer. Raises RequestError, also for an engine's abort."""
-    async with aclosing(runner.stream(call)) as deltas:
-        async for _, delta in deltas:
-            error = abort_error(delta.finish_reason)
-            if error is not None:
-                raise error
-            yield delta
 
 
 @dataclass(frozen=True)

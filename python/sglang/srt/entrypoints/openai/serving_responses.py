@@ -21,7 +21,6 @@ from sglang.srt.entrypoints.logprob_format import chat_content, formatted_bytes
 from sglang.srt.entrypoints.openai.answer_reader import (
     AnswerReader,
     WholeAnswer,
-    answer_deltas,
     whole_answer,
 )
 from sglang.srt.entrypoints.openai.responses_events import (
@@ -134,14 +133,14 @@ class ResponseServing:
         answer = _StreamedAnswer(call, AnswerReader(call.chat.form, self._chat.token_text))
         has_begun = False
         try:
-            async with aclosing(answer_deltas(self._chat.runner, call.chat.call)) as deltas:
-                async for delta in deltas:
+            async with aclosing(self._chat.runner.answers(call.chat.call)) as deltas:
+                async for index, delta in deltas:
                     if not has_begun:
                         has_begun = True
                         for one in _begin(call):
                             yield encoder.encode(one)
                     if delta.progress is not None:
-                        yield progress_comment(0, delta.progress)
+                        yield progress_comment(index, delta.progress)
                         continue
                     for one in answer.take(delta, self._logprobs(call, delta.output_logprobs)):
                         yield encoder.encode(one)
