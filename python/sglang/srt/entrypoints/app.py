@@ -38,10 +38,10 @@ GET, POST = ["GET"], ["POST"]
 def build_app(context: ServerContext) -> Starlette:
     """The application of one server; `context` decides what is served and when."""
     api, admin, memory = ApiDoors(context), AdminDoors(context), MemoryDoors(context)
-    parsers, anthropic = ParserDoors(context), MessagesDoors(context)
-    ollama = context.environ.ollama_routes
+    parsers = ParserDoors(context)
     routes: list[tuple[str, list[str], Door]] = [
         *_ollama_routes(context),
+        *_anthropic_routes(context),
         ("/", ["GET", "HEAD"], admin.root),
         ("/health", GET, admin.health),
         ("/ready", GET, admin.health),
@@ -53,8 +53,6 @@ def build_app(context: ServerContext) -> Starlette:
         ("/v1/responses", POST, api.responses),
         ("/v1/responses/{response_id}", ["GET", "DELETE"], api.response),
         ("/v1/responses/{response_id}/cancel", POST, api.cancel_response),
-        ("/v1/messages", POST, anthropic.messages),
-        ("/v1/messages/count_tokens", POST, anthropic.count_tokens),
         ("/tokenize", POST, api.tokenize),
         ("/v1/tokenize", POST, api.tokenize),
         ("/detokenize", POST, api.detokenize),
@@ -75,6 +73,7 @@ def build_app(context: ServerContext) -> Starlette:
     ]
     if context.metrics is not None:
         routes.append(("/metrics", GET, admin.metrics))
+    ollama = context.environ.ollama_routes
     return Starlette(
         routes=[
             Route(path, _guarded(door, ollama), methods=methods) for path, methods, door in routes
@@ -96,6 +95,14 @@ def _ollama_routes(context: ServerContext) -> list[tuple[str, list[str], Door]]:
         (paths.version, GET, doors.version),
     ]
     return [*routes, (paths.root, ["GET", "HEAD"], doors.root)] if paths.root else routes
+
+
+def _anthropic_routes(context: ServerContext) -> list[tuple[str, list[str], Door]]:
+    doors = MessagesDoors(context)
+    return [
+        ("/v1/messages", POST, doors.messages),
+        ("/v1/messages/count_tokens", POST, doors.count_tokens),
+    ]
 
 
 def _guarded(door: Door, ollama: OllamaRoutes) -> Door:
