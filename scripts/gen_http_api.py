@@ -185,7 +185,8 @@ nothing (null, and the values in brackets). Null means "not given".
 - The prompt and `max_tokens` have to fit into the context together.
 - `usage`: `input_tokens` are those of the prompt that were computed, `cache_read_input_tokens`
   those that the prefix cache held, marked with `cache_control` or not.
-  `cache_creation_input_tokens` is not counted: 0.
+  `cache_creation_input_tokens` is not counted: 0. `output_tokens_details.thinking_tokens` are the
+  thinking's, its marks included.
 - A stream has Anthropic's events: `message_start`, a `ping`, the blocks, `message_delta`,
   `message_stop`. While a long prompt is computed more pings come, at most two a second. An error
   after the first event is the last one, `error`.

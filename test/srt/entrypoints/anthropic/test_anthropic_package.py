@@ -13,7 +13,7 @@ from sglang.srt.entrypoints.anthropic.messages_fields import (
     MESSAGES_FIELDS,
     TOOL_FIELDS,
 )
-from srt.entrypoints.anthropic.messages_client import ASK, EVERYTHING, TOOLS, WEATHER
+from srt.entrypoints.anthropic.messages_client import ASK, EVERYTHING, THOUGHT, TOOLS, WEATHER
 from srt.entrypoints.fake_service import LiveServer
 
 anthropic = pytest.importorskip("anthropic")
@@ -74,6 +74,7 @@ def test_the_packages_own_accumulator_reads_the_stream(client: Any, server: Live
     assert final.content[2].input == {"city": "Paris"}
     assert final.stop_reason == "tool_use"
     assert final.usage.output_tokens == len(EVERYTHING)
+    assert final.usage.output_tokens_details.thinking_tokens == len(THOUGHT)
 
 
 def test_every_event_has_the_packages_type(client: Any, server: LiveServer) -> None:

@@ -59,6 +59,7 @@ def test_the_reply_has_exactly_the_shape(server: LiveServer) -> None:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": 3,
             "output_tokens": 4,
+            "output_tokens_details": {"thinking_tokens": 0},
         },
     }
     params = server.service.requests[0].sampling_params
@@ -80,6 +81,7 @@ def test_blocks_of_every_kind(server: LiveServer) -> None:
     assert all(one.startswith("toolu_") for one in ids)
     assert len(set(ids)) == 2
     assert (reply["stop_reason"], reply["stop_sequence"]) == ("tool_use", None)
+    assert reply["usage"]["output_tokens_details"] == {"thinking_tokens": len(THOUGHT)}
     _, kwargs = server.service.templates[0]
     assert kwargs["reasoning_effort"] == "low"
     assert kwargs["tools"] == [
@@ -138,6 +140,7 @@ def test_events_come_in_order(server: LiveServer) -> None:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": 3,
         "output_tokens": 1,
+        "output_tokens_details": {"thinking_tokens": 0},
     }
     assert events[-2]["delta"] == {"stop_reason": "tool_use", "stop_sequence": None}
     assert events[-2]["usage"]["output_tokens"] == len(server.service.answer)

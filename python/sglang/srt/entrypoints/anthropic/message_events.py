@@ -33,13 +33,14 @@ _DELTAS = {
 }
 
 
-def usage(last: GenerateDelta) -> dict[str, int]:
+def usage(last: GenerateDelta, num_reasoning: int) -> dict[str, Any]:
     """Tokens as Anthropic counts them: `input_tokens` are those that no cache held."""
     return {
         "input_tokens": last.prompt_tokens - last.cached_tokens,
         "cache_creation_input_tokens": 0,  # what the cache takes in is not counted here
         "cache_read_input_tokens": last.cached_tokens,
         "output_tokens": last.completion_tokens,
+        "output_tokens_details": {"thinking_tokens": num_reasoning},
     }
 
 

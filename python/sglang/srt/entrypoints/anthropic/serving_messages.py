@@ -85,6 +85,7 @@ class MessageServing:
             **_opening(call, answer.last),
             "content": writer.content,
             **stop_fields(answer.last.finish_reason, writer.has_calls),
+            "usage": usage(answer.last, answer.num_reasoning),
         }
 
     async def events(self, call: MessageCall) -> AsyncGenerator[bytes, None]:
@@ -121,7 +122,7 @@ class MessageServing:
         for one in writer.finish(_is_complete(last.finish_reason)):
             yield one
         stop = stop_fields(last.finish_reason, writer.has_calls)
-        yield {"type": "message_delta", "delta": stop, "usage": usage(last)}
+        yield {"type": "message_delta", "delta": stop, "usage": usage(last, reader.num_reasoning)}
         yield STOP
 
 
@@ -144,5 +145,5 @@ def _opening(call: MessageCall, delta: GenerateDelta) -> dict[str, Any]:
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": usage(delta),
+        "usage": usage(delta, num_reasoning=0),
     }
