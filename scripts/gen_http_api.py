@@ -12,7 +12,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.entrypoints.anthropic.messages_fields import (
+    COUNT_FIELDS,
+    MESSAGES_FIELDS,
+    TOOL_FIELDS,
+)
 from sglang.srt.entrypoints.generate_request_body import FIELDS_HEADER, GENERATE_FIELDS
+from sglang.srt.entrypoints.ollama.ollama_doors import OLLAMA_API_VERSION, SHOW_FIELDS
+from sglang.srt.entrypoints.ollama.ollama_fields import (
+    OLLAMA_CHAT_FIELDS,
+    OLLAMA_GENERATE_FIELDS,
+    OPTION_FIELDS,
+)
 from sglang.srt.entrypoints.openai.protocol import CHAT_FIELDS, COMPLETION_FIELDS
 from sglang.srt.entrypoints.openai.responses_fields import RESPONSES_FIELDS
 from sglang.srt.entrypoints.openai.responses_store import RESPONSE_STORE_BYTES
@@ -42,6 +53,11 @@ nothing (null, and the values in brackets). Null means "not given".
 | `/v1/responses` | POST | OpenAI's Responses API, see below |
 | `/v1/responses/{id}` | GET, DELETE | a kept response |
 | `/v1/responses/{id}/cancel` | POST | ends a running response |
+| `/v1/messages` | POST | Anthropic's Messages API, see below |
+| `/v1/messages/count_tokens` | POST | a prompt of that API, to `input_tokens` |
+| `/api/chat`, `/api/generate` | POST | Ollama's API, see below |
+| `/api/tags`, `/api/ps`, `/api/version` | GET | the model and its API, for Ollama's clients |
+| `/api/show` | POST | `model`, to what is known of it |
 | `/v1/models`, `/v1/models/{id}` | GET | `max_model_len` is the effective context |
 | `/tokenize`, also below `/v1` | POST | `prompt` (one text or several) or `messages`, to `tokens` |
 | `/detokenize`, also below `/v1` | POST | `tokens` (a list of ids or of such lists), to `text` |
@@ -63,13 +79,15 @@ nothing (null, and the values in brackets). Null means "not given".
 
 - An error is `{"object": "error", "message": ..., "type": ..., "param": null, "code": 400}` below
   `/v1`, `{"error": {"message": ..., "type": ..., "param": null, "code": null}}` with OpenAI's
-  types at `/v1/responses`, and `{"error": {"message": ...}}` elsewhere. In a stream that has
-  begun, the event `{"error": ...}` holds the former, or a message with `type`, `code` and
-  `retryable`.
-- Any other path is answered with 404: embeddings, scores, `/v1/messages`, sessions and LoRA
-  adapters are not served.
-- With `--api-key` every path but the four of health asks for `Authorization: Bearer KEY` (401
-  `{"error":"Unauthorized"}`), `/metrics` included.
+  types at `/v1/responses`, `{"type": "error", "error": {"type": ..., "message": ...}}` with
+  Anthropic's types below `/v1/messages`, `{"error": ...}` with a text at Ollama's paths, and
+  `{"error": {"message": ...}}` elsewhere. In a stream that has begun, the event `{"error": ...}`
+  holds the first, or a message with `type`, `code` and `retryable`.
+- Any other path is answered with 404: embeddings, scores, sessions and LoRA adapters are not
+  served.
+- With `--api-key` every path but the four of health asks for `Authorization: Bearer KEY` or
+  `x-api-key: KEY` (401 `{"error":"Unauthorized"}`, Anthropic's error at its paths), `/metrics`
+  included.
 - With `--admin-api-key`, `/set_kv_budget`, `/compact_kv` and `/flush_cache` ask for that key and
   no other.
 - While the model is loaded, and while the server ends, everything answers 503.
@@ -139,11 +157,79 @@ nothing (null, and the values in brackets). Null means "not given".
 - `/abort_request` takes the response's id, or the `rid` of the request.
 - `usage.input_tokens_details.cached_tokens` is always shown. `cache_write_tokens` is not counted:
   0.
+
+## Messages
+
+`/v1/messages` is a chat in Anthropic's words: `client.messages.create`, `.stream` and
+`.count_tokens` of the `anthropic` package work, and everything said of chats in
+[tools.md](tools.md) and [structured_outputs.md](structured_outputs.md) holds.
+
+- `content` is a text or blocks: `text`, `tool_use`, `tool_result` and `thinking`. Images, documents
+  and the blocks of Anthropic's own tools are refused. Texts of one message, and messages of one
+  role that follow each other, are put together, a line each. A result of a tool becomes a message
+  of the role `tool`; `is_error` is not shown to the model.
+- The text of `thinking` goes to the chat template as in `/v1/responses`; `redacted_thinking` is
+  passed over. `signature` is empty here and not checked.
+- Where the last message is the assistant's, the answer goes on with it.
+- `thinking` of the types `enabled` and `adaptive` sets `enable_thinking` and `thinking` of the chat
+  template to true, `disabled` to false; without it the template decides. `budget_tokens` has to
+  be less than `max_tokens`, and is not enforced. With the `display` `omitted` the block comes
+  without its text. Thinking comes apart from the text with `--reasoning-parser`.
+- `output_config.effort` is the template's `reasoning_effort`, `output_config.format` a JSON schema
+  that always holds.
+- `tools` are custom ones. `strict` is off unless it is true. `disable_parallel_tool_use` takes the
+  first call.
+- `stop_reason` is `end_turn`, `tool_use`, `stop_sequence` or `max_tokens`, and null for an answer
+  that `/abort_request` has ended. In a stream a call that breaks off stays as a block whose input
+  is no JSON; in a whole reply its text is a text block.
+- The prompt and `max_tokens` have to fit into the context together.
+- `usage`: `input_tokens` are those of the prompt that were computed, `cache_read_input_tokens`
+  those that the prefix cache held, marked with `cache_control` or not.
+  `cache_creation_input_tokens` is not counted: 0. `output_tokens_details.thinking_tokens` are the
+  thinking's, its marks included.
+- A stream has Anthropic's events: `message_start`, a `ping`, the blocks, `message_delta`,
+  `message_stop`. While a long prompt is computed more pings come, at most two a second. An error
+  after the first event is the last one, `error`.
+- `/abort_request` takes the message's id, or the `rid` of the request.
+
+## Ollama
+
+`/api/chat` and `/api/generate` are chats in Ollama's words: `chat`, `generate`, `list`, `show` and
+`ps` of the `ollama` package work, and everything said of chats in [tools.md](tools.md) and
+[structured_outputs.md](structured_outputs.md) holds. A stream, which is the default, is lines of
+JSON.
+
+- A `prompt` is a message of the user's, behind `system`; with `raw` it goes to the model as it is,
+  and nothing of the answer is parsed. A request without a prompt, or without messages, is
+  answered with `done_reason` `load`: the model is there, and stays whatever `keep_alive` says.
+- `options` that are left out are the model's own defaults (`--sampling-defaults`), not Ollama's:
+  nothing is penalised and no answer ends before the context does unless they say so.
+  `num_predict` -1 and -2 mean up to the context's end. A `num_ctx` above the server's context is
+  refused, any other changes nothing. `repeat_penalty` looks at the whole prompt and answer, the
+  other two at the whole answer.
+- `format` is `json` or a schema.
+- `think` sets `enable_thinking` and `thinking` of the chat template, a text its `reasoning_effort`,
+  too; without it the template decides. True or a text is refused without `--reasoning-parser`.
+- A call comes in one line of a stream, when it is complete; text that is no call after all is
+  content. Calls have an `id`, which a message of the role `tool` may name as its `tool_call_id`.
+- `done_reason` is `stop`, `length`, or `abort` for an answer that `/abort_request` has ended.
+- The last line counts tokens and nanoseconds. `prompt_eval_duration` is the time from the request
+  to its first token, waiting included, `load_duration` 0.
+- `/api/show` knows `--served-model-name`, also with `:latest`; chats echo the name in `model`.
+  `parameter_size`, and the quantisation of a GGUF file, are not told. `size` is that of the
+  weights' files, `digest` a SHA-256 of the configuration and of those files' names and sizes.
+- `/api/version` is {ollama}, the version of Ollama whose API this is: some clients ask for
+  one that is new enough.
+- `SGLANG_OLLAMA_CHAT_ROUTE`, and likewise `GENERATE`, `TAGS`, `SHOW`, `PS` and `VERSION`, change a
+  path; `SGLANG_OLLAMA_ROOT_ROUTE` adds one that says "Ollama is running". These paths win over
+  others.
+- Embeddings, and whatever pulls, makes or removes models, are not served.
 """
 
 _VALUES = {
     "header": FIELDS_HEADER,
     "slack": str(BINARY_SLACK_BYTES >> 20),
+    "ollama": OLLAMA_API_VERSION,
     "store": str(RESPONSE_STORE_BYTES >> 20),
 }
 
@@ -157,6 +243,13 @@ _TABLES: tuple[tuple[str, FieldTable[Any], str], ...] = (
     ),
     ("`/v1/completions`", COMPLETION_FIELDS, "Any other field is ignored."),
     ("`/v1/responses`", RESPONSES_FIELDS, "Any other field is ignored."),
+    ("`/v1/messages`", MESSAGES_FIELDS, "Any other field is refused."),
+    ("`/v1/messages/count_tokens`", COUNT_FIELDS, "Any other field is refused."),
+    ("`tools` of `/v1/messages`", TOOL_FIELDS, "Any other field is refused."),
+    ("`/api/chat`", OLLAMA_CHAT_FIELDS, "Any other field is refused."),
+    ("`/api/generate`", OLLAMA_GENERATE_FIELDS, "Any other field is refused."),
+    ("`options` of `/api/chat` and `/api/generate`", OPTION_FIELDS, "Any other field is refused."),
+    ("`/api/show`", SHOW_FIELDS, "Any other field is refused."),
 )
 
 
@@ -170,11 +263,12 @@ def render() -> str:
         lines.append(f"## Fields of {title}\n")
         lines.append(f"Served: {_names(table.served)}.\n")
         lines.append(f"Accepted without effect: {_names(table.accepted)}.\n")
-        lines.append("| Refused | Because |\n|---|---|")
+        if table.refused:
+            lines.append("| Refused | Because |\n|---|---|")
         refused = sorted(table.refused.items(), key=lambda item: (item[1].reason, item[0]))
         for reason, members in groupby(refused, key=lambda item: item[1].reason):
             lines.append(f"| {', '.join(_refused(*member) for member in members)} | {reason} |")
-        lines.append(f"\n{unknown}\n")
+        lines.append(f"\n{unknown}\n" if table.refused else f"{unknown}\n")
     return "\n".join(lines)
 
 

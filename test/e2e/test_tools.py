@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -126,6 +127,62 @@ def test_a_response_calls_a_function_and_goes_on(client: openai.OpenAI) -> None:
     assert more.usage.input_tokens > reply.usage.total_tokens
     assert more.usage.input_tokens_details.cached_tokens > 0
     assert client.responses.retrieve(more.id).output == more.output
+
+
+def test_a_message_calls_a_function_and_goes_on(client: openai.OpenAI) -> None:
+    """By way of /v1/messages: the same call, whole and streamed, then its result."""
+    url = str(client.base_url).removesuffix("/v1/")
+    function = TOOLS[0]["function"]
+    tool = {"name": function["name"], "input_schema": function["parameters"]}
+    messages: list[Any] = []
+    for city in ("Rome", "Oslo", "Madrid"):
+        use = {"type": "tool_use", "id": city, "name": "get_weather", "input": {"city": city}}
+        messages += [asked(city), {"role": "assistant", "content": [use]}]
+    tool["description"] = function["description"]
+    fields = {"max_tokens": 64, "temperature": 0, "tools": [tool]}
+    body = {**fields, "messages": [*messages, asked("Paris")]}
+    reply = httpx.post(f"{url}/v1/messages", json=body, timeout=120).json()
+    (block,) = reply["content"]
+    assert (block["name"], block["input"]) == ("get_weather", {"city": "Paris"})
+    assert reply["stop_reason"] == "tool_use"
+    counted = httpx.post(
+        f"{url}/v1/messages/count_tokens", json={k: body[k] for k in ("messages", "tools")}
+    ).json()
+    usage = reply["usage"]
+    total = usage["input_tokens"] + usage["cache_read_input_tokens"]
+    assert counted == {"input_tokens": total}
+    text = httpx.post(f"{url}/v1/messages", json={**body, "stream": True}, timeout=120).text
+    events = [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: ")]
+    pieces = [e["delta"]["partial_json"] for e in events if e["type"] == "content_block_delta"]
+    assert json.loads("".join(pieces)) == {"city": "Paris"}
+    assert events[-2]["usage"]["output_tokens"] == usage["output_tokens"]
+    result = {"type": "tool_result", "tool_use_id": block["id"], "content": "It is sunny."}
+    said = [{"role": "assistant", "content": [block]}, {"role": "user", "content": [result]}]
+    more = {**fields, "max_tokens": 8, "messages": [*body["messages"], *said]}
+    usage = httpx.post(f"{url}/v1/messages", json=more, timeout=120).json()["usage"]
+    assert usage["cache_read_input_tokens"] > 0
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] > total
+
+
+def test_ollamas_chat_calls_a_function(client: openai.OpenAI) -> None:
+    """By way of /api/chat: the same call, whole and streamed."""
+    url = str(client.base_url).removesuffix("/v1/") + "/api/chat"
+    messages: list[Any] = []
+    for city in ("Rome", "Oslo", "Madrid"):
+        call = {"function": {"name": "get_weather", "arguments": {"city": city}}}
+        messages += [asked(city), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    options = {"temperature": 0, "num_predict": 64}
+    body = {"model": "m", "messages": [*messages, asked("Paris")], "tools": TOOLS}
+    body["options"] = options
+    whole = httpx.post(url, json={**body, "stream": False}, timeout=120).json()
+    lines = [json.loads(line) for line in httpx.post(url, json=body, timeout=120).iter_lines()]
+    for line in (whole, lines[0]):
+        (call,) = line["message"]["tool_calls"]
+        assert call["function"] == {"name": "get_weather", "arguments": {"city": "Paris"}}
+    for name in ("done_reason", "prompt_eval_count", "eval_count"):
+        assert whole[name] == lines[-1][name]
+    assert whole["done_reason"] == "stop"
+    assert whole["total_duration"] > whole["eval_duration"] > 0
 
 
 def test_an_answer_can_be_forced_to_be_a_call(client: openai.OpenAI) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sglang.srt.environ import Environ
+from sglang.srt.environ import Environ, OllamaRoutes
 
 
 def test_nothing_set_gives_the_defaults() -> None:
@@ -23,6 +23,13 @@ def test_variables_are_read() -> None:
     assert environ == Environ(True, 2.5, True, "mark:0@20", True)
 
 
+def test_paths_of_ollamas_api() -> None:
+    routes = Environ.from_os({"SGLANG_OLLAMA_CHAT_ROUTE": "/o/chat"}).ollama_routes
+    assert routes == OllamaRoutes(chat="/o/chat")
+    api = {f"/api/{name}" for name in ("generate", "tags", "show", "ps", "version")}
+    assert routes.paths == api | {"/o/chat"}
+
+
 def test_off_is_off() -> None:
     assert not Environ.from_os({"SGLANG_KV_DEBUG_PROTECT": "0"}).kv_debug_protect
 
@@ -35,6 +42,9 @@ def test_off_is_off() -> None:
         ("SGLANG_HEALTH_CHECK_TIMEOUT", "soon"),
         ("SGLANG_HEALTH_CHECK_TIMEOUT", "0"),
         ("SGLANG_HEALTH_CHECK_TIMEOUT", "nan"),
+        ("SGLANG_OLLAMA_CHAT_ROUTE", "chat"),
+        ("SGLANG_OLLAMA_SHOW_ROUTE", "/show/{id}"),
+        ("SGLANG_OLLAMA_TAGS_ROUTE", "/api/chat"),
     ],
 )
 def test_nonsense_names_the_variable(name: str, value: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"", "0", "false", "no", "off"})
@@ -59,6 +59,41 @@ class TorchrunEnv:
 
 
 @dataclass(frozen=True)
+class OllamaRoutes:
+    """The paths of Ollama's API; `root` says that it is running, "": it has no path of its own."""
+
+    root: str = ""
+    chat: str = "/api/chat"
+    generate: str = "/api/generate"
+    tags: str = "/api/tags"
+    show: str = "/api/show"
+    ps: str = "/api/ps"
+    version: str = "/api/version"
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """All of them."""
+        return frozenset(vars(self).values()) - {""}
+
+    @classmethod
+    def from_os(cls, source: Mapping[str, str]) -> OllamaRoutes:
+        """Read SGLANG_OLLAMA_CHAT_ROUTE and the others.
+
+        Raises ValueError naming the variable whose value is no path, or one that comes twice.
+        """
+        found: dict[str, str] = {}
+        for field in fields(cls):
+            name = f"SGLANG_OLLAMA_{field.name.upper()}_ROUTE"
+            path = source.get(name, "").strip() or str(field.default)
+            if path and (not path.startswith("/") or any(char in path for char in "{}?# ")):
+                raise ValueError(f"{name} must be a path like /api/chat, got {path!r}")
+            if path and path in found.values():
+                raise ValueError(f"{name}: {path} is another path of Ollama's API already")
+            found[field.name] = path
+        return cls(**found)
+
+
+@dataclass(frozen=True)
 class Environ:
     """Settings that come from the environment.
 
@@ -69,6 +104,7 @@ class Environ:
     `kv_canary_perturb` (None: nothing) is damage for `--kv-canary` to find, `kind:group@step`.
     `torchrun` is set in a process that torchrun started, `gloo_interface` names the network device
     that ranks of several machines talk through (None: found by the way to the first).
+    `ollama_routes` are the paths of Ollama's API, which win over others.
     """
 
     allow_overwrite_longer_context_len: bool = False
@@ -78,6 +114,7 @@ class Environ:
     disable_native_kernels: bool = False
     torchrun: TorchrunEnv | None = None
     gloo_interface: str | None = None
+    ollama_routes: OllamaRoutes = OllamaRoutes()
 
     @classmethod
     def from_os(cls, environ: Mapping[str, str] | None = None) -> Environ:
@@ -96,6 +133,7 @@ class Environ:
             kv_canary_perturb=source.get("SGLANG_KV_CANARY_PERTURB", "").strip() or None,
             torchrun=TorchrunEnv.from_os(source),
             gloo_interface=source.get("GLOO_SOCKET_IFNAME", "").strip() or None,
+            ollama_routes=OllamaRoutes.from_os(source),
         )
 
 

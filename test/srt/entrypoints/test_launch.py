@@ -20,6 +20,7 @@ import msgspec
 import psutil
 import pytest
 
+from sglang.srt.entrypoints.http_server import bind
 from srt.entrypoints.fake_service import TINY_CONFIG
 
 ROOT = Path(__file__).parents[3]
@@ -236,3 +237,10 @@ def test_a_bad_model_and_a_taken_port_are_one_line(tmp_path: Path) -> None:
             assert third.end() == 1
             assert "error:" in third.text
             assert "Traceback" not in third.text
+
+
+def test_connections_send_what_is_small_at_once() -> None:
+    with bind("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0

@@ -63,7 +63,10 @@ class DoorArgs:
     host: str = flag("127.0.0.1", "Address to listen on.", group=HTTP)
     port: int = flag(30000, "Port to listen on.", group=HTTP, parse=int, minimum=1, maximum=65535)
     api_key: str | None = flag(
-        None, "Bearer key that every endpoint except health asks for.", group=HTTP, metavar="KEY"
+        None,
+        "Key, as Bearer or x-api-key, that every endpoint except health asks for.",
+        group=HTTP,
+        metavar="KEY",
     )
     admin_api_key: str | None = flag(
         None,

@@ -20,7 +20,7 @@ from sglang.srt.entrypoints.generate_request_body import (
     parse_generate,
     read_id_prompts,
 )
-from sglang.srt.entrypoints.http_errors import ApiShape, JsonResponse, bad_field, bad_json
+from sglang.srt.entrypoints.http_errors import ApiShape, JsonResponse, bad_field
 from sglang.srt.entrypoints.openai.chat_messages import template_kwargs, template_messages
 from sglang.srt.entrypoints.openai.protocol import ChatBody, CompletionBody
 from sglang.srt.entrypoints.openai.responses_fields import ResponsesBody, read_responses
@@ -29,8 +29,10 @@ from sglang.srt.entrypoints.openai.serving_completions import read_completion, r
 from sglang.srt.entrypoints.openai.tool_fields import read_tool_use
 from sglang.srt.entrypoints.request_body import (
     FieldValue,
+    content_type,
     off_loop,
     read_body,
+    read_json_body,
     split_body,
     split_object,
 )
@@ -178,7 +180,7 @@ class ApiDoors:
 
     async def _read_generate(self, request: Request) -> GenerateCall:
         """The request in either form; its body is gone when this returns."""
-        if _content_type(request) != "application/octet-stream":
+        if content_type(request) != "application/octet-stream":
             body = await read_body(request, self._context.request_byte_limit)
             return await off_loop(len(body), parse_generate, body)
         body = await read_body(request, self._context.binary_byte_limit)
@@ -187,13 +189,7 @@ class ApiDoors:
 
     async def _openai_body(self, request: Request) -> bytearray:
         """The body of an OpenAI request, which SGLang takes as application/json only."""
-        if _content_type(request) != "application/json":
-            raise bad_json("the content type must be application/json")
-        return await read_body(request, self._context.request_byte_limit)
-
-
-def _content_type(request: Request) -> str:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        return await read_json_body(request, self._context.request_byte_limit)
 
 
 def _parse_chat(body: bytearray) -> ChatBody:

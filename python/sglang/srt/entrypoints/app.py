@@ -8,6 +8,7 @@ work here, and its layers would stand between every event of a stream and the so
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -16,14 +17,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sglang.srt.entrypoints.admin_doors import AdminDoors
+from sglang.srt.entrypoints.anthropic.messages_doors import MessagesDoors
 from sglang.srt.entrypoints.api_doors import ApiDoors
 from sglang.srt.entrypoints.http_errors import error_response
 from sglang.srt.entrypoints.http_gate import Gate, shape_of
 from sglang.srt.entrypoints.memory_doors import MemoryDoors
+from sglang.srt.entrypoints.ollama.ollama_doors import OllamaDoors
 from sglang.srt.entrypoints.parser_doors import ParserDoors
 from sglang.srt.entrypoints.request_body import ClientGoneError
 from sglang.srt.entrypoints.sequences import CLIENT_CLOSED
 from sglang.srt.entrypoints.server_context import ServerContext
+from sglang.srt.environ import OllamaRoutes
 from sglang.srt.errors import RequestError
 
 Door = Callable[[Request], Awaitable[Response]]
@@ -36,6 +40,8 @@ def build_app(context: ServerContext) -> Starlette:
     api, admin, memory = ApiDoors(context), AdminDoors(context), MemoryDoors(context)
     parsers = ParserDoors(context)
     routes: list[tuple[str, list[str], Door]] = [
+        *_ollama_routes(context),
+        *_anthropic_routes(context),
         ("/", ["GET", "HEAD"], admin.root),
         ("/health", GET, admin.health),
         ("/ready", GET, admin.health),
@@ -67,32 +73,57 @@ def build_app(context: ServerContext) -> Starlette:
     ]
     if context.metrics is not None:
         routes.append(("/metrics", GET, admin.metrics))
+    ollama = context.environ.ollama_routes
     return Starlette(
-        routes=[Route(path, _guarded(door), methods=methods) for path, methods, door in routes],
+        routes=[
+            Route(path, _guarded(door, ollama), methods=methods) for path, methods, door in routes
+        ],
         middleware=[Middleware(Gate, context=context)],
-        exception_handlers={Exception: _unexpected},
+        exception_handlers={Exception: partial(_unexpected, ollama)},
     )
 
 
-def _guarded(door: Door) -> Door:
+def _ollama_routes(context: ServerContext) -> list[tuple[str, list[str], Door]]:
+    """The first of all, so that a path that was chosen for them is theirs."""
+    paths, doors = context.environ.ollama_routes, OllamaDoors(context)
+    routes: list[tuple[str, list[str], Door]] = [
+        (paths.chat, POST, doors.chat),
+        (paths.generate, POST, doors.generate),
+        (paths.tags, GET, doors.tags),
+        (paths.show, POST, doors.show),
+        (paths.ps, GET, doors.ps),
+        (paths.version, GET, doors.version),
+    ]
+    return [*routes, (paths.root, ["GET", "HEAD"], doors.root)] if paths.root else routes
+
+
+def _anthropic_routes(context: ServerContext) -> list[tuple[str, list[str], Door]]:
+    doors = MessagesDoors(context)
+    return [
+        ("/v1/messages", POST, doors.messages),
+        ("/v1/messages/count_tokens", POST, doors.count_tokens),
+    ]
+
+
+def _guarded(door: Door, ollama: OllamaRoutes) -> Door:
     """The door with its errors turned into replies."""
 
     async def guarded(request: Request) -> Response:
         try:
             return await door(request)
         except RequestError as error:
-            return error_response(shape_of(request.url.path), error)
+            return error_response(shape_of(request.url.path, ollama), error)
         except ClientGoneError:
             return Response(status_code=CLIENT_CLOSED)  # nobody reads it
 
     return guarded
 
 
-async def _unexpected(request: Request, error: Exception) -> Response:
+async def _unexpected(ollama: OllamaRoutes, request: Request, error: Exception) -> Response:
     """The reply to a bug; the traceback is in the server's log, not in the reply.
 
     The server closes the connection after it, so the client has to be told not to use it again.
     """
     message = f"Internal server error: {type(error).__name__}"
     refusal = RequestError(message, 500)
-    return error_response(shape_of(request.url.path), refusal, {"connection": "close"})
+    return error_response(shape_of(request.url.path, ollama), refusal, {"connection": "close"})

@@ -9,7 +9,7 @@ at the next write, which during a long prefill is minutes away.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -24,11 +24,18 @@ from sglang.srt.managers.io_struct import PrefillProgress
 T = TypeVar("T")
 
 DONE_EVENT = b"data: [DONE]\n\n"
+SERVER_SENT_EVENTS = "text/event-stream"
+NDJSON = "application/x-ndjson"
 
 
 def event(content: Any) -> bytes:
     """One server-sent event with a JSON object."""
     return b"data: " + dump_json(content) + b"\n\n"
+
+
+def named_event(content: Mapping[str, Any]) -> bytes:
+    """One server-sent event with a JSON object, named as the object's `type`."""
+    return f"event: {content['type']}\ndata: ".encode() + dump_json(content) + b"\n\n"
 
 
 def progress_comment(index: int, progress: PrefillProgress) -> bytes:
@@ -71,17 +78,21 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(Response):
-    """A `text/event-stream` reply from an iterator of encoded events.
+    """A reply from an iterator of encoded events, server-sent ones or lines of JSON.
 
     The status line is sent with the first event, so an error raised before it becomes an ordinary
     error reply. The iterator is closed in every case; after a disconnect it is cancelled where it
     waits. Errors after the first event are the iterator's business.
     """
 
-    media_type = "text/event-stream"
-
-    def __init__(self, shape: ApiShape, events: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+    def __init__(
+        self,
+        shape: ApiShape,
+        events: AsyncGenerator[bytes, None],
+        media_type: str = SERVER_SENT_EVENTS,
+    ) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(headers=headers, media_type=media_type)
         del self.headers["content-length"]
         self._shape = shape
         self._events = events

@@ -24,6 +24,14 @@ _TYPE_OF_STATUS = {
     500: "InternalServerError",
     503: "ServiceUnavailable",
 }
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 _RETRYABLE = frozenset({429, 503})
 
 
@@ -33,6 +41,8 @@ class ApiShape(enum.Enum):
     NATIVE = "native"
     OPENAI = "openai"
     RESPONSES = "responses"
+    ANTHROPIC = "anthropic"
+    OLLAMA = "ollama"
 
 
 class JsonResponse(Response):
@@ -62,6 +72,12 @@ def error_body(shape: ApiShape, error: RequestError) -> dict[str, Any]:
     if shape is ApiShape.RESPONSES:
         kind = "invalid_request_error" if error.http_status < 500 else "server_error"
         return {"error": {"message": error.message, "type": kind, "param": None, "code": None}}
+    if shape is ApiShape.OLLAMA:
+        return {"error": error.message}
+    if shape is ApiShape.ANTHROPIC:
+        usual = "invalid_request_error" if error.http_status < 500 else "api_error"
+        kind = _ANTHROPIC_TYPES.get(error.http_status, usual)
+        return {"type": "error", "error": {"type": kind, "message": error.message}}
     return {
         "object": "error",
         "message": error.message,
@@ -78,10 +94,19 @@ def error_response(
     return JsonResponse(error_body(shape, error), status_code=error.http_status, headers=headers)
 
 
+def unauthorized(shape: ApiShape) -> Response:
+    """The reply to a request without the key."""
+    if shape is ApiShape.ANTHROPIC:
+        return error_response(shape, RequestError("The API key is missing or wrong.", 401))
+    return JsonResponse({"error": "Unauthorized"}, status_code=401)
+
+
 def stream_error(shape: ApiShape, error: RequestError) -> dict[str, Any]:
     """The object of the one event that ends a stream which had already begun."""
     if shape is ApiShape.OPENAI:
         return {"error": error_body(shape, error)}
+    if shape in (ApiShape.ANTHROPIC, ApiShape.OLLAMA):
+        return error_body(shape, error)
     return {
         "error": {
             "message": error.message,

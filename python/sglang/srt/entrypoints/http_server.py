@@ -66,9 +66,15 @@ def uvicorn_config(context: ServerContext) -> uvicorn.Config:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; connections wait in its queue from now on. Raises OSError."""
+    """A listening socket; connections wait in its queue from now on. Raises OSError.
+
+    Its connections send what is small at once: asyncio asks for that only where a socket's protocol
+    is named, and a reply's body would wait for the client's word that it has the head.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 class Launcher:

@@ -61,6 +61,18 @@ async def read_body(request: Request, limit: int) -> bytearray:
             return body
 
 
+async def read_json_body(request: Request, limit: int) -> bytearray:
+    """`read_body` for APIs that take application/json only; RequestError 400 for other types."""
+    if content_type(request) != "application/json":
+        raise bad_json("the content type must be application/json")
+    return await read_body(request, limit)
+
+
+def content_type(request: Request) -> str:
+    """The type of a body, without its parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 def _too_large(limit: int) -> RequestError:
     return RequestError(
         f"The request body is larger than the limit of {limit} bytes (--max-request-bytes).", 413

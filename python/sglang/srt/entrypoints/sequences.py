@@ -181,13 +181,19 @@ class SequenceRunner:
         aborted then, as they are when this is cancelled.
         """
         outputs = [SequenceOutput() for _ in range(call.num_sequences)]
-        async with aclosing(self.stream(call)) as deltas:
+        async with aclosing(self.answers(call)) as deltas:
             async for index, delta in deltas:
                 outputs[index].add(delta)
+        return outputs
+
+    async def answers(self, call: Call) -> AsyncGenerator[Delta, None]:
+        """`stream`, but an abort that the engine decided is raised as the RequestError it is."""
+        async with aclosing(self.stream(call)) as deltas:
+            async for index, delta in deltas:
                 error = abort_error(delta.finish_reason)
                 if error is not None:
                     raise error
-        return outputs
+                yield index, delta
 
     async def stream(self, call: Call) -> AsyncGenerator[Delta, None]:
         """Deltas of all sequences as they come, each with its sequence number.

@@ -9,8 +9,10 @@ from __future__ import annotations
 import enum
 import time
 
+from sglang.srt.entrypoints.anthropic.serving_messages import MessageServing
 from sglang.srt.entrypoints.binary_ids import ID_BYTES
 from sglang.srt.entrypoints.generate_api import GenerateServer
+from sglang.srt.entrypoints.ollama.serving_ollama import OllamaServing
 from sglang.srt.entrypoints.openai.responses_store import ResponseStore
 from sglang.srt.entrypoints.openai.serving_base import OpenAIOptions, default_sampling
 from sglang.srt.entrypoints.openai.serving_chat import ChatServing
@@ -66,7 +68,9 @@ class Serving:
         )
         self.chat = ChatServing(service, self.runner, options)
         self.responses = ResponseServing(self.chat, ResponseStore())
+        self.messages = MessageServing(self.chat)
         self.completions = CompletionServing(service, self.runner, options)
+        self.ollama = OllamaServing(self.chat, self.completions)
 
 
 class ServerContext:

@@ -88,8 +88,8 @@ CALL_FORMATS: dict[str, CallFormat] = {
 }
 
 
-def new_call_id(parser: str) -> str:
+def new_call_id(parser: str, prefix: str = "call_") -> str:
     """An id for a call; Mistral's chat templates take nine letters and digits only."""
     if parser == "mistral":
         return "".join(secrets.choice(_MISTRAL_ID_CHARS) for _ in range(9))
-    return f"call_{secrets.token_hex(12)}"
+    return f"{prefix}{secrets.token_hex(12)}"

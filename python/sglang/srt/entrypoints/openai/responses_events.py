@@ -11,20 +11,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang.srt.entrypoints.http_errors import dump_json
-from sglang.srt.function_call.core_types import (
-    CallArguments,
-    CallBroken,
-    CallEnd,
-    CallStart,
-    Content,
-    Event,
-    Reasoning,
-    merged,
+from sglang.srt.entrypoints.event_stream import named_event
+from sglang.srt.entrypoints.openai.answer_reader import (
+    BlockBegin,
+    BlockKind,
+    BlockReader,
+    BlockText,
+    Step,
 )
+from sglang.srt.function_call.core_types import Event
 
 StreamEvent = dict[str, Any]
 REASONING, MESSAGE, CALL = "reasoning", "message", "function_call"
+_KINDS = {BlockKind.REASONING: REASONING, BlockKind.TEXT: MESSAGE, BlockKind.CALL: CALL}
 _ID_PREFIXES = {REASONING: "rs", MESSAGE: "msg", CALL: "fc"}
 _DELTAS = {
     REASONING: "response.reasoning_text",
@@ -38,20 +37,6 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{uuid.uuid4().hex}"
 
 
-def settled(events: Iterable[Event]) -> list[Event]:
-    """The events of a whole answer, with what was read of calls that are none as content."""
-    result: list[Event] = []
-    begin = 0
-    for event in events:
-        if isinstance(event, CallStart):
-            begin = len(result)
-        if isinstance(event, CallBroken):
-            result[begin:] = [Content(event.raw)]
-        else:
-            result.append(event)
-    return merged(result)
-
-
 class EventEncoder:
     """Numbers the events of one stream, and writes them as server-sent events."""
 
@@ -62,7 +47,7 @@ class EventEncoder:
         """One event with its name and its number."""
         numbered = {**event, "sequence_number": self._next}
         self._next += 1
-        return f"event: {event['type']}\ndata: ".encode() + dump_json(numbered) + b"\n\n"
+        return named_event(numbered)
 
 
 @dataclass
@@ -97,15 +82,14 @@ class _Item:
 class OutputWriter:
     """Takes an answer's parsed events in order; what they make is in `items` after `finish`.
 
-    White space is no message of its own: it waits for text, and is dropped before calls.
     Log probabilities go with the next text of a message, whatever their tokens were.
     """
 
     def __init__(self, new_call_id: Callable[[], str]) -> None:
         self.items: list[dict[str, Any]] = []
         self._new_call_id = new_call_id
+        self._blocks = BlockReader()
         self._open: _Item | None = None
-        self._space: list[str] = []
         self._logprobs: list[dict[str, Any]] = []
 
     def feed(
@@ -113,51 +97,30 @@ class OutputWriter:
     ) -> list[StreamEvent]:
         """What the events add to the stream; `logprobs` are OpenAI's objects of their tokens."""
         self._logprobs += logprobs
-        return [shown for event in events for shown in self._take(event)]
+        return self._shown(self._blocks.feed(events))
 
     def finish(self, is_complete: bool) -> list[StreamEvent]:
         """Close what is open; a complete answer has a message, if an empty one, or a call."""
-        shown: list[StreamEvent] = []
-        says = any(item["type"] != REASONING for item in self.items)
-        is_open = self._open is not None and self._open.kind != REASONING
-        if not (says or is_open) and (self._space or is_complete):
-            shown += self._begin(MESSAGE)
-            shown += self._text("".join(self._space))
-        return [*shown, *self._close("completed" if is_complete else "incomplete")]
+        return self._shown(self._blocks.finish(is_complete))
 
-    def _take(self, event: Event) -> list[StreamEvent]:
-        if isinstance(event, CallStart):
-            self._space.clear()
-            return self._begin(CALL, call_id=self._new_call_id(), name=event.name)
-        if isinstance(event, CallArguments):
-            return self._text(event.text)
-        if isinstance(event, CallEnd):
-            return self._close("completed")
-        if isinstance(event, CallBroken):  # what was sent can't be taken back
-            return self._close("incomplete")
-        if isinstance(event, Reasoning):
-            return [*self._in(REASONING), *self._text(event.text)]
-        if not self._is_in(MESSAGE) and not event.text.strip():
-            self._space.append(event.text)
-            return []
-        text = "".join([*self._space, event.text])
-        self._space.clear()
-        return [*self._in(MESSAGE), *self._text(text)]
+    def _shown(self, steps: Iterable[Step]) -> list[StreamEvent]:
+        return [shown for step in steps for shown in self._show(step)]
 
-    def _is_in(self, kind: str) -> bool:
-        return self._open is not None and self._open.kind == kind
+    def _show(self, step: Step) -> list[StreamEvent]:
+        if isinstance(step, BlockBegin):
+            return self._begin(_KINDS[step.kind], step.name)
+        if isinstance(step, BlockText):
+            return self._text(step.text)
+        return self._close("completed" if step.is_complete else "incomplete")
 
-    def _in(self, kind: str) -> list[StreamEvent]:
-        return [] if self._is_in(kind) else self._begin(kind)
-
-    def _begin(self, kind: str, **call: str) -> list[StreamEvent]:
-        shown = self._close("completed")
+    def _begin(self, kind: str, name: str) -> list[StreamEvent]:
+        call = {"call_id": self._new_call_id(), "name": name} if kind == CALL else {}
         item = _Item(kind, new_id(_ID_PREFIXES[kind]), len(self.items), call)
         self._open = item
         added = item.shown("in_progress", [])
-        shown.append(
+        shown: list[StreamEvent] = [
             {"type": "response.output_item.added", "output_index": item.index, "item": added}
-        )
+        ]
         if kind != CALL:
             part = {"type": "response.content_part.added", **_place(item), "part": item.part()}
             shown.append(part)
@@ -165,7 +128,7 @@ class OutputWriter:
 
     def _text(self, text: str) -> list[StreamEvent]:
         item = self._open
-        if item is None or not text:
+        if item is None:
             return []
         item.texts.append(text)
         delta = {"type": f"{_DELTAS[item.kind]}.delta", **_place(item), "delta": text}

@@ -32,7 +32,7 @@ from sglang.srt.entrypoints.openai.serving_base import (
 )
 from sglang.srt.entrypoints.openai.tool_fields import ToolUse, read_tool_use
 from sglang.srt.entrypoints.request_body import RawFields, off_loop
-from sglang.srt.entrypoints.sequences import Call, SequenceOutput, abort_error
+from sglang.srt.entrypoints.sequences import Call, SequenceOutput
 from sglang.srt.errors import RequestError
 from sglang.srt.function_call.strict_calls import strict_tag
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest
@@ -198,15 +198,12 @@ class ChatServing(OpenAIServing):
         begun: dict[int, tuple[StreamedChoice, ReasoningCount]] = {}
         has_sent = False
         try:
-            async with aclosing(self.runner.stream(chat.call)) as deltas:
+            async with aclosing(self.runner.answers(chat.call)) as deltas:
                 async for index, delta in deltas:
                     if delta.progress is not None:
                         has_sent = True
                         yield progress_comment(index, delta.progress)
                         continue
-                    error = abort_error(delta.finish_reason)
-                    if error is not None:
-                        raise error
                     opening = () if index in begun else (_OPENING,)
                     if opening:
                         begun[index] = self._begin_choice(chat)

@@ -31,7 +31,7 @@ from sglang.srt.entrypoints.request_body import (
     list_kind,
     off_loop,
 )
-from sglang.srt.entrypoints.sequences import Call, SequenceOutput, abort_error
+from sglang.srt.entrypoints.sequences import Call, SequenceOutput
 from sglang.srt.entrypoints.token_id_reader import IdLists
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
@@ -154,15 +154,12 @@ class CompletionServing(OpenAIServing):
         begun: set[int] = set()
         has_sent = False
         try:
-            async with aclosing(self.runner.stream(completion.call)) as deltas:
+            async with aclosing(self.runner.answers(completion.call)) as deltas:
                 async for index, delta in deltas:
                     if delta.progress is not None:
                         has_sent = True
                         yield progress_comment(index, delta.progress)
                         continue
-                    error = abort_error(delta.finish_reason)
-                    if error is not None:
-                        raise error
                     usage.note(index, delta)
                     echo = "" if index in begun else _echo(completion, index)
                     begun.add(index)

@@ -18,26 +18,26 @@ import orjson
 from sglang.srt.entrypoints.event_stream import progress_comment
 from sglang.srt.entrypoints.http_errors import bad_field, dump_json
 from sglang.srt.entrypoints.logprob_format import chat_content, formatted_bytes
+from sglang.srt.entrypoints.openai.answer_reader import (
+    AnswerReader,
+    WholeAnswer,
+    whole_answer,
+)
 from sglang.srt.entrypoints.openai.responses_events import (
     EventEncoder,
     OutputWriter,
     StreamEvent,
     new_id,
-    settled,
 )
 from sglang.srt.entrypoints.openai.responses_fields import ResponsesBody, chat_body, echoed
 from sglang.srt.entrypoints.openai.responses_items import Message, messages_of
 from sglang.srt.entrypoints.openai.responses_store import ResponseStore, Turn
-from sglang.srt.entrypoints.openai.serving_base import last_of
 from sglang.srt.entrypoints.openai.serving_chat import ChatCall, ChatServing
 from sglang.srt.entrypoints.request_body import off_loop
-from sglang.srt.entrypoints.sequences import SequenceOutput, abort_error
 from sglang.srt.errors import RequestError
-from sglang.srt.function_call.core_types import Content, Event, TextParser
 from sglang.srt.function_call.function_call_parser import new_call_id
 from sglang.srt.managers.generate_request import GenerateDelta
 from sglang.srt.managers.io_struct import FinishReason, LogprobArrays
-from sglang.srt.parser.answer_parser import PARSE_BYTES_PER_CHAR, ReasoningCount
 
 _MESSAGES: msgspec.json.Decoder[list[Message]] = msgspec.json.Decoder(list[Message])
 _FINAL_EVENTS = {"completed": "response.completed", "failed": "response.failed"}
@@ -100,23 +100,18 @@ class ResponseServing:
         """The whole response as JSON. Raises RequestError."""
         self._running[call.id] = call
         try:
-            (output,) = await self._chat.runner.collect(call.chat.call)
-            size = formatted_bytes(output.output_logprobs)
-            size += PARSE_BYTES_PER_CHAR * len(output.text)
-            response = await off_loop(size, self._whole, call, output)
+            answer = await whole_answer(self._chat, call.chat)
+            size = formatted_bytes(answer.output.output_logprobs)
+            response = await off_loop(size, self._whole, call, answer)
             return await self._end(call, response)
         finally:
             self._running.pop(call.id, None)
 
-    def _whole(self, call: ResponseCall, output: SequenceOutput) -> dict[str, Any]:
-        last = last_of(output)
-        parser = call.chat.form.make_parser()
+    def _whole(self, call: ResponseCall, answer: WholeAnswer) -> dict[str, Any]:
         writer = _writer(call)
-        events = settled(_parsed(parser, output.text, is_last=True))
-        writer.feed(events, self._logprobs(call, output.output_logprobs))
-        writer.finish(_status(last.finish_reason) == "completed")
-        count = ReasoningCount(call.chat.form, self._chat.token_text)
-        return _ended(call, writer.items, last, count.add(output.output_ids))
+        writer.feed(answer.events, self._logprobs(call, answer.output.output_logprobs))
+        writer.finish(_status(answer.last.finish_reason) == "completed")
+        return _ended(call, writer.items, answer.last, answer.num_reasoning)
 
     def _logprobs(self, call: ResponseCall, arrays: LogprobArrays | None) -> list[dict[str, Any]]:
         if arrays is None or not call.chat.body.logprobs:
@@ -135,14 +130,11 @@ class ResponseServing:
 
     async def _answered(self, call: ResponseCall) -> AsyncGenerator[bytes, None]:
         encoder = EventEncoder()
-        answer = _StreamedAnswer(call, ReasoningCount(call.chat.form, self._chat.token_text))
+        answer = _StreamedAnswer(call, AnswerReader(call.chat.form, self._chat.token_text))
         has_begun = False
         try:
-            async with aclosing(self._chat.runner.stream(call.chat.call)) as deltas:
+            async with aclosing(self._chat.runner.answers(call.chat.call)) as deltas:
                 async for index, delta in deltas:
-                    error = abort_error(delta.finish_reason)
-                    if error is not None:
-                        raise error
                     if not has_begun:
                         has_begun = True
                         for one in _begin(call):
@@ -204,21 +196,15 @@ class ResponseServing:
 class _StreamedAnswer:
     """One answer of a stream, as far as it has come."""
 
-    def __init__(self, call: ResponseCall, count: ReasoningCount) -> None:
+    def __init__(self, call: ResponseCall, reader: AnswerReader) -> None:
         self._call = call
-        self._parser = call.chat.form.make_parser()
+        self._reader = reader
         self._writer = _writer(call)
-        self._count = count
-        self._num_reasoning = 0
-        self._last: GenerateDelta | None = None
 
     def take(self, delta: GenerateDelta, logprobs: list[dict[str, Any]]) -> list[StreamEvent]:
         """The events of a delta."""
-        self._last = delta
-        self._num_reasoning = self._count.add(delta.output_ids)
-        is_last = delta.finish_reason is not None
-        shown = self._writer.feed(_parsed(self._parser, delta.text, is_last), logprobs)
-        if is_last:
+        shown = self._writer.feed(self._reader.take(delta), logprobs)
+        if delta.finish_reason is not None:
             shown += self._writer.finish(_status(delta.finish_reason) == "completed")
         return shown
 
@@ -228,7 +214,8 @@ class _StreamedAnswer:
 
     def response(self) -> dict[str, Any]:
         """The response with all items that are closed."""
-        return _ended(self._call, self._writer.items, self._last, self._num_reasoning)
+        reader = self._reader
+        return _ended(self._call, self._writer.items, reader.last, reader.num_reasoning)
 
 
 def _unknown(response_id: str) -> RequestError:
@@ -244,12 +231,6 @@ def _told(turn: Turn) -> list[Message]:
 def _writer(call: ResponseCall) -> OutputWriter:
     parser = call.chat.form.names.tool_call or ""
     return OutputWriter(lambda: new_call_id(parser))
-
-
-def _parsed(parser: TextParser | None, text: str, is_last: bool) -> list[Event]:
-    if parser is None:
-        return [Content(text)] if text else []
-    return [*parser.feed(text), *(parser.finish() if is_last else ())]
 
 
 def _status(reason: FinishReason | None) -> str:
