@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from sglang.srt.speculative.draft_plan import _LEAST_GAIN, Offer, plan_lengths
+from sglang.srt.speculative.draft_plan import _LEAST_GAIN, Offer, may_gain, plan_lengths
 from sglang.srt.speculative.step_costs import StepCosts
 
 
@@ -41,6 +41,14 @@ def test_tokens_that_cost_nothing_are_all_drafted_and_dear_ones_are_not() -> Non
     assert plan_lengths(offers, lambda n: 1.0, 6) == [1, 2, 0], "the likeliest come first"
     assert plan_lengths(offers, float, 100) == [0, 0, 0]
     assert plan_lengths([], float, 8) == []
+
+
+def test_nobody_looks_for_drafts_that_can_not_pay() -> None:
+    assert may_gain(1, 8, lambda n: 1.0, 64)
+    assert not may_gain(1, 8, float, 64), "a token more costs as much as a step"
+    assert not may_gain(40, 8, lambda n: 1.0, 64), "no room for one each"
+    assert may_gain(2, 3, lambda n: 4.0 if n < 8 else 10.0, 64)
+    assert not may_gain(2, 3, lambda n: 4.0 if n < 4 else 10.0 * n, 64)
 
 
 def test_costs_are_lines_between_what_was_seen() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang.srt.managers.schedule_batch import Req, ScheduledReq
-from sglang.srt.speculative.draft_plan import Offer, plan_lengths
+from sglang.srt.speculative.draft_plan import Offer, may_gain, plan_lengths
 from sglang.srt.speculative.ngram_drafts import NgramDrafts, NgramRules
 from sglang.srt.speculative.step_costs import StepCosts
 
@@ -55,10 +55,13 @@ class DraftPolicy:
         better to wait for them, as there is something to draft, or they are those of drafts.
         """
         rules = self._rules
-        if rules is None or not decodes or len(decodes) >= rules.max_step_tokens:
+        if rules is None or not decodes:
+            return decodes
+        most, seconds = rules.max_step_tokens, self._costs.seconds
+        if not may_gain(len(decodes), rules.max_draft_tokens, seconds, most):
             return decodes
         offers = [_offer_of(item.req, context_length) for item in decodes]
-        lengths = plan_lengths(offers, self._costs.seconds, rules.max_step_tokens)
+        lengths = plan_lengths(offers, seconds, most)
         if ahead:
             return None if any(lengths) else decodes
         pairs = zip(decodes, lengths, strict=True)

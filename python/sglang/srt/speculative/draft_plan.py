@@ -23,6 +23,15 @@ class Offer(NamedTuple):
     most: int
 
 
+def may_gain(
+    num_decodes: int, max_draft: int, seconds: Callable[[int], float], max_tokens: int
+) -> bool:
+    """Whether drafts of some length would pay if all were right; else nobody need look for any."""
+    plain = _LEAST_GAIN / seconds(num_decodes)
+    sizes = (num_decodes * (1 + length) for length in range(1, max_draft + 1))
+    return any(size / num_decodes / seconds(size) > plain for size in sizes if size <= max_tokens)
+
+
 def plan_lengths(
     offers: Sequence[Offer], seconds: Callable[[int], float], max_tokens: int
 ) -> list[int]:

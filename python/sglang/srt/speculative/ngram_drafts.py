@@ -81,12 +81,15 @@ class NgramDrafts:
         self.num_proposed = 0
         self.num_correct = 0
         self._rules = rules
-        self._index = NgramIndex(rules.min_match, expected_tokens)
+        self._expected_tokens = expected_tokens
+        self._index: NgramIndex | None = None  # made when it is filled: many wait
         self._chances = tuple(_Chance(assumed) for _, assumed in _CLASSES)
         self._match: Match | None = None  # that of the offer
 
     def index(self, tokens: Int32Array, end: int) -> None:
         """Take in tokens before position `end`, a bounded number of them; the rest another time."""
+        if self._index is None:
+            self._index = NgramIndex(self._rules.min_match, self._expected_tokens)
         self._index.extend(tokens, min(end, self._index.num_indexed + _INDEX_TOKENS))
 
     def offer(self, tokens: Int32Array, room: int) -> Offer:
@@ -96,7 +99,9 @@ class NgramDrafts:
         """
         self.index(tokens, len(tokens) - 1)
         most = min(room, self._rules.max_draft_tokens)
-        self._match = self._index.find(tokens, self._rules.max_match) if most > 0 else None
+        self._match = None
+        if self._index is not None and most > 0:
+            self._match = self._index.find(tokens, self._rules.max_match)
         if self._match is None:
             return Offer(0.0, 0)
         return Offer(self._chance_of(self._match).value, most)
