@@ -67,7 +67,8 @@ def process_result(
             output = result.output_logprobs[index]
             if output is not None:
                 req.output_logprobs.append(output)
-        elif req.extend_left == 0 and req.max_new_tokens == 0:
+        elif item.start + item.num_tokens >= req.known and req.max_new_tokens == 0:
+            # Of this step, not of one ahead of it: what that one brings is still to come.
             req.finish(FinishReason("length", length=0))
 
 
