@@ -25,6 +25,7 @@ from sglang.srt.configs.model_config import (
     ModelConfig,
     resolve_context_length,
 )
+from sglang.srt.configs.pooling_config import causal_name
 from sglang.srt.configs.rope_config import RopeConfig
 from sglang.srt.environ import Environ
 
@@ -86,7 +87,7 @@ def test_plain_fields(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_missing_fields_mean_what_transformers_means(tmp_path: Path, architecture: str) -> None:
-    hf = HF_CONFIGS[architecture]()
+    hf = HF_CONFIGS[causal_name(architecture)]()
     path = write(tmp_path, {"architectures": [architecture]})
     config = ModelConfig.from_path(path)
     assert config.model_type == MULTIMODAL.get(architecture, hf.model_type)

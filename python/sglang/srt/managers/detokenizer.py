@@ -81,6 +81,7 @@ class Detokenizer:
             finish_reason=out.finish_reason,
             input_logprobs=out.input_logprobs,
             output_logprobs=out.output_logprobs,
+            pooled=out.pooled,
         )
         stream.read(out, news)
         return news

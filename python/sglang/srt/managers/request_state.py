@@ -91,6 +91,7 @@ class RequestState:
             input_logprobs=self._input_logprobs,
             output_logprobs=concat_logprobs(self._output_logprobs),
             dp_rank=self.shown_dp_rank,
+            pooled=None if last.pooled is None else np.frombuffer(last.pooled, "<f4"),
         )
         self._text = io.StringIO()
         self._ids = bytearray()

@@ -58,6 +58,14 @@ def input_logprobs(state: LogprobState, prompt_ids: np.ndarray) -> LogprobArrays
     return concat_logprobs([first, *state.input_parts])
 
 
+def _pooled(req: Req) -> bytes | None:
+    """The vector of a request that has ended well; None for all others."""
+    reason = req.finish_reason
+    if req.pooling is None or reason is None or reason.type == "abort":
+        return None
+    return req.pooling.vector().tobytes()
+
+
 class OutputCollector:
     """Gathers the news of one turn; `take` hands them over as one message."""
 
@@ -89,6 +97,7 @@ class OutputCollector:
                 input_logprobs=self._prompt_logprobs(req),
                 output_logprobs=logprobs,
                 detok=req.detok,
+                pooled=_pooled(req),
             )
         )
         req.detok = None

@@ -55,6 +55,8 @@ def process_result(
         part = result.input_logprobs[position]
         if part is not None and req.logprob is not None:
             req.logprob.input_parts.append(part)
+        if req.pooling is not None and position in result.pooled:
+            req.pooling.add(result.pooled[position])
         if req.state is ReqState.PREFILL:
             end = item.start + item.num_tokens
             ends_prompt = end >= req.known

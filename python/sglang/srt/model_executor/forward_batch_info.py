@@ -95,6 +95,9 @@ class ForwardBatch:
     Packed rows `relay_at` take the token that the forward before sampled for KV rows
     `relay_rows`: the worker writes them into `input_ids` right before it computes, and nothing
     else of a batch ever changes.
+
+    `num_pooled` [B] are the rows of `logits_rows` whose hidden states each request pools; they
+    stand one request after another. A batch that pools samples nothing.
     """
 
     forward_mode: ForwardMode
@@ -109,6 +112,7 @@ class ForwardBatch:
     progress: Progress
     relay_at: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
     relay_rows: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
+    num_pooled: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def num_tokens(self) -> int:
@@ -197,6 +201,7 @@ class ForwardBatch:
             progress=progress,
             relay_at=relay_at,
             relay_rows=relay_rows,
+            num_pooled=np.array([item.pooled_rows()[1] for item in items], np.int64),
         )
 
 
@@ -231,11 +236,13 @@ def _block_tables(
 
 
 def _logits_rows(batch: ScheduleBatch, starts: Int64Array) -> Int64Array:
-    """Packed rows whose logits are wanted, ascending: prompt logprobs, then the row to sample."""
+    """Packed rows that are wanted of the model, ascending.
+
+    Prompt logprobs, then the row to sample; or those to pool.
+    """
     rows: list[int] = []
     for item, q_start in zip(batch.items, starts.tolist(), strict=True):
-        first, count = item.logprob_rows()
-        if count:
+        for first, count in (item.logprob_rows(), item.pooled_rows()):
             begin = q_start + first - item.start
             rows += range(begin, begin + count)
         if item.sample:

@@ -9,7 +9,20 @@ from sglang.srt.configs.families.llama4 import LLAMA4, LLAMA4_MULTIMODAL
 from sglang.srt.configs.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from sglang.srt.configs.model_traits import ModelFamily
 
-FAMILIES: dict[str, ModelFamily] = {  # by architecture
+# Decoders with no head that writes: with one that classifies, or with none at all.
+POOLED_FAMILIES: dict[str, ModelFamily] = {
+    "LlamaModel": LLAMA,
+    "LlamaForSequenceClassification": LLAMA,
+    "MistralModel": MISTRAL,
+    "MistralForSequenceClassification": MISTRAL,
+    "Qwen2Model": QWEN2,
+    "Qwen2ForSequenceClassification": QWEN2,
+    "Qwen3Model": QWEN3,
+    "Qwen3ForSequenceClassification": QWEN3,
+}
+# By architecture. Of several of one type the last is what a file that names none means.
+FAMILIES: dict[str, ModelFamily] = {
+    **POOLED_FAMILIES,
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
     "Qwen2ForCausalLM": QWEN2,
