@@ -12,7 +12,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.entrypoints.encode_api import ENCODE_FIELDS
 from sglang.srt.entrypoints.generate_request_body import FIELDS_HEADER, GENERATE_FIELDS
+from sglang.srt.entrypoints.openai.pooling_fields import (
+    CLASSIFY_FIELDS,
+    EMBEDDING_FIELDS,
+    RERANK_FIELDS,
+    SCORE_FIELDS,
+)
 from sglang.srt.entrypoints.openai.protocol import CHAT_FIELDS, COMPLETION_FIELDS
 from sglang.srt.entrypoints.openai.responses_fields import RESPONSES_FIELDS
 from sglang.srt.entrypoints.openai.responses_store import RESPONSE_STORE_BYTES
@@ -42,6 +49,9 @@ nothing (null, and the values in brackets). Null means "not given".
 | `/v1/responses` | POST | OpenAI's Responses API, see below |
 | `/v1/responses/{id}` | GET, DELETE | a kept response |
 | `/v1/responses/{id}/cancel` | POST | ends a running response |
+| `/v1/embeddings` | POST | OpenAI's API, with a model that is [pooled](embeddings.md) |
+| `/v1/classify`, `/v1/rerank`, `/v1/score` | POST | [SGLang's](embeddings.md) |
+| `/encode`, `/classify` | POST, PUT | SGLang's native API of vectors |
 | `/v1/models`, `/v1/models/{id}` | GET | `max_model_len` is the effective context |
 | `/tokenize`, also below `/v1` | POST | `prompt` (one text or several) or `messages`, to `tokens` |
 | `/detokenize`, also below `/v1` | POST | `tokens` (a list of ids or of such lists), to `text` |
@@ -66,8 +76,7 @@ nothing (null, and the values in brackets). Null means "not given".
   types at `/v1/responses`, and `{"error": {"message": ...}}` elsewhere. In a stream that has
   begun, the event `{"error": ...}` holds the former, or a message with `type`, `code` and
   `retryable`.
-- Any other path is answered with 404: embeddings, scores, `/v1/messages`, sessions and LoRA
-  adapters are not served.
+- Any other path is answered with 404: `/v1/messages`, sessions and LoRA adapters are not served.
 - With `--api-key` every path but the four of health asks for `Authorization: Bearer KEY` (401
   `{"error":"Unauthorized"}`), `/metrics` included.
 - With `--admin-api-key`, `/set_kv_budget`, `/compact_kv` and `/flush_cache` ask for that key and
@@ -157,6 +166,11 @@ _TABLES: tuple[tuple[str, FieldTable[Any], str], ...] = (
     ),
     ("`/v1/completions`", COMPLETION_FIELDS, "Any other field is ignored."),
     ("`/v1/responses`", RESPONSES_FIELDS, "Any other field is ignored."),
+    ("`/encode` and `/classify`", ENCODE_FIELDS, "Any other field is refused."),
+    ("`/v1/embeddings`", EMBEDDING_FIELDS, "Any other field is ignored."),
+    ("`/v1/classify`", CLASSIFY_FIELDS, "Any other field is ignored."),
+    ("`/v1/rerank`", RERANK_FIELDS, "Any other field is ignored."),
+    ("`/v1/score`", SCORE_FIELDS, "Any other field is ignored."),
 )
 
 

@@ -105,7 +105,14 @@ def test_what_is_not_served_is_named(
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize("more", [{"is_causal": False}, {"use_bidirectional_attention": True}])
+def test_attention_in_both_directions_is_refused(tmp_path: Path, more: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="both directions"):
+        read(tmp_path, "Qwen2ForCausalLM", True, **more)
+    assert read(tmp_path, "Qwen2ForCausalLM", **more) is None
+
+
 @pytest.mark.parametrize("more", [{"id2label": {"0": "a", "2": "b"}}, {"num_labels": 0}])
 def test_impossible_labels_are_refused(tmp_path: Path, more: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="id2label|num_labels"):
+    with pytest.raises(ValueError, match=r"id2label|num_labels"):
         read(tmp_path, "LlamaForSequenceClassification", **more)

@@ -17,6 +17,8 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.managers.io_struct import PoolingMode
 
 _CLASSIFIER = "ForSequenceClassification"
+# What fields of config.json are for attention to what came before, and nothing else.
+_CAUSAL = {"is_causal": True, "use_bidirectional_attention": False}
 # The switches of a file 1_Pooling/config.json that are served.
 _SWITCHES: Mapping[str, PoolingMode] = {
     "pooling_mode_lasttoken": "last",
@@ -47,8 +49,20 @@ def pooling_of(config: ModelConfig, *, is_embedding: bool) -> PoolingConfig | No
     """How the model of `config` is pooled; None: it generates.
 
     `is_embedding` (--is-embedding) asks for it; classifiers and checkpoints without a head are
-    pooled anyhow. Raises ValueError, one line naming the file, for poolings that are not served.
+    pooled anyhow. Raises ValueError, one line naming the file, for poolings that are not served and
+    for attention in both directions.
     """
+    pooling = _pooling_of(config, is_embedding)
+    if pooling is not None:
+        for name, causal in _CAUSAL.items():
+            if config.raw.get(name, causal) not in (causal, None):
+                raise ValueError(
+                    f"{config.path}: attention in both directions ({name}) is not served"
+                )
+    return pooling
+
+
+def _pooling_of(config: ModelConfig, is_embedding: bool) -> PoolingConfig | None:
     if config.architecture.endswith(_CLASSIFIER):
         labels = _labels(config.raw)
         independent = (

@@ -31,6 +31,10 @@ class TokenTexts(Protocol):
         """The bytes of one token."""
         ...
 
+    def encode_pair(self, first: str, second: str) -> IdArray:
+        """Ids of two texts as the model takes pairs; blocks."""
+        ...
+
 
 class TextService(Protocol):
     """Requests in, deltas out; see `TokenizerManager` for the full contract."""

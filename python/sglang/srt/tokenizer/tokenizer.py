@@ -107,6 +107,17 @@ class Tokenizer:
             ids = encoded[0].ids
         return np.array(ids, dtype=np.int32)
 
+    def encode_pair(self, first: str, second: str) -> npt.NDArray[np.int32]:
+        """Token ids of two texts as the model's files join them, int32 [n].
+
+        Raises RequestError (400) for text that is not Unicode.
+        """
+        if not (is_unicode(first) and is_unicode(second)):
+            raise RequestError("The text is not valid Unicode.")
+        if self._backend is None:
+            return np.array(self.hf.encode(first, second), dtype=np.int32)
+        return np.array(self._backend.encode(first, second).ids, dtype=np.int32)
+
     @cached_property
     def _borders(self) -> TextBorders | None:
         """Where texts may be cut; None: nowhere, as far as is known."""
