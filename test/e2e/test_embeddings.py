@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import openai
 import pytest
+import tokenizers
 import torch
+import transformers
+from tokenizers import models, pre_tokenizers, processors
 
 import sglang
 from e2e.server_process import ServerProcess, running_server
 from sglang.srt.errors import RequestError
+from srt.managers.test_engine_encoders import make_encoder
 from srt.models.hf_models import VOCAB, make_hf_model, save
 from srt.models.pooled_models import hidden_states, save_decoder, write_pooling
 
@@ -124,3 +128,34 @@ def test_an_engine_scores_as_transformers_does(tmp_path: Path) -> None:
             with torch.inference_mode():
                 logits = reference(torch.tensor([prompt])).logits[0, -1]
             np.testing.assert_allclose(row, logits.softmax(-1)[labels], rtol=1e-4)
+
+
+def test_a_cross_encoder_orders_documents_as_transformers_does(tmp_path: Path) -> None:
+    reference = make_encoder("bert", num_labels=1)
+    path = save(reference, tmp_path)
+    words = {word: number for number, word in enumerate(["[CLS]", "[SEP]", "?", "red", "blue"])}
+    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 1), ("[CLS]", 0))
+    hf = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    hf.save_pretrained(path)
+    query, documents = "red ?", ["blue blue", "red", "blue red ? red", "?"]
+    encoded = [hf(query, document, return_token_type_ids=True) for document in documents]
+    with torch.inference_mode():
+        wanted = [
+            float(
+                reference(
+                    torch.tensor([one["input_ids"]]),
+                    token_type_ids=torch.tensor([one["token_type_ids"]]),
+                ).logits
+            )
+            for one in encoded
+        ]
+    order = sorted(range(4), key=lambda index: -wanted[index])
+    with running_server("--model-path", path, "--dtype", "float32") as process:
+        ranked = process.post("/v1/rerank", {"query": query, "documents": documents}).json()
+        assert process.get("/model_info").json()["is_generation"] is False
+    assert [one["index"] for one in ranked] == order
+    scores = [one["score"] for one in ranked]
+    np.testing.assert_allclose(scores, [wanted[index] for index in order], atol=1e-5)
+    assert [one["document"] for one in ranked] == [documents[index] for index in order]

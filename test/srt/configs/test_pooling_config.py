@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.model_traits import EncoderConfig
 from sglang.srt.configs.pooling_config import PoolingConfig, pooling_of
 from srt.models.pooled_models import write_pooling
 
@@ -103,6 +104,29 @@ def test_what_is_not_served_is_named(
     with pytest.raises(ValueError, match=told) as caught:
         read(tmp_path, "LlamaForCausalLM", True)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_encoders_are_computed_whole(tmp_path: Path) -> None:
+    assert read(tmp_path, "BertModel") == PoolingConfig("cls", True, 16, whole=True)
+    names = {"0": "fits"}
+    found = read(tmp_path, "XLMRobertaForSequenceClassification", id2label=names)
+    assert found == PoolingConfig("cls", False, 1, ("fits",), True, True)
+    write_pooling(tmp_path, "pooling_mode_mean_tokens", normalize=False)
+    assert read(tmp_path, "XLMRobertaModel") == PoolingConfig("mean", False, 16, whole=True)
+    write_pooling(tmp_path, "pooling_mode_lasttoken")
+    with pytest.raises(ValueError, match="an encoder's last token"):
+        read(tmp_path, "BertModel")
+
+
+def test_robertas_first_positions_are_nobodys(tmp_path: Path) -> None:
+    read(tmp_path, "XLMRobertaModel", max_position_embeddings=514, pad_token_id=1)
+    config = ModelConfig.from_path(str(tmp_path))
+    assert config.max_position_embeddings == 512
+    assert config.encoder == EncoderConfig(1e-12, 514, 2, 2)
+    with pytest.raises(ValueError, match="leaves nothing behind position 2"):
+        read(tmp_path, "XLMRobertaModel", max_position_embeddings=2)
+    with pytest.raises(ValueError, match="pad_token_id"):
+        read(tmp_path, "XLMRobertaModel", pad_token_id=-1)
 
 
 @pytest.mark.parametrize("more", [{"is_causal": False}, {"use_bidirectional_attention": True}])

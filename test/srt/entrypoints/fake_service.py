@@ -71,8 +71,8 @@ class CharTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return chr(token_id).encode()
 
-    def encode_pair(self, first: str, second: str) -> IdArray:
-        return ids_of(f"\x01{first}\x02{second}")
+    def encode_pair(self, first: str, second: str) -> tuple[IdArray, int]:
+        return ids_of(f"\x01{first}\x02{second}"), 2 + len(first)
 
 
 def ids_of(text: str) -> IdArray:

@@ -11,7 +11,7 @@ import numpy as np
 import openai
 import pytest
 
-from sglang.srt.managers.io_struct import FinishReason
+from sglang.srt.managers.io_struct import FinishReason, PoolingSpec
 from srt.entrypoints.fake_service import LiveServer, ids_of, pooled_vector
 
 SIZE = 16
@@ -112,7 +112,8 @@ def test_all_forms_of_input(embedder: LiveServer, given: Any, count: int) -> Non
     requests = sorted(embedder.service.requests, key=lambda one: one.rid)
     assert len(requests) == count
     for request in requests:
-        assert (request.pooling, request.priority, request.extra_key) == ("last", 3, "1:s")
+        assert request.pooling == PoolingSpec("last")
+        assert (request.priority, request.extra_key) == (3, "1:s")
         assert request.sampling_params.max_new_tokens == 0
 
 
@@ -131,7 +132,7 @@ def test_all_forms_of_input(embedder: LiveServer, given: Any, count: int) -> Non
         ({"input": "a", "encoding_format": "hex"}, "'encoding_format'"),
         ({"input": "a", "lora_path": "x"}, "'lora_path'"),
         ({"input": "a", "rid": ""}, "'rid'"),
-        ({"input": "a" * 600}, "longer than the model's context length"),
+        ({"input": "a" * 512}, "(513 tokens) is longer than the model's context length (512"),
     ],
 )
 def test_mistakes_are_told_in_openais_shape(
@@ -142,6 +143,11 @@ def test_mistakes_are_told_in_openais_shape(
     error = reply.json()
     assert (error["object"], error["code"], error["param"]) == ("error", 400, None)
     assert told in error["message"]
+
+
+def test_a_prompt_may_fill_the_context(embedder: LiveServer) -> None:
+    reply = embedder.post("/v1/embeddings", {"input": "a" * 511})
+    assert reply.json()["usage"]["prompt_tokens"] == 512
 
 
 def test_an_engines_abort_is_the_whole_calls_error(embedder: LiveServer) -> None:
@@ -250,7 +256,7 @@ def test_model_info_and_health(embedder: LiveServer, server: LiveServer) -> None
     embedder.service.requests.clear()
     assert embedder.request("GET", "/health_generate").status_code == 200
     (probe,) = embedder.service.requests
-    assert (probe.pooling, probe.sampling_params.max_new_tokens) == ("last", 0)
+    assert (probe.pooling, probe.sampling_params.max_new_tokens) == (PoolingSpec("last"), 0)
 
 
 # ---- /v1/classify
@@ -306,6 +312,8 @@ def test_a_cross_encoder_orders_documents(reranker: LiveServer) -> None:
     assert [one["score"] for one in ranked] == [logit_of(DOCUMENTS[i]) for i in order]
     assert [one["document"] for one in ranked] == [DOCUMENTS[i] for i in order]
     assert ranked[0]["meta_info"]["prompt_tokens"] == 3 + len(DOCUMENTS[order[0]])
+    starts = {one.pooling for one in reranker.service.requests if one.rid.endswith("_0")}
+    assert starts == {PoolingSpec("last", second_from=3)}
     top = reranker.request(
         "PUT", "/v1/rerank", json={**body, "top_n": 2, "return_documents": False}
     ).json()

@@ -14,6 +14,7 @@ import torch
 from sglang.srt.managers.io_struct import (
     AbortReq,
     PoolingMode,
+    PoolingSpec,
     TokenizedGenerateReqInput,
     TokenOut,
     int32_buffer,
@@ -40,7 +41,16 @@ def pool(hidden: torch.Tensor, mode: str) -> Vector:
     return chosen.numpy()
 
 
-def ask(engine: DeviceTower, rid: str, prompt: list[int], mode: PoolingMode, **more: Any) -> None:
+def ask(
+    engine: DeviceTower,
+    rid: str,
+    prompt: list[int],
+    mode: PoolingMode,
+    *,
+    whole: bool = False,
+    second_from: int = 0,
+    **more: Any,
+) -> None:
     if engine.rank:
         return
     engine.channel.inbox.append(
@@ -48,7 +58,7 @@ def ask(engine: DeviceTower, rid: str, prompt: list[int], mode: PoolingMode, **m
             rid=rid,
             input_ids=memoryview(int32_buffer(prompt)),
             sampling_params=SamplingParams(max_new_tokens=0),
-            pooling=mode,
+            pooling=PoolingSpec(mode, whole, second_from),
             **more,
         )
     )

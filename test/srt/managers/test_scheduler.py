@@ -140,6 +140,16 @@ def test_the_context_length_ends_a_request(overlap: bool) -> None:
     assert "31 tokens" in refused.message
 
 
+def test_a_prompt_without_new_tokens_may_fill_the_context(overlap: bool) -> None:
+    harness = Harness(make_memory(page_size=4), page_size=4, overlap=overlap, context_length=32)
+    harness.send("fills it", prompt_of(32), max_new=0)
+    harness.send("too long", prompt_of(33), max_new=0)
+    harness.run()
+    assert harness.final("fills it").type == "length"
+    assert "32 tokens" in harness.final("too long").message
+    harness.memory.audit()
+
+
 def test_a_stop_string_hit_ends_a_request_once(overlap: bool) -> None:
     memory = make_memory(page_size=4)
     harness = Harness(memory, page_size=4, overlap=overlap)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.configs.families import POOLED_FAMILIES
+from sglang.srt.configs.families import ENCODER_FAMILIES, POOLED_FAMILIES
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.managers.io_struct import PoolingMode
+from sglang.srt.managers.io_struct import PoolingMode, PoolingSpec
 
 _CLASSIFIER = "ForSequenceClassification"
 # What fields of config.json are for attention to what came before, and nothing else.
@@ -35,7 +35,8 @@ class PoolingConfig:
     `mode` "last": the hidden state of the last token, "mean" the mean over all tokens, "cls" that
     of the first one. `normalize`: it has length 1. `labels` None: the vector is an embedding of
     `size` numbers; else it is the logits of a classifier, one for each name, and
-    `independent_labels` says that each label is true or not by itself.
+    `independent_labels` says that each label is true or not by itself. `whole`: a prompt's tokens
+    see each other in both directions, so all of it is computed in one step.
     """
 
     mode: PoolingMode
@@ -43,6 +44,12 @@ class PoolingConfig:
     size: int
     labels: tuple[str, ...] | None = None
     independent_labels: bool = False
+    whole: bool = False
+
+    @property
+    def spec(self) -> PoolingSpec:
+        """What a request says of it to the scheduler."""
+        return PoolingSpec(self.mode, self.whole)
 
 
 def pooling_of(config: ModelConfig, *, is_embedding: bool) -> PoolingConfig | None:
@@ -63,22 +70,26 @@ def pooling_of(config: ModelConfig, *, is_embedding: bool) -> PoolingConfig | No
 
 
 def _pooling_of(config: ModelConfig, is_embedding: bool) -> PoolingConfig | None:
+    whole = config.encoder is not None
+    usual: PoolingMode = "cls" if whole else "last"
     if config.architecture.endswith(_CLASSIFIER):
         labels = _labels(config.raw)
         independent = (
             len(labels) == 1 or config.raw.get("problem_type") == "multi_label_classification"
         )
-        return PoolingConfig("last", False, len(labels), labels, independent)
-    if not is_embedding and config.architecture not in POOLED_FAMILIES:
+        return PoolingConfig(usual, False, len(labels), labels, independent, whole)
+    if not is_embedding and config.architecture not in {**POOLED_FAMILIES, **ENCODER_FAMILIES}:
         return None
     modules = Path(config.path) / "modules.json"
     if config.is_gguf or not modules.is_file():
-        return PoolingConfig("last", True, config.hidden_size)
+        return PoolingConfig(usual, True, config.hidden_size, whole=whole)
     try:
         mode, normalize = _read_modules(modules)
     except ValueError as error:
         raise ValueError(f"{modules.parent}: {error}") from error
-    return PoolingConfig(mode, normalize, config.hidden_size)
+    if whole and mode == "last":
+        raise ValueError(f"{modules.parent}: an encoder's last token is not pooled here")
+    return PoolingConfig(mode, normalize, config.hidden_size, whole=whole)
 
 
 def causal_name(architecture: str) -> str:

@@ -53,7 +53,9 @@ class PooledCalls:
         """
         pooling = self.pooling
         check_dimensions(dimensions, pooling)
-        prompts = tuple(replace(prompt, pooling=pooling.mode) for prompt in call.prompts)
+        prompts = tuple(
+            replace(prompt, pooling=prompt.pooling or pooling.spec) for prompt in call.prompts
+        )
         outputs = await self._runner.collect(replace(call, prompts=prompts))
         answers = []
         for output in outputs:

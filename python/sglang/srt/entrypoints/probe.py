@@ -25,5 +25,5 @@ def probe_request(
         ),
         stream=False,
         routed_dp_rank=dp_rank,
-        pooling=None if pooling is None else pooling.mode,
+        pooling=None if pooling is None else pooling.spec,
     )

@@ -31,8 +31,8 @@ class TokenTexts(Protocol):
         """The bytes of one token."""
         ...
 
-    def encode_pair(self, first: str, second: str) -> IdArray:
-        """Ids of two texts as the model takes pairs; blocks."""
+    def encode_pair(self, first: str, second: str) -> tuple[IdArray, int]:
+        """Ids of two texts as the model takes pairs, and where the second begins; blocks."""
         ...
 
 

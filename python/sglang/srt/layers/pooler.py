@@ -16,21 +16,31 @@ from torch import nn
 from sglang.srt.layers.weights import LoadedWeight, copy_checked, frozen_parameter
 
 
-class ClassifierHead(nn.Module):
-    """Vectors [P, h] -> logits [P, num_labels] in float32; whole on every rank."""
+class HeadLinear(nn.Module):
+    """Vectors [P, in_features] -> [P, out_features] in float32; whole on every rank."""
 
-    def __init__(self, hidden_size: int, num_labels: int, *, dtype: torch.dtype) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = False, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.weight = frozen_parameter(num_labels, hidden_size, dtype=dtype)
+        self.weight = frozen_parameter(out_features, in_features, dtype=dtype)
+        if bias:
+            self.bias = frozen_parameter(out_features, dtype=dtype)
+        else:
+            self.register_parameter("bias", None)
 
     def weight_loader(self, param_name: str, loaded: LoadedWeight) -> None:
-        """Copy the whole parameter; ValueError for a wrong name, shape or kind."""
-        if param_name != "weight" or not isinstance(loaded, torch.Tensor):
-            raise ValueError(f"a classifier's {param_name!r} must be numbers called 'weight'")
-        copy_checked(self.weight.data, loaded, param_name)
+        """Copy a whole parameter; ValueError for a wrong name, shape or kind."""
+        parameter = {"weight": self.weight, "bias": self.bias}.get(param_name)
+        if parameter is None or not isinstance(loaded, torch.Tensor):
+            raise ValueError(f"a classifier has no {param_name!r} of this kind")
+        copy_checked(parameter.data, loaded, param_name)
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(vectors.float(), self.weight.float())
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(vectors.float(), self.weight.float(), bias)
 
 
 class Pooler(nn.Module):
@@ -39,7 +49,7 @@ class Pooler(nn.Module):
     With a head every request pools one row at most.
     """
 
-    def __init__(self, head: ClassifierHead | None) -> None:
+    def __init__(self, head: nn.Module | None) -> None:
         super().__init__()
         self._head = (head,)  # in a tuple: the module belongs to the model
 
@@ -54,4 +64,7 @@ class Pooler(nn.Module):
             parts = torch.split(hidden, list(num_rows))
             sums = torch.stack([rows.float().sum(0) for rows in parts])
         head = self._head[0]
-        return sums if head is None else head(sums)
+        if head is None:
+            return sums
+        logits: torch.Tensor = head(sums)
+        return logits

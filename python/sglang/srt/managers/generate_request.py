@@ -15,7 +15,7 @@ import numpy.typing as npt
 from sglang.srt.managers.io_struct import (
     FinishReason,
     LogprobArrays,
-    PoolingMode,
+    PoolingSpec,
     PrefillProgress,
 )
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -55,7 +55,7 @@ class GenerateRequest:
     kept_special_tokens: tuple[str, ...] = ()
     include_progress: bool = False
     routed_dp_rank: int | None = None
-    pooling: PoolingMode | None = None
+    pooling: PoolingSpec | None = None
 
     def forget_prompt(self) -> None:
         """Let go of the prompt, which the scheduler has: a request may run for an hour with it."""

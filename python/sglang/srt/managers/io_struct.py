@@ -87,6 +87,17 @@ class LogprobArrays(msgspec.Struct, frozen=True, array_like=True):
     picked_logprobs: bytes = b""
 
 
+class PoolingSpec(msgspec.Struct, frozen=True, array_like=True):
+    """How a prompt is pooled. `whole`: it is computed in one step and shares no prefix.
+
+    `second_from` is where the second of two texts begins, 0: there is one.
+    """
+
+    mode: PoolingMode
+    whole: bool = False
+    second_from: int = 0
+
+
 # ---- to the scheduler -------------------------------------------------------------------------
 
 
@@ -116,7 +127,7 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
     priority: int | None = None
     detok: DetokOptions = DetokOptions()
     include_progress: bool = False
-    pooling: PoolingMode | None = None
+    pooling: PoolingSpec | None = None
 
 
 class VocabularyReq(msgspec.Struct, tag="vocabulary"):

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang.srt.errors import InvariantError
-from sglang.srt.managers.io_struct import PoolingMode
+from sglang.srt.managers.io_struct import PoolingSpec
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -18,8 +18,8 @@ Float32Array = npt.NDArray[np.float32]
 class PoolingState:
     """One pooled request. `prompt_len` in tokens."""
 
-    def __init__(self, mode: PoolingMode, prompt_len: int) -> None:
-        self._mode = mode
+    def __init__(self, spec: PoolingSpec, prompt_len: int) -> None:
+        self.spec = spec
         self._prompt_len = prompt_len
         self._sum: Float32Array | None = None
 
@@ -29,16 +29,16 @@ class PoolingState:
 
         A mean is over the hidden states of all tokens and "cls" is that of the first one, but the
         cache keeps K and V only: hidden states of a prefix that is hit would be missing. The last
-        token is never part of a hit.
+        token is never part of a hit. Where tokens see what follows them nothing can be shared.
         """
-        return self._mode != "last"
+        return self.spec.whole or self.spec.mode != "last"
 
     def rows(self, start: int, num_tokens: int) -> tuple[int, int]:
         """(first position, count) of what is pooled of a step's positions from `start` on."""
         end = start + num_tokens
-        if self._mode == "mean":
+        if self.spec.mode == "mean":
             return (start, num_tokens)
-        if self._mode == "cls":
+        if self.spec.mode == "cls":
             return (start, int(start == 0))
         return (end - 1, 1) if end == self._prompt_len else (start, 0)
 
@@ -54,4 +54,4 @@ class PoolingState:
         """The vector of the whole prompt, float32 [d]. Raises InvariantError before its end."""
         if self._sum is None:
             raise InvariantError("a prompt has ended and nothing of it was pooled")
-        return self._sum / np.float32(self._prompt_len) if self._mode == "mean" else self._sum
+        return self._sum / np.float32(self._prompt_len) if self.spec.mode == "mean" else self._sum

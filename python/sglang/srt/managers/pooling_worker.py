@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sglang.srt.errors import InvariantError
 from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.pooled import PooledModel
@@ -56,7 +57,9 @@ class PoolingWorker:
     def _launch(self, batch: ForwardBatch) -> _Launched:
         """Everything of a step but waiting for it."""
         began = time.perf_counter()
-        counts = batch.num_pooled.tolist()
+        if batch.pooled is None:
+            raise InvariantError("a request that generates came to a model that is pooled")
+        counts = batch.pooled.num_rows.tolist()
         owners = tuple(request for request, count in enumerate(counts) if count)
         with self._runtime.computing(), torch.inference_mode():
             if self._runtime.is_async:

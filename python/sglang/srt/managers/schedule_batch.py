@@ -224,6 +224,17 @@ class Req:
         """True once it was retracted so often that it is admitted with its full need only."""
         return self.num_own_retractions >= RETRACTIONS_BEFORE_RESERVING
 
+    @property
+    def second_from(self) -> int:
+        """The position of the second of a prompt's two texts, its end where there is one text."""
+        start = 0 if self.pooling is None else self.pooling.spec.second_from
+        return start or self.prompt_len
+
+    @property
+    def computes_whole(self) -> bool:
+        """True when its prompt may not be cut into chunks."""
+        return self.pooling is not None and self.pooling.spec.whole
+
     def max_prefix(self) -> int:
         """Longest prefix a cache hit may cover: a row must be left whose logits are wanted."""
         limit = self.known - 1

@@ -28,12 +28,16 @@ def args_for_pooling(args: ServerArgs, pooling: PoolingConfig | None) -> ServerA
     """
     if pooling is None:
         return args
-    shares = pooling.mode == "last" and not args.disable_radix_cache
-    if shares:
-        return replace(args, disable_cuda_graph=True)
+    args = replace(args, disable_cuda_graph=True)
+    if pooling.whole:
+        # Attention is the model's own, and reads nothing from the pool.
+        args = replace(args, chunked_prefill_size=-1, attention_backend="torch_native")
+        if args.kv_canary != "off":
+            raise ValueError("--kv-canary: an encoder keeps no K and V to be checked")
+    if pooling.mode == "last":
+        return args
     return replace(
         args,
-        disable_cuda_graph=True,
         disable_radix_cache=True,
         max_cached_tokens=None,
         schedule_policy="fcfs",

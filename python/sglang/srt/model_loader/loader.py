@@ -36,8 +36,9 @@ from sglang.srt.model_loader.weight_files import (
     pt_weights,
     safetensors_weights,
 )
+from sglang.srt.models.bert import BertModel
 from sglang.srt.models.causal_lm import CausalLM
-from sglang.srt.models.pooled import PooledModel
+from sglang.srt.models.pooled import PooledDecoder
 from sglang.srt.models.registry import resolve_model_class
 from sglang.srt.utils.native import codes_kernels
 
@@ -86,7 +87,8 @@ def load_model(
         source = open_weights(config, load_format, dtype, None if kept == "int8" else kernels)
     with torch.device(device):
         if pooling is not None:
-            model: CausalLM = PooledModel(config, parallel, dtype, pooling)
+            kind = PooledDecoder if config.encoder is None else BertModel
+            model: CausalLM = kind(config, parallel, dtype, pooling)
         else:
             model = resolve_model_class(config.architecture)(config, parallel, dtype)
     if kept == "none":

@@ -13,7 +13,7 @@ import torch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.pooling_config import PoolingConfig, causal_name
 from sglang.srt.distributed.parallel_state import ParallelState
-from sglang.srt.layers.pooler import ClassifierHead, Pooler
+from sglang.srt.layers.pooler import HeadLinear, Pooler
 from sglang.srt.layers.weights import LoadedWeight
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.causal_lm import CausalLM
@@ -21,9 +21,18 @@ from sglang.srt.models.registry import resolve_model_class
 
 
 class PooledModel(CausalLM):
-    """Prompts in, hidden rows out; it has a `pooler` in place of `lm_head`.
+    """Prompts in, hidden rows out; it has a `pooler` in place of `lm_head`."""
 
-    Parameters are uninitialised until `load_weights`. Raises ValueError as the decoder's class.
+    def __init__(self, config: ModelConfig, pooler: Pooler) -> None:
+        super().__init__()
+        self.config = config
+        self.pooler = pooler
+
+
+class PooledDecoder(PooledModel):
+    """Parameters are uninitialised until `load_weights`.
+
+    Raises ValueError as the decoder's own class does.
     """
 
     def __init__(
@@ -33,16 +42,14 @@ class PooledModel(CausalLM):
         dtype: torch.dtype,
         pooling: PoolingConfig,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.decoder = resolve_model_class(causal_name(config.architecture))(
-            config, parallel, dtype
-        )
-        del self.decoder.lm_head
-        self.score: ClassifierHead | None = None
+        score = None
         if pooling.labels is not None:
-            self.score = ClassifierHead(config.hidden_size, len(pooling.labels), dtype=dtype)
-        self.pooler = Pooler(self.score)
+            score = HeadLinear(config.hidden_size, len(pooling.labels), dtype=dtype)
+        super().__init__(config, Pooler(score))
+        decoder_class = resolve_model_class(causal_name(config.architecture))
+        self.decoder = decoder_class(config, parallel, dtype)
+        del self.decoder.lm_head
+        self.score = score
 
     def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
         """See `CausalLM.forward`."""

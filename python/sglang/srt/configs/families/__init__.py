@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sglang.srt.configs.families.bert import BERT, ROBERTA, XLM_ROBERTA
 from sglang.srt.configs.families.gemma3 import GEMMA3, GEMMA3_MULTIMODAL
 from sglang.srt.configs.families.gpt_oss import GPT_OSS
 from sglang.srt.configs.families.llama import LLAMA, MISTRAL
@@ -20,9 +21,18 @@ POOLED_FAMILIES: dict[str, ModelFamily] = {
     "Qwen3Model": QWEN3,
     "Qwen3ForSequenceClassification": QWEN3,
 }
+ENCODER_FAMILIES: dict[str, ModelFamily] = {
+    "BertModel": BERT,
+    "BertForSequenceClassification": BERT,
+    "RobertaModel": ROBERTA,
+    "RobertaForSequenceClassification": ROBERTA,
+    "XLMRobertaModel": XLM_ROBERTA,
+    "XLMRobertaForSequenceClassification": XLM_ROBERTA,
+}
 # By architecture. Of several of one type the last is what a file that names none means.
 FAMILIES: dict[str, ModelFamily] = {
     **POOLED_FAMILIES,
+    **ENCODER_FAMILIES,
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
     "Qwen2ForCausalLM": QWEN2,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from sglang.srt.entrypoints.sequences import Call, SequenceOutput, SequenceRunne
 from sglang.srt.entrypoints.service import TextService
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
+from sglang.srt.managers.io_struct import PoolingSpec
 from sglang.srt.managers.request_validation import MAX_PICKED_LOGPROBS, check_ids
 from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -117,12 +119,17 @@ class RerankServing:
             raise RequestError("The server has no tokenizer (--skip-tokenizer-init).")
         encode_pair = tokenizer.encode_pair
 
-        def encode_all() -> list[IdArray]:
+        def encode_all() -> list[tuple[IdArray, int]]:
             return [encode_pair(body.query, document) for document in body.documents]
 
         pairs = await asyncio.to_thread(encode_all)
         rid = rid_of(body.rid)
-        call = Call(rid, prompt_requests(pairs, rid, priority=body.priority))
+        requests = prompt_requests([ids for ids, _ in pairs], rid, priority=body.priority)
+        prompts = tuple(
+            replace(request, pooling=PoolingSpec(pooling.mode, pooling.whole, start))
+            for request, (_, start) in zip(requests, pairs, strict=True)
+        )
+        call = Call(rid, prompts)
         answers = await self._calls.run(call)
         return [(answer.last, float(answer.vector[0])) for answer in answers]
 
