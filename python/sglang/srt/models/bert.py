@@ -1,8 +1,7 @@
 """BERT and RoBERTa: encoders, in which every token of a prompt sees every other.
 
 A prompt is computed whole in one step and nothing of it is kept: no K or V goes to the pool, so the
-batch's slots and tables stay unused. Attention runs prompt by prompt, so that a prompt's numbers
-are the same in every batch.
+batch's slots and tables stay unused.
 
 Shape letters: T packed tokens, R rows that are pooled, H heads, D head dim. Source: arXiv
 1810.04805, 1907.11692, 1911.02116.
@@ -28,11 +27,14 @@ from sglang.srt.layers.linear import (
     RowParallelLinear,
 )
 from sglang.srt.layers.pooler import HeadLinear, Pooler
+from sglang.srt.layers.prompt_attention import PromptGroup, attend_prompts, plan_groups
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.layers.weights import LoadedWeight, copy_checked, frozen_parameter
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.causal_lm import MergedProjections
 from sglang.srt.models.pooled import PooledModel
+
+Groups = tuple[PromptGroup, ...]
 
 _PREFIXES = ("bert.", "roberta.")
 # Of checkpoints of other tasks, and buffers that older versions of transformers saved.
@@ -125,18 +127,11 @@ class BertSelfAttention(nn.Module):
             dtype=dtype,
         )
 
-    def forward(self, x: torch.Tensor, lens: list[int]) -> torch.Tensor:
-        """x [T, hidden], the prompts' tokens one after another -> [T, H * D]."""
-        q, k, v = (
-            part.view(len(x), -1, self.head_dim).transpose(0, 1)
-            for part in self.qkv.split(self.qkv(x))
-        )
-        outputs, start = [], 0
-        for length in lens:
-            rows = slice(start, start + length)
-            outputs.append(F.scaled_dot_product_attention(q[:, rows], k[:, rows], v[:, rows]))
-            start += length
-        return torch.cat(outputs, 1).transpose(0, 1).flatten(1)
+    def forward(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """x [T, hidden] -> [T, H * D]."""
+        heads = self.qkv(x).view(len(x), -1, self.head_dim)
+        q, k, v = heads.chunk(3, 1)
+        return attend_prompts(q, k, v, groups).flatten(1)
 
 
 class _Output(nn.Module):
@@ -181,9 +176,9 @@ class BertLayer(nn.Module):
         )
         self.output = _Output(width, hidden, eps, parallel, dtype)
 
-    def forward(self, x: torch.Tensor, lens: list[int]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        x = self.attention["output"](self.attention["self"](x, lens), x)
+        x = self.attention["output"](self.attention["self"](x, groups), x)
         found: torch.Tensor = self.output(F.gelu(self.intermediate["dense"](x)), x)
         return found
 
@@ -255,8 +250,9 @@ class BertModel(PooledModel):
         second_from = torch.from_numpy(pooled.second_from.repeat(lens)).to(positions.device)
         is_second = positions >= second_from
         x: torch.Tensor = self.embeddings(forward_batch.input_ids, positions, is_second)
+        groups = plan_groups(lens.tolist(), positions.device)
         for layer in self.encoder.layer:
-            x = layer(x, lens.tolist())
+            x = layer(x, groups)
             forward_batch.progress.tick()
         return x.index_select(0, forward_batch.logits_rows)
 
