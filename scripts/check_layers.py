@@ -28,7 +28,8 @@ Row = tuple[int, str, str]
 TABLE: tuple[Row, ...] = (
     (0, "", "srt.errors, srt.environ < srt.utils.*"),
     (1, "", "srt.sampling.sampling_params < srt.managers.io_struct"),
-    (1, "", "srt.managers.io_struct, srt.configs.model_config < srt.configs.pooling_config"),
+    (1, "", "srt.managers.io_struct, srt.configs.gguf_file, srt.configs.model_config"
+     " < srt.configs.pooling_config"),
     (1, "", "srt.configs.parser_names < srt.configs.door_args"),
     (1, "", "srt.configs.flag_spec < srt.configs.door_args, srt.configs.rank_args,"
      " srt.configs.priority_args, srt.configs.flag_tables, srt.configs.flag_parser"),

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import PoolingType
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.model_traits import EncoderConfig
 from sglang.srt.configs.pooling_config import PoolingConfig, pooling_of
+from srt.model_loader.gguf_files import write_gguf
+from srt.models.hf_models import make_hf_model
 from srt.models.pooled_models import write_pooling
 
 FIELDS: dict[str, Any] = {
@@ -140,3 +143,33 @@ def test_attention_in_both_directions_is_refused(tmp_path: Path, more: dict[str,
 def test_impossible_labels_are_refused(tmp_path: Path, more: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"id2label|num_labels"):
         read(tmp_path, "LlamaForSequenceClassification", **more)
+
+
+@pytest.mark.parametrize(
+    ("number", "mode"),
+    [
+        (None, "last"),
+        (PoolingType.NONE, "last"),
+        (PoolingType.MEAN, "mean"),
+        (PoolingType.CLS, "cls"),
+        (PoolingType.LAST, "last"),
+    ],
+)
+def test_a_gguf_file_says_it_as_a_number(
+    tmp_path: Path, number: PoolingType | None, mode: Any
+) -> None:
+    path = tmp_path / "model.gguf"
+    metadata = {} if number is None else {"qwen3.pooling_type": number.value}
+    write_gguf(path, make_hf_model("qwen3"), metadata=metadata)
+    config = ModelConfig.from_path(str(path))
+    assert pooling_of(config, is_embedding=True) == PoolingConfig(mode, True, 64)
+    assert pooling_of(config, is_embedding=False) is None
+
+
+def test_a_gguf_rerankers_pooling_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(
+        path, make_hf_model("qwen3"), metadata={"qwen3.pooling_type": PoolingType.RANK.value}
+    )
+    with pytest.raises(ValueError, match="pooling_type 4 is not served"):
+        pooling_of(ModelConfig.from_path(str(path)), is_embedding=True)

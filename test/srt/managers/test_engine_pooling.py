@@ -106,6 +106,7 @@ FLAGS: list[dict[str, Any]] = [
     {"page_size": 16, "kv_segment_size": 64, "chunked_prefill_size": 32},
     {"page_size": 1, "chunked_prefill_size": 24, "disable_overlap_schedule": True},
     {"disable_radix_cache": True, "max_running_requests": 2},
+    {"kv_canary": "full", "page_size": 16, "chunked_prefill_size": 32},
 ]
 
 

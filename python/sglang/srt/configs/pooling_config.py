@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang.srt.configs.families import ENCODER_FAMILIES, POOLED_FAMILIES
+from sglang.srt.configs.gguf_file import read_gguf_header
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.managers.io_struct import PoolingMode, PoolingSpec
 
@@ -25,6 +26,8 @@ _SWITCHES: Mapping[str, PoolingMode] = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
 }
+# GGUF's numbers, those of `PoolingType` of the gguf package.
+_GGUF_TYPES: Mapping[Any, PoolingMode] = {1: "mean", 2: "cls", 3: "last"}
 _NAMES: Mapping[str, PoolingMode] = {"lasttoken": "last", "mean": "mean", "cls": "cls"}
 
 
@@ -80,8 +83,10 @@ def _pooling_of(config: ModelConfig, is_embedding: bool) -> PoolingConfig | None
         return PoolingConfig(usual, False, len(labels), labels, independent, whole)
     if not is_embedding and config.architecture not in {**POOLED_FAMILIES, **ENCODER_FAMILIES}:
         return None
+    if config.is_gguf:
+        return PoolingConfig(_mode_of_gguf(config.path), True, config.hidden_size)
     modules = Path(config.path) / "modules.json"
-    if config.is_gguf or not modules.is_file():
+    if not modules.is_file():
         return PoolingConfig(usual, True, config.hidden_size, whole=whole)
     try:
         mode, normalize = _read_modules(modules)
@@ -111,6 +116,17 @@ def _labels(raw: Mapping[str, Any]) -> tuple[str, ...]:
     if not wanted or set(names) != set(wanted):
         raise ValueError(f"id2label must name the classes 0, 1, ..., not {names!r}")
     return tuple(str(names[number]) for number in wanted)
+
+
+def _mode_of_gguf(path: str) -> PoolingMode:
+    """What a GGUF file says of pooling; the last token where it says nothing."""
+    metadata = read_gguf_header(path).metadata
+    value = metadata.get(f"{metadata.get('general.architecture')}.pooling_type")
+    if value in (None, 0):
+        return "last"
+    if value not in _GGUF_TYPES:
+        raise ValueError(f"{path}: pooling_type {value!r} is not served")
+    return _GGUF_TYPES[value]
 
 
 def _read_modules(path: Path) -> tuple[PoolingMode, bool]:
