@@ -28,6 +28,8 @@ Row = tuple[int, str, str]
 TABLE: tuple[Row, ...] = (
     (0, "", "srt.errors, srt.environ < srt.utils.*"),
     (1, "", "srt.sampling.sampling_params < srt.managers.io_struct"),
+    (1, "", "srt.managers.io_struct, srt.configs.gguf_file, srt.configs.model_config"
+     " < srt.configs.pooling_config"),
     (1, "", "srt.configs.parser_names < srt.configs.door_args"),
     (1, "", "srt.configs.flag_spec < srt.configs.door_args, srt.configs.rank_args,"
      " srt.configs.priority_args, srt.configs.speculative_args, srt.configs.flag_tables,"
@@ -81,7 +83,8 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.canary < srt.mem_cache.canary_perturb"),
     (2, "DEVICE", "srt.mem_cache.segment_manager < srt.mem_cache.memory_report"
      " < srt.mem_cache.allocation"),
-    (3, "DEVICE", "srt.model_executor.forward_mode < srt.managers.schedule_batch"),
+    (3, "DEVICE", "srt.model_executor.forward_mode, srt.managers.pooling_state"
+     " < srt.managers.schedule_batch"),
     (3, "DEVICE", "srt.constrained.structural_formats < srt.constrained.structural_tag"
      " < srt.constrained.grammar"
      " < srt.constrained.compiler"),
@@ -103,6 +106,7 @@ TABLE: tuple[Row, ...] = (
     (5, "DEVICE", "srt.model_executor.decode_tapes < srt.model_executor.cuda_graph_runner,"
      " srt.model_executor.model_runner, srt.managers.token_relay"
      " < srt.managers.tp_worker"),
+    (5, "DEVICE", "srt.managers.pooling_worker"),
     (6, "DEVICE", "srt.managers.scheduler*"),
     (6, "TEXT", "srt.tokenizer.* < srt.managers.incremental_text"),
     (6, "TEXT", "srt.function_call.core_types < srt.function_call.json_scan"

@@ -17,12 +17,19 @@ from sglang.srt.entrypoints.anthropic.messages_fields import (
     MESSAGES_FIELDS,
     TOOL_FIELDS,
 )
+from sglang.srt.entrypoints.encode_api import ENCODE_FIELDS
 from sglang.srt.entrypoints.generate_request_body import FIELDS_HEADER, GENERATE_FIELDS
 from sglang.srt.entrypoints.ollama.ollama_doors import OLLAMA_API_VERSION, SHOW_FIELDS
 from sglang.srt.entrypoints.ollama.ollama_fields import (
     OLLAMA_CHAT_FIELDS,
     OLLAMA_GENERATE_FIELDS,
     OPTION_FIELDS,
+)
+from sglang.srt.entrypoints.openai.pooling_fields import (
+    CLASSIFY_FIELDS,
+    EMBEDDING_FIELDS,
+    RERANK_FIELDS,
+    SCORE_FIELDS,
 )
 from sglang.srt.entrypoints.openai.protocol import CHAT_FIELDS, COMPLETION_FIELDS
 from sglang.srt.entrypoints.openai.responses_fields import RESPONSES_FIELDS
@@ -53,6 +60,9 @@ nothing (null, and the values in brackets). Null means "not given".
 | `/v1/responses` | POST | OpenAI's Responses API, see below |
 | `/v1/responses/{id}` | GET, DELETE | a kept response |
 | `/v1/responses/{id}/cancel` | POST | ends a running response |
+| `/v1/embeddings` | POST | OpenAI's API, with a model that is [pooled](embeddings.md) |
+| `/v1/classify`, `/v1/rerank`, `/v1/score` | POST | [SGLang's](embeddings.md) |
+| `/encode`, `/classify` | POST, PUT | SGLang's native API of vectors |
 | `/v1/messages` | POST | Anthropic's Messages API, see below |
 | `/v1/messages/count_tokens` | POST | a prompt of that API, to `input_tokens` |
 | `/api/chat`, `/api/generate` | POST | Ollama's API, see below |
@@ -83,7 +93,7 @@ nothing (null, and the values in brackets). Null means "not given".
   Anthropic's types below `/v1/messages`, `{"error": ...}` with a text at Ollama's paths, and
   `{"error": {"message": ...}}` elsewhere. In a stream that has begun, the event `{"error": ...}`
   holds the first, or a message with `type`, `code` and `retryable`.
-- Any other path is answered with 404: embeddings, scores, sessions and LoRA adapters are not
+- Any other path is answered with 404: sessions and LoRA adapters are not
   served.
 - With `--api-key` every path but the four of health asks for `Authorization: Bearer KEY` or
   `x-api-key: KEY` (401 `{"error":"Unauthorized"}`, Anthropic's error at its paths), `/metrics`
@@ -250,6 +260,11 @@ _TABLES: tuple[tuple[str, FieldTable[Any], str], ...] = (
     ("`/api/generate`", OLLAMA_GENERATE_FIELDS, "Any other field is refused."),
     ("`options` of `/api/chat` and `/api/generate`", OPTION_FIELDS, "Any other field is refused."),
     ("`/api/show`", SHOW_FIELDS, "Any other field is refused."),
+    ("`/encode` and `/classify`", ENCODE_FIELDS, "Any other field is refused."),
+    ("`/v1/embeddings`", EMBEDDING_FIELDS, "Any other field is ignored."),
+    ("`/v1/classify`", CLASSIFY_FIELDS, "Any other field is ignored."),
+    ("`/v1/rerank`", RERANK_FIELDS, "Any other field is ignored."),
+    ("`/v1/score`", SCORE_FIELDS, "Any other field is ignored."),
 )
 
 

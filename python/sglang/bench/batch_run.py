@@ -30,6 +30,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_limits import Worker
 from sglang.srt.managers.scheduler_setup import SchedulerParts, build_scheduler_parts
+from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -106,7 +107,11 @@ class BatchRunner:
         progress = Progress()
         self._parts: SchedulerParts = build_scheduler_parts(args, environ, progress)
         self._channel = _Inbox()
-        self._worker = _TimedWorker(self._parts.worker)
+        worker = self._parts.worker
+        if not isinstance(worker, TpModelWorker):
+            raise ValueError("the model is pooled: it has no decode steps to measure")
+        self._model_worker = worker
+        self._worker = _TimedWorker(worker)
         self._random = np.random.default_rng(seed)
         self._num_requests = 0
         # Every step is as large as the flags allow, and tells at once what it sampled.
@@ -124,7 +129,7 @@ class BatchRunner:
     @property
     def model(self) -> nn.Module:
         """The loaded model, for profiling."""
-        model = self._parts.worker.model
+        model = self._model_worker.model
         if not isinstance(model, nn.Module):
             raise InvariantError(f"{type(model).__name__} is no module of torch")
         return model
@@ -132,7 +137,7 @@ class BatchRunner:
     @contextmanager
     def without_tapes(self) -> Iterator[None]:
         """Decode steps go through the model's modules, one call after another."""
-        runner = self._parts.worker.runner
+        runner = self._model_worker.runner
         tapes, runner.tapes = runner.tapes, None
         try:
             yield
@@ -144,7 +149,7 @@ class BatchRunner:
 
         Medians of several turns. Empty when such steps are not recorded.
         """
-        tapes = self._parts.worker.runner.tapes
+        tapes = self._model_worker.runner.tapes
         if tapes is None:
             return []
         turns = [tapes.times(size.batch_size) for _ in range(_TAPE_TURNS)]
@@ -209,7 +214,7 @@ class BatchRunner:
 
     def _request(self, size: BatchSize) -> TokenizedGenerateReqInput:
         self._num_requests += 1
-        vocabulary = self._parts.worker.model.lm_head.num_embeddings
+        vocabulary = self._model_worker.model.lm_head.num_embeddings
         ids = self._random.integers(0, vocabulary, size.input_len, np.int32)
         return TokenizedGenerateReqInput(
             rid=f"batch-{self._num_requests}",

@@ -71,6 +71,9 @@ class CharTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return chr(token_id).encode()
 
+    def encode_pair(self, first: str, second: str) -> tuple[IdArray, int]:
+        return ids_of(f"\x01{first}\x02{second}"), 2 + len(first)
+
 
 def ids_of(text: str) -> IdArray:
     return np.array([ord(c) for c in text], np.int32)
@@ -113,6 +116,7 @@ class FakeService:
         self.context_length = CONTEXT_LENGTH
         self.constraint_refusal: str | None = None
         self.answer = ANSWER
+        self.pooled_size = TINY_CONFIG["hidden_size"]
         self.hold_at: dict[str, int] = {}
         self.refusals: dict[str, FinishReason] = {}
         self.fail_at: dict[str, int] = {}
@@ -163,6 +167,11 @@ class FakeService:
         refusal = _lookup(self.refusals, request.rid)
         if refusal is not None:
             yield _delta("", ids, 0, refusal)
+            return
+        if request.pooling is not None:
+            assert limit == 0
+            vector = pooled_vector(ids, self.pooled_size)
+            yield replace(_delta("", ids, 0, FinishReason("length")), pooled=vector)
             return
         hold = _lookup(self.hold_at, request.rid)
         text = self.answer[:limit]
@@ -226,6 +235,11 @@ class FakeService:
         return self.healthy
 
 
+def pooled_vector(ids: IdArray, size: int) -> np.ndarray:
+    """What the fake model makes of a prompt: every number tells of all its ids, and none is 0."""
+    return (np.arange(1, size + 1) * 0.25 + ids.sum() % 7).astype(np.float32)
+
+
 def _lookup(table: Mapping[str, Any], rid: str) -> Any:
     return next((value for prefix, value in table.items() if rid.startswith(prefix)), None)
 
@@ -246,8 +260,17 @@ def _delta(
 class LiveServer:
     """A real HTTP server on a loopback port, its loop on a thread; use as a context manager."""
 
-    def __init__(self, model_dir: Any, *, ready: bool = True, **server_args: Any) -> None:
-        (model_dir / "config.json").write_bytes(msgspec.json.encode(TINY_CONFIG))
+    def __init__(
+        self,
+        model_dir: Any,
+        *,
+        ready: bool = True,
+        config: Mapping[str, Any] | None = None,
+        **server_args: Any,
+    ) -> None:
+        """`config` holds fields of config.json that TINY_CONFIG has otherwise."""
+        fields = {**TINY_CONFIG, **(config or {})}
+        (model_dir / "config.json").write_bytes(msgspec.json.encode(fields))
         (model_dir / "generation_config.json").write_bytes(b'{"temperature": 0.6, "top_k": 20}')
         args = ServerArgs.from_kwargs(
             **{

@@ -23,6 +23,7 @@ from sglang.srt.layers.attention import (
 )
 from sglang.srt.managers.io_struct import (
     LogprobArrays,
+    PoolingMode,
     TokenizedGenerateReqInput,
     int32_buffer,
 )
@@ -31,9 +32,12 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.native import triton_kernels
 from sglang.srt.utils.sizes import format_bytes
 from srt.layers.attention.fake_flashinfer import FakeWrappers
+from srt.managers.test_engine_pooling import SWITCHES, TOLERANCE, pool
+from srt.managers.test_engine_pooling import answer_all as pool_all
 from srt.managers.test_engine_tokens import NEW_TOKENS, PROMPTS, DeviceTower, answer_all, tower
 from srt.model_loader.test_kv_scales import add_tensors
 from srt.models.hf_models import VOCAB, best_next, hf_greedy, make_hf_model, save
+from srt.models.pooled_models import hidden_states, write_pooling
 from srt.utils.fake_device import LateRuntime
 
 FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "llama4")
@@ -128,6 +132,18 @@ def test_retraction_growth_and_chunks(
         assert answer_all(engine) == expected
         assert engine.scheduler.counters.num_retractions > 0
         assert graphs_of(engine).num_replays > 0
+
+
+@pytest.mark.parametrize("mode", ["last", "mean"])
+def test_vectors_come_late(mode: PoolingMode, tmp_path: Path) -> None:
+    reference = make_hf_model("llama")
+    path = save(reference, tmp_path)
+    write_pooling(tmp_path, SWITCHES[mode])
+    flags = {"is_embedding": True, "page_size": 16, "chunked_prefill_size": 48}
+    with late_tower(path, **flags) as (engine, _):
+        for prompt, found in zip(PROMPTS, pool_all(engine, mode), strict=True):
+            want = pool(hidden_states(reference, prompt), mode)
+            np.testing.assert_allclose(found, want, **TOLERANCE)
 
 
 class CountingRuntime(LateRuntime):

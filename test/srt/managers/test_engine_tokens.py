@@ -181,6 +181,26 @@ def test_tokens_equal_transformers(
         assert answer_all(engine) == expected
 
 
+def test_prompt_logprobs_without_new_tokens_cover_every_chunk(
+    model: tuple[str, list[list[int]]],
+) -> None:
+    path, _ = model
+    prompt = PROMPTS[2]
+    with tower(path, page_size=16, chunked_prefill_size=32) as engine:
+        engine.channel.inbox.append(
+            TokenizedGenerateReqInput(
+                rid="r",
+                input_ids=memoryview(int32_buffer(prompt)),
+                sampling_params=SamplingParams(max_new_tokens=0),
+                return_logprob=True,
+            )
+        )
+        engine.run()
+        (out,) = engine.channel.outs
+    assert out.input_logprobs is not None
+    assert np.frombuffer(out.input_logprobs.token_ids, "<i4").tolist() == prompt
+
+
 def test_retraction_under_a_tiny_budget_changes_no_token(
     model: tuple[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from sglang.srt.managers.schedule_policy import (
     order_waiting,
     pages_promised,
     share_chunk_tokens,
+    share_whole_prompts,
     total_pages,
 )
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -244,3 +245,19 @@ class TestReq:
         assert tokens.view().tolist() == ids
         assert tokens.view(2, 5).tolist() == ids[2:5]
         assert len(tokens) == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("left", "budget", "shares"),
+    [
+        ([], 10, []),
+        ([4, 6, 1], 10, [4, 6, 0]),
+        ([4, 7, 1], 10, [4, 0, 0]),
+        ([40, 1], 10, [40, 0]),
+        ([40, 1], 41, [40, 1]),
+    ],
+)
+def test_whole_prompts_go_in_order_and_at_least_one_does(
+    left: list[int], budget: int, shares: list[int]
+) -> None:
+    assert share_whole_prompts(left, budget) == shares

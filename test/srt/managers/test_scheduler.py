@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sglang.srt.managers.io_struct import StopStringHit, int32_buffer
-from sglang.srt.managers.schedule_batch import ReqState
+from sglang.srt.managers.schedule_batch import Req, ReqState
+from sglang.srt.managers.scheduler_admission import Admission
+from sglang.srt.mem_cache.allocation import KVLease
 from srt.managers.scheduler_harness import Harness, expected_output, make_memory
 
 
@@ -138,6 +141,16 @@ def test_the_context_length_ends_a_request(overlap: bool) -> None:
     assert (refused.type, refused.status_code) == ("abort", 400)
     assert "32 tokens" in refused.message
     assert "31 tokens" in refused.message
+
+
+def test_a_prompt_without_new_tokens_may_fill_the_context(overlap: bool) -> None:
+    harness = Harness(make_memory(page_size=4), page_size=4, overlap=overlap, context_length=32)
+    harness.send("fills it", prompt_of(32), max_new=0)
+    harness.send("too long", prompt_of(33), max_new=0)
+    harness.run()
+    assert harness.final("fills it").type == "length"
+    assert "32 tokens" in harness.final("too long").message
+    harness.memory.audit()
 
 
 def test_a_stop_string_hit_ends_a_request_once(overlap: bool) -> None:
@@ -283,3 +296,22 @@ def test_logits_that_are_no_numbers_are_told_of(caplog: pytest.LogCaptureFixture
     harness.run()
     (record,) = caplog.records
     assert "the logits of ['odd'] are not finite" in record.getMessage()
+
+
+def test_a_burst_is_admitted_without_asking_all_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counting(self: Admission, req: Req, full: bool, lease: KVLease | None = None) -> Any:
+        asked.append(req.rid)
+        return promise(self, req, full, lease)
+
+    promise = Admission._promise
+    monkeypatch.setattr(Admission, "_promise", counting)
+    harness = Harness(make_memory(page_size=4), page_size=4, chunk_tokens=1024)
+    for number in range(50):
+        harness.send(f"r{number}", prompt_of(4, number), max_new=1)
+    harness.turn()
+    assert harness.scheduler.num_running == 50
+    assert len(asked) <= 2 * 50
+    harness.run()
+    harness.memory.audit()

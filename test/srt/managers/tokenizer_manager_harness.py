@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import zmq
 
+from sglang.srt.configs.priority_args import PriorityArgs
 from sglang.srt.environ import Environ
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest
 from sglang.srt.managers.io_struct import (
@@ -97,9 +98,15 @@ async def eventually(condition: Any) -> None:
             await asyncio.sleep(0)
 
 
+class _Arguments(SimpleNamespace):
+    """Some fields of the server arguments, and what follows from them."""
+
+    refuses_priority = PriorityArgs.refuses_priority
+
+
 def fake_settings() -> tuple[Any, Any]:
     """The server arguments and the model config that a manager reads, and no more."""
-    args = SimpleNamespace(
+    args = _Arguments(
         max_prompt_logprob_tokens=10,
         dp_size=1,
         load_balance_method="round_robin",

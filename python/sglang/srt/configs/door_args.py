@@ -59,6 +59,13 @@ class DoorArgs:
         False, "Load no tokenizer: requests bring input_ids and get output_ids.", group=MODEL
     )
 
+    is_embedding: bool = flag(
+        False,
+        "Serve vectors of prompts in place of answers. Classifiers, and checkpoints that are a "
+        "decoder alone, are served so without it.",
+        group=MODEL,
+    )
+
     # ---- HTTP server
     host: str = flag("127.0.0.1", "Address to listen on.", group=HTTP)
     port: int = flag(30000, "Port to listen on.", group=HTTP, parse=int, minimum=1, maximum=65535)

@@ -278,10 +278,12 @@ def _build(
         default_theta=family.rope_theta,
         layer_type=family.rope_layer_type,
     )
-    length = max_position
-    if not family.length_is_scaled:
-        length = _derived_context_length(values, rope, max_position)
     traits = family.read_traits(values, num_layers)
+    length = max_position
+    if traits.encoder is not None:
+        length -= traits.encoder.first_position
+    elif not family.length_is_scaled:
+        length = _derived_context_length(values, rope, max_position)
     return ModelConfig(
         architecture=architecture,
         model_type=family.model_type,

@@ -53,6 +53,20 @@ class TemperatureConfig:
     floor_scale: float
 
 
+@dataclass(frozen=True, slots=True)
+class EncoderConfig:
+    """All tokens of a prompt see each other; nothing is generated and no K and V are kept.
+
+    The token at position p has row `first_position` + p of a table of `num_positions` positions.
+    `norm_eps` is that of layer normalisation.
+    """
+
+    norm_eps: float
+    num_positions: int
+    first_position: int
+    num_token_types: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelTraits:
     """The defaults, with one entry per layer in the tuples, are a plain Llama.
@@ -69,6 +83,8 @@ class ModelTraits:
 
     Scores are q k^T times `attention_scaling` (None: head_dim ** -0.5). A cap c > 0 turns scores
     (`attention_logit_cap`) or logits (`final_logit_cap`) s into c * tanh(s / c).
+
+    `encoder` None: a decoder, all of the above; else nothing of the above counts.
     """
 
     attention_bias: bool = False
@@ -86,6 +102,7 @@ class ModelTraits:
     attention_scaling: float | None = None
     attention_logit_cap: float = 0.0
     final_logit_cap: float = 0.0
+    encoder: EncoderConfig | None = None
 
     @property
     def sliding_window(self) -> int | None:

@@ -55,3 +55,8 @@ class PriorityArgs:
         "Refuse requests that name a priority, unless --enable-priority-scheduling is set.",
         group=PRIORITIES,
     )
+
+    @property
+    def refuses_priority(self) -> bool:
+        """Whether requests that name a priority are refused."""
+        return self.abort_on_priority_when_disabled and not self.enable_priority_scheduling

@@ -9,21 +9,20 @@ from contextlib import aclosing
 from typing import Any
 
 import msgspec
-import numpy as np
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from sglang.srt.configs.pooling_config import PoolingConfig
 from sglang.srt.entrypoints.event_stream import while_connected
 from sglang.srt.entrypoints.http_errors import JsonResponse, bad_field
+from sglang.srt.entrypoints.probe import probe_request
 from sglang.srt.entrypoints.request_body import read_body, split_object
 from sglang.srt.entrypoints.request_fields import FieldTable
 from sglang.srt.entrypoints.server_context import ServerContext
 from sglang.srt.entrypoints.server_info import load_of, model_info, server_info
 from sglang.srt.entrypoints.service import TextService
 from sglang.srt.errors import RequestError
-from sglang.srt.managers.generate_request import GenerateRequest
 from sglang.srt.managers.metrics import ServerMetrics
-from sglang.srt.sampling.sampling_params import SamplingParams
 
 _SCRAPE_TIMEOUT_S = 5.0
 
@@ -54,17 +53,18 @@ class AdminDoors:
         return Response(status_code=200 if self._context.is_healthy else 503)
 
     async def health_generate(self, request: Request) -> Response:
-        """GET /health_generate: a token is really generated.
+        """GET /health_generate: a token is really generated, or a prompt pooled.
 
         A scheduler that is too busy to get to it in time but makes progress is healthy too.
         """
         if not self._context.is_healthy:
             return Response(status_code=503)
-        service = self._context.serving.service
+        serving = self._context.serving
+        service = serving.service
         before = _progress(service)
         try:
             async with asyncio.timeout(self._context.environ.health_check_timeout_s):
-                await while_connected(request.receive, _generate_one(service))
+                await while_connected(request.receive, _answer_one(service, serving.kind.pooling))
         except TimeoutError:
             advanced = _progress(service) != before and self._context.is_healthy
             return Response(status_code=200 if advanced else 503)
@@ -162,14 +162,8 @@ def _progress(service: TextService) -> int | None:
     return None if heartbeat is None else heartbeat.progress
 
 
-async def _generate_one(service: TextService) -> None:
-    request = GenerateRequest(
-        rid=f"HEALTH_CHECK_{uuid.uuid4().hex}",
-        text=None,
-        input_ids=np.zeros(1, np.int32),
-        sampling_params=SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True),
-        stream=False,
-    )
+async def _answer_one(service: TextService, pooling: PoolingConfig | None) -> None:
+    request = probe_request(f"HEALTH_CHECK_{uuid.uuid4().hex}", 1, pooling)
     async with aclosing(service.generate(request)) as deltas:
         async for delta in deltas:
             if delta.finish_reason is not None and delta.finish_reason.type == "abort":

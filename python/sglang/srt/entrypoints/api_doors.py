@@ -81,7 +81,7 @@ class ApiDoors:
     async def generate(self, request: Request) -> Response:
         """POST or PUT /generate."""
         call = await self._read_generate(request)
-        serving = self._context.serving.generate
+        serving = self._context.generating.generate
         if call.stream:
             return EventStream(ApiShape.NATIVE, serving.events(call))
         return JsonResponse(await while_connected(request.receive, serving.reply(call)))
@@ -90,7 +90,7 @@ class ApiDoors:
         """POST /v1/chat/completions."""
         body = await self._openai_body(request)
         chat_body: ChatBody = await off_loop(len(body), _parse_chat, body)
-        serving = self._context.serving.chat
+        serving = self._context.generating.chat
         call = await while_connected(request.receive, serving.prepare(chat_body))
         if chat_body.stream:
             return EventStream(ApiShape.OPENAI, serving.events(call))
@@ -102,7 +102,7 @@ class ApiDoors:
         parsed: tuple[CompletionBody, list[str | IdArray]] = await off_loop(
             len(body), _parse_completion, body
         )
-        serving = self._context.serving.completions
+        serving = self._context.generating.completions
         call = await while_connected(request.receive, serving.prepare(*parsed))
         if call.body.stream:
             return EventStream(ApiShape.OPENAI, serving.events(call))
@@ -112,7 +112,7 @@ class ApiDoors:
         """POST /v1/responses."""
         raw = await self._openai_body(request)
         body: ResponsesBody = await off_loop(len(raw), _parse_responses, raw)
-        serving = self._context.serving.responses
+        serving = self._context.generating.responses
         call = await while_connected(request.receive, serving.prepare(body))
         if call.is_stream:
             return EventStream(ApiShape.RESPONSES, serving.events(call))
@@ -120,7 +120,7 @@ class ApiDoors:
 
     async def response(self, request: Request) -> Response:
         """GET or DELETE /v1/responses/{id}."""
-        serving = self._context.serving.responses
+        serving = self._context.generating.responses
         response_id = request.path_params["response_id"]
         if request.method == "DELETE":
             return JsonResponse(serving.delete(response_id))
@@ -130,7 +130,7 @@ class ApiDoors:
 
     async def cancel_response(self, request: Request) -> Response:
         """POST /v1/responses/{id}/cancel."""
-        serving = self._context.serving.responses
+        serving = self._context.generating.responses
         return _json(await serving.cancel(request.path_params["response_id"]))
 
     async def tokenize(self, request: Request) -> Response:

@@ -24,6 +24,7 @@ from sglang.srt.entrypoints.http_gate import Gate, shape_of
 from sglang.srt.entrypoints.memory_doors import MemoryDoors
 from sglang.srt.entrypoints.ollama.ollama_doors import OllamaDoors
 from sglang.srt.entrypoints.parser_doors import ParserDoors
+from sglang.srt.entrypoints.pooling_doors import PoolingDoors
 from sglang.srt.entrypoints.request_body import ClientGoneError
 from sglang.srt.entrypoints.sequences import CLIENT_CLOSED
 from sglang.srt.entrypoints.server_context import ServerContext
@@ -38,7 +39,7 @@ GET, POST = ["GET"], ["POST"]
 def build_app(context: ServerContext) -> Starlette:
     """The application of one server; `context` decides what is served and when."""
     api, admin, memory = ApiDoors(context), AdminDoors(context), MemoryDoors(context)
-    parsers = ParserDoors(context)
+    parsers, pooling = ParserDoors(context), PoolingDoors(context)
     routes: list[tuple[str, list[str], Door]] = [
         *_ollama_routes(context),
         *_anthropic_routes(context),
@@ -53,6 +54,12 @@ def build_app(context: ServerContext) -> Starlette:
         ("/v1/responses", POST, api.responses),
         ("/v1/responses/{response_id}", ["GET", "DELETE"], api.response),
         ("/v1/responses/{response_id}/cancel", POST, api.cancel_response),
+        ("/encode", ["POST", "PUT"], pooling.encode),
+        ("/classify", ["POST", "PUT"], pooling.encode),
+        ("/v1/embeddings", POST, pooling.embeddings),
+        ("/v1/classify", POST, pooling.classify),
+        ("/v1/rerank", ["POST", "PUT"], pooling.rerank),
+        ("/v1/score", POST, pooling.score),
         ("/tokenize", POST, api.tokenize),
         ("/v1/tokenize", POST, api.tokenize),
         ("/detokenize", POST, api.detokenize),

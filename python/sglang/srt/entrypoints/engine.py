@@ -10,7 +10,7 @@ from __future__ import annotations
 import atexit
 import logging
 import multiprocessing
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -18,7 +18,9 @@ import numpy as np
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.entrypoints.background_loop import BackgroundLoop
+from sglang.srt.entrypoints.encode_api import read_encode
 from sglang.srt.entrypoints.generate_request_body import GenerateCall, read_generate
+from sglang.srt.entrypoints.openai.pooling_fields import SCORE_FIELDS
 from sglang.srt.entrypoints.processes import ServerProcesses, StartError
 from sglang.srt.entrypoints.request_fields import raw_from_python
 from sglang.srt.entrypoints.server_context import ServerContext
@@ -102,7 +104,7 @@ class Engine:
         it ends the request). `fields` are the other fields of /generate. Raises RequestError.
         """
         call = self._read(prompt, sampling_params, input_ids, stream, fields)
-        server = self._context.serving.generate
+        server = self._context.generating.generate
         if stream:
             return self._loop.iterate(_plain_stream(server.stream(call)))
         return _plain_all(self._loop.call(server.reply(call)))
@@ -118,7 +120,7 @@ class Engine:
     ) -> Result | list[Result] | AsyncIterator[Result]:
         """`generate` for asyncio; with `stream` the awaited value is an async iterator."""
         call = self._read(prompt, sampling_params, input_ids, stream, fields)
-        server = self._context.serving.generate
+        server = self._context.generating.generate
         if stream:
             return self._loop.aiterate(_plain_stream(server.stream(call)))
         return _plain_all(await self._loop.acall(server.reply(call)))
@@ -134,6 +136,65 @@ class Engine:
             "stream": stream,
         }
         return read_generate(raw_from_python(values))
+
+    # ---- vectors and scores
+
+    def encode(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        input_ids: Any = None,
+        dimensions: int | None = None,
+        **fields: Any,
+    ) -> Result | list[Result]:
+        """The vector of a prompt or of each of a batch, as /encode gives it.
+
+        For a model that is pooled (`is_embedding`). `input_ids` are lists or arrays of ids instead
+        of `prompt`, `dimensions` None: all numbers. Raises RequestError.
+        """
+        return _plain_all(self._loop.call(self._encode(prompt, input_ids, dimensions, fields)))
+
+    async def async_encode(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        input_ids: Any = None,
+        dimensions: int | None = None,
+        **fields: Any,
+    ) -> Result | list[Result]:
+        """`encode` for asyncio."""
+        call = self._encode(prompt, input_ids, dimensions, fields)
+        return _plain_all(await self._loop.acall(call))
+
+    def _encode(
+        self, prompt: Any, input_ids: Any, dimensions: int | None, fields: dict[str, Any]
+    ) -> Coroutine[Any, Any, Result | list[Result]]:
+        values = {**fields, "text": prompt, "input_ids": input_ids, "dimensions": dimensions}
+        call = read_encode(raw_from_python(values))
+        return self._context.serving.encode.reply(call)
+
+    def score(
+        self,
+        query: str | list[int],
+        items: str | list[str] | list[list[int]],
+        label_token_ids: list[int],
+        apply_softmax: bool = False,
+        item_first: bool = False,
+    ) -> list[list[float]]:
+        """For each item how likely the labels are after query and item, as /v1/score tells.
+
+        Raises RequestError.
+        """
+        values = {
+            "query": query,
+            "items": items,
+            "label_token_ids": label_token_ids,
+            "apply_softmax": apply_softmax,
+            "item_first": item_first,
+        }
+        body = SCORE_FIELDS.read(raw_from_python(values))
+        reply = self._loop.call(self._context.serving.rerank.score(body))
+        return [scores.tolist() for scores in reply["scores"]]
 
     # ---- managing
 

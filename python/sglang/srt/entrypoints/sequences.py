@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from sglang.srt.entrypoints.event_stream import cancel_and_wait
+from sglang.srt.entrypoints.model_kind import ModelKind
 from sglang.srt.entrypoints.service import TextService
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import (
@@ -169,8 +170,15 @@ class SequenceRunner:
     them too.
     """
 
-    def __init__(self, service: TextService, observer: SequenceObserver | None = None) -> None:
+    def __init__(
+        self,
+        service: TextService,
+        observer: SequenceObserver | None = None,
+        kind: ModelKind | None = None,
+    ) -> None:
+        """`kind` None: the model generates."""
         self._service = service
+        self._kind = kind or ModelKind(None)
         self._observer = observer
         self._held: dict[str, bool] = {}  # rid -> aborted meanwhile
 
@@ -200,6 +208,8 @@ class SequenceRunner:
 
         Raises RequestError as soon as one sequence is refused. Closing it aborts what still runs.
         """
+        for prompt in call.prompts:
+            self._kind.check(prompt)
         groups = [await self._expand(prompt) for prompt in call.prompts]
         if call.num_sequences == 1:
             source = self._single(groups[0][0])

@@ -9,15 +9,21 @@ from __future__ import annotations
 import enum
 import time
 
+from sglang.srt.configs.pooling_config import pooling_of
 from sglang.srt.entrypoints.anthropic.serving_messages import MessageServing
 from sglang.srt.entrypoints.binary_ids import ID_BYTES
+from sglang.srt.entrypoints.encode_api import EncodeServer
 from sglang.srt.entrypoints.generate_api import GenerateServer
+from sglang.srt.entrypoints.model_kind import ModelKind
 from sglang.srt.entrypoints.ollama.serving_ollama import OllamaServing
 from sglang.srt.entrypoints.openai.responses_store import ResponseStore
 from sglang.srt.entrypoints.openai.serving_base import OpenAIOptions, default_sampling
 from sglang.srt.entrypoints.openai.serving_chat import ChatServing
 from sglang.srt.entrypoints.openai.serving_completions import CompletionServing
+from sglang.srt.entrypoints.openai.serving_embeddings import EmbeddingServing
+from sglang.srt.entrypoints.openai.serving_rerank import RerankServing
 from sglang.srt.entrypoints.openai.serving_responses import ResponseServing
+from sglang.srt.entrypoints.pooled_calls import PooledCalls
 from sglang.srt.entrypoints.sequences import SequenceRunner
 from sglang.srt.entrypoints.service import TextService
 from sglang.srt.environ import Environ
@@ -40,7 +46,10 @@ class Phase(enum.Enum):
 
 
 class Serving:
-    """The API servers on top of one text service; `parsers` are those that `auto` stood for."""
+    """The API servers on top of one text service; `parsers` are those that `auto` stood for.
+
+    `kind` says which of them have something to serve. Raises ValueError as `pooling_of`.
+    """
 
     def __init__(
         self, service: TextService, server_args: ServerArgs, metrics: ServerMetrics | None
@@ -58,7 +67,10 @@ class Serving:
             defaults, server_args.enable_cache_report, WEIGHT_VERSION, self.parsers
         )
         self.service = service
-        self.runner = SequenceRunner(service, metrics)
+        self.kind = ModelKind(
+            pooling_of(service.model_config, is_embedding=server_args.is_embedding)
+        )
+        self.runner = SequenceRunner(service, metrics, self.kind)
         self.generate = GenerateServer(
             service,
             self.runner,
@@ -71,6 +83,10 @@ class Serving:
         self.messages = MessageServing(self.chat)
         self.completions = CompletionServing(service, self.runner, options)
         self.ollama = OllamaServing(self.chat, self.completions)
+        calls = PooledCalls(self.runner, self.kind)
+        self.encode = EncodeServer(calls, WEIGHT_VERSION)
+        self.embeddings = EmbeddingServing(calls, options.cache_report)
+        self.rerank = RerankServing(service, self.runner, calls, self.kind, WEIGHT_VERSION)
 
 
 class ServerContext:
@@ -114,6 +130,13 @@ class ServerContext:
         if self._serving is None or self.phase is Phase.STARTING:
             raise RequestError("The server is starting.", 503)
         return self._serving
+
+    @property
+    def generating(self) -> Serving:
+        """`serving` of a model that generates; RequestError 400 for one that is pooled."""
+        serving = self.serving
+        serving.kind.need_generation()
+        return serving
 
     @property
     def is_healthy(self) -> bool:

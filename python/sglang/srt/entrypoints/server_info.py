@@ -26,7 +26,7 @@ def model_info(context: ServerContext) -> dict[str, Any]:
         "model_path": args.model_path,
         "served_model_name": args.served_model_name,
         "tokenizer_path": args.tokenizer_path,
-        "is_generation": True,
+        "is_generation": context.serving.kind.pooling is None,
         "preferred_sampling_params": None,
         "weight_version": WEIGHT_VERSION,
         "load_format": args.load_format,

@@ -31,6 +31,10 @@ class TokenTexts(Protocol):
         """The bytes of one token."""
         ...
 
+    def encode_pair(self, first: str, second: str) -> tuple[IdArray, int]:
+        """Ids of two texts as the model takes pairs, and where the second begins; blocks."""
+        ...
+
 
 class TextService(Protocol):
     """Requests in, deltas out; see `TokenizerManager` for the full contract."""

@@ -6,16 +6,14 @@ import asyncio
 import logging
 from contextlib import aclosing
 
-import numpy as np
-
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.pooling_config import pooling_of
 from sglang.srt.entrypoints.generate_request_body import new_rid
+from sglang.srt.entrypoints.probe import probe_request
 from sglang.srt.environ import Environ
 from sglang.srt.errors import RequestError
-from sglang.srt.managers.generate_request import GenerateRequest
 from sglang.srt.managers.io_struct import IpcNames
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
-from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.tokenizer.loader import load_tokenizer_for
 
@@ -40,9 +38,9 @@ async def start_text_service(
 
 
 async def warm_up(manager: TokenizerManager) -> None:
-    """Let every replica generate a first answer, so that no client waits for what is slow once.
+    """Let every replica give a first answer, so that no client waits for what is slow once.
 
-    The prefix that it leaves is dropped again. Raises RequestError when nothing is generated.
+    The prefix that it leaves is dropped again. Raises RequestError when there is none.
     """
     if manager.context_length <= _WARMUP_TOKENS:
         return
@@ -54,16 +52,9 @@ async def warm_up(manager: TokenizerManager) -> None:
 
 
 async def _answer_once(manager: TokenizerManager, dp_rank: int) -> None:
-    request = GenerateRequest(
-        rid=f"WARMUP_{new_rid()}",
-        text=None,
-        input_ids=np.zeros(1, np.int32),
-        sampling_params=SamplingParams(
-            max_new_tokens=_WARMUP_TOKENS, temperature=0.0, ignore_eos=True
-        ),
-        stream=False,
-        routed_dp_rank=dp_rank,
-    )
+    args = manager.server_args
+    pooling = pooling_of(manager.model_config, is_embedding=args.is_embedding)
+    request = probe_request(f"WARMUP_{new_rid()}", _WARMUP_TOKENS, pooling, dp_rank)
     async with aclosing(manager.generate(request)) as deltas:
         async for delta in deltas:
             reason = delta.finish_reason

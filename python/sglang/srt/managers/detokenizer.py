@@ -82,6 +82,7 @@ class Detokenizer:
             input_logprobs=out.input_logprobs,
             output_logprobs=out.output_logprobs,
             drafts=out.drafts,
+            pooled=out.pooled,
         )
         stream.read(out, news)
         return news

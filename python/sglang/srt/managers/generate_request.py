@@ -12,7 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sglang.srt.managers.io_struct import DraftCounts, FinishReason, LogprobArrays, PrefillProgress
+from sglang.srt.managers.io_struct import (
+    DraftCounts,
+    FinishReason,
+    LogprobArrays,
+    PoolingSpec,
+    PrefillProgress,
+)
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 IdArray = npt.NDArray[np.int32]
@@ -31,7 +37,8 @@ class GenerateRequest:
     `add_special_tokens` says whether `text` gets the tokenizer's BOS and EOS (False for text
     that a chat template rendered). `kept_special_tokens` are shown although special tokens are
     skipped. `routed_dp_rank` is the replica that has to compute it, None:
-    any. `sampling_params.n` is not looked at: the doors expand n.
+    any. `sampling_params.n` is not looked at: the doors expand n. `pooling` None: the model
+    generates; else it is pooled so, and `sampling_params.max_new_tokens` is 0.
     """
 
     rid: str
@@ -49,6 +56,7 @@ class GenerateRequest:
     kept_special_tokens: tuple[str, ...] = ()
     include_progress: bool = False
     routed_dp_rank: int | None = None
+    pooling: PoolingSpec | None = None
 
     def forget_prompt(self) -> None:
         """Let go of the prompt, which the scheduler has: a request may run for an hour with it."""
@@ -63,7 +71,9 @@ class GenerateDelta:
     `completion_tokens`, `cached_tokens` and `num_retractions` are totals so far.
     `input_logprobs` comes at most once, `output_logprobs` covers exactly `output_ids`. `dp_rank` is
     the replica's number, None where there is one; `drafts` are totals, None without any. `progress`
-    is set, and nothing else is new, on a delta that only tells of the prompt's progress.
+    is set, and nothing else is new, on a delta that only tells of the prompt's progress. `pooled`
+    float32 [d] comes with a pooled request's end: what the device made of the hidden states, not
+    yet normalised.
     """
 
     text: str
@@ -78,6 +88,7 @@ class GenerateDelta:
     progress: PrefillProgress | None = None
     dp_rank: int | None = None
     drafts: DraftCounts | None = None
+    pooled: npt.NDArray[np.float32] | None = None
 
 
 def concat_logprobs(parts: Sequence[LogprobArrays]) -> LogprobArrays | None:

@@ -18,7 +18,8 @@ class GenerationBatchResult:
     `token_ids` int64 [sampled] and `output_logprobs` follow the sampled order,
     `input_logprobs` the batch's; `forward_s` is the time on the worker thread. `invalid_rows`
     are places in the sampled order whose logits had NaN or no finite maximum, `failures` those
-    whose grammar could not go on, and why: their token is nobody's.
+    whose grammar could not go on, and why: their token is nobody's. `pooled[b]`, float32, is what
+    the step adds to the vector of request b (see `PoolingState`).
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -27,3 +28,4 @@ class GenerationBatchResult:
     forward_s: float
     invalid_rows: tuple[int, ...] = ()
     failures: Mapping[int, str] = field(default_factory=dict)
+    pooled: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)

@@ -7,13 +7,15 @@ float32), never as lists. No message carries an object of any room.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Union
+from typing import Any, ClassVar, Literal, Union
 
 import msgspec
 
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 Buffer = Union[bytes, memoryview]
+PoolingMode = Literal["last", "mean", "cls"]
+"""Which of a prompt's hidden states its vector is made of; see `PoolingConfig`."""
 
 
 class IpcNames(msgspec.Struct, frozen=True):
@@ -85,6 +87,17 @@ class LogprobArrays(msgspec.Struct, frozen=True, array_like=True):
     picked_logprobs: bytes = b""
 
 
+class PoolingSpec(msgspec.Struct, frozen=True, array_like=True):
+    """How a prompt is pooled. `whole`: it is computed in one step and shares no prefix.
+
+    `second_from` is where the second of two texts begins, 0: there is one.
+    """
+
+    mode: PoolingMode
+    whole: bool = False
+    second_from: int = 0
+
+
 # ---- to the scheduler -------------------------------------------------------------------------
 
 
@@ -96,7 +109,8 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
     position: log probabilities are wanted for prompt tokens at and after it; it equals n when
     none of the prompt is wanted. `priority` (None: none was named) and `extra_key` as in SGLang
     (`extra_key` also carries `cache_salt`): requests with different keys never share a prefix.
-    `include_progress` asks for `PrefillProgress` while the prompt is computed.
+    `include_progress` asks for `PrefillProgress` while the prompt is computed. `pooling` (None: the
+    request generates) asks for the prompt's vector and no token; `max_new_tokens` is then 0.
     """
 
     bulk_field: ClassVar[str] = "input_ids"  # forty megabytes at ten million tokens: see channel.py
@@ -113,6 +127,7 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
     priority: int | None = None
     detok: DetokOptions = DetokOptions()
     include_progress: bool = False
+    pooling: PoolingSpec | None = None
 
 
 class VocabularyReq(msgspec.Struct, tag="vocabulary"):
@@ -175,6 +190,7 @@ class TokenOut(msgspec.Struct, array_like=True):
     `output_ids` int32, only the new ones. `completion_tokens` counts all so far. `detok` is set
     on a request's first news only, `drafts` where drafts were verified, `input_logprobs` on the
     first news after the prompt was computed, `output_logprobs` covers exactly `output_ids`.
+    `pooled`, float32, is what a pooled request gets with its end.
     """
 
     rid: str
@@ -188,6 +204,7 @@ class TokenOut(msgspec.Struct, array_like=True):
     output_logprobs: LogprobArrays | None = None
     detok: DetokOptions | None = None
     drafts: DraftCounts | None = None
+    pooled: bytes | None = None
 
 
 class BatchTokenIDOut(msgspec.Struct, tag="token_out"):
@@ -210,6 +227,7 @@ class TextOut(msgspec.Struct, array_like=True):
     input_logprobs: LogprobArrays | None = None
     output_logprobs: LogprobArrays | None = None
     drafts: DraftCounts | None = None
+    pooled: bytes | None = None
 
 
 class BatchStrOut(msgspec.Struct, tag="str_out"):

@@ -92,6 +92,7 @@ class RequestState:
             output_logprobs=concat_logprobs(self._output_logprobs),
             dp_rank=self.shown_dp_rank,
             drafts=last.drafts,
+            pooled=None if last.pooled is None else np.frombuffer(last.pooled, "<f4"),
         )
         self._text = io.StringIO()
         self._ids = bytearray()

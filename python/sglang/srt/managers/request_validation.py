@@ -128,9 +128,10 @@ def check_ids(input_ids: IdArray, vocab_size: int, name: str = "input_ids") -> N
 def fit_to_context(num_tokens: int, params: SamplingParams, context_length: int) -> SamplingParams:
     """`params` with a definite max_new_tokens for a prompt of `num_tokens`.
 
-    None becomes what the effective context leaves. The two refusals read as SGLang's do.
+    None becomes what the effective context leaves. The two refusals read as SGLang's do. A prompt
+    that gets no new token may fill the context.
     """
-    if num_tokens >= context_length:
+    if num_tokens + (params.max_new_tokens != 0) > context_length:
         raise RequestError(
             f"The input ({num_tokens} tokens) is longer than the model's context length "
             f"({context_length} tokens)."

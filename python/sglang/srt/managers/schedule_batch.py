@@ -26,6 +26,7 @@ from sglang.srt.managers.io_struct import (
     LogprobArrays,
     TokenizedGenerateReqInput,
 )
+from sglang.srt.managers.pooling_state import PoolingState
 from sglang.srt.mem_cache.allocation import KVLease
 from sglang.srt.model_executor.forward_mode import ForwardMode
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -148,6 +149,9 @@ class Req:
             picked = np.frombuffer(message.token_ids_logprob, dtype="<i4")
             start = min(message.logprob_start_len, self.prompt_len)
             self.logprob = LogprobState(start, message.top_logprobs_num, picked)
+        self.pooling: PoolingState | None = None
+        if message.pooling is not None:
+            self.pooling = PoolingState(message.pooling, self.prompt_len)
 
         self.state = ReqState.WAITING
         self.kv: KVLease | None = None
@@ -222,11 +226,24 @@ class Req:
         """True once it was retracted so often that it is admitted with its full need only."""
         return self.num_own_retractions >= RETRACTIONS_BEFORE_RESERVING
 
+    @property
+    def second_from(self) -> int:
+        """The position of the second of a prompt's two texts, its end where there is one text."""
+        start = 0 if self.pooling is None else self.pooling.spec.second_from
+        return start or self.prompt_len
+
+    @property
+    def computes_whole(self) -> bool:
+        """True when its prompt may not be cut into chunks."""
+        return self.pooling is not None and self.pooling.spec.whole
+
     def max_prefix(self) -> int:
         """Longest prefix a cache hit may cover: a row must be left whose logits are wanted."""
         limit = self.known - 1
         if self.logprob is not None and not self.logprob.input_sent:
             limit = min(limit, self.logprob.start)
+        if self.pooling is not None and self.pooling.needs_all_rows:
+            limit = 0
         return max(0, limit)
 
     def own_computed(self) -> int:
@@ -279,6 +296,8 @@ class Req:
         self.num_forced_retractions += forced
         if self.logprob is not None and not self.logprob.input_sent:
             self.logprob.input_parts.clear()
+        if self.pooling is not None:
+            self.pooling.clear()
 
     def finish(self, reason: FinishReason) -> bool:
         """Note why it ends; False when it was ending already (the first reason stands)."""
@@ -342,6 +361,11 @@ class ScheduledReq:
         first = max(self.start, logprob.start)
         last = min(self.start + self.num_tokens, self.req.prompt_len - 1)
         return (first, max(0, last - first))
+
+    def pooled_rows(self) -> tuple[int, int]:
+        """(first position, count) of this step's positions whose hidden states are pooled."""
+        pooling = self.req.pooling
+        return (self.start, 0) if pooling is None else pooling.rows(self.start, self.num_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,17 @@ def share_chunk_tokens(left: Sequence[int], budget: int, page_size: int) -> list
     return shares
 
 
+def share_whole_prompts(left: Sequence[int], budget: int) -> list[int]:
+    """A step's prefill budget for prompts that can't be cut: whole ones in order, at least one."""
+    shares = [0] * len(left)
+    for i, length in enumerate(left):
+        if i and length > budget:
+            break
+        shares[i] = length
+        budget -= length
+    return shares
+
+
 def retraction_cost(req: Req) -> tuple[int, bool, int, bool, int]:
     """Sorts running requests by who gives up its place first.
 
@@ -197,7 +208,11 @@ def step_candidates(
             prefills.append(req)
     prefills.sort(key=service_key)
     budget = chunks.next_budget(shared=bool(decodes) or len(prefills) > 1)
-    shares = share_chunk_tokens([req.extend_left for req in prefills], budget, page_size)
+    left = [req.extend_left for req in prefills]
+    if prefills and prefills[0].computes_whole:  # a model's requests are all alike in this
+        shares = share_whole_prompts(left, budget)
+    else:
+        shares = share_chunk_tokens(left, budget, page_size)
     extends = []
     for req, share in zip(prefills, shares, strict=True):
         if share:

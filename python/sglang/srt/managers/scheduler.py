@@ -253,9 +253,9 @@ class Scheduler:
             # The text side keeps ids unique; answering here would give one id two final outputs.
             logger.error("Ignored a second request with the id %s", message.rid)
             return
-        rules = self._limits.priorities
+        rules, most = self._limits.priorities, message.sampling_params.max_new_tokens
         urgency = None if rules is None else rules.urgency(message.priority)
-        reason = self._limits.refusal(num_tokens) or self._make_way(urgency or 0)
+        reason = self._limits.refusal(num_tokens, most) or self._make_way(urgency or 0)
         if reason is not None:
             self.counters.num_refused += 1
             self._outputs.refuse(message.rid, num_tokens, reason)

@@ -76,12 +76,22 @@ class _Refusal:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class _Promised:
+    """Pages per group that `reqs` may still take, counted in full or clipped."""
+
+    reqs: list[Req]
+    full: bool
+    pages: tuple[int, ...]
+
+
 class Admission:
     """Opens leases for waiting requests as far as rows and promises allow."""
 
     def __init__(self, memory: KVMemory, limits: SchedulerLimits) -> None:
         self._memory = memory
         self._limits = limits
+        self._promised: _Promised | None = None  # of this turn's admissions so far
         self._refusal: _Refusal | None = None
         self._no_plan: _Refusal | None = None  # the last time that preemption did not help
 
@@ -96,6 +106,7 @@ class Admission:
         Admitted requests leave `waiting` and hold a lease with their prefix hit locked.
         """
         admitted: list[Req] = []
+        self._promised = None
         if not len(waiting) or len(running) >= self._limits.max_running_requests:
             return admitted
         present = [req for req in running if not req.is_ending]
@@ -184,14 +195,30 @@ class Admission:
         if lease is None:
             return False
         full = req.needs_reservation or any(other.needs_reservation for other in present)
-        promised = [self._promise(other, full) for other in present]
+        promised = self._promises(present, full)
         candidate = self._promise(req, full, lease)
-        if not self._memory.can_hold(total_pages(promised, candidate)):
+        if not self._memory.can_hold(total_pages([promised], candidate)):
             self._memory.close(lease, None, 0)
             return False
         self._memory.copy_rest(lease, tokens, req.max_prefix())
         req.admit(lease)
         return True
+
+    def _promises(self, present: Sequence[Req], full: bool) -> tuple[int, ...]:
+        """Pages per group that the present requests may still take.
+
+        Within a turn it goes on from what was added up for the candidate before: else a burst of
+        requests would cost its size squared. What is held of a window group depends on who else
+        reads the pages, so there all are asked again.
+        """
+        bounds = self._limits.window_pages
+        known, first = (0,) * len(bounds), 0
+        last = self._promised if all(bound is None for bound in bounds) else None
+        if last is not None and last.full == full and last.reqs == present[: len(last.reqs)]:
+            known, first = last.pages, len(last.reqs)
+        pages = total_pages([self._promise(req, full) for req in present[first:]], known)
+        self._promised = _Promised(list(present), full, pages)
+        return pages
 
     def _promise(self, req: Req, full: bool, lease: KVLease | None = None) -> tuple[int, ...]:
         limits = self._limits

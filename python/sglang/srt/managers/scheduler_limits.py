@@ -53,14 +53,15 @@ class SchedulerLimits:
     priorities: PriorityRules | None = None
     drafts: NgramRules | None = None
 
-    def refusal(self, num_tokens: int) -> FinishReason | None:
+    def refusal(self, num_tokens: int, max_new_tokens: int | None) -> FinishReason | None:
         """Why a prompt of `num_tokens` can't be served, whoever waits; None when it can."""
         if num_tokens == 0:
             return FinishReason("abort", message="The prompt is empty.", status_code=400)
-        if num_tokens >= self.context_length:
+        longest = self.context_length - (max_new_tokens != 0)
+        if num_tokens > longest:
             text = (
                 f"Input length ({num_tokens} tokens) exceeds the maximum allowed length "
-                f"({self.context_length - 1} tokens)."
+                f"({longest} tokens)."
             )
             return FinishReason("abort", message=text, status_code=400, err_type="BadRequestError")
         return None

@@ -66,6 +66,14 @@ def _draft_counts(req: Req) -> DraftCounts | None:
     return DraftCounts(drafts.num_verified, drafts.num_proposed, drafts.num_correct)
 
 
+def _pooled(req: Req) -> bytes | None:
+    """The vector of a request that has ended well; None for all others."""
+    reason = req.finish_reason
+    if req.pooling is None or reason is None or reason.type == "abort":
+        return None
+    return req.pooling.vector().tobytes()
+
+
 class OutputCollector:
     """Gathers the news of one turn; `take` hands them over as one message."""
 
@@ -98,6 +106,7 @@ class OutputCollector:
                 output_logprobs=logprobs,
                 detok=req.detok,
                 drafts=_draft_counts(req),
+                pooled=_pooled(req),
             )
         )
         req.detok = None

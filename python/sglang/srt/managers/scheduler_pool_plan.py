@@ -53,7 +53,12 @@ def kv_cache_spec(
     config: ModelConfig, parallel: ParallelState, dtype: str, page_size: int
 ) -> KVCacheSpec:
     """The KV cache of one rank: a group of the layers that keep every token, if there are any,
-    then one for each sliding window, narrow to wide, and one for each chunk."""
+    then one for each sliding window, narrow to wide, and one for each chunk.
+
+    An encoder keeps nothing; one small layer is then what prompts are admitted by."""
+    if config.encoder is not None:
+        one = KVGroupSpec((0,), GroupKind.FULL, None)
+        return KVCacheSpec((one,), 1, config.head_dim, config.head_dim, dtype, page_size)
     layers: dict[tuple[GroupKind, int | None], list[int]] = {}
     spans = zip(config.layer_windows, config.layer_chunks, strict=True)
     for layer, (window, chunk) in enumerate(spans):

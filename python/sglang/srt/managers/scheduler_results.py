@@ -71,6 +71,8 @@ def process_result(
         part = result.input_logprobs[position]
         if part is not None and req.logprob is not None:
             req.logprob.input_parts.append(part)
+        if req.pooling is not None and position in result.pooled:
+            req.pooling.add(result.pooled[position])
         if req.state is ReqState.PREFILL:
             end = item.start + item.num_tokens - len(item.draft)
             ends_prompt = end >= req.known
@@ -89,7 +91,8 @@ def process_result(
                 num_proposed += len(item.draft)
                 num_correct += count - 1
             _take_tokens(req, places[:count], result, context_length)
-        elif req.extend_left == 0 and req.max_new_tokens == 0:
+        elif item.start + item.num_tokens >= req.known and req.max_new_tokens == 0:
+            # Of this step, not of one ahead of it: what that one brings is still to come.
             req.finish(FinishReason("length", length=0))
     return StepCounts(num_tokens, num_verified, num_proposed, num_correct)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sglang.srt.configs.model_config import ModelConfig, resolve_context_length
+from sglang.srt.configs.pooling_config import PoolingConfig, pooling_of
 from sglang.srt.configs.quantization_config import KVCacheScheme
 from sglang.srt.constrained.compiler import GrammarCompiler
 from sglang.srt.constrained.grammar import JsonStyle, check_style
@@ -24,7 +25,6 @@ from sglang.srt.environ import Environ
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.registry import get_attention_backend, make_attention_backend
 from sglang.srt.layers.compiled import compile_layers
-from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.managers.io_struct import SchedulerReady
 from sglang.srt.managers.priority_policy import PriorityRules
 from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -33,8 +33,6 @@ from sglang.srt.managers.scheduler_device import (
     auto_min_slots,
     disk_space,
     host_space,
-    make_recorder,
-    make_sampler,
     ngram_rules,
     open_backing,
     plan_of_device,
@@ -53,17 +51,16 @@ from sglang.srt.managers.scheduler_pool_plan import (
     plan_pool,
 )
 from sglang.srt.managers.scheduler_start import agreed_device_plan, agreed_memory
-from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.managers.scheduler_worker import AnyWorker, args_for_pooling, make_worker
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
 from sglang.srt.mem_cache.canary_perturb import Perturbation
 from sglang.srt.mem_cache.capacity import request_page_bounds
 from sglang.srt.mem_cache.kv_events import EventSink
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.mem_cache.segment_backing import SegmentBacking
-from sglang.srt.model_executor.decode_tapes import CausalLM
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader.loader import load_model
+from sglang.srt.models.causal_lm import CausalLM
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.cpu_cores import usable_cores
 from sglang.srt.utils.device import DeviceRuntime, make_runtime
@@ -89,7 +86,7 @@ class SchedulerParts:
     """What `make_scheduler` joins; `ready` is what the other processes are told."""
 
     memory: KVMemory
-    worker: TpModelWorker
+    worker: AnyWorker
     make_batch: BatchMaker
     limits: SchedulerLimits
     ready: SchedulerReady
@@ -188,6 +185,8 @@ def build_scheduler_parts(
         overrides=args.model_overrides(),
         trust_remote_code=args.trust_remote_code,
     )
+    pooling = pooling_of(config, is_embedding=args.is_embedding)
+    args = args_for_pooling(args, pooling)
     requested = resolve_context_length(config, args.context_length, environ)
     grid = RankGrid.of(links, args.kv_parallel_size)
     rank = _Rank(args, environ, runtime, place, grid, links, everyone)
@@ -196,7 +195,7 @@ def build_scheduler_parts(
     kv_dtype, remark = resolve_kv_dtype(args.kv_cache_dtype, config.kv_cache, dtype)
     if remark is not None:
         logger.log(logging.INFO if kv_dtype != dtype else logging.WARNING, "%s", remark)
-    model = _load(rank, config, DTYPES[dtype], scales_kv=kv_dtype.startswith("fp8"))
+    model = _load(rank, config, DTYPES[dtype], pooling, scales_kv=kv_dtype.startswith("fp8"))
     backend_class = get_attention_backend(args.attention_backend, args.device)
     page_size = args.page_size or backend_class.preferred_page_size
     grammars = _grammars(args, config.vocab_size)
@@ -207,10 +206,8 @@ def build_scheduler_parts(
         rank, config, spec, backend_class, requested=requested, free_before=free_before
     )
     backend = make_attention_backend(backend_class, memory.kv_pool, grid.kv_group)
-    recorder = make_recorder(args, model, backend, runtime, memory.kv_pool)
-    runner = ModelRunner(model, LogitsProcessor(runtime=runtime), recorder)
     num_rows = plan.max_running_requests + 1
-    worker = TpModelWorker(runner, make_sampler(args, runtime), num_rows, runtime)
+    worker = make_worker(args, model, backend, runtime, memory.kv_pool, num_rows)
     runtime.synchronize()
     limits = _limits(args, plan, page_size, spec)
     logger.info("KV pool ready: %r", memory)
@@ -256,7 +253,14 @@ def _set_threads(args: ServerArgs, runtime: DeviceRuntime, num_here: int) -> Non
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
-def _load(rank: _Rank, config: ModelConfig, dtype: torch.dtype, *, scales_kv: bool) -> CausalLM:
+def _load(
+    rank: _Rank,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    pooling: PoolingConfig | None,
+    *,
+    scales_kv: bool,
+) -> CausalLM:
     args = rank.args
     model = load_model(
         config,
@@ -269,6 +273,7 @@ def _load(rank: _Rank, config: ModelConfig, dtype: torch.dtype, *, scales_kv: bo
         quantization=args.quantization,
         scales_kv=scales_kv,
         kv_scale_path=args.quantization_param_path,
+        pooling=pooling,
     )
     if args.enable_torch_compile:
         compile_layers(model, args.torch_compile_max_bs)

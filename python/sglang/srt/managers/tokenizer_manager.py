@@ -254,7 +254,6 @@ class TokenizerManager:
 
     def _register(self, request: GenerateRequest) -> RequestState:
         self._check_alive()
-        args = self.server_args
         is_held = request.sampling_params.constraint is not None
         validation.check_fields(
             request,
@@ -262,8 +261,7 @@ class TokenizerManager:
             has_tokenizer=self.tokenizer is not None,
             no_constraints=self.constraint_refusal if is_held else None,
             num_replicas=self.num_replicas,
-            refuses_priority=args.abort_on_priority_when_disabled
-            and not args.enable_priority_scheduling,
+            refuses_priority=self.server_args.refuses_priority,
         )
         if request.rid in self._rids:
             raise RequestError(f"A request with the id {request.rid!r} is already being served.")
@@ -342,6 +340,7 @@ class TokenizerManager:
             extra_key=request.extra_key,
             priority=request.priority,
             include_progress=request.include_progress,
+            pooling=request.pooling,
             detok=DetokOptions(
                 stop_strings=params.stop,
                 min_new_tokens=params.min_new_tokens,

@@ -85,6 +85,28 @@ class LogprobSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class PooledRows:
+    """What a batch pools; it samples nothing, and `logits_rows` are the rows that are pooled.
+
+    `num_rows` [B] of them are each request's, one request after another. `second_from` [B] is the
+    position of the first token of a prompt's second text, behind its end where there is none.
+    """
+
+    num_rows: Int64Array
+    second_from: Int64Array
+
+    @classmethod
+    def of(cls, batch: ScheduleBatch) -> PooledRows | None:
+        """None for a batch whose requests generate."""
+        states = [item.req.pooling for item in batch.items[:1]]
+        if not states or states[0] is None:
+            return None
+        counts = [item.pooled_rows()[1] for item in batch.items]
+        starts = [item.req.second_from for item in batch.items]
+        return cls(np.array(counts, np.int64), np.array(starts, np.int64))
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """One step's tensors, tables, pools and backend.
 
@@ -95,6 +117,8 @@ class ForwardBatch:
     Packed rows `relay_at` take the token that the forward before sampled for KV rows
     `relay_rows`: the worker writes them into `input_ids` right before it computes, and nothing
     else of a batch ever changes.
+
+    `pooled` None: the batch's requests generate.
     """
 
     forward_mode: ForwardMode
@@ -109,6 +133,7 @@ class ForwardBatch:
     progress: Progress
     relay_at: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
     relay_rows: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
+    pooled: PooledRows | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -197,6 +222,7 @@ class ForwardBatch:
             progress=progress,
             relay_at=relay_at,
             relay_rows=relay_rows,
+            pooled=PooledRows.of(batch),
         )
 
 
@@ -230,10 +256,14 @@ def _block_tables(
 
 
 def _logits_rows(batch: ScheduleBatch, starts: Int64Array) -> Int64Array:
-    """Packed rows whose logits are wanted, ascending: prompt logprobs, then those to sample."""
+    """Packed rows that are wanted of the model, ascending.
+
+    Prompt logprobs, then those to sample; or those to pool.
+    """
     rows: list[int] = []
     for item, q_start in zip(batch.items, starts.tolist(), strict=True):
-        first, count = item.logprob_rows()
+        pools = item.req.pooling is not None
+        first, count = item.pooled_rows() if pools else item.logprob_rows()
         if count:
             begin = q_start + first - item.start
             rows += range(begin, begin + count)

@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.pooling_config import PoolingConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.expert_weights import ExpertWeights
 from sglang.srt.layers.quantization.choice import choose_quantization
@@ -35,7 +36,9 @@ from sglang.srt.model_loader.weight_files import (
     pt_weights,
     safetensors_weights,
 )
+from sglang.srt.models.bert import BertModel
 from sglang.srt.models.causal_lm import CausalLM
+from sglang.srt.models.pooled import PooledDecoder
 from sglang.srt.models.registry import resolve_model_class
 from sglang.srt.utils.native import codes_kernels
 
@@ -56,6 +59,7 @@ def load_model(
     quantization: str | None = None,
     scales_kv: bool = False,
     kv_scale_path: str | None = None,
+    pooling: PoolingConfig | None = None,
 ) -> CausalLM:
     """The model of `config` with weights in `dtype` on `device`, in eval mode, without gradients.
 
@@ -63,8 +67,9 @@ def load_model(
     else files of torch.save. `dummy` needs no weight files: random values that depend on `seed`
     alone. `quantization` is a name that `choose_quantization` knows, None its choice. `scales_kv`:
     layers get the scales of an fp8 KV cache, those of the file `kv_scale_path`, else the
-    checkpoint's. Raises ValueError, one line, for a wrong format, missing files, damaged files,
-    missing or unexpected weights, scales that don't fit, and a quantisation that can't be had.
+    checkpoint's. `pooling` (None: the model generates) gives a `PooledModel`. Raises ValueError,
+    one line, for a wrong format, missing files, damaged files, missing or unexpected weights,
+    scales that don't fit, and a quantisation that can't be had.
     """
     scheme = config.weight_scheme
     kept = choose_quantization(
@@ -80,9 +85,12 @@ def load_model(
         source = None
     else:
         source = open_weights(config, load_format, dtype, None if kept == "int8" else kernels)
-    model_class = resolve_model_class(config.architecture)
     with torch.device(device):
-        model = model_class(config, parallel, dtype)
+        if pooling is not None:
+            kind = PooledDecoder if config.encoder is None else BertModel
+            model: CausalLM = kind(config, parallel, dtype, pooling)
+        else:
+            model = resolve_model_class(config.architecture)(config, parallel, dtype)
     if kept == "none":
         move_to_huge_pages(model, copy=False)
     scales = CheckpointScales(wanted=scales_kv and kv_scale_path is None)

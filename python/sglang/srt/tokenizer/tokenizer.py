@@ -107,6 +107,22 @@ class Tokenizer:
             ids = encoded[0].ids
         return np.array(ids, dtype=np.int32)
 
+    def encode_pair(self, first: str, second: str) -> tuple[npt.NDArray[np.int32], int]:
+        """Token ids of two texts as the model's files join them, int32 [n], and where in them the
+        second begins (0: the files don't tell).
+
+        Raises RequestError (400) for text that is not Unicode.
+        """
+        if not (is_unicode(first) and is_unicode(second)):
+            raise RequestError("The text is not valid Unicode.")
+        if self._backend is None:
+            joined = self.hf(first, second, return_token_type_ids=True)
+            ids, types = joined["input_ids"], joined["token_type_ids"]
+        else:
+            encoded = self._backend.encode(first, second)
+            ids, types = encoded.ids, encoded.type_ids
+        return np.array(ids, dtype=np.int32), types.index(1) if 1 in types else 0
+
     @cached_property
     def _borders(self) -> TextBorders | None:
         """Where texts may be cut; None: nowhere, as far as is known."""

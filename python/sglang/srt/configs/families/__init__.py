@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sglang.srt.configs.families.bert import BERT, ROBERTA, XLM_ROBERTA
 from sglang.srt.configs.families.gemma3 import GEMMA3, GEMMA3_MULTIMODAL
 from sglang.srt.configs.families.gpt_oss import GPT_OSS
 from sglang.srt.configs.families.llama import LLAMA, MISTRAL
@@ -9,7 +10,29 @@ from sglang.srt.configs.families.llama4 import LLAMA4, LLAMA4_MULTIMODAL
 from sglang.srt.configs.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from sglang.srt.configs.model_traits import ModelFamily
 
-FAMILIES: dict[str, ModelFamily] = {  # by architecture
+# Decoders with no head that writes: with one that classifies, or with none at all.
+POOLED_FAMILIES: dict[str, ModelFamily] = {
+    "LlamaModel": LLAMA,
+    "LlamaForSequenceClassification": LLAMA,
+    "MistralModel": MISTRAL,
+    "MistralForSequenceClassification": MISTRAL,
+    "Qwen2Model": QWEN2,
+    "Qwen2ForSequenceClassification": QWEN2,
+    "Qwen3Model": QWEN3,
+    "Qwen3ForSequenceClassification": QWEN3,
+}
+ENCODER_FAMILIES: dict[str, ModelFamily] = {
+    "BertModel": BERT,
+    "BertForSequenceClassification": BERT,
+    "RobertaModel": ROBERTA,
+    "RobertaForSequenceClassification": ROBERTA,
+    "XLMRobertaModel": XLM_ROBERTA,
+    "XLMRobertaForSequenceClassification": XLM_ROBERTA,
+}
+# By architecture. Of several of one type the last is what a file that names none means.
+FAMILIES: dict[str, ModelFamily] = {
+    **POOLED_FAMILIES,
+    **ENCODER_FAMILIES,
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
     "Qwen2ForCausalLM": QWEN2,

@@ -27,7 +27,7 @@ class MessagesDoors:
         """POST /v1/messages."""
         raw = await read_json_body(request, self._context.request_byte_limit)
         body: MessagesBody = await off_loop(len(raw), _parse_messages, raw)
-        serving = self._context.serving.messages
+        serving = self._context.generating.messages
         call = await while_connected(request.receive, serving.prepare(body))
         if call.is_stream:
             return EventStream(ApiShape.ANTHROPIC, serving.events(call))
@@ -37,7 +37,7 @@ class MessagesDoors:
         """POST /v1/messages/count_tokens."""
         raw = await read_json_body(request, self._context.request_byte_limit)
         body: PromptBody = await off_loop(len(raw), _parse_count, raw)
-        serving = self._context.serving.messages
+        serving = self._context.generating.messages
         return JsonResponse(await while_connected(request.receive, serving.count(body)))
 
 

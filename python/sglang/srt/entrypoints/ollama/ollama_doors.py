@@ -61,7 +61,7 @@ class OllamaDoors:
         body: OllamaChatBody = await off_loop(len(raw), _parse_chat, raw)
         if not body.messages:
             return JsonResponse(loaded(body.model, is_chat=True))
-        serving = self._context.serving.ollama
+        serving = self._context.generating.ollama
         call = await while_connected(request.receive, serving.prepare_chat(body))
         return await self._answer(request, call)
 
@@ -71,12 +71,12 @@ class OllamaDoors:
         body: OllamaGenerateBody = await off_loop(len(raw), _parse_generate, raw)
         if not body.prompt:
             return JsonResponse(loaded(body.model, is_chat=False))
-        serving = self._context.serving.ollama
+        serving = self._context.generating.ollama
         call = await while_connected(request.receive, serving.prepare_generate(body))
         return await self._answer(request, call)
 
     async def _answer(self, request: Request, call: OllamaCall) -> Response:
-        serving = self._context.serving.ollama
+        serving = self._context.generating.ollama
         if call.is_stream:
             return EventStream(ApiShape.OLLAMA, serving.lines(call), NDJSON)
         return JsonResponse(await while_connected(request.receive, serving.reply(call)))

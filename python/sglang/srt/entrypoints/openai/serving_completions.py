@@ -57,8 +57,8 @@ def read_completion(fields: Fields) -> CompletionBody:
     return COMPLETION_FIELDS.read(fields)
 
 
-def read_prompts(prompt: FieldValue) -> list[str | IdArray]:
-    """`prompt` in its four forms: text, texts, ids, lists of ids."""
+def read_prompts(prompt: FieldValue, name: str = "prompt") -> list[str | IdArray]:
+    """The field `name` in its four forms: text, texts, ids, lists of ids."""
     prompts: list[str | IdArray]
     if isinstance(prompt, str):
         return [prompt]
@@ -66,15 +66,15 @@ def read_prompts(prompt: FieldValue) -> list[str | IdArray]:
         return [*prompt.arrays]
     opening = bytes(memoryview(prompt)[:1])
     if opening == b'"':
-        prompts = [decode_field("prompt", prompt, _TEXT)]
+        prompts = [decode_field(name, prompt, _TEXT)]
     elif opening != b"[":
-        raise bad_field("prompt", "expected text, token ids, or a list of either")
+        raise bad_field(name, "expected text, token ids, or a list of either")
     elif list_kind(prompt) == b'"':
-        prompts = [*decode_field("prompt", prompt, _TEXTS)]
+        prompts = [*decode_field(name, prompt, _TEXTS)]
     else:
-        prompts = [*read_id_prompts("prompt", prompt).arrays]
+        prompts = [*read_id_prompts(name, prompt).arrays]
     if any(len(prompt) == 0 for prompt in prompts):
-        raise bad_field("prompt", "a prompt is empty")
+        raise bad_field(name, "a prompt is empty")
     return prompts
 
 
