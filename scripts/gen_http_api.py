@@ -19,6 +19,7 @@ from sglang.srt.entrypoints.openai.responses_store import RESPONSE_STORE_BYTES
 from sglang.srt.entrypoints.request_fields import FieldTable
 from sglang.srt.entrypoints.sampling_fields import SAMPLING_FIELDS
 from sglang.srt.entrypoints.server_context import BINARY_SLACK_BYTES
+from sglang.srt.managers.regex_program import MAX_NODES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "http_api.md"
 
@@ -85,6 +86,14 @@ nothing (null, and the values in brackets). Null means "not given".
 - Tool calls and reasoning: see [tools.md](tools.md). `/tokenize` with `messages` takes `tools` and
   `tool_choice`, too. `require_reasoning` of `/generate` lets `meta_info` count `reasoning_tokens`,
   and a constraint begin behind the reasoning; it needs `--reasoning-parser`.
+- `stop_regex`, one pattern or several in the syntax of Python's `re`, ends a text as `stop` does,
+  and `matched` is the pattern. After each character the text so far is looked at, so `a+` ends
+  with the first `a`, however the text is cut into tokens; the match that ends first wins, of those
+  the longest, and `\\b` waits for the next character. Text that may still become a match is held
+  back, by a pattern without an end (`<a>.*</a>`) for as long as it goes on. The text is read once,
+  whatever the pattern: look-around, references to groups, atomic groups, `$` other than at the
+  end, patterns that an empty text matches and those of more than {nodes} parts, repeats written
+  out, get a 400.
 - Choice i of `n` samples with seed + i. The choices of a prompt share its computed prefix: they
   start when the first one has news.
 - A stream's status is sent with its first event, so a request that is refused before has its
@@ -144,6 +153,7 @@ nothing (null, and the values in brackets). Null means "not given".
 _VALUES = {
     "header": FIELDS_HEADER,
     "slack": str(BINARY_SLACK_BYTES >> 20),
+    "nodes": str(MAX_NODES),
     "store": str(RESPONSE_STORE_BYTES >> 20),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+import pytest
 
 from e2e.server_process import ServerProcess, wait_until
 
@@ -152,25 +154,29 @@ def test_n_sequences_with_seeds_and_logprobs(server: ServerProcess) -> None:
     assert all(entry[0] <= 0 for entry in meta["input_token_logprobs"][1:])
 
 
-def test_stop_string_is_never_shown(server: ServerProcess) -> None:
+@pytest.mark.parametrize("field", ["stop", "stop_regex"])
+def test_stop_string_is_never_shown(server: ServerProcess, field: str) -> None:
     plain = server.post(
         "/generate",
         {"text": "1, 2, 3, 4,", "sampling_params": {"temperature": 0, "max_new_tokens": 24}},
     ).json()
-    stop = plain["text"][6:9]
+    text = plain["text"][6:9]
+    stop = text if field == "stop" else f"{re.escape(text[0])}.{re.escape(text[2])}"
     with httpx.stream(
         "POST",
         f"{server.url}/generate",
         json={
             "text": "1, 2, 3, 4,",
             "stream": True,
-            "sampling_params": {"temperature": 0, "max_new_tokens": 24, "stop": [stop]},
+            "sampling_params": {"temperature": 0, "max_new_tokens": 24, field: [stop]},
         },
         timeout=60,
     ) as response:
         events = [line[6:] for line in response.iter_lines() if line.startswith("data: {")]
     texts = [httpx.Response(200, text=event).json()["text"] for event in events]
-    cut = plain["text"][: plain["text"].index(stop)]
+    found = re.search(re.escape(stop) if field == "stop" else stop, plain["text"])
+    assert found is not None
+    cut = plain["text"][: found.start()]
     assert texts[-1] == cut
     assert all(cut.startswith(text) for text in texts)
     last = httpx.Response(200, text=events[-1]).json()["meta_info"]["finish_reason"]

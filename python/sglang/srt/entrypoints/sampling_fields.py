@@ -14,8 +14,6 @@ from sglang.srt.entrypoints.request_body import RawFields
 from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-STOP_REGEX = Refusal("stop_regex is not served; use stop", ("", []))
-
 CONSTRAINTS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
@@ -24,6 +22,7 @@ class SamplingBody(msgspec.Struct, frozen=True):
 
     max_new_tokens: Int | None = 128
     stop: str | list[str] = []
+    stop_regex: str | list[str] = []
     stop_token_ids: list[Int] = []
     temperature: float = 1.0
     top_p: float = 1.0
@@ -52,7 +51,6 @@ SAMPLING_FIELDS = FieldTable(
     # by custom logit processors alone, which are refused.
     accepted=("stream_interval", "custom_params"),
     refused={
-        "stop_regex": STOP_REGEX,
         "beam_width": Refusal("beam search is not served", (0, 1)),
     },
     refuse_unknown=True,
@@ -64,6 +62,7 @@ def sampling_from_raw(fields: RawFields) -> SamplingParams:
     body = SAMPLING_FIELDS.read(fields, "sampling_params.")
     values = {name: getattr(body, name) for name in body.__struct_fields__}
     values["stop"] = stop_strings(body.stop)
+    values["stop_regex"] = stop_patterns(body.stop_regex)
     values["stop_token_ids"] = tuple(body.stop_token_ids)
     values["logit_bias"] = logit_bias("sampling_params.logit_bias", body.logit_bias)
     values |= {kind: getattr(body, kind) or None for kind in CONSTRAINTS}  # "" asks for none
@@ -73,6 +72,11 @@ def sampling_from_raw(fields: RawFields) -> SamplingParams:
 def stop_strings(stop: str | list[str]) -> tuple[str, ...]:
     """One stop string or several, as a tuple."""
     return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def stop_patterns(stop_regex: str | list[str]) -> tuple[str, ...]:
+    """One stop pattern or several, as a tuple; "" asks for none."""
+    return stop_strings(stop_regex) if stop_regex else ()
 
 
 def logit_bias(name: str, biases: Mapping[str, float]) -> dict[int, float]:

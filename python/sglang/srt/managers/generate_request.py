@@ -12,10 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sglang.srt.managers.io_struct import FinishReason, LogprobArrays, PrefillProgress
+from sglang.srt.managers.io_struct import (
+    DetokOptions,
+    FinishReason,
+    LogprobArrays,
+    PrefillProgress,
+)
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 IdArray = npt.NDArray[np.int32]
+
+NUM_PREFIX_IDS = 6
+"""Prompt ids that the detokenizer gets as context: more than the bytes of one character."""
 
 
 @dataclass
@@ -49,6 +57,20 @@ class GenerateRequest:
     kept_special_tokens: tuple[str, ...] = ()
     include_progress: bool = False
     routed_dp_rank: int | None = None
+
+    def detok_options(self, input_ids: IdArray) -> DetokOptions:
+        """What the detokenizer has to know of the request, whose prompt is `input_ids`."""
+        params = self.sampling_params
+        return DetokOptions(
+            stop_strings=params.stop,
+            stop_regex=params.stop_regex,
+            min_new_tokens=params.min_new_tokens,
+            no_stop_trim=params.no_stop_trim,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+            prefix_ids=input_ids[-NUM_PREFIX_IDS:].tobytes(),
+            kept_special_tokens=self.kept_special_tokens,
+        )
 
     def forget_prompt(self) -> None:
         """Let go of the prompt, which the scheduler has: a request may run for an hour with it."""

@@ -139,7 +139,7 @@ class Req:
         # What the prefix cache evicts by, if it is told to.
         self.priority = (message.priority or 0) if urgency is None else urgency
         self.detok: DetokOptions | None = message.detok
-        self.has_stop_strings = bool(message.detok.stop_strings)
+        self.has_stop_strings = message.detok.stops_by_text
         self.grammar: Grammar | None = None  # set before it is admitted, if it has a constraint
         self.logprob: LogprobState | None = None
         if message.return_logprob:

@@ -32,7 +32,6 @@ from sglang.srt.managers.io_struct import (
     BatchStrOut,
     ControlReply,
     ControlReq,
-    DetokOptions,
     Heartbeat,
     IpcNames,
     SchedulerReady,
@@ -50,9 +49,6 @@ from sglang.srt.utils.channel import AsyncReceiver, Sender
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-NUM_PREFIX_IDS = 6
-"""Prompt ids that the detokenizer gets as context: more than the bytes of one character."""
 
 LONG_TEXT_CHARS = 1 << 15
 """Longer texts are tokenised by threads of their own, so that short ones never wait for them."""
@@ -342,15 +338,7 @@ class TokenizerManager:
             extra_key=request.extra_key,
             priority=request.priority,
             include_progress=request.include_progress,
-            detok=DetokOptions(
-                stop_strings=params.stop,
-                min_new_tokens=params.min_new_tokens,
-                no_stop_trim=params.no_stop_trim,
-                skip_special_tokens=params.skip_special_tokens,
-                spaces_between_special_tokens=params.spaces_between_special_tokens,
-                prefix_ids=input_ids[-NUM_PREFIX_IDS:].tobytes(),
-                kept_special_tokens=request.kept_special_tokens,
-            ),
+            detok=request.detok_options(input_ids),
         )
 
     async def _check_ids(self, input_ids: IdArray) -> None:

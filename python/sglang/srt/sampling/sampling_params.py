@@ -47,9 +47,10 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """SGLang's sampling parameters.
 
     temperature 0 means greedy. top_k -1 means all. `max_new_tokens` None means up to the context
-    limit. `stop` holds stop strings; `stop_token_ids` ends a request when sampled (ignored under
-    `ignore_eos`, as end-of-text ids are). `sampling_seed` None means one drawn by the scheduler.
-    `logit_bias` maps token id to an addend of the logit. At most one of `json_schema` (a schema as
+    limit. `stop` holds stop strings, `stop_regex` patterns that end a text likewise;
+    `stop_token_ids` ends a request when sampled (ignored under `ignore_eos`, as end-of-text ids
+    are). `sampling_seed` None means one drawn by the scheduler. `logit_bias` maps token id to an
+    addend of the logit. At most one of `json_schema` (a schema as
     JSON text), `regex`, `ebnf` and `structural_tag` (JSON text, too) says what the whole generated
     text must match, or what follows `reasoning` (None: there is none), which the doors set and no
     client.
@@ -57,6 +58,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     max_new_tokens: int | None = 128
     stop: tuple[str, ...] = ()
+    stop_regex: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     temperature: float = 1.0
     top_p: float = 1.0

@@ -21,7 +21,6 @@ from sglang.srt.entrypoints.generate_request_body import (
 )
 from sglang.srt.entrypoints.openai.response_format import ResponseFormat
 from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal
-from sglang.srt.entrypoints.sampling_fields import STOP_REGEX
 from sglang.srt.entrypoints.token_id_reader import IdLists
 
 FUNCTIONS = Refusal("use tools", ([],))
@@ -53,6 +52,7 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float = 0.0
     seed: Int | None = None
     stop: str | list[str] = []
+    stop_regex: str | list[str] = []
     stop_token_ids: list[Int] = []
     logit_bias: dict[str, float] = {}
     ignore_eos: bool = False
@@ -122,7 +122,6 @@ _ACCEPTED = (
 )
 
 SHARED_REFUSALS = {
-    "stop_regex": STOP_REGEX,
     "lora_path": LORA,
     "session_params": SESSION,
     "custom_logit_processor": LOGIT_PROCESSOR,

@@ -13,7 +13,12 @@ from sglang.srt.entrypoints.generate_request_body import new_rid, prefix_key
 from sglang.srt.entrypoints.http_errors import bad_field
 from sglang.srt.entrypoints.openai.protocol import SharedBody
 from sglang.srt.entrypoints.openai.response_format import constraint_fields
-from sglang.srt.entrypoints.sampling_fields import CONSTRAINTS, logit_bias, stop_strings
+from sglang.srt.entrypoints.sampling_fields import (
+    CONSTRAINTS,
+    logit_bias,
+    stop_patterns,
+    stop_strings,
+)
 from sglang.srt.entrypoints.sequences import SequenceOutput, SequenceRunner
 from sglang.srt.entrypoints.service import TextService
 from sglang.srt.errors import RequestError
@@ -57,6 +62,7 @@ def sampling_params(
         max_new_tokens=max_new_tokens,
         min_new_tokens=body.min_tokens,
         stop=stop_strings(body.stop),
+        stop_regex=stop_patterns(body.stop_regex),
         stop_token_ids=tuple(body.stop_token_ids),
         frequency_penalty=body.frequency_penalty,
         presence_penalty=body.presence_penalty,
