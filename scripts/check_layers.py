@@ -116,6 +116,7 @@ TABLE: tuple[Row, ...] = (
      " srt.managers.scheduler_pulse,"
      " srt.managers.metrics"
      " < srt.managers.tokenizer_manager, srt.managers.detokenizer_manager"),
+    (6, "TEXT", "srt.managers.generate_request < srt.managers.session_store < srt.entrypoints.*"),
     (6, "TEXT", "srt.managers.generate_request, srt.managers.tokenizer_manager"
      " < srt.entrypoints.*"),
     (7, "", "srt.entrypoints.engine < srt.entrypoints.http_server < launch_server < sglang"),

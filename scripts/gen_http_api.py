@@ -20,6 +20,7 @@ from sglang.srt.entrypoints.request_fields import FieldTable
 from sglang.srt.entrypoints.sampling_fields import SAMPLING_FIELDS
 from sglang.srt.entrypoints.server_context import BINARY_SLACK_BYTES
 from sglang.srt.managers.regex_program import MAX_NODES
+from sglang.srt.managers.session_store import SESSION_STORE_BYTES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "http_api.md"
 
@@ -46,6 +47,8 @@ nothing (null, and the values in brackets). Null means "not given".
 | `/v1/models`, `/v1/models/{id}` | GET | `max_model_len` is the effective context |
 | `/tokenize`, also below `/v1` | POST | `prompt` (one text or several) or `messages`, to `tokens` |
 | `/detokenize`, also below `/v1` | POST | `tokens` (a list of ids or of such lists), to `text` |
+| `/open_session` | GET, POST | `session_id`, `streaming`, `timeout` (seconds), to the id |
+| `/close_session` | GET, POST | `session_id` |
 | `/separate_reasoning` | POST | `text`, `reasoning_parser`, to `reasoning_text` and `text` |
 | `/parse_function_call` | POST | `text`, `tools`, `tool_call_parser`, to `normal_text`, `calls` |
 | `/health`, `/ready`, `/ping` | GET | the scheduler's signs of life; answers at once |
@@ -67,8 +70,8 @@ nothing (null, and the values in brackets). Null means "not given".
   types at `/v1/responses`, and `{"error": {"message": ...}}` elsewhere. In a stream that has
   begun, the event `{"error": ...}` holds the former, or a message with `type`, `code` and
   `retryable`.
-- Any other path is answered with 404: embeddings, scores, `/v1/messages`, sessions and LoRA
-  adapters are not served.
+- Any other path is answered with 404: embeddings, scores, `/v1/messages` and LoRA adapters
+  are not served.
 - With `--api-key` every path but the four of health asks for `Authorization: Bearer KEY` (401
   `{"error":"Unauthorized"}`), `/metrics` included.
 - With `--admin-api-key`, `/set_kv_budget`, `/compact_kv` and `/flush_cache` ask for that key and
@@ -112,6 +115,30 @@ nothing (null, and the values in brackets). Null means "not given".
 - A log probability that does not exist is null; OpenAI's shapes show -9999 for minus infinity.
 - `text_offset` counts characters of the tokens' own texts from the start of what is shown.
 
+## Sessions
+
+A session keeps the token ids of its requests, so that a request brings only what is new. It names
+the session in `session_params` of `/generate`, `/v1/completions` or `/v1/chat/completions`:
+
+- `id` is the session, `rid` an earlier request of it (`meta_info.id` of `/generate`, `id` of the
+  OpenAI endpoints, its number with `n` or a batch appended): its prompt and output, then what is
+  new, are the prompt. Without `rid` a request begins anew. A BOS token at the beginning of what
+  is new is left out behind something.
+- `drop_previous_output` goes on from the earlier prompt alone. `offset` keeps so many of the ids
+  that are gone on from, counted from the end if below zero. `replace` forgets, once the request has
+  ended, what else went on from `rid`; without `rid`, all requests of the session.
+- Several requests may go on from the same one. One that is aborted, fails or loses its client is
+  not kept, and leaves the session as it was.
+- A `streaming` session goes on from its last request by itself, is only added to, and runs one
+  request at a time.
+- `/close_session` forgets all ids. Requests under way end as they would. A session that was idle
+  for its `timeout` is closed when one of them is next used. Unknown sessions and requests get a
+  400.
+- The ids of all sessions take at most {sessions} MiB, 4 bytes each and 1 KiB for a session or a
+  request; beyond, new ones get a 503. Only the prefix cache holds K and V: what it has let go of is
+  computed again. `--dp-size`: a session's requests go to the replica of the last one.
+  `capacity_of_str_len` has no effect.
+
 ## Responses
 
 `/v1/responses` is a chat in other words: `client.responses.create`, `.parse`, `.stream`,
@@ -154,6 +181,7 @@ _VALUES = {
     "header": FIELDS_HEADER,
     "slack": str(BINARY_SLACK_BYTES >> 20),
     "nodes": str(MAX_NODES),
+    "sessions": str(SESSION_STORE_BYTES >> 20),
     "store": str(RESPONSE_STORE_BYTES >> 20),
 }
 

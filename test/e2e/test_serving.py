@@ -183,6 +183,24 @@ def test_stop_string_is_never_shown(server: ServerProcess, field: str) -> None:
     assert last == {"type": "stop", "matched": stop}
 
 
+def test_a_session_computes_what_is_new(server: ServerProcess) -> None:
+    greedy = {"temperature": 0, "max_new_tokens": 70}
+    session = server.post("/open_session", {"capacity_of_str_len": 10000}).json()
+    ask = {"sampling_params": greedy, "return_prompt_token_ids": True}
+    opening = {**ask, "text": "1, 2, 3, 4,", "session_params": {"id": session}}
+    first = server.post("/generate", opening).json()
+    wanted = {"id": session, "rid": first["meta_info"]["id"]}
+    more = {**ask, "text": " and then", "session_params": wanted}
+    second = server.post("/generate", more).json()
+    ids = first["prompt_token_ids"] + first["output_ids"]
+    whole = {"input_ids": ids + second["prompt_token_ids"], "sampling_params": greedy}
+    alone = server.post("/generate", whole).json()
+    assert second["output_ids"] == alone["output_ids"]
+    assert second["meta_info"]["prompt_tokens"] == len(whole["input_ids"])
+    assert second["meta_info"]["cached_tokens"] >= len(ids) - 64
+    assert server.post("/close_session", {"session_id": session}).status_code == 200
+
+
 def test_bad_requests_are_answered_and_the_server_lives(server: ServerProcess) -> None:
     bodies = [
         b"{",

@@ -132,6 +132,12 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
+        "sessions of both kinds are always served, over the one prefix cache",
+        """
+        --enable-streaming-session; --enable-session-radix-cache
+        """,
+    ),
+    (
         "one tokenizer and one detokenizer process do all text work",
         """
         --tokenizer-worker-num V; --detokenizer-worker-num V; --tokenizer-backend V;
@@ -234,8 +240,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         --enable-lmcache; --enable-flexkv; --enable-hisparse; --hisparse-config V;
         --enable-double-sparsity; --ds-channel-config-path V; --ds-heavy-channel-num V;
         --ds-heavy-token-num V; --ds-heavy-channel-type V; --ds-sparse-decode-threshold V;
-        --enable-memory-saver; --radix-cache-backend V; --enable-streaming-session;
-        --enable-session-radix-cache
+        --enable-memory-saver; --radix-cache-backend V
         """,
     ),
     (

@@ -29,12 +29,11 @@ from sglang.srt.entrypoints.sampling_fields import sampling_from_raw
 from sglang.srt.entrypoints.sequences import MAX_SEQUENCES, Call
 from sglang.srt.entrypoints.token_id_reader import IdLists, read_id_lists
 from sglang.srt.errors import RequestError
-from sglang.srt.managers.generate_request import GenerateRequest, IdArray
+from sglang.srt.managers.generate_request import GenerateRequest, IdArray, SessionParams
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 MULTIMODAL = Refusal("the model takes text only", ("", [], [None]))
 LORA = Refusal("LoRA adapters are not served", ("", [], [None]))
-SESSION = Refusal("sessions are not served", ("", {}))
 HIDDEN_STATES = Refusal("hidden states are not returned", (False, [False]))
 LOGIT_PROCESSOR = Refusal("custom logit processors are not served", ("",))
 DISAGGREGATION = Refusal("prefill and decode are not disaggregated here", ([], ""))
@@ -67,6 +66,7 @@ class GenerateBody(msgspec.Struct, frozen=True):
     require_reasoning: bool = False
     routed_dp_rank: Int | None = None
     data_parallel_rank: Int | None = None
+    session_params: SessionParams | list[SessionParams | None] | None = None
 
 
 GENERATE_FIELDS = FieldTable(
@@ -90,8 +90,7 @@ GENERATE_FIELDS = FieldTable(
         "return_routed_experts": Refusal("routed experts are not returned", (False,)),
         "return_bytes": Refusal("bytes are not returned", (False,)),
         "return_entropy": Refusal("entropy is not returned", (False,)),
-        "session_id": SESSION,
-        "session_params": SESSION,
+        "session_id": Refusal("use session_params", ("",)),
         "lora_path": LORA,
         "lora_id": LORA,
         "custom_logit_processor": LOGIT_PROCESSOR,
@@ -165,6 +164,7 @@ def read_generate(fields: Fields) -> GenerateCall:
     top = _each("top_logprobs_num", body.top_logprobs_num, count, is_batch)
     extra = _each("extra_key", body.extra_key, count, is_batch)
     salt = _each("cache_salt", body.cache_salt, count, is_batch)
+    session = _each("session_params", body.session_params, count, is_batch)
     replica = body.routed_dp_rank
     if replica is None:
         replica = body.data_parallel_rank  # its older name
@@ -183,6 +183,7 @@ def read_generate(fields: Fields) -> GenerateCall:
             priority=body.priority,
             include_progress=body.stream and body.include_progress,
             routed_dp_rank=replica,
+            session=session_of(session[i]),
         )
         for i in range(count)
     )
@@ -199,6 +200,11 @@ def read_generate(fields: Fields) -> GenerateCall:
 def new_rid() -> str:
     """An id for a request that brings none."""
     return uuid.uuid4().hex
+
+
+def session_of(params: SessionParams | None) -> SessionParams | None:
+    """What a request says of its session; None when it names none."""
+    return None if params is None or params.id is None else params
 
 
 def prefix_key(extra_key: str | None, cache_salt: str | None) -> str | None:

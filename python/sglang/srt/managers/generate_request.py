@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -26,6 +28,21 @@ NUM_PREFIX_IDS = 6
 """Prompt ids that the detokenizer gets as context: more than the bytes of one character."""
 
 
+class SessionParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """SGLang's `session_params`: of which session a request is, and what it goes on from.
+
+    `id` None: of none. `rid` is the earlier request; None: none, or the last one of a streaming
+    session. `drop_previous_output` leaves out its output, `offset` (0: none) cuts what is left of
+    it, `replace` forgets all that went on from it: all requests where there is no `rid`.
+    """
+
+    id: str | None = None
+    rid: str | None = None
+    offset: Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    replace: bool | None = None
+    drop_previous_output: bool | None = None
+
+
 @dataclass
 class GenerateRequest:
     """One sequence to generate; exactly one of `text` and `input_ids` (int32 [n]) is set.
@@ -39,7 +56,8 @@ class GenerateRequest:
     `add_special_tokens` says whether `text` gets the tokenizer's BOS and EOS (False for text
     that a chat template rendered). `kept_special_tokens` are shown although special tokens are
     skipped. `routed_dp_rank` is the replica that has to compute it, None:
-    any. `sampling_params.n` is not looked at: the doors expand n.
+    any. `session` (None: no session's) is the doors', too, as n is: `sampling_params.n` is not
+    looked at.
     """
 
     rid: str
@@ -57,6 +75,7 @@ class GenerateRequest:
     kept_special_tokens: tuple[str, ...] = ()
     include_progress: bool = False
     routed_dp_rank: int | None = None
+    session: SessionParams | None = None
 
     def detok_options(self, input_ids: IdArray) -> DetokOptions:
         """What the detokenizer has to know of the request, whose prompt is `input_ids`."""

@@ -17,11 +17,11 @@ from sglang.srt.entrypoints.generate_request_body import (
     LOGIT_PROCESSOR,
     LORA,
     RAW_NULL,
-    SESSION,
 )
 from sglang.srt.entrypoints.openai.response_format import ResponseFormat
 from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal
 from sglang.srt.entrypoints.token_id_reader import IdLists
+from sglang.srt.managers.generate_request import SessionParams
 
 FUNCTIONS = Refusal("use tools", ([],))
 RETURNS = "it is not returned"
@@ -77,6 +77,7 @@ class SharedBody(GenerationBody, frozen=True, kw_only=True):
     max_tokens: Int | None = None
     n: Int = 1
     response_format: ResponseFormat | None = None
+    session_params: SessionParams | None = None
 
 
 class ChatBody(SharedBody, frozen=True, kw_only=True):
@@ -123,7 +124,6 @@ _ACCEPTED = (
 
 SHARED_REFUSALS = {
     "lora_path": LORA,
-    "session_params": SESSION,
     "custom_logit_processor": LOGIT_PROCESSOR,
     "return_hidden_states": HIDDEN_STATES,
     "return_routed_experts": Refusal(RETURNS, (False,)),

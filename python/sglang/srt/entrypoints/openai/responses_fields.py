@@ -122,6 +122,7 @@ RESPONSES_FIELDS = FieldTable(
         **SHARED_REFUSALS,
         "background": Refusal("responses are not made in the background", (False,)),
         "conversation": Refusal("conversations are not kept; use previous_response_id"),
+        "session_params": Refusal("use previous_response_id", ({},)),
         "prompt": Refusal("prompt templates are not kept"),
         "truncation": Refusal("nothing is left out of an input", ("disabled",)),
         "context_management": Refusal("contexts are not compacted", ([],)),

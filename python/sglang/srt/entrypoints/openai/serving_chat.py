@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from sglang.srt.entrypoints.event_stream import DONE_EVENT, event, progress_comment
+from sglang.srt.entrypoints.generate_request_body import session_of
 from sglang.srt.entrypoints.http_errors import ApiShape, bad_field, stream_error
 from sglang.srt.entrypoints.logprob_format import chat_content, formatted_bytes
 from sglang.srt.entrypoints.openai.chat_choice import (
@@ -108,6 +109,7 @@ class ChatServing(OpenAIServing):
             add_special_tokens=False,
             kept_special_tokens=form.kept_tokens,
             include_progress=body.stream and bool(body.stream_options.include_progress),
+            session=session_of(body.session_params),
         )
         return ChatCall(head, Call(rid, (request,)), body, form)
 

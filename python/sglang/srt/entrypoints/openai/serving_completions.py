@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from sglang.srt.entrypoints.event_stream import DONE_EVENT, event, progress_comment
-from sglang.srt.entrypoints.generate_request_body import read_id_prompts
+from sglang.srt.entrypoints.generate_request_body import read_id_prompts, session_of
 from sglang.srt.entrypoints.http_errors import ApiShape, bad_field, stream_error
 from sglang.srt.entrypoints.logprob_format import CompletionLogprobs, formatted_bytes
 from sglang.srt.entrypoints.openai.protocol import COMPLETION_FIELDS, CompletionBody
@@ -86,6 +86,8 @@ class CompletionServing(OpenAIServing):
         check_max_tokens("max_tokens", body.max_tokens)
         if body.logprobs is not None and body.logprobs < 0:
             raise bad_field("logprobs", f"it must be at least 0, got {body.logprobs}")
+        if body.echo and session_of(body.session_params) is not None:
+            raise bad_field("echo", "a session's earlier text is not repeated")
         max_new = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         params = sampling_params(body, max_new, self.options.sampling_defaults)
         head, rid, extra_key = call_ids(body)
@@ -103,6 +105,7 @@ class CompletionServing(OpenAIServing):
                 extra_key=extra_key,
                 priority=body.priority,
                 include_progress=body.stream and bool(body.stream_options.include_progress),
+                session=session_of(body.session_params),
             )
             for i, prompt in enumerate(prompts)
         )
