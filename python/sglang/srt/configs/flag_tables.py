@@ -132,6 +132,12 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
+        "a request's limit of reasoning always holds, where there is a --reasoning-parser",
+        """
+        --enable-strict-thinking
+        """,
+    ),
+    (
         "sessions of both kinds are always served, over the one prefix cache",
         """
         --enable-streaming-session; --enable-session-radix-cache

@@ -25,7 +25,7 @@ from sglang.srt.entrypoints.request_body import (
     split_object,
 )
 from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal, is_null
-from sglang.srt.entrypoints.sampling_fields import sampling_from_raw
+from sglang.srt.entrypoints.sampling_fields import sampling_from_raw, thinking_budget
 from sglang.srt.entrypoints.sequences import MAX_SEQUENCES, Call
 from sglang.srt.entrypoints.token_id_reader import IdLists, read_id_lists
 from sglang.srt.errors import RequestError
@@ -64,6 +64,7 @@ class GenerateBody(msgspec.Struct, frozen=True):
     priority: Int | None = None
     include_progress: bool = False
     require_reasoning: bool = False
+    max_thinking_tokens: Int | list[Int | None] | None = None
     routed_dp_rank: Int | None = None
     data_parallel_rank: Int | None = None
     session_params: SessionParams | list[SessionParams | None] | None = None
@@ -94,7 +95,6 @@ GENERATE_FIELDS = FieldTable(
         "lora_path": LORA,
         "lora_id": LORA,
         "custom_logit_processor": LOGIT_PROCESSOR,
-        "max_thinking_tokens": Refusal("thinking budgets are not served"),
         "background": Refusal("background requests are not served", (False,)),
         "bootstrap_host": DISAGGREGATION,
         "bootstrap_port": DISAGGREGATION,
@@ -164,6 +164,7 @@ def read_generate(fields: Fields) -> GenerateCall:
     top = _each("top_logprobs_num", body.top_logprobs_num, count, is_batch)
     extra = _each("extra_key", body.extra_key, count, is_batch)
     salt = _each("cache_salt", body.cache_salt, count, is_batch)
+    budgets = _each("max_thinking_tokens", body.max_thinking_tokens, count, is_batch)
     session = _each("session_params", body.session_params, count, is_batch)
     replica = body.routed_dp_rank
     if replica is None:
@@ -173,7 +174,7 @@ def read_generate(fields: Fields) -> GenerateCall:
             rid=rids[i],
             text=texts[i],
             input_ids=ids[i],
-            sampling_params=params[i],
+            sampling_params=_bounded(params[i], budgets[i]),
             stream=body.stream,
             return_logprob=want[i],
             logprob_start_len=start[i],
@@ -285,6 +286,14 @@ _OBJECT = msgspec.json.Decoder(RawFields | None)
 
 def _one_sampling(raw: msgspec.Raw) -> SamplingParams:
     return sampling_from_raw(decode_field("sampling_params", raw, _OBJECT) or {})
+
+
+def _bounded(params: SamplingParams, max_thinking_tokens: int | None) -> SamplingParams:
+    """The parameters with the request's own budget, which goes before theirs."""
+    if max_thinking_tokens is None:
+        return params
+    budget = thinking_budget(max_thinking_tokens, {})
+    return msgspec.structs.replace(params, max_thinking_tokens=budget)
 
 
 def _picked(

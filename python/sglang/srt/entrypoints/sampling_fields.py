@@ -6,6 +6,7 @@ Turns raw JSON, or a Python dict, into `SamplingParams`; ranges are checked late
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -43,13 +44,13 @@ class SamplingBody(msgspec.Struct, frozen=True):
     regex: str | None = None
     ebnf: str | None = None
     structural_tag: str | None = None
+    custom_params: dict[str, Any] = {}
 
 
 SAMPLING_FIELDS = FieldTable(
     SamplingBody,
-    # stream_interval only changes how the same tokens are cut into events; custom_params is read
-    # by custom logit processors alone, which are refused.
-    accepted=("stream_interval", "custom_params"),
+    # It only changes how the same tokens are cut into events.
+    accepted=("stream_interval",),
     refused={
         "beam_width": Refusal("beam search is not served", (0, 1)),
     },
@@ -66,7 +67,24 @@ def sampling_from_raw(fields: RawFields) -> SamplingParams:
     values["stop_token_ids"] = tuple(body.stop_token_ids)
     values["logit_bias"] = logit_bias("sampling_params.logit_bias", body.logit_bias)
     values |= {kind: getattr(body, kind) or None for kind in CONSTRAINTS}  # "" asks for none
+    values["max_thinking_tokens"] = thinking_budget(None, values.pop("custom_params"))
     return SamplingParams(**values)
+
+
+def thinking_budget(tokens: int | None, custom_params: Mapping[str, Any]) -> int | None:
+    """`max_thinking_tokens`, else what `custom_params` has as `thinking_budget`; None: no bound.
+
+    Everything else in `custom_params` is for custom logit processors, which are not served. -1
+    asks for no bound. RequestError 400 for what is no number.
+    """
+    name, value = "max_thinking_tokens", tokens
+    if value is None:
+        name, value = "custom_params.thinking_budget", custom_params.get("thinking_budget")
+    if value is None or value == -1:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
+        raise bad_field(name, f"expected a number of tokens, got {value!r}")
+    return value
 
 
 def stop_strings(stop: str | list[str]) -> tuple[str, ...]:

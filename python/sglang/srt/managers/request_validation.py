@@ -61,7 +61,7 @@ def check_fields(
                 "stop and stop_regex need a tokenizer, but the server has none "
                 "(--skip-tokenizer-init): use stop_token_ids."
             )
-    if no_constraints is not None and request.sampling_params.constraint is not None:
+    if no_constraints is not None and request.sampling_params.held_to is not None:
         raise RequestError(no_constraints)
     request.sampling_params.verify(vocab_size)
     check_stop_regex(request.sampling_params.stop_regex)

@@ -251,7 +251,7 @@ class TokenizerManager:
     def _register(self, request: GenerateRequest) -> RequestState:
         self._check_alive()
         args = self.server_args
-        is_held = request.sampling_params.constraint is not None
+        is_held = request.sampling_params.held_to is not None
         validation.check_fields(
             request,
             vocab_size=self.model_config.vocab_size,
@@ -281,7 +281,7 @@ class TokenizerManager:
             self._choice.began(replica)
         state.replica = replica
         state.shown_dp_rank = replica if self.num_replicas > 1 else None
-        if message.sampling_params.constraint is not None:
+        if message.sampling_params.held_to is not None:
             news = self._constraints.news_for(replica)
             if news is not None:
                 self._senders[replica].send(news)
@@ -314,7 +314,7 @@ class TokenizerManager:
             input_ids = await self.tokenize(request.text, request.add_special_tokens)
         input_ids = np.ascontiguousarray(input_ids, dtype="<i4")
         await self._check_ids(input_ids)
-        if request.sampling_params.constraint is not None:
+        if request.sampling_params.held_to is not None:
             await self._in_thread(0, self._constraints.read_vocabulary)
         params = validation.fit_to_context(
             len(input_ids), request.sampling_params, self.context_length

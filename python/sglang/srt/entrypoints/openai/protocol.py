@@ -63,6 +63,8 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     regex: str | None = None
     ebnf: str | None = None
     structural_tag: str | None = None
+    max_thinking_tokens: Int | None = None
+    custom_params: dict[str, Any] = {}
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     rid: str | None = None
@@ -118,7 +120,6 @@ _ACCEPTED = (
     "prediction",
     "no_logs",
     "custom_labels",
-    "custom_params",
     "stream_interval",
 )
 
@@ -153,7 +154,6 @@ CHAT_FIELDS = FieldTable(
         "web_search_options": Refusal("web search is not served"),
         "verbosity": Refusal("verbosity is not served", ("medium",)),
         "thinking": Refusal("use chat_template_kwargs", ()),
-        "max_thinking_tokens": Refusal("thinking budgets are not served"),
         "video_fps": Refusal("the model takes text only"),
     },
     refuse_unknown=False,

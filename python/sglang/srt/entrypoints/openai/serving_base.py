@@ -18,6 +18,7 @@ from sglang.srt.entrypoints.sampling_fields import (
     logit_bias,
     stop_patterns,
     stop_strings,
+    thinking_budget,
 )
 from sglang.srt.entrypoints.sequences import SequenceOutput, SequenceRunner
 from sglang.srt.entrypoints.service import TextService
@@ -73,6 +74,7 @@ def sampling_params(
         no_stop_trim=body.no_stop_trim,
         logit_bias=logit_bias("logit_bias", body.logit_bias),
         sampling_seed=body.seed,
+        max_thinking_tokens=thinking_budget(body.max_thinking_tokens, body.custom_params),
         **constraint_fields(
             body.response_format, {kind: getattr(body, kind) for kind in CONSTRAINTS}
         ),

@@ -34,6 +34,7 @@ from sglang.srt.entrypoints.openai.serving_base import (
 from sglang.srt.entrypoints.openai.tool_fields import ToolUse, read_tool_use
 from sglang.srt.entrypoints.request_body import RawFields, off_loop
 from sglang.srt.entrypoints.sequences import Call, SequenceOutput, abort_error
+from sglang.srt.entrypoints.thinking import check_budget
 from sglang.srt.errors import RequestError
 from sglang.srt.function_call.strict_calls import strict_tag
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest
@@ -75,6 +76,7 @@ class ChatServing(OpenAIServing):
         if body.continue_final_message and messages[-1]["role"] != "assistant":
             raise bad_field("continue_final_message", "the last message is not the assistant's")
         params = self._params(body, tools)
+        check_budget(params, self.options.parsers)
         text = await self.service.render_chat(
             messages,
             add_generation_prompt=body.add_generation_prompt,
@@ -93,6 +95,7 @@ class ChatServing(OpenAIServing):
             is_held=params.constraint is not None and not is_tagged,
             is_forced=tools.forced_schema is not None,
             is_tagged=is_tagged,
+            is_bounded=params.max_thinking_tokens is not None,
         )
         params = msgspec.structs.replace(params, reasoning=form.free_reasoning)
         head, rid, extra_key = call_ids(body)

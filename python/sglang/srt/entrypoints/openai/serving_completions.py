@@ -32,6 +32,7 @@ from sglang.srt.entrypoints.request_body import (
     off_loop,
 )
 from sglang.srt.entrypoints.sequences import Call, SequenceOutput, abort_error
+from sglang.srt.entrypoints.thinking import with_reasoning
 from sglang.srt.entrypoints.token_id_reader import IdLists
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
@@ -109,6 +110,9 @@ class CompletionServing(OpenAIServing):
             )
             for i, prompt in enumerate(prompts)
         )
+        if params.max_thinking_tokens is not None:
+            parser = self.options.parsers.reasoning
+            requests = tuple(with_reasoning(one, parser, self.token_text)[0] for one in requests)
         echoes = []
         for prompt in prompts if body.echo else ():
             if not isinstance(prompt, str):
