@@ -250,9 +250,9 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "this order of requests does not exist here",
+        "whoever has to give up its place is the least urgent, then who has the least to redo",
         """
-        --retraction-policy V ok:length
+        --retraction-policy V ok:length,priority
         """,
     ),
     (
