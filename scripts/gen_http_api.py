@@ -112,6 +112,10 @@ nothing (null, and the values in brackets). Null means "not given".
 - On `/generate`, stream events repeat the whole text unless `--incremental-streaming-output`. A
   client that reads slowly gets fewer, larger events; nothing is dropped.
 - A client that closes its connection, even only its sending side, ends its request.
+- `return_token_ids` of chats and completions gives each choice its `token_ids`, as they were
+  generated, and its `prompt_token_ids`; `return_prompt_token_ids` these alone. In streams too: the
+  prompt's in a choice's first chunk, a chat's others with the first chunk of the text that they
+  add. In a session they are what the request brought.
 - A log probability that does not exist is null; OpenAI's shapes show -9999 for minus infinity.
 - `text_offset` counts characters of the tokens' own texts from the start of what is shown.
 

@@ -80,6 +80,13 @@ class SharedBody(GenerationBody, frozen=True, kw_only=True):
     n: Int = 1
     response_format: ResponseFormat | None = None
     session_params: SessionParams | None = None
+    return_token_ids: bool = False
+    return_prompt_token_ids: bool = False
+
+    @property
+    def shows_prompt_ids(self) -> bool:
+        """Whether each choice has its prompt's ids."""
+        return self.return_token_ids or self.return_prompt_token_ids
 
 
 class ChatBody(SharedBody, frozen=True, kw_only=True):
@@ -130,8 +137,6 @@ SHARED_REFUSALS = {
     "return_routed_experts": Refusal(RETURNS, (False,)),
     "return_cached_tokens_details": Refusal(RETURNS, (False,)),
     "return_meta_info": Refusal(RETURNS, (False,)),
-    "return_token_ids": Refusal(RETURNS, (False,)),
-    "return_prompt_token_ids": Refusal(RETURNS, (False,)),
     "use_beam_search": Refusal("beam search is not served", (False,)),
     "beam_width": Refusal("beam search is not served", (0, 1)),
     "bootstrap_host": DISAGGREGATION,

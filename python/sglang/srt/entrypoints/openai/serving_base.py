@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -23,7 +23,7 @@ from sglang.srt.entrypoints.sampling_fields import (
 from sglang.srt.entrypoints.sequences import SequenceOutput, SequenceRunner
 from sglang.srt.entrypoints.service import TextService
 from sglang.srt.errors import RequestError
-from sglang.srt.managers.generate_request import GenerateDelta
+from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
 from sglang.srt.managers.io_struct import FinishReason
 from sglang.srt.parser.answer_parser import ParserNames
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -163,6 +163,18 @@ def finish_fields(reason: FinishReason | None) -> dict[str, Any]:
     return {"finish_reason": reason.type, "matched_stop": matched}
 
 
+def id_fields(
+    body: SharedBody, prompt_ids: IdArray | None, output_ids: IdArray | None
+) -> dict[str, IdArray]:
+    """`prompt_token_ids` and `token_ids` of a choice, as far as they are asked for and given."""
+    fields = {}
+    if body.shows_prompt_ids and prompt_ids is not None:
+        fields["prompt_token_ids"] = prompt_ids
+    if body.return_token_ids and output_ids is not None:
+        fields["token_ids"] = output_ids
+    return fields
+
+
 def last_of(output: SequenceOutput) -> GenerateDelta:
     """The final delta; RequestError 500 for a sequence that never answered."""
     if output.last is None:
@@ -179,6 +191,13 @@ class OpenAIServing:
         self.service = service
         self.runner = runner
         self.options = options
+
+    async def with_ids(self, request: GenerateRequest) -> GenerateRequest:
+        """The request with its text tokenized, for replies that show the ids."""
+        if request.text is None:
+            return request
+        ids = await self.service.tokenize(request.text, request.add_special_tokens)
+        return replace(request, text=None, input_ids=ids)
 
     def token_text(self, token_id: int) -> str:
         """The text of one token; its number under --skip-tokenizer-init."""

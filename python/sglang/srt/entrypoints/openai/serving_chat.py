@@ -28,6 +28,7 @@ from sglang.srt.entrypoints.openai.serving_base import (
     call_ids,
     check_max_tokens,
     finish_fields,
+    id_fields,
     last_of,
     sampling_params,
 )
@@ -37,7 +38,7 @@ from sglang.srt.entrypoints.sequences import Call, SequenceOutput, abort_error
 from sglang.srt.entrypoints.thinking import check_budget
 from sglang.srt.errors import RequestError
 from sglang.srt.function_call.strict_calls import strict_tag
-from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest
+from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
 from sglang.srt.managers.io_struct import LogprobArrays
 from sglang.srt.parser.answer_parser import (
     GPT_OSS,
@@ -52,12 +53,16 @@ _OPENING = Chunk({"role": "assistant", "content": ""}, None, finish_fields(None)
 
 @dataclass(frozen=True)
 class ChatCall:
-    """A request that is ready to run, and how its answers are read."""
+    """A request that is ready to run, and how its answers are read.
+
+    `prompt_ids` None: they are not shown.
+    """
 
     head: ReplyHead
     call: Call
     body: ChatBody
     form: AnswerForm
+    prompt_ids: IdArray | None = None
 
 
 def read_chat(fields: RawFields) -> ChatBody:
@@ -114,7 +119,10 @@ class ChatServing(OpenAIServing):
             include_progress=body.stream and bool(body.stream_options.include_progress),
             session=session_of(body.session_params),
         )
-        return ChatCall(head, Call(rid, (request,)), body, form)
+        if body.shows_prompt_ids:
+            request = await self.with_ids(request)
+        shown = request.input_ids  # the request will let go of them
+        return ChatCall(head, Call(rid, (request,)), body, form, shown)
 
     def _params(self, body: ChatBody, tools: ToolUse) -> SamplingParams:
         """The sampling parameters, forced calls included; RequestError 400 naming a bad field."""
@@ -191,7 +199,8 @@ class ChatServing(OpenAIServing):
         choice = whole_choice(chat.form, output.text, last.finish_reason)
         reasoning = ReasoningCount(chat.form, self.token_text).add(output.output_ids)
         logprobs = self._logprobs(arrays) if chat.body.logprobs else None
-        return {"index": index, **choice, "logprobs": logprobs}, reasoning
+        ids = id_fields(chat.body, chat.prompt_ids, output.output_ids)
+        return {"index": index, **choice, "logprobs": logprobs, **ids}, reasoning
 
     def _logprobs(self, arrays: LogprobArrays | None) -> dict[str, Any]:
         return {"content": chat_content(arrays, self.token_bytes)}
@@ -218,8 +227,12 @@ class ChatServing(OpenAIServing):
                     choice, count = begun[index]
                     usage.note(index, delta, count.add(delta.output_ids))
                     now = usage.usage() if options.continuous_usage_stats else None
-                    for chunk in (*opening, *choice.chunks(delta)):
-                        yield event(self._chunk(chat, index, chunk, now))
+                    for chunk in opening:
+                        ids = id_fields(chat.body, chat.prompt_ids, None)
+                        yield event(self._chunk(chat, index, chunk, now, ids))
+                    for chunk, output_ids in choice.chunks_with_ids(delta):
+                        ids = id_fields(chat.body, None, output_ids)
+                        yield event(self._chunk(chat, index, chunk, now, ids))
         except RequestError as error:
             if not (begun or has_sent):
                 raise
@@ -241,12 +254,18 @@ class ChatServing(OpenAIServing):
         return choice, ReasoningCount(chat.form, self.token_text)
 
     def _chunk(
-        self, chat: ChatCall, index: int, chunk: Chunk, usage: dict[str, Any] | None
+        self,
+        chat: ChatCall,
+        index: int,
+        chunk: Chunk,
+        usage: dict[str, Any] | None,
+        ids: dict[str, IdArray],
     ) -> dict[str, Any]:
         choice = {
             "index": index,
             "delta": chunk.delta,
             "logprobs": self._logprobs(chunk.logprobs) if chunk.logprobs is not None else None,
             **chunk.end,
+            **ids,
         }
         return {**chat.head.fields("chat.completion.chunk"), "choices": [choice], "usage": usage}

@@ -21,6 +21,7 @@ from sglang.srt.entrypoints.openai.serving_base import (
     call_ids,
     check_max_tokens,
     finish_fields,
+    id_fields,
     last_of,
     sampling_params,
 )
@@ -45,12 +46,21 @@ _TEXTS = msgspec.json.Decoder(list[str])
 
 @dataclass(frozen=True)
 class CompletionCall:
-    """A request that is ready to run; `echoes` is each prompt's text when it is to be repeated."""
+    """A request that is ready to run.
+
+    `echoes` is each prompt's text when it is to be repeated, `prompt_ids` its ids when they are to
+    be shown.
+    """
 
     head: ReplyHead
     call: Call
     body: CompletionBody
     echoes: tuple[str, ...]
+    prompt_ids: tuple[IdArray | None, ...] = ()
+
+    def ids_of(self, index: int) -> IdArray | None:
+        """The prompt's ids of sequence `index`; None when they are not shown."""
+        return self.prompt_ids[self.call.prompt_indices[index]] if self.prompt_ids else None
 
 
 def read_completion(fields: Fields) -> CompletionBody:
@@ -118,7 +128,11 @@ class CompletionServing(OpenAIServing):
             if not isinstance(prompt, str):
                 prompt = await self.service.detokenize(prompt)
             echoes.append(prompt)
-        return CompletionCall(head, Call(rid, requests), body, tuple(echoes))
+        shown: tuple[IdArray | None, ...] = ()
+        if body.shows_prompt_ids:
+            requests = tuple([await self.with_ids(one) for one in requests])
+            shown = tuple(one.input_ids for one in requests)
+        return CompletionCall(head, Call(rid, requests), body, tuple(echoes), shown)
 
     async def reply(self, completion: CompletionCall) -> dict[str, Any]:
         """The whole answer. Raises RequestError."""
@@ -150,6 +164,7 @@ class CompletionServing(OpenAIServing):
             "text": _echo(completion, index) + output.text,
             "logprobs": logprobs,
             **finish_fields(last.finish_reason),
+            **id_fields(completion.body, completion.ids_of(index), output.output_ids),
         }
 
     async def events(self, completion: CompletionCall) -> AsyncGenerator[bytes, None]:
@@ -171,11 +186,11 @@ class CompletionServing(OpenAIServing):
                     if error is not None:
                         raise error
                     usage.note(index, delta)
-                    echo = "" if index in begun else _echo(completion, index)
+                    is_first = index not in begun
                     begun.add(index)
                     size = formatted_bytes(delta.input_logprobs, delta.output_logprobs)
                     chunk = await off_loop(
-                        size, self._chunk, completion, index, delta, echo, formats[index]
+                        size, self._chunk, completion, index, delta, is_first, formats[index]
                     )
                     chunk["usage"] = usage.usage() if options.continuous_usage_stats else None
                     yield event(chunk)
@@ -200,19 +215,22 @@ class CompletionServing(OpenAIServing):
         completion: CompletionCall,
         index: int,
         delta: GenerateDelta,
-        echo: str,
+        is_first: bool,
         logprobs: CompletionLogprobs,
     ) -> dict[str, Any]:
         shown = delta.input_logprobs if completion.body.echo else None
         choice = {
             "index": index,
-            "text": echo + delta.text,
+            "text": (_echo(completion, index) if is_first else "") + delta.text,
             "logprobs": (
                 logprobs.add(shown, delta.output_logprobs)
                 if completion.body.logprobs is not None
                 else None
             ),
             **finish_fields(delta.finish_reason),
+            **id_fields(
+                completion.body, completion.ids_of(index) if is_first else None, delta.output_ids
+            ),
         }
         return {**completion.head.fields("text_completion"), "choices": [choice]}
 
