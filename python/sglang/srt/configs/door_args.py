@@ -6,7 +6,9 @@ The first part of `ServerArgs`, which says how fields are flags.
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
+from typing import Any
 
 from sglang.srt.configs.flag_spec import flag
 from sglang.srt.configs.parser_names import AUTO_PARSER, REASONING_PARSERS, TOOL_CALL_PARSERS
@@ -132,6 +134,19 @@ class DoorArgs:
     constrained_json_disable_any_whitespace: bool = flag(
         False, "JSON constrained by a schema has no whitespace outside of its strings.", group=API
     )
+    default_chat_template_kwargs: str = flag(
+        "{}",
+        "A JSON object of chat_template_kwargs for chats that don't set them, such as "
+        '{"enable_thinking": false}.',
+        group=API,
+        metavar="JSON",
+    )
+    stream_response_default_include_usage: bool = flag(
+        False, "Streams of chats and completions end with usage unless they ask not to.", group=API
+    )
+    weight_version: str = flag(
+        "default", "A name of the weights that replies and /model_info repeat.", group=API
+    )
     enable_cache_report: bool = flag(
         False, "Report cached prompt tokens in the usage of OpenAI replies.", group=API
     )
@@ -154,3 +169,8 @@ class DoorArgs:
         metavar="TOKENS",
         minimum=0,
     )
+
+    def template_defaults(self) -> dict[str, Any]:
+        """`default_chat_template_kwargs` as an object."""
+        kwargs: dict[str, Any] = json.loads(self.default_chat_template_kwargs)
+        return kwargs

@@ -260,7 +260,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         """
         --tool-server V;
         --completion-template V; --hf-chat-template-name V; --preferred-sampling-params V;
-        --enable-custom-logit-processor; --stream-response-default-include-usage;
+        --enable-custom-logit-processor;
         --dllm-algorithm V; --dllm-algorithm-config V
         """,
     ),
@@ -268,8 +268,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         "replies of this kind do not exist here",
         """
         --is-embedding; --enable-multimodal; --enable-return-hidden-states;
-        --enable-return-routed-experts; --multi-item-scoring-delimiter V; --allow-auto-truncate;
-        --weight-version V ok:default
+        --enable-return-routed-experts; --multi-item-scoring-delimiter V; --allow-auto-truncate
         """,
     ),
     (

@@ -140,12 +140,13 @@ class ApiDoors:
             raise RequestError("Give exactly one of 'prompt' and 'messages'.")
         tokens: Any
         if body.messages is not None:
+            defaults = self._context.server_args.template_defaults()
             text = await service.render_chat(
                 template_messages(body.messages),
                 add_generation_prompt=body.add_generation_prompt is not False,
                 continue_final_message=body.continue_final_message,
                 **read_tool_use(body.tools, body.tool_choice).template_kwargs,
-                **template_kwargs(body.chat_template_kwargs, body.reasoning_effort),
+                **template_kwargs({**defaults, **body.chat_template_kwargs}, body.reasoning_effort),
             )
             tokens = await service.tokenize(text, False)
             count: int | list[int] = len(tokens)

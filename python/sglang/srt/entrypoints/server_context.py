@@ -24,7 +24,6 @@ from sglang.srt.managers.metrics import ServerMetrics
 from sglang.srt.parser.parser_choice import choose_parsers
 from sglang.srt.server_args import ServerArgs
 
-WEIGHT_VERSION = "default"
 # A prompt that is a little too long is read, to be refused with both numbers.
 BINARY_SLACK_BYTES = 1 << 20
 
@@ -53,7 +52,12 @@ class Serving:
             None if tokenizer is None else tokenizer.chat_template,
         )
         options = OpenAIOptions(
-            defaults, server_args.enable_cache_report, WEIGHT_VERSION, self.parsers
+            defaults,
+            server_args.enable_cache_report,
+            server_args.weight_version,
+            self.parsers,
+            template_defaults=server_args.template_defaults(),
+            includes_usage=server_args.stream_response_default_include_usage,
         )
         self.service = service
         self.runner = SequenceRunner(service, metrics)
@@ -61,7 +65,7 @@ class Serving:
             service,
             self.runner,
             incremental=server_args.incremental_streaming_output,
-            weight_version=WEIGHT_VERSION,
+            weight_version=server_args.weight_version,
             reasoning_parser=self.parsers.reasoning,
         )
         self.chat = ChatServing(service, self.runner, options)

@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
-from sglang.srt.entrypoints.server_context import WEIGHT_VERSION, ServerContext
+from sglang.srt.entrypoints.server_context import ServerContext
 
 
 def server_version() -> str:
@@ -28,7 +28,7 @@ def model_info(context: ServerContext) -> dict[str, Any]:
         "tokenizer_path": args.tokenizer_path,
         "is_generation": True,
         "preferred_sampling_params": None,
-        "weight_version": WEIGHT_VERSION,
+        "weight_version": args.weight_version,
         "load_format": args.load_format,
         "reasoning_parser": parsers.reasoning,
         "tool_call_parser": parsers.tool_call,

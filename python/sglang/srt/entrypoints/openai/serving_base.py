@@ -11,7 +11,7 @@ import msgspec
 
 from sglang.srt.entrypoints.generate_request_body import new_rid, prefix_key
 from sglang.srt.entrypoints.http_errors import bad_field
-from sglang.srt.entrypoints.openai.protocol import SharedBody
+from sglang.srt.entrypoints.openai.protocol import SharedBody, StreamOptions
 from sglang.srt.entrypoints.openai.response_format import constraint_fields
 from sglang.srt.entrypoints.sampling_fields import (
     CONSTRAINTS,
@@ -38,13 +38,16 @@ class OpenAIOptions:
     """Server settings that show in OpenAI replies.
 
     `sampling_defaults` are the model's own (--sampling-defaults model), empty for OpenAI's.
-    `parsers` are those for answers of chats.
+    `parsers` are those for answers of chats. `template_defaults` are chat_template_kwargs of chats
+    that don't set them. `includes_usage`: streams that don't say otherwise end with usage.
     """
 
     sampling_defaults: Mapping[str, float]
     cache_report: bool = False
     weight_version: str = "default"
     parsers: ParserNames = field(default_factory=ParserNames)
+    template_defaults: Mapping[str, Any] = field(default_factory=dict)
+    includes_usage: bool = False
 
 
 def default_sampling(generation_defaults: Mapping[str, float]) -> dict[str, float]:
@@ -191,6 +194,11 @@ class OpenAIServing:
         self.service = service
         self.runner = runner
         self.options = options
+
+    def includes_usage(self, options: StreamOptions) -> bool:
+        """Whether a stream ends with usage."""
+        wanted = options.include_usage
+        return self.options.includes_usage if wanted is None else wanted
 
     async def with_ids(self, request: GenerateRequest) -> GenerateRequest:
         """The request with its text tokenized, for replies that show the ids."""

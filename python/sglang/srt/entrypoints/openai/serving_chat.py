@@ -77,7 +77,8 @@ class ChatServing(OpenAIServing):
         """Render the conversation and build the call; RequestError 400 when it cannot be."""
         messages = template_messages(body.messages)
         tools = read_tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
-        kwargs = template_kwargs(body.chat_template_kwargs, body.reasoning_effort)
+        given = {**self.options.template_defaults, **body.chat_template_kwargs}
+        kwargs = template_kwargs(given, body.reasoning_effort)
         if body.continue_final_message and messages[-1]["role"] != "assistant":
             raise bad_field("continue_final_message", "the last message is not the assistant's")
         params = self._params(body, tools)
@@ -239,7 +240,7 @@ class ChatServing(OpenAIServing):
             yield event(stream_error(ApiShape.OPENAI, error))
             yield DONE_EVENT
             return
-        if options.include_usage:
+        if self.includes_usage(options):
             yield event(
                 {
                     **chat.head.fields("chat.completion.chunk"),

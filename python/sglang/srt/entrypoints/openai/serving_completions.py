@@ -200,7 +200,7 @@ class CompletionServing(OpenAIServing):
             yield event(stream_error(ApiShape.OPENAI, error))
             yield DONE_EVENT
             return
-        if options.include_usage:
+        if self.includes_usage(options):
             yield event(
                 {
                     **completion.head.fields("text_completion"),

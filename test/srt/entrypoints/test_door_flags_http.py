@@ -1,0 +1,59 @@
+"""Flags that change how requests are read and replies look, for every client of a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from srt.entrypoints.fake_service import LiveServer
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    with LiveServer(
+        tmp_path_factory.mktemp("model"),
+        default_chat_template_kwargs='{"enable_thinking": false, "style": "short"}',
+        stream_response_default_include_usage=True,
+        weight_version="v7",
+    ) as server:
+        yield server
+
+
+def test_chat_template_kwargs_have_defaults(server: LiveServer) -> None:
+    server.post("/v1/chat/completions", CHAT)
+    given = {"chat_template_kwargs": {"style": "long", "more": 1}}
+    server.post("/v1/chat/completions", {**CHAT, **given})
+    server.post("/v1/responses", {"input": "Hi"})
+    server.post("/tokenize", CHAT)
+    names = ("enable_thinking", "style", "more")
+    seen = [[kwargs.get(name) for name in names] for _, kwargs in server.service.templates]
+    defaults = [False, "short", None]
+    assert seen == [defaults, [False, "long", 1], defaults, defaults]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "Hi"})]
+)
+def test_streams_have_usage_unless_they_ask_not_to(
+    server: LiveServer, path: str, body: dict[str, Any]
+) -> None:
+    for options, has_usage in (
+        ({}, True),
+        ({"stream_options": {"include_usage": None}}, True),
+        ({"stream_options": {"include_usage": True}}, True),
+        ({"stream_options": {"include_usage": False}}, False),
+    ):
+        last = server.events(path, {**body, **options})[-1]
+        assert (last["choices"] == []) == has_usage
+        assert ((last.get("usage") or {}).get("completion_tokens", 0) > 0) == has_usage
+
+
+def test_the_weights_have_a_name(server: LiveServer) -> None:
+    assert server.post("/generate", {"text": "x"}).json()["meta_info"]["weight_version"] == "v7"
+    chat = server.post("/v1/chat/completions", CHAT).json()
+    assert chat["metadata"] == {"weight_version": "v7"}
+    assert server.request("GET", "/model_info").json()["weight_version"] == "v7"
