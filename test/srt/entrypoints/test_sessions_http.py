@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from sglang.srt.entrypoints.session_runner import SessionRunner
+from sglang.srt.errors import RequestError
+from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, SessionParams
 from sglang.srt.managers.io_struct import FinishReason
+from sglang.srt.sampling.sampling_params import SamplingParams
 from srt.entrypoints.fake_service import ANSWER, LiveServer, http_post
 
 BOS = "\x01"
+
+
+class CuttingService:
+    """Generates for the first two ids of each prompt, as a server that cuts to fit does."""
+
+    def __init__(self, service: Any) -> None:
+        self.tokenizer = service.tokenizer
+        self._service = service
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateDelta, None]:
+        assert request.input_ids is not None
+        cut: AsyncGenerator[GenerateDelta, None] = self._service.generate(
+            replace(request, input_ids=request.input_ids[:2])
+        )
+        return cut
 
 
 @pytest.fixture
@@ -187,3 +210,31 @@ def test_params_without_an_id_name_no_session(server: LiveServer, params: Any) -
     reply = server.post("/generate", {"text": "x", "session_params": params})
     assert reply.status_code == 200
     assert prompts(server) == ["x"]
+
+
+async def test_a_prompt_that_was_cut_is_not_kept(server: LiveServer) -> None:
+    """Its output does not go on from what a later request would be given."""
+    runner = SessionRunner(CuttingService(server.service))  # type: ignore[arg-type]
+    session = runner.open(None)
+    params = SamplingParams(max_new_tokens=1)
+    for rid, ids in (("whole", [5, 6]), ("cut", [5, 6, 7])):
+        ask = GenerateRequest(
+            rid, None, np.array(ids, np.int32), params, False, session=SessionParams(session)
+        )
+        async with aclosing(runner.generate(ask)) as deltas:
+            assert [delta.prompt_tokens async for delta in deltas] == [2]
+    for rid, message_of in (("whole", ""), ("cut", "no request 'cut'")):
+        ask = GenerateRequest(
+            rid="more",
+            text=None,
+            input_ids=np.array([8], np.int32),
+            sampling_params=params,
+            stream=False,
+            session=SessionParams(session, rid),
+        )
+        async with aclosing(runner.generate(ask)) as deltas:
+            if message_of:
+                with pytest.raises(RequestError, match=message_of):
+                    await anext(deltas)
+            else:
+                await anext(deltas)

@@ -61,6 +61,13 @@ class DoorArgs:
         False, "Load no tokenizer: requests bring input_ids and get output_ids.", group=MODEL
     )
 
+    allow_auto_truncate: bool = flag(
+        False,
+        "Cut prompts that are too long for the context, keeping their beginning, and generate as "
+        "many tokens as fit, instead of refusing with 400.",
+        group=MODEL,
+    )
+
     # ---- HTTP server
     host: str = flag("127.0.0.1", "Address to listen on.", group=HTTP)
     port: int = flag(30000, "Port to listen on.", group=HTTP, parse=int, minimum=1, maximum=65535)

@@ -268,7 +268,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         "replies of this kind do not exist here",
         """
         --is-embedding; --enable-multimodal; --enable-return-hidden-states;
-        --enable-return-routed-experts; --multi-item-scoring-delimiter V; --allow-auto-truncate
+        --enable-return-routed-experts; --multi-item-scoring-delimiter V
         """,
     ),
     (

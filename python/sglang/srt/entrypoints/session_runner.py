@@ -50,7 +50,10 @@ class SessionRunner:
         try:
             new_ids = await self._new_ids(request, turn)
             self._store.check_room(len(new_ids))
-            whole = replace(request, text=None, input_ids=turn.prompt(new_ids), session=None)
+            prompt = turn.prompt(new_ids)
+            num_tokens = len(prompt)
+            whole = replace(request, text=None, input_ids=prompt, session=None)
+            del prompt  # the service lets go of it
             if whole.routed_dp_rank is None:
                 whole.routed_dp_rank = turn.session.replica
             request.forget_prompt()
@@ -59,7 +62,8 @@ class SessionRunner:
                 async for delta in deltas:
                     output_ids.append(delta.output_ids)
                     reason = delta.finish_reason
-                    if reason is not None and reason.type != "abort":
+                    is_whole = delta.prompt_tokens == num_tokens  # it may be cut to fit
+                    if reason is not None and reason.type != "abort" and is_whole:
                         turn.session.replica = delta.dp_rank
                         self._store.keep(turn, new_ids, output_ids)
                         self._store.end(turn, self._clock())

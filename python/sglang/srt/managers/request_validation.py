@@ -156,6 +156,20 @@ def fit_to_context(num_tokens: int, params: SamplingParams, context_length: int)
     return params
 
 
+def truncate(
+    input_ids: IdArray, params: SamplingParams, context_length: int
+) -> tuple[IdArray, SamplingParams]:
+    """What of a request fits (--allow-auto-truncate): its prompt's beginning, fewer new tokens.
+
+    At least one token of the context is left for the output.
+    """
+    kept = input_ids[: max(1, context_length - 1)]
+    room = context_length - len(kept)
+    most = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
+    least = min(params.min_new_tokens, most)
+    return kept, msgspec.structs.replace(params, max_new_tokens=most, min_new_tokens=least)
+
+
 def prompt_logprob_start(request: GenerateRequest, num_tokens: int, most: int) -> int:
     """The first prompt position whose log probability is computed; `num_tokens` for none.
 

@@ -316,9 +316,10 @@ class TokenizerManager:
         await self._check_ids(input_ids)
         if request.sampling_params.held_to is not None:
             await self._in_thread(0, self._constraints.read_vocabulary)
-        params = validation.fit_to_context(
-            len(input_ids), request.sampling_params, self.context_length
-        )
+        params = request.sampling_params
+        if self.server_args.allow_auto_truncate:
+            input_ids, params = validation.truncate(input_ids, params, self.context_length)
+        params = validation.fit_to_context(len(input_ids), params, self.context_length)
         params = msgspec.structs.replace(
             params, stop_token_ids=validation.merged_stop_ids(params, self._end_ids)
         )
