@@ -112,6 +112,8 @@ nothing (null, and the values in brackets). Null means "not given".
 - On `/generate`, stream events repeat the whole text unless `--incremental-streaming-output`. A
   client that reads slowly gets fewer, larger events; nothing is dropped.
 - A client that closes its connection, even only its sending side, ends its request.
+- `suffix` of `/v1/completions` asks for what is missing before it, with `--completion-template`.
+  The templates are those of the models' cards; no such model has run here.
 - `return_token_ids` of chats and completions gives each choice its `token_ids`, as they were
   generated, and its `prompt_token_ids`; `return_prompt_token_ids` these alone. In streams too: the
   prompt's in a choice's first chunk, a chat's others with the first chunk of the text that they

@@ -275,7 +275,7 @@ def test_flags_that_must_not_pass_silently_are_refused() -> None:
     assert refused >= {
         *("--torchao-config", "--enable-lora", "--speculative-algorithm", "--disaggregation-mode"),
         *("--hicache-storage-backend", "--pp-size", "--ep-size"),
-        *("--completion-template", "--tool-server", "--ssl-keyfile"),
+        *("--hf-chat-template-name", "--tool-server", "--ssl-keyfile"),
     }
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from sglang.srt.configs.parser_names import COMPLETION_TEMPLATES
+from sglang.srt.entrypoints.openai.fill_in_middle import MIDDLE_MARKS
 from srt.entrypoints.fake_service import LiveServer
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -19,6 +21,7 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServ
         default_chat_template_kwargs='{"enable_thinking": false, "style": "short"}',
         stream_response_default_include_usage=True,
         weight_version="v7",
+        completion_template="qwen_coder",
     ) as server:
         yield server
 
@@ -57,3 +60,27 @@ def test_the_weights_have_a_name(server: LiveServer) -> None:
     chat = server.post("/v1/chat/completions", CHAT).json()
     assert chat["metadata"] == {"weight_version": "v7"}
     assert server.request("GET", "/model_info").json()["weight_version"] == "v7"
+
+
+def test_a_suffix_asks_for_the_middle(server: LiveServer, tmp_path: Any) -> None:
+    assert tuple(MIDDLE_MARKS) == COMPLETION_TEMPLATES
+    body = {"prompt": ["f(", "g("], "suffix": ")\n", "max_tokens": 2, "echo": True}
+    choices = server.post("/v1/completions", body).json()["choices"]
+    asked = [request.text for request in server.service.requests]
+    assert sorted(asked, key=str) == [
+        "<|fim_prefix|>f(<|fim_suffix|>)\n<|fim_middle|>",
+        "<|fim_prefix|>g(<|fim_suffix|>)\n<|fim_middle|>",
+    ]
+    assert [choice["text"][:2] for choice in choices] == ["f(", "g("]
+    for suffix in (None, ""):
+        server.service.requests.clear()
+        server.post("/v1/completions", {"prompt": "f(", "suffix": suffix})
+        assert server.service.requests[0].text == "f("
+    ids = server.post("/v1/completions", {"prompt": [5, 6], "suffix": ")"})
+    assert (ids.status_code, "'suffix'" in ids.json()["message"]) == (400, True)
+    with LiveServer(tmp_path) as other:
+        reply = other.post("/v1/completions", {"prompt": "f(", "suffix": ")"})
+        assert (reply.status_code, "--completion-template" in reply.json()["message"]) == (
+            400,
+            True,
+        )

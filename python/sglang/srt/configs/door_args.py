@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.configs.flag_spec import flag
-from sglang.srt.configs.parser_names import AUTO_PARSER, REASONING_PARSERS, TOOL_CALL_PARSERS
+from sglang.srt.configs.parser_names import (
+    AUTO_PARSER,
+    COMPLETION_TEMPLATES,
+    REASONING_PARSERS,
+    TOOL_CALL_PARSERS,
+)
 from sglang.srt.utils.sizes import parse_bytes, parse_count
 
 MODEL = "Model and tokenizer"
@@ -104,6 +109,13 @@ class DoorArgs:
     )
     chat_template: str | None = flag(
         None, "A Jinja chat template: a file, or the template itself.", group=API
+    )
+    completion_template: str | None = flag(
+        None,
+        "How the model is asked for what is missing before the suffix of /v1/completions; without "
+        "it a suffix is refused.",
+        group=API,
+        choices=COMPLETION_TEMPLATES,
     )
     tool_call_parser: str | None = flag(
         None,

@@ -108,6 +108,8 @@ def check_combinations(args: Any) -> None:
             "--constrained-json-whitespace-pattern says which whitespace there may be; drop "
             "--constrained-json-disable-any-whitespace"
         )
+    if args.skip_tokenizer_init and args.completion_template is not None:
+        raise ValueError("--completion-template needs a tokenizer; drop --skip-tokenizer-init")
     if args.skip_tokenizer_init and (args.tool_call_parser or args.reasoning_parser):
         raise ValueError("parsers read text, which needs a tokenizer; drop --skip-tokenizer-init")
     if args.kv_backing == "static" and args.kv_segment_reserve > 0:

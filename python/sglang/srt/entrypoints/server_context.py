@@ -11,6 +11,7 @@ import time
 
 from sglang.srt.entrypoints.binary_ids import ID_BYTES
 from sglang.srt.entrypoints.generate_api import GenerateServer
+from sglang.srt.entrypoints.openai.fill_in_middle import MIDDLE_MARKS
 from sglang.srt.entrypoints.openai.responses_store import ResponseStore
 from sglang.srt.entrypoints.openai.serving_base import OpenAIOptions, default_sampling
 from sglang.srt.entrypoints.openai.serving_chat import ChatServing
@@ -58,6 +59,7 @@ class Serving:
             self.parsers,
             template_defaults=server_args.template_defaults(),
             includes_usage=server_args.stream_response_default_include_usage,
+            middle=MIDDLE_MARKS.get(server_args.completion_template or ""),
         )
         self.service = service
         self.runner = SequenceRunner(service, metrics)

@@ -111,6 +111,7 @@ class CompletionBody(SharedBody, frozen=True, kw_only=True):
     """The served fields of /v1/completions."""
 
     prompt: msgspec.Raw | str | IdLists = RAW_NULL
+    suffix: str | None = None
     echo: bool = False
     logprobs: Int | None = None
 
@@ -169,7 +170,6 @@ COMPLETION_FIELDS = FieldTable(
     accepted=_ACCEPTED,
     refused={
         **SHARED_REFUSALS,
-        "suffix": Refusal("the model has no fill-in-the-middle template", ("",)),
         "best_of": Refusal("best_of is not served; use n", (1,)),
     },
     refuse_unknown=False,

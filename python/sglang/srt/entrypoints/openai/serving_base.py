@@ -11,6 +11,7 @@ import msgspec
 
 from sglang.srt.entrypoints.generate_request_body import new_rid, prefix_key
 from sglang.srt.entrypoints.http_errors import bad_field
+from sglang.srt.entrypoints.openai.fill_in_middle import MiddleMarks
 from sglang.srt.entrypoints.openai.protocol import SharedBody, StreamOptions
 from sglang.srt.entrypoints.openai.response_format import constraint_fields
 from sglang.srt.entrypoints.sampling_fields import (
@@ -40,6 +41,7 @@ class OpenAIOptions:
     `sampling_defaults` are the model's own (--sampling-defaults model), empty for OpenAI's.
     `parsers` are those for answers of chats. `template_defaults` are chat_template_kwargs of chats
     that don't set them. `includes_usage`: streams that don't say otherwise end with usage.
+    `middle` None: a completion has no suffix.
     """
 
     sampling_defaults: Mapping[str, float]
@@ -48,6 +50,7 @@ class OpenAIOptions:
     parsers: ParserNames = field(default_factory=ParserNames)
     template_defaults: Mapping[str, Any] = field(default_factory=dict)
     includes_usage: bool = False
+    middle: MiddleMarks | None = None
 
 
 def default_sampling(generation_defaults: Mapping[str, float]) -> dict[str, float]:

@@ -97,6 +97,8 @@ class CompletionServing(OpenAIServing):
         check_max_tokens("max_tokens", body.max_tokens)
         if body.logprobs is not None and body.logprobs < 0:
             raise bad_field("logprobs", f"it must be at least 0, got {body.logprobs}")
+        if body.suffix and not all(isinstance(prompt, str) for prompt in prompts):
+            raise bad_field("suffix", "it goes with prompts that are text")
         if body.echo and session_of(body.session_params) is not None:
             raise bad_field("echo", "a session's earlier text is not repeated")
         max_new = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -106,7 +108,7 @@ class CompletionServing(OpenAIServing):
         requests = tuple(
             GenerateRequest(
                 rid=rid if len(prompts) == 1 else f"{rid}_{i}",
-                text=prompt if isinstance(prompt, str) else None,
+                text=self._asked(prompt, body.suffix) if isinstance(prompt, str) else None,
                 input_ids=None if isinstance(prompt, str) else prompt,
                 sampling_params=params,
                 stream=body.stream,
@@ -133,6 +135,14 @@ class CompletionServing(OpenAIServing):
             requests = tuple([await self.with_ids(one) for one in requests])
             shown = tuple(one.input_ids for one in requests)
         return CompletionCall(head, Call(rid, requests), body, tuple(echoes), shown)
+
+    def _asked(self, prompt: str, suffix: str | None) -> str:
+        """The text that the model goes on with; RequestError 400 where it knows no suffix."""
+        if not suffix:
+            return prompt
+        if self.options.middle is None:
+            raise bad_field("suffix", "the server has no --completion-template")
+        return self.options.middle.prompt(prompt, suffix)
 
     async def reply(self, completion: CompletionCall) -> dict[str, Any]:
         """The whole answer. Raises RequestError."""
