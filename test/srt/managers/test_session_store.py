@@ -166,6 +166,21 @@ def test_idle_sessions_are_closed() -> None:
     assert len(store) == 2
 
 
+def test_the_time_of_the_session_that_is_used_counts_to_the_letter() -> None:
+    store = SessionStore()
+    store.open("s", False, 0.5, now=10.0)
+    store.open("t", False, 0.5, now=10.0)
+    with pytest.raises(RequestError, match="a session 's' already"):
+        store.open("s", False, None, now=10.49)
+    with pytest.raises(RequestError, match="no session 's'"):
+        begin(store, "a", 10.5)
+    assert len(store) == 1  # the other one is looked at a second after the last look
+    store.open("t", False, None, now=10.6)
+    store.open("u", False, 0.1, now=10.6)
+    store.open("v", False, None, now=11.0)
+    assert len(store) == 2
+
+
 def test_the_store_is_bounded() -> None:
     store = SessionStore(limit=3 * ENTRY_BYTES + 100)
     store.open("s", False, None, 0.0)

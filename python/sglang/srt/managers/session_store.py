@@ -20,6 +20,7 @@ SESSION_STORE_BYTES = 256 << 20
 # What a session or a request takes beside its ids, about.
 ENTRY_BYTES = 1 << 10
 ID_BYTES = 4
+SWEEP_S = 1.0
 
 
 @dataclass(eq=False)
@@ -55,13 +56,6 @@ class SessionRequest:
             request = request.parent
         return parts[::-1]
 
-    def is_behind(self, other: SessionRequest) -> bool:
-        """Whether it goes on from `other`, directly or not."""
-        request = self.parent
-        while request is not None and request is not other:
-            request = request.parent
-        return request is other
-
 
 @dataclass(eq=False)
 class Session:
@@ -69,6 +63,7 @@ class Session:
 
     `timeout_s` None: it stays open until it is closed. `touched` is when it was last used.
     `replica` computed the request that ended last, and has its prefix; None: there is only one.
+    `requests` are in the order in which they ended, so whoever is gone on from comes first.
     """
 
     id: str
@@ -79,10 +74,21 @@ class Session:
     running: set[str] = field(default_factory=set)
     last: SessionRequest | None = None
     replica: int | None = None
+    num_bytes: int = ENTRY_BYTES
 
-    @property
-    def num_bytes(self) -> int:
-        return ENTRY_BYTES + sum(request.num_bytes for request in self.requests.values())
+    def forget_behind(self, parent: SessionRequest | None) -> None:
+        """Forget all requests that go on from `parent`, directly or not; None: all there are."""
+        gone: set[SessionRequest | None] = {parent}
+        for request in list(self.requests.values()):
+            if parent is None or request.parent in gone:
+                gone.add(request)
+                del self.requests[request.rid]
+                self.num_bytes -= request.num_bytes
+
+    def is_over(self, now: float) -> bool:
+        """Whether it was idle for its time."""
+        limit_s = self.timeout_s
+        return limit_s is not None and not self.running and now - self.touched >= limit_s
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +112,14 @@ class SessionStore:
     """All open sessions, with at most `limit` bytes of ids and `ENTRY_BYTES` for each object.
 
     Only what requests under way generate may go beyond. `now` is in seconds, of any clock that
-    never goes back; sessions whose time is over are closed whenever one of them is used.
+    never goes back; sessions whose time is over are closed when one of them is used, others at most
+    `SWEEP_S` later.
     """
 
     def __init__(self, limit: int = SESSION_STORE_BYTES) -> None:
         self._limit = limit
         self._sessions: dict[str, Session] = {}
+        self._swept = float("-inf")
         self.num_bytes = 0
 
     def __len__(self) -> int:
@@ -122,7 +130,7 @@ class SessionStore:
     ) -> str:
         """Open a session and give its id, a new one unless named. Raises RequestError 400, 503."""
         self._close_idle(now)
-        if session_id is not None and session_id in self._sessions:
+        if session_id is not None and self._look_up(session_id, now) is not None:
             raise RequestError(f"There is a session {session_id!r} already.")
         session = Session(session_id or uuid.uuid4().hex, streaming, timeout_s, now)
         self._check_room(session.num_bytes)
@@ -133,12 +141,12 @@ class SessionStore:
     def close(self, session_id: str, now: float) -> None:
         """Forget a session; its requests under way go on and are not kept. RequestError 400."""
         self._close_idle(now)
-        self._drop(self._find(session_id))
+        self._drop(self._find(session_id, now))
 
     def begin(self, wanted: SessionParams, rid: str, now: float) -> SessionTurn:
         """Start a request of a session, to be ended by `end`. Raises RequestError 400, 503."""
         self._close_idle(now)
-        session = self._find(wanted.id or "")
+        session = self._find(wanted.id or "", now)
         if rid in session.requests or rid in session.running:
             raise RequestError(f"The session has a request {rid!r} already.")
         self._check_room(ENTRY_BYTES)
@@ -164,14 +172,11 @@ class SessionStore:
             return
         before = session.num_bytes
         if turn.replaces:
-            session.requests = {
-                rid: request
-                for rid, request in session.requests.items()
-                if parent is not None and not request.is_behind(parent)
-            }
+            session.forget_behind(parent)
         ids = np.concatenate([new_ids, *output_ids], dtype=np.int32)
         request = SessionRequest(turn.rid, parent, turn.start, ids, turn.start + len(new_ids))
         session.requests[turn.rid] = session.last = request
+        session.num_bytes += request.num_bytes
         self.num_bytes += session.num_bytes - before
 
     def end(self, turn: SessionTurn, now: float) -> None:
@@ -192,21 +197,29 @@ class SessionStore:
                 503,
             )
 
-    def _find(self, session_id: str) -> Session:
-        session = self._sessions.get(session_id)
+    def _find(self, session_id: str, now: float) -> Session:
+        session = self._look_up(session_id, now)
         if session is None:
             raise RequestError(f"There is no session {session_id!r}: it was closed or never open.")
         return session
+
+    def _look_up(self, session_id: str, now: float) -> Session | None:
+        session = self._sessions.get(session_id)
+        if session is None or not session.is_over(now):
+            return session
+        self._drop(session)
+        return None
 
     def _drop(self, session: Session) -> None:
         del self._sessions[session.id]
         self.num_bytes -= session.num_bytes
 
     def _close_idle(self, now: float) -> None:
-        for session in list(self._sessions.values()):
-            limit_s = session.timeout_s
-            if limit_s is not None and not session.running and now - session.touched >= limit_s:
-                self._drop(session)
+        if now - self._swept < SWEEP_S:
+            return
+        self._swept = now
+        for session in [one for one in self._sessions.values() if one.is_over(now)]:
+            self._drop(session)
 
 
 def _parent(session: Session, wanted: SessionParams) -> SessionRequest | None:
