@@ -171,3 +171,17 @@ def test_token_ids_of_a_stream_come_with_their_text(server: LiveServer) -> None:
         texts[choice["index"]] += choice["text"]
     assert texts == {0: ANSWER[:3], 1: ANSWER[:3]}
     assert [firsts[index]["prompt_token_ids"] for index in (0, 1)] == [[1, 72, 105], [1, 97]]
+
+
+def test_a_replica_can_be_named_as_for_generate(server: LiveServer) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    for path, body in (
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": messages}),
+        ("/generate", {"text": "x"}),
+    ):
+        server.service.requests.clear()
+        for fields in ({}, {"data_parallel_rank": 0}, {"routed_dp_rank": 0}):
+            assert server.post(path, {**body, **fields}).status_code == 200
+        assert [one.routed_dp_rank for one in server.service.requests] == [None, 0, 0]
+        assert server.post(path, {**body, "routed_dp_rank": 1}).status_code == 400

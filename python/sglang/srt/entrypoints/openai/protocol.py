@@ -82,6 +82,14 @@ class SharedBody(GenerationBody, frozen=True, kw_only=True):
     session_params: SessionParams | None = None
     return_token_ids: bool = False
     return_prompt_token_ids: bool = False
+    routed_dp_rank: Int | None = None
+    data_parallel_rank: Int | None = None
+
+    @property
+    def replica(self) -> int | None:
+        """The replica that has to compute it, by the field's newer or older name; None: any."""
+        named = self.routed_dp_rank
+        return self.data_parallel_rank if named is None else named
 
     @property
     def shows_prompt_ids(self) -> bool:
@@ -143,8 +151,6 @@ SHARED_REFUSALS = {
     "bootstrap_host": DISAGGREGATION,
     "bootstrap_port": DISAGGREGATION,
     "bootstrap_room": DISAGGREGATION,
-    "routed_dp_rank": Refusal("send it to /generate"),
-    "data_parallel_rank": Refusal("send it to /generate"),
 }
 
 CHAT_FIELDS = FieldTable(

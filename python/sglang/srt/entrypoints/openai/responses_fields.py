@@ -123,6 +123,8 @@ RESPONSES_FIELDS = FieldTable(
         **SHARED_REFUSALS,
         "background": Refusal("responses are not made in the background", (False,)),
         "conversation": Refusal("conversations are not kept; use previous_response_id"),
+        "routed_dp_rank": Refusal("send it to /v1/chat/completions or /generate"),
+        "data_parallel_rank": Refusal("send it to /v1/chat/completions or /generate"),
         "return_token_ids": Refusal(RETURNS, (False,)),
         "return_prompt_token_ids": Refusal(RETURNS, (False,)),
         "session_params": Refusal("use previous_response_id", ({},)),

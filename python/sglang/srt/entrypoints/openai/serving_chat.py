@@ -119,6 +119,7 @@ class ChatServing(OpenAIServing):
             kept_special_tokens=form.kept_tokens,
             include_progress=body.stream and bool(body.stream_options.include_progress),
             session=session_of(body.session_params),
+            routed_dp_rank=body.replica,
         )
         if body.shows_prompt_ids:
             request = await self.with_ids(request)

@@ -119,6 +119,7 @@ class CompletionServing(OpenAIServing):
                 priority=body.priority,
                 include_progress=body.stream and bool(body.stream_options.include_progress),
                 session=session_of(body.session_params),
+                routed_dp_rank=body.replica,
             )
             for i, prompt in enumerate(prompts)
         )
