@@ -185,6 +185,7 @@ def test_model_overrides_are_an_object() -> None:
         (["--json-model-override-args", "[]"], "must be a JSON object"),
         (["--default-chat-template-kwargs", "{"], "--default-chat-template-kwargs is not JSON"),
         (["--default-chat-template-kwargs", "3"], "must be a JSON object"),
+        (["--preferred-sampling-params", "[1]"], "must be a JSON object"),
         (["--skip-tokenizer-init", "--chat-template", "x"], "needs a tokenizer"),
         (["--skip-tokenizer-init", "--tool-call-parser", "auto"], "needs a tokenizer"),
         (["--tool-call-parser", "kimi_k2"], "--tool-call-parser must be one of auto, qwen, "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,12 @@ import pytest
 
 from sglang.srt.configs.parser_names import COMPLETION_TEMPLATES
 from sglang.srt.entrypoints.openai.fill_in_middle import MIDDLE_MARKS
+from sglang.srt.entrypoints.server_context import ServerContext
+from sglang.srt.environ import Environ
+from sglang.srt.errors import RequestError
 from srt.entrypoints.fake_service import LiveServer
 
+PREFERRED = '{"top_k": 7, "stop": "x"}'
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -22,6 +27,7 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServ
         stream_response_default_include_usage=True,
         weight_version="v7",
         completion_template="qwen_coder",
+        preferred_sampling_params=PREFERRED,
     ) as server:
         yield server
 
@@ -84,3 +90,33 @@ def test_a_suffix_asks_for_the_middle(server: LiveServer, tmp_path: Any) -> None
             400,
             True,
         )
+
+
+def test_generate_has_preferred_parameters(server: LiveServer) -> None:
+    fields = b'{"sampling_params": {"stop": ["y"]}}'
+    kinds = {"content-type": "application/octet-stream", "x-generate-fields": fields.decode()}
+    server.post("/generate", {"text": "x"})
+    server.post("/generate", {"text": "x", "sampling_params": {"top_k": 3}})
+    server.post("/generate", {"text": ["x"], "sampling_params": [{"stop": ["y"]}]})
+    server.request("POST", "/generate", content=bytes([5, 0, 0, 0]), headers=kinds)
+    server.post("/v1/completions", {"prompt": "x"})
+    sent = [request.sampling_params for request in server.service.requests]
+    assert [params.top_k for params in sent] == [7, 3, 7, 7, 20]  # the last is the model's
+    assert [params.stop for params in sent] == [("x",), ("x",), ("y",), ("y",), ()]
+    info = server.request("GET", "/model_info").json()
+    assert info["preferred_sampling_params"] == PREFERRED
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"preferred_sampling_params": '{"top_q": 1}'}, "sampling_params.top_q"),
+        ({"default_chat_template_kwargs": '{"messages": 1}'}, "messages"),
+    ],
+)
+def test_flags_that_name_what_is_not_served_stop_the_start(
+    server: LiveServer, flags: dict[str, str], named: str
+) -> None:
+    args = dataclasses.replace(server.context.server_args, **flags)
+    with pytest.raises(RequestError, match=named):
+        ServerContext(args, Environ()).attach(server.service)

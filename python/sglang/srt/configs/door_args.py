@@ -137,6 +137,13 @@ class DoorArgs:
         group=API,
         choices=("model", "openai"),
     )
+    preferred_sampling_params: str | None = flag(
+        None,
+        "A JSON object of sampling_params for requests of /generate that don't set them; "
+        "/model_info shows it.",
+        group=API,
+        metavar="JSON",
+    )
     grammar_backend: str = flag(
         "llguidance",
         "Which library holds a text to json_schema, regex or ebnf; none refuses such requests.",

@@ -93,6 +93,7 @@ def check_combinations(args: Any) -> None:
     """Raise ValueError with one line when two flags of a `ServerArgs` contradict each other."""
     check_object("--json-model-override-args", args.json_model_override_args)
     check_object("--default-chat-template-kwargs", args.default_chat_template_kwargs)
+    check_object("--preferred-sampling-params", args.preferred_sampling_params or "{}")
     KVEventsConfig.from_json(args.kv_events_config or "{}")
     check_nodes(args)
     check_disk_tier(args)

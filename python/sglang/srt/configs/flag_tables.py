@@ -259,7 +259,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         "templates and tools of this kind do not exist here",
         """
         --tool-server V;
-        --hf-chat-template-name V; --preferred-sampling-params V;
+        --hf-chat-template-name V;
         --enable-custom-logit-processor;
         --dllm-algorithm V; --dllm-algorithm-config V
         """,

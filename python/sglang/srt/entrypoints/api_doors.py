@@ -179,12 +179,13 @@ class ApiDoors:
 
     async def _read_generate(self, request: Request) -> GenerateCall:
         """The request in either form; its body is gone when this returns."""
+        preferred = self._context.serving.preferred_sampling
         if _content_type(request) != "application/octet-stream":
             body = await read_body(request, self._context.request_byte_limit)
-            return await off_loop(len(body), parse_generate, body)
+            return await off_loop(len(body), parse_generate, body, preferred)
         body = await read_body(request, self._context.binary_byte_limit)
         header = request.headers.get(FIELDS_HEADER, "").encode("latin-1")
-        return parse_binary_generate(body, header)
+        return parse_binary_generate(body, header, preferred)
 
     async def _openai_body(self, request: Request) -> bytearray:
         """The body of an OpenAI request, which SGLang takes as application/json only."""

@@ -133,7 +133,7 @@ class Engine:
             "sampling_params": sampling_params,
             "stream": stream,
         }
-        return read_generate(raw_from_python(values))
+        return read_generate(raw_from_python(values), self._context.serving.preferred_sampling)
 
     # ---- managing
 

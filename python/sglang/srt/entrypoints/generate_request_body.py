@@ -42,6 +42,7 @@ DISAGGREGATION = Refusal("prefill and decode are not disaggregated here", ([], "
 FIELDS_HEADER = "x-generate-fields"
 
 RAW_NULL = msgspec.Raw(b"null")
+NO_FIELDS: RawFields = {}
 
 
 class GenerateBody(msgspec.Struct, frozen=True):
@@ -127,37 +128,45 @@ class GenerateCall:
         return self.is_batch or self.call.num_sequences > 1
 
 
-def parse_generate(body: bytes | bytearray) -> GenerateCall:
-    """Read a JSON body, which may be long: call it off the event loop. Raises RequestError 400."""
+def parse_generate(body: bytes | bytearray, preferred: RawFields = NO_FIELDS) -> GenerateCall:
+    """Read a JSON body, which may be long: call it off the event loop. Raises RequestError 400.
+
+    `preferred` are the sampling_params of requests that don't set them.
+    """
     fields = split_body(
         body,
         ids_in=["input_ids"],
         text_in=["text", "input_ids_b64"],
         most_lists=MAX_SEQUENCES,
     )
-    return read_generate(fields)
+    return read_generate(fields, preferred)
 
 
-def parse_binary_generate(body: bytes | bytearray, header: bytes) -> GenerateCall:
+def parse_binary_generate(
+    body: bytes | bytearray, header: bytes, preferred: RawFields = NO_FIELDS
+) -> GenerateCall:
     """Read a binary body with the other fields as JSON in `header` (b"" for none).
 
-    The ids are a view of `body`. Raises RequestError 400.
+    The ids are a view of `body`, `preferred` as for `parse_generate`. Raises RequestError 400.
     """
     fields: dict[str, FieldValue] = {**split_object(header)} if header else {}
     for name in ("text", "input_ids", "input_ids_b64"):
         if name in fields:
             raise bad_field(name, "the prompt is the body's token ids")
     fields["input_ids"] = IdLists((ids_of_body(body),), False)
-    return read_generate(fields)
+    return read_generate(fields, preferred)
 
 
-def read_generate(fields: Fields) -> GenerateCall:
-    """Read and check the fields; RequestError 400 naming the first that cannot be served."""
+def read_generate(fields: Fields, preferred: RawFields = NO_FIELDS) -> GenerateCall:
+    """Read and check the fields; RequestError 400 naming the first that cannot be served.
+
+    `preferred` as for `parse_generate`.
+    """
     body = GENERATE_FIELDS.read(fields)
     texts, ids, is_batch = _prompts(body)
     count = len(texts)
     rid, rids = _rids(body.rid, count, is_batch)
-    params = _sampling(body.sampling_params, count, is_batch)
+    params = _sampling(body.sampling_params, count, is_batch, preferred)
     picked = _picked(body.token_ids_logprob, count, is_batch)
     want = _each("return_logprob", body.return_logprob, count, is_batch)
     start = _each("logprob_start_len", body.logprob_start_len, count, is_batch)
@@ -271,21 +280,21 @@ def _rids(rid: str | list[str] | None, count: int, is_batch: bool) -> tuple[str,
     return call_rid, [call_rid] if not is_batch else [f"{call_rid}_{i}" for i in range(count)]
 
 
-def _sampling(raw: msgspec.Raw, count: int, is_batch: bool) -> list[SamplingParams]:
-    if is_null(raw):
-        return [SamplingParams()] * count
+def _sampling(
+    raw: msgspec.Raw, count: int, is_batch: bool, preferred: RawFields
+) -> list[SamplingParams]:
     if bytes(memoryview(raw)[:1]) == b"[":
-        return [
-            _one_sampling(row) for row in _each("sampling_params", split_list(raw), count, is_batch)
-        ]
-    return [_one_sampling(raw)] * count
+        rows = _each("sampling_params", split_list(raw), count, is_batch)
+        return [_one_sampling(row, preferred) for row in rows]
+    return [_one_sampling(raw, preferred)] * count
 
 
 _OBJECT = msgspec.json.Decoder(RawFields | None)
 
 
-def _one_sampling(raw: msgspec.Raw) -> SamplingParams:
-    return sampling_from_raw(decode_field("sampling_params", raw, _OBJECT) or {})
+def _one_sampling(raw: msgspec.Raw, preferred: RawFields) -> SamplingParams:
+    given = decode_field("sampling_params", raw, _OBJECT) or {}
+    return sampling_from_raw({**preferred, **given})
 
 
 def _bounded(params: SamplingParams, max_thinking_tokens: int | None) -> SamplingParams:

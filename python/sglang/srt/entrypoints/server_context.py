@@ -11,12 +11,15 @@ import time
 
 from sglang.srt.entrypoints.binary_ids import ID_BYTES
 from sglang.srt.entrypoints.generate_api import GenerateServer
+from sglang.srt.entrypoints.openai.chat_messages import template_kwargs
 from sglang.srt.entrypoints.openai.fill_in_middle import MIDDLE_MARKS
 from sglang.srt.entrypoints.openai.responses_store import ResponseStore
 from sglang.srt.entrypoints.openai.serving_base import OpenAIOptions, default_sampling
 from sglang.srt.entrypoints.openai.serving_chat import ChatServing
 from sglang.srt.entrypoints.openai.serving_completions import CompletionServing
 from sglang.srt.entrypoints.openai.serving_responses import ResponseServing
+from sglang.srt.entrypoints.request_body import split_object
+from sglang.srt.entrypoints.sampling_fields import sampling_from_raw
 from sglang.srt.entrypoints.sequences import SequenceRunner
 from sglang.srt.entrypoints.service import TextService
 from sglang.srt.environ import Environ
@@ -38,7 +41,10 @@ class Phase(enum.Enum):
 
 
 class Serving:
-    """The API servers on top of one text service; `parsers` are those that `auto` stood for."""
+    """The API servers on top of one text service; `parsers` are those that `auto` stood for.
+
+    Making one raises RequestError for flags whose JSON names what can't be served.
+    """
 
     def __init__(
         self, service: TextService, server_args: ServerArgs, metrics: ServerMetrics | None
@@ -52,6 +58,11 @@ class Serving:
             server_args.reasoning_parser,
             None if tokenizer is None else tokenizer.chat_template,
         )
+        self.preferred_sampling = split_object(
+            (server_args.preferred_sampling_params or "{}").encode()
+        )
+        sampling_from_raw(self.preferred_sampling)
+        template_kwargs(server_args.template_defaults(), None)
         options = OpenAIOptions(
             defaults,
             server_args.enable_cache_report,

@@ -27,7 +27,7 @@ def model_info(context: ServerContext) -> dict[str, Any]:
         "served_model_name": args.served_model_name,
         "tokenizer_path": args.tokenizer_path,
         "is_generation": True,
-        "preferred_sampling_params": None,
+        "preferred_sampling_params": args.preferred_sampling_params,
         "weight_version": args.weight_version,
         "load_format": args.load_format,
         "reasoning_parser": parsers.reasoning,
