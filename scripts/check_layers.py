@@ -115,7 +115,10 @@ TABLE: tuple[Row, ...] = (
      " < srt.function_call.function_call_parser, srt.function_call.strict_calls"
      " < srt.parser.reasoning_parser, srt.parser.harmony_parser"
      " < srt.parser.answer_parser < srt.parser.parser_choice < srt.entrypoints.*"),
-    (6, "TEXT", "srt.managers.generate_request, srt.managers.incremental_text"
+    (6, "TEXT", "srt.managers.regex_program, srt.managers.incremental_text"
+     " < srt.managers.stop_regex < srt.managers.request_validation"),
+    (6, "TEXT", "srt.managers.generate_request, srt.managers.incremental_text,"
+     " srt.managers.stop_regex"
      " < srt.managers.detokenizer < srt.managers.detokenizer_manager"),
     (6, "TEXT", "srt.tokenizer.* < srt.managers.constraint_desk < srt.managers.tokenizer_manager"),
     (6, "TEXT", "srt.managers.generate_request, srt.tokenizer.*"
@@ -123,6 +126,7 @@ TABLE: tuple[Row, ...] = (
      " srt.managers.scheduler_pulse,"
      " srt.managers.metrics"
      " < srt.managers.tokenizer_manager, srt.managers.detokenizer_manager"),
+    (6, "TEXT", "srt.managers.generate_request < srt.managers.session_store < srt.entrypoints.*"),
     (6, "TEXT", "srt.managers.generate_request, srt.managers.tokenizer_manager"
      " < srt.entrypoints.*"),
     (7, "", "srt.entrypoints.engine < srt.entrypoints.http_server < launch_server < sglang"),

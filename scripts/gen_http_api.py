@@ -37,6 +37,8 @@ from sglang.srt.entrypoints.openai.responses_store import RESPONSE_STORE_BYTES
 from sglang.srt.entrypoints.request_fields import FieldTable
 from sglang.srt.entrypoints.sampling_fields import SAMPLING_FIELDS
 from sglang.srt.entrypoints.server_context import BINARY_SLACK_BYTES
+from sglang.srt.managers.regex_program import MAX_NODES
+from sglang.srt.managers.session_store import SESSION_STORE_BYTES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "http_api.md"
 
@@ -71,6 +73,8 @@ nothing (null, and the values in brackets). Null means "not given".
 | `/v1/models`, `/v1/models/{id}` | GET | `max_model_len` is the effective context |
 | `/tokenize`, also below `/v1` | POST | `prompt` (one text or several) or `messages`, to `tokens` |
 | `/detokenize`, also below `/v1` | POST | `tokens` (a list of ids or of such lists), to `text` |
+| `/open_session` | GET, POST | `session_id`, `streaming`, `timeout` (seconds), to the id |
+| `/close_session` | GET, POST | `session_id` |
 | `/separate_reasoning` | POST | `text`, `reasoning_parser`, to `reasoning_text` and `text` |
 | `/parse_function_call` | POST | `text`, `tools`, `tool_call_parser`, to `normal_text`, `calls` |
 | `/health`, `/ready`, `/ping` | GET | the scheduler's signs of life; answers at once |
@@ -93,8 +97,7 @@ nothing (null, and the values in brackets). Null means "not given".
   Anthropic's types below `/v1/messages`, `{"error": ...}` with a text at Ollama's paths, and
   `{"error": {"message": ...}}` elsewhere. In a stream that has begun, the event `{"error": ...}`
   holds the first, or a message with `type`, `code` and `retryable`.
-- Any other path is answered with 404: sessions and LoRA adapters are not
-  served.
+- Any other path is answered with 404: LoRA adapters are not served.
 - With `--api-key` every path but the four of health asks for `Authorization: Bearer KEY` or
   `x-api-key: KEY` (401 `{"error":"Unauthorized"}`, Anthropic's error at its paths), `/metrics`
   included.
@@ -113,6 +116,14 @@ nothing (null, and the values in brackets). Null means "not given".
 - Tool calls and reasoning: see [tools.md](tools.md). `/tokenize` with `messages` takes `tools` and
   `tool_choice`, too. `require_reasoning` of `/generate` lets `meta_info` count `reasoning_tokens`,
   and a constraint begin behind the reasoning; it needs `--reasoning-parser`.
+- `stop_regex`, one pattern or several in the syntax of Python's `re`, ends a text as `stop` does,
+  and `matched` is the pattern. After each character the text so far is looked at, so `a+` ends
+  with the first `a`, however the text is cut into tokens; the match that ends first wins, of those
+  the longest, and `\\b` waits for the next character. Text that may still become a match is held
+  back, by a pattern without an end (`<a>.*</a>`) for as long as it goes on. The text is read once,
+  whatever the pattern: look-around, references to groups, atomic groups, `$` other than at the
+  end, patterns that an empty text matches and those of more than {nodes} parts, repeats written
+  out, get a 400.
 - Choice i of `n` samples with seed + i. The choices of a prompt share its computed prefix: they
   start when the first one has news.
 - A stream's status is sent with its first event, so a request that is refused before has its
@@ -128,8 +139,38 @@ nothing (null, and the values in brackets). Null means "not given".
 - On `/generate`, stream events repeat the whole text unless `--incremental-streaming-output`. A
   client that reads slowly gets fewer, larger events; nothing is dropped.
 - A client that closes its connection, even only its sending side, ends its request.
+- `suffix` of `/v1/completions` asks for what is missing before it, with `--completion-template`.
+  The templates are those of the models' cards; no such model has run here.
+- `return_token_ids` of chats and completions gives each choice its `token_ids`, as they were
+  generated, and its `prompt_token_ids`; `return_prompt_token_ids` these alone. In streams too: the
+  prompt's in a choice's first chunk, a chat's others with the first chunk of the text that they
+  add. In a session they are what the request brought.
 - A log probability that does not exist is null; OpenAI's shapes show -9999 for minus infinity.
 - `text_offset` counts characters of the tokens' own texts from the start of what is shown.
+
+## Sessions
+
+A session keeps the token ids of its requests, so that a request brings only what is new. It names
+the session in `session_params` of `/generate`, `/v1/completions` or `/v1/chat/completions`:
+
+- `id` is the session, `rid` an earlier request of it (`meta_info.id` of `/generate`, `id` of the
+  OpenAI endpoints, its number with `n` or a batch appended): its prompt and output, then what is
+  new, are the prompt. Without `rid` a request begins anew. A BOS token at the beginning of what
+  is new is left out behind something.
+- `drop_previous_output` goes on from the earlier prompt alone. `offset` keeps so many of the ids
+  that are gone on from, counted from the end if below zero. `replace` forgets, once the request has
+  ended, what else went on from `rid`; without `rid`, all requests of the session.
+- Several requests may go on from the same one. One that is aborted, fails, loses its client or was
+  cut to fit (`--allow-auto-truncate`) is not kept, and leaves the session as it was.
+- A `streaming` session goes on from its last request by itself, is only added to, and runs one
+  request at a time.
+- `/close_session` forgets all ids. Requests under way end as they would. A session that was idle
+  for its `timeout` is closed when one of them is next used. Unknown sessions and requests get a
+  400.
+- The ids of all sessions take at most {sessions} MiB, 4 bytes each and 1 KiB for a session or a
+  request; beyond, new ones get a 503. Only the prefix cache holds K and V: what it has let go of is
+  computed again. `--dp-size`: a session's requests go to the replica of the last one.
+  `capacity_of_str_len` has no effect.
 
 ## Responses
 
@@ -240,6 +281,8 @@ _VALUES = {
     "header": FIELDS_HEADER,
     "slack": str(BINARY_SLACK_BYTES >> 20),
     "ollama": OLLAMA_API_VERSION,
+    "nodes": str(MAX_NODES),
+    "sessions": str(SESSION_STORE_BYTES >> 20),
     "store": str(RESPONSE_STORE_BYTES >> 20),
 }
 

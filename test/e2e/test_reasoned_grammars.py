@@ -120,3 +120,33 @@ def test_generate_says_whether_there_is_reasoning(server: ServerProcess) -> None
     assert not re.match("[0-9]{3}", free["text"])
     held = server.post("/generate", {**body, "require_reasoning": False}).json()
     assert re.fullmatch("[0-9]{3}", held["text"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_ends_when_its_budget_is_used_up(client: openai.OpenAI, stream: bool) -> None:
+    reply: Any = client.chat.completions.create(
+        model="default",
+        messages=CHAT,
+        temperature=0,
+        max_tokens=40,
+        n=2,
+        stream=stream,
+        extra_body={"max_thinking_tokens": 3, "continue_final_message": False},
+        stream_options={"include_usage": True} if stream else openai.omit,
+    )
+    texts = [["", ""], ["", ""]]
+    for part in reply if stream else [reply]:
+        for choice in part.choices:
+            message: Any = choice.delta if stream else choice.message
+            thought = (message.model_extra or {}).get("reasoning_content")
+            texts[choice.index][0] += thought or ""
+            texts[choice.index][1] += message.content or ""
+        usage = part.usage or None
+    assert texts[0] == texts[1]
+    assert texts[0][0] == "The capital of"
+    assert texts[0][1]
+    assert usage is not None
+    free = client.chat.completions.create(
+        model="default", messages=CHAT, temperature=0, max_tokens=40
+    )
+    assert len((free.choices[0].message.model_extra or {})["reasoning_content"]) > 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+import pytest
 
 from e2e.server_process import ServerProcess, wait_until
 
@@ -152,29 +154,51 @@ def test_n_sequences_with_seeds_and_logprobs(server: ServerProcess) -> None:
     assert all(entry[0] <= 0 for entry in meta["input_token_logprobs"][1:])
 
 
-def test_stop_string_is_never_shown(server: ServerProcess) -> None:
+@pytest.mark.parametrize("field", ["stop", "stop_regex"])
+def test_stop_string_is_never_shown(server: ServerProcess, field: str) -> None:
     plain = server.post(
         "/generate",
         {"text": "1, 2, 3, 4,", "sampling_params": {"temperature": 0, "max_new_tokens": 24}},
     ).json()
-    stop = plain["text"][6:9]
+    text = plain["text"][6:9]
+    stop = text if field == "stop" else f"{re.escape(text[0])}.{re.escape(text[2])}"
     with httpx.stream(
         "POST",
         f"{server.url}/generate",
         json={
             "text": "1, 2, 3, 4,",
             "stream": True,
-            "sampling_params": {"temperature": 0, "max_new_tokens": 24, "stop": [stop]},
+            "sampling_params": {"temperature": 0, "max_new_tokens": 24, field: [stop]},
         },
         timeout=60,
     ) as response:
         events = [line[6:] for line in response.iter_lines() if line.startswith("data: {")]
     texts = [httpx.Response(200, text=event).json()["text"] for event in events]
-    cut = plain["text"][: plain["text"].index(stop)]
+    found = re.search(re.escape(stop) if field == "stop" else stop, plain["text"])
+    assert found is not None
+    cut = plain["text"][: found.start()]
     assert texts[-1] == cut
     assert all(cut.startswith(text) for text in texts)
     last = httpx.Response(200, text=events[-1]).json()["meta_info"]["finish_reason"]
     assert last == {"type": "stop", "matched": stop}
+
+
+def test_a_session_computes_what_is_new(server: ServerProcess) -> None:
+    greedy = {"temperature": 0, "max_new_tokens": 70}
+    session = server.post("/open_session", {"capacity_of_str_len": 10000}).json()
+    ask = {"sampling_params": greedy, "return_prompt_token_ids": True}
+    opening = {**ask, "text": "1, 2, 3, 4,", "session_params": {"id": session}}
+    first = server.post("/generate", opening).json()
+    wanted = {"id": session, "rid": first["meta_info"]["id"]}
+    more = {**ask, "text": " and then", "session_params": wanted}
+    second = server.post("/generate", more).json()
+    ids = first["prompt_token_ids"] + first["output_ids"]
+    whole = {"input_ids": ids + second["prompt_token_ids"], "sampling_params": greedy}
+    alone = server.post("/generate", whole).json()
+    assert second["output_ids"] == alone["output_ids"]
+    assert second["meta_info"]["prompt_tokens"] == len(whole["input_ids"])
+    assert second["meta_info"]["cached_tokens"] >= len(ids) - 64
+    assert server.post("/close_session", {"session_id": session}).status_code == 200
 
 
 def test_bad_requests_are_answered_and_the_server_lives(server: ServerProcess) -> None:

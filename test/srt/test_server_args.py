@@ -183,6 +183,9 @@ def test_model_overrides_are_an_object() -> None:
         (["--dist-init-addr", "fe80::1:5000"], "--dist-init-addr must look like"),
         (["--json-model-override-args", "{"], "--json-model-override-args is not JSON"),
         (["--json-model-override-args", "[]"], "must be a JSON object"),
+        (["--default-chat-template-kwargs", "{"], "--default-chat-template-kwargs is not JSON"),
+        (["--default-chat-template-kwargs", "3"], "must be a JSON object"),
+        (["--preferred-sampling-params", "[1]"], "must be a JSON object"),
         (["--skip-tokenizer-init", "--chat-template", "x"], "needs a tokenizer"),
         (["--skip-tokenizer-init", "--tool-call-parser", "auto"], "needs a tokenizer"),
         (["--tool-call-parser", "kimi_k2"], "--tool-call-parser must be one of auto, qwen, "),
@@ -288,7 +291,7 @@ def test_flags_that_must_not_pass_silently_are_refused() -> None:
             "--disaggregation-mode",
         ),
         *("--hicache-storage-backend", "--pp-size", "--ep-size"),
-        *("--completion-template", "--tool-server", "--ssl-keyfile"),
+        *("--hf-chat-template-name", "--tool-server", "--ssl-keyfile"),
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from sglang.srt.constrained.grammar import Grammar, TokenMatcher, Vocabulary
 from sglang.srt.constrained.reasoning_matcher import start_matcher
-from sglang.srt.sampling.sampling_params import ReasoningFirst
+from sglang.srt.sampling.sampling_params import FREE_TEXT, ReasoningFirst
 from sglang.srt.tokenizer.tokenizer import Tokenizer
 from srt.constrained.grammar_cases import END, allowed, compiled, golden_tokenizer, vocabulary_of
 
@@ -153,3 +153,112 @@ def test_a_token_that_says_more_than_the_marker_is_hidden(tokenizer: Tokenizer) 
 
 def test_without_reasoning_it_is_the_grammars_own(grammar: Grammar) -> None:
     assert type(start_matcher(grammar, None)) is TokenMatcher
+
+
+# ---- budgets of reasoning
+
+
+@pytest.fixture(scope="module")
+def free(vocabulary: Vocabulary) -> Grammar:
+    return compiled(vocabulary, FREE_TEXT.kind, FREE_TEXT.text)
+
+
+def letters(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of one-character tokens that say `text`."""
+    found = []
+    for char in text:
+        ids = range(tokenizer.vocab_size)
+        found.append(next(i for i in ids if tokenizer.token_bytes(i) == char.encode()))
+    return found
+
+
+def forced_text(matcher: TokenMatcher, tokenizer: Tokenizer) -> str:
+    """What is said while hardly anything may follow, by whichever token is allowed first."""
+    said = b""
+    while True:
+        hidden = matcher.hidden()
+        if hidden is None or hidden.sum() < len(hidden) - 8:
+            return said.decode()
+        token = int(np.flatnonzero(hidden == 0)[0])
+        said += tokenizer.token_bytes(token)
+        matcher.accept(token)
+        assert matcher.error is None
+
+
+@pytest.mark.parametrize("budget", [0, 1, 5])
+def test_the_end_is_forced_behind_exactly_so_many_tokens(
+    tokenizer: Tokenizer, free: Grammar, budget: int
+) -> None:
+    matcher = start_matcher(free, INSIDE, budget)
+    said = letters(tokenizer, "abcde"[:budget])
+    for token in said:
+        assert matcher.hidden() is None
+        matcher.accept(token)
+    again = start_matcher(free, INSIDE, budget)  # as after a retraction
+    again.replay(said)
+    assert allowed(again) == allowed(matcher)
+    assert forced_text(matcher, tokenizer) == "</think>"
+    for token in letters(tokenizer, "</think>abc"):
+        assert matcher.hidden() is None  # it is over for good
+        matcher.accept(token)
+
+
+def test_the_end_is_forced_with_the_fewest_tokens(tokenizer: Tokenizer, free: Grammar) -> None:
+    pieces = {tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)}
+    marker = b"</think>"
+    longest = max((marker[:n] for n in range(1, 9) if marker[:n] in pieces), key=len)
+    matcher = start_matcher(free, INSIDE, 0)
+    assert spellings(tokenizer, allowed(matcher)) == {longest}
+
+
+def test_an_end_that_was_begun_is_gone_on_with(tokenizer: Tokenizer, free: Grammar) -> None:
+    matcher = start_matcher(free, INSIDE, 4)
+    matcher.replay(letters(tokenizer, "a</t"))
+    assert forced_text(matcher, tokenizer) == "hink>"
+    matcher = start_matcher(free, INSIDE, 4)
+    matcher.replay(letters(tokenizer, "</tx"))
+    assert forced_text(matcher, tokenizer) == "</think>"
+
+
+def test_reasoning_that_ends_in_time_is_not_touched(tokenizer: Tokenizer, free: Grammar) -> None:
+    matcher = start_matcher(free, INSIDE, 30)
+    for token in letters(tokenizer, "abc</think>" + 40 * "d"):
+        assert matcher.hidden() is None
+        matcher.accept(token)
+
+
+def test_a_text_that_may_begin_with_reasoning_is_bounded_where_it_does(
+    tokenizer: Tokenizer, free: Grammar
+) -> None:
+    for before in ("", " \n"):
+        matcher = start_matcher(free, OPEN, 2)
+        for token in letters(tokenizer, f"{before}<think>ab"):
+            assert matcher.hidden() is None
+            matcher.accept(token)
+        assert forced_text(matcher, tokenizer) == "</think>"
+    matcher = start_matcher(free, OPEN, 2)
+    for token in letters(tokenizer, "a<think>abcdef"):
+        assert matcher.hidden() is None
+        matcher.accept(token)
+
+
+def test_a_grammar_begins_behind_the_forced_end(tokenizer: Tokenizer, grammar: Grammar) -> None:
+    matcher = start_matcher(grammar, INSIDE, 2)
+    matcher.replay(letters(tokenizer, "a"))
+    assert END not in allowed(matcher)
+    matcher.replay(letters(tokenizer, "b"))
+    assert forced_text(matcher, tokenizer).startswith("</think>")
+    assert matcher.error is None
+    held = start_matcher(grammar, INSIDE, 2)
+    held.replay(letters(tokenizer, "ab</think>"))
+    assert allowed(held) == allowed(grammar.matcher())
+
+
+def test_stop_tokens_are_hidden_before_free_text_when_asked(
+    tokenizer: Tokenizer, vocabulary: Vocabulary, free: Grammar
+) -> None:
+    matcher = start_matcher(free, INSIDE, 1)
+    for text in ("", "a</think>", "b"):
+        matcher.replay(letters(tokenizer, text))
+        assert everything(vocabulary) - allowed(matcher, stops=(300,)) == {END, 300}
+    assert free.end_ids == frozenset()  # a text goes on behind an end that is ignored

@@ -64,6 +64,7 @@ class CharTokenizer:
     """One token per character; the id is the code point."""
 
     chat_template: str | Mapping[str, str] | None = None
+    bos_token_id: int | None = 1
 
     def token_text(self, token_id: int) -> str:
         return chr(token_id)

@@ -100,6 +100,22 @@ def test_mistakes_are_request_errors(engine: Any, fields: dict[str, Any], named:
         list(engine.generate(**fields, stream=True))
 
 
+def test_sessions(engine: Any) -> None:
+    session = engine.open_session(capacity_of_str_len=1000)
+    assert engine.open_session(1000, "named", timeout=60.0) == "named"
+    params = {"id": session}
+    first = engine.generate(input_ids=[5, 6], sampling_params=PARAMS, session_params=params)
+    params["rid"] = first["meta_info"]["id"]
+    second = engine.generate(input_ids=[7], sampling_params=PARAMS, session_params=params)
+    assert second["meta_info"]["prompt_tokens"] == 2 + 3 + 1
+    assert second["output_ids"] == IDS
+    engine.close_session(session)
+    with pytest.raises(RequestError, match="no session"):
+        engine.generate(input_ids=[7], sampling_params=PARAMS, session_params=params)
+    with pytest.raises(RequestError, match="'named' already"):
+        engine.open_session(session_id="named")
+
+
 def test_managing(engine: Any) -> None:
     assert engine.flush_cache() is True
     assert engine.get_server_info()["memory"] == {"capacity_tokens": 4096}

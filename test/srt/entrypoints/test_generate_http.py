@@ -46,6 +46,7 @@ def test_sampling_parameters_arrive_unchanged(server: LiveServer) -> None:
     params = {
         "max_new_tokens": 4,
         "stop": ["x", "y"],
+        "stop_regex": "z+",
         "stop_token_ids": [7],
         "temperature": 0.5,
         "top_p": 0.9,
@@ -68,11 +69,33 @@ def test_sampling_parameters_arrive_unchanged(server: LiveServer) -> None:
     assert reply.json()["meta_info"]["finish_reason"] == {"type": "length", "length": 4}
     sent = server.service.requests[0].sampling_params
     assert sent.stop == ("x", "y")
+    assert sent.stop_regex == ("z+",)
     assert sent.stop_token_ids == (7,)
     assert sent.logit_bias == {65: 1.5}
-    skipped = {"stop", "stop_token_ids", "logit_bias", "stream_interval", "regex"}
+    skipped = {"stop", "stop_regex", "stop_token_ids", "logit_bias", "stream_interval", "regex"}
     for name in params.keys() - skipped:
         assert getattr(sent, name) == params[name], name
+
+
+def test_stop_patterns_are_read_as_stop_strings_are(server: LiveServer) -> None:
+    """By the OpenAI endpoints, too; "" asks for none."""
+    for value, patterns in (("z+", ("z+",)), (["a", "[bc]"], ("a", "[bc]")), ("", ()), ([], ())):
+        server.post("/generate", {"text": "Hi", "sampling_params": {"stop_regex": value}})
+        server.post("/v1/completions", {"prompt": "Hi", "stop_regex": value})
+        messages = [{"role": "user", "content": "Hi"}]
+        server.post("/v1/chat/completions", {"messages": messages, "stop_regex": value})
+        server.post("/v1/responses", {"input": "Hi", "stop_regex": value})
+        sent = [request.sampling_params.stop_regex for request in server.service.requests]
+        assert sent == [patterns] * 4
+        server.service.requests.clear()
+
+
+@pytest.mark.parametrize("pattern", ["(", "(a)\\1", "a*", "x{1000}"])
+def test_a_stop_pattern_that_is_not_served_is_a_400(server: LiveServer, pattern: str) -> None:
+    body = {"text": "Hi", "sampling_params": {"stop_regex": ["fine", pattern]}}
+    reply = server.post("/generate", body)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith(f"stop_regex {pattern!r} is not served: ")
 
 
 @pytest.mark.parametrize("kind", ["json_schema", "regex", "ebnf"])

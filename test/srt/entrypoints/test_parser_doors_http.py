@@ -146,6 +146,58 @@ def test_generate_lets_reasoning_come_before_a_constraint(parsing: LiveServer) -
     assert inside[7:] == [None, None]
 
 
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_reasoning_of_raw_prompts_is_bounded(parsing: LiveServer, path: str) -> None:
+    name = "text" if path == "/generate" else "prompt"
+    parsing.service.requests.clear()
+    for prompt in ("Why?<think>\n", "Why?<think>\n\n</think>\n\n"):
+        reply = parsing.post(path, {name: prompt, "max_thinking_tokens": 5})
+        assert reply.status_code == 200
+    in_params: dict[str, Any] = {"custom_params": {"thinking_budget": 6, "other": [1]}}
+    wrapped = {"sampling_params": in_params} if path == "/generate" else in_params
+    parsing.post(path, {name: "Why?<think>\n", **wrapped})
+    parsing.post(path, {name: "Why?<think>\n", **wrapped, "max_thinking_tokens": 0})
+    parsing.post(path, {name: "Why?<think>\n", **wrapped, "max_thinking_tokens": -1})
+    sent = [request.sampling_params for request in parsing.service.requests]
+    assert [params.max_thinking_tokens for params in sent] == [5, 5, 6, 0, None]
+    inside = [params.reasoning and params.reasoning.inside for params in sent]
+    assert inside == [True, None, True, True, None]
+    assert [params.held_to is None for params in sent] == [False, True, False, False, True]
+
+
+def test_each_prompt_of_a_batch_has_its_own_budget(parsing: LiveServer) -> None:
+    parsing.service.requests.clear()
+    body = {"text": ["a", "b"], "max_thinking_tokens": [None, 3]}
+    parsing.post("/generate", {**body, "sampling_params": {"regex": "[0-9]"}})
+    sent = {one.text: one.sampling_params for one in parsing.service.requests}
+    assert [sent[text].max_thinking_tokens for text in "ab"] == [None, 3]
+    assert [sent[text].reasoning is None for text in "ab"] == [True, False]
+
+
+@pytest.mark.parametrize("value", [-2, 1.5, "5", True, 1 << 40])
+def test_a_budget_is_a_number_of_tokens(parsing: LiveServer, value: Any) -> None:
+    for fields in (
+        {"max_thinking_tokens": value},
+        {"sampling_params": {"custom_params": {"thinking_budget": value}}},
+    ):
+        reply = parsing.post("/generate", {"text": "x", **fields})
+        assert reply.status_code == 400
+        assert "thinking" in reply.json()["error"]["message"]
+
+
+def test_budgets_need_a_parser(server: LiveServer) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    for path, body in (
+        ("/generate", {"text": "x"}),
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": messages}),
+        ("/v1/responses", {"input": "x"}),
+    ):
+        reply = server.post(path, {**body, "max_thinking_tokens": 5})
+        assert reply.status_code == 400
+        assert "--reasoning-parser" in reply.text
+
+
 def test_generate_needs_a_parser_to_count(server: LiveServer) -> None:
     reply = server.post("/generate", {"text": "Why?", "require_reasoning": True})
     assert reply.status_code == 400

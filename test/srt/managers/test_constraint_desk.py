@@ -11,6 +11,7 @@ import pytest
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.constraint_desk import ConstraintDesk
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, VocabularyReq
+from sglang.srt.sampling.sampling_params import ReasoningFirst
 from sglang.srt.tokenizer.tokenizer import Tokenizer
 from srt.constrained.grammar_cases import golden_tokenizer
 from srt.managers.tokenizer_manager_harness import LENGTH, collect, request, rig
@@ -44,9 +45,15 @@ def test_each_replica_hears_once(tokenizer: Tokenizer) -> None:
     assert desk.news_for(0) is news
 
 
-async def test_the_vocabulary_goes_before_the_first_constraint(tokenizer: Tokenizer) -> None:
+BOUNDED = {"reasoning": ReasoningFirst("<", ">", True), "max_thinking_tokens": 3}
+
+
+@pytest.mark.parametrize("first", [{"regex": "a"}, BOUNDED], ids=["constraint", "budget"])
+async def test_the_vocabulary_goes_before_the_first_constraint(
+    tokenizer: Tokenizer, first: dict[str, Any]
+) -> None:
     async with rig(tokenizer) as made:
-        for number, fields in enumerate(({}, {"regex": "a"}, {"regex": "b"})):
+        for number, fields in enumerate(({}, first, {"regex": "b"})):
             stream = made.manager.generate(request(f"r{number}", **fields))
             running = asyncio.create_task(collect(stream))
             message = await made.sent()

@@ -210,6 +210,30 @@ def test_min_new_tokens_makes_stop_strings_ordinary_text(tokenizer: Tokenizer) -
     assert out.finish_reason == FinishReason("stop", matched="1")
 
 
+def test_a_stop_pattern_ends_the_request_as_a_stop_string_does(tokenizer: Tokenizer) -> None:
+    driver = Driver(tokenizer, DetokOptions(stop_strings=("dog",), stop_regex=("l[a-z]+y", "z{9}")))
+    shown = ""
+    out = None
+    for token_id in ids_of(tokenizer, "the lion and the lazy dog"):
+        out = driver.feed([token_id])
+        assert out is not None
+        shown += out.text
+        if out.finish_reason is not None:
+            break
+    assert shown == "the lion and the "
+    assert out is not None
+    assert out.finish_reason == FinishReason("stop", matched="l[a-z]+y")
+    assert driver.hits == [StopStringHit("r")]
+
+
+def test_stop_patterns_know_no_stop_trim_and_min_new_tokens(tokenizer: Tokenizer) -> None:
+    options = DetokOptions(stop_regex=("[0-9]+",), no_stop_trim=True, min_new_tokens=4)
+    out = Driver(tokenizer, options).feed(ids_of(tokenizer, "1") * 6)
+    assert out is not None
+    assert (out.text, out.completion_tokens) == ("1111", 4)
+    assert out.finish_reason == FinishReason("stop", matched="[0-9]+")
+
+
 def test_held_text_comes_with_the_end(tokenizer: Tokenizer) -> None:
     driver = Driver(tokenizer, DetokOptions(stop_strings=("the end.",)))
     held = driver.say(ids_of(tokenizer, "the"))

@@ -33,6 +33,9 @@ NEW_TOKENS = 40
 # Reasoning that ends with the first "d" of a random text.
 THOUGHT = ReasoningFirst("<", "d", inside=True)
 LETTER_D = 72
+# Reasoning that a random text does not end: it has to be told to.
+ENDLESS = ReasoningFirst("<", "</x>", inside=True)
+BUDGET = 7
 FREE_PROMPTS = [list(range(30, 30 + n)) for n in (1, 17, 130)]
 HELD_PROMPTS = [list(range(400, 400 + n)) for n in (3, 60, 90)]
 # A text that ends by itself, one that ends when the model likes or tokens are used up, a choice.
@@ -77,6 +80,15 @@ def send_held(engine: DeviceTower, message: VocabularyReq, **params: object) -> 
     for number, (prompt, regex) in enumerate(zip(HELD_PROMPTS, REGEXES, strict=True)):
         engine.send(f"held{number}", prompt, max_new_tokens=NEW_TOKENS, **stops(), regex=regex)
         if params:
+            engine.send(
+                f"bounded{number}",
+                prompt,
+                max_new_tokens=NEW_TOKENS,
+                regex=regex if number == 0 else None,
+                reasoning=ENDLESS,
+                max_thinking_tokens=BUDGET,
+                **{**stops(), **params},
+            )
             engine.send(
                 f"drawn{number}",
                 prompt,
@@ -126,6 +138,20 @@ def texts(engine: DeviceTower, tokenizer: Tokenizer, kind: str) -> list[str]:
     return said
 
 
+def check_bounded(engine: DeviceTower, tokenizer: Tokenizer) -> None:
+    """The reasoning has its tokens, then its end, and what follows is what it would be."""
+    for number, regex in enumerate(REGEXES):
+        ids = engine.output(f"bounded{number}")
+        assert END not in ids[:BUDGET]
+        assert "</x>" not in tokenizer.decode(ids[:BUDGET])
+        length = next(n for n in range(1, 5) if tokenizer.decode(ids[BUDGET:][:n]) == "</x>")
+        rest = ids[BUDGET + length :]
+        assert len(rest) > 1
+        if number == 0:
+            assert rest[-1] == END
+            assert re.fullmatch(regex, tokenizer.decode(rest))
+
+
 DRAWN = {"temperature": 1.0, "sampling_seed": 11, "top_p": 0.9}
 
 
@@ -141,9 +167,10 @@ def expected(path: str, tokenizer: Tokenizer, message: VocabularyReq) -> dict[st
         texts(engine, tokenizer, "held")
         texts(engine, tokenizer, "drawn")
         texts(engine, tokenizer, "thought")
+        check_bounded(engine, tokenizer)
         for rid in {out.rid for out in engine.channel.outs}:
             found[rid] = engine.output(rid)
-    assert len(found) == 12
+    assert len(found) == 15
     return found
 
 

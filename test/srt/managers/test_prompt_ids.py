@@ -13,10 +13,10 @@ import pytest
 
 from sglang.srt.errors import RequestError
 from sglang.srt.managers import request_validation
+from sglang.srt.managers.generate_request import NUM_PREFIX_IDS
 from sglang.srt.managers.io_struct import BatchTokenIDOut, DetokOptions, TokenizedGenerateReqInput
 from sglang.srt.managers.request_validation import check_ids
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.managers.tokenizer_manager import NUM_PREFIX_IDS
 from sglang.srt.sampling.sampling_params import SamplingParams
 from srt.managers.scheduler_harness import Harness, make_memory
 from srt.managers.tokenizer_manager_harness import eventually, request, rig

@@ -431,3 +431,26 @@ async def test_progress_reaches_the_one_who_asked_and_ends_with_the_first_token(
         assert last.progress is None
         assert last.output_ids.tolist() == [5, 6]
         assert await collect(stream) == []
+
+
+@pytest.mark.parametrize(
+    ("length", "wanted", "kept", "most"),
+    [(300, 4, 99, 1), (100, None, 99, 1), (99, 4, 99, 1), (98, 4, 98, 2), (50, 4, 50, 4)],
+)
+async def test_what_is_too_long_is_cut_to_fit_if_told(
+    length: int, wanted: int | None, kept: int, most: int
+) -> None:
+    async with rig(None) as r:
+        r.manager.server_args.allow_auto_truncate = True  # type: ignore[misc]
+        ids = list(range(length))
+        ask = request(ids=ids, max_new_tokens=wanted, min_new_tokens=2 if length > 98 else 0)
+        stream = r.manager.generate(ask)
+        running = asyncio.create_task(collect(stream))
+        sent = await r.sent_request()
+        assert np.frombuffer(sent.input_ids, np.int32).tolist() == ids[:kept]
+        assert sent.detok.prefix_ids == int32_buffer(ids[kept - 6 : kept])
+        assert sent.sampling_params.max_new_tokens == most
+        assert sent.sampling_params.min_new_tokens <= most
+        assert sent.logprob_start_len == kept
+        r.tell(sent.rid, "", [5], LENGTH)
+        await running

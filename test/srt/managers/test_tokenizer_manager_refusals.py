@@ -184,7 +184,8 @@ async def test_without_a_tokenizer_only_ids_are_served() -> None:
     async with rig(None) as r:
         for ask, message in (
             (request(text="a"), "send input_ids, not text"),
-            (request(stop=("a",)), "stop needs a tokenizer"),
+            (request(stop=("a",)), "stop and stop_regex need a tokenizer"),
+            (request(stop_regex=("a",)), "stop and stop_regex need a tokenizer"),
         ):
             with pytest.raises(RequestError, match=message) as error:
                 await collect(r.manager.generate(ask))

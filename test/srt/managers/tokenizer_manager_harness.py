@@ -113,6 +113,7 @@ def fake_settings() -> tuple[Any, Any]:
         grammar_backend="llguidance",
         abort_on_priority_when_disabled=False,
         enable_priority_scheduling=False,
+        allow_auto_truncate=False,
     )
     return args, SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(7,))
 

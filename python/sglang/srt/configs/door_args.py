@@ -6,10 +6,17 @@ The first part of `ServerArgs`, which says how fields are flags.
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
+from typing import Any
 
 from sglang.srt.configs.flag_spec import flag
-from sglang.srt.configs.parser_names import AUTO_PARSER, REASONING_PARSERS, TOOL_CALL_PARSERS
+from sglang.srt.configs.parser_names import (
+    AUTO_PARSER,
+    COMPLETION_TEMPLATES,
+    REASONING_PARSERS,
+    TOOL_CALL_PARSERS,
+)
 from sglang.srt.utils.sizes import parse_bytes, parse_count
 
 MODEL = "Model and tokenizer"
@@ -65,6 +72,12 @@ class DoorArgs:
         "decoder alone, are served so without it.",
         group=MODEL,
     )
+    allow_auto_truncate: bool = flag(
+        False,
+        "Cut prompts that are too long for the context, keeping their beginning, and generate as "
+        "many tokens as fit, instead of refusing with 400.",
+        group=MODEL,
+    )
 
     # ---- HTTP server
     host: str = flag("127.0.0.1", "Address to listen on.", group=HTTP)
@@ -106,6 +119,13 @@ class DoorArgs:
     chat_template: str | None = flag(
         None, "A Jinja chat template: a file, or the template itself.", group=API
     )
+    completion_template: str | None = flag(
+        None,
+        "How the model is asked for what is missing before the suffix of /v1/completions; without "
+        "it a suffix is refused.",
+        group=API,
+        choices=COMPLETION_TEMPLATES,
+    )
     tool_call_parser: str | None = flag(
         None,
         "How the model writes tool calls, which then come back as tool_calls. auto: as its chat "
@@ -126,6 +146,13 @@ class DoorArgs:
         group=API,
         choices=("model", "openai"),
     )
+    preferred_sampling_params: str | None = flag(
+        None,
+        "A JSON object of sampling_params for requests of /generate that don't set them; "
+        "/model_info shows it.",
+        group=API,
+        metavar="JSON",
+    )
     grammar_backend: str = flag(
         "llguidance",
         "Which library holds a text to json_schema, regex or ebnf; none refuses such requests.",
@@ -141,6 +168,19 @@ class DoorArgs:
     )
     constrained_json_disable_any_whitespace: bool = flag(
         False, "JSON constrained by a schema has no whitespace outside of its strings.", group=API
+    )
+    default_chat_template_kwargs: str = flag(
+        "{}",
+        "A JSON object of chat_template_kwargs for chats that don't set them, such as "
+        '{"enable_thinking": false}.',
+        group=API,
+        metavar="JSON",
+    )
+    stream_response_default_include_usage: bool = flag(
+        False, "Streams of chats and completions end with usage unless they ask not to.", group=API
+    )
+    weight_version: str = flag(
+        "default", "A name of the weights that replies and /model_info repeat.", group=API
     )
     enable_cache_report: bool = flag(
         False, "Report cached prompt tokens in the usage of OpenAI replies.", group=API
@@ -164,3 +204,8 @@ class DoorArgs:
         metavar="TOKENS",
         minimum=0,
     )
+
+    def template_defaults(self) -> dict[str, Any]:
+        """`default_chat_template_kwargs` as an object."""
+        kwargs: dict[str, Any] = json.loads(self.default_chat_template_kwargs)
+        return kwargs

@@ -80,14 +80,21 @@ def check_priorities(args: Any) -> None:
         raise ValueError("--default-priority-value needs --enable-priority-scheduling")
 
 
+def check_object(flag: str, text: str) -> None:
+    """Raise ValueError with one line unless a flag's value is a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{flag} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{flag} must be a JSON object")
+
+
 def check_combinations(args: Any) -> None:
     """Raise ValueError with one line when two flags of a `ServerArgs` contradict each other."""
-    try:
-        overrides = json.loads(args.json_model_override_args)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--json-model-override-args is not JSON: {error}") from error
-    if not isinstance(overrides, dict):
-        raise ValueError("--json-model-override-args must be a JSON object")
+    check_object("--json-model-override-args", args.json_model_override_args)
+    check_object("--default-chat-template-kwargs", args.default_chat_template_kwargs)
+    check_object("--preferred-sampling-params", args.preferred_sampling_params or "{}")
     KVEventsConfig.from_json(args.kv_events_config or "{}")
     check_nodes(args)
     check_disk_tier(args)
@@ -104,6 +111,8 @@ def check_combinations(args: Any) -> None:
             "--constrained-json-whitespace-pattern says which whitespace there may be; drop "
             "--constrained-json-disable-any-whitespace"
         )
+    if args.skip_tokenizer_init and args.completion_template is not None:
+        raise ValueError("--completion-template needs a tokenizer; drop --skip-tokenizer-init")
     if args.skip_tokenizer_init and (args.tool_call_parser or args.reasoning_parser):
         raise ValueError("parsers read text, which needs a tokenizer; drop --skip-tokenizer-init")
     if args.kv_backing == "static" and args.kv_segment_reserve > 0:

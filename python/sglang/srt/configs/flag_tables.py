@@ -140,6 +140,18 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
+        "a request's limit of reasoning always holds, where there is a --reasoning-parser",
+        """
+        --enable-strict-thinking
+        """,
+    ),
+    (
+        "sessions of both kinds are always served, over the one prefix cache",
+        """
+        --enable-streaming-session; --enable-session-radix-cache
+        """,
+    ),
+    (
         "one tokenizer and one detokenizer process do all text work",
         """
         --tokenizer-worker-num V; --detokenizer-worker-num V; --tokenizer-backend V;
@@ -238,22 +250,21 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         --enable-lmcache; --enable-flexkv; --enable-hisparse; --hisparse-config V;
         --enable-double-sparsity; --ds-channel-config-path V; --ds-heavy-channel-num V;
         --ds-heavy-token-num V; --ds-heavy-channel-type V; --ds-sparse-decode-threshold V;
-        --enable-memory-saver; --radix-cache-backend V; --enable-streaming-session;
-        --enable-session-radix-cache
+        --enable-memory-saver; --radix-cache-backend V
         """,
     ),
     (
-        "this order of requests does not exist here",
+        "whoever has to give up its place is the least urgent, then who has the least to redo",
         """
-        --retraction-policy V ok:length
+        --retraction-policy V ok:length,priority
         """,
     ),
     (
         "templates and tools of this kind do not exist here",
         """
         --tool-server V;
-        --completion-template V; --hf-chat-template-name V; --preferred-sampling-params V;
-        --enable-custom-logit-processor; --stream-response-default-include-usage;
+        --hf-chat-template-name V;
+        --enable-custom-logit-processor;
         --dllm-algorithm V; --dllm-algorithm-config V
         """,
     ),
@@ -261,8 +272,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         "replies of this kind do not exist here",
         """
         --enable-multimodal; --enable-return-hidden-states;
-        --enable-return-routed-experts; --multi-item-scoring-delimiter V; --allow-auto-truncate;
-        --weight-version V ok:default
+        --enable-return-routed-experts; --multi-item-scoring-delimiter V
         """,
     ),
     (

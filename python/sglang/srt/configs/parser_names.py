@@ -1,6 +1,7 @@
 """SGLang's names of the parsers that are served here: values of flags and of request fields.
 
-The parsers themselves belong to the text side: function_call/ and parser/.
+The parsers themselves belong to the text side: function_call/ and parser/. So do the templates of
+completions: entrypoints/openai/fill_in_middle.py.
 """
 
 from __future__ import annotations
@@ -18,3 +19,4 @@ TOOL_CALL_PARSERS = (
 )
 REASONING_PARSERS = ("deepseek-r1", "qwen3", "qwen3-thinking", "gpt-oss")
 AUTO_PARSER = "auto"
+COMPLETION_TEMPLATES = ("deepseek_coder", "star_coder", "qwen_coder")

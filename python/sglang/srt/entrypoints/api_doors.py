@@ -142,12 +142,13 @@ class ApiDoors:
             raise RequestError("Give exactly one of 'prompt' and 'messages'.")
         tokens: Any
         if body.messages is not None:
+            defaults = self._context.server_args.template_defaults()
             text = await service.render_chat(
                 template_messages(body.messages),
                 add_generation_prompt=body.add_generation_prompt is not False,
                 continue_final_message=body.continue_final_message,
                 **read_tool_use(body.tools, body.tool_choice).template_kwargs,
-                **template_kwargs(body.chat_template_kwargs, body.reasoning_effort),
+                **template_kwargs({**defaults, **body.chat_template_kwargs}, body.reasoning_effort),
             )
             tokens = await service.tokenize(text, False)
             count: int | list[int] = len(tokens)
@@ -180,12 +181,13 @@ class ApiDoors:
 
     async def _read_generate(self, request: Request) -> GenerateCall:
         """The request in either form; its body is gone when this returns."""
+        preferred = self._context.serving.preferred_sampling
         if content_type(request) != "application/octet-stream":
             body = await read_body(request, self._context.request_byte_limit)
-            return await off_loop(len(body), parse_generate, body)
+            return await off_loop(len(body), parse_generate, body, preferred)
         body = await read_body(request, self._context.binary_byte_limit)
         header = request.headers.get(FIELDS_HEADER, "").encode("latin-1")
-        return parse_binary_generate(body, header)
+        return parse_binary_generate(body, header, preferred)
 
     async def _openai_body(self, request: Request) -> bytearray:
         """The body of an OpenAI request, which SGLang takes as application/json only."""

@@ -28,6 +28,7 @@ from sglang.srt.entrypoints.pooling_doors import PoolingDoors
 from sglang.srt.entrypoints.request_body import ClientGoneError
 from sglang.srt.entrypoints.sequences import CLIENT_CLOSED
 from sglang.srt.entrypoints.server_context import ServerContext
+from sglang.srt.entrypoints.session_doors import SessionDoors
 from sglang.srt.environ import OllamaRoutes
 from sglang.srt.errors import RequestError
 
@@ -40,6 +41,7 @@ def build_app(context: ServerContext) -> Starlette:
     """The application of one server; `context` decides what is served and when."""
     api, admin, memory = ApiDoors(context), AdminDoors(context), MemoryDoors(context)
     parsers, pooling = ParserDoors(context), PoolingDoors(context)
+    sessions = SessionDoors(context)
     routes: list[tuple[str, list[str], Door]] = [
         *_ollama_routes(context),
         *_anthropic_routes(context),
@@ -66,6 +68,8 @@ def build_app(context: ServerContext) -> Starlette:
         ("/v1/detokenize", POST, api.detokenize),
         ("/separate_reasoning", POST, parsers.separate_reasoning),
         ("/parse_function_call", POST, parsers.parse_function_call),
+        ("/open_session", ["GET", "POST"], sessions.open_session),
+        ("/close_session", ["GET", "POST"], sessions.close_session),
         ("/v1/models", GET, admin.models),
         ("/v1/models/{model:path}", GET, admin.model),
         ("/model_info", GET, admin.model_info),

@@ -74,7 +74,7 @@ class Engine:
             self._manager = manager
             self._context.attach(manager)
             ready = processes.wait_ready()
-            self._loop.call(_on_loop(manager.scheduler_ready, ready))
+            self._loop.call(_on_loop(lambda: manager.scheduler_ready(ready)))
             processes.watch(self._on_child_exit)
         except BaseException:
             self.shutdown()
@@ -135,7 +135,7 @@ class Engine:
             "sampling_params": sampling_params,
             "stream": stream,
         }
-        return read_generate(raw_from_python(values))
+        return read_generate(raw_from_python(values), self._context.serving.preferred_sampling)
 
     # ---- vectors and scores
 
@@ -202,6 +202,28 @@ class Engine:
         """End the requests whose id starts with `rid`, or all of them."""
         self._loop.call(self._context.serving.runner.abort(rid, abort_all))
 
+    def open_session(
+        self,
+        capacity_of_str_len: int = 0,  # noqa: ARG002 (SGLang's)
+        session_id: str | None = None,
+        streaming: bool = False,
+        timeout: float | None = None,
+    ) -> str:
+        """Open a session and give its id; requests name it in `session_params`.
+
+        `capacity_of_str_len` sizes nothing here. Idle for `timeout` seconds it is closed (None:
+        never). Raises RequestError.
+        """
+        sessions = self._context.serving.runner.sessions
+        return self._loop.call(
+            _on_loop(lambda: sessions.open(session_id, streaming=streaming, timeout_s=timeout))
+        )
+
+    def close_session(self, session_id: str) -> None:
+        """Close a session and forget its ids. Raises RequestError for an unknown one."""
+        sessions = self._context.serving.runner.sessions
+        self._loop.call(_on_loop(lambda: sessions.close(session_id)))
+
     def flush_cache(self) -> bool:
         """Drop every cached prefix; False when requests are running."""
         return self._loop.call(self._context.serving.service.flush_cache()).success
@@ -244,8 +266,8 @@ def _refuse_while_importing_main() -> None:
         )
 
 
-async def _on_loop(action: Callable[[T], None], argument: T) -> None:
-    action(argument)
+async def _on_loop(action: Callable[[], T]) -> T:
+    return action()
 
 
 def _plain(result: Result) -> Result:

@@ -12,8 +12,6 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-import msgspec
-
 from sglang.srt.entrypoints.event_stream import DONE_EVENT, event, progress_comment
 from sglang.srt.entrypoints.generate_request_body import GenerateCall
 from sglang.srt.entrypoints.http_errors import ApiShape, bad_field, stream_error
@@ -32,18 +30,11 @@ from sglang.srt.entrypoints.sequences import (
     abort_error,
 )
 from sglang.srt.entrypoints.service import TextService
+from sglang.srt.entrypoints.thinking import with_reasoning
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest
 from sglang.srt.managers.io_struct import DraftCounts, FinishReason, LogprobArrays
-from sglang.srt.parser.answer_parser import (
-    PARSE_BYTES_PER_CHAR,
-    AnswerForm,
-    ParserNames,
-    ReasoningCount,
-)
-
-# Of a prompt that is ids: enough to see whether it ends with a marker of reasoning.
-_NUM_END_IDS = 16
+from sglang.srt.parser.answer_parser import PARSE_BYTES_PER_CHAR, AnswerForm, ReasoningCount
 
 
 def finish_object(reason: FinishReason | None) -> dict[str, Any] | None:
@@ -296,36 +287,29 @@ class GenerateServer:
     def _with_reasoning(self, request: GenerateCall) -> tuple[GenerateCall, list[ReasoningCount]]:
         """The request, its constraints behind reasoning if it says so, and each sequence's count.
 
-        RequestError 400 when nobody knows what is reasoning.
+        A prompt whose reasoning is bounded has reasoning, too. RequestError 400 when nobody knows
+        what is reasoning.
         """
+        tokenizer, parser = self._service.tokenizer, self._reasoning_parser
+        prompts, forms = list(request.call.prompts), dict[int, AnswerForm]()
+        for i, prompt in enumerate(prompts):
+            if request.counts_reasoning or prompt.sampling_params.max_thinking_tokens is not None:
+                if request.counts_reasoning and (parser is None or tokenizer is None):
+                    raise bad_field("require_reasoning", "the server has no --reasoning-parser")
+                prompts[i], forms[i] = with_reasoning(prompt, parser, self._token_text)
+        if forms:
+            request = replace(request, call=replace(request.call, prompts=tuple(prompts)))
+        counts = [
+            ReasoningCount(forms.get(i), self._token_text) for i in request.call.prompt_indices
+        ]
+        return request, counts
+
+    def _token_text(self, token_id: int) -> str:
         tokenizer = self._service.tokenizer
-        indices = request.call.prompt_indices
-        if not request.counts_reasoning:
-            return request, [ReasoningCount(None, str) for _ in indices]
-        if self._reasoning_parser is None or tokenizer is None:
-            raise bad_field("require_reasoning", "the server has no --reasoning-parser")
-        names = ParserNames(reasoning=self._reasoning_parser)
-        forms, prompts = [], []
-        for prompt in request.call.prompts:
-            params = prompt.sampling_params
-            end = _end_of(prompt, tokenizer.token_text)
-            form = AnswerForm(names, {}, None, end, "", True, params.constraint is not None)
-            params = msgspec.structs.replace(params, reasoning=form.held_reasoning)
-            forms.append(form)
-            prompts.append(replace(prompt, sampling_params=params))
-        call = replace(request.call, prompts=tuple(prompts))
-        counts = [ReasoningCount(forms[i], tokenizer.token_text) for i in indices]
-        return replace(request, call=call), counts
+        return "" if tokenizer is None else tokenizer.token_text(token_id)
 
     def _text_of(self, request: GenerateCall) -> Callable[[int], str] | None:
         tokenizer = self._service.tokenizer
         if not request.text_in_logprobs or tokenizer is None:
             return None
         return tokenizer.token_text
-
-
-def _end_of(prompt: GenerateRequest, text_of: Callable[[int], str]) -> str:
-    """The text at the end of a prompt."""
-    if prompt.input_ids is None:
-        return prompt.text or ""
-    return "".join(text_of(int(token_id)) for token_id in prompt.input_ids[-_NUM_END_IDS:])

@@ -25,16 +25,15 @@ from sglang.srt.entrypoints.request_body import (
     split_object,
 )
 from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal, is_null
-from sglang.srt.entrypoints.sampling_fields import sampling_from_raw
+from sglang.srt.entrypoints.sampling_fields import sampling_from_raw, thinking_budget
 from sglang.srt.entrypoints.sequences import MAX_SEQUENCES, Call
 from sglang.srt.entrypoints.token_id_reader import IdLists, read_id_lists
 from sglang.srt.errors import RequestError
-from sglang.srt.managers.generate_request import GenerateRequest, IdArray
+from sglang.srt.managers.generate_request import GenerateRequest, IdArray, SessionParams
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 MULTIMODAL = Refusal("the model takes text only", ("", [], [None]))
 LORA = Refusal("LoRA adapters are not served", ("", [], [None]))
-SESSION = Refusal("sessions are not served", ("", {}))
 HIDDEN_STATES = Refusal("hidden states are not returned", (False, [False]))
 LOGIT_PROCESSOR = Refusal("custom logit processors are not served", ("",))
 DISAGGREGATION = Refusal("prefill and decode are not disaggregated here", ([], ""))
@@ -43,6 +42,7 @@ DISAGGREGATION = Refusal("prefill and decode are not disaggregated here", ([], "
 FIELDS_HEADER = "x-generate-fields"
 
 RAW_NULL = msgspec.Raw(b"null")
+NO_FIELDS: RawFields = {}
 
 
 class GenerateBody(msgspec.Struct, frozen=True):
@@ -65,8 +65,10 @@ class GenerateBody(msgspec.Struct, frozen=True):
     priority: Int | None = None
     include_progress: bool = False
     require_reasoning: bool = False
+    max_thinking_tokens: Int | list[Int | None] | None = None
     routed_dp_rank: Int | None = None
     data_parallel_rank: Int | None = None
+    session_params: SessionParams | list[SessionParams | None] | None = None
 
 
 GENERATE_FIELDS = FieldTable(
@@ -90,12 +92,10 @@ GENERATE_FIELDS = FieldTable(
         "return_routed_experts": Refusal("routed experts are not returned", (False,)),
         "return_bytes": Refusal("bytes are not returned", (False,)),
         "return_entropy": Refusal("entropy is not returned", (False,)),
-        "session_id": SESSION,
-        "session_params": SESSION,
+        "session_id": Refusal("use session_params", ("",)),
         "lora_path": LORA,
         "lora_id": LORA,
         "custom_logit_processor": LOGIT_PROCESSOR,
-        "max_thinking_tokens": Refusal("thinking budgets are not served"),
         "background": Refusal("background requests are not served", (False,)),
         "bootstrap_host": DISAGGREGATION,
         "bootstrap_port": DISAGGREGATION,
@@ -128,43 +128,53 @@ class GenerateCall:
         return self.is_batch or self.call.num_sequences > 1
 
 
-def parse_generate(body: bytes | bytearray) -> GenerateCall:
-    """Read a JSON body, which may be long: call it off the event loop. Raises RequestError 400."""
+def parse_generate(body: bytes | bytearray, preferred: RawFields = NO_FIELDS) -> GenerateCall:
+    """Read a JSON body, which may be long: call it off the event loop. Raises RequestError 400.
+
+    `preferred` are the sampling_params of requests that don't set them.
+    """
     fields = split_body(
         body,
         ids_in=["input_ids"],
         text_in=["text", "input_ids_b64"],
         most_lists=MAX_SEQUENCES,
     )
-    return read_generate(fields)
+    return read_generate(fields, preferred)
 
 
-def parse_binary_generate(body: bytes | bytearray, header: bytes) -> GenerateCall:
+def parse_binary_generate(
+    body: bytes | bytearray, header: bytes, preferred: RawFields = NO_FIELDS
+) -> GenerateCall:
     """Read a binary body with the other fields as JSON in `header` (b"" for none).
 
-    The ids are a view of `body`. Raises RequestError 400.
+    The ids are a view of `body`, `preferred` as for `parse_generate`. Raises RequestError 400.
     """
     fields: dict[str, FieldValue] = {**split_object(header)} if header else {}
     for name in ("text", "input_ids", "input_ids_b64"):
         if name in fields:
             raise bad_field(name, "the prompt is the body's token ids")
     fields["input_ids"] = IdLists((ids_of_body(body),), False)
-    return read_generate(fields)
+    return read_generate(fields, preferred)
 
 
-def read_generate(fields: Fields) -> GenerateCall:
-    """Read and check the fields; RequestError 400 naming the first that cannot be served."""
+def read_generate(fields: Fields, preferred: RawFields = NO_FIELDS) -> GenerateCall:
+    """Read and check the fields; RequestError 400 naming the first that cannot be served.
+
+    `preferred` as for `parse_generate`.
+    """
     body = GENERATE_FIELDS.read(fields)
     texts, ids, is_batch = _prompts(body)
     count = len(texts)
     rid, rids = _rids(body.rid, count, is_batch)
-    params = _sampling(body.sampling_params, count, is_batch)
+    params = _sampling(body.sampling_params, count, is_batch, preferred)
     picked = _picked(body.token_ids_logprob, count, is_batch)
     want = _each("return_logprob", body.return_logprob, count, is_batch)
     start = _each("logprob_start_len", body.logprob_start_len, count, is_batch)
     top = _each("top_logprobs_num", body.top_logprobs_num, count, is_batch)
     extra = _each("extra_key", body.extra_key, count, is_batch)
     salt = _each("cache_salt", body.cache_salt, count, is_batch)
+    budgets = _each("max_thinking_tokens", body.max_thinking_tokens, count, is_batch)
+    session = _each("session_params", body.session_params, count, is_batch)
     replica = body.routed_dp_rank
     if replica is None:
         replica = body.data_parallel_rank  # its older name
@@ -173,7 +183,7 @@ def read_generate(fields: Fields) -> GenerateCall:
             rid=rids[i],
             text=texts[i],
             input_ids=ids[i],
-            sampling_params=params[i],
+            sampling_params=_bounded(params[i], budgets[i]),
             stream=body.stream,
             return_logprob=want[i],
             logprob_start_len=start[i],
@@ -183,6 +193,7 @@ def read_generate(fields: Fields) -> GenerateCall:
             priority=body.priority,
             include_progress=body.stream and body.include_progress,
             routed_dp_rank=replica,
+            session=session_of(session[i]),
         )
         for i in range(count)
     )
@@ -199,6 +210,11 @@ def read_generate(fields: Fields) -> GenerateCall:
 def new_rid() -> str:
     """An id for a request that brings none."""
     return uuid.uuid4().hex
+
+
+def session_of(params: SessionParams | None) -> SessionParams | None:
+    """What a request says of its session; None when it names none."""
+    return None if params is None or params.id is None else params
 
 
 def prefix_key(extra_key: str | None, cache_salt: str | None) -> str | None:
@@ -264,21 +280,29 @@ def _rids(rid: str | list[str] | None, count: int, is_batch: bool) -> tuple[str,
     return call_rid, [call_rid] if not is_batch else [f"{call_rid}_{i}" for i in range(count)]
 
 
-def _sampling(raw: msgspec.Raw, count: int, is_batch: bool) -> list[SamplingParams]:
-    if is_null(raw):
-        return [SamplingParams()] * count
+def _sampling(
+    raw: msgspec.Raw, count: int, is_batch: bool, preferred: RawFields
+) -> list[SamplingParams]:
     if bytes(memoryview(raw)[:1]) == b"[":
-        return [
-            _one_sampling(row) for row in _each("sampling_params", split_list(raw), count, is_batch)
-        ]
-    return [_one_sampling(raw)] * count
+        rows = _each("sampling_params", split_list(raw), count, is_batch)
+        return [_one_sampling(row, preferred) for row in rows]
+    return [_one_sampling(raw, preferred)] * count
 
 
 _OBJECT = msgspec.json.Decoder(RawFields | None)
 
 
-def _one_sampling(raw: msgspec.Raw) -> SamplingParams:
-    return sampling_from_raw(decode_field("sampling_params", raw, _OBJECT) or {})
+def _one_sampling(raw: msgspec.Raw, preferred: RawFields) -> SamplingParams:
+    given = decode_field("sampling_params", raw, _OBJECT) or {}
+    return sampling_from_raw({**preferred, **given})
+
+
+def _bounded(params: SamplingParams, max_thinking_tokens: int | None) -> SamplingParams:
+    """The parameters with the request's own budget, which goes before theirs."""
+    if max_thinking_tokens is None:
+        return params
+    budget = thinking_budget(max_thinking_tokens, {})
+    return msgspec.structs.replace(params, max_thinking_tokens=budget)
 
 
 def _picked(

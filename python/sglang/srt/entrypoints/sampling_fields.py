@@ -6,6 +6,7 @@ Turns raw JSON, or a Python dict, into `SamplingParams`; ranges are checked late
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -13,8 +14,6 @@ from sglang.srt.entrypoints.http_errors import bad_field
 from sglang.srt.entrypoints.request_body import RawFields
 from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal
 from sglang.srt.sampling.sampling_params import SamplingParams
-
-STOP_REGEX = Refusal("stop_regex is not served; use stop", ("", []))
 
 CONSTRAINTS = ("json_schema", "regex", "ebnf", "structural_tag")
 
@@ -24,6 +23,7 @@ class SamplingBody(msgspec.Struct, frozen=True):
 
     max_new_tokens: Int | None = 128
     stop: str | list[str] = []
+    stop_regex: str | list[str] = []
     stop_token_ids: list[Int] = []
     temperature: float = 1.0
     top_p: float = 1.0
@@ -44,15 +44,14 @@ class SamplingBody(msgspec.Struct, frozen=True):
     regex: str | None = None
     ebnf: str | None = None
     structural_tag: str | None = None
+    custom_params: dict[str, Any] = {}
 
 
 SAMPLING_FIELDS = FieldTable(
     SamplingBody,
-    # stream_interval only changes how the same tokens are cut into events; custom_params is read
-    # by custom logit processors alone, which are refused.
-    accepted=("stream_interval", "custom_params"),
+    # It only changes how the same tokens are cut into events.
+    accepted=("stream_interval",),
     refused={
-        "stop_regex": STOP_REGEX,
         "beam_width": Refusal("beam search is not served", (0, 1)),
     },
     refuse_unknown=True,
@@ -64,15 +63,38 @@ def sampling_from_raw(fields: RawFields) -> SamplingParams:
     body = SAMPLING_FIELDS.read(fields, "sampling_params.")
     values = {name: getattr(body, name) for name in body.__struct_fields__}
     values["stop"] = stop_strings(body.stop)
+    values["stop_regex"] = stop_patterns(body.stop_regex)
     values["stop_token_ids"] = tuple(body.stop_token_ids)
     values["logit_bias"] = logit_bias("sampling_params.logit_bias", body.logit_bias)
     values |= {kind: getattr(body, kind) or None for kind in CONSTRAINTS}  # "" asks for none
+    values["max_thinking_tokens"] = thinking_budget(None, values.pop("custom_params"))
     return SamplingParams(**values)
+
+
+def thinking_budget(tokens: int | None, custom_params: Mapping[str, Any]) -> int | None:
+    """`max_thinking_tokens`, else what `custom_params` has as `thinking_budget`; None: no bound.
+
+    Everything else in `custom_params` is for custom logit processors, which are not served. -1
+    asks for no bound. RequestError 400 for what is no number.
+    """
+    name, value = "max_thinking_tokens", tokens
+    if value is None:
+        name, value = "custom_params.thinking_budget", custom_params.get("thinking_budget")
+    if value is None or value == -1:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
+        raise bad_field(name, f"expected a number of tokens, got {value!r}")
+    return value
 
 
 def stop_strings(stop: str | list[str]) -> tuple[str, ...]:
     """One stop string or several, as a tuple."""
     return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def stop_patterns(stop_regex: str | list[str]) -> tuple[str, ...]:
+    """One stop pattern or several, as a tuple; "" asks for none."""
+    return stop_strings(stop_regex) if stop_regex else ()
 
 
 def logit_bias(name: str, biases: Mapping[str, float]) -> dict[int, float]:

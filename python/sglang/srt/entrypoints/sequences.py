@@ -21,6 +21,7 @@ import numpy as np
 from sglang.srt.entrypoints.event_stream import cancel_and_wait
 from sglang.srt.entrypoints.model_kind import ModelKind
 from sglang.srt.entrypoints.service import TextService
+from sglang.srt.entrypoints.session_runner import SessionRunner
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import (
     GenerateDelta,
@@ -181,6 +182,7 @@ class SequenceRunner:
         self._kind = kind or ModelKind(None)
         self._observer = observer
         self._held: dict[str, bool] = {}  # rid -> aborted meanwhile
+        self.sessions = SessionRunner(service)
 
     async def collect(self, call: Call) -> list[SequenceOutput]:
         """Every sequence's whole output, in order.
@@ -235,7 +237,7 @@ class SequenceRunner:
         if params.n == 1:
             return [prompt]
         ids = prompt.input_ids
-        if prompt.text is not None:
+        if prompt.text is not None and prompt.session is None:  # a session tokenizes by itself
             ids = await self._service.tokenize(prompt.text, prompt.add_special_tokens)
         requests = []
         for choice in range(params.n):
@@ -246,7 +248,7 @@ class SequenceRunner:
                 dataclasses.replace(
                     prompt,
                     rid=f"{prompt.rid}_{choice}",
-                    text=None,
+                    text=prompt.text if ids is None else None,
                     input_ids=ids,
                     sampling_params=msgspec.structs.replace(params, n=1, sampling_seed=seed),
                 )
@@ -318,10 +320,14 @@ class SequenceRunner:
             async for delta in deltas:
                 yield delta
 
+    def _generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateDelta, None]:
+        of = self._service if request.session is None else self.sessions
+        return of.generate(request)
+
     async def _observed(self, request: GenerateRequest) -> AsyncGenerator[GenerateDelta, None]:
         observer = self._observer
         if observer is None:
-            async with aclosing(self._service.generate(request)) as deltas:
+            async with aclosing(self._generate(request)) as deltas:
                 async for delta in deltas:
                     yield delta
             return
@@ -329,7 +335,7 @@ class SequenceRunner:
         start = previous = time.monotonic()
         last: GenerateDelta | None = None
         try:
-            async with aclosing(self._service.generate(request)) as deltas:
+            async with aclosing(self._generate(request)) as deltas:
                 async for delta in deltas:
                     if delta.progress is not None:
                         yield delta

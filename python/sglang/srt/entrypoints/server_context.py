@@ -16,6 +16,8 @@ from sglang.srt.entrypoints.encode_api import EncodeServer
 from sglang.srt.entrypoints.generate_api import GenerateServer
 from sglang.srt.entrypoints.model_kind import ModelKind
 from sglang.srt.entrypoints.ollama.serving_ollama import OllamaServing
+from sglang.srt.entrypoints.openai.chat_messages import template_kwargs
+from sglang.srt.entrypoints.openai.fill_in_middle import MIDDLE_MARKS
 from sglang.srt.entrypoints.openai.responses_store import ResponseStore
 from sglang.srt.entrypoints.openai.serving_base import OpenAIOptions, default_sampling
 from sglang.srt.entrypoints.openai.serving_chat import ChatServing
@@ -24,6 +26,8 @@ from sglang.srt.entrypoints.openai.serving_embeddings import EmbeddingServing
 from sglang.srt.entrypoints.openai.serving_rerank import RerankServing
 from sglang.srt.entrypoints.openai.serving_responses import ResponseServing
 from sglang.srt.entrypoints.pooled_calls import PooledCalls
+from sglang.srt.entrypoints.request_body import split_object
+from sglang.srt.entrypoints.sampling_fields import sampling_from_raw
 from sglang.srt.entrypoints.sequences import SequenceRunner
 from sglang.srt.entrypoints.service import TextService
 from sglang.srt.environ import Environ
@@ -32,7 +36,6 @@ from sglang.srt.managers.metrics import ServerMetrics
 from sglang.srt.parser.parser_choice import choose_parsers
 from sglang.srt.server_args import ServerArgs
 
-WEIGHT_VERSION = "default"
 # A prompt that is a little too long is read, to be refused with both numbers.
 BINARY_SLACK_BYTES = 1 << 20
 
@@ -48,7 +51,8 @@ class Phase(enum.Enum):
 class Serving:
     """The API servers on top of one text service; `parsers` are those that `auto` stood for.
 
-    `kind` says which of them have something to serve. Raises ValueError as `pooling_of`.
+    `kind` says which of them have something to serve. Making one raises ValueError as `pooling_of`,
+    and RequestError for flags whose JSON names what can't be served.
     """
 
     def __init__(
@@ -63,8 +67,19 @@ class Serving:
             server_args.reasoning_parser,
             None if tokenizer is None else tokenizer.chat_template,
         )
+        self.preferred_sampling = split_object(
+            (server_args.preferred_sampling_params or "{}").encode()
+        )
+        sampling_from_raw(self.preferred_sampling)
+        template_kwargs(server_args.template_defaults(), None)
         options = OpenAIOptions(
-            defaults, server_args.enable_cache_report, WEIGHT_VERSION, self.parsers
+            defaults,
+            server_args.enable_cache_report,
+            server_args.weight_version,
+            self.parsers,
+            template_defaults=server_args.template_defaults(),
+            includes_usage=server_args.stream_response_default_include_usage,
+            middle=MIDDLE_MARKS.get(server_args.completion_template or ""),
         )
         self.service = service
         self.kind = ModelKind(
@@ -75,7 +90,7 @@ class Serving:
             service,
             self.runner,
             incremental=server_args.incremental_streaming_output,
-            weight_version=WEIGHT_VERSION,
+            weight_version=server_args.weight_version,
             reasoning_parser=self.parsers.reasoning,
         )
         self.chat = ChatServing(service, self.runner, options)
@@ -84,9 +99,11 @@ class Serving:
         self.completions = CompletionServing(service, self.runner, options)
         self.ollama = OllamaServing(self.chat, self.completions)
         calls = PooledCalls(self.runner, self.kind)
-        self.encode = EncodeServer(calls, WEIGHT_VERSION)
+        self.encode = EncodeServer(calls, server_args.weight_version)
         self.embeddings = EmbeddingServing(calls, options.cache_report)
-        self.rerank = RerankServing(service, self.runner, calls, self.kind, WEIGHT_VERSION)
+        self.rerank = RerankServing(
+            service, self.runner, calls, self.kind, server_args.weight_version
+        )
 
 
 class ServerContext:

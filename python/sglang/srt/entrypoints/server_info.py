@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
-from sglang.srt.entrypoints.server_context import WEIGHT_VERSION, ServerContext
+from sglang.srt.entrypoints.server_context import ServerContext
 
 
 def server_version() -> str:
@@ -27,8 +27,8 @@ def model_info(context: ServerContext) -> dict[str, Any]:
         "served_model_name": args.served_model_name,
         "tokenizer_path": args.tokenizer_path,
         "is_generation": context.serving.kind.pooling is None,
-        "preferred_sampling_params": None,
-        "weight_version": WEIGHT_VERSION,
+        "preferred_sampling_params": args.preferred_sampling_params,
+        "weight_version": args.weight_version,
         "load_format": args.load_format,
         "reasoning_parser": parsers.reasoning,
         "tool_call_parser": parsers.tool_call,

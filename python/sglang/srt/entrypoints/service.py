@@ -18,10 +18,11 @@ from sglang.srt.managers.scheduler_pulse import SchedulerPulse
 class TokenTexts(Protocol):
     """What the doors ask a tokenizer themselves: the text of single tokens, the template.
 
-    `chat_template` is one, several by name, or None.
+    `chat_template` is one, several by name, or None. `bos_token_id` None: texts begin with none.
     """
 
     chat_template: str | Mapping[str, str] | None
+    bos_token_id: int | None
 
     def token_text(self, token_id: int) -> str:
         """The text of one token, as shown beside a log probability."""

@@ -20,6 +20,7 @@ from sglang.srt.managers.io_struct import (
     TextOut,
     TokenOut,
 )
+from sglang.srt.managers.stop_regex import TextStops
 from sglang.srt.tokenizer.tokenizer import Tokenizer
 
 
@@ -37,7 +38,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
         self._streams: dict[str, _Stream] = {}
-        self._stopped: set[str] = set()  # ended by a stop string, the scheduler's end still to come
+        self._stopped: set[str] = set()  # ended by its text, the scheduler's end still to come
 
     def __len__(self) -> int:
         """Requests that are remembered."""
@@ -103,8 +104,12 @@ class _Stream:
                 spaces_between_special_tokens=options.spaces_between_special_tokens,
                 kept_special_tokens=options.kept_special_tokens,
             )
-        self._matcher: StopMatcher | None = None
-        if options.stop_strings:
+        self._matcher: StopMatcher | TextStops | None = None
+        if options.stop_regex:
+            self._matcher = TextStops(
+                options.stop_strings, options.stop_regex, keep_match=options.no_stop_trim
+            )
+        elif options.stop_strings:
             self._matcher = StopMatcher(options.stop_strings, keep_match=options.no_stop_trim)
 
     def read(self, out: TokenOut, news: TextOut) -> None:

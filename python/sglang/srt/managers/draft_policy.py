@@ -36,7 +36,7 @@ class DraftPolicy:
         rules = self._rules
         if rules is None or req.max_new_tokens < 2:
             return
-        edited = req.params.has_penalties or req.params.constraint is not None
+        edited = req.params.has_penalties or req.params.held_to is not None
         if rules.drafts_edited or not edited:
             expected = req.prompt_len + min(req.max_new_tokens, _EXPECTED_ANSWER)
             req.drafts = NgramDrafts(rules, expected)

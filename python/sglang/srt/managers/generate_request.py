@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from sglang.srt.managers.io_struct import (
+    DetokOptions,
     DraftCounts,
     FinishReason,
     LogprobArrays,
@@ -22,6 +25,24 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 IdArray = npt.NDArray[np.int32]
+
+NUM_PREFIX_IDS = 6
+"""Prompt ids that the detokenizer gets as context: more than the bytes of one character."""
+
+
+class SessionParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """SGLang's `session_params`: of which session a request is, and what it goes on from.
+
+    `id` None: of none. `rid` is the earlier request; None: none, or the last one of a streaming
+    session. `drop_previous_output` leaves out its output, `offset` (0: none) cuts what is left of
+    it, `replace` forgets all that went on from it: all requests where there is no `rid`.
+    """
+
+    id: str | None = None
+    rid: str | None = None
+    offset: Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    replace: bool | None = None
+    drop_previous_output: bool | None = None
 
 
 @dataclass
@@ -37,8 +58,9 @@ class GenerateRequest:
     `add_special_tokens` says whether `text` gets the tokenizer's BOS and EOS (False for text
     that a chat template rendered). `kept_special_tokens` are shown although special tokens are
     skipped. `routed_dp_rank` is the replica that has to compute it, None:
-    any. `sampling_params.n` is not looked at: the doors expand n. `pooling` None: the model
-    generates; else it is pooled so, and `sampling_params.max_new_tokens` is 0.
+    any. `session` (None: no session's) is the doors', too, as n is: `sampling_params.n` is not
+    looked at. `pooling` None: the model generates; else it is pooled so, and
+    `sampling_params.max_new_tokens` is 0.
     """
 
     rid: str
@@ -57,6 +79,21 @@ class GenerateRequest:
     include_progress: bool = False
     routed_dp_rank: int | None = None
     pooling: PoolingSpec | None = None
+    session: SessionParams | None = None
+
+    def detok_options(self, input_ids: IdArray) -> DetokOptions:
+        """What the detokenizer has to know of the request, whose prompt is `input_ids`."""
+        params = self.sampling_params
+        return DetokOptions(
+            stop_strings=params.stop,
+            stop_regex=params.stop_regex,
+            min_new_tokens=params.min_new_tokens,
+            no_stop_trim=params.no_stop_trim,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+            prefix_ids=input_ids[-NUM_PREFIX_IDS:].tobytes(),
+            kept_special_tokens=self.kept_special_tokens,
+        )
 
     def forget_prompt(self) -> None:
         """Let go of the prompt, which the scheduler has: a request may run for an hour with it."""

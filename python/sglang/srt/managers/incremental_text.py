@@ -2,7 +2,7 @@
 
 Pure and per request: the detokenizer holds one decoder and one matcher for each. Nothing shown is
 ever taken back, nothing is decoded twice, and what is kept back is bounded by one character or
-one stop string.
+one stop string. Stop patterns are stop_regex.py's.
 """
 
 from __future__ import annotations

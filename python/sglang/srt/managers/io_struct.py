@@ -40,8 +40,8 @@ class IpcNames(msgspec.Struct, frozen=True):
 class FinishReason(msgspec.Struct, frozen=True, array_like=True):
     """Why a request ended; becomes SGLang's `finish_reason` object.
 
-    `type` is "stop" (`matched`: token id or stop string, None when neither applies), "length"
-    (`length`: tokens generated) or "abort" (`message`, `status_code`, `err_type`).
+    `type` is "stop" (`matched`: token id, stop string or stop pattern, None when none applies),
+    "length" (`length`: tokens generated) or "abort" (`message`, `status_code`, `err_type`).
     """
 
     type: str
@@ -67,6 +67,12 @@ class DetokOptions(msgspec.Struct, frozen=True, array_like=True):
     spaces_between_special_tokens: bool = True
     prefix_ids: bytes = b""
     kept_special_tokens: tuple[str, ...] = ()
+    stop_regex: tuple[str, ...] = ()
+
+    @property
+    def stops_by_text(self) -> bool:
+        """Whether the text may end the request."""
+        return bool(self.stop_strings or self.stop_regex)
 
 
 class LogprobArrays(msgspec.Struct, frozen=True, array_like=True):

@@ -12,6 +12,7 @@ import numpy as np
 from sglang.srt.configs.priority_args import MAX_PRIORITY
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateRequest, IdArray
+from sglang.srt.managers.stop_regex import check_stop_regex
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.tokenizer.tokenizer import is_unicode
 
@@ -55,14 +56,15 @@ def check_fields(
             raise RequestError(
                 "The server has no tokenizer (--skip-tokenizer-init): send input_ids, not text."
             )
-        if request.sampling_params.stop:
+        if request.sampling_params.stop or request.sampling_params.stop_regex:
             raise RequestError(
-                "stop needs a tokenizer, but the server has none (--skip-tokenizer-init): "
-                "use stop_token_ids."
+                "stop and stop_regex need a tokenizer, but the server has none "
+                "(--skip-tokenizer-init): use stop_token_ids."
             )
-    if no_constraints is not None and request.sampling_params.constraint is not None:
+    if no_constraints is not None and request.sampling_params.held_to is not None:
         raise RequestError(no_constraints)
     request.sampling_params.verify(vocab_size)
+    check_stop_regex(request.sampling_params.stop_regex)
     if request.return_logprob:
         _check_logprob_fields(request, vocab_size)
 
@@ -71,6 +73,7 @@ def _check_wire_fields(request: GenerateRequest) -> None:
     """Check what could not be sent to another process: text that is not Unicode, huge numbers."""
     fields = [("rid", request.rid), ("extra_key", request.extra_key)]
     fields += [("stop", stop) for stop in request.sampling_params.stop]
+    fields += [("stop_regex", pattern) for pattern in request.sampling_params.stop_regex]
     constraint = request.sampling_params.constraint
     if constraint is not None:
         fields.append((constraint.kind, constraint.text))
@@ -152,6 +155,20 @@ def fit_to_context(num_tokens: int, params: SamplingParams, context_length: int)
             f"tokens from the input and {params.max_new_tokens} tokens for the completion."
         )
     return params
+
+
+def truncate(
+    input_ids: IdArray, params: SamplingParams, context_length: int
+) -> tuple[IdArray, SamplingParams]:
+    """What of a request fits (--allow-auto-truncate): its prompt's beginning, fewer new tokens.
+
+    At least one token of the context is left for the output.
+    """
+    kept = input_ids[: max(1, context_length - 1)]
+    room = context_length - len(kept)
+    most = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
+    least = min(params.min_new_tokens, most)
+    return kept, msgspec.structs.replace(params, max_new_tokens=most, min_new_tokens=least)
 
 
 def prompt_logprob_start(request: GenerateRequest, num_tokens: int, most: int) -> int:

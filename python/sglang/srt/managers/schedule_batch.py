@@ -141,7 +141,7 @@ class Req:
         # What the prefix cache evicts by, if it is told to.
         self.priority = (message.priority or 0) if urgency is None else urgency
         self.detok: DetokOptions | None = message.detok
-        self.has_stop_strings = bool(message.detok.stop_strings)
+        self.has_stop_strings = message.detok.stops_by_text
         self.grammar: Grammar | None = None  # set before it is admitted, if it has a constraint
         self.drafts: NgramDrafts | None = None  # set before it is admitted, if it is drafted
         self.logprob: LogprobState | None = None

@@ -72,7 +72,7 @@ class GrammarQueue:
 
     def add(self, req: Req, now: float) -> bool:
         """Take a request that has arrived; True: it need not wait (and is not held here)."""
-        constraint = req.params.constraint
+        constraint = req.params.held_to
         if constraint is None:
             return True
         kept = self._kept.get(constraint)

@@ -32,7 +32,6 @@ from sglang.srt.managers.io_struct import (
     BatchStrOut,
     ControlReply,
     ControlReq,
-    DetokOptions,
     Heartbeat,
     IpcNames,
     SchedulerReady,
@@ -50,9 +49,6 @@ from sglang.srt.utils.channel import AsyncReceiver, Sender
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-NUM_PREFIX_IDS = 6
-"""Prompt ids that the detokenizer gets as context: more than the bytes of one character."""
 
 LONG_TEXT_CHARS = 1 << 15
 """Longer texts are tokenised by threads of their own, so that short ones never wait for them."""
@@ -254,7 +250,7 @@ class TokenizerManager:
 
     def _register(self, request: GenerateRequest) -> RequestState:
         self._check_alive()
-        is_held = request.sampling_params.constraint is not None
+        is_held = request.sampling_params.held_to is not None
         validation.check_fields(
             request,
             vocab_size=self.model_config.vocab_size,
@@ -283,7 +279,7 @@ class TokenizerManager:
             self._choice.began(replica)
         state.replica = replica
         state.shown_dp_rank = replica if self.num_replicas > 1 else None
-        if message.sampling_params.constraint is not None:
+        if message.sampling_params.held_to is not None:
             news = self._constraints.news_for(replica)
             if news is not None:
                 self._senders[replica].send(news)
@@ -316,11 +312,12 @@ class TokenizerManager:
             input_ids = await self.tokenize(request.text, request.add_special_tokens)
         input_ids = np.ascontiguousarray(input_ids, dtype="<i4")
         await self._check_ids(input_ids)
-        if request.sampling_params.constraint is not None:
+        if request.sampling_params.held_to is not None:
             await self._in_thread(0, self._constraints.read_vocabulary)
-        params = validation.fit_to_context(
-            len(input_ids), request.sampling_params, self.context_length
-        )
+        params = request.sampling_params
+        if self.server_args.allow_auto_truncate:
+            input_ids, params = validation.truncate(input_ids, params, self.context_length)
+        params = validation.fit_to_context(len(input_ids), params, self.context_length)
         params = msgspec.structs.replace(
             params, stop_token_ids=validation.merged_stop_ids(params, self._end_ids)
         )
@@ -341,15 +338,7 @@ class TokenizerManager:
             priority=request.priority,
             include_progress=request.include_progress,
             pooling=request.pooling,
-            detok=DetokOptions(
-                stop_strings=params.stop,
-                min_new_tokens=params.min_new_tokens,
-                no_stop_trim=params.no_stop_trim,
-                skip_special_tokens=params.skip_special_tokens,
-                spaces_between_special_tokens=params.spaces_between_special_tokens,
-                prefix_ids=input_ids[-NUM_PREFIX_IDS:].tobytes(),
-                kept_special_tokens=request.kept_special_tokens,
-            ),
+            detok=request.detok_options(input_ids),
         )
 
     async def _check_ids(self, input_ids: IdArray) -> None:

@@ -49,7 +49,8 @@ class AnswerForm:
     prompt, `continued` the text of the assistant's message that the answer goes on with.
     `separates`: reasoning is shown apart; else it is content, as it was written. `is_held`: the
     text is held to a grammar behind its reasoning: it is calls if it `is_forced` and else content.
-    `is_tagged`: only parts of the text are, and it is read as if nothing was.
+    `is_tagged`: only parts of the text are, and it is read as if nothing was. `is_bounded`: its
+    reasoning has a limit.
     """
 
     names: ParserNames
@@ -61,6 +62,7 @@ class AnswerForm:
     is_held: bool = False
     is_forced: bool = False
     is_tagged: bool = False
+    is_bounded: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -77,8 +79,8 @@ class AnswerForm:
 
     @property
     def free_reasoning(self) -> ReasoningFirst | None:
-        """What comes before a grammar begins to hold; None: nothing does, or none holds."""
-        if not self.is_held and not self.is_tagged:
+        """What comes before a grammar begins to hold, or is bounded; None: nothing, or neither."""
+        if not (self.is_held or self.is_tagged or self.is_bounded):
             return None
         return reasoning_first(self.names.reasoning, self.prompt, self.continued)
 

@@ -123,7 +123,8 @@ class SamplingBatchInfo:
 def _admission(req: Req, row: int) -> RowAdmission:
     matcher = None
     if req.grammar is not None:
-        matcher = start_matcher(req.grammar, req.params.reasoning)
+        params = req.params
+        matcher = start_matcher(req.grammar, params.reasoning, params.max_thinking_tokens)
         matcher.replay(req.tokens.view(req.prompt_len))
     if not req.params.has_penalties:
         return RowAdmission(row, req.params, req.seed, _NO_IDS, _NO_IDS, matcher)

@@ -31,6 +31,10 @@ class Constraint(msgspec.Struct, frozen=True, array_like=True):
     text: str
 
 
+# What a text is held to that nothing but its reasoning's length bounds.
+FREE_TEXT = Constraint("max_thinking_tokens", "")
+
+
 class ReasoningFirst(msgspec.Struct, frozen=True, array_like=True):
     """Reasoning that a text begins with, before it is held to its constraint.
 
@@ -47,16 +51,18 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """SGLang's sampling parameters.
 
     temperature 0 means greedy. top_k -1 means all. `max_new_tokens` None means up to the context
-    limit. `stop` holds stop strings; `stop_token_ids` ends a request when sampled (ignored under
-    `ignore_eos`, as end-of-text ids are). `sampling_seed` None means one drawn by the scheduler.
-    `logit_bias` maps token id to an addend of the logit. At most one of `json_schema` (a schema as
+    limit. `stop` holds stop strings, `stop_regex` patterns that end a text likewise;
+    `stop_token_ids` ends a request when sampled (ignored under `ignore_eos`, as end-of-text ids
+    are). `sampling_seed` None means one drawn by the scheduler. `logit_bias` maps token id to an
+    addend of the logit. At most one of `json_schema` (a schema as
     JSON text), `regex`, `ebnf` and `structural_tag` (JSON text, too) says what the whole generated
     text must match, or what follows `reasoning` (None: there is none), which the doors set and no
-    client.
+    client. After `max_thinking_tokens` tokens of it its end is forced (None: never).
     """
 
     max_new_tokens: int | None = 128
     stop: tuple[str, ...] = ()
+    stop_regex: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     temperature: float = 1.0
     top_p: float = 1.0
@@ -78,6 +84,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ebnf: str | None = None
     structural_tag: str | None = None
     reasoning: ReasoningFirst | None = None
+    max_thinking_tokens: int | None = None
 
     @property
     def constraint(self) -> Constraint | None:
@@ -87,6 +94,12 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if text is not None:
                 return Constraint(kind, text)
         return None
+
+    @property
+    def held_to(self) -> Constraint | None:
+        """What its tokens are chosen by, FREE_TEXT if only its reasoning is bounded; None: free."""
+        is_bounded = self.reasoning is not None and self.max_thinking_tokens is not None
+        return self.constraint or (FREE_TEXT if is_bounded else None)
 
     @property
     def greedy(self) -> bool:
@@ -129,6 +142,10 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise RequestError(
                 f"min_new_tokens must be at most max_new_tokens ({self.max_new_tokens}), "
                 f"got {self.min_new_tokens}."
+            )
+        if self.max_thinking_tokens is not None and self.max_thinking_tokens < 0:
+            raise RequestError(
+                f"max_thinking_tokens must be at least 0, got {self.max_thinking_tokens}."
             )
         if not 1 <= self.n <= 128:
             raise RequestError(f"n must be in [1, 128], got {self.n}.")

@@ -343,3 +343,30 @@ def test_bad_fields_are_named(server: LiveServer, fields: dict[str, Any], named:
         body = reply.json()
         assert named in body["message"]
         assert (body["object"], body["param"], body["code"]) == ("error", None, 400)
+
+
+PROMPT_IDS = [ord(char) for char in "<user>Hello"]
+
+
+def test_token_ids_are_shown_when_asked(server: LiveServer) -> None:
+    (choice,) = chat(server, return_token_ids=True).json()["choices"]
+    assert choice["token_ids"] == [ord(char) for char in ANSWER]
+    assert choice["prompt_token_ids"] == PROMPT_IDS
+    (choice,) = chat(server, return_prompt_token_ids=True).json()["choices"]
+    assert choice["prompt_token_ids"] == PROMPT_IDS
+    assert "token_ids" not in choice
+
+
+@pytest.mark.parametrize("parses", [False, True])
+def test_no_token_id_of_a_stream_is_lost(tmp_path: Any, parses: bool) -> None:
+    """Also where a parser holds text back."""
+    body = {"model": "m", "messages": HELLO, "return_token_ids": True}
+    answer = "<think>Hm.</think>Yes." if parses else ANSWER
+    with LiveServer(tmp_path, reasoning_parser="qwen3" if parses else None) as other:
+        other.service.answer = answer
+        choices = [one["choices"][0] for one in other.events("/v1/chat/completions", body)]
+    assert choices[0]["delta"]["role"] == "assistant"
+    assert choices[0]["prompt_token_ids"] == PROMPT_IDS
+    assert all("prompt_token_ids" not in choice for choice in choices[1:])
+    ids = [token for choice in choices for token in choice.get("token_ids", ())]
+    assert "".join(map(chr, ids)) == answer

@@ -142,3 +142,46 @@ def test_bad_fields_are_named(server: LiveServer, fields: dict[str, Any], named:
     reply = server.post("/v1/completions", {"model": "m", "prompt": "x", **fields})
     assert reply.status_code == 400
     assert named in reply.json()["message"]
+
+
+def test_token_ids_are_shown_when_asked(server: LiveServer) -> None:
+    answer = [ord(char) for char in ANSWER[:3]]
+    body = {"prompt": ["Hi", "a"], "max_tokens": 3, "n": 2}
+    prompts = [[1, 72, 105], [1, 72, 105], [1, 97], [1, 97]]
+    both = server.post("/v1/completions", {**body, "return_token_ids": True}).json()["choices"]
+    assert [choice["prompt_token_ids"] for choice in both] == prompts
+    assert [choice["token_ids"] for choice in both] == [answer] * 4
+    one = server.post("/v1/completions", {**body, "return_prompt_token_ids": True}).json()
+    assert [choice["prompt_token_ids"] for choice in one["choices"]] == prompts
+    assert all("token_ids" not in choice for choice in one["choices"])
+    none = server.post("/v1/completions", body).json()["choices"]
+    assert not any({"token_ids", "prompt_token_ids"} & choice.keys() for choice in none)
+    known = server.post("/v1/completions", {"prompt": [5, 6], "return_token_ids": True}).json()
+    assert known["choices"][0]["prompt_token_ids"] == [5, 6]
+
+
+def test_token_ids_of_a_stream_come_with_their_text(server: LiveServer) -> None:
+    body = {"prompt": ["Hi", "a"], "max_tokens": 3, "return_token_ids": True}
+    firsts, texts = {}, {0: "", 1: ""}
+    for event in server.events("/v1/completions", body):
+        (choice,) = event["choices"]
+        firsts.setdefault(choice["index"], choice)
+        assert ("prompt_token_ids" in choice) == (choice is firsts[choice["index"]])
+        assert "".join(map(chr, choice["token_ids"])) == choice["text"]
+        texts[choice["index"]] += choice["text"]
+    assert texts == {0: ANSWER[:3], 1: ANSWER[:3]}
+    assert [firsts[index]["prompt_token_ids"] for index in (0, 1)] == [[1, 72, 105], [1, 97]]
+
+
+def test_a_replica_can_be_named_as_for_generate(server: LiveServer) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    for path, body in (
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": messages}),
+        ("/generate", {"text": "x"}),
+    ):
+        server.service.requests.clear()
+        for fields in ({}, {"data_parallel_rank": 0}, {"routed_dp_rank": 0}):
+            assert server.post(path, {**body, **fields}).status_code == 200
+        assert [one.routed_dp_rank for one in server.service.requests] == [None, 0, 0]
+        assert server.post(path, {**body, "routed_dp_rank": 1}).status_code == 400

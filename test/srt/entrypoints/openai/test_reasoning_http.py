@@ -142,3 +142,21 @@ def test_without_a_parser_nothing_is_separated(tmp_path: Any) -> None:
     assert reply["choices"][0]["message"]["content"] == ANSWER
     assert reply["usage"]["reasoning_tokens"] == 0
     assert "completion_tokens_details" not in reply["usage"]
+
+
+def test_reasoning_of_a_chat_is_bounded(thinking: LiveServer, tmp_path: Any) -> None:
+    chat(thinking, max_thinking_tokens=9)
+    chat(thinking, custom_params={"thinking_budget": 8}, regex="Yes")
+    closed = [{"role": "user", "content": "x<think>\n\n</think>\n\n"}]
+    chat(thinking, messages=closed, max_thinking_tokens=9)
+    chat(thinking)
+    sent = [request.sampling_params for request in thinking.service.requests]
+    assert [params.max_thinking_tokens for params in sent] == [9, 8, 9, None]
+    assert [params.reasoning is not None for params in sent] == [True, True, False, False]
+    held = [params.held_to and params.held_to.kind for params in sent]
+    assert held == ["max_thinking_tokens", "regex", None, None]
+    with LiveServer(tmp_path, reasoning_parser="gpt-oss") as server:
+        body = {"model": "m", "messages": ASK, "max_thinking_tokens": 9}
+        reply = server.post("/v1/chat/completions", body)
+        assert reply.status_code == 400
+        assert "gpt-oss" in reply.json()["message"]

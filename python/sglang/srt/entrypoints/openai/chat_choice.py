@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from sglang.srt.entrypoints.openai.serving_base import finish_fields
 from sglang.srt.function_call.core_types import (
     CallArguments,
@@ -21,7 +23,7 @@ from sglang.srt.function_call.core_types import (
     merged,
 )
 from sglang.srt.function_call.function_call_parser import new_call_id
-from sglang.srt.managers.generate_request import GenerateDelta, concat_logprobs
+from sglang.srt.managers.generate_request import GenerateDelta, IdArray, concat_logprobs
 from sglang.srt.managers.io_struct import FinishReason, LogprobArrays
 from sglang.srt.parser.answer_parser import AnswerForm
 
@@ -101,8 +103,18 @@ class StreamedChoice:
         self._streams_reasoning = streams_reasoning
         self._thought: list[str] = []  # reasoning that waits for its end
         self._logprobs: list[LogprobArrays] = []  # of tokens whose text is held back
+        self._output_ids: list[IdArray] = []  # of tokens that are in no chunk yet
         self._num_calls = 0
         self._has_calls = False
+
+    def chunks_with_ids(self, delta: GenerateDelta) -> list[tuple[Chunk, IdArray | None]]:
+        """`chunks`, the first with the ids of all tokens since the chunk before; others None."""
+        self._output_ids.append(delta.output_ids)
+        chunks = self.chunks(delta)
+        if not chunks:
+            return []
+        ids, self._output_ids = np.concatenate(self._output_ids), []
+        return [(chunks[0], ids), *((chunk, None) for chunk in chunks[1:])]
 
     def chunks(self, delta: GenerateDelta) -> list[Chunk]:
         """What the delta adds, then the end in a chunk of its own.

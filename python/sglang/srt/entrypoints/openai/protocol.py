@@ -17,12 +17,11 @@ from sglang.srt.entrypoints.generate_request_body import (
     LOGIT_PROCESSOR,
     LORA,
     RAW_NULL,
-    SESSION,
 )
 from sglang.srt.entrypoints.openai.response_format import ResponseFormat
 from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal
-from sglang.srt.entrypoints.sampling_fields import STOP_REGEX
 from sglang.srt.entrypoints.token_id_reader import IdLists
+from sglang.srt.managers.generate_request import SessionParams
 
 FUNCTIONS = Refusal("use tools", ([],))
 RETURNS = "it is not returned"
@@ -53,6 +52,7 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float = 0.0
     seed: Int | None = None
     stop: str | list[str] = []
+    stop_regex: str | list[str] = []
     stop_token_ids: list[Int] = []
     logit_bias: dict[str, float] = {}
     ignore_eos: bool = False
@@ -63,6 +63,8 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     regex: str | None = None
     ebnf: str | None = None
     structural_tag: str | None = None
+    max_thinking_tokens: Int | None = None
+    custom_params: dict[str, Any] = {}
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     rid: str | None = None
@@ -77,6 +79,22 @@ class SharedBody(GenerationBody, frozen=True, kw_only=True):
     max_tokens: Int | None = None
     n: Int = 1
     response_format: ResponseFormat | None = None
+    session_params: SessionParams | None = None
+    return_token_ids: bool = False
+    return_prompt_token_ids: bool = False
+    routed_dp_rank: Int | None = None
+    data_parallel_rank: Int | None = None
+
+    @property
+    def replica(self) -> int | None:
+        """The replica that has to compute it, by the field's newer or older name; None: any."""
+        named = self.routed_dp_rank
+        return self.data_parallel_rank if named is None else named
+
+    @property
+    def shows_prompt_ids(self) -> bool:
+        """Whether each choice has its prompt's ids."""
+        return self.return_token_ids or self.return_prompt_token_ids
 
 
 class ChatBody(SharedBody, frozen=True, kw_only=True):
@@ -101,6 +119,7 @@ class CompletionBody(SharedBody, frozen=True, kw_only=True):
     """The served fields of /v1/completions."""
 
     prompt: msgspec.Raw | str | IdLists = RAW_NULL
+    suffix: str | None = None
     echo: bool = False
     logprobs: Int | None = None
 
@@ -117,28 +136,21 @@ _ACCEPTED = (
     "prediction",
     "no_logs",
     "custom_labels",
-    "custom_params",
     "stream_interval",
 )
 
 SHARED_REFUSALS = {
-    "stop_regex": STOP_REGEX,
     "lora_path": LORA,
-    "session_params": SESSION,
     "custom_logit_processor": LOGIT_PROCESSOR,
     "return_hidden_states": HIDDEN_STATES,
     "return_routed_experts": Refusal(RETURNS, (False,)),
     "return_cached_tokens_details": Refusal(RETURNS, (False,)),
     "return_meta_info": Refusal(RETURNS, (False,)),
-    "return_token_ids": Refusal(RETURNS, (False,)),
-    "return_prompt_token_ids": Refusal(RETURNS, (False,)),
     "use_beam_search": Refusal("beam search is not served", (False,)),
     "beam_width": Refusal("beam search is not served", (0, 1)),
     "bootstrap_host": DISAGGREGATION,
     "bootstrap_port": DISAGGREGATION,
     "bootstrap_room": DISAGGREGATION,
-    "routed_dp_rank": Refusal("send it to /generate"),
-    "data_parallel_rank": Refusal("send it to /generate"),
 }
 
 CHAT_FIELDS = FieldTable(
@@ -154,7 +166,6 @@ CHAT_FIELDS = FieldTable(
         "web_search_options": Refusal("web search is not served"),
         "verbosity": Refusal("verbosity is not served", ("medium",)),
         "thinking": Refusal("use chat_template_kwargs", ()),
-        "max_thinking_tokens": Refusal("thinking budgets are not served"),
         "video_fps": Refusal("the model takes text only"),
     },
     refuse_unknown=False,
@@ -165,7 +176,6 @@ COMPLETION_FIELDS = FieldTable(
     accepted=_ACCEPTED,
     refused={
         **SHARED_REFUSALS,
-        "suffix": Refusal("the model has no fill-in-the-middle template", ("",)),
         "best_of": Refusal("best_of is not served; use n", (1,)),
     },
     refuse_unknown=False,

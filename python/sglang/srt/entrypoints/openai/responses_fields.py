@@ -15,6 +15,7 @@ import orjson
 from sglang.srt.entrypoints.http_errors import bad_field
 from sglang.srt.entrypoints.openai.protocol import (
     FUNCTIONS,
+    RETURNS,
     SHARED_REFUSALS,
     ChatBody,
     GenerationBody,
@@ -122,6 +123,11 @@ RESPONSES_FIELDS = FieldTable(
         **SHARED_REFUSALS,
         "background": Refusal("responses are not made in the background", (False,)),
         "conversation": Refusal("conversations are not kept; use previous_response_id"),
+        "routed_dp_rank": Refusal("send it to /v1/chat/completions or /generate"),
+        "data_parallel_rank": Refusal("send it to /v1/chat/completions or /generate"),
+        "return_token_ids": Refusal(RETURNS, (False,)),
+        "return_prompt_token_ids": Refusal(RETURNS, (False,)),
+        "session_params": Refusal("use previous_response_id", ({},)),
         "prompt": Refusal("prompt templates are not kept"),
         "truncation": Refusal("nothing is left out of an input", ("disabled",)),
         "context_management": Refusal("contexts are not compacted", ([],)),

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 
 from sglang.srt.entrypoints.generate_request_body import new_rid, prefix_key
 from sglang.srt.entrypoints.http_errors import bad_field
-from sglang.srt.entrypoints.openai.protocol import SharedBody
+from sglang.srt.entrypoints.openai.fill_in_middle import MiddleMarks
+from sglang.srt.entrypoints.openai.protocol import SharedBody, StreamOptions
 from sglang.srt.entrypoints.openai.response_format import constraint_fields
-from sglang.srt.entrypoints.sampling_fields import CONSTRAINTS, logit_bias, stop_strings
+from sglang.srt.entrypoints.sampling_fields import (
+    CONSTRAINTS,
+    logit_bias,
+    stop_patterns,
+    stop_strings,
+    thinking_budget,
+)
 from sglang.srt.entrypoints.sequences import SequenceOutput, SequenceRunner
 from sglang.srt.entrypoints.service import TextService
 from sglang.srt.errors import RequestError
-from sglang.srt.managers.generate_request import GenerateDelta
+from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
 from sglang.srt.managers.io_struct import FinishReason
 from sglang.srt.parser.answer_parser import ParserNames
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -32,13 +39,18 @@ class OpenAIOptions:
     """Server settings that show in OpenAI replies.
 
     `sampling_defaults` are the model's own (--sampling-defaults model), empty for OpenAI's.
-    `parsers` are those for answers of chats.
+    `parsers` are those for answers of chats. `template_defaults` are chat_template_kwargs of chats
+    that don't set them. `includes_usage`: streams that don't say otherwise end with usage.
+    `middle` None: a completion has no suffix.
     """
 
     sampling_defaults: Mapping[str, float]
     cache_report: bool = False
     weight_version: str = "default"
     parsers: ParserNames = field(default_factory=ParserNames)
+    template_defaults: Mapping[str, Any] = field(default_factory=dict)
+    includes_usage: bool = False
+    middle: MiddleMarks | None = None
 
 
 def default_sampling(generation_defaults: Mapping[str, float]) -> dict[str, float]:
@@ -57,6 +69,7 @@ def sampling_params(
         max_new_tokens=max_new_tokens,
         min_new_tokens=body.min_tokens,
         stop=stop_strings(body.stop),
+        stop_regex=stop_patterns(body.stop_regex),
         stop_token_ids=tuple(body.stop_token_ids),
         frequency_penalty=body.frequency_penalty,
         presence_penalty=body.presence_penalty,
@@ -67,6 +80,7 @@ def sampling_params(
         no_stop_trim=body.no_stop_trim,
         logit_bias=logit_bias("logit_bias", body.logit_bias),
         sampling_seed=body.seed,
+        max_thinking_tokens=thinking_budget(body.max_thinking_tokens, body.custom_params),
         **constraint_fields(
             body.response_format, {kind: getattr(body, kind) for kind in CONSTRAINTS}
         ),
@@ -155,6 +169,18 @@ def finish_fields(reason: FinishReason | None) -> dict[str, Any]:
     return {"finish_reason": reason.type, "matched_stop": matched}
 
 
+def id_fields(
+    body: SharedBody, prompt_ids: IdArray | None, output_ids: IdArray | None
+) -> dict[str, IdArray]:
+    """`prompt_token_ids` and `token_ids` of a choice, as far as they are asked for and given."""
+    fields = {}
+    if body.shows_prompt_ids and prompt_ids is not None:
+        fields["prompt_token_ids"] = prompt_ids
+    if body.return_token_ids and output_ids is not None:
+        fields["token_ids"] = output_ids
+    return fields
+
+
 def last_of(output: SequenceOutput) -> GenerateDelta:
     """The final delta; RequestError 500 for a sequence that never answered."""
     if output.last is None:
@@ -171,6 +197,18 @@ class OpenAIServing:
         self.service = service
         self.runner = runner
         self.options = options
+
+    def includes_usage(self, options: StreamOptions) -> bool:
+        """Whether a stream ends with usage."""
+        wanted = options.include_usage
+        return self.options.includes_usage if wanted is None else wanted
+
+    async def with_ids(self, request: GenerateRequest) -> GenerateRequest:
+        """The request with its text tokenized, for replies that show the ids."""
+        if request.text is None:
+            return request
+        ids = await self.service.tokenize(request.text, request.add_special_tokens)
+        return replace(request, text=None, input_ids=ids)
 
     def token_text(self, token_id: int) -> str:
         """The text of one token; its number under --skip-tokenizer-init."""

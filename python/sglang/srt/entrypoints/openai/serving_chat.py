@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from sglang.srt.entrypoints.event_stream import DONE_EVENT, event, progress_comment
+from sglang.srt.entrypoints.generate_request_body import session_of
 from sglang.srt.entrypoints.http_errors import ApiShape, bad_field, stream_error
 from sglang.srt.entrypoints.logprob_format import chat_content, formatted_bytes
 from sglang.srt.entrypoints.openai.chat_choice import (
@@ -27,15 +28,17 @@ from sglang.srt.entrypoints.openai.serving_base import (
     call_ids,
     check_max_tokens,
     finish_fields,
+    id_fields,
     last_of,
     sampling_params,
 )
 from sglang.srt.entrypoints.openai.tool_fields import ToolUse, read_tool_use
 from sglang.srt.entrypoints.request_body import RawFields, off_loop
 from sglang.srt.entrypoints.sequences import Call, SequenceOutput
+from sglang.srt.entrypoints.thinking import check_budget
 from sglang.srt.errors import RequestError
 from sglang.srt.function_call.strict_calls import strict_tag
-from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest
+from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
 from sglang.srt.managers.io_struct import LogprobArrays
 from sglang.srt.parser.answer_parser import (
     GPT_OSS,
@@ -50,12 +53,16 @@ _OPENING = Chunk({"role": "assistant", "content": ""}, None, finish_fields(None)
 
 @dataclass(frozen=True)
 class ChatCall:
-    """A request that is ready to run, and how its answers are read."""
+    """A request that is ready to run, and how its answers are read.
+
+    `prompt_ids` None: they are not shown.
+    """
 
     head: ReplyHead
     call: Call
     body: ChatBody
     form: AnswerForm
+    prompt_ids: IdArray | None = None
 
 
 def read_chat(fields: RawFields) -> ChatBody:
@@ -70,10 +77,12 @@ class ChatServing(OpenAIServing):
         """Render the conversation and build the call; RequestError 400 when it cannot be."""
         messages = template_messages(body.messages)
         tools = read_tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
-        kwargs = template_kwargs(body.chat_template_kwargs, body.reasoning_effort)
+        given = {**self.options.template_defaults, **body.chat_template_kwargs}
+        kwargs = template_kwargs(given, body.reasoning_effort)
         if body.continue_final_message and messages[-1]["role"] != "assistant":
             raise bad_field("continue_final_message", "the last message is not the assistant's")
         params = self._params(body, tools)
+        check_budget(params, self.options.parsers)
         text = await self.service.render_chat(
             messages,
             add_generation_prompt=body.add_generation_prompt,
@@ -92,6 +101,7 @@ class ChatServing(OpenAIServing):
             is_held=params.constraint is not None and not is_tagged,
             is_forced=tools.forced_schema is not None,
             is_tagged=is_tagged,
+            is_bounded=params.max_thinking_tokens is not None,
         )
         params = msgspec.structs.replace(params, reasoning=form.free_reasoning)
         head, rid, extra_key = call_ids(body)
@@ -108,8 +118,13 @@ class ChatServing(OpenAIServing):
             add_special_tokens=False,
             kept_special_tokens=form.kept_tokens,
             include_progress=body.stream and bool(body.stream_options.include_progress),
+            session=session_of(body.session_params),
+            routed_dp_rank=body.replica,
         )
-        return ChatCall(head, Call(rid, (request,)), body, form)
+        if body.shows_prompt_ids:
+            request = await self.with_ids(request)
+        shown = request.input_ids  # the request will let go of them
+        return ChatCall(head, Call(rid, (request,)), body, form, shown)
 
     def _params(self, body: ChatBody, tools: ToolUse) -> SamplingParams:
         """The sampling parameters, forced calls included; RequestError 400 naming a bad field."""
@@ -186,7 +201,8 @@ class ChatServing(OpenAIServing):
         choice = whole_choice(chat.form, output.text, last.finish_reason)
         reasoning = ReasoningCount(chat.form, self.token_text).add(output.output_ids)
         logprobs = self._logprobs(arrays) if chat.body.logprobs else None
-        return {"index": index, **choice, "logprobs": logprobs}, reasoning
+        ids = id_fields(chat.body, chat.prompt_ids, output.output_ids)
+        return {"index": index, **choice, "logprobs": logprobs, **ids}, reasoning
 
     def _logprobs(self, arrays: LogprobArrays | None) -> dict[str, Any]:
         return {"content": chat_content(arrays, self.token_bytes)}
@@ -210,15 +226,19 @@ class ChatServing(OpenAIServing):
                     choice, count = begun[index]
                     usage.note(index, delta, count.add(delta.output_ids))
                     now = usage.usage() if options.continuous_usage_stats else None
-                    for chunk in (*opening, *choice.chunks(delta)):
-                        yield event(self._chunk(chat, index, chunk, now))
+                    for chunk in opening:
+                        ids = id_fields(chat.body, chat.prompt_ids, None)
+                        yield event(self._chunk(chat, index, chunk, now, ids))
+                    for chunk, output_ids in choice.chunks_with_ids(delta):
+                        ids = id_fields(chat.body, None, output_ids)
+                        yield event(self._chunk(chat, index, chunk, now, ids))
         except RequestError as error:
             if not (begun or has_sent):
                 raise
             yield event(stream_error(ApiShape.OPENAI, error))
             yield DONE_EVENT
             return
-        if options.include_usage:
+        if self.includes_usage(options):
             yield event(
                 {
                     **chat.head.fields("chat.completion.chunk"),
@@ -233,12 +253,18 @@ class ChatServing(OpenAIServing):
         return choice, ReasoningCount(chat.form, self.token_text)
 
     def _chunk(
-        self, chat: ChatCall, index: int, chunk: Chunk, usage: dict[str, Any] | None
+        self,
+        chat: ChatCall,
+        index: int,
+        chunk: Chunk,
+        usage: dict[str, Any] | None,
+        ids: dict[str, IdArray],
     ) -> dict[str, Any]:
         choice = {
             "index": index,
             "delta": chunk.delta,
             "logprobs": self._logprobs(chunk.logprobs) if chunk.logprobs is not None else None,
             **chunk.end,
+            **ids,
         }
         return {**chat.head.fields("chat.completion.chunk"), "choices": [choice], "usage": usage}

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from sglang.srt.entrypoints.event_stream import DONE_EVENT, event, progress_comment
-from sglang.srt.entrypoints.generate_request_body import read_id_prompts
+from sglang.srt.entrypoints.generate_request_body import read_id_prompts, session_of
 from sglang.srt.entrypoints.http_errors import ApiShape, bad_field, stream_error
 from sglang.srt.entrypoints.logprob_format import CompletionLogprobs, formatted_bytes
 from sglang.srt.entrypoints.openai.protocol import COMPLETION_FIELDS, CompletionBody
@@ -21,6 +21,7 @@ from sglang.srt.entrypoints.openai.serving_base import (
     call_ids,
     check_max_tokens,
     finish_fields,
+    id_fields,
     last_of,
     sampling_params,
 )
@@ -32,6 +33,7 @@ from sglang.srt.entrypoints.request_body import (
     off_loop,
 )
 from sglang.srt.entrypoints.sequences import Call, SequenceOutput
+from sglang.srt.entrypoints.thinking import with_reasoning
 from sglang.srt.entrypoints.token_id_reader import IdLists
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
@@ -44,12 +46,21 @@ _TEXTS = msgspec.json.Decoder(list[str])
 
 @dataclass(frozen=True)
 class CompletionCall:
-    """A request that is ready to run; `echoes` is each prompt's text when it is to be repeated."""
+    """A request that is ready to run.
+
+    `echoes` is each prompt's text when it is to be repeated, `prompt_ids` its ids when they are to
+    be shown.
+    """
 
     head: ReplyHead
     call: Call
     body: CompletionBody
     echoes: tuple[str, ...]
+    prompt_ids: tuple[IdArray | None, ...] = ()
+
+    def ids_of(self, index: int) -> IdArray | None:
+        """The prompt's ids of sequence `index`; None when they are not shown."""
+        return self.prompt_ids[self.call.prompt_indices[index]] if self.prompt_ids else None
 
 
 def read_completion(fields: Fields) -> CompletionBody:
@@ -86,6 +97,10 @@ class CompletionServing(OpenAIServing):
         check_max_tokens("max_tokens", body.max_tokens)
         if body.logprobs is not None and body.logprobs < 0:
             raise bad_field("logprobs", f"it must be at least 0, got {body.logprobs}")
+        if body.suffix and not all(isinstance(prompt, str) for prompt in prompts):
+            raise bad_field("suffix", "it goes with prompts that are text")
+        if body.echo and session_of(body.session_params) is not None:
+            raise bad_field("echo", "a session's earlier text is not repeated")
         max_new = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         params = sampling_params(body, max_new, self.options.sampling_defaults)
         head, rid, extra_key = call_ids(body)
@@ -93,7 +108,7 @@ class CompletionServing(OpenAIServing):
         requests = tuple(
             GenerateRequest(
                 rid=rid if len(prompts) == 1 else f"{rid}_{i}",
-                text=prompt if isinstance(prompt, str) else None,
+                text=self._asked(prompt, body.suffix) if isinstance(prompt, str) else None,
                 input_ids=None if isinstance(prompt, str) else prompt,
                 sampling_params=params,
                 stream=body.stream,
@@ -103,15 +118,32 @@ class CompletionServing(OpenAIServing):
                 extra_key=extra_key,
                 priority=body.priority,
                 include_progress=body.stream and bool(body.stream_options.include_progress),
+                session=session_of(body.session_params),
+                routed_dp_rank=body.replica,
             )
             for i, prompt in enumerate(prompts)
         )
+        if params.max_thinking_tokens is not None:
+            parser = self.options.parsers.reasoning
+            requests = tuple(with_reasoning(one, parser, self.token_text)[0] for one in requests)
         echoes = []
         for prompt in prompts if body.echo else ():
             if not isinstance(prompt, str):
                 prompt = await self.service.detokenize(prompt)
             echoes.append(prompt)
-        return CompletionCall(head, Call(rid, requests), body, tuple(echoes))
+        shown: tuple[IdArray | None, ...] = ()
+        if body.shows_prompt_ids:
+            requests = tuple([await self.with_ids(one) for one in requests])
+            shown = tuple(one.input_ids for one in requests)
+        return CompletionCall(head, Call(rid, requests), body, tuple(echoes), shown)
+
+    def _asked(self, prompt: str, suffix: str | None) -> str:
+        """The text that the model goes on with; RequestError 400 where it knows no suffix."""
+        if not suffix:
+            return prompt
+        if self.options.middle is None:
+            raise bad_field("suffix", "the server has no --completion-template")
+        return self.options.middle.prompt(prompt, suffix)
 
     async def reply(self, completion: CompletionCall) -> dict[str, Any]:
         """The whole answer. Raises RequestError."""
@@ -143,6 +175,7 @@ class CompletionServing(OpenAIServing):
             "text": _echo(completion, index) + output.text,
             "logprobs": logprobs,
             **finish_fields(last.finish_reason),
+            **id_fields(completion.body, completion.ids_of(index), output.output_ids),
         }
 
     async def events(self, completion: CompletionCall) -> AsyncGenerator[bytes, None]:
@@ -161,11 +194,11 @@ class CompletionServing(OpenAIServing):
                         yield progress_comment(index, delta.progress)
                         continue
                     usage.note(index, delta)
-                    echo = "" if index in begun else _echo(completion, index)
+                    is_first = index not in begun
                     begun.add(index)
                     size = formatted_bytes(delta.input_logprobs, delta.output_logprobs)
                     chunk = await off_loop(
-                        size, self._chunk, completion, index, delta, echo, formats[index]
+                        size, self._chunk, completion, index, delta, is_first, formats[index]
                     )
                     chunk["usage"] = usage.usage() if options.continuous_usage_stats else None
                     yield event(chunk)
@@ -175,7 +208,7 @@ class CompletionServing(OpenAIServing):
             yield event(stream_error(ApiShape.OPENAI, error))
             yield DONE_EVENT
             return
-        if options.include_usage:
+        if self.includes_usage(options):
             yield event(
                 {
                     **completion.head.fields("text_completion"),
@@ -190,19 +223,22 @@ class CompletionServing(OpenAIServing):
         completion: CompletionCall,
         index: int,
         delta: GenerateDelta,
-        echo: str,
+        is_first: bool,
         logprobs: CompletionLogprobs,
     ) -> dict[str, Any]:
         shown = delta.input_logprobs if completion.body.echo else None
         choice = {
             "index": index,
-            "text": echo + delta.text,
+            "text": (_echo(completion, index) if is_first else "") + delta.text,
             "logprobs": (
                 logprobs.add(shown, delta.output_logprobs)
                 if completion.body.logprobs is not None
                 else None
             ),
             **finish_fields(delta.finish_reason),
+            **id_fields(
+                completion.body, completion.ids_of(index) if is_first else None, delta.output_ids
+            ),
         }
         return {**completion.head.fields("text_completion"), "choices": [choice]}
 
