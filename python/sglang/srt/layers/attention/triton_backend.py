@@ -105,6 +105,11 @@ class TritonAttnBackend(AttentionBackend):
         self, spec: KVCacheSpec, *, chip: Any = None, part_bytes: int = _PART_BYTES
     ) -> None:
         super().__init__(spec)
+        if spec.values_in_keys:
+            raise ValueError(
+                "attention backend triton does not serve latent attention; use "
+                "--attention-backend torch_native"
+            )
         kernels = triton_kernels()
         if kernels is None:
             raise ValueError("attention backend triton needs the packages sgl-kernel and triton")
