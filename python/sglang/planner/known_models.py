@@ -112,7 +112,7 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 6,
         "first_k_dense_replace": 1,
         "max_position_embeddings": 163_840,
-        "rope_scaling": _DEEPSEEK_YARN,
+        "rope_scaling": {**_DEEPSEEK_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
         "torch_dtype": "bfloat16",
     },
     "deepseek-v3": {
