@@ -35,7 +35,8 @@ TABLE: tuple[Row, ...] = (
     (1, "", "srt.configs.door_args, srt.configs.rank_args, srt.configs.priority_args,"
      " srt.configs.flag_tables,"
      " srt.configs.flag_parser, srt.configs.flag_checks < srt.server_args"),
-    (1, "", "srt.configs.gguf_file < srt.configs.gguf_config < srt.configs.model_config"),
+    (1, "", "srt.configs.gguf_file < srt.configs.gguf_latent < srt.configs.gguf_config"
+     " < srt.configs.model_config"),
     (1, "", "srt.configs.quantization_config < srt.configs.model_config"),
     (1, "", "srt.configs.rope_config < srt.configs.model_traits"
      " < srt.configs.families.* < srt.configs.model_config"),
