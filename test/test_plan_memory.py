@@ -88,7 +88,30 @@ def test_work_and_bytes_bound_the_times() -> None:
 @pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_every_known_model_is_of_a_family_that_is_computed(name: str) -> None:
     assert KNOWN_MODELS[name]["architectures"][0] in FAMILIES
-    assert plan_of(name, tp_size=4, context_length=1000).fits is (name != "llama-4-maverick")
+    too_large = name in ("llama-4-maverick", "deepseek-v3")
+    assert plan_of(name, tp_size=4, context_length=1000).fits is not too_large
+
+
+def test_latents_are_whole_on_every_device(capsys: pytest.CaptureFixture[str]) -> None:
+    """DeepSeek-V3: 61 layers of 512 + 64 numbers, whatever the number of heads and devices."""
+    for ranks in (1, 8, 16):
+        plan = plan_of("deepseek-v3", tp_size=ranks, context_length=100_000)
+        (group,) = plan.groups
+        assert plan.bytes_per_token_all_layers == group.bytes_per_token == 61 * 576 * 2 == 70_272
+        assert plan.kv_bytes == 7_027_200_000
+    assert plan_of("deepseek-v3", kv_dtype="fp8_e4m3").bytes_per_token_all_layers == 35_136
+    assert plan_of("deepseek-v2-lite").bytes_per_token_all_layers == 27 * 576 * 2
+    assert main(["--model-path", "deepseek-v3", "--tp-size", "16"]) == 0
+    shown = capsys.readouterr().out
+    assert "70,272 B in 61 layers that keep every token" in shown
+    assert "latents of all heads: whole on each of 16 devices" in shown
+
+
+def test_parameters_of_deepseek_v3() -> None:
+    """671 billion, of which a token multiplies with 37 (arXiv 2412.19437)."""
+    weights = count_weights(load_config("deepseek-v3"), ParallelState(), "bfloat16")
+    assert round(weights.num_params / 1e9) == 671
+    assert round(weights.num_active / 1e9) == 37
 
 
 def test_json_names_what_would_make_it_fit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,6 +109,8 @@ def render(name: str, question: Question, plan: MemoryPlan, remedies: Remedies) 
         span = "every token" if group.span is None else f"{group.span:,} tokens"
         text = f"{group.bytes_per_token * ranks:,} B in {group.num_layers} layers that keep {span}"
         rows.append((f"  {group.kind}", text))
+    if question.config.latent is not None and plan.tp_size > 1:
+        rows.append(("", f"latents of all heads: whole on each of {plan.tp_size} devices"))
     rows += [
         ("", ""),
         ("capacity", f"{plan.capacity_tokens:,} tokens in one request"),

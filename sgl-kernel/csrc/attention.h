@@ -13,7 +13,7 @@
 namespace sgl {
 
 constexpr int kKeys = 64;          // keys of a block, a common page size
-constexpr int kMaxHeadDim = 512;
+constexpr int kMaxHeadDim = 576;  // rows of latent attention
 constexpr float kLowest = -1e30f;  // a finite floor: exp(-inf - floor) is 0, not NaN
 constexpr float kLog2e = 1.44269504088896340736f;
 

@@ -90,6 +90,7 @@ def compile_attention(
     sight: int = 0,
     capped: bool = False,
     sinks: bool = False,
+    latent: bool = False,
 ) -> dict[str, Any]:
     """Shared memory, stack, registers and kinds of instructions of one launch's kernel."""
     kv_type, q_type = (TRITON_TYPES[getattr(torch, name)] for name in (kv, q))
@@ -97,10 +98,12 @@ def compile_attention(
     v_dim = v_dim or dim
     constants = {
         "KV_HEADS": 8,
-        "GROUP": 5,
+        "GROUP": 16 if latent else 5,
         "HEAD_DIM": dim,
         "VALUE_DIM": v_dim,
-        "BLOCK_D": power_of_two(dim),
+        "BLOCK_D": power_of_two(v_dim if latent else dim),
+        "BLOCK_R": max(16, power_of_two(dim - v_dim)) if latent else 16,
+        "LATENT": latent,
         "BLOCK_E": power_of_two(v_dim),
         "BLOCK_M": rows,
         "BLOCK_N": keys,

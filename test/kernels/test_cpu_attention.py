@@ -146,6 +146,15 @@ def check(problem: Problem) -> None:
             torch.testing.assert_close(lse, expected_lse, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("group", [16, 128])
+def test_rows_of_latent_attention(group: int, dtype: torch.dtype) -> None:
+    """One kv head of many query heads, whose values are its keys."""
+    problem = Problem([(100, 1), (30, 9), (5, 1)], kv_heads=1, group=group, dim=576, dtype=dtype)
+    problem.v = problem.k
+    check(problem)
+
+
 MIXED = [(300, 1), (0, 130), (64, 20), (63, 33), (0, 1), (127, 1)]
 
 
@@ -156,7 +165,7 @@ def test_decode_and_extend_at_every_page_size(dtype: torch.dtype, page_size: int
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256, 512])
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256, 576])
 def test_head_widths(dtype: torch.dtype, dim: int) -> None:
     check(Problem([(200, 1), (70, 40)], dim=dim, dtype=dtype))
 

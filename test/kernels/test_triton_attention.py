@@ -49,6 +49,50 @@ def test_prompts(page_size: int, chip: Chip) -> None:
     check(Case([(0, 13), (55, 11), (7, 1), (16, 2)], page_size=page_size), chip=chip)
 
 
+@pytest.mark.parametrize("chip", [BUSY, IDLE], ids=["whole", "split"])
+@pytest.mark.parametrize(
+    ("heads", "widths", "dtype"),
+    [
+        (8, (48, 32), torch.float32),  # one program
+        (6, (40, 24), torch.float32),  # three, of two heads each; nothing is a power of two
+        (32, (40, 32), torch.bfloat16),  # two, of sixteen
+        (4, (20, 16), torch.float8_e4m3fn),
+    ],
+)
+@pytest.mark.parametrize("segment_pages", [None, 2])
+def test_values_within_keys(
+    segment_pages: int | None,
+    heads: int,
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    chip: Chip,
+) -> None:
+    """Latent attention: all query heads read one row, whose first numbers are values."""
+    case = Case(
+        [(0, 13), (55, 3), (7, 1)],
+        (heads, 1),
+        (widths[0], widths[0]),
+        dtype,
+        value_dim=widths[1],
+        segment_pages=segment_pages,
+    )
+    check(case, chip=chip)
+
+
+def test_values_that_are_not_within_keys() -> None:
+    lengths = [(0, 3)]
+    for case in (
+        Case(lengths, (4, 1), (32, 32), value_dim=32),
+        Case(lengths, (4, 2), (32, 32), value_dim=16),
+    ):
+        with pytest.raises(KernelError, match="are no values within one head's keys of 32"):
+            case.run()
+    case = Case(lengths, (4, 1), (32, 32), value_dim=16)
+    case.planes[1] = case.planes[1].clone()
+    with pytest.raises(KernelError, match="16 are no values"):
+        case.run()
+
+
 @pytest.mark.parametrize(
     ("heads", "dims"),
     [

@@ -47,6 +47,19 @@ def test_decode_and_prompts(tmp_path: Path) -> None:
     assert max(prompts["on_their_way"]) >= 3
 
 
+def test_rows_of_latent_attention(tmp_path: Path) -> None:
+    """Rows of 512 + 64 numbers: they fit, and what doesn't fit registers is a few numbers."""
+    latent: dict[str, Any] = {"dim": 576, "v_dim": 512, "latent": True, "keys": 32}
+    decode, prompts = compile_all([{**latent, "rows": rows} for rows in (16, 64)], tmp_path)
+    for made in (decode, prompts):
+        assert made["shared_bytes"] <= SHARED_BYTES
+        assert made["instructions"]["cp.async.cg.shared.global"] >= 64
+        assert made["stack_bytes"] <= 256
+    assert decode["stack_bytes"] == 0
+    assert decode["instructions"]["mma.sync"]
+    assert prompts["instructions"]["wgmma.mma_async"]
+
+
 def test_what_differs_from_call_to_call_is_no_part_of_what_is_compiled(tmp_path: Path) -> None:
     """Layers have scales of their own: one kernel serves them all."""
     values = [1.0, 2.0, 0.03, 16.0, 700.0]

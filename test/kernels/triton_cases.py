@@ -16,6 +16,7 @@ from sgl_kernel.triton import (
     Sight,
     Tables,
     Tile,
+    heads_together,
     paged_attention,
     plan_work,
 )
@@ -31,8 +32,9 @@ class Case:
     """Requests of (prefix, extend) tokens with random K and V, NaN where no token stands.
 
     `heads` is (query heads, kv heads), `dims` (head dim, value dim). `dropped[i]` pages of request
-    i's head are in no table. `segment_pages`: the planes lie in segments of so many pages. All of
-    it lies on `device`, made from the same numbers on every one.
+    i's head are in no table. `segment_pages`: the planes lie in segments of so many pages.
+    `value_dim`: V are the first so many numbers of K. All of it lies on `device`, made from the
+    same numbers on every one.
     """
 
     lengths: Sequence[tuple[int, int]]
@@ -45,6 +47,7 @@ class Case:
     segment_pages: int | None = None
     seed: int = 0
     device: str = "cpu"
+    value_dim: int | None = None
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -81,6 +84,9 @@ class Case:
                 made.append(tokens)
             self.planes.append(plane.to(self.device))
             self.tokens.append(made)
+        if self.value_dim is not None:
+            self.planes[1] = self.planes[0]
+            self.tokens[1] = [tokens[..., : self.value_dim] for tokens in self.tokens[0]]
         self.parts = [[part.clone() for part in plane.split(per_segment)] for plane in self.planes]
 
     def memory(self) -> list[torch.Tensor | Segments]:
@@ -88,7 +94,7 @@ class Case:
             return list(self.planes)
         for plane in self.planes:
             plane.view(torch.uint8).fill_(255)  # what is read from here shows
-        return [
+        made: list[torch.Tensor | Segments] = [
             Segments(
                 torch.tensor([part.data_ptr() for part in parts], device=self.device),
                 self.dtype,
@@ -98,6 +104,7 @@ class Case:
             )
             for parts, width in zip(self.parts, self.dims, strict=True)
         ]
+        return made if self.value_dim is None else [made[0], made[0]]
 
     def queries(self) -> Queries:
         counts = np.array([e for _, e in self.lengths], np.int64)
@@ -122,6 +129,8 @@ class Case:
         lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         num_heads, kv_heads = self.heads
+        if self.value_dim is not None:
+            kv_heads = num_heads // heads_together(num_heads)
         work = plan_work(
             self.queries(),
             sight,
@@ -132,7 +141,7 @@ class Case:
             chip=chip,
         )
         k, v = self.memory()
-        shape = (*self.q.shape[:2], self.dims[1])
+        shape = (*self.q.shape[:2], self.value_dim or self.dims[1])
         out = torch.full(shape, float("nan"), dtype=self.q.dtype, device=self.device)
         return paged_attention(
             self.q,
@@ -147,6 +156,7 @@ class Case:
             sinks=sinks,
             out=out,
             lse=lse,
+            value_dim=self.value_dim,
         )
 
     def reference(

@@ -47,6 +47,15 @@ _GPT_OSS: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "quantization_config": {"quant_method": "mxfp4"},
 }
+_DEEPSEEK_YARN: dict[str, Any] = {
+    "type": "yarn",
+    "factor": 40,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096,
+}
 
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "llama-4-scout": {
@@ -90,6 +99,31 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
             "sliding_window": 1024,
             "max_position_embeddings": 131_072,
             "torch_dtype": "bfloat16",
+        },
+    },
+    "deepseek-v2-lite": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "q_lora_rank": None,
+        "moe_intermediate_size": 1408,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "max_position_embeddings": 163_840,
+        "rope_scaling": {**_DEEPSEEK_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        "torch_dtype": "bfloat16",
+    },
+    "deepseek-v3": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "max_position_embeddings": 163_840,
+        "rope_scaling": _DEEPSEEK_YARN,
+        "torch_dtype": "bfloat16",
+        "quantization_config": {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "weight_block_size": [128, 128],
         },
     },
     "gpt-oss-20b": {**_GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32},

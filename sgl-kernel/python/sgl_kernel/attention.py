@@ -36,7 +36,7 @@ from sgl_kernel.tape import empty, make
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
-MAX_HEAD_DIM = 512
+MAX_HEAD_DIM = 576
 
 
 class AttentionTables:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma3TextConfig,
     GptOssConfig,
     Llama4TextConfig,
@@ -41,6 +43,8 @@ HF_CONFIGS = {
     "Gemma3ForCausalLM": Gemma3TextConfig,
     "Gemma3ForConditionalGeneration": Gemma3TextConfig,
     "GptOssForCausalLM": GptOssConfig,
+    "DeepseekV2ForCausalLM": DeepseekV2Config,
+    "DeepseekV3ForCausalLM": DeepseekV3Config,
 }
 MULTIMODAL = {
     "Llama4ForConditionalGeneration": "llama4",
@@ -101,7 +105,7 @@ def test_missing_fields_mean_what_transformers_means(tmp_path: Path, architectur
         ("intermediate_size", dense),
         ("num_layers", "num_hidden_layers"),
         ("num_heads", "num_attention_heads"),
-        ("num_kv_heads", "num_key_value_heads"),
+        *([] if config.latent else [("num_kv_heads", "num_key_value_heads")]),
         ("rms_norm_eps", "rms_norm_eps"),
         ("max_position_embeddings", "max_position_embeddings"),
         ("tie_word_embeddings", "tie_word_embeddings"),

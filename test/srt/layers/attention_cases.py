@@ -55,6 +55,8 @@ class FakePool:
         nan = float("nan")
         self.k = [round_to(torch.full(k_shape, nan), dtype) for _ in range(spec.num_layers)]
         self.v = [round_to(torch.full(v_shape, nan), dtype) for _ in range(spec.num_layers)]
+        if spec.values_in_keys:
+            self.v = [keys[..., : spec.v_head_dim] for keys in self.k]
 
     def get_key_buffer(self, layer: int) -> torch.Tensor:
         return self.k[layer]
@@ -130,6 +132,8 @@ class Case:
             v = torch.randn(prefix + extend, spec.kv_heads, spec.v_head_dim, generator=generator)
             k, v = (widen(round_to(x, dtype), computed) for x in (k, v))
             k, v = k * layer.k_scale, v * layer.v_scale * self.value_factor
+            if spec.values_in_keys:
+                v = k[..., : spec.v_head_dim]
             kept = table.first_position
             old = table.slots(kept, prefix) if prefix > kept else torch.empty(0, dtype=torch.long)
             scales = {"k_scale": layer.k_scale, "v_scale": layer.v_scale}
@@ -204,8 +208,10 @@ def make_spec(
     v_head_dim: int | None = None,
     dtype: str = "float32",
     groups: tuple[KVGroupSpec, ...] = (KVGroupSpec(layers=(0,)),),
+    values_in_keys: bool = False,
 ) -> KVCacheSpec:
-    return KVCacheSpec(groups, kv_heads, head_dim, v_head_dim or head_dim, dtype, page_size)
+    widths = (head_dim, v_head_dim or head_dim)
+    return KVCacheSpec(groups, kv_heads, *widths, dtype, page_size, values_in_keys)
 
 
 def make_layer(
@@ -231,6 +237,7 @@ def make_layer(
         v_head_dim=spec.v_head_dim,
         logit_cap=cap,
         sinks=nn.Parameter(logits, requires_grad=False) if sinks else None,
+        values_in_keys=spec.values_in_keys,
     )
 
 

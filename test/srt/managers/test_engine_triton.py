@@ -35,8 +35,13 @@ def answers(path: str, backend: str, **flags: object) -> list[list[int]]:
         ("llama", {"page_size": 16, "kv_segment_size": 32, "kv_backing": "segment_table"}),
         ("llama", {"kv_cache_dtype": "fp8_e4m3"}),
         ("mistral", {"page_size": 4}),
+        ("deepseek_v2", {"page_size": 16, "kv_segment_size": 32, "kv_backing": "segment_table"}),
+        pytest.param(
+            *("deepseek_v3", {"page_size": 16, "kv_cache_dtype": "fp8_e4m3"}),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["mmap", "segment_table", "fp8", "windows"],
+    ids=["mmap", "segment_table", "fp8", "windows", "latents", "latents of fp8"],
 )
 def test_tokens_are_those_of_torch_native(
     family: str, flags: dict[str, object], tmp_path: Path

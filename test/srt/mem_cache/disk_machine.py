@@ -102,6 +102,12 @@ class MovingPromotingMachine(PromotingRules, MovingMachine):
     pass
 
 
+class LatentPromotingMachine(MovingPromotingMachine):
+    """Values are within keys: one plane a layer."""
+
+    options = {"disk_segments": 3, "latent": True}  # noqa: RUF012
+
+
 class RanksDiskMachine(DiskRules):
     """Two ranks: what one can't do, the other takes back."""
 

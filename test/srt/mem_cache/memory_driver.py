@@ -24,7 +24,7 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentId,
 )
-from sglang.srt.mem_cache.segment_backing.base import Plane
+from sglang.srt.mem_cache.segment_backing.base import plane_widths
 from sglang.srt.mem_cache.window_rule import window_rules
 from srt.mem_cache.fake_backing import FakeBacking
 
@@ -44,7 +44,7 @@ class PoisonedBacking(FakeBacking):
         assert self._spec is not None
         size = self._layouts[group].slots_per_segment
         for layer in self._spec.groups[group].layers:
-            for plane in Plane:
+            for plane in plane_widths(self._spec):
                 view = self.view(layer, plane)
                 for segment in segments:
                     view[segment * size : (segment + 1) * size] = value
@@ -59,14 +59,18 @@ def tiny_spec(
     page_size: int = 4,
     layers_per_group: int = 1,
     windows: Sequence[Window] = (),
+    latent: bool = False,
 ) -> KVCacheSpec:
-    """Heads of width 2 and 1, float32: 12 bytes per token and layer. `windows` empty: all full."""
+    """Heads of width 2 and 1, float32: 12 bytes per token and layer. `windows` empty: all full.
+
+    `latent`: keys are 3 wide, of which the first number is the value.
+    """
     kinds = windows or (FULL,) * num_groups
     groups = tuple(
         KVGroupSpec(tuple(range(g, num_groups * layers_per_group, num_groups)), kind, window)
         for g, (kind, window) in enumerate(kinds)
     )
-    return KVCacheSpec(groups, 1, 2, 1, "float32", page_size)
+    return KVCacheSpec(groups, 1, 3 if latent else 2, 1, "float32", page_size, latent)
 
 
 def make_memory(
@@ -80,15 +84,16 @@ def make_memory(
     backing: FakeBacking | None = None,
     windows: Sequence[Window] = (),
     disk_segments: int = 0,
+    latent: bool = False,
     **options: object,
 ) -> tuple[KVMemory, FakeBacking]:
     """A memory of tiny segments; the budget holds `budget_segments` of every group.
 
     `disk_segments`: how many of them fit on disk, over all groups. `windows`: kind and window of
-    every group, empty: `num_groups` full ones.
+    every group, empty: `num_groups` full ones. `latent` is that of `tiny_spec`.
     """
     num_groups = len(windows) or num_groups
-    spec = tiny_spec(num_groups, page_size, windows=windows)
+    spec = tiny_spec(num_groups, page_size, windows=windows, latent=latent)
     backing = backing or FakeBacking()
     segment_bytes = 12 * page_size * pages_per_segment
     memory = KVMemory.create(
@@ -336,8 +341,10 @@ class MemoryDriver:
         for layer in range(self.memory.spec.num_layers):
             group = pool.group_of_layer(layer)
             loc = torch.from_numpy(pool.share.write_slots(group, locs[group]).copy())
-            k = (marks + layer)[:, None, None].repeat(1, 1, 2)
-            pool.set_kv_buffer(layer, loc, k, (marks - layer)[:, None, None])
+            k, v = (marks + layer)[:, None, None].repeat(1, 1, 2), (marks - layer)[:, None, None]
+            if pool.spec.values_in_keys:
+                k = torch.cat((v, k), -1)
+            pool.set_kv_buffer(layer, loc, k, v)
 
     def _seen(self, request: Request, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots and marks of all that the newest step of a request may see in one layer."""
@@ -362,6 +369,8 @@ class MemoryDriver:
         marks = marks[torch.from_numpy(pool.share.owns(group, slots.numpy() // pool.page_size))]
         slots = torch.from_numpy(pool.share.own_slots(group, slots.numpy()))
         keys, values = pool.get_key_buffer(layer)[slots], pool.get_value_buffer(layer)[slots]
+        if pool.spec.values_in_keys:
+            keys = keys[..., 1:]
         assert torch.equal(keys, (marks + layer)[:, None, None].repeat(1, 1, 2)), request
         assert torch.equal(values, (marks - layer)[:, None, None]), request
 

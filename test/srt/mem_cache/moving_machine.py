@@ -100,6 +100,12 @@ class MovingMachine(MemoryMachine):
         self.on_ranks(lambda driver: driver.decode([(r, token) for r in driver.requests]))
 
 
+class LatentMovingMachine(MovingMachine):
+    """Values are within keys: one plane a layer."""
+
+    options = {"latent": True}  # noqa: RUF012
+
+
 class TwoGroupMovingMachine(MovingMachine):
     num_groups = 2
 

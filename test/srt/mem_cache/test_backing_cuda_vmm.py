@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.kv_layout import (
     SegmentLayout,
     make_segment_layouts,
 )
-from sglang.srt.mem_cache.segment_backing.base import Plane, StagedBacking
+from sglang.srt.mem_cache.segment_backing.base import Plane, StagedBacking, plane_widths
 from sglang.srt.mem_cache.segment_backing.cuda_vmm import (
     MAX_WAIT_S,
     CudaVmmBacking,
@@ -32,12 +32,15 @@ ONE = KVCacheSpec((KVGroupSpec((0, 1)),), 1, 4, 2, "float32", 4)
 TWO = KVCacheSpec(
     (KVGroupSpec((0, 2)), KVGroupSpec((1,), GroupKind.SLIDING, 8)), 1, 4, 2, "float32", 4
 )
-SPECS = pytest.mark.parametrize("spec", [ONE, TWO], ids=["one group", "two groups"])
+LATENT = KVCacheSpec((KVGroupSpec((0, 1)),), 1, 3, 2, "float32", 4, values_in_keys=True)
+SPECS = pytest.mark.parametrize(
+    "spec", [ONE, TWO, LATENT], ids=["one group", "two groups", "latents"]
+)
 HANDLES = pytest.mark.parametrize("handle_bytes", [None, GRANULE, 3 * GRANULE])
 
 
 def layouts_of(spec: KVCacheSpec, granule: int = GRANULE) -> tuple[SegmentLayout, ...]:
-    """Segments of 128 tokens: a key plane's part is 8 granules, a value plane's 4."""
+    """Segments of 128 tokens: a key plane's part is 8 granules, a value plane's 4; latents' 6."""
     return make_segment_layouts(
         spec,
         slots_per_segment=128,
@@ -85,7 +88,7 @@ def test_reserve_takes_a_range_per_plane_and_backs_page_zero(
     backing, driver = make(spec, handle_bytes)
     layouts = layouts_of(spec)
     assert isinstance(backing, StagedBacking)
-    assert len(driver.ranges) == 2 * spec.num_layers
+    assert len(driver.ranges) == len(plane_widths(spec)) * spec.num_layers
     assert sum(driver.ranges.values()) == sum(layout.reserved_bytes for layout in layouts)
     assert driver.used_bytes == backing.held_bytes == sum(one.fixed_bytes for one in layouts)
     for address in driver.ranges:
@@ -110,7 +113,8 @@ def test_segments_come_and_go_and_leave_no_trace(
     fixed = sum(layout.fixed_bytes for layout in layouts)
     assert driver.used_bytes == fixed + 3 * sum(layout.segment_bytes for layout in layouts)
     biggest = max(driver.handles.values())
-    assert biggest == (8 * GRANULE if handle_bytes is None else handle_bytes)
+    widest = (6 if spec.values_in_keys else 8) * GRANULE  # keys of a segment
+    assert biggest == (widest if handle_bytes is None else handle_bytes)
     for plane in backing._planes:
         driver.touch(plane.address + plane.segment_bytes, 3 * plane.segment_bytes)
     for group in all_groups(spec):
@@ -234,7 +238,7 @@ def test_whichever_call_of_reserve_fails_nothing_is_held(spec: KVCacheSpec) -> N
         break
     driver.fail_at = 0
     # a range, a handle, a mapping and access for every plane
-    assert n == 4 * 2 * spec.num_layers + 1
+    assert n == 4 * len(plane_widths(spec)) * spec.num_layers + 1
     backing.close()
 
 

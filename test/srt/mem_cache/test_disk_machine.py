@@ -8,6 +8,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from srt.mem_cache.disk_machine import (
     DiskMachine,
     DiskRules,
+    LatentPromotingMachine,
     MovingDiskMachine,
     MovingPromotingMachine,
     OnlyWindowsDiskMachine,
@@ -35,6 +36,7 @@ MACHINES = {
     RanksPromotingMachine: 20,
     WindowPromotingMachine: 15,
     MovingPromotingMachine: 15,
+    LatentPromotingMachine: 10,
 }
 
 

@@ -12,6 +12,7 @@ from srt.mem_cache.memory_machine import machine_settings
 from srt.mem_cache.moving_machine import (
     ChunkedMovingMachine,
     ChunkedRanksMovingMachine,
+    LatentMovingMachine,
     MovingMachine,
     RanksMovingMachine,
     SlidingMovingMachine,
@@ -27,6 +28,7 @@ MACHINES = {
     TwoGroupMovingMachine: 20,
     SlidingMovingMachine: 30,
     ChunkedMovingMachine: 30,
+    LatentMovingMachine: 15,
     SlowMovingMachine: 20,
     SlowSlidingMovingMachine: 20,
     RanksMovingMachine: 15,

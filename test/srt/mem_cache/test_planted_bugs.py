@@ -143,7 +143,7 @@ def _copy_of_one_layer_lost(patch: pytest.MonkeyPatch) -> None:
     def keys_only(self: MHATokenToKVPool, layer: int) -> tuple[object]:
         return (self.get_key_buffer(layer),)
 
-    patch.setattr(MHATokenToKVPool, "get_kv_buffer", keys_only)
+    patch.setattr(MHATokenToKVPool, "stored_planes", keys_only)
 
 
 def _table_not_told(patch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,10 @@ ARCHS = {
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
     "llama4_text": gguf.MODEL_ARCH.LLAMA4,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
+    "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
+    "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
 }
+_OUTPUTS_FIRST = ("qwen3_moe", "deepseek_v2", "deepseek_v3")
 # Experts of a layer in a model's own state: what becomes of a merged tensor's halves.
 _MERGED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
@@ -41,11 +44,13 @@ def write_gguf(
     metadata: dict[str, Any] | None = None,
     extra_tensors: dict[str, npt.NDArray[np.float32]] | None = None,
     leave_out: tuple[str, ...] = (),
+    splits_latents: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Write `model`; matrices in `quant`, vectors in float32.
 
-    `metadata` adds or replaces keys (with `{arch}.` spelled out). Returns what the file holds
-    under Hugging Face names: dequantised, before the permutation.
+    `metadata` adds or replaces keys (with `{arch}.` spelled out). `splits_latents` as newer files
+    of latent attention do. Returns what the file holds under Hugging Face names:
+    dequantised, before the permutation.
     """
     config = model.config
     arch = ARCHS[config.model_type]
@@ -53,7 +58,10 @@ def write_gguf(
     _write_metadata(writer, config, metadata or {})
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     held: dict[str, torch.Tensor] = {}
-    for name, tensor in stacked_experts(model).items():
+    state = stacked_experts(model)
+    if splits_latents:
+        state = _with_split_latents(state, config)
+    for name, tensor in state.items():
         if name in leave_out or (config.tie_word_embeddings and name == "lm_head.weight"):
             continue
         values = tensor.float().numpy()
@@ -63,6 +71,8 @@ def write_gguf(
             heads = next((n for part, n in heads.items() if part in name), None)
         stored = values if heads is None else permute(values, heads)
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias", ""))
+        if name.endswith("e_score_correction_bias"):
+            gguf_name = f"blk.{name.split('.')[2]}.exp_probs_b.bias"
         if name.endswith("sinks"):
             gguf_name += ".weight"
         if values.ndim == 1 or name.endswith("bias") or "ffn_gate_inp" in gguf_name:
@@ -93,14 +103,68 @@ def stacked_experts(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             state[name] = tensor
             continue
         leaf, is_bias = leaf.removesuffix("_bias"), leaf.endswith("_bias")
-        # Qwen3-MoE keeps outputs first; gpt-oss alternates gates and ups.
-        whole = tensor if is_bias or kind == "qwen3_moe" else tensor.transpose(1, 2)
+        # gpt-oss alternates gates and ups.
+        whole = tensor if is_bias or kind in _OUTPUTS_FIRST else tensor.transpose(1, 2)
         parts = (whole,)
         if leaf == "gate_up_proj":
             parts = (whole[:, ::2], whole[:, 1::2]) if kind == "gpt_oss" else whole.chunk(2, 1)
         for part, values in zip(_MERGED[leaf], parts, strict=True):
             state[f"{head}.experts.{part}.{'bias' if is_bias else 'weight'}"] = values.contiguous()
     return state
+
+
+def _with_split_latents(state: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """Each weight between latents and heads as its two parts, that of keys turned round."""
+    made = {}
+    for name, tensor in state.items():
+        if "kv_b_proj" not in name:
+            made[name] = tensor
+            continue
+        heads = tensor.view(config.num_attention_heads, -1, config.kv_lora_rank)
+        keys, values = heads.split((config.qk_nope_head_dim, config.v_head_dim), 1)
+        made[name.replace("kv_b_proj", "k_b_proj")] = keys.transpose(1, 2).contiguous()
+        made[name.replace("kv_b_proj", "v_b_proj")] = values.contiguous()
+    return made
+
+
+def latent_metadata(config: Any, *, splits_latents: bool) -> dict[str, Any]:
+    """Keys of latent attention, of the older age or the newer."""
+    rope = config.rope_parameters
+    width = config.qk_nope_head_dim + config.qk_rope_head_dim
+    values: dict[str, Any] = {
+        "attention.head_count_kv": 1 if splits_latents else config.num_attention_heads,
+        "attention.key_length": width,
+        "attention.value_length": config.v_head_dim,
+        "attention.kv_lora_rank": config.kv_lora_rank,
+        "attention.q_lora_rank": config.q_lora_rank,
+        "rope.dimension_count": config.qk_rope_head_dim,
+        "expert_count": config.n_routed_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_shared_count": config.n_shared_experts,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "leading_dense_block_count": config.first_k_dense_replace,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        "expert_weights_norm": bool(config.norm_topk_prob),
+        "expert_gating_func": 2 if config.model_type == "deepseek_v3" else 1,
+        "expert_group_count": config.n_group,
+        "expert_group_used_count": config.topk_group,
+    }
+    if splits_latents:
+        values |= {
+            "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
+            "attention.value_length": config.kv_lora_rank,
+            "attention.key_length_mla": width,
+            "attention.value_length_mla": config.v_head_dim,
+        }
+    if rope["rope_type"] == "yarn":
+        values |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(rope["factor"]),
+            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+            "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast", 32.0)),
+            "rope.scaling.yarn_log_multiplier": 0.1 * rope["mscale_all_dim"],
+        }
+    return {f"deepseek2.{key}": value for key, value in values.items()}
 
 
 def _write_metadata(writer: gguf.GGUFWriter, config: Any, changes: dict[str, Any]) -> None:

@@ -32,6 +32,8 @@ class PlainPool:
         layers = range(spec.num_layers)
         self._k = [torch.full((*shape, spec.head_dim), nan, dtype=dtype) for _ in layers]
         self._v = [torch.full((*shape, spec.v_head_dim), nan, dtype=dtype) for _ in layers]
+        if spec.values_in_keys:
+            self._v = [keys[..., : spec.v_head_dim] for keys in self._k]
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor:
         return self._k[layer_id]
@@ -87,6 +89,7 @@ class Runner:
             v_head_dim=config.v_head_dim,
             dtype=str(dtype).removeprefix("torch."),
             page_size=page_size,
+            values_in_keys=config.latent is not None,
         )
         self.pool = PlainPool(self.spec, num_pages * page_size, dtype)
         self.backend = TorchNativeAttnBackend(self.spec)

@@ -5,6 +5,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GptOssConfig,
@@ -37,6 +41,10 @@ MOE_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
 MIXED_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "gpt_oss": (GptOssConfig, GptOssForCausalLM),
+}
+LATENT_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
 }
 CHUNK = 24
 WINDOW = 20
@@ -92,6 +100,46 @@ MIXED_FIELDS: dict[str, dict[str, Any]] = {
         },
     },
 }
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "beta_fast": 8.0,
+        "beta_slow": 1.0,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.5,
+        "original_max_position_embeddings": 64,
+        "rope_theta": 1e3,
+    },
+}
+LATENT_FIELDS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {
+        **_LATENT,
+        "n_shared_experts": 2,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 3.0,
+    },
+    "deepseek_v3": {**_LATENT, "n_shared_experts": 1, "n_group": 4, "topk_group": 2},
+}
+LITE: dict[str, Any] = {  # as DeepSeek-V2-Lite differs from V2
+    "q_lora_rank": None,
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+}
 VOCAB = 160
 
 
@@ -100,7 +148,8 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
 
     Weights are larger than a fresh model's, so that attention and logits are far from uniform.
     """
-    config_class, model_class = {**FAMILIES, **MOE_FAMILIES, **MIXED_FAMILIES}[family]
+    families = {**FAMILIES, **MOE_FAMILIES, **MIXED_FAMILIES, **LATENT_FAMILIES}
+    config_class, model_class = families[family]
     fields: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -115,6 +164,7 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
         "attn_implementation": "eager",
         **MOE_FIELDS.get(family, {}),
         **MIXED_FIELDS.get(family, {}),
+        **LATENT_FIELDS.get(family, {}),
         **changes,
     }
     if family == "qwen3":

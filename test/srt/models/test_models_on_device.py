@@ -28,6 +28,7 @@ from sglang.srt.utils.progress import Progress
 from srt.layers.attention_cases import make_tables
 from srt.models.hf_models import (
     FAMILIES,
+    LATENT_FAMILIES,
     MIXED_FAMILIES,
     MOE_FAMILIES,
     make_hf_model,
@@ -49,7 +50,9 @@ class MetaRuntime(LateRuntime):
 
 
 @pytest.mark.parametrize("lengths", [WHOLE, DECODES], ids=["prompts", "decodes"])
-@pytest.mark.parametrize("family", sorted({**FAMILIES, **MIXED_FAMILIES, **MOE_FAMILIES}))
+@pytest.mark.parametrize(
+    "family", sorted({**FAMILIES, **MIXED_FAMILIES, **MOE_FAMILIES, **LATENT_FAMILIES})
+)
 def test_a_step_waits_for_nothing(
     family: str,
     lengths: list[tuple[int, int]],

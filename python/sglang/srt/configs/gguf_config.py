@@ -16,6 +16,12 @@ import gguf
 import numpy as np
 
 from sglang.srt.configs.gguf_file import GGUFHeader, read_gguf_header, read_gguf_rows
+from sglang.srt.configs.gguf_latent import (
+    LATENT,
+    latent_expert_fields,
+    latent_fields,
+    latent_yarn_fields,
+)
 
 _ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),
@@ -24,6 +30,7 @@ _ARCHITECTURES = {
     "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
     "llama4": ("Llama4ForCausalLM", "llama4_text"),
     "gpt-oss": ("GptOssForCausalLM", "gpt_oss"),
+    "deepseek2": ("DeepseekV2ForCausalLM", "deepseek_v2"),
 }
 _MIXTURES = frozenset({"qwen3moe", "llama4", "gpt-oss"})
 _WITHOUT_HEAD_NORMS = 128  # experts: of the published Llama 4 files those of so many (Maverick)
@@ -60,12 +67,17 @@ def gguf_to_hf_config(path: str | Path) -> tuple[dict[str, Any], tuple[float, ..
     reader = _Reader(header, str(name))
     reader.refuse_other_features()
     raw = reader.shape_fields()
-    raw |= reader.rope_fields(raw["head_dim"])
+    turned = raw["head_dim"]
+    if name in LATENT:
+        raw |= latent_fields(reader.get, reader.need)
+        raw |= latent_expert_fields(reader.get, reader.need, header.tensors)
+        turned = raw["qk_rope_head_dim"]
+    raw |= reader.rope_fields(turned)
     raw |= reader.token_ids()
     if name in _MIXTURES:
         raw |= expert_fields(reader)
     raw["torch_dtype"] = _widest_dtype(header)
-    return raw, _freq_factors(header, raw["head_dim"])
+    return raw, _freq_factors(header, turned)
 
 
 class _Reader:
@@ -94,7 +106,7 @@ class _Reader:
         for key in _REFUSED_UNLESS_ZERO:
             if self.get(key, 0):
                 raise ValueError(f"{self.name}.{key} is not supported")
-        if self.name not in _MIXTURES and self.get("expert_count", 0):
+        if self.name not in _MIXTURES | LATENT and self.get("expert_count", 0):
             raise ValueError(f"{self.name}.expert_count is not supported")
         for tensor in self.header.tensors:
             if tensor.startswith("rope_factors_"):
@@ -112,7 +124,8 @@ class _Reader:
             if heads < 1 or hidden % heads:
                 raise ValueError(f"embedding_length {hidden} is not a multiple of {heads} heads")
             head_dim = hidden // heads
-        if int(self.get("attention.value_length", head_dim)) != head_dim:
+        value_dim = int(self.get("attention.value_length", head_dim))
+        if value_dim != head_dim and self.name not in LATENT:
             raise ValueError("keys and values of different width are not supported")
         raw: dict[str, Any] = {
             "architectures": [architecture],
@@ -159,6 +172,8 @@ class _Reader:
             rope["original_max_position_embeddings"] = int(original)
         if kind == "yarn":
             rope |= self._yarn_fields(factor)
+            if self.name in LATENT:
+                rope |= latent_yarn_fields(self.get)
             if self.name == "gpt-oss":
                 rope["truncate"] = False
         return {"rope_parameters": rope}

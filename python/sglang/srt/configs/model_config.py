@@ -52,6 +52,7 @@ class ModelConfig(ModelTraits):
     """One model, whatever file it came from; what sets the families apart is in `ModelTraits`.
 
     `num_heads`, `num_kv_heads` and `vocab_size` are the whole model's, not one rank's.
+    Of latent attention the kept row is the one kv head: `head_dim` wide, its latent `v_head_dim`.
     `intermediate_size` is the width of the dense MLPs. `max_position_embeddings` is the trained
     context length in tokens, rope scaling included. `torch_dtype` is the checkpoint's own
     type ("float32", "float16" or "bfloat16"; quantised GGUF counts as float16). `bos_token_id` is
@@ -265,12 +266,17 @@ def _build(
     values = {**_COMMON_DEFAULTS, **family.defaults}
     values.update({k: v for k, v in raw.items() if v is not None or k in family.null_means_none})
     hidden, heads = positive(values, "hidden_size"), positive(values, "num_attention_heads")
-    head_dim, kv_heads = _head_shape(values, hidden, heads)
+    num_layers = positive(values, "num_hidden_layers")
+    traits = family.read_traits(values, num_layers)
+    if traits.latent is None:
+        head_dim, kv_heads = _head_shape(values, hidden, heads)
+        v_head_dim = head_dim
+    else:
+        head_dim, kv_heads, v_head_dim = traits.latent.row_width, 1, traits.latent.kv_rank
     activation = values[family.act_field]
     if activation not in family.hidden_acts:
         supported = " or ".join(repr(name) for name in family.hidden_acts)
         raise ValueError(f"{family.act_field} {activation!r} is not supported; only {supported} is")
-    num_layers = positive(values, "num_hidden_layers")
     max_position = positive(values, "max_position_embeddings")
     rope = rope_config_from_hf(
         values,
@@ -278,7 +284,6 @@ def _build(
         default_theta=family.rope_theta,
         layer_type=family.rope_layer_type,
     )
-    traits = family.read_traits(values, num_layers)
     length = max_position
     if traits.encoder is not None:
         length -= traits.encoder.first_position
@@ -294,7 +299,7 @@ def _build(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        v_head_dim=head_dim,
+        v_head_dim=v_head_dim,
         rms_norm_eps=float(values["rms_norm_eps"]),
         tie_word_embeddings=bool(values["tie_word_embeddings"]),
         hidden_act=str(activation),

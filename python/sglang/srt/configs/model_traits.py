@@ -26,13 +26,33 @@ class ClampedGateConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertChoice:
+    """How DeepSeek's routers choose (arXiv 2405.04434, 2.2.2; 2412.19437, 2.1.2).
+
+    An expert's score is the softmax over all logits or, with `sigmoid`, its own logit's sigmoid.
+    `biased`: a bias that is learned for each expert joins the scores when they choose, not when
+    they weigh. Experts stand in `num_groups` equal groups, of which the best `kept_groups` are
+    chosen from; a group is as good as the sum of its `group_best` best experts. The chosen
+    experts' weights are multiplied by `scaling` in the end.
+    """
+
+    sigmoid: bool = False
+    biased: bool = False
+    num_groups: int = 1
+    kept_groups: int = 1
+    group_best: int = 1
+    scaling: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class MoEConfig:
     """Mixtures of experts in place of the MLPs of `layers`.
 
     Every token goes through `experts_per_token` of `num_experts` experts of width
     `intermediate_size` and, unless None, through a shared one of width
     `shared_intermediate_size`. `renormalize`: the chosen experts' shares add up to 1.
-    `clamped_gate` None: experts compute silu(gate) * up.
+    `clamped_gate` None: experts compute silu(gate) * up. `choice` None: the largest softmax
+    chooses.
     """
 
     layers: frozenset[int]
@@ -42,6 +62,28 @@ class MoEConfig:
     shared_intermediate_size: int | None = None
     renormalize: bool = False
     clamped_gate: ClampedGateConfig | None = None
+    choice: ExpertChoice | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LatentConfig:
+    """Multi-head latent attention (arXiv 2405.04434, 2.1): what is kept of a token, and heads.
+
+    A token keeps a latent of `kv_rank` numbers and a key of `rope_dim` numbers that turns, both
+    for all heads. A query head has `nope_dim` numbers that don't turn and `rope_dim` that do, a
+    value head `v_dim`. Queries come by way of `q_rank` numbers, or straight where it is None.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+
+    @property
+    def row_width(self) -> int:
+        """Numbers that a layer keeps of a token."""
+        return self.kv_rank + self.rope_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +123,9 @@ class ModelTraits:
     window turn by `window_rope` unless it is None. `temperature` is that of the layers that don't
     turn, `moe` None where every MLP is dense.
 
+    `latent` None: keys and values are kept head by head. Otherwise rotation, windows and caps are
+    those of the turning parts and the scores.
+
     Scores are q k^T times `attention_scaling` (None: head_dim ** -0.5). A cap c > 0 turns scores
     (`attention_logit_cap`) or logits (`final_logit_cap`) s into c * tanh(s / c).
 
@@ -99,6 +144,7 @@ class ModelTraits:
     window_rope: RopeConfig | None = None
     temperature: TemperatureConfig | None = None
     moe: MoEConfig | None = None
+    latent: LatentConfig | None = None
     attention_scaling: float | None = None
     attention_logit_cap: float = 0.0
     final_logit_cap: float = 0.0

@@ -75,6 +75,16 @@ class RopeConfig:
             return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
         return self._magnitude(1.0)
 
+    @property
+    def softmax_scaling(self) -> float:
+        """What DeepSeek's attention scores are multiplied with beside (head width)^-0.5.
+
+        1.0 except for yarn with `mscale_all_dim`, whose magnitude counts for queries and for keys.
+        """
+        if self.rope_type != "yarn" or not self.mscale_all_dim:
+            return 1.0
+        return self._magnitude(self.mscale_all_dim) ** 2
+
     def _magnitude(self, mscale: float) -> float:
         return 1.0 if self.factor <= 1.0 else 0.1 * mscale * math.log(self.factor) + 1.0
 

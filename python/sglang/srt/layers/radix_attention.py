@@ -24,7 +24,8 @@ class RadixAttention(nn.Module):
     all). `logit_cap` c > 0 turns a score s into c * tanh(s / c). Query head h reads kv head
     h // (num_heads / num_kv_heads). `sinks` [H] are logits of a key without value, one a head,
     that every query sees: they take their share of the softmax and give nothing (None: no such
-    key). Raises ValueError for impossible shapes.
+    key). With `values_in_keys` v is the first numbers of k's heads, as in latent attention, and
+    what is stored of k is all. Raises ValueError for impossible shapes.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class RadixAttention(nn.Module):
         v_head_dim: int | None = None,
         logit_cap: float = 0.0,
         sinks: nn.Parameter | None = None,
+        values_in_keys: bool = False,
     ) -> None:
         super().__init__()
         if num_heads % num_kv_heads:
@@ -64,6 +66,7 @@ class RadixAttention(nn.Module):
         self.attention_chunk = attention_chunk
         self.logit_cap = logit_cap
         self.sinks: torch.Tensor | None = sinks
+        self.values_in_keys = values_in_keys
         self.k_scale = self.v_scale = 1.0
 
     def set_kv_scales(self, k_scale: float, v_scale: float) -> None:
@@ -71,8 +74,10 @@ class RadixAttention(nn.Module):
 
         Scores are products with what is stored, so `scaling` takes `k_scale` up, before caps, sinks
         and log-sum-exps; what attention gives is linear in v, so `forward` multiplies its result,
-        where the backend has not done that.
+        where the backend has not done that. Where v stands in k, `k_scale` is for both.
         """
+        if self.values_in_keys:
+            v_scale = k_scale
         self.scaling *= k_scale / self.k_scale
         self.k_scale, self.v_scale = k_scale, v_scale
 

@@ -79,6 +79,7 @@ def kv_cache_spec(
         v_head_dim=config.v_head_dim,
         dtype=dtype,
         page_size=page_size,
+        values_in_keys=config.latent is not None,
     )
 
 

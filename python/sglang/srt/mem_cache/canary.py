@@ -231,7 +231,7 @@ class KVCanary:
             chosen = torch.from_numpy(part)
             total = np.zeros(len(part), np.uint64)
             for layer in self._pool.spec.groups[group].layers:
-                for buffer in self._pool.get_kv_buffer(layer):
+                for buffer in self._pool.stored_planes(layer):
                     total = total * _MIX + _row_sums(buffer[chosen.to(buffer.device)])
             sums[first : first + _SUM_SLOTS] = total
         return sums

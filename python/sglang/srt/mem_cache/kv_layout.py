@@ -68,8 +68,10 @@ class KVGroupSpec:
 class KVCacheSpec:
     """What the KV cache of one rank holds: its groups, heads and widths.
 
-    `kv_heads` are this rank's. `dtype` is a key of `DTYPE_BYTES`. Raises ValueError when the
-    groups do not cover layers 0..n-1 exactly once.
+    `kv_heads` are this rank's. `dtype` is a key of `DTYPE_BYTES`. With `values_in_keys` a head's V
+    are the first `v_head_dim` numbers of its K, and a layer has one plane instead of two: see
+    docs/kv_segments.md, Note [Latent attention]. Raises ValueError when the groups do not cover
+    layers 0..n-1 exactly once, and for widths and types that can't be kept so.
     """
 
     groups: tuple[KVGroupSpec, ...]
@@ -78,6 +80,7 @@ class KVCacheSpec:
     v_head_dim: int
     dtype: str
     page_size: int
+    values_in_keys: bool = False
 
     def __post_init__(self) -> None:
         layers = sorted(layer for group in self.groups for layer in group.layers)
@@ -92,6 +95,12 @@ class KVCacheSpec:
             )
         if min(self.kv_heads, self.head_dim, self.v_head_dim, self.page_size) < 1:
             raise ValueError("heads, widths and page size must be positive")
+        if self.values_in_keys and self.dtype == "int8":
+            raise ValueError(
+                "a KV cache of int8 can't hold latent attention, whose values are parts of keys"
+            )
+        if self.values_in_keys and self.v_head_dim > self.head_dim:
+            raise ValueError(f"values of {self.v_head_dim} are no part of keys of {self.head_dim}")
 
     @property
     def num_groups(self) -> int:
@@ -108,7 +117,9 @@ class KVCacheSpec:
 
     @property
     def v_width(self) -> int:
-        """As `k_width`, of V."""
+        """As `k_width`, of V; 0 where V has no plane."""
+        if self.values_in_keys:
+            return 0
         return self.v_head_dim + (INT8_SCALE_BYTES if self.dtype == "int8" else 0)
 
     @property
@@ -118,7 +129,7 @@ class KVCacheSpec:
 
     @property
     def v_bytes_per_slot_layer(self) -> int:
-        """Bytes of one token's V in one layer (one plane)."""
+        """Bytes of one token's V in one layer (one plane); 0 where V has none."""
         return self.kv_heads * self.v_width * DTYPE_BYTES[self.dtype]
 
     def bytes_per_slot(self, group: GroupId) -> int:
@@ -172,7 +183,7 @@ class SegmentLayout:
     max_segments: int
     num_layers: int
     k_bytes_per_slot: int  # one layer
-    v_bytes_per_slot: int  # one layer
+    v_bytes_per_slot: int  # one layer; 0: V has no plane
     granule_bytes: int
     kv_parallel: int = 1
 
@@ -185,6 +196,12 @@ class SegmentLayout:
     @property
     def slots_per_segment(self) -> int:
         return self.pages_per_segment * self.page_size
+
+    @property
+    def plane_bytes_per_slot(self) -> tuple[int, ...]:
+        """Bytes of a token in each plane of a layer: K's, and V's where it has one."""
+        both = (self.k_bytes_per_slot, self.v_bytes_per_slot)
+        return both if self.v_bytes_per_slot else both[:1]
 
     @property
     def num_slots(self) -> int:
@@ -206,7 +223,7 @@ class SegmentLayout:
     def fixed_bytes(self) -> int:
         """What permanently backs page 0: as many granules per plane as one page needs."""
         total = 0
-        for per_slot in (self.k_bytes_per_slot, self.v_bytes_per_slot):
+        for per_slot in self.plane_bytes_per_slot:
             page_bytes = self.page_size * per_slot
             total += math.ceil(page_bytes / self.granule_bytes) * self.granule_bytes
         return total * self.num_layers

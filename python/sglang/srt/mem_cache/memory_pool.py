@@ -2,8 +2,8 @@
 
 `ReqToTokenPool` owns the rows and their block tables: rows exist while a request runs, nothing is
 sized requests x context. `MHATokenToKVPool` gives layers zero-copy views of the backing and
-writes new tokens into them. The facade calls the first, compute the second; neither decides
-which page goes to whom.
+writes new tokens into them, `MLATokenToKVPool` where latent attention keeps one row for both. The
+facade calls the first, compute the others; none decides which page goes to whom.
 
 Shape letters: T packed new tokens, S slots of a group's whole space, G kv heads, D head dim.
 """
@@ -26,6 +26,7 @@ from sglang.srt.mem_cache.segment_backing.base import (
     Plane,
     SegmentBacking,
     TableBacking,
+    plane_widths,
 )
 from sglang.srt.mem_cache.segment_backing.segment_plane import (
     SegmentPart,
@@ -151,6 +152,7 @@ class MHATokenToKVPool:
         self.page_size = spec.page_size
         self.dtype = KV_TORCH_DTYPES[spec.dtype]
         self._group_of_layer = spec.group_of_layer()
+        self._num_planes = len(plane_widths(spec))
         self._take_planes(backing)
         self._is_byte = self.dtype.itemsize == 1
         self._runtime: DeviceRuntime = CpuRuntime()
@@ -196,6 +198,10 @@ class MHATokenToKVPool:
         """Both buffers of one layer."""
         return self.get_key_buffer(layer_id), self.get_value_buffer(layer_id)
 
+    def stored_planes(self, layer_id: int) -> tuple[torch.Tensor | SegmentPlane, ...]:
+        """All memory of one layer: K's plane, and V's where it has one."""
+        return self.get_kv_buffer(layer_id)[: self._num_planes]
+
     def group_of_layer(self, layer_id: int) -> int:
         """The layer group whose slots this layer's buffers are indexed by."""
         return self._group_of_layer[layer_id]
@@ -224,8 +230,8 @@ class MHATokenToKVPool:
         if pieces is None:
             self._scatter(layer_id, loc, k, v, k_scale, v_scale)
             return
-        keys, values = self._keys[layer_id], self._values[layer_id]
-        for buffer, new, scale in ((keys, k, k_scale), (values, v, v_scale)):
+        buffers, news = (self._keys[layer_id], self._values[layer_id]), ((k, k_scale), (v, v_scale))
+        for buffer, (new, scale) in zip(buffers[: self._num_planes], news, strict=False):
             source, target = raw(round_to(new, self.dtype, scale)), raw(buffer)
             for row, slot, count in pieces:
                 target[slot : slot + count].copy_(source[row : row + count])
@@ -260,7 +266,8 @@ class MHATokenToKVPool:
             rows = (k.flatten(1), v.flatten(1))
             there.store_kv(*rows, loc, keys, values, k_scale=k_scale, v_scale=v_scale)
             return
-        for buffer, new, scale in ((keys, k, k_scale), (values, v, v_scale)):
+        buffers, news = (self._keys[layer_id], self._values[layer_id]), ((k, k_scale), (v, v_scale))
+        for buffer, (new, scale) in zip(buffers[: self._num_planes], news, strict=False):
             raw(buffer).index_copy_(0, loc, raw(round_to(new, self.dtype, scale)))
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
@@ -294,10 +301,67 @@ class MHATokenToKVPool:
         return f"{type(self).__name__}(layers={self.spec.num_layers}, dtype={self.spec.dtype})"
 
 
+class MLATokenToKVPool(MHATokenToKVPool):
+    """The rows of latent attention, one plane a layer: a token's latent, then its rotary key.
+
+    Both are one head's K, of which the latent is V too. See docs/kv_segments.md, Note [Latent
+    attention].
+    """
+
+    def _take_planes(self, backing: SegmentBacking) -> None:
+        self._keys = [backing.view(layer, Plane.KEY) for layer in range(self.spec.num_layers)]
+        self._values = self._keys  # what scatters writes two planes: here the same row twice
+
+    @property
+    def kv_lora_rank(self) -> int:
+        """Numbers of a latent."""
+        return self.spec.v_head_dim
+
+    @property
+    def qk_rope_head_dim(self) -> int:
+        """Numbers of a rotary key."""
+        return self.spec.head_dim - self.spec.v_head_dim
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        """Latents of one layer, [S, 1, `kv_lora_rank`]: the beginnings of the keys."""
+        return self._keys[layer_id].narrow(-1, 0, self.kv_lora_rank)
+
+    def set_mla_kv_buffer(
+        self,
+        layer_id: int,
+        loc: torch.Tensor,
+        cache_k_nope: torch.Tensor,
+        cache_k_rope: torch.Tensor,
+    ) -> None:
+        """Write latents [T, 1, `kv_lora_rank`] and rotary keys [T, 1, `qk_rope_head_dim`].
+
+        `loc` as in `set_kv_buffer`.
+        """
+        rows = torch.cat((cache_k_nope, cache_k_rope), -1)
+        self.set_kv_buffer(layer_id, loc, rows, cache_k_nope)
+
+    def get_kv_size_bytes(self) -> tuple[int, int]:
+        """See MHATokenToKVPool: values take nothing of their own."""
+        return super().get_kv_size_bytes()[0], 0
+
+    def _scatter(
+        self,
+        layer_id: int,
+        loc: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_scale: float,
+        v_scale: float,
+    ) -> None:
+        del v, v_scale  # both are in k
+        super()._scatter(layer_id, loc, k, k, k_scale, k_scale)
+
+
 class SegmentTableKVPool(MHATokenToKVPool):
     """K and V over a segment table: buffers are `SegmentPlane`s, writes go segment by segment.
 
     How a step's slots fall into segments is found once per step and group, not once per layer.
+    Where values have no plane, keys' rows begin with them: see `MLATokenToKVPool`.
     """
 
     contiguous: ClassVar[bool] = False
@@ -307,7 +371,9 @@ class SegmentTableKVPool(MHATokenToKVPool):
             raise InvariantError(f"{backing!r} is no segment table")
         layers = range(self.spec.num_layers)
         self._key_planes = [backing.plane(layer, Plane.KEY) for layer in layers]
-        self._value_planes = [backing.plane(layer, Plane.VALUE) for layer in layers]
+        self._value_planes = self._key_planes
+        if not self.spec.values_in_keys:
+            self._value_planes = [backing.plane(layer, Plane.VALUE) for layer in layers]
         self._last_parts: list[SegmentPart] = []
 
     def get_key_buffer(self, layer_id: int) -> SegmentPlane:
@@ -315,7 +381,7 @@ class SegmentTableKVPool(MHATokenToKVPool):
         return self._key_planes[layer_id]
 
     def get_value_buffer(self, layer_id: int) -> SegmentPlane:
-        """Values of one layer, in pieces."""
+        """Values of one layer, in pieces; the keys where their rows begin with them."""
         return self._value_planes[layer_id]
 
     def set_kv_buffer(
@@ -333,8 +399,10 @@ class SegmentTableKVPool(MHATokenToKVPool):
             layout = self.layouts[self._group_of_layer[layer_id]]
             self._last_parts = split_by_segment(loc, layout.slots_per_segment)
             self._last_loc = loc
-        self._key_planes[layer_id].store(self._last_parts, round_to(k, self.dtype, k_scale))
-        self._value_planes[layer_id].store(self._last_parts, round_to(v, self.dtype, v_scale))
+        planes = self._key_planes[layer_id], self._value_planes[layer_id]
+        news = ((k, k_scale), (v, v_scale))
+        for plane, (new, scale) in zip(planes[: self._num_planes], news, strict=False):
+            plane.store(self._last_parts, round_to(new, self.dtype, scale))
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Bytes that all keys and all values would take, were every segment mapped."""
@@ -350,7 +418,9 @@ def make_kv_pool(
     kv_rank: int = 0,
 ) -> MHATokenToKVPool:
     """The pool that fits the backing."""
-    kind = SegmentTableKVPool if isinstance(backing, TableBacking) else MHATokenToKVPool
+    kind: type[MHATokenToKVPool] = MLATokenToKVPool if spec.values_in_keys else MHATokenToKVPool
+    if isinstance(backing, TableBacking):
+        kind = SegmentTableKVPool
     return kind(spec, layouts, backing, kv_rank)
 
 

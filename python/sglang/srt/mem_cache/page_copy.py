@@ -24,7 +24,7 @@ COPY_BUFFER_BYTES = 8 << 20
 def copy_pages(
     pool: MHATokenToKVPool, group: GroupId, sources: Int32Array, targets: Int32Array
 ) -> None:
-    """Copy whole pages of all layers of a group, K and V, byte for byte; the two are disjoint.
+    """Copy whole pages of all layers of a group, every plane, byte for byte; the two are disjoint.
 
     Each page and its target belong to one rank; every rank copies its own.
     """
@@ -34,7 +34,7 @@ def copy_pages(
         torch.from_numpy(pool.share.own_pages(group, pages)).long() for pages in (sources, targets)
     )
     for layer in pool.spec.groups[group].layers:
-        for plane in pool.get_kv_buffer(layer):
+        for plane in pool.stored_planes(layer):
             if not isinstance(plane, SegmentPlane):  # whose own tables are on the host
                 origin, goal = origin.to(plane.device), goal.to(plane.device)
             page_bytes = pool.page_size * plane.shape[1] * plane.shape[2] * plane.dtype.itemsize

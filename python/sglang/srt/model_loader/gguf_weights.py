@@ -8,6 +8,7 @@ so that rotary pairs are neighbours; they are put back into halves here, as our 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -56,9 +57,27 @@ _LAYER_NAMES = {
 _FAMILY_NAMES = {
     "qwen3_moe": {"ffn_gate_inp": "mlp.gate"},
     "gpt_oss": {"post_attention_norm": "post_attention_layernorm"},
+    "deepseek_v2": {
+        "attn_q_a": "self_attn.q_a_proj",
+        "attn_q_a_norm": "self_attn.q_a_layernorm",
+        "attn_q_b": "self_attn.q_b_proj",
+        "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+        "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+        "attn_kv_b": "self_attn.kv_b_proj",
+        "ffn_gate_inp": "mlp.gate",
+        "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+        "ffn_up_shexp": "mlp.shared_experts.up_proj",
+        "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    },
 }
 _MLP_NAMES = {"llama4_text": "feed_forward"}  # others say mlp
-_WHOLE_NAMES = {"gpt_oss": {"attn_sinks": "self_attn.sinks"}}  # without what kind it is
+_WHOLE_NAMES = {  # without what kind it is
+    "gpt_oss": {"attn_sinks": "self_attn.sinks"},
+    "deepseek_v2": {"exp_probs_b": "mlp.gate.e_score_correction_bias"},
+}
+# The two parts of one weight: what makes keys of a latent, [H, C, N], and what makes values of it,
+# [H, V, C].
+_KEYS_PART, _VALUES_PART, _BOTH_PARTS = ".attn_k_b.", ".attn_v_b.", ".attn_kv_b."
 _NOT_WEIGHTS = frozenset({"rope_freqs.weight"})  # ModelConfig has read it
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
@@ -95,7 +114,8 @@ def gguf_weights(
     """
     header = read_gguf_header(config.path)
     infos = [info for name, info in header.tensors.items() if name not in _NOT_WEIGHTS]
-    return WeightSource(_walk(header.path, infos, config, dtype, kernels), len(infos))
+    count = sum(_VALUES_PART not in info.name for info in infos)
+    return WeightSource(_walk(header.path, infos, config, dtype, kernels), count)
 
 
 def _walk(
@@ -109,7 +129,12 @@ def _walk(
     heads_of = {}
     if config.model_type in ("llama", "mistral"):
         heads_of = {".attn_q.": config.num_heads, ".attn_k.": config.num_kv_heads}
+    named = {info.name: info for info in infos}
     for info in infos:
+        if _KEYS_PART in info.name or _VALUES_PART in info.name:
+            if _KEYS_PART in info.name:
+                yield _joined(path, info, named, config, dtype)
+            continue
         order = None
         for part, heads in heads_of.items():
             if part in info.name:
@@ -124,6 +149,22 @@ def _walk(
             continue
         tensor = _dequantize(path, info, dtype)
         yield hf_name, tensor if order is None else tensor[order]
+
+
+def _joined(
+    path: Path,
+    keys: GGUFTensorInfo,
+    named: Mapping[str, GGUFTensorInfo],
+    config: ModelConfig,
+    dtype: torch.dtype,
+) -> tuple[str, torch.Tensor]:
+    """The weight between latents and heads as one, of its two parts; ValueError without both."""
+    values = named.get(keys.name.replace(_KEYS_PART, _VALUES_PART))
+    if values is None:
+        raise ValueError(f"tensor {keys.name} comes without {_VALUES_PART.strip('.')}")
+    parts = [_dequantize(path, info, dtype) for info in (keys, values)]
+    whole = torch.cat((parts[0].transpose(1, 2), parts[1]), 1).flatten(0, 1)
+    return hf_weight_name(keys.name.replace(_KEYS_PART, _BOTH_PARTS), config.model_type), whole
 
 
 def _is_kept(info: GGUFTensorInfo) -> bool:

@@ -17,6 +17,8 @@ MODEL_CLASSES = {
     "Gemma3ForCausalLM": "sglang.srt.models.gemma3:Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration": "sglang.srt.models.gemma3:Gemma3ForConditionalGeneration",
     "GptOssForCausalLM": "sglang.srt.models.gpt_oss:GptOssForCausalLM",
+    "DeepseekV2ForCausalLM": "sglang.srt.models.deepseek_v2:DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM": "sglang.srt.models.deepseek_v2:DeepseekV3ForCausalLM",
 }
 
 

@@ -9,6 +9,7 @@ from sgl_kernel.triton.attention import (
     Segments,
     Tables,
     default_tiles,
+    heads_together,
     paged_attention,
 )
 from sgl_kernel.triton.expert_codes import ExpertCodes
@@ -36,6 +37,7 @@ __all__ = [
     "default_tiles",
     "gelu_tanh_and_mul",
     "grouped_linear",
+    "heads_together",
     "is_interpreted",
     "mixture",
     "paged_attention",

@@ -9,6 +9,7 @@ Legend: R query rows, H query heads, G kv heads, J = H / G, D head dim, E value 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from sgl_kernel.triton.launch import (
 )
 from sgl_kernel.triton.work import ITEM_COLUMNS, Sight, Tile, Work
 
+_LATENT_HEADS = 16  # rows of the smallest product on a GPU's tensor cores
 _MERGED_PARTS = 16  # parts that the merge reads at a time
 _FULL, _SLIDING, _CHUNKED = 0, 1, 2
 
@@ -106,6 +108,14 @@ def default_tiles(
     return small, Tile(max(64, small.rows), 32)
 
 
+def heads_together(num_heads: int) -> int:
+    """Query heads that a program takes where all read one row, as in latent attention.
+
+    Work for it is planned as if so many were a group of a kv head of their own.
+    """
+    return math.gcd(num_heads, _LATENT_HEADS)
+
+
 def launch_sizes(
     tile: Tile, v_head_dim: int, kv_dtype: torch.dtype, *, segmented: bool
 ) -> dict[str, int]:
@@ -139,8 +149,12 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    value_dim: int | None = None,
 ) -> torch.Tensor:
     """Attention of the rows that `work` names: q [R, H, D] over k [S, G, D], v [S, G, E].
+
+    With `value_dim` E the values are the first E numbers of the keys, `v` is `k`, and G is 1: see
+    `heads_together`.
 
     K and V of fp8 are computed in q's type, others in their own; sums are float32. `work` was
     planned with the same `sight`; `scale` is above 0. Results are multiplied by `v_scale`, before
@@ -154,6 +168,9 @@ def paged_attention(
     check_device(q, plane_base(k))
     kv_heads, head_dim, v_head_dim = _check_shapes(q, k, v)
     num_rows, num_heads, _ = q.shape
+    if value_dim is not None:
+        _check_latent(k, v, kv_heads, head_dim, value_dim)
+        kv_heads, v_head_dim = num_heads // heads_together(num_heads), value_dim
     if out is None:
         out = q.new_empty(num_rows, num_heads, v_head_dim)
     parts = q.new_empty((work.num_parts, num_heads, v_head_dim), dtype=torch.float32)
@@ -169,8 +186,7 @@ def paged_attention(
             *(q.stride(0), segment_pages, span, scale, logit_cap, v_scale),
             KV_HEADS=kv_heads,
             GROUP=num_heads // kv_heads,
-            HEAD_DIM=head_dim,
-            BLOCK_D=max(16, power_of_two(head_dim)),
+            **_row_blocks(head_dim, v_head_dim, is_latent=value_dim is not None),
             BLOCK_M=tile.rows,
             BLOCK_N=tile.keys,
             PAGE_SIZE=tables.page_size,
@@ -219,6 +235,28 @@ def _types(q_dtype: torch.dtype, kv_dtype: torch.dtype) -> dict[str, Any]:
         "DOT_TYPE": TRITON_TYPES[torch.float32 if is_interpreted() else compute],
         "PRECISION": "ieee" if compute is torch.float32 else "tf32",
     }
+
+
+def _row_blocks(head_dim: int, v_head_dim: int, *, is_latent: bool) -> dict[str, Any]:
+    """How a kernel loads a row of K: at once, or what is V and the rest apart."""
+    first, rest = (v_head_dim, head_dim - v_head_dim) if is_latent else (head_dim, 0)
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, power_of_two(first)),
+        "BLOCK_R": max(16, power_of_two(rest)),
+        "LATENT": is_latent,
+    }
+
+
+def _check_latent(
+    k: torch.Tensor | Segments,
+    v: torch.Tensor | Segments,
+    heads: int,
+    head_dim: int,
+    value_dim: int,
+) -> None:
+    if v is not k or heads != 1 or not 0 < value_dim < head_dim:
+        raise KernelError(f"{value_dim} are no values within one head's keys of {head_dim}")
 
 
 def _span(sight: Sight) -> tuple[int, int]:

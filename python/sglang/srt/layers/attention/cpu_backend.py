@@ -1,14 +1,16 @@
 """Attention through the native kernels of sgl-kernel, straight on the KV pool and block tables.
 
 The batch is said once a step in arrays; a layer costs one call. What the kernels do not serve (a
-segment table, V heads of another width) is left to torch_native, which this extends, and so are
-steps with prompts where the kernels have none for them (torch's fused one is the faster one there).
+segment table, V heads of another width that are no parts of K's) is left to torch_native, which
+this extends, and so are steps with prompts where the kernels have none for them (torch's fused one
+is the faster one there).
 
 Legend: R query rows, H query heads, D head dim, S slots.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -32,6 +34,8 @@ from sglang.srt.model_executor.forward_batch_info import (
     Int64Array,
 )
 from sglang.srt.utils.native import native_kernels
+
+logger = logging.getLogger(__name__)
 
 # Queries times keys of one kernel call, so that progress shows in long prefills.
 _PAIRS_PER_CALL = 1 << 31
@@ -78,9 +82,13 @@ class CpuAttnBackend(TorchNativeAttnBackend):
         kv_dtype = KV_TORCH_DTYPES[spec.dtype]
         # What queries are computed in; None: as they come, over K and V of a byte.
         self._dtype = None if kv_dtype.itemsize == 1 else kv_dtype
+        width = spec.head_dim if spec.values_in_keys else spec.v_head_dim
         self._serves = kernels.serves_attention(
-            self._dtype or torch.float32, spec.head_dim, spec.v_head_dim, kv_dtype
+            self._dtype or torch.float32, spec.head_dim, width, kv_dtype
         )
+        if not self._serves:
+            widths = f"heads of {spec.head_dim} and {spec.v_head_dim} over {spec.dtype}"
+            logger.info("No native attention of %s; torch_native computes it.", widths)
         self._native_prompts = kernels.has_prompt_kernel()
 
     def plan(self, geometry: BatchGeometry) -> CpuPlan:
@@ -101,14 +109,12 @@ class CpuAttnBackend(TorchNativeAttnBackend):
         prompts = plan.has_prompts and any((part.counts > 1).any() for part in blocks)
         if not self._serves or (prompts and not self._native_prompts):
             return super().forward(q, layer, forward_batch, rows_pruned=rows_pruned)
-        pool = forward_batch.token_to_kv_pool
         heads = q.to(self._dtype or q.dtype).view(-1, layer.num_heads, layer.head_dim)
         out: torch.Tensor | None = None
         for part in blocks:
             out = self._kernels.paged_attention(
                 heads,
-                pool.get_key_buffer(layer.layer_id),
-                pool.get_value_buffer(layer.layer_id),
+                *self._planes(layer, forward_batch),
                 self._tables(plan, self.group_of_layer[layer.layer_id]),
                 part,
                 out=out,
@@ -121,7 +127,9 @@ class CpuAttnBackend(TorchNativeAttnBackend):
             )
             forward_batch.progress.tick()
         forward_batch.progress.tick()
-        return q.flatten(1) if out is None else out.flatten(1).to(q.dtype)
+        if out is None:
+            return q.new_empty(0, layer.num_heads * layer.v_head_dim)
+        return self._values(out, layer).flatten(1).to(q.dtype)
 
     def attend_part(
         self,
@@ -141,14 +149,12 @@ class CpuAttnBackend(TorchNativeAttnBackend):
         if not self._serves or (plan.has_prompts and not few):
             return super().attend_part(q, layer, forward_batch, rows_pruned=rows_pruned)
         group = self.group_of_layer[layer.layer_id]
-        pool = forward_batch.token_to_kv_pool
         heads = q.to(self._dtype or q.dtype).view(-1, layer.num_heads, layer.head_dim)
         out = torch.zeros_like(heads)
         lse = torch.full(heads.shape[:2], float("-inf"))
         self._kernels.paged_attention(
             heads,
-            pool.get_key_buffer(layer.layer_id),
-            pool.get_value_buffer(layer.layer_id),
+            *self._planes(layer, forward_batch),
             self._tables(plan, group),
             self._own_blocks(plan, group, rows_pruned),
             out=out,
@@ -157,7 +163,19 @@ class CpuAttnBackend(TorchNativeAttnBackend):
             logit_cap=layer.logit_cap,
             num_threads=torch.get_num_threads(),
         )
-        return out.float(), lse
+        return self._values(out, layer).float(), lse
+
+    def _planes(
+        self, layer: AttentionLayer, forward_batch: ForwardBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the layer; K twice where values are the first numbers of keys."""
+        pool = forward_batch.token_to_kv_pool
+        k: torch.Tensor = pool.get_key_buffer(layer.layer_id)
+        return k, k if self.spec.values_in_keys else pool.get_value_buffer(layer.layer_id)
+
+    def _values(self, out: torch.Tensor, layer: AttentionLayer) -> torch.Tensor:
+        """Results [R, H, E] of a call; where K was V, E of what it gave are values."""
+        return out[..., : layer.v_head_dim] if self.spec.values_in_keys else out
 
     def _own_blocks(self, plan: CpuPlan, group: int, pruned: bool) -> Any:
         """Single queries as the last tokens of what this rank holds of their requests."""

@@ -124,6 +124,8 @@ class FlashInferAttnBackend(AttentionBackend):
         self._kv_dtype = KV_TORCH_DTYPES[spec.dtype]
         if self._kv_dtype is torch.float32:
             raise ValueError("attention backend flashinfer computes in 16 bits; use --dtype")
+        if spec.values_in_keys:
+            raise ValueError("attention backend flashinfer does not serve latent attention")
         if spec.v_head_dim != spec.head_dim:
             raise ValueError("attention backend flashinfer wants K and V heads of one width")
         self.wrappers = wrappers or FlashInferWrappers()

@@ -4,6 +4,9 @@ K and V are read in place wherever a request's slots are contiguous; scattered p
 into a buffer of a few MiB; parts merge in float32. A plan per step, made when the first layer of a
 shape asks for it. Never writes K or V. Every other backend is tested against this one.
 
+Of latent attention, where values are the first numbers of keys, the keys are the values too and
+what is more of the results is cut off: K is gathered once, and the fused kernel serves it.
+
 Memory of a call is bounded whatever the context: queries in blocks, keys in pieces, one gather
 buffer that is kept, at most a few unmerged outputs.
 
@@ -82,9 +85,9 @@ class Output(NamedTuple):
     lse: torch.Tensor | None
 
     @classmethod
-    def of_layer(cls, layer: AttentionLayer, rows: int, dtype: torch.dtype) -> Output:
+    def of_layer(cls, layer: AttentionLayer, rows: int, width: int, dtype: torch.dtype) -> Output:
         """Unwritten; what sinks will scale is float32 so that it is rounded once."""
-        shape = (rows, layer.num_heads, layer.v_head_dim)
+        shape = (rows, layer.num_heads, width)
         if layer.sinks is None:
             return cls(torch.empty(shape, dtype=dtype), None)
         return cls(torch.empty(shape), torch.empty(shape[:2]))
@@ -138,12 +141,13 @@ class TorchNativeAttnBackend(AttentionBackend):
         rows_pruned: bool,
     ) -> torch.Tensor:
         """See `AttentionBackend.forward`. Scores are in the KV dtype, over bytes in that of q."""
-        out = Output.of_layer(layer, q.shape[0], self._dtype_of(q, layer, forward_batch))
+        dtype = self._dtype_of(q, layer, forward_batch)
+        out = Output.of_layer(layer, q.shape[0], self._value_width(layer), dtype)
         self._attend(q, layer, forward_batch, rows_pruned, out)
         if layer.sinks is not None and out.lse is not None:
             apply_sinks(out.values, out.lse, layer.sinks)
         forward_batch.progress.tick()
-        return out.values.flatten(1).to(q.dtype)
+        return out.values[..., : layer.v_head_dim].flatten(1).to(q.dtype)
 
     def attend_part(
         self,
@@ -158,10 +162,14 @@ class TorchNativeAttnBackend(AttentionBackend):
         Output [R, H, E] and log-sum-exp [R, H], both float32; 0 and -inf where a row sees none of
         these keys. The step's tables of the layer's group are `OwnPages`.
         """
-        shape = (q.shape[0], layer.num_heads, layer.v_head_dim)
+        shape = (q.shape[0], layer.num_heads, self._value_width(layer))
         out = Output(torch.zeros(shape), torch.full(shape[:2], float("-inf")))
         self._attend(q, layer, forward_batch, rows_pruned, out)
-        return out.values, cast(torch.Tensor, out.lse)
+        return out.values[..., : layer.v_head_dim], cast(torch.Tensor, out.lse)
+
+    def _value_width(self, layer: AttentionLayer) -> int:
+        """Numbers of a head that are summed up: E, or D where values stand in keys."""
+        return layer.head_dim if self.spec.values_in_keys else layer.v_head_dim
 
     def _dtype_of(
         self, q: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch
@@ -181,7 +189,7 @@ class TorchNativeAttnBackend(AttentionBackend):
     ) -> None:
         pool = forward_batch.token_to_kv_pool
         k: torch.Tensor = pool.get_key_buffer(layer.layer_id)
-        v: torch.Tensor = pool.get_value_buffer(layer.layer_id)
+        v = k if self.spec.values_in_keys else pool.get_value_buffer(layer.layer_id)
         plan: TorchNativePlan = forward_batch.attn_plan
         work = self._layer_plan(plan, layer, pruned)
         rows, groups = q.shape[0], layer.num_kv_heads
@@ -207,15 +215,16 @@ class TorchNativeAttnBackend(AttentionBackend):
     def _limits(self, layer: AttentionLayer) -> PieceLimits:
         tuning, heads = self._tuning, layer.num_heads
         k_bytes = layer.num_kv_heads * layer.head_dim * DTYPE_BYTES[self.spec.dtype]
-        widest = layer.num_kv_heads * max(layer.head_dim, layer.v_head_dim)
+        width = self._value_width(layer)
+        widest = layer.num_kv_heads * max(layer.head_dim, width)
         # A byte counts as what it may be widened to, and is not read in place.
         row_bytes = widest * (4 if self._is_byte else DTYPE_BYTES[self.spec.dtype])
         gather_tokens = tuning.gather_bytes // row_bytes
         query_block, max_keys = tuning.query_block, gather_tokens if self._is_byte else MAX_SLOTS
         # A batch of fewer than four queries saves little.
         batch_tokens = gather_tokens // 4 if k_bytes <= tuning.batch_row_bytes else 0
-        pair_budget = tuning.piece_work // (heads * (layer.head_dim + layer.v_head_dim))
-        if _needs_dense(layer):
+        pair_budget = tuning.piece_work // (heads * (layer.head_dim + width))
+        if self._needs_dense(layer):
             max_keys, batch_tokens = min(max_keys, tuning.dense_bytes // (4 * widest)), 0
             pair_budget = min(pair_budget, tuning.dense_bytes // (4 * heads))
             # Causal and band pieces have up to two keys a query.
@@ -240,13 +249,13 @@ class TorchNativeAttnBackend(AttentionBackend):
     ) -> None:
         """Single queries of similar length in one kernel call over gathered pages."""
         queries = heads[batch.rows]
-        planes = []
-        for plane, which in ((k, "k"), (v, "v")):
+        planes: list[torch.Tensor] = []
+        for plane, which in ((k, "k"), (v, "v"))[: 1 if v is k else 2]:
             gathered = widen(self._gather(plane, batch.pages, which), heads.dtype)
             gathered.index_fill_(0, batch.padding, 0.0)
             planes.append(gathered.view(len(queries), -1, *gathered.shape[1:]).transpose(1, 2))
         mask = batch.mask.expand(-1, -1, queries.shape[2], -1)
-        part = flash_attention(queries, planes[0], planes[1], layer.scaling, mask=mask)
+        part = flash_attention(queries, planes[0], planes[-1], layer.scaling, mask=mask)
         out.put(batch.rows, [part])
 
     def _attend_singles(
@@ -259,7 +268,7 @@ class TorchNativeAttnBackend(AttentionBackend):
         out: Output,
     ) -> None:
         """One query against one slot run each, with as little Python as possible."""
-        if _needs_dense(layer) or k.dtype is torch.int8:
+        if self._needs_dense(layer) or k.dtype is torch.int8:
             for row, first, count in work.singles:
                 keys, values = (widen(x.narrow(0, first, count), heads.dtype) for x in (k, v))
                 part = partial_attention(
@@ -297,11 +306,13 @@ class TorchNativeAttnBackend(AttentionBackend):
         """Attention of the item's queries [M, G, J, D] over all its pieces: [G, M, J, E], lse."""
         total = PartialSum()
         for piece in item.pieces:
+            keys = widen(self._keys(k, piece, "k"), heads.dtype)
+            values = keys if v is k else widen(self._keys(v, piece, "v"), heads.dtype)
             total.add(
                 partial_attention(
                     heads,
-                    widen(self._keys(k, piece, "k"), heads.dtype),
-                    widen(self._keys(v, piece, "v"), heads.dtype),
+                    keys,
+                    values,
                     layer.scaling,
                     causal=piece.visibility is Visibility.CAUSAL,
                     mask=self._mask(layer, item, piece),
@@ -360,7 +371,6 @@ class TorchNativeAttnBackend(AttentionBackend):
         num_keys = piece.keys.num_tokens
         return self._masks[window, block][: item.num_rows, skipped : skipped + num_keys]
 
-
-def _needs_dense(layer: AttentionLayer) -> bool:
-    """True when the fused kernel cannot compute the layer."""
-    return layer.v_head_dim != layer.head_dim or layer.logit_cap > 0.0
+    def _needs_dense(self, layer: AttentionLayer) -> bool:
+        """True when the fused kernel cannot compute the layer."""
+        return self._value_width(layer) != layer.head_dim or layer.logit_cap > 0.0

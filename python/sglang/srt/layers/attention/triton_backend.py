@@ -111,6 +111,7 @@ class TritonAttnBackend(AttentionBackend):
         self._kernels = kernels
         self._chip = chip
         self._part_bytes = part_bytes
+        self._most_heads = spec.kv_heads  # programs that read a key, of the layers so far
         self._tables: dict[int, DeviceTables] = {}
         self._recorded_moves: dict[int, int] = {}  # of a group's tables when steps were recorded
         self._pointers: dict[int, _Pointers] = {}  # by the plane's id
@@ -127,7 +128,7 @@ class TritonAttnBackend(AttentionBackend):
         """See `AttentionBackend`: one token for each request, as long as tables need not move."""
         if self._chip is None or not (geometry.extend_seq_lens == 1).all():
             return False
-        most = self._chip.most_keys(self.spec.kv_heads)
+        most = self._chip.most_keys(self._most_heads)
         views = geometry.block_tables
         return int(geometry.seq_lens.sum()) <= most and all(
             tables.moves == self._recorded_moves.get(group, tables.moves)
@@ -158,7 +159,8 @@ class TritonAttnBackend(AttentionBackend):
         """
         targets = self._targets(layer, forward_batch, k.device)
         scales = {"k_scale": layer.k_scale, "v_scale": layer.v_scale}
-        self._kernels.store_kv(k.flatten(1), v.flatten(1), *targets, **scales)
+        rows = (k.flatten(1), k.flatten(1) if self.spec.values_in_keys else v.flatten(1))
+        self._kernels.store_kv(*rows, *targets, **scales)
 
     def rotate_and_store(
         self,
@@ -182,12 +184,18 @@ class TritonAttnBackend(AttentionBackend):
         self, layer: AttentionLayer, forward_batch: ForwardBatch, device: torch.device
     ) -> tuple[Any, ...]:
         """The new tokens' slots, and the planes of K and V as the kernels take them."""
+        loc = forward_batch.out_cache_loc[self.group_of_layer[layer.layer_id]]
+        return (loc, *self._planes(layer, forward_batch, device))
+
+    def _planes(
+        self, layer: AttentionLayer, forward_batch: ForwardBatch, device: torch.device
+    ) -> tuple[Any, Any]:
+        """K and V of the layer; K twice where values are the first numbers of keys."""
         pool = forward_batch.token_to_kv_pool
-        return (
-            forward_batch.out_cache_loc[self.group_of_layer[layer.layer_id]],
-            self._plane(pool.get_key_buffer(layer.layer_id), device),
-            self._plane(pool.get_value_buffer(layer.layer_id), device),
-        )
+        k = self._plane(pool.get_key_buffer(layer.layer_id), device)
+        if self.spec.values_in_keys:
+            return k, k
+        return k, self._plane(pool.get_value_buffer(layer.layer_id), device)
 
     def forward(
         self,
@@ -202,9 +210,8 @@ class TritonAttnBackend(AttentionBackend):
         out = heads.new_empty(len(heads), layer.num_heads, layer.v_head_dim)
         if len(heads):
             plan: TritonPlan = forward_batch.attn_plan
-            pool = forward_batch.token_to_kv_pool
-            k = self._plane(pool.get_key_buffer(layer.layer_id), q.device)
-            v = self._plane(pool.get_value_buffer(layer.layer_id), q.device)
+            k, v = self._planes(layer, forward_batch, q.device)
+            value_dim = layer.v_head_dim if self.spec.values_in_keys else None
             sight = self._kernels.Sight(layer.sliding_window, layer.attention_chunk)
             for work in self._works(plan, layer, rows_pruned, q, k.dtype):
                 self._kernels.paged_attention(
@@ -219,6 +226,7 @@ class TritonAttnBackend(AttentionBackend):
                     logit_cap=layer.logit_cap,
                     sinks=layer.sinks,
                     out=out,
+                    value_dim=value_dim,
                 )
         forward_batch.progress.tick()
         return out.flatten(1)
@@ -273,13 +281,17 @@ class TritonAttnBackend(AttentionBackend):
         kv_dtype: torch.dtype,
     ) -> tuple[Any, ...]:
         dtype = q.dtype if kv_dtype.itemsize == 1 else kv_dtype
+        kv_heads = layer.num_kv_heads
+        if self.spec.values_in_keys:
+            kv_heads = layer.num_heads // self._kernels.heads_together(layer.num_heads)
+        self._most_heads = max(self._most_heads, kv_heads)
         key = WorkKey(
             self.group_of_layer[layer.layer_id],
             layer.sliding_window,
             layer.attention_chunk,
             pruned,
             layer.num_heads,
-            layer.num_kv_heads,
+            kv_heads,
             layer.head_dim,
             layer.v_head_dim,
             dtype,

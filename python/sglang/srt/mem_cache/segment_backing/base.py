@@ -21,7 +21,10 @@ from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane
 
 
 class Plane(enum.Enum):
-    """The two planes of a layer; each is one contiguous range of all slots."""
+    """The planes of a layer; each is one contiguous range of all slots.
+
+    Of latent attention there is no VALUE: see docs/kv_segments.md, Note [Latent attention].
+    """
 
     KEY = "key"
     VALUE = "value"
@@ -37,6 +40,12 @@ KV_TORCH_DTYPES: Final = MappingProxyType(
         "int8": torch.int8,
     }
 )
+
+
+def plane_widths(spec: KVCacheSpec) -> dict[Plane, int]:
+    """Numbers that a head takes in each plane of a layer, in the order of planes."""
+    widths = {Plane.KEY: spec.k_width, Plane.VALUE: spec.v_width}
+    return {plane: width for plane, width in widths.items() if width}
 
 
 # How a message says where the lower tier of that name (`TieredBacking.lower_tier`) is.

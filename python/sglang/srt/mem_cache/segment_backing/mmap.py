@@ -23,7 +23,7 @@ import torch
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
-from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane
+from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, plane_widths
 from sglang.srt.mem_cache.segment_backing.host_calls import (
     MADV_DONTDUMP,
     MADV_DONTFORK,
@@ -182,7 +182,7 @@ class MmapBacking:
         if self._spec is None:
             raise InvariantError("the backing has not been reserved")
         where = next(p for p in self._planes if p.layer == layer and p.plane is plane)
-        width = self._spec.k_width if plane is Plane.KEY else self._spec.v_width
+        width = plane_widths(self._spec)[plane]
         memory = (ctypes.c_char * where.length).from_address(where.address)
         flat = torch.frombuffer(memory, dtype=KV_TORCH_DTYPES[self._spec.dtype])
         return flat.view(self._layouts[where.group].num_slots, self._spec.kv_heads, width)
@@ -228,8 +228,8 @@ class MmapBacking:
         for layout in layouts:
             granule = layout.granule_bytes
             for layer in spec.groups[layout.group].layers:
-                widths = (layout.k_bytes_per_slot, layout.v_bytes_per_slot)
-                for plane, per_slot in zip(Plane, widths, strict=True):
+                per_slots = layout.plane_bytes_per_slot
+                for plane, per_slot in zip(plane_widths(spec), per_slots, strict=True):
                     part = layout.slots_per_segment * per_slot
                     if granule % page or part % granule:
                         raise InvariantError(f"plane parts of {part} bytes are not whole pages")

@@ -94,22 +94,30 @@ def _widened(x, COMPUTE_TYPE: tl.constexpr, DOT_TYPE: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc, top, total, q, k_base, v_base, pages, positions, begin, end, lo, hi, origin, head,
+    acc, top, total, q, q_rest, k_base, v_base, pages, positions, begin, end, lo, hi, origin, head,
     segment_pages, span, scale, logit_cap,
     MASKED: tl.constexpr, SIGHT: tl.constexpr, CAPPED: tl.constexpr,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    LATENT: tl.constexpr,
     PAGE_SIZE: tl.constexpr, KV_TYPE: tl.constexpr, SEGMENTED: tl.constexpr,
     COMPUTE_TYPE: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The blocks of keys that begin in [begin, end) join the running softmax of the tile.
 
     Places count from `origin`, the table's first position. MASKED: keys outside [lo, hi) are not
-    read, and every row sees what its own position allows. Else every row sees every key.
+    read, and every row sees what its own position allows. Else every row sees every key. LATENT: a
+    slot is one row for all heads, of which the first E numbers are the values, too; they are loaded
+    once, and the others beside them, since D is no power of two and the next one is far.
     """
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_e = tl.arange(0, BLOCK_E)
+    offs_r = VALUE_DIM + tl.arange(0, BLOCK_R)
+    # What of a slot is loaded first, and where it begins.
+    SLOT: tl.constexpr = HEAD_DIM if LATENT else KV_HEADS * HEAD_DIM
+    WIDTH: tl.constexpr = VALUE_DIM if LATENT else HEAD_DIM
+    first = 0 if LATENT else head * HEAD_DIM
     for start in range(begin, end, BLOCK_N):
         key = tl.multiple_of(start, BLOCK_N)
         places = key + offs_n
@@ -117,17 +125,26 @@ def _attend(
         if MASKED:
             valid = (places >= lo) & (places < hi)
         k_at = key_pointers(
-            k_base, pages, key, offs_n, head * HEAD_DIM + offs_d, segment_pages, valid,
-            KV_HEADS * HEAD_DIM, PAGE_SIZE, BLOCK_N, KV_TYPE, SEGMENTED,
+            k_base, pages, key, offs_n, first + offs_d, segment_pages, valid,
+            SLOT, PAGE_SIZE, BLOCK_N, KV_TYPE, SEGMENTED,
         )  # fmt: skip
         if MASKED:
-            k = tl.load(k_at, mask=valid[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
-        elif HEAD_DIM < BLOCK_D:
-            k = tl.load(k_at, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+            k = tl.load(k_at, mask=valid[:, None] & (offs_d < WIDTH)[None, :], other=0.0)
+        elif WIDTH < BLOCK_D:
+            k = tl.load(k_at, mask=(offs_d < WIDTH)[None, :], other=0.0)
         else:
             k = tl.load(k_at)
         k = _widened(k, COMPUTE_TYPE, DOT_TYPE)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if LATENT:
+            rest_at = key_pointers(
+                k_base, pages, key, offs_n, offs_r, segment_pages, valid,
+                SLOT, PAGE_SIZE, BLOCK_N, KV_TYPE, SEGMENTED,
+            )  # fmt: skip
+            in_row = (offs_r < HEAD_DIM)[None, :]
+            rest = tl.load(rest_at, mask=valid[:, None] & in_row, other=0.0)
+            rest = _widened(rest, COMPUTE_TYPE, DOT_TYPE)
+            scores = tl.dot(q_rest, tl.trans(rest), scores, input_precision=PRECISION)
         # Scores times `unit` are logarithms to base 2: one product with the difference, in one go.
         unit = scale * LOG2E
         if CAPPED:
@@ -149,17 +166,20 @@ def _attend(
         fade = tl.exp2(top - base)
         total = total * fade + tl.sum(weights, 1)
         top = new_top
-        v_at = key_pointers(
-            v_base, pages, key, offs_n, head * VALUE_DIM + offs_e, segment_pages, valid,
-            KV_HEADS * VALUE_DIM, PAGE_SIZE, BLOCK_N, KV_TYPE, SEGMENTED,
-        )  # fmt: skip
-        if MASKED:
-            v = tl.load(v_at, mask=valid[:, None] & (offs_e < VALUE_DIM)[None, :], other=0.0)
-        elif VALUE_DIM < BLOCK_E:
-            v = tl.load(v_at, mask=(offs_e < VALUE_DIM)[None, :], other=0.0)
+        if LATENT:
+            v = k
         else:
-            v = tl.load(v_at)
-        v = _widened(v, COMPUTE_TYPE, DOT_TYPE)
+            v_at = key_pointers(
+                v_base, pages, key, offs_n, head * VALUE_DIM + offs_e, segment_pages, valid,
+                KV_HEADS * VALUE_DIM, PAGE_SIZE, BLOCK_N, KV_TYPE, SEGMENTED,
+            )  # fmt: skip
+            if MASKED:
+                v = tl.load(v_at, mask=valid[:, None] & (offs_e < VALUE_DIM)[None, :], other=0.0)
+            elif VALUE_DIM < BLOCK_E:
+                v = tl.load(v_at, mask=(offs_e < VALUE_DIM)[None, :], other=0.0)
+            else:
+                v = tl.load(v_at)
+            v = _widened(v, COMPUTE_TYPE, DOT_TYPE)
         weights = weights.to(COMPUTE_TYPE).to(DOT_TYPE)
         acc = tl.dot(weights, v, acc * fade[:, None], input_precision=PRECISION)
     return acc, top, total
@@ -172,13 +192,16 @@ def paged_attention_kernel(
     q_stride, segment_pages, span, scale, logit_cap, v_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, LATENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
     SIGHT: tl.constexpr, CAPPED: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
     SEGMENTED: tl.constexpr, KV_TYPE: tl.constexpr, COMPUTE_TYPE: tl.constexpr,
     DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program w * KV_HEADS + g: item w with the query heads of kv head g.
+
+    LATENT: all query heads read the rows of one kv head, GROUP of them in a program, so that
+    KV_HEADS counts programs. BLOCK_R is the width of what of a row is no value.
 
     An item without queries is padding. One whose PART is -1 is the only part of its queries and
     writes the output, times `v_scale`; the others write float32 parts for `merge_parts_kernel`,
@@ -210,13 +233,17 @@ def paged_attention_kernel(
     heads = head * GROUP + rows % GROUP
     offs_d = tl.arange(0, BLOCK_D)
     offs_e = tl.arange(0, BLOCK_E)
-    q = tl.load(
-        (q_ptr + (first_row + query).to(tl.int64) * q_stride + heads * HEAD_DIM)[:, None]
-        + offs_d[None, :],
-        mask=in_tile[:, None] & (offs_d < HEAD_DIM)[None, :],
-        other=0.0,
-    )
+    q_rows = (q_ptr + (first_row + query).to(tl.int64) * q_stride + heads * HEAD_DIM)[:, None]
+    WIDTH: tl.constexpr = VALUE_DIM if LATENT else HEAD_DIM
+    in_q = in_tile[:, None] & (offs_d < WIDTH)[None, :]
+    q = tl.load(q_rows + offs_d[None, :], mask=in_q, other=0.0)
     q = q.to(COMPUTE_TYPE).to(DOT_TYPE)
+    q_rest = q
+    if LATENT:
+        offs_r = VALUE_DIM + tl.arange(0, BLOCK_R)
+        in_rest = in_tile[:, None] & (offs_r < HEAD_DIM)[None, :]
+        q_rest = tl.load(q_rows + offs_r[None, :], mask=in_rest, other=0.0)
+        q_rest = q_rest.to(COMPUTE_TYPE).to(DOT_TYPE)
 
     # Blocks from `begin` are cut by the window, from `clear` every row sees them whole, from `cut`
     # they are cut by the diagonal or the end.
@@ -232,22 +259,22 @@ def paged_attention_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc, top, total = _attend(
-        acc, top, total, q, k_ptr, v_ptr, pages, positions, begin, clear, lo, hi, origin, head,
-        segment_pages, span, scale, logit_cap,
-        True, SIGHT, CAPPED, KV_HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_E, BLOCK_N,
-        PAGE_SIZE, KV_TYPE, SEGMENTED, COMPUTE_TYPE, DOT_TYPE, PRECISION,
+        acc, top, total, q, q_rest, k_ptr, v_ptr, pages, positions, begin, clear, lo, hi, origin,
+        head, segment_pages, span, scale, logit_cap,
+        True, SIGHT, CAPPED, KV_HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_E, BLOCK_R, BLOCK_N,
+        LATENT, PAGE_SIZE, KV_TYPE, SEGMENTED, COMPUTE_TYPE, DOT_TYPE, PRECISION,
     )  # fmt: skip
     acc, top, total = _attend(
-        acc, top, total, q, k_ptr, v_ptr, pages, positions, clear, cut, lo, hi, origin, head,
-        segment_pages, span, scale, logit_cap,
-        False, SIGHT, CAPPED, KV_HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_E, BLOCK_N,
-        PAGE_SIZE, KV_TYPE, SEGMENTED, COMPUTE_TYPE, DOT_TYPE, PRECISION,
+        acc, top, total, q, q_rest, k_ptr, v_ptr, pages, positions, clear, cut, lo, hi, origin,
+        head, segment_pages, span, scale, logit_cap,
+        False, SIGHT, CAPPED, KV_HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_E, BLOCK_R, BLOCK_N,
+        LATENT, PAGE_SIZE, KV_TYPE, SEGMENTED, COMPUTE_TYPE, DOT_TYPE, PRECISION,
     )  # fmt: skip
     acc, top, total = _attend(
-        acc, top, total, q, k_ptr, v_ptr, pages, positions, cut, hi, lo, hi, origin, head,
-        segment_pages, span, scale, logit_cap,
-        True, SIGHT, CAPPED, KV_HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_E, BLOCK_N,
-        PAGE_SIZE, KV_TYPE, SEGMENTED, COMPUTE_TYPE, DOT_TYPE, PRECISION,
+        acc, top, total, q, q_rest, k_ptr, v_ptr, pages, positions, cut, hi, lo, hi, origin,
+        head, segment_pages, span, scale, logit_cap,
+        True, SIGHT, CAPPED, KV_HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_E, BLOCK_R, BLOCK_N,
+        LATENT, PAGE_SIZE, KV_TYPE, SEGMENTED, COMPUTE_TYPE, DOT_TYPE, PRECISION,
     )  # fmt: skip
 
     is_whole = part < 0
