@@ -1,0 +1,188 @@
+"""What LoRA adapters add to the products of a linear layer: each row its own adapter's, or nothing.
+
+y = W x + B A x (arXiv 2106.09685); B holds the scale. Adapters lie in a fixed number of places,
+side by side, so that none moves while a step computes. Rows are grouped by place: a step makes two
+products for each adapter in it, however many rows there are. Under tensor parallelism A or B is
+cut as the weight is, and the ranks' parts are summed where theirs are.
+
+Shape letters: N places, P projections of a layer, r largest rank, K inputs, M outputs, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sglang.srt.errors import InvariantError
+from sglang.srt.layers.products import linear
+
+Int64Array = npt.NDArray[np.int64]
+Factors = tuple[torch.Tensor, torch.Tensor]
+
+
+class AdapterPart(NamedTuple):
+    """Where a projection lies in a linear layer of this rank, and what of it is here.
+
+    Outputs [first, first + rows) of the layer are outputs [source_first, source_first + rows) of
+    the projection's `source_rows`; its inputs here are [column_first, column_first + columns) of
+    `source_columns`.
+    """
+
+    first: int
+    rows: int
+    source_first: int
+    source_rows: int
+    column_first: int
+    columns: int
+    source_columns: int
+
+
+class RowGroup(NamedTuple):
+    """Rows of a step that have the adapter in `place`; `rows` None: all of them."""
+
+    place: int
+    rows: slice | torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """The rows of a step by their adapters.
+
+    `tokens` groups its `num_tokens` packed tokens, `wanted` the `num_wanted` rows whose logits are
+    wanted, which is what is left of them in the last layer.
+    """
+
+    num_tokens: int
+    tokens: tuple[RowGroup, ...]
+    num_wanted: int
+    wanted: tuple[RowGroup, ...]
+
+    @classmethod
+    def of_step(
+        cls, places: Int64Array, lens: Int64Array, wanted: Int64Array, device: torch.device
+    ) -> AdapterRows:
+        """From each sequence's place [B] (-1: no adapter) and tokens [B], and the wanted rows."""
+        tokens = np.repeat(places, lens)
+        return cls(
+            len(tokens),
+            _groups(tokens, device),
+            len(wanted),
+            _groups(tokens[wanted], device),
+        )
+
+    def groups_of(self, num_rows: int) -> tuple[RowGroup, ...]:
+        """The groups of a layer's rows: all tokens, or those that are wanted."""
+        if num_rows == self.num_tokens:
+            return self.tokens
+        if num_rows != self.num_wanted:
+            raise InvariantError(
+                f"{num_rows} rows are neither a step's {self.num_tokens} nor its {self.num_wanted}"
+            )
+        return self.wanted
+
+
+def _groups(places: Int64Array, device: torch.device) -> tuple[RowGroup, ...]:
+    groups = []
+    for place in np.unique(places).tolist():
+        if place < 0:
+            continue
+        at = np.flatnonzero(places == place)
+        rows: slice | torch.Tensor | None = None
+        if len(at) < len(places):
+            first, last = int(at[0]), int(at[-1]) + 1
+            is_run = last - first == len(at)
+            rows = slice(first, last) if is_run else torch.from_numpy(at).to(device)
+        groups.append(RowGroup(place, rows))
+    return tuple(groups)
+
+
+class AdapterStep:
+    """What all layers of a model look up while a step computes; set by the thread that computes."""
+
+    def __init__(self) -> None:
+        self.rows: AdapterRows | None = None  # None: no row has an adapter
+
+
+class LinearAdapters:
+    """The places of one linear layer, all empty at first.
+
+    `parts` are its projections that adapters may change, by shard, in the order of its outputs.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[int | str | None, AdapterPart],
+        num_places: int,
+        rank: int,
+        like: torch.Tensor,
+        step: AdapterStep,
+    ) -> None:
+        """Room for adapters up to `rank`, of the type and on the device of `like`."""
+        self._parts = tuple(parts.items())
+        self._rank = rank
+        self._step = step
+        width = self._parts[0][1].columns
+        heights = [part.rows for part in parts.values()]
+        self._begins = [sum(heights[:i]) for i in range(len(heights))]
+        self._a = like.new_zeros(num_places, len(parts) * rank, width)  # [N, P * r, K]
+        self._b = like.new_zeros(num_places, sum(heights), rank)  # [N, M, r]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all places."""
+        return int(self._a.nbytes + self._b.nbytes)
+
+    def put(self, place: int, factors: Mapping[int | str | None, Factors]) -> None:
+        """Let a place hold an adapter's A [k, K] and B [m, k] by shard, and nothing else."""
+        self._a[place].zero_()
+        self._b[place].zero_()
+        for i, (shard, part) in enumerate(self._parts):
+            if shard in factors:
+                a, b = factors[shard]
+                first, begin = i * self._rank, self._begins[i]
+                self._a[place, first : first + len(a)].copy_(a)
+                self._b[place, begin : begin + part.rows, : b.shape[1]].copy_(b)
+
+    def add_to(self, output: torch.Tensor, x: torch.Tensor, first: int, last: int | None) -> None:
+        """Add to `output` [R, M'], the layer's outputs [first, last) of x [R, K], in its place."""
+        rows = self._step.rows
+        if rows is None:
+            return
+        end = first + output.shape[-1] if last is None else last
+        indices = [
+            i
+            for i, (_, part) in enumerate(self._parts)
+            if part.first >= first and part.first + part.rows <= end
+        ]
+        if not indices:
+            return
+        for place, group in rows.groups_of(len(x)):
+            self._add(output, x if group is None else x[group], place, group, indices, first)
+
+    def _add(
+        self,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        place: int,
+        group: slice | torch.Tensor | None,
+        indices: list[int],
+        first: int,
+    ) -> None:
+        rank = self._rank
+        low = linear(x, self._a[place, indices[0] * rank : (indices[-1] + 1) * rank])
+        for number, i in enumerate(indices):
+            part, begin = self._parts[i][1], self._begins[i]
+            some = low[:, number * rank : (number + 1) * rank]
+            high = linear(some, self._b[place, begin : begin + part.rows])
+            target = output[:, part.first - first : part.first - first + part.rows]
+            if isinstance(group, torch.Tensor):
+                target.index_add_(0, group, high)
+            elif group is None:
+                target += high
+            else:
+                target[group] += high
