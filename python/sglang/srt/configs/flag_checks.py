@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from sglang.srt.configs.kv_events_config import KVEventsConfig
+from sglang.srt.configs.lora_args import check_lora
 
 
 def split_address(text: str) -> tuple[str, int]:
@@ -92,6 +93,7 @@ def check_combinations(args: Any) -> None:
     check_disk_tier(args)
     check_host_tier(args)
     check_priorities(args)
+    check_lora(args)
     if args.skip_tokenizer_init and args.chat_template is not None:
         raise ValueError("--chat-template needs a tokenizer; drop --skip-tokenizer-init")
     if (

@@ -8,7 +8,7 @@ every rank decides alike. Without priority scheduling all are equals (`priority_
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from sglang.srt.managers.schedule_batch import Req, ReqState, ScheduledReq
 from sglang.srt.mem_cache.kv_layout import num_pages_for
@@ -79,6 +79,12 @@ def pages_promised(
 def total_pages(promised: Sequence[tuple[int, ...]], candidate: tuple[int, ...]) -> tuple[int, ...]:
     """The running requests' promises and the candidate's, added up per group."""
     return tuple(sum(pages) for pages in zip(candidate, *promised, strict=True))
+
+
+def pages_expected(running: Collection[Req], chunk_tokens: int, page_size: int) -> int:
+    """Pages of a group that the next step may ask for, so that memory maps ahead of it."""
+    left = sum(req.extend_left for req in running)
+    return len(running) + (num_pages_for(min(left, chunk_tokens), page_size) if left else 0)
 
 
 def share_chunk_tokens(left: Sequence[int], budget: int, page_size: int) -> list[int]:

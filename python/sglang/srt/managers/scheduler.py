@@ -35,7 +35,12 @@ from sglang.srt.managers.schedule_batch import (
     ReqState,
     ScheduleBatch,
 )
-from sglang.srt.managers.schedule_policy import ChunkSizer, choose_victim, step_candidates
+from sglang.srt.managers.schedule_policy import (
+    ChunkSizer,
+    choose_victim,
+    pages_expected,
+    step_candidates,
+)
 from sglang.srt.managers.scheduler_admission import Admission, WaitingQueue
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_control import SchedulerControl
@@ -48,14 +53,14 @@ from sglang.srt.managers.scheduler_limits import (
     TurnSource,
     Worker,
 )
+from sglang.srt.managers.scheduler_lora import SchedulerAdapters
 from sglang.srt.managers.scheduler_output import OutputCollector
 from sglang.srt.managers.scheduler_placement import StepPlacer
 from sglang.srt.managers.scheduler_progress import PrefillProgressLog
 from sglang.srt.managers.scheduler_ranks import OwnTurns
 from sglang.srt.managers.scheduler_results import process_result
-from sglang.srt.managers.scheduler_stats import SchedulerCounters
+from sglang.srt.managers.scheduler_stats import SchedulerCounters, log_step
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
-from sglang.srt.mem_cache.kv_layout import num_pages_for
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.utils.progress import Progress
@@ -101,6 +106,7 @@ class Scheduler:
         canary: SchedulerCanary | None = None,
         turns: TurnSource | None = None,
         grammars: GrammarQueue | None = None,
+        adapters: SchedulerAdapters | None = None,
     ) -> None:
         self._turns = turns or OwnTurns(channel, clock)
         self._memory = memory
@@ -111,8 +117,9 @@ class Scheduler:
         self._progress = progress
         self._clock = clock
         self._canary = canary
-        self._control = SchedulerControl(self, memory, canary)
-        self._admission = Admission(memory, limits)
+        self._adapters = adapters or SchedulerAdapters()
+        self._control = SchedulerControl(self, memory, canary, self._adapters)
+        self._admission = Admission(memory, limits, self._adapters)
         self._placer = StepPlacer(memory)
         self._chunks = ChunkSizer(
             limits.chunk_tokens,
@@ -179,7 +186,9 @@ class Scheduler:
         if launched:
             self.counters.note_step(self._clock() - began)
         self._stalled = not launched and not self._inflight
-        self._memory.on_step_boundary(inputs.now, self._pages_expected())
+        limits = self._limits
+        pages = pages_expected(self._running.values(), limits.chunk_tokens, limits.page_size)
+        self._memory.on_step_boundary(inputs.now, (pages,) * len(limits.window_pages))
         self._progress.tick()
         self._flush_outputs()
 
@@ -245,7 +254,8 @@ class Scheduler:
             return
         rules = self._limits.priorities
         urgency = None if rules is None else rules.urgency(message.priority)
-        reason = self._limits.refusal(num_tokens) or self._make_way(urgency or 0)
+        reason = self._limits.refusal(num_tokens) or self._adapters.refusal(message.lora_id)
+        reason = reason or self._make_way(urgency or 0)
         if reason is not None:
             self.counters.num_refused += 1
             self._outputs.refuse(message.rid, num_tokens, reason)
@@ -325,7 +335,8 @@ class Scheduler:
             if placed is not None:
                 items, placement = placed
                 self._num_steps += 1
-                self._submit(ScheduleBatch(self._num_steps, items), placement)
+                changes = self._adapters.take_changes()
+                self._submit(ScheduleBatch(self._num_steps, items, changes), placement)
                 return True
             if self._inflight:
                 # Results under way may end requests and free pages; nobody is retracted before.
@@ -422,14 +433,7 @@ class Scheduler:
             self._outputs.note(item.req)
             self._settle(item.req)
         if step.batch.step % self._limits.log_interval_steps == 0:
-            logger.info(
-                "Step %d: %s; running %d, waiting %d; %r",
-                step.batch.step,
-                step.batch.forward_mode.value,
-                self.num_running,
-                self.num_waiting,
-                self._memory,
-            )
+            log_step(step.batch, self.num_running, self.num_waiting, self._memory)
 
     def _settle(self, req: Req) -> None:
         """Give everything back once a request is ending and no forward names it any more."""
@@ -444,13 +448,6 @@ class Scheduler:
         self.prefills.gone(req)
         req.move(ReqState.FINISHED)
         del self._by_rid[req.rid]
-
-    def _pages_expected(self) -> tuple[int, ...]:
-        """Pages that the next step may ask for, so that memory maps ahead of it."""
-        page_size = self._limits.page_size
-        left = sum(req.extend_left for req in self._running.values())
-        pages = num_pages_for(min(left, self._limits.chunk_tokens), page_size) if left else 0
-        return tuple(pages + len(self._running) for _ in self._limits.window_pages)
 
     def _reply(self, replies: Sequence[ControlReply]) -> None:
         for reply in replies:

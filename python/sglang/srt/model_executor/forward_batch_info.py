@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.schedule_batch import AdapterChange, ScheduleBatch
 from sglang.srt.mem_cache.allocation import KVPlacement
 from sglang.srt.model_executor.forward_mode import ForwardMode as ForwardMode
 from sglang.srt.utils.device import DeviceRuntime
@@ -95,6 +95,9 @@ class ForwardBatch:
     Packed rows `relay_at` take the token that the forward before sampled for KV rows
     `relay_rows`: the worker writes them into `input_ids` right before it computes, and nothing
     else of a batch ever changes.
+
+    `adapter_places` [B] are the places of the sequences' LoRA adapters, -1 for none; None: no
+    sequence has one. `adapter_changes` are made before anything is computed.
     """
 
     forward_mode: ForwardMode
@@ -109,6 +112,8 @@ class ForwardBatch:
     progress: Progress
     relay_at: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
     relay_rows: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
+    adapter_places: Int64Array | None = None
+    adapter_changes: tuple[AdapterChange, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -197,6 +202,8 @@ class ForwardBatch:
             progress=progress,
             relay_at=relay_at,
             relay_rows=relay_rows,
+            adapter_places=_adapter_places(batch),
+            adapter_changes=batch.adapter_changes,
         )
 
 
@@ -216,6 +223,11 @@ def _packed_ids(
             ids = item.req.tokens.view(item.start, item.start + item.num_tokens)
             input_ids[q_start : q_start + item.num_tokens] = ids
     return input_ids, np.array(relay_at, np.int64), np.array(relay_rows, np.int64)
+
+
+def _adapter_places(batch: ScheduleBatch) -> Int64Array | None:
+    places = np.fromiter((item.req.adapter_place for item in batch.items), np.int64)
+    return places if (places >= 0).any() else None
 
 
 def _block_tables(

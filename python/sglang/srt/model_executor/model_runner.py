@@ -12,6 +12,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorO
 from sglang.srt.model_executor.decode_tapes import CausalLM as CausalLM
 from sglang.srt.model_executor.decode_tapes import StepLogits
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, LogprobSpec
+from sglang.srt.model_executor.lora_places import AdapterPlaces
 
 
 class StepRecorder(Protocol):
@@ -25,15 +26,21 @@ class StepRecorder(Protocol):
 
 
 class ModelRunner:
-    """Model plus logits processor. `tapes` None: every step is computed call by call."""
+    """Model plus logits processor.
+
+    `tapes` None: every step is computed call by call, as are those of requests with adapters.
+    `adapters` None: there are none.
+    """
 
     def __init__(
         self,
         model: CausalLM,
         logits_processor: LogitsProcessor,
         tapes: StepRecorder | None = None,
+        adapters: AdapterPlaces | None = None,
     ) -> None:
         self.model = model
+        self._adapters = adapters
         self.tapes = tapes
         self._logits_processor = logits_processor
 
@@ -51,8 +58,10 @@ class ModelRunner:
         prompt log probabilities. `before` is called when all is prepared and compute begins.
         """
         # Both ascend without repeats: as many sampled as wanted means that no others are wanted.
-        sampled = sum(row >= 0 for row in sample_rows)
-        if self.tapes is not None and sampled == len(forward_batch.geometry.logits_rows):
+        wanted = len(forward_batch.geometry.logits_rows)
+        all_sampled = sum(row >= 0 for row in sample_rows) == wanted
+        adapted = self._adapters is not None and self._adapters.begin(forward_batch)
+        if self.tapes is not None and all_sampled and not adapted:
             found = self.tapes.compute(forward_batch, before)
             if found is not None:
                 return LogitsProcessorOutput(
