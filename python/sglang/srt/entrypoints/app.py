@@ -19,6 +19,7 @@ from sglang.srt.entrypoints.admin_doors import AdminDoors
 from sglang.srt.entrypoints.api_doors import ApiDoors
 from sglang.srt.entrypoints.http_errors import error_response
 from sglang.srt.entrypoints.http_gate import Gate, shape_of
+from sglang.srt.entrypoints.lora_doors import LoraDoors
 from sglang.srt.entrypoints.memory_doors import MemoryDoors
 from sglang.srt.entrypoints.parser_doors import ParserDoors
 from sglang.srt.entrypoints.request_body import ClientGoneError
@@ -34,7 +35,7 @@ GET, POST = ["GET"], ["POST"]
 def build_app(context: ServerContext) -> Starlette:
     """The application of one server; `context` decides what is served and when."""
     api, admin, memory = ApiDoors(context), AdminDoors(context), MemoryDoors(context)
-    parsers = ParserDoors(context)
+    parsers, lora = ParserDoors(context), LoraDoors(context)
     routes: list[tuple[str, list[str], Door]] = [
         ("/", ["GET", "HEAD"], admin.root),
         ("/health", GET, admin.health),
@@ -64,6 +65,8 @@ def build_app(context: ServerContext) -> Starlette:
         ("/abort_request", POST, admin.abort_request),
         ("/set_kv_budget", POST, memory.set_kv_budget),
         ("/compact_kv", POST, memory.compact_kv),
+        ("/load_lora_adapter", POST, lora.load),
+        ("/unload_lora_adapter", POST, lora.unload),
     ]
     if context.metrics is not None:
         routes.append(("/metrics", GET, admin.metrics))

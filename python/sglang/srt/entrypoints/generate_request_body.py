@@ -33,7 +33,6 @@ from sglang.srt.managers.generate_request import GenerateRequest, IdArray
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 MULTIMODAL = Refusal("the model takes text only", ("", [], [None]))
-LORA = Refusal("LoRA adapters are not served", ("", [], [None]))
 SESSION = Refusal("sessions are not served", ("", {}))
 HIDDEN_STATES = Refusal("hidden states are not returned", (False, [False]))
 LOGIT_PROCESSOR = Refusal("custom logit processors are not served", ("",))
@@ -62,6 +61,7 @@ class GenerateBody(msgspec.Struct, frozen=True):
     return_prompt_token_ids: bool = False
     extra_key: str | list[str | None] | None = None
     cache_salt: str | list[str | None] | None = None
+    lora_path: str | list[str | None] | None = None
     priority: Int | None = None
     include_progress: bool = False
     require_reasoning: bool = False
@@ -92,8 +92,7 @@ GENERATE_FIELDS = FieldTable(
         "return_entropy": Refusal("entropy is not returned", (False,)),
         "session_id": SESSION,
         "session_params": SESSION,
-        "lora_path": LORA,
-        "lora_id": LORA,
+        "lora_id": Refusal("name the adapter in lora_path", ("", [], [None])),
         "custom_logit_processor": LOGIT_PROCESSOR,
         "max_thinking_tokens": Refusal("thinking budgets are not served"),
         "background": Refusal("background requests are not served", (False,)),
@@ -165,6 +164,7 @@ def read_generate(fields: Fields) -> GenerateCall:
     top = _each("top_logprobs_num", body.top_logprobs_num, count, is_batch)
     extra = _each("extra_key", body.extra_key, count, is_batch)
     salt = _each("cache_salt", body.cache_salt, count, is_batch)
+    adapters = adapter_for_each(body.lora_path, count, is_batch)
     replica = body.routed_dp_rank
     if replica is None:
         replica = body.data_parallel_rank  # its older name
@@ -180,6 +180,7 @@ def read_generate(fields: Fields) -> GenerateCall:
             top_logprobs_num=top[i],
             token_ids_logprob=picked[i],
             extra_key=prefix_key(extra[i], salt[i]),
+            lora_path=adapters[i],
             priority=body.priority,
             include_progress=body.stream and body.include_progress,
             routed_dp_rank=replica,
@@ -301,3 +302,10 @@ def _each(name: str, value: Any, count: int, is_batch: bool) -> list[Any]:
     if not is_batch or len(value) != count:
         raise bad_field(name, f"{len(value)} values for {count} prompts")
     return value
+
+
+def adapter_for_each(
+    lora_path: str | list[str | None] | None, count: int, is_batch: bool
+) -> list[str | None]:
+    """The LoRA adapter of each prompt: one for all, or a list of one (or null) per prompt."""
+    return _each("lora_path", lora_path or None, count, is_batch)

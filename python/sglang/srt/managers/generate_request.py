@@ -25,7 +25,8 @@ class GenerateRequest:
     It is changed once, by `forget_prompt`.
 
     `logprob_start_len` is the first prompt position whose log probability is wanted, -1 for none
-    of the prompt. `extra_key` keeps requests with different keys from sharing a prefix.
+    of the prompt. `extra_key` keeps requests with different keys from sharing a prefix. `lora_path`
+    is the name of a loaded LoRA adapter, None or empty for the model as it is.
     `priority` None: the client named none.
     `include_progress` asks for deltas that tell how far a long prompt is computed.
     `add_special_tokens` says whether `text` gets the tokenizer's BOS and EOS (False for text
@@ -44,6 +45,7 @@ class GenerateRequest:
     top_logprobs_num: int = 0
     token_ids_logprob: tuple[int, ...] = ()
     extra_key: str | None = None
+    lora_path: str | None = None
     priority: int | None = None
     add_special_tokens: bool = True
     kept_special_tokens: tuple[str, ...] = ()

@@ -15,7 +15,6 @@ from sglang.srt.entrypoints.generate_request_body import (
     DISAGGREGATION,
     HIDDEN_STATES,
     LOGIT_PROCESSOR,
-    LORA,
     RAW_NULL,
     SESSION,
 )
@@ -83,6 +82,7 @@ class ChatBody(SharedBody, frozen=True, kw_only=True):
     """The served fields of /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = []
+    lora_path: str | None = None
     max_completion_tokens: Int | None = None
     logprobs: bool = False
     top_logprobs: Int = 0
@@ -101,6 +101,7 @@ class CompletionBody(SharedBody, frozen=True, kw_only=True):
     """The served fields of /v1/completions."""
 
     prompt: msgspec.Raw | str | IdLists = RAW_NULL
+    lora_path: str | list[str | None] | None = None
     echo: bool = False
     logprobs: Int | None = None
 
@@ -123,7 +124,6 @@ _ACCEPTED = (
 
 SHARED_REFUSALS = {
     "stop_regex": STOP_REGEX,
-    "lora_path": LORA,
     "session_params": SESSION,
     "custom_logit_processor": LOGIT_PROCESSOR,
     "return_hidden_states": HIDDEN_STATES,
