@@ -311,3 +311,23 @@ def test_log_probabilities_of_a_prompt_are_the_adapters(llama: Adapters) -> None
             want = [float(logits[at, prompt[at + 1]]) for at in range(3, len(prompt) - 1)]
             got = np.frombuffer(found.logprobs, "<f4")[1:]
             np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lora_paths": ["x=/no/such"]}, "/no/such is no directory"),
+        ({"max_lora_rank": 2}, "/large has rank 4, --max-lora-rank is 2"),
+        ({"lora_target_modules": ["q_proj", "wq"]}, "no linear layer of the model is called wq"),
+        ({"lora_target_modules": ["q_proj"]}, "/large changes down_proj, gate_proj, k_proj"),
+    ],
+)
+def test_what_can_not_be_served_ends_the_start(
+    llama: Adapters, flags: dict[str, Any], message: str
+) -> None:
+    with (
+        pytest.raises(ValueError, match=message) as error,
+        tower(llama.path, **{"lora_paths": llama.refs, **flags}),
+    ):
+        pass
+    assert "\n" not in str(error.value)
