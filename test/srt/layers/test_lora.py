@@ -16,15 +16,14 @@ from sglang.srt.layers.linear import (
     RowParallelLinear,
     ShardedLinear,
 )
-from sglang.srt.layers.lora import AdapterRows, AdapterStep, LinearAdapters
+from sglang.srt.layers.lora import AdapterMask, AdapterRows, AdapterStep, LinearAdapters
 from srt.layers.test_linear import close, rand, ranks
 
-CPU = torch.device("cpu")
 RANK = 3
 
 
 def rows_of(places: Sequence[int], lens: Sequence[int], wanted: Sequence[int]) -> AdapterRows:
-    return AdapterRows.of_step(np.array(places), np.array(lens), np.array(wanted), CPU)
+    return AdapterRows.of_step(np.array(places), np.array(lens), np.array(wanted), list)
 
 
 def test_rows_are_grouped_by_place() -> None:
@@ -223,3 +222,34 @@ def test_products_are_as_many_as_adapters_not_rows(monkeypatch: pytest.MonkeyPat
     step.rows = rows_of([1, 0] * 32, [1] * 64, range(64))
     layer(rand(64, 8))
     assert calls == [32] * 4
+
+
+def test_all_places_at_once_give_the_same() -> None:
+    """What a recorded step computes, with rows that have none among the others."""
+    layer = MergedColumnParallelLinear(6, (8, 4), parallel=ParallelState(), dtype=torch.float32)
+    for shard, rows in enumerate((8, 4)):
+        layer.weight_loader("weight", rand(rows, 6, seed=shard), shard)
+    step = AdapterStep()
+    whole: Shards = {0: pair(6, 8, RANK, 10), 1: pair(6, 4, RANK, 20)}
+    adapt(layer, step, [whole, {1: pair(6, 4, 2, 30)}])
+    x = rand(5, 6, seed=3)
+    step.rows = rows_of(PLACES, [1] * 5, range(5))
+    want = layer(x)
+    own = torch.zeros(5, 2)
+    for row, place in enumerate(PLACES):
+        if place >= 0:
+            own[row, place] = 1
+    step.rows = AdapterMask(own)
+    close(layer(x), want)
+
+
+def test_all_places_at_once_for_parts_of_a_layer() -> None:
+    layer = QKVParallelLinear(6, 4, 4, 2, parallel=ParallelState(), dtype=torch.float32)
+    sizes = {"q": 16, "k": 8, "v": 8}
+    for name, size in sizes.items():
+        layer.weight_loader("weight", rand(size, 6), name)
+    step = AdapterStep()
+    adapt(layer, step, [{name: pair(6, size, RANK, size) for name, size in sizes.items()}])
+    x = rand(3, 6, seed=3)
+    step.rows = AdapterMask(torch.ones(3, 1))
+    close(torch.cat([layer.queries(x), *layer.keys_values(x)], -1), layer(x))

@@ -16,7 +16,10 @@ from sglang.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
     int32_buffer,
 )
+from sglang.srt.managers.lora_policy import MAX_LOOKED_AT
+from sglang.srt.model_executor.decode_tapes import DecodeTapes
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.native import native_kernels
 from srt.managers.rank_towers import rank_towers
 from srt.managers.test_engine_tokens import PROMPTS, DeviceTower, tower
 from srt.models.hf_models import hf_greedy, make_hf_model, save
@@ -52,7 +55,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Adapters:
 
 
 def send(
-    engine: DeviceTower, rid: str, prompt: list[int], adapter: int, new: int = NEW_TOKENS
+    engine: DeviceTower,
+    rid: str,
+    prompt: list[int],
+    adapter: int,
+    new: int = NEW_TOKENS,
+    **fields: Any,
 ) -> None:
     if engine.rank:
         return
@@ -62,6 +70,7 @@ def send(
             input_ids=memoryview(int32_buffer(prompt)),
             sampling_params=SamplingParams(max_new_tokens=new, temperature=0.0),
             lora_id=adapter or None,
+            **fields,
         )
     )
 
@@ -186,6 +195,34 @@ def test_a_pinned_adapter_keeps_its_place(llama: Adapters) -> None:
         engine.run()
         assert [change.adapter_id for change in changes] == [2, 1, 3, 2, 3]
         assert {change.place for change in changes if change.adapter_id != 1} == {0}
+
+
+def test_a_more_urgent_request_takes_an_adapters_place(llama: Adapters) -> None:
+    flags = {"max_loras_per_batch": 1, "enable_priority_scheduling": True}
+    with tower(llama.path, lora_paths=llama.refs, **flags) as engine:
+        send(engine, "low", PROMPTS[1], 1, 40, priority=0)
+        for _ in range(5):
+            engine.scheduler.turn()
+        send(engine, "high", PROMPTS[1], 2, priority=20)
+        engine.run()
+        assert engine.scheduler.counters.num_preemptions == 1
+        finals = [out.rid for out in engine.channel.outs if out.finish_reason is not None]
+        assert finals == ["high", "low"]
+        assert engine.output("low") == hf_greedy(llama.models[1], PROMPTS[1], 40)
+        assert engine.output("high") == hf_greedy(llama.models[2], PROMPTS[1], NEW_TOKENS)
+
+
+def test_only_so_many_of_a_long_queue_are_looked_at(llama: Adapters) -> None:
+    """Behind more than that, even who needs no place waits its turn."""
+    with tower(llama.path, lora_paths=llama.refs, max_loras_per_batch=1) as engine:
+        steps = steps_of(engine)
+        send(engine, "a", PROMPTS[0], 1, 3)
+        for number in range(MAX_LOOKED_AT):
+            send(engine, f"b{number}", PROMPTS[0], 2, 1)
+        send(engine, "c", PROMPTS[0], 0, 1)
+        engine.run()
+        assert steps[0] == [1]
+        assert sum(step.count(None) for step in steps) == 1
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("lru", [1, 2, 3, 2]), ("fifo", [1, 2, 3])])
@@ -331,3 +368,18 @@ def test_what_can_not_be_served_ends_the_start(
     ):
         pass
     assert "\n" not in str(error.value)
+
+
+def test_recorded_steps_beside_adapted_ones(llama: Adapters) -> None:
+    """Requests without adapters go onto tapes, also right after steps that had some."""
+    with tower(llama.path, lora_paths=llama.refs) as engine:
+        for rid, adapter, new in (("a", 1, 4), ("b", 0, 30), ("c", 0, 30), ("d", 2, 12)):
+            send(engine, rid, PROMPTS[1], adapter, new)
+        engine.run()
+        for rid, adapter, new in (("a", 1, 4), ("b", 0, 30), ("c", 0, 30), ("d", 2, 12)):
+            assert engine.output(rid) == hf_greedy(llama.models[adapter], PROMPTS[1], new)
+        tapes = engine.parts.worker.runner.tapes
+        if native_kernels() is not None:
+            assert isinstance(tapes, DecodeTapes)
+            assert tapes.recorded == (2,)
+            assert not tapes.refused

@@ -2,15 +2,16 @@
 
 y = W x + B A x (arXiv 2106.09685); B holds the scale. Adapters lie in a fixed number of places,
 side by side, so that none moves while a step computes. Rows are grouped by place: a step makes two
-products for each adapter in it, however many rows there are. Under tensor parallelism A or B is
-cut as the weight is, and the ranks' parts are summed where theirs are.
+products for each adapter in it, however many rows there are. A recorded step, which may not depend
+on who is where, makes the products of all places for every row and keeps each row's own. Under
+tensor parallelism A or B is cut as the weight is, and the ranks' parts are summed where theirs are.
 
 Shape letters: N places, P projections of a layer, r largest rank, K inputs, M outputs, R rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from sglang.srt.layers.products import linear
 
 Int64Array = npt.NDArray[np.int64]
 Factors = tuple[torch.Tensor, torch.Tensor]
+Mover = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 
 class AdapterPart(NamedTuple):
@@ -64,16 +66,24 @@ class AdapterRows:
 
     @classmethod
     def of_step(
-        cls, places: Int64Array, lens: Int64Array, wanted: Int64Array, device: torch.device
+        cls, places: Int64Array, lens: Int64Array, wanted: Int64Array, move: Mover
     ) -> AdapterRows:
-        """From each sequence's place [B] (-1: no adapter) and tokens [B], and the wanted rows."""
+        """From each sequence's place [B] (-1: no adapter) and tokens [B], and the wanted rows.
+
+        `move` takes tensors to the device, all at once.
+        """
         tokens = np.repeat(places, lens)
-        return cls(
-            len(tokens),
-            _groups(tokens, device),
-            len(wanted),
-            _groups(tokens[wanted], device),
+        both = (_groups(tokens), _groups(tokens[wanted]))
+        scattered = [one.rows for groups in both for one in groups]
+        moved = iter(move([rows for rows in scattered if isinstance(rows, torch.Tensor)]))
+        of_tokens, of_wanted = (
+            tuple(
+                group._replace(rows=next(moved)) if isinstance(group.rows, torch.Tensor) else group
+                for group in groups
+            )
+            for groups in both
         )
+        return cls(len(tokens), of_tokens, len(wanted), of_wanted)
 
     def groups_of(self, num_rows: int) -> tuple[RowGroup, ...]:
         """The groups of a layer's rows: all tokens, or those that are wanted."""
@@ -86,7 +96,7 @@ class AdapterRows:
         return self.wanted
 
 
-def _groups(places: Int64Array, device: torch.device) -> tuple[RowGroup, ...]:
+def _groups(places: Int64Array) -> tuple[RowGroup, ...]:
     groups = []
     for place in np.unique(places).tolist():
         if place < 0:
@@ -96,16 +106,26 @@ def _groups(places: Int64Array, device: torch.device) -> tuple[RowGroup, ...]:
         if len(at) < len(places):
             first, last = int(at[0]), int(at[-1]) + 1
             is_run = last - first == len(at)
-            rows = slice(first, last) if is_run else torch.from_numpy(at).to(device)
+            rows = slice(first, last) if is_run else torch.from_numpy(at)
         groups.append(RowGroup(place, rows))
     return tuple(groups)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterMask:
+    """The places of a step's rows as a tensor that may be written anew for each step.
+
+    `own` [R, N] is one where a row has the adapter in a place, else zero.
+    """
+
+    own: torch.Tensor
 
 
 class AdapterStep:
     """What all layers of a model look up while a step computes; set by the thread that computes."""
 
     def __init__(self) -> None:
-        self.rows: AdapterRows | None = None  # None: no row has an adapter
+        self.rows: AdapterRows | AdapterMask | None = None  # None: no row has an adapter
 
 
 class LinearAdapters:
@@ -130,7 +150,7 @@ class LinearAdapters:
         heights = [part.rows for part in parts.values()]
         self._begins = [sum(heights[:i]) for i in range(len(heights))]
         self._a = like.new_zeros(num_places, len(parts) * rank, width)  # [N, P * r, K]
-        self._b = like.new_zeros(num_places, sum(heights), rank)  # [N, M, r]
+        self._b = like.new_zeros(sum(heights), num_places, rank)  # [M, N, r]
 
     @property
     def nbytes(self) -> int:
@@ -140,13 +160,13 @@ class LinearAdapters:
     def put(self, place: int, factors: Mapping[int | str | None, Factors]) -> None:
         """Let a place hold an adapter's A [k, K] and B [m, k] by shard, and nothing else."""
         self._a[place].zero_()
-        self._b[place].zero_()
+        self._b[:, place].zero_()
         for i, (shard, part) in enumerate(self._parts):
             if shard in factors:
                 a, b = factors[shard]
                 first, begin = i * self._rank, self._begins[i]
                 self._a[place, first : first + len(a)].copy_(a)
-                self._b[place, begin : begin + part.rows, : b.shape[1]].copy_(b)
+                self._b[begin : begin + part.rows, place, : b.shape[1]].copy_(b)
 
     def add_to(self, output: torch.Tensor, x: torch.Tensor, first: int, last: int | None) -> None:
         """Add to `output` [R, M'], the layer's outputs [first, last) of x [R, K], in its place."""
@@ -160,6 +180,9 @@ class LinearAdapters:
             if part.first >= first and part.first + part.rows <= end
         ]
         if not indices:
+            return
+        if isinstance(rows, AdapterMask):
+            self._add_all(output, x, rows.own, indices, first)
             return
         for place, group in rows.groups_of(len(x)):
             self._add(output, x if group is None else x[group], place, group, indices, first)
@@ -178,7 +201,7 @@ class LinearAdapters:
         for number, i in enumerate(indices):
             part, begin = self._parts[i][1], self._begins[i]
             some = low[:, number * rank : (number + 1) * rank]
-            high = linear(some, self._b[place, begin : begin + part.rows])
+            high = linear(some, self._b[begin : begin + part.rows, place])
             target = output[:, part.first - first : part.first - first + part.rows]
             if isinstance(group, torch.Tensor):
                 target.index_add_(0, group, high)
@@ -186,3 +209,22 @@ class LinearAdapters:
                 target += high
             else:
                 target[group] += high
+
+    def _add_all(
+        self,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        own: torch.Tensor,
+        indices: list[int],
+        first: int,
+    ) -> None:
+        """`_add` for all places at once: what is launched depends on no row's place."""
+        rank, (num_rows, num_places) = self._rank, own.shape
+        factors = self._a[:, indices[0] * rank : (indices[-1] + 1) * rank]
+        low = linear(x, factors.reshape(-1, x.shape[1])).view(num_rows, num_places, -1, rank)
+        low = low * own[:, :, None, None]
+        for number, i in enumerate(indices):
+            part, begin = self._parts[i][1], self._begins[i]
+            some = low[:, :, number].reshape(num_rows, -1)
+            high = linear(some, self._b[begin : begin + part.rows].flatten(1))
+            output[:, part.first - first : part.first - first + part.rows] += high

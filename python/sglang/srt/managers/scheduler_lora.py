@@ -25,6 +25,7 @@ from sglang.srt.model_executor.lora_places import AdapterPlaces, make_places
 from sglang.srt.model_loader.lora_files import read_adapter
 from sglang.srt.models.causal_lm import CausalLM as LoadedModel
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.device import DeviceRuntime
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ class SchedulerAdapters:
 
 
 def open_adapters(
-    args: ServerArgs, model: CausalLM, ranks: Communicator | None
+    args: ServerArgs, model: CausalLM, ranks: Communicator | None, runtime: DeviceRuntime
 ) -> tuple[AdapterPlaces | None, SchedulerAdapters]:
     """The places, filled with nothing, and the book with --lora-paths loaded.
 
@@ -195,6 +196,7 @@ def open_adapters(
         num_places=args.max_loras_per_batch,
         rank=args.max_lora_rank,
         targets=args.lora_target_modules,
+        runtime=runtime,
     )
     book = SchedulerAdapters(places, evicts_lru=args.lora_eviction_policy == "lru", ranks=ranks)
     for number, ref in enumerate(args.lora_paths, 1):

@@ -198,7 +198,8 @@ def build_scheduler_parts(
     if remark is not None:
         logger.log(logging.INFO if kv_dtype != dtype else logging.WARNING, "%s", remark)
     model = _load(rank, config, DTYPES[dtype], scales_kv=kv_dtype.startswith("fp8"))
-    places, adapters = open_adapters(args, model, None if links is None else links.control)
+    control = None if links is None else links.control
+    places, adapters = open_adapters(args, model, control, runtime)
     backend_class = get_attention_backend(args.attention_backend, args.device)
     page_size = args.page_size or backend_class.preferred_page_size
     grammars = _grammars(args, config.vocab_size)
@@ -209,7 +210,7 @@ def build_scheduler_parts(
         rank, config, spec, backend_class, requested=requested, free_before=free_before
     )
     backend = make_attention_backend(backend_class, memory.kv_pool, grid.kv_group)
-    recorder = make_recorder(args, model, backend, runtime, memory.kv_pool)
+    recorder = make_recorder(args, model, backend, runtime, memory.kv_pool, places)
     runner = ModelRunner(model, LogitsProcessor(runtime=runtime), recorder, places)
     num_rows = plan.max_running_requests + 1
     worker = TpModelWorker(runner, make_sampler(args, runtime), num_rows, runtime)

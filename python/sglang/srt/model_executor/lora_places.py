@@ -8,13 +8,21 @@ is decided elsewhere (managers/lora_policy.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from sglang.srt.configs.lora_args import ALL_MODULES
 from sglang.srt.layers.linear import ShardedLinear
-from sglang.srt.layers.lora import AdapterRows, AdapterStep, Factors, LinearAdapters
+from sglang.srt.layers.lora import (
+    AdapterMask,
+    AdapterRows,
+    AdapterStep,
+    Factors,
+    LinearAdapters,
+)
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_loader.lora_files import (
     AdapterFile,
@@ -23,6 +31,7 @@ from sglang.srt.model_loader.lora_files import (
     leaf_of,
 )
 from sglang.srt.models.causal_lm import AdapterSite
+from sglang.srt.utils.device import CpuRuntime, DeviceRuntime
 
 
 def resolve_targets(
@@ -50,8 +59,8 @@ def resolve_targets(
 class AdapterPlaces:
     """Places for `num_places` adapters up to `rank` in the linear layers of one model.
 
-    Making one takes their memory, on the layers' device. `hold` and `forget` are for the
-    scheduler's thread, `begin` for the one that computes.
+    Making one takes their memory, on the layers' device, which is `runtime`'s. `hold` and `forget`
+    are for the scheduler's thread, the others for the one that computes.
     """
 
     def __init__(
@@ -60,8 +69,10 @@ class AdapterPlaces:
         targets: frozenset[str],
         num_places: int,
         rank: int,
+        runtime: DeviceRuntime,
     ) -> None:
         self.num_places = num_places
+        self._runtime = runtime
         self.targets = targets
         self.rank = rank
         self._sites = sites
@@ -90,19 +101,45 @@ class AdapterPlaces:
         """Let go of an adapter, if it is held; its place may keep what it has."""
         self._held.pop(adapter_id, None)
 
-    def begin(self, batch: ForwardBatch) -> bool:
-        """Make the changes that a batch brings and group its rows; whether any has an adapter."""
+    def change(self, batch: ForwardBatch) -> None:
+        """Make the changes of places that a batch brings; the first thing to do for it.
+
+        Layers forget the rows of the batch before: a step that is recorded now has no adapters.
+        """
+        self._step.rows = None
         for change in batch.adapter_changes:
             self._put(change.place, self._held[change.adapter_id])
-        places = batch.adapter_places
-        self._step.rows = None
-        if places is None:
-            return False
-        geometry = batch.geometry
-        self._step.rows = AdapterRows.of_step(
-            places, geometry.extend_seq_lens, geometry.logits_rows, batch.input_ids.device
-        )
-        return True
+
+    def group(self, batch: ForwardBatch) -> None:
+        """Let layers know a batch's rows by their adapters, before the model computes it."""
+        places, geometry = batch.adapter_places, batch.geometry
+        if places is not None:
+            self._step.rows = AdapterRows.of_step(
+                places, geometry.extend_seq_lens, geometry.logits_rows, self._runtime.move
+            )
+
+    def make_mask(self, num_rows: int) -> torch.Tensor:
+        """Room for the places of up to `num_rows` rows of a recorded step: [rows, places]."""
+        like = self._layers[0].weight
+        return like.new_zeros(num_rows, self.num_places)
+
+    @contextmanager
+    def masked(self, own: torch.Tensor) -> Iterator[None]:
+        """Let layers look up rows in `own` [R, places], part of a mask, while this lasts."""
+        self._step.rows = AdapterMask(own)
+        try:
+            yield
+        finally:
+            self._step.rows = None
+
+    def fill_mask(self, own: torch.Tensor, batch: ForwardBatch) -> None:
+        """Write a decode step's rows into `own` [R, places]; those beyond its rows have none."""
+        here = np.zeros(own.shape, np.float32)
+        if batch.adapter_places is not None:
+            rows = np.flatnonzero(batch.adapter_places >= 0)
+            here[rows, batch.adapter_places[rows]] = 1
+        (moved,) = self._runtime.move([torch.from_numpy(here)])
+        own.copy_(moved)
 
     def _put(self, place: int, adapter: CutAdapter) -> None:
         factors: dict[ShardedLinear, dict[int | str | None, Factors]] = {}
@@ -126,12 +163,14 @@ def make_places(
     num_places: int,
     rank: int | None,
     targets: Sequence[str] | None,
+    runtime: DeviceRuntime | None = None,
 ) -> AdapterPlaces:
     """Places for the adapters that were `found` at start, and later ones no larger.
 
-    `rank` and `targets` None: those of the found. ValueError for targets that the model lacks.
+    `rank` and `targets` None: those of the found; `runtime` None: the host. ValueError for targets
+    that the model lacks.
     """
     resolved = resolve_targets(targets, found, sites)
     most = rank if rank is not None else max(adapter.rank for adapter in found)
     with torch.inference_mode(False):
-        return AdapterPlaces(sites, resolved, num_places, most)
+        return AdapterPlaces(sites, resolved, num_places, most, runtime or CpuRuntime())

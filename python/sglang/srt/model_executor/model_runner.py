@@ -28,8 +28,7 @@ class StepRecorder(Protocol):
 class ModelRunner:
     """Model plus logits processor.
 
-    `tapes` None: every step is computed call by call, as are those of requests with adapters.
-    `adapters` None: there are none.
+    `tapes` None: every step is computed call by call. `adapters` None: there are none.
     """
 
     def __init__(
@@ -60,13 +59,16 @@ class ModelRunner:
         # Both ascend without repeats: as many sampled as wanted means that no others are wanted.
         wanted = len(forward_batch.geometry.logits_rows)
         all_sampled = sum(row >= 0 for row in sample_rows) == wanted
-        adapted = self._adapters is not None and self._adapters.begin(forward_batch)
-        if self.tapes is not None and all_sampled and not adapted:
+        if self._adapters is not None:
+            self._adapters.change(forward_batch)
+        if self.tapes is not None and all_sampled:
             found = self.tapes.compute(forward_batch, before)
             if found is not None:
                 return LogitsProcessorOutput(
                     found.logits, [None] * forward_batch.batch_size, found.highest
                 )
+        if self._adapters is not None:
+            self._adapters.group(forward_batch)
         before()
         hidden = self.model(forward_batch)
         return self._logits_processor(
