@@ -49,12 +49,10 @@ class ShardedLinear(WeightOwner):
         """Where a checkpoint's projection `shard_id` lies in this layer (None: it is all of it)."""
         raise NotImplementedError
 
-    def adapted(
-        self, x: torch.Tensor, output: torch.Tensor, first: int = 0, last: int | None = None
-    ) -> torch.Tensor:
-        """`output`, of x and the outputs [first, last), with what its rows' adapters add."""
+    def adapted(self, x: torch.Tensor, output: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """`output`, the outputs from `first` on of x, with what its rows' adapters add."""
         if self.adapters is not None:
-            self.adapters.add_to(output, x, first, last)
+            self.adapters.add_to(output, x, first)
         return output
 
     def _load(self, param_name: str, first: int, source: LoadedWeight, what: str) -> None:
@@ -210,7 +208,7 @@ class QKVParallelLinear(ShardedLinear):
     def queries(self, x: torch.Tensor) -> torch.Tensor:
         """[*, hidden] -> [*, q_size]: the queries' part of `forward`."""
         bias = None if self.bias is None else self.bias[: self.q_size]
-        return self.adapted(x, self.product(x, bias, 0, self.q_size), 0, self.q_size)
+        return self.adapted(x, self.product(x, bias, 0, self.q_size))
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[*, hidden] -> [*, k_size] and [*, v_size]: the other parts of `forward`."""

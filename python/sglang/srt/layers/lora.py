@@ -131,7 +131,9 @@ class AdapterStep:
 class LinearAdapters:
     """The places of one linear layer, all empty at first.
 
-    `parts` are its projections that adapters may change, by shard, in the order of its outputs.
+    `parts` are its projections that adapters may change, by shard, in the order of its outputs. An
+    adapter's A lie one below the other, and its B beside each other with zeros where the outputs
+    are another projection's: one product each, whatever a layer has merged.
     """
 
     def __init__(
@@ -146,11 +148,11 @@ class LinearAdapters:
         self._parts = tuple(parts.items())
         self._rank = rank
         self._step = step
-        width = self._parts[0][1].columns
-        heights = [part.rows for part in parts.values()]
-        self._begins = [sum(heights[:i]) for i in range(len(heights))]
-        self._a = like.new_zeros(num_places, len(parts) * rank, width)  # [N, P * r, K]
-        self._b = like.new_zeros(sum(heights), num_places, rank)  # [M, N, r]
+        self._first = self._parts[0][1].first  # B has rows for the outputs [first, last)
+        self._last = max(part.first + part.rows for part in parts.values())
+        width, ranks = self._parts[0][1].columns, len(parts) * rank
+        self._a = like.new_zeros(num_places, ranks, width)  # [N, P * r, K]
+        self._b = like.new_zeros(self._last - self._first, num_places, ranks)  # [M, N, P * r]
 
     @property
     def nbytes(self) -> int:
@@ -164,67 +166,31 @@ class LinearAdapters:
         for i, (shard, part) in enumerate(self._parts):
             if shard in factors:
                 a, b = factors[shard]
-                first, begin = i * self._rank, self._begins[i]
-                self._a[place, first : first + len(a)].copy_(a)
-                self._b[begin : begin + part.rows, place, : b.shape[1]].copy_(b)
+                low, high = i * self._rank, part.first - self._first
+                self._a[place, low : low + len(a)].copy_(a)
+                self._b[high : high + part.rows, place, low : low + len(a)].copy_(b)
 
-    def add_to(self, output: torch.Tensor, x: torch.Tensor, first: int, last: int | None) -> None:
-        """Add to `output` [R, M'], the layer's outputs [first, last) of x [R, K], in its place."""
+    def add_to(self, output: torch.Tensor, x: torch.Tensor, first: int) -> None:
+        """Add to `output` [R, m], the layer's outputs from `first` on of x [R, K], in its place."""
         rows = self._step.rows
         if rows is None:
             return
-        end = first + output.shape[-1] if last is None else last
-        indices = [
-            i
-            for i, (_, part) in enumerate(self._parts)
-            if part.first >= first and part.first + part.rows <= end
-        ]
-        if not indices:
+        begin = max(first, self._first)
+        end = min(first + output.shape[1], self._last)
+        if begin >= end:
             return
+        target = output[:, begin - first : end - first]
+        b = self._b[begin - self._first : end - self._first]
         if isinstance(rows, AdapterMask):
-            self._add_all(output, x, rows.own, indices, first)
+            low = linear(x, self._a.flatten(0, 1)).view(*rows.own.shape, -1)
+            target += linear((low * rows.own.unsqueeze(-1)).flatten(1), b.flatten(1))
             return
         for place, group in rows.groups_of(len(x)):
-            self._add(output, x if group is None else x[group], place, group, indices, first)
-
-    def _add(
-        self,
-        output: torch.Tensor,
-        x: torch.Tensor,
-        place: int,
-        group: slice | torch.Tensor | None,
-        indices: list[int],
-        first: int,
-    ) -> None:
-        rank = self._rank
-        low = linear(x, self._a[place, indices[0] * rank : (indices[-1] + 1) * rank])
-        for number, i in enumerate(indices):
-            part, begin = self._parts[i][1], self._begins[i]
-            some = low[:, number * rank : (number + 1) * rank]
-            high = linear(some, self._b[begin : begin + part.rows, place])
-            target = output[:, part.first - first : part.first - first + part.rows]
+            low = linear(x if group is None else x[group], self._a[place])
+            high = linear(low, b[:, place])
             if isinstance(group, torch.Tensor):
                 target.index_add_(0, group, high)
             elif group is None:
                 target += high
             else:
                 target[group] += high
-
-    def _add_all(
-        self,
-        output: torch.Tensor,
-        x: torch.Tensor,
-        own: torch.Tensor,
-        indices: list[int],
-        first: int,
-    ) -> None:
-        """`_add` for all places at once: what is launched depends on no row's place."""
-        rank, (num_rows, num_places) = self._rank, own.shape
-        factors = self._a[:, indices[0] * rank : (indices[-1] + 1) * rank]
-        low = linear(x, factors.reshape(-1, x.shape[1])).view(num_rows, num_places, -1, rank)
-        low = low * own[:, :, None, None]
-        for number, i in enumerate(indices):
-            part, begin = self._parts[i][1], self._begins[i]
-            some = low[:, :, number].reshape(num_rows, -1)
-            high = linear(some, self._b[begin : begin + part.rows].flatten(1))
-            output[:, part.first - first : part.first - first + part.rows] += high
