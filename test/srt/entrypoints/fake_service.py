@@ -147,7 +147,7 @@ class FakeService:
             ids = await self.tokenize(request.text or "", request.add_special_tokens)
         validation.check_ids(ids, VOCAB_SIZE)
         params = validation.fit_to_context(len(ids), request.sampling_params, self.context_length)
-        adapter = self.adapters.begin(request.lora_path)
+        adapter = self.adapters.begin(request.lora_path, request.lora_number)
         start = validation.prompt_logprob_start(request, len(ids), 1 << 20)
         request.forget_prompt()  # as the TokenizerManager does
         self.started.put(request.rid)

@@ -88,6 +88,27 @@ async def test_a_name_comes_back_under_another_number_even_while_the_old_one_run
     assert schedulers.asked == [("load_lora_adapter", 2), ("unload_lora_adapter", 1)]
 
 
+async def test_a_call_keeps_its_adapter_for_sequences_that_begin_late() -> None:
+    registry = make(Schedulers())
+    with registry.held(["a", None, "a"]) as numbers:
+        assert numbers == {"a": 1}
+        unload = asyncio.create_task(registry.unload("a"))
+        await settle()
+        assert (await registry.load("a", "/new", False))["success"]
+        late = registry.begin("a", numbers["a"])
+        assert late is not None
+        assert late.ref.path == "/a"
+    await settle()
+    assert not unload.done()
+    late.ended()
+    assert (await unload)["loaded_adapters"] == {"a": "/new"}
+    with pytest.raises(RequestError, match="'a' is not loaded"):
+        registry.begin("a", 1)
+    with pytest.raises(RequestError, match="'z' is not loaded"), registry.held(["a", "z"]):
+        pass
+    assert (await registry.unload("a"))["success"], "nothing of the refused call is left"
+
+
 async def test_who_gives_up_waiting_leaves_it_loaded() -> None:
     registry = make(Schedulers())
     adapter = registry.begin("a")

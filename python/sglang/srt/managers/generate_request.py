@@ -22,11 +22,12 @@ IdArray = npt.NDArray[np.int32]
 class GenerateRequest:
     """One sequence to generate; exactly one of `text` and `input_ids` (int32 [n]) is set.
 
-    It is changed once, by `forget_prompt`.
+    It is changed by `forget_prompt`, and `lora_number` by who starts it.
 
     `logprob_start_len` is the first prompt position whose log probability is wanted, -1 for none
     of the prompt. `extra_key` keeps requests with different keys from sharing a prefix. `lora_path`
-    is the name of a loaded LoRA adapter, None or empty for the model as it is.
+    is the name of a loaded LoRA adapter, None or empty for the model as it is, `lora_number` the one
+    that is held for the request, None: whichever has the name when it begins.
     `priority` None: the client named none.
     `include_progress` asks for deltas that tell how far a long prompt is computed.
     `add_special_tokens` says whether `text` gets the tokenizer's BOS and EOS (False for text
@@ -46,6 +47,7 @@ class GenerateRequest:
     token_ids_logprob: tuple[int, ...] = ()
     extra_key: str | None = None
     lora_path: str | None = None
+    lora_number: int | None = None
     priority: int | None = None
     add_special_tokens: bool = True
     kept_special_tokens: tuple[str, ...] = ()

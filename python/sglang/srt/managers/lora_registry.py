@@ -8,7 +8,8 @@ loop, which tells it of requests that begin and end; the doors call `load` and `
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from sglang.srt.configs.lora_args import LoraRef, pinned_refusal
@@ -69,7 +70,8 @@ class LoraRegistry:
         self._loaded = {
             ref.name: LoadedAdapter(number, ref) for number, ref in enumerate(args.lora_paths, 1)
         }
-        self._leaving = 0  # adapters that wait for their last requests
+        # Those that wait for their last requests, too.
+        self._by_number = {adapter.number: adapter for adapter in self._loaded.values()}
         self._last_number = len(self._loaded)
         self._lock = asyncio.Lock()
 
@@ -94,16 +96,35 @@ class LoraRegistry:
             return model
         return model.partition(":")[2].strip() or None
 
-    def begin(self, name: str | None) -> LoadedAdapter | None:
+    @contextmanager
+    def held(self, names: Iterable[str | None]) -> Iterator[dict[str, int]]:
+        """Keep the adapters of a call, some of whose sequences may begin late; numbers by name.
+
+        RequestError as for `begin`.
+        """
+        found: dict[str, LoadedAdapter] = {}
+        try:
+            for name in names:
+                adapter = None if name in found else self.begin(name)
+                if adapter is not None and name is not None:
+                    found[name] = adapter
+            yield {name: adapter.number for name, adapter in found.items()}
+        finally:
+            for adapter in found.values():
+                adapter.ended()
+
+    def begin(self, name: str | None, number: int | None = None) -> LoadedAdapter | None:
         """Count a request that asks for adapter `name`; None: it asks for none.
 
-        Its end must be told to what is returned. RequestError 400 for a name that is not loaded.
+        `number` is that of an adapter that is held for it, whatever the name stands for now. The
+        request's end must be told to what is returned. RequestError 400 for a name that is not
+        loaded.
         """
         if not name:
             return None
         if not self.serves:
             raise RequestError(f"{NOT_SERVED} The request asks for {name!r}.")
-        adapter = self._loaded.get(name)
+        adapter = self._loaded.get(name) if number is None else self._by_number.get(number)
         if adapter is None:
             there = ", ".join(map(repr, self._loaded)) or "none"
             raise RequestError(f"The LoRA adapter {name!r} is not loaded; loaded are: {there}.")
@@ -125,7 +146,7 @@ class LoraRegistry:
                 args = {"name": name, "path": path, "pinned": pinned}
                 reply = await self._ask("load_lora_adapter", number, **args)
                 if reply.success:
-                    self._loaded[name] = LoadedAdapter(number, ref)
+                    self._loaded[name] = self._by_number[number] = LoadedAdapter(number, ref)
                 else:
                     error = reply.message
                     # Replicas that have it do not keep what others could not load.
@@ -139,7 +160,7 @@ class LoraRegistry:
             return "lora_name and lora_path must be given."
         if name in self._loaded:
             return f"The LoRA adapter {name!r} is loaded already; unload it first."
-        if self._most is not None and len(self._loaded) + self._leaving >= self._most:
+        if self._most is not None and len(self._by_number) >= self._most:
             return f"No more than {self._most} LoRA adapters may be loaded (--max-loaded-loras)."
         num_pinned = sum(adapter.ref.pinned for adapter in self._loaded.values()) + pinned
         return pinned_refusal(num_pinned, self._num_places) if pinned else None
@@ -155,7 +176,6 @@ class LoraRegistry:
             return self._answer(
                 f"The LoRA adapter {name!r} is not loaded." if self.serves else NOT_SERVED
             )
-        self._leaving += 1
         try:
             await adapter.wait_idle()
             async with self._lock:
@@ -163,11 +183,11 @@ class LoraRegistry:
         except BaseException:
             self._loaded.setdefault(name, adapter)
             raise
-        finally:
-            self._leaving -= 1
         if not reply.success:
             self._loaded.setdefault(name, adapter)
-        return self._answer(None if reply.success else reply.message)
+            return self._answer(reply.message)
+        del self._by_number[adapter.number]
+        return self._answer(None)
 
     async def _ask(self, op: str, number: int, **args: Any) -> ControlReply:
         return await self._control(op, timeout_s=_LOAD_TIMEOUT_S, adapter_id=number, **args)

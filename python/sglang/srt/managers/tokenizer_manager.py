@@ -261,7 +261,7 @@ class TokenizerManager:
         )
         if request.rid in self._rids:
             raise RequestError(f"A request with the id {request.rid!r} is already being served.")
-        adapter = self.adapters.begin(request.lora_path)
+        adapter = self.adapters.begin(request.lora_path, request.lora_number)
         self._num_seen += 1
         state = RequestState(request.rid, wire_rid(request.rid, self._num_seen), adapter)
         self._rids.add(state.rid)
