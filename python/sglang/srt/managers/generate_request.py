@@ -25,9 +25,9 @@ class GenerateRequest:
     It is changed by `forget_prompt`, and `lora_number` by who starts it.
 
     `logprob_start_len` is the first prompt position whose log probability is wanted, -1 for none
-    of the prompt. `extra_key` keeps requests with different keys from sharing a prefix. `lora_path`
-    is the name of a loaded LoRA adapter, None or empty for the model as it is, `lora_number` the one
-    that is held for the request, None: whichever has the name when it begins.
+    of the prompt. `extra_key` keeps requests with different keys from sharing a prefix.
+    `lora_path` is the name of a loaded LoRA adapter, None or empty for the model as it is,
+    `lora_number` the one that is held for the request, None: whichever has the name then.
     `priority` None: the client named none.
     `include_progress` asks for deltas that tell how far a long prompt is computed.
     `add_special_tokens` says whether `text` gets the tokenizer's BOS and EOS (False for text
