@@ -17,7 +17,10 @@ from sglang.srt.managers.io_struct import (
     int32_buffer,
 )
 from sglang.srt.managers.lora_policy import MAX_LOOKED_AT
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.mem_cache.allocation import KVPlacement
 from sglang.srt.model_executor.decode_tapes import DecodeTapes
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.native import native_kernels
 from srt.managers.rank_towers import rank_towers
@@ -153,26 +156,38 @@ def test_retraction_changes_no_token(llama: Adapters, monkeypatch: pytest.Monkey
             assert engine.output(f"r{number}") == want
 
 
-def steps_of(engine: DeviceTower) -> list[list[int | None]]:
-    """Each step's adapters, by sequence; filled while the engine runs."""
-    steps: list[list[int | None]] = []
+def batches_of(engine: DeviceTower) -> list[ScheduleBatch]:
+    """Every step's batch; filled while the engine runs."""
+    batches: list[ScheduleBatch] = []
     make_batch = engine.scheduler._make_batch
 
-    def note(batch: Any, placement: Any) -> Any:
-        steps.append([item.req.adapter_id for item in batch.items])
+    def note(batch: ScheduleBatch, placement: KVPlacement) -> ForwardBatch:
+        batches.append(batch)
         return make_batch(batch, placement)
 
     engine.scheduler._make_batch = note
-    return steps
+    return batches
+
+
+def adapters_of(batches: list[ScheduleBatch]) -> list[list[int | None]]:
+    """The adapters of each step's sequences."""
+    return [[item.req.adapter_id for item in batch.items] for batch in batches]
+
+
+def changes_of(batches: list[ScheduleBatch]) -> list[tuple[int, int]]:
+    """(adapter, place) of all changes."""
+    changes = [change for batch in batches for change in batch.adapter_changes]
+    return [(change.adapter_id, change.place) for change in changes]
 
 
 def test_no_more_adapters_run_at_once_than_have_places(llama: Adapters) -> None:
     """Who waits for a place is overtaken by requests without an adapter alone."""
     with tower(llama.path, lora_paths=llama.refs, max_loras_per_batch=1) as engine:
-        steps = steps_of(engine)
+        batches = batches_of(engine)
         for rid, adapter in (("a", 1), ("b", 2), ("c", 1), ("d", 0)):
             send(engine, rid, PROMPTS[1], adapter)
         engine.run()
+        steps = adapters_of(batches)
         assert steps[0] == [1, None], "c has its adapter there, but b came first"
         assert all(len({one for one in step if one}) <= 1 for step in steps)
         seen = [one for step in steps for one in step if one]
@@ -185,19 +200,11 @@ def test_a_pinned_adapter_keeps_its_place(llama: Adapters) -> None:
     large, small = (ref.partition("=")[2] for ref in llama.refs)
     refs = [{"lora_name": "l", "lora_path": large, "pinned": True}, f"s={small}", f"t={small}"]
     with tower(llama.path, lora_paths=refs, max_loras_per_batch=2) as engine:
-        changes = []
+        batches = batches_of(engine)
         for rid, adapter in (("a", 2), ("b", 3), ("c", 1), ("d", 2), ("e", 3), ("f", 1)):
             send(engine, rid, PROMPTS[1], adapter)
-        make_batch = engine.scheduler._make_batch
-
-        def note(batch: Any, placement: Any) -> Any:
-            changes.extend(batch.adapter_changes)
-            return make_batch(batch, placement)
-
-        engine.scheduler._make_batch = note
         engine.run()
-        assert [change.adapter_id for change in changes] == [2, 1, 3, 2, 3]
-        assert {change.place for change in changes if change.adapter_id != 1} == {0}
+        assert changes_of(batches) == [(2, 0), (1, 1), (3, 0), (2, 0), (3, 0)]
 
 
 def test_a_more_urgent_request_takes_an_adapters_place(llama: Adapters) -> None:
@@ -218,12 +225,13 @@ def test_a_more_urgent_request_takes_an_adapters_place(llama: Adapters) -> None:
 def test_only_so_many_of_a_long_queue_are_looked_at(llama: Adapters) -> None:
     """Behind more than that, even who needs no place waits its turn."""
     with tower(llama.path, lora_paths=llama.refs, max_loras_per_batch=1) as engine:
-        steps = steps_of(engine)
+        batches = batches_of(engine)
         send(engine, "a", PROMPTS[0], 1, 3)
         for number in range(MAX_LOOKED_AT):
             send(engine, f"b{number}", PROMPTS[0], 2, 1)
         send(engine, "c", PROMPTS[0], 0, 1)
         engine.run()
+        steps = adapters_of(batches)
         assert steps[0] == [1]
         assert sum(step.count(None) for step in steps) == 1
 
@@ -233,18 +241,11 @@ def test_whose_place_is_taken(llama: Adapters, policy: str, expected: list[int])
     small = llama.refs[1].partition("=")[2]
     flags = {"max_loras_per_batch": 2, "lora_eviction_policy": policy}
     with tower(llama.path, lora_paths=[f"{n}={small}" for n in "abc"], **flags) as engine:
-        changes: list[int] = []
-        make_batch = engine.scheduler._make_batch
-
-        def note(batch: Any, placement: Any) -> Any:
-            changes.extend(change.adapter_id for change in batch.adapter_changes)
-            return make_batch(batch, placement)
-
-        engine.scheduler._make_batch = note
+        batches = batches_of(engine)
         for number, adapter in enumerate((1, 2, 1, 3, 2)):
             send(engine, f"r{number}", PROMPTS[1], adapter, 1)
             engine.run()
-        assert changes == expected
+        assert [adapter for adapter, _ in changes_of(batches)] == expected
 
 
 def test_a_prefix_belongs_to_its_adapter(llama: Adapters) -> None:
