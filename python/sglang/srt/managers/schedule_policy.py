@@ -81,12 +81,6 @@ def total_pages(promised: Sequence[tuple[int, ...]], candidate: tuple[int, ...])
     return tuple(sum(pages) for pages in zip(candidate, *promised, strict=True))
 
 
-def pages_expected(running: Collection[Req], chunk_tokens: int, page_size: int) -> int:
-    """Pages of a group that the next step may ask for, so that memory maps ahead of it."""
-    left = sum(req.extend_left for req in running)
-    return len(running) + (num_pages_for(min(left, chunk_tokens), page_size) if left else 0)
-
-
 def share_chunk_tokens(left: Sequence[int], budget: int, page_size: int) -> list[int]:
     """Split a step's prefill budget over requests in mid-prefill: max-min fair.
 
@@ -177,6 +171,13 @@ class ChunkSizer:
             return self._max
         wanted = int(self._tokens_per_s * (self._target_s if shared else self._alone_s))
         return max(self._page, min(self._max, wanted - wanted % self._page))
+
+
+def pages_expected(running: Collection[Req], chunk_tokens: int, page_size: int) -> int:
+    """Pages that the next step may ask for in every group, so that memory maps ahead of it."""
+    left = sum(req.extend_left for req in running)
+    pages = num_pages_for(min(left, chunk_tokens), page_size) if left else 0
+    return pages + len(running)
 
 
 def step_candidates(

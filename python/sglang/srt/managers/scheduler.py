@@ -186,9 +186,7 @@ class Scheduler:
         if launched:
             self.counters.note_step(self._clock() - began)
         self._stalled = not launched and not self._inflight
-        limits = self._limits
-        pages = pages_expected(self._running.values(), limits.chunk_tokens, limits.page_size)
-        self._memory.on_step_boundary(inputs.now, (pages,) * len(limits.window_pages))
+        self._memory.on_step_boundary(inputs.now, self._pages_expected())
         self._progress.tick()
         self._flush_outputs()
 
@@ -448,6 +446,11 @@ class Scheduler:
         self.prefills.gone(req)
         req.move(ReqState.FINISHED)
         del self._by_rid[req.rid]
+
+    def _pages_expected(self) -> tuple[int, ...]:
+        limits = self._limits
+        pages = pages_expected(self._running.values(), limits.chunk_tokens, limits.page_size)
+        return (pages,) * len(limits.window_pages)
 
     def _reply(self, replies: Sequence[ControlReply]) -> None:
         for reply in replies:

@@ -18,18 +18,6 @@ logger = logging.getLogger(__name__)
 MAX_LISTED = 256
 
 
-def log_step(batch: ScheduleBatch, num_running: int, num_waiting: int, memory: KVMemory) -> None:
-    """One line of a step and what is behind it."""
-    logger.info(
-        "Step %d: %s; running %d, waiting %d; %r",
-        batch.step,
-        batch.forward_mode.value,
-        num_running,
-        num_waiting,
-        memory,
-    )
-
-
 class SchedulerCounters:
     """Totals since start; read by `internal_state`, changed by the scheduler only."""
 
@@ -133,3 +121,15 @@ def internal_state(
         "requests": [describe_request(req, scheduler.prefills) for req in requests[:MAX_LISTED]],
         **scheduler.counters.as_dict(),
     }
+
+
+def log_step(batch: ScheduleBatch, num_running: int, num_waiting: int, memory: KVMemory) -> None:
+    """One line of a step and what is behind it."""
+    logger.info(
+        "Step %d: %s; running %d, waiting %d; %r",
+        batch.step,
+        batch.forward_mode.value,
+        num_running,
+        num_waiting,
+        memory,
+    )

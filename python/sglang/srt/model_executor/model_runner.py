@@ -56,12 +56,11 @@ class ModelRunner:
         logits [number sampled, vocabulary], to be read before the next call, and per request its
         prompt log probabilities. `before` is called when all is prepared and compute begins.
         """
-        # Both ascend without repeats: as many sampled as wanted means that no others are wanted.
-        wanted = len(forward_batch.geometry.logits_rows)
-        all_sampled = sum(row >= 0 for row in sample_rows) == wanted
         if self._adapters is not None:
             self._adapters.change(forward_batch)
-        if self.tapes is not None and all_sampled:
+        # Both ascend without repeats: as many sampled as wanted means that no others are wanted.
+        sampled = sum(row >= 0 for row in sample_rows)
+        if self.tapes is not None and sampled == len(forward_batch.geometry.logits_rows):
             found = self.tapes.compute(forward_batch, before)
             if found is not None:
                 return LogitsProcessorOutput(
