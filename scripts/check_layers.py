@@ -32,12 +32,13 @@ TABLE: tuple[Row, ...] = (
      " < srt.configs.pooling_config"),
     (1, "", "srt.configs.parser_names < srt.configs.door_args"),
     (1, "", "srt.configs.flag_spec < srt.configs.door_args, srt.configs.rank_args,"
-     " srt.configs.priority_args, srt.configs.speculative_args, srt.configs.flag_tables,"
-     " srt.configs.flag_parser"),
-    (1, "", "srt.configs.kv_events_config, srt.configs.speculative_args"
+     " srt.configs.priority_args, srt.configs.lora_args, srt.configs.speculative_args,"
+     " srt.configs.flag_tables, srt.configs.flag_parser"),
+    (1, "", "srt.configs.kv_events_config, srt.configs.lora_args, srt.configs.speculative_args"
      " < srt.configs.flag_checks"),
+    (1, "", "srt.configs.lora_config"),
     (1, "", "srt.configs.door_args, srt.configs.rank_args, srt.configs.priority_args,"
-     " srt.configs.speculative_args,"
+     " srt.configs.lora_args, srt.configs.speculative_args,"
      " srt.configs.flag_tables,"
      " srt.configs.flag_parser, srt.configs.flag_checks < srt.server_args"),
     (1, "", "srt.configs.gguf_file < srt.configs.gguf_latent < srt.configs.gguf_config"
@@ -97,6 +98,7 @@ TABLE: tuple[Row, ...] = (
     (3, "DEVICE", "srt.managers.generation_result, srt.managers.schedule_batch"
      " < srt.managers.schedule_policy < srt.managers.priority_policy"),
     (3, "DEVICE", "srt.managers.schedule_batch, srt.speculative.* < srt.managers.draft_policy"),
+    (3, "DEVICE", "srt.managers.lora_policy"),
     (3, "DEVICE", "srt.managers.schedule_batch < srt.model_executor.forward_batch_info"
      " < srt.sampling.sampling_batch_info"),
     (4, "DEVICE", "srt.distributed.communicator, srt.distributed.shared_exchange,"
@@ -104,6 +106,8 @@ TABLE: tuple[Row, ...] = (
      " < srt.distributed.parallel_state"
      " < srt.distributed.rank_grid, srt.distributed.process_group"
      " < srt.layers.* < srt.models.* < srt.model_loader.*"),
+    (5, "DEVICE", "srt.model_executor.lora_places < srt.model_executor.cuda_graph_runner,"
+     " srt.model_executor.model_runner"),
     (5, "DEVICE", "srt.model_executor.decode_tapes < srt.model_executor.cuda_graph_runner,"
      " srt.model_executor.model_runner, srt.managers.token_relay"
      " < srt.managers.tp_worker"),
@@ -122,9 +126,10 @@ TABLE: tuple[Row, ...] = (
      " srt.managers.stop_regex"
      " < srt.managers.detokenizer < srt.managers.detokenizer_manager"),
     (6, "TEXT", "srt.tokenizer.* < srt.managers.constraint_desk < srt.managers.tokenizer_manager"),
+    (6, "TEXT", "srt.managers.lora_registry < srt.managers.request_state"),
     (6, "TEXT", "srt.managers.generate_request, srt.tokenizer.*"
      " < srt.managers.request_state, srt.managers.request_validation, srt.managers.replica_choice,"
-     " srt.managers.scheduler_pulse,"
+     " srt.managers.scheduler_pulse, srt.managers.control_replies,"
      " srt.managers.metrics"
      " < srt.managers.tokenizer_manager, srt.managers.detokenizer_manager"),
     (6, "TEXT", "srt.managers.generate_request < srt.managers.session_store < srt.entrypoints.*"),

@@ -86,6 +86,8 @@ nothing (null, and the values in brackets). Null means "not given".
 | `/abort_request` | POST | `rid` (also the start of several ids) or `abort_all` |
 | `/set_kv_budget` | POST | `bytes` (number or `"8GiB"`), `timeout_s` (30); 400 when too small |
 | `/compact_kv` | POST | `timeout_s` (30): packs the KV pages, gives emptied segments back |
+| `/load_lora_adapter` | POST | `lora_name`, `lora_path`, `pinned` (false): see [lora.md](lora.md) |
+| `/unload_lora_adapter` | POST | `lora_name`; answered when its last request has ended |
 | `/metrics` | GET | Prometheus, with `--enable-metrics` |
 | `/` | GET, HEAD | |
 
@@ -97,12 +99,12 @@ nothing (null, and the values in brackets). Null means "not given".
   Anthropic's types below `/v1/messages`, `{"error": ...}` with a text at Ollama's paths, and
   `{"error": {"message": ...}}` elsewhere. In a stream that has begun, the event `{"error": ...}`
   holds the first, or a message with `type`, `code` and `retryable`.
-- Any other path is answered with 404: LoRA adapters are not served.
+- Any other path is answered with 404.
 - With `--api-key` every path but the four of health asks for `Authorization: Bearer KEY` or
   `x-api-key: KEY` (401 `{"error":"Unauthorized"}`, Anthropic's error at its paths), `/metrics`
   included.
-- With `--admin-api-key`, `/set_kv_budget`, `/compact_kv` and `/flush_cache` ask for that key and
-  no other.
+- With `--admin-api-key`, `/set_kv_budget`, `/compact_kv`, `/flush_cache`, `/load_lora_adapter` and
+  `/unload_lora_adapter` ask for that key and no other.
 - While the model is loaded, and while the server ends, everything answers 503.
 - A body above `--max-request-bytes` is refused with 413 as soon as that is known.
 - Token ids in JSON (`input_ids`, `prompt` of `/v1/completions`, `tokens` of `/detokenize`) are one
@@ -112,7 +114,7 @@ nothing (null, and the values in brackets). Null means "not given".
   prompt of little-endian int32 ids, with the other fields as a JSON object in the header
   `{header}`; or their base64 text in `input_ids_b64`. Bodies longer than the context needs
   ({slack} MiB apart) get 413.
-- The name in `model` is echoed, not checked.
+- The name in `model` is echoed, not checked; it may name a [LoRA adapter](lora.md).
 - Tool calls and reasoning: see [tools.md](tools.md). `/tokenize` with `messages` takes `tools` and
   `tool_choice`, too. `require_reasoning` of `/generate` lets `meta_info` count `reasoning_tokens`,
   and a constraint begin behind the reasoning; it needs `--reasoning-parser`.

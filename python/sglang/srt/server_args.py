@@ -20,6 +20,7 @@ from sglang.srt.configs.door_args import DoorArgs
 from sglang.srt.configs.flag_checks import check_combinations
 from sglang.srt.configs.flag_spec import FlagSpec, derived, flag, specs_of
 from sglang.srt.configs.flag_tables import OTHER_FLAGS
+from sglang.srt.configs.lora_args import LoraArgs
 from sglang.srt.configs.priority_args import PriorityArgs
 from sglang.srt.configs.rank_args import RankArgs
 from sglang.srt.configs.speculative_args import SpeculativeArgs
@@ -42,7 +43,7 @@ _OTHER_NAMES = {
 
 
 @dataclass(frozen=True)
-class ServerArgs(SpeculativeArgs, PriorityArgs, RankArgs, DoorArgs):
+class ServerArgs(SpeculativeArgs, LoraArgs, PriorityArgs, RankArgs, DoorArgs):
     """All settings of a server or an engine, resolved and validated.
 
     Building one raises ValueError with one line when a value or a combination cannot be served.
@@ -439,8 +440,7 @@ class ServerArgs(SpeculativeArgs, PriorityArgs, RankArgs, DoorArgs):
 
     def public_dict(self) -> dict[str, Any]:
         """All settings by field name, without secrets: what /server_info may show."""
-        settings = dataclasses.asdict(self)
-        return {k: v for k, v in settings.items() if k not in ("api_key", "admin_api_key")}
+        return {k: v for k, v in dataclasses.asdict(self).items() if not k.endswith("api_key")}
 
 
 def all_flags() -> tuple[FlagSpec, ...]:

@@ -38,6 +38,7 @@ from sglang.srt.managers.io_struct import (
     SchedulerReady,
     int32_buffer,
 )
+from sglang.srt.managers.lora_registry import LoraRegistry
 from sglang.srt.managers.scheduler_pulse import SchedulerPulse
 from sglang.srt.server_args import ServerArgs
 
@@ -112,6 +113,8 @@ class FakeService:
 
     def __init__(self, model_config: ModelConfig) -> None:
         self.model_config = model_config
+        plain = ServerArgs(model_path="tiny")
+        self.adapters = LoraRegistry(plain, self.control)
         self.tokenizer: CharTokenizer | None = CharTokenizer()
         self.pulse = SchedulerPulse(20.0, time.monotonic)
         self.context_length = CONTEXT_LENGTH
@@ -149,6 +152,7 @@ class FakeService:
             ids = await self.tokenize(request.text or "", request.add_special_tokens)
         validation.check_ids(ids, VOCAB_SIZE)
         params = validation.fit_to_context(len(ids), request.sampling_params, self.context_length)
+        adapter = self.adapters.begin(request.lora_path, request.lora_number)
         start = validation.prompt_logprob_start(request, len(ids), 1 << 20)
         request.forget_prompt()  # as the TokenizerManager does
         self.started.put(request.rid)
@@ -158,6 +162,8 @@ class FakeService:
                 finished = delta.finish_reason is not None
                 yield delta
         finally:
+            if adapter is not None:
+                adapter.ended()
             self.ended.put((request.rid, finished))
 
     async def _deltas(
@@ -282,6 +288,7 @@ class LiveServer:
             }
         )
         self.service = FakeService(ModelConfig.from_path(str(model_dir)))
+        self.service.adapters = LoraRegistry(args, self.service.control)
         self.context = ServerContext(args, Environ(health_check_timeout_s=0.3))
         self._listener = bind("127.0.0.1", 0)
         self.port: int = self._listener.getsockname()[1]

@@ -42,7 +42,8 @@ def make_engine(model_dir: Path, **server_args: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with make_engine(tmp_path_factory.mktemp("model")) as one:
+    lora = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["all"]}
+    with make_engine(tmp_path_factory.mktemp("model"), **lora) as one:
         yield one
 
 
@@ -68,6 +69,21 @@ def test_stream(engine: Any) -> None:
     assert events[-1]["output_ids"] == IDS
     lengths = [len(one["output_ids"]) for one in events]
     assert lengths == sorted(lengths)
+
+
+def test_adapters_come_and_go(engine: Any) -> None:
+    there = {"success": True, "error_message": "", "loaded_adapters": {"a": "/a"}}
+    assert engine.load_lora_adapter("a", "/a") == there
+    result = engine.generate(input_ids=[5], sampling_params=PARAMS, lora_path="a")
+    assert result["output_ids"] == IDS
+    with pytest.raises(RequestError, match="The LoRA adapter 'b' is not loaded; loaded are: 'a'"):
+        engine.generate(input_ids=[5], sampling_params=PARAMS, lora_path="b")
+    assert engine.unload_lora_adapter("a") == {**there, "loaded_adapters": {}}
+    answer = engine.unload_lora_adapter("a")
+    assert (answer["success"], answer["error_message"]) == (
+        False,
+        "The LoRA adapter 'a' is not loaded.",
+    )
 
 
 async def test_async_from_another_loop(engine: Any) -> None:

@@ -32,6 +32,10 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.native import triton_kernels
 from sglang.srt.utils.sizes import format_bytes
 from srt.layers.attention.fake_flashinfer import FakeWrappers
+from srt.managers.test_engine_lora import NEW_TOKENS as NEW_ADAPTED
+from srt.managers.test_engine_lora import Adapters
+from srt.managers.test_engine_lora import answer_all as answer_adapted
+from srt.managers.test_engine_lora import send as send_adapted
 from srt.managers.test_engine_pooling import SWITCHES, TOLERANCE, pool
 from srt.managers.test_engine_pooling import answer_all as pool_all
 from srt.managers.test_engine_tokens import NEW_TOKENS, PROMPTS, DeviceTower, answer_all, tower
@@ -120,6 +124,28 @@ def test_a_model_that_waits_is_computed_call_by_call(
         assert graphs_of(engine).recorded == ()
         assert answer_all(engine) == [hf_greedy(reference, one, NEW_TOKENS) for one in PROMPTS]
     assert "Decode steps are not recorded as graphs: operation not permitted" in caplog.text
+
+
+@pytest.mark.parametrize("flags", [{}, {"disable_cuda_graph": True}, {"cuda_graph_max_bs": 2}])
+def test_adapters_with_graphs_and_without(tmp_path: Path, flags: dict[str, Any]) -> None:
+    """Steps with adapters have graphs of their own; mixed rows, idle places, padding rows."""
+    model = Adapters(tmp_path)
+    lora = {"lora_paths": model.refs, "max_loras_per_batch": 3}
+    with late_tower(model.path, **lora, **flags) as (engine, runtime):
+        assert answer_adapted(engine) == model.expected
+        assert runtime.num_waits == runtime.num_fetches
+        if "disable_cuda_graph" not in flags:
+            graphs = graphs_of(engine)
+            assert {adapted for _, adapted in graphs._graphs} == {False, True}
+            assert graphs.num_replays > 0
+            before = graphs.num_replays
+            for rid, adapter in (("a", 1), ("b", 0)):
+                send_adapted(engine, rid, PROMPTS[1], adapter)
+                engine.run()
+                assert graphs.num_replays == before + NEW_ADAPTED - 1
+                before = graphs.num_replays
+                want = hf_greedy(model.models[adapter], PROMPTS[1], NEW_ADAPTED)
+                assert engine.output(rid) == want
 
 
 def test_retraction_growth_and_chunks(

@@ -265,3 +265,10 @@ def test_bf16_stays_close(llama: tuple[str, list[torch.Tensor]]) -> None:
             want = pool(states, "last")
             cosine = got @ want / np.linalg.norm(got) / np.linalg.norm(want)
             assert cosine > 0.999
+
+
+def test_adapters_of_a_pooled_model_are_refused(tmp_path: Path) -> None:
+    path = save(make_hf_model("llama"), tmp_path)
+    flags = {"is_embedding": True, "enable_lora": True, "max_lora_rank": 4}
+    with pytest.raises(ValueError, match="adapters are served of models that generate only"):
+        DeviceTower(path, **flags, lora_target_modules=["q_proj"])

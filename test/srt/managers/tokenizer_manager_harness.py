@@ -114,6 +114,11 @@ def fake_settings() -> tuple[Any, Any]:
         abort_on_priority_when_disabled=False,
         enable_priority_scheduling=False,
         allow_auto_truncate=False,
+        served_model_name="tiny",
+        serves_lora=False,
+        lora_paths=(),
+        max_loras_per_batch=2,
+        max_loaded_loras=None,
     )
     return args, SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(7,))
 

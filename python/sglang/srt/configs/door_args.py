@@ -90,7 +90,8 @@ class DoorArgs:
     )
     admin_api_key: str | None = flag(
         None,
-        "Bearer key that /set_kv_budget, /compact_kv and /flush_cache ask for instead.",
+        "Bearer key that /set_kv_budget, /compact_kv, /flush_cache, /load_lora_adapter and "
+        "/unload_lora_adapter ask for instead.",
         group=HTTP,
         default_text="the --api-key",
         metavar="KEY",

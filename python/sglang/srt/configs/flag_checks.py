@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from sglang.srt.configs.kv_events_config import KVEventsConfig
+from sglang.srt.configs.lora_args import check_lora
 from sglang.srt.configs.speculative_args import check_speculation
 
 
@@ -101,6 +102,7 @@ def check_combinations(args: Any) -> None:
     check_host_tier(args)
     check_priorities(args)
     check_speculation(args)
+    check_lora(args)
     if args.skip_tokenizer_init and args.chat_template is not None:
         raise ValueError("--chat-template needs a tokenizer; drop --skip-tokenizer-init")
     if (

@@ -7,6 +7,7 @@ accepted without effect or refused is data in configs/flag_tables.py.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -107,7 +108,7 @@ def parse_values(
         parser.error(str(error))
     if "model_path" not in values:
         parser.error("--model-path is required")
-    return values
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def config_file_argv(path: Path) -> list[str]:
@@ -177,12 +178,25 @@ def _python_value(spec: FlagSpec, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError(f"{spec.dest} must be True or False, got {value!r}")
         return value
+    if spec.arity is Arity.MANY and not isinstance(value, str):
+        return _python_values(spec, value)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"{spec.dest} cannot be {value!r}")
     try:
-        return spec.parse(str(value))
+        parsed = spec.parse(str(value))
     except ValueError as error:
         raise ValueError(f"{spec.dest}: {error}") from error
+    return (parsed,) if spec.arity is Arity.MANY else parsed
+
+
+def _python_values(spec: FlagSpec, value: Any) -> tuple[Any, ...]:
+    """A list, whose objects are as JSON on the command line; a mapping is NAME=VALUE, each."""
+    if isinstance(value, Mapping):
+        value = [f"{name}={one}" for name, one in value.items()]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{spec.dest} cannot be {value!r}")
+    texts = [json.dumps(one) if isinstance(one, Mapping) else one for one in value]
+    return tuple(one for text in texts for one in _python_value(spec, text))
 
 
 def settle_others(others: Sequence[FlagSpec], values: dict[str, Any]) -> None:

@@ -104,6 +104,7 @@ def flag(
     help: str,
     *,
     group: str,
+    arity: Arity | None = None,
     aliases: tuple[str, ...] = (),
     parse: Callable[[str], Any] = str,
     choices: tuple[str, ...] = (),
@@ -117,14 +118,15 @@ def flag(
 ) -> Any:
     """Declare a dataclass field that is also a command-line flag of the same name.
 
-    `default` `dataclasses.MISSING` makes the flag required; a bool default makes it a switch.
+    `default` `dataclasses.MISSING` makes the flag required. `arity` None: a bool default
+    makes it a switch, any other takes one value; with several the field is a tuple.
     """
     spec = FlagSpec(
         name="",
         help=help,
         group=group,
         aliases=aliases,
-        arity=Arity.SWITCH if isinstance(default, bool) else Arity.ONE,
+        arity=arity or (Arity.SWITCH if isinstance(default, bool) else Arity.ONE),
         parse=parse,
         choices=choices,
         default=None if default is dataclasses.MISSING else default,

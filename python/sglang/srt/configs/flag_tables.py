@@ -104,6 +104,12 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
+        "adapters are PyTorch's products, and change places between steps",
+        """
+        --lora-backend V; --max-lora-chunk-size V; --enable-lora-overlap-loading
+        """,
+    ),
+    (
         "weights stay where they were loaded",
         """
         --cpu-offload-gb V; --offload-group-size V; --offload-num-in-group V;
@@ -216,14 +222,6 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         --speculative-moe-runner-backend V; --speculative-moe-a2a-backend V;
         --speculative-dflash-block-size V; --speculative-adaptive;
         --speculative-adaptive-config V; --enable-multi-layer-eagle
-        """,
-    ),
-    (
-        "LoRA adapters are not served",
-        """
-        --enable-lora; --enable-lora-overlap-loading; --lora-paths V*; --max-lora-rank V;
-        --lora-target-modules V*; --max-loras-per-batch V; --max-loaded-loras V;
-        --lora-eviction-policy V; --lora-backend V; --max-lora-chunk-size V
         """,
     ),
     (

@@ -12,6 +12,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from sglang.srt.configs.lora_args import LoraRef
 from sglang.srt.configs.pooling_config import PoolingConfig
 from sglang.srt.entrypoints.event_stream import while_connected
 from sglang.srt.entrypoints.http_errors import JsonResponse, bad_field
@@ -74,13 +75,18 @@ class AdminDoors:
 
     async def models(self, _request: Request) -> Response:
         """GET /v1/models."""
-        return JsonResponse({"object": "list", "data": [self._model_card()]})
+        adapters = self._context.serving.service.adapters.loaded
+        cards = [self._model_card(), *(self._adapter_card(ref) for ref in adapters.values())]
+        return JsonResponse({"object": "list", "data": cards})
 
     async def model(self, request: Request) -> Response:
-        """GET /v1/models/{id}: 404 for any id but ours."""
+        """GET /v1/models/{id}: 404 for any id but ours and those of loaded LoRA adapters."""
         name = request.path_params["model"]
         if name == self._context.server_args.served_model_name:
             return JsonResponse(self._model_card())
+        ref = self._context.serving.service.adapters.loaded.get(name)
+        if ref is not None:
+            return JsonResponse(self._adapter_card(ref))
         error = {
             "message": f"The model '{name}' does not exist",
             "type": "invalid_request_error",
@@ -100,6 +106,10 @@ class AdminDoors:
             "parent": None,
             "max_model_len": self._context.serving.service.context_length,
         }
+
+    def _adapter_card(self, ref: LoraRef) -> dict[str, Any]:
+        card = self._model_card()
+        return {**card, "id": ref.name, "root": ref.path, "parent": card["id"]}
 
     async def model_info(self, _request: Request) -> Response:
         """GET /model_info."""

@@ -21,6 +21,7 @@ from sglang.srt.entrypoints.anthropic.messages_doors import MessagesDoors
 from sglang.srt.entrypoints.api_doors import ApiDoors
 from sglang.srt.entrypoints.http_errors import error_response
 from sglang.srt.entrypoints.http_gate import Gate, shape_of
+from sglang.srt.entrypoints.lora_doors import LoraDoors
 from sglang.srt.entrypoints.memory_doors import MemoryDoors
 from sglang.srt.entrypoints.ollama.ollama_doors import OllamaDoors
 from sglang.srt.entrypoints.parser_doors import ParserDoors
@@ -41,7 +42,7 @@ def build_app(context: ServerContext) -> Starlette:
     """The application of one server; `context` decides what is served and when."""
     api, admin, memory = ApiDoors(context), AdminDoors(context), MemoryDoors(context)
     parsers, pooling = ParserDoors(context), PoolingDoors(context)
-    sessions = SessionDoors(context)
+    sessions, lora = SessionDoors(context), LoraDoors(context)
     routes: list[tuple[str, list[str], Door]] = [
         *_ollama_routes(context),
         *_anthropic_routes(context),
@@ -81,6 +82,8 @@ def build_app(context: ServerContext) -> Starlette:
         ("/abort_request", POST, admin.abort_request),
         ("/set_kv_budget", POST, memory.set_kv_budget),
         ("/compact_kv", POST, memory.compact_kv),
+        ("/load_lora_adapter", POST, lora.load),
+        ("/unload_lora_adapter", POST, lora.unload),
     ]
     if context.metrics is not None:
         routes.append(("/metrics", GET, admin.metrics))

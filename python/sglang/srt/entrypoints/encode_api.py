@@ -10,8 +10,8 @@ import msgspec
 
 from sglang.srt.entrypoints.generate_api import meta_info
 from sglang.srt.entrypoints.generate_request_body import (
-    LORA,
     MULTIMODAL,
+    POOLED_LORA,
     RAW_NULL,
     GenerateCall,
     read_generate,
@@ -53,7 +53,7 @@ ENCODE_FIELDS = FieldTable(
         "video_data": MULTIMODAL,
         "audio_data": MULTIMODAL,
         "modalities": Refusal("the model takes text only", ([], ["text"])),
-        "lora_path": LORA,
+        "lora_path": POOLED_LORA,
         "is_cross_encoder_request": Refusal("use /v1/rerank", (False,)),
     },
     refuse_unknown=True,

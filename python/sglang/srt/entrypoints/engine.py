@@ -228,6 +228,17 @@ class Engine:
         """Drop every cached prefix; False when requests are running."""
         return self._loop.call(self._context.serving.service.flush_cache()).success
 
+    def load_lora_adapter(
+        self, lora_name: str, lora_path: str, pinned: bool = False
+    ) -> dict[str, Any]:
+        """The object of /load_lora_adapter."""
+        registry = self._context.serving.service.adapters
+        return self._loop.call(registry.load(lora_name, lora_path, pinned))
+
+    def unload_lora_adapter(self, lora_name: str) -> dict[str, Any]:
+        """The object of /unload_lora_adapter; waits for the last request with the adapter."""
+        return self._loop.call(self._context.serving.service.adapters.unload(lora_name))
+
     def get_server_info(self) -> dict[str, Any]:
         """The object of /server_info."""
         return self._loop.call(server_info(self._context))

@@ -33,7 +33,7 @@ from sglang.srt.managers.generate_request import GenerateRequest, IdArray, Sessi
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 MULTIMODAL = Refusal("the model takes text only", ("", [], [None]))
-LORA = Refusal("LoRA adapters are not served", ("", [], [None]))
+POOLED_LORA = Refusal("adapters are served of models that generate only", ("", [], [None]))
 HIDDEN_STATES = Refusal("hidden states are not returned", (False, [False]))
 LOGIT_PROCESSOR = Refusal("custom logit processors are not served", ("",))
 DISAGGREGATION = Refusal("prefill and decode are not disaggregated here", ([], ""))
@@ -62,6 +62,7 @@ class GenerateBody(msgspec.Struct, frozen=True):
     return_prompt_token_ids: bool = False
     extra_key: str | list[str | None] | None = None
     cache_salt: str | list[str | None] | None = None
+    lora_path: str | list[str | None] | None = None
     priority: Int | None = None
     include_progress: bool = False
     require_reasoning: bool = False
@@ -93,8 +94,7 @@ GENERATE_FIELDS = FieldTable(
         "return_bytes": Refusal("bytes are not returned", (False,)),
         "return_entropy": Refusal("entropy is not returned", (False,)),
         "session_id": Refusal("use session_params", ("",)),
-        "lora_path": LORA,
-        "lora_id": LORA,
+        "lora_id": Refusal("name the adapter in lora_path", ("", [], [None])),
         "custom_logit_processor": LOGIT_PROCESSOR,
         "background": Refusal("background requests are not served", (False,)),
         "bootstrap_host": DISAGGREGATION,
@@ -175,6 +175,7 @@ def read_generate(fields: Fields, preferred: RawFields = NO_FIELDS) -> GenerateC
     salt = _each("cache_salt", body.cache_salt, count, is_batch)
     budgets = _each("max_thinking_tokens", body.max_thinking_tokens, count, is_batch)
     session = _each("session_params", body.session_params, count, is_batch)
+    adapters = adapter_for_each(body.lora_path, count, is_batch)
     replica = body.routed_dp_rank
     if replica is None:
         replica = body.data_parallel_rank  # its older name
@@ -190,6 +191,7 @@ def read_generate(fields: Fields, preferred: RawFields = NO_FIELDS) -> GenerateC
             top_logprobs_num=top[i],
             token_ids_logprob=picked[i],
             extra_key=prefix_key(extra[i], salt[i]),
+            lora_path=adapters[i],
             priority=body.priority,
             include_progress=body.stream and body.include_progress,
             routed_dp_rank=replica,
@@ -325,3 +327,10 @@ def _each(name: str, value: Any, count: int, is_batch: bool) -> list[Any]:
     if not is_batch or len(value) != count:
         raise bad_field(name, f"{len(value)} values for {count} prompts")
     return value
+
+
+def adapter_for_each(
+    lora_path: str | list[str | None] | None, count: int, is_batch: bool
+) -> list[str | None]:
+    """The LoRA adapter of each prompt: one for all, or a list of one (or null) per prompt."""
+    return _each("lora_path", lora_path or None, count, is_batch)

@@ -19,7 +19,12 @@ from sglang.srt.errors import RequestError
 HEALTH_PATHS = frozenset({"/health", "/health_generate", "/ready", "/ping"})
 
 # What changes the server for everybody: asks for the admin key once there is one.
-ADMIN_PATHS = frozenset({"/set_kv_budget", "/compact_kv", "/flush_cache"})
+ADMIN_PATHS = frozenset(
+    {
+        *("/set_kv_budget", "/compact_kv", "/flush_cache"),
+        *("/load_lora_adapter", "/unload_lora_adapter"),
+    }
+)
 
 RESPONSES_PATH = "/v1/responses"
 MESSAGES_PATH = "/v1/messages"

@@ -212,14 +212,17 @@ class SequenceRunner:
         """
         for prompt in call.prompts:
             self._kind.check(prompt)
-        groups = [await self._expand(prompt) for prompt in call.prompts]
-        if call.num_sequences == 1:
-            source = self._single(groups[0][0])
-        else:
-            source = self._merge(groups)
-        async with aclosing(source) as deltas:
-            async for item in deltas:
-                yield item
+        with self._service.adapters.held(one.lora_path for one in call.prompts) as numbers:
+            groups = [await self._expand(prompt) for prompt in call.prompts]
+            for request in (one for group in groups for one in group):
+                request.lora_number = numbers.get(request.lora_path or "")
+            if call.num_sequences == 1:
+                source = self._single(groups[0][0])
+            else:
+                source = self._merge(groups)
+            async with aclosing(source) as deltas:
+                async for item in deltas:
+                    yield item
 
     async def abort(self, rid: str, abort_all: bool = False) -> None:
         """End the sequences whose id starts with `rid`, as SGLang does, or all of them."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
 from sglang.srt.managers.io_struct import ControlReply
+from sglang.srt.managers.lora_registry import LoraRegistry
 from sglang.srt.managers.scheduler_pulse import SchedulerPulse
 
 
@@ -42,6 +43,7 @@ class TextService(Protocol):
 
     pulse: SchedulerPulse
     model_config: ModelConfig
+    adapters: LoraRegistry
 
     @property
     def tokenizer(self) -> TokenTexts | None:

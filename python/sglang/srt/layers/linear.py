@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.layers.lora import AdapterPart, LinearAdapters
 from sglang.srt.layers.quantization.matrix import QUANTIZED_BLOCK, numbers_like
 from sglang.srt.layers.weights import (
     LoadedWeight,
@@ -26,10 +27,14 @@ from sglang.srt.layers.weights import (
 )
 
 
-class _ShardedLinear(WeightOwner):
-    """Weight [out of this rank, in of this rank] and optional bias."""
+class ShardedLinear(WeightOwner):
+    """Weight [out of this rank, in of this rank] and optional bias.
+
+    `adapters` (None: none are served) is set once, after the weights are loaded.
+    """
 
     bias: nn.Parameter | None
+    adapters: LinearAdapters | None = None
 
     def __init__(
         self, out_features: int, in_features: int, bias_features: int | None, dtype: torch.dtype
@@ -39,6 +44,16 @@ class _ShardedLinear(WeightOwner):
             self.register_parameter("bias", None)
         else:
             self.bias = frozen_parameter(bias_features, dtype=dtype)
+
+    def adapter_part(self, shard_id: int | str | None) -> AdapterPart:
+        """Where a checkpoint's projection `shard_id` lies in this layer (None: it is all of it)."""
+        raise NotImplementedError
+
+    def adapted(self, x: torch.Tensor, output: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """`output`, the outputs from `first` on of x, with what its rows' adapters add."""
+        if self.adapters is not None:
+            self.adapters.add_to(output, x, first)
+        return output
 
     def _load(self, param_name: str, first: int, source: LoadedWeight, what: str) -> None:
         """Take rows of "weight" or entries of "bias" from `first` on.
@@ -53,7 +68,7 @@ class _ShardedLinear(WeightOwner):
             raise ValueError(f"{type(self).__name__} has no parameter {param_name!r}")
 
 
-class MergedColumnParallelLinear(_ShardedLinear):
+class MergedColumnParallelLinear(ShardedLinear):
     """Several projections of one input in one product, each split over the ranks.
 
     `output_sizes` are the whole widths; `forward` [*, input_size] -> [*, sum of this rank's
@@ -76,7 +91,17 @@ class MergedColumnParallelLinear(_ShardedLinear):
         self._parallel = parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x, self.bias)
+        return self.adapted(x, self.product(x, self.bias))
+
+    def adapter_part(self, shard_id: int | str | None) -> AdapterPart:
+        """See `ShardedLinear`."""
+        shard = shard_id or 0
+        assert isinstance(shard, int)
+        size = self.shard_sizes[shard]
+        first = sum(self.shard_sizes[:shard])
+        begin, total = self._parallel.tp_rank * size, self.output_sizes[shard]
+        width = self.weight.shape[1]
+        return AdapterPart(first, size, begin, total, 0, width, width)
 
     def weight_loader(
         self, param_name: str, loaded: LoadedWeight, shard_id: int | None = None
@@ -123,7 +148,7 @@ class ColumnParallelLinear(MergedColumnParallelLinear):
         super().__init__(input_size, (output_size,), bias=bias, parallel=parallel, dtype=dtype)
 
 
-class QKVParallelLinear(_ShardedLinear):
+class QKVParallelLinear(ShardedLinear):
     """Query, key and value projections in one product, split by heads.
 
     `forward` [*, hidden] -> [*, q_size + k_size + v_size] (this rank's widths); `split` cuts it.
@@ -172,17 +197,23 @@ class QKVParallelLinear(_ShardedLinear):
         super().__init__(width, hidden_size, width if bias else None, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x, self.bias)
+        return self.adapted(x, self.product(x, self.bias))
+
+    def adapter_part(self, shard_id: int | str | None) -> AdapterPart:
+        """See `ShardedLinear`."""
+        assert isinstance(shard_id, str)
+        width = self.weight.shape[1]
+        return AdapterPart(*self._shards[shard_id], 0, width, width)
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
         """[*, hidden] -> [*, q_size]: the queries' part of `forward`."""
         bias = None if self.bias is None else self.bias[: self.q_size]
-        return self.product(x, bias, 0, self.q_size)
+        return self.adapted(x, self.product(x, bias, 0, self.q_size))
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[*, hidden] -> [*, k_size] and [*, v_size]: the other parts of `forward`."""
         bias = None if self.bias is None else self.bias[self.q_size :]
-        both = self.product(x, bias, self.q_size)
+        both = self.adapted(x, self.product(x, bias, self.q_size), self.q_size)
         return both[..., : self.k_size], both[..., self.k_size :]
 
     def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -207,7 +238,7 @@ class QKVParallelLinear(_ShardedLinear):
         self._load(param_name, offset, source, f"{param_name} of {shard_id}")
 
 
-class RowParallelLinear(_ShardedLinear):
+class RowParallelLinear(ShardedLinear):
     """A projection whose inputs are split: [*, input_size / tp_size] -> [*, output_size].
 
     The ranks' partial sums are added; the bias is added once, after the sum.
@@ -225,13 +256,22 @@ class RowParallelLinear(_ShardedLinear):
         shard = parallel.shard_size(input_size, "input width")
         super().__init__(output_size, shard, output_size if bias else None, dtype)
         self.input_size = input_size
+        self.output_size = output_size
         self._parallel = parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._parallel.tp_size == 1:
-            return self.product(x, self.bias)
-        total = self._parallel.all_reduce(self.product(x))
+            return self.adapted(x, self.product(x, self.bias))
+        # The ranks' parts of what adapters add are summed with the others.
+        total = self._parallel.all_reduce(self.adapted(x, self.product(x)))
         return total if self.bias is None else total + self.bias
+
+    def adapter_part(self, shard_id: int | str | None) -> AdapterPart:
+        """See `ShardedLinear`."""
+        assert shard_id is None
+        rows, shard = self.output_size, self.weight.shape[1]
+        begin = self._parallel.tp_rank * shard
+        return AdapterPart(0, rows, 0, rows, begin, shard, self.input_size)
 
     def weight_loader(self, param_name: str, loaded: LoadedWeight) -> None:
         """Copy this rank's columns of "weight", or the whole "bias".

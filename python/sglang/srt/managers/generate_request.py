@@ -49,10 +49,12 @@ class SessionParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class GenerateRequest:
     """One sequence to generate; exactly one of `text` and `input_ids` (int32 [n]) is set.
 
-    It is changed once, by `forget_prompt`.
+    It is changed by `forget_prompt`, and `lora_number` by who starts it.
 
     `logprob_start_len` is the first prompt position whose log probability is wanted, -1 for none
     of the prompt. `extra_key` keeps requests with different keys from sharing a prefix.
+    `lora_path` is the name of a loaded LoRA adapter, None or empty for the model as it is,
+    `lora_number` the one that is held for the request, None: whichever has the name then.
     `priority` None: the client named none.
     `include_progress` asks for deltas that tell how far a long prompt is computed.
     `add_special_tokens` says whether `text` gets the tokenizer's BOS and EOS (False for text
@@ -73,6 +75,8 @@ class GenerateRequest:
     top_logprobs_num: int = 0
     token_ids_logprob: tuple[int, ...] = ()
     extra_key: str | None = None
+    lora_path: str | None = None
+    lora_number: int | None = None
     priority: int | None = None
     add_special_tokens: bool = True
     kept_special_tokens: tuple[str, ...] = ()

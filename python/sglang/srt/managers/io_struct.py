@@ -115,6 +115,7 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
     position: log probabilities are wanted for prompt tokens at and after it; it equals n when
     none of the prompt is wanted. `priority` (None: none was named) and `extra_key` as in SGLang
     (`extra_key` also carries `cache_salt`): requests with different keys never share a prefix.
+    `lora_id` is the number under which its adapter was loaded, None: it has none.
     `include_progress` asks for `PrefillProgress` while the prompt is computed. `pooling` (None: the
     request generates) asks for the prompt's vector and no token; `max_new_tokens` is then 0.
     """
@@ -130,10 +131,18 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
     top_logprobs_num: int = 0
     token_ids_logprob: bytes = b""
     extra_key: str | None = None
+    lora_id: int | None = None
     priority: int | None = None
     detok: DetokOptions = DetokOptions()
     include_progress: bool = False
     pooling: PoolingSpec | None = None
+
+    @property
+    def prefix_key(self) -> str | None:
+        """`extra_key` and the adapter: what has another one never shares a prefix."""
+        if self.lora_id is None:
+            return self.extra_key
+        return f"lora{self.lora_id}:{self.extra_key or ''}"  # the former begins with a digit
 
 
 class VocabularyReq(msgspec.Struct, tag="vocabulary"):
@@ -167,8 +176,9 @@ class ControlReq(msgspec.Struct, tag="control"):
 
     `op`: "flush_cache", "internal_state" (what /metrics reads), "server_info" (that and what costs
     more: the segment map and the system's resident figure), "audit",
-    "set_kv_budget" (`budget_bytes`, `time_limit_s`), "compact_kv" (`time_limit_s`). The last two
-    take several steps. `data` of a refusal has `status_code`.
+    "set_kv_budget" (`budget_bytes`, `time_limit_s`), "compact_kv" (`time_limit_s`). These two
+    take several steps. `data` of a refusal has `status_code`. "load_lora_adapter" (`adapter_id`,
+    `name`, `path`, `pinned`) and "unload_lora_adapter" (`adapter_id`) are done when answered.
     """
 
     seq: int

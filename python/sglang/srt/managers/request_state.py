@@ -14,6 +14,7 @@ import numpy as np
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateDelta, concat_logprobs
 from sglang.srt.managers.io_struct import FinishReason, LogprobArrays, PrefillProgress, TextOut
+from sglang.srt.managers.lora_registry import LoadedAdapter
 
 
 class RequestState:
@@ -22,12 +23,14 @@ class RequestState:
     `rid` is the client's id, `wire_rid` the one that the other processes see: unique even when
     a client uses an id again while the scheduler is still ending its first bearer. `replica` is
     set from the moment that one's scheduler may know the request, `finished` once its final news
-    came. `shown_dp_rank` is what clients hear of the replica, None where there is one.
+    came. `shown_dp_rank` is what clients hear of the replica, None where there is one. `adapter` is
+    the LoRA adapter that it runs with, None: none.
     """
 
-    def __init__(self, rid: str, wire_rid: str) -> None:
+    def __init__(self, rid: str, wire_rid: str, adapter: LoadedAdapter | None = None) -> None:
         self.rid = rid
         self.wire_rid = wire_rid
+        self.adapter = adapter
         self.replica: int | None = None
         self.shown_dp_rank: int | None = None
         self.finished = False

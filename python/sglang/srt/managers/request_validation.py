@@ -72,6 +72,7 @@ def check_fields(
 def _check_wire_fields(request: GenerateRequest) -> None:
     """Check what could not be sent to another process: text that is not Unicode, huge numbers."""
     fields = [("rid", request.rid), ("extra_key", request.extra_key)]
+    fields.append(("lora_path", request.lora_path))
     fields += [("stop", stop) for stop in request.sampling_params.stop]
     fields += [("stop_regex", pattern) for pattern in request.sampling_params.stop_regex]
     constraint = request.sampling_params.constraint

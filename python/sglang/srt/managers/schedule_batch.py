@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -136,7 +137,9 @@ class Req:
         self.seed = seed
         self.stream = message.stream
         self.include_progress = message.include_progress
-        self.extra_key = message.extra_key
+        self.extra_key = message.prefix_key
+        self.adapter_id = message.lora_id
+        self.adapter_place = -1  # where it lies, from admission on; -1: it has none
         self.urgency = 0 if urgency is None else urgency
         # What the prefix cache evicts by, if it is told to.
         self.priority = (message.priority or 0) if urgency is None else urgency
@@ -368,12 +371,20 @@ class ScheduledReq:
         return (self.start, 0) if pooling is None else pooling.rows(self.start, self.num_tokens)
 
 
+class AdapterChange(NamedTuple):
+    """An adapter that takes a place before the step computes; what was there goes."""
+
+    place: int
+    adapter_id: int
+
+
 @dataclass(frozen=True, slots=True)
 class ScheduleBatch:
     """What one step computes; decodes as they were admitted, then extends, urgent ones first."""
 
     step: int
     items: tuple[ScheduledReq, ...]
+    adapter_changes: tuple[AdapterChange, ...] = ()
 
     @property
     def forward_mode(self) -> ForwardMode:

@@ -55,12 +55,13 @@ from sglang.srt.managers.scheduler_limits import (
     TurnSource,
     Worker,
 )
+from sglang.srt.managers.scheduler_lora import SchedulerAdapters
 from sglang.srt.managers.scheduler_output import OutputCollector
 from sglang.srt.managers.scheduler_placement import StepPlacer
 from sglang.srt.managers.scheduler_progress import PrefillProgressLog
 from sglang.srt.managers.scheduler_ranks import OwnTurns
 from sglang.srt.managers.scheduler_results import process_result
-from sglang.srt.managers.scheduler_stats import SchedulerCounters
+from sglang.srt.managers.scheduler_stats import SchedulerCounters, log_step
 from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -107,6 +108,7 @@ class Scheduler:
         canary: SchedulerCanary | None = None,
         turns: TurnSource | None = None,
         grammars: GrammarQueue | None = None,
+        adapters: SchedulerAdapters | None = None,
     ) -> None:
         self._turns = turns or OwnTurns(channel, clock)
         self._memory = memory
@@ -117,8 +119,9 @@ class Scheduler:
         self._progress = progress
         self._clock = clock
         self._canary = canary
-        self._control = SchedulerControl(self, memory, canary)
-        self._admission = Admission(memory, limits)
+        self._adapters = adapters or SchedulerAdapters()
+        self._control = SchedulerControl(self, memory, canary, self._adapters)
+        self._admission = Admission(memory, limits, self._adapters)
         self._placer = StepPlacer(memory)
         self._chunks = ChunkSizer(
             limits.chunk_tokens,
@@ -255,7 +258,9 @@ class Scheduler:
             return
         rules, most = self._limits.priorities, message.sampling_params.max_new_tokens
         urgency = None if rules is None else rules.urgency(message.priority)
-        reason = self._limits.refusal(num_tokens, most) or self._make_way(urgency or 0)
+        reason = self._limits.refusal(num_tokens, most)
+        reason = reason or self._adapters.refusal(message.lora_id)
+        reason = reason or self._make_way(urgency or 0)
         if reason is not None:
             self.counters.num_refused += 1
             self._outputs.refuse(message.rid, num_tokens, reason)
@@ -344,7 +349,8 @@ class Scheduler:
             if placed is not None:
                 items, placement = placed
                 self._num_steps += 1
-                self._submit(ScheduleBatch(self._num_steps, items), placement)
+                changes = self._adapters.take_changes()
+                self._submit(ScheduleBatch(self._num_steps, items, changes), placement)
                 return True
             if self._inflight:
                 # Results under way may end requests and free pages; nobody is retracted before.
@@ -444,14 +450,7 @@ class Scheduler:
             self._outputs.note(item.req)
             self._settle(item.req)
         if step.batch.step % self._limits.log_interval_steps == 0:
-            logger.info(
-                "Step %d: %s; running %d, waiting %d; %r",
-                step.batch.step,
-                step.batch.forward_mode.value,
-                self.num_running,
-                self.num_waiting,
-                self._memory,
-            )
+            log_step(step.batch, self.num_running, self.num_waiting, self._memory)
 
     def _settle(self, req: Req) -> None:
         """Give everything back once a request is ending and no forward names it any more."""

@@ -11,6 +11,7 @@ import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from sglang.srt.managers.lora_policy import MAX_LOOKED_AT
 from sglang.srt.managers.priority_policy import plan_preemption
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import (
@@ -20,6 +21,7 @@ from sglang.srt.managers.schedule_policy import (
     total_pages,
 )
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
+from sglang.srt.managers.scheduler_lora import SchedulerAdapters
 from sglang.srt.mem_cache.allocation import KVLease, KVMemory
 from sglang.srt.mem_cache.room_without import RoomWithout
 
@@ -88,10 +90,13 @@ class _Promised:
 class Admission:
     """Opens leases for waiting requests as far as rows and promises allow."""
 
-    def __init__(self, memory: KVMemory, limits: SchedulerLimits) -> None:
+    def __init__(
+        self, memory: KVMemory, limits: SchedulerLimits, adapters: SchedulerAdapters
+    ) -> None:
         self._memory = memory
         self._limits = limits
         self._promised: _Promised | None = None  # of this turn's admissions so far
+        self._adapters = adapters
         self._refusal: _Refusal | None = None
         self._no_plan: _Refusal | None = None  # the last time that preemption did not help
 
@@ -103,7 +108,8 @@ class Admission:
     def admit(self, waiting: WaitingQueue, running: Sequence[Req]) -> list[Req]:
         """Admit in the policy's order until the first that does not fit; returns the admitted.
 
-        Admitted requests leave `waiting` and hold a lease with their prefix hit locked.
+        One whose adapter has no place does not keep all others back, see lora_policy. Admitted
+        requests leave `waiting` and hold a lease with their prefix hit locked.
         """
         admitted: list[Req] = []
         self._promised = None
@@ -114,14 +120,23 @@ class Admission:
             if self._refusal.stands(len(waiting), self._room(present)):
                 return admitted
             self._refusal = None
+        self._adapters.begin_admission(running)
+        num_kept_back = 0
         for req in order_waiting(waiting.view(), self._limits.policy, self._match_len):
             if len(running) + len(admitted) >= self._limits.max_running_requests:
                 break
+            if not self._adapters.may_admit(req):
+                req.num_passed_over += 1
+                num_kept_back += 1
+                if num_kept_back == MAX_LOOKED_AT:
+                    break
+                continue
             if not self._try_open(req, [*present, *admitted]):
                 req.num_passed_over += 1
                 room = self._room([*present, *admitted])
                 self._refusal = _Refusal(len(waiting) - len(admitted), room)
                 break
+            self._adapters.take_place(req)
             admitted.append(req)
         for req in admitted:
             waiting.remove(req)
@@ -168,6 +183,8 @@ class Admission:
                 if num_running - len(gone) >= self._limits.max_running_requests:
                     return False
                 rest = [other for other in present if other not in gone]
+                if not self._adapters.fits_beside(req, rest):
+                    return False
                 full = req.needs_reservation or any(other.needs_reservation for other in rest)
                 promised = [self._promise(other, full) for other in rest]
                 own = self._promise_behind(req, room.num_hit_pages, full)

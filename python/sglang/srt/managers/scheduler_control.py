@@ -17,6 +17,7 @@ from sglang.srt.managers.scheduler_budget import (
     check_args,
 )
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
+from sglang.srt.managers.scheduler_lora import LORA_OPS, SchedulerAdapters
 from sglang.srt.managers.scheduler_stats import SchedulerView, internal_state
 from sglang.srt.mem_cache.allocation import KVMemory
 
@@ -28,8 +29,15 @@ class ControlHost(SchedulerView, PoolHost, Protocol):
 class SchedulerControl:
     """Answers one scheduler's control messages; holds the operation under way, if any."""
 
-    def __init__(self, host: ControlHost, memory: KVMemory, canary: SchedulerCanary | None) -> None:
+    def __init__(
+        self,
+        host: ControlHost,
+        memory: KVMemory,
+        canary: SchedulerCanary | None,
+        adapters: SchedulerAdapters,
+    ) -> None:
         self._host = host
+        self._adapters = adapters
         self._memory = memory
         self._canary = canary
         self._operation: PoolOperation | None = None
@@ -49,6 +57,8 @@ class SchedulerControl:
             return [self._flush(message)]
         if message.op == "audit":
             return [self._audit(message)]
+        if message.op in LORA_OPS:
+            return [self._adapters.answer(message, self._host)]
         if message.op in ("set_kv_budget", "compact_kv"):
             return self._start(message, now)
         return [ControlReply(message.seq, False, f"Unknown operation {message.op}.")]

@@ -31,6 +31,7 @@ from sglang.srt.mem_cache.segment_backing import SegmentBacking, make_backing
 from sglang.srt.mem_cache.segment_backing.cuda_vmm_host import HOST_MARGIN_BYTES
 from sglang.srt.model_executor.cuda_graph_runner import CudaGraphRunner, capture_sizes
 from sglang.srt.model_executor.decode_tapes import CausalLM, DecodeTapes
+from sglang.srt.model_executor.lora_places import AdapterPlaces
 from sglang.srt.model_executor.model_runner import StepRecorder
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.ngram_drafts import NgramRules
@@ -213,6 +214,7 @@ def make_recorder(
     backend: AttentionBackend,
     runtime: DeviceRuntime,
     pool: MHATokenToKVPool,
+    adapters: AdapterPlaces | None = None,
 ) -> StepRecorder | None:
     """What decode steps are recorded on; None where they can't be or the user wants none.
 
@@ -231,6 +233,7 @@ def make_recorder(
             sizes=sizes,
             num_groups=pool.spec.num_groups,
             page_size=pool.page_size,
+            adapters=adapters,
         )
         graphs.record()
         return graphs

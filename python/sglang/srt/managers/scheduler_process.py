@@ -177,6 +177,7 @@ def make_scheduler(
         clock=time.monotonic,
         canary=parts.canary,
         grammars=parts.grammars,
+        adapters=parts.adapters,
         turns=make_turns(channel, time.monotonic, None if links is None else links.control),
     )
 

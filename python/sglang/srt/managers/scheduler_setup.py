@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -42,6 +42,7 @@ from sglang.srt.managers.scheduler_device import (
 from sglang.srt.managers.scheduler_grammars import GrammarQueue
 from sglang.srt.managers.scheduler_kv_events import KVEventPublisher, open_publisher
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
+from sglang.srt.managers.scheduler_lora import SchedulerAdapters, open_adapters
 from sglang.srt.managers.scheduler_pool_plan import (
     AUTO_SEGMENT_BYTES,
     LowerSpace,
@@ -93,6 +94,7 @@ class SchedulerParts:
     grammars: GrammarQueue
     publisher: KVEventPublisher | None = None
     canary: SchedulerCanary | None = None
+    adapters: SchedulerAdapters = field(default_factory=SchedulerAdapters)
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,8 @@ def build_scheduler_parts(
     if remark is not None:
         logger.log(logging.INFO if kv_dtype != dtype else logging.WARNING, "%s", remark)
     model = _load(rank, config, DTYPES[dtype], pooling, scales_kv=kv_dtype.startswith("fp8"))
+    control = None if links is None else links.control
+    places, adapters = open_adapters(args, model, control, runtime)
     backend_class = get_attention_backend(args.attention_backend, args.device)
     page_size = args.page_size or backend_class.preferred_page_size
     grammars = _grammars(args, config.vocab_size)
@@ -207,14 +211,16 @@ def build_scheduler_parts(
     )
     backend = make_attention_backend(backend_class, memory.kv_pool, grid.kv_group)
     num_rows = plan.max_running_requests + 1
-    worker = make_worker(args, model, backend, runtime, memory.kv_pool, num_rows)
+    worker = make_worker(args, model, backend, runtime, memory.kv_pool, num_rows, places)
     runtime.synchronize()
     limits = _limits(args, plan, page_size, spec)
     logger.info("KV pool ready: %r", memory)
     ready = _ready(backend_class.name, plan, limits, memory)
     make_batch = _batch_maker(memory, backend, page_size, progress)
     canary = _canary(args, memory, damage)
-    return SchedulerParts(memory, worker, make_batch, limits, ready, grammars, publisher, canary)
+    return SchedulerParts(
+        memory, worker, make_batch, limits, ready, grammars, publisher, canary, adapters
+    )
 
 
 def _grammars(args: ServerArgs, vocab_size: int) -> GrammarQueue:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
 from sglang.srt.managers.scheduler_progress import PrefillProgressLog
 from sglang.srt.mem_cache.allocation import KVMemory
 from sglang.srt.mem_cache.memory_report import memory_details
+
+logger = logging.getLogger(__name__)
 
 # /server_info lists no more requests than this; the counts are always whole.
 MAX_LISTED = 256
@@ -139,3 +142,15 @@ def internal_state(
         "requests": [describe_request(req, scheduler.prefills) for req in requests[:MAX_LISTED]],
         **scheduler.counters.as_dict(),
     }
+
+
+def log_step(batch: ScheduleBatch, num_running: int, num_waiting: int, memory: KVMemory) -> None:
+    """One line of a step and what is behind it."""
+    logger.info(
+        "Step %d: %s; running %d, waiting %d; %r",
+        batch.step,
+        batch.forward_mode.value,
+        num_running,
+        num_waiting,
+        memory,
+    )

@@ -25,6 +25,7 @@ from sglang.srt.environ import Environ
 from sglang.srt.errors import RequestError
 from sglang.srt.managers import request_validation as validation
 from sglang.srt.managers.constraint_desk import ConstraintDesk
+from sglang.srt.managers.control_replies import merged_reply
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
 from sglang.srt.managers.io_struct import (
     AbortReq,
@@ -40,6 +41,7 @@ from sglang.srt.managers.io_struct import (
     ToTokenizer,
     int32_buffer,
 )
+from sglang.srt.managers.lora_registry import LoraRegistry
 from sglang.srt.managers.replica_choice import ReplicaChoice
 from sglang.srt.managers.request_state import RequestState
 from sglang.srt.managers.scheduler_pulse import SchedulerPulse
@@ -62,15 +64,6 @@ def wire_rid(rid: str, number: int) -> str:
 def user_rid(wire: str) -> str:
     """The user's own id again."""
     return wire.rpartition("#")[0]
-
-
-def merged_reply(answers: Sequence[ControlReply]) -> ControlReply:
-    """One reply for those of all replicas; see `TokenizerManager.control`."""
-    told = next((answer for answer in answers if not answer.success), answers[0])
-    if len(answers) == 1:
-        return told
-    data = {**told.data, "replicas": [answer.data for answer in answers]}
-    return msgspec.structs.replace(told, data=data)
 
 
 class TokenizerManager:
@@ -100,6 +93,7 @@ class TokenizerManager:
         self._end_ids = tuple(
             sorted({*model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())})
         )
+        self.adapters = LoraRegistry(server_args, self.control)
         self._constraints = ConstraintDesk(tokenizer, self._end_ids, server_args.grammar_backend)
         self._short_texts = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         self._long_texts = ThreadPoolExecutor(2, thread_name_prefix="tokenize-long")
@@ -261,8 +255,9 @@ class TokenizerManager:
         )
         if request.rid in self._rids:
             raise RequestError(f"A request with the id {request.rid!r} is already being served.")
+        adapter = self.adapters.begin(request.lora_path, request.lora_number)
         self._num_seen += 1
-        state = RequestState(request.rid, wire_rid(request.rid, self._num_seen))
+        state = RequestState(request.rid, wire_rid(request.rid, self._num_seen), adapter)
         self._rids.add(state.rid)
         self._states[state.wire_rid] = state
         return state
@@ -274,7 +269,7 @@ class TokenizerManager:
         replica = request.routed_dp_rank
         if replica is None:
             ids = np.frombuffer(message.input_ids, dtype=np.int32)
-            replica = self._choice.choose(ids, message.extra_key)
+            replica = self._choice.choose(ids, message.prefix_key)
         else:
             self._choice.began(replica)
         state.replica = replica
@@ -288,6 +283,8 @@ class TokenizerManager:
     def _forget(self, state: RequestState) -> None:
         self._rids.discard(state.rid)
         self._states.pop(state.wire_rid, None)
+        if state.adapter is not None:
+            state.adapter.ended()
         if state.replica is None:
             return
         self._choice.ended(state.replica)
@@ -335,6 +332,7 @@ class TokenizerManager:
             top_logprobs_num=request.top_logprobs_num if wants else 0,
             token_ids_logprob=int32_buffer(request.token_ids_logprob) if wants else b"",
             extra_key=request.extra_key,
+            lora_id=None if state.adapter is None else state.adapter.number,
             priority=request.priority,
             include_progress=request.include_progress,
             pooling=request.pooling,

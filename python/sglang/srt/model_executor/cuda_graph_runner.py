@@ -28,6 +28,7 @@ from sglang.srt.model_executor.forward_batch_info import (
     ForwardMode,
     Int32Array,
 )
+from sglang.srt.model_executor.lora_places import AdapterPlaces
 from sglang.srt.utils.device import DeviceRuntime, Replay
 from sglang.srt.utils.progress import Progress
 
@@ -154,9 +155,10 @@ class StepInputs:
 
 
 class CudaGraphRunner:
-    """The graphs of one model, by their number of rows.
+    """The graphs of one model, by their number of rows and whether any has an adapter.
 
-    `sizes` ascending. `record` must be called once, before any step is computed.
+    `sizes` ascending. `record` must be called once, before any step is computed. `adapters` None:
+    there are none.
     """
 
     def __init__(
@@ -169,22 +171,25 @@ class CudaGraphRunner:
         sizes: Sequence[int],
         num_groups: int,
         page_size: int,
+        adapters: AdapterPlaces | None = None,
     ) -> None:
         self._model = model
+        self._adapters = adapters
         self._runtime = runtime
         self._pool = pool
         self._backend = backend
         self._sizes = tuple(sizes)
         self._empty = empty_geometry(num_groups, page_size)
         self._inputs = StepInputs(max(self._sizes), num_groups, runtime.device)
-        self._graphs: dict[int, _Graph] = {}
+        self._own = None if adapters is None else adapters.make_mask(max(self._sizes))
+        self._graphs: dict[tuple[int, bool], _Graph] = {}
         self._logits: torch.Tensor | None = None  # of all graphs: one is read before the next
         self.num_replays = 0
 
     @property
     def recorded(self) -> tuple[int, ...]:
         """Numbers of rows that have a graph, ascending."""
-        return tuple(sorted(self._graphs))
+        return tuple(sorted({size for size, _ in self._graphs}))
 
     def record(self) -> None:
         """Record all sizes, the largest first, so that the others find its memory free.
@@ -198,7 +203,10 @@ class CudaGraphRunner:
         try:
             with self._runtime.computing(), torch.inference_mode():
                 for size in sorted(self._sizes, reverse=True):
-                    self._graphs[size] = self._record(size)
+                    self._graphs[size, False] = self._record(size)
+                    if self._adapters is not None and self._own is not None:
+                        with self._adapters.masked(self._own[:size]):
+                            self._graphs[size, True] = self._record(size)
         except RuntimeError as reason:
             self._graphs.clear()
             logger.warning("Decode steps are not recorded as graphs: %s", _first_of(reason))
@@ -217,11 +225,14 @@ class CudaGraphRunner:
         """
         rows = batch.num_tokens
         size = size_for(rows, self._sizes)
-        if rows == 0 or size not in self._graphs or not self._fits(batch):
+        adapted = batch.adapter_places is not None
+        if size is None or (size, adapted) not in self._graphs or not self._fits(batch):
             return None
-        graph = self._graphs[size]
+        graph = self._graphs[size, adapted]
         self._backend.renew(graph.plan, padded_geometry(batch.geometry, size))
         self._inputs.take(batch, size)
+        if adapted and self._adapters is not None and self._own is not None:
+            self._adapters.fill_mask(self._own[:size], batch)
         before()
         graph.replay()
         self.num_replays += 1
@@ -236,7 +247,7 @@ class CudaGraphRunner:
     def _fits(self, batch: ForwardBatch) -> bool:
         geometry = batch.geometry
         rows = batch.num_tokens
-        one_each = rows == len(geometry.seq_lens) == len(geometry.logits_rows)
+        one_each = 0 < rows == len(geometry.seq_lens) == len(geometry.logits_rows)
         return one_each and bool(self._backend.may_record(geometry))
 
     def _record(self, size: int) -> _Graph:

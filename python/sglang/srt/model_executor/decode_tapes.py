@@ -223,7 +223,7 @@ class DecodeTapes:
         return [(op.name.lower(), seconds) for op, seconds in times]
 
     def _fits(self, shape: StepShape, batch: ForwardBatch) -> bool:
-        if not shape.sampled or shape in self._refused:
+        if not shape.sampled or shape in self._refused or batch.adapter_places is not None:
             return False
         if not batch.attn_backend.may_record(batch.geometry):
             return False

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.schedule_batch import AdapterChange, ScheduleBatch
 from sglang.srt.mem_cache.allocation import KVPlacement
 from sglang.srt.model_executor.forward_mode import ForwardMode as ForwardMode
 from sglang.srt.utils.device import DeviceRuntime
@@ -118,7 +118,9 @@ class ForwardBatch:
     `relay_rows`: the worker writes them into `input_ids` right before it computes, and nothing
     else of a batch ever changes.
 
-    `pooled` None: the batch's requests generate.
+    `pooled` None: the batch's requests generate. `adapter_places` [B] are the places of the
+    sequences' LoRA adapters, -1 for none; None: no sequence has one. `adapter_changes` are made
+    before anything is computed.
     """
 
     forward_mode: ForwardMode
@@ -134,6 +136,8 @@ class ForwardBatch:
     relay_at: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
     relay_rows: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
     pooled: PooledRows | None = None
+    adapter_places: Int64Array | None = None
+    adapter_changes: tuple[AdapterChange, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -223,6 +227,8 @@ class ForwardBatch:
             relay_at=relay_at,
             relay_rows=relay_rows,
             pooled=PooledRows.of(batch),
+            adapter_places=_adapter_places(batch),
+            adapter_changes=batch.adapter_changes,
         )
 
 
@@ -241,6 +247,11 @@ def _packed_ids(
         else:
             input_ids[q_start : q_start + item.num_tokens] = item.input_ids()
     return input_ids, np.array(relay_at, np.int64), np.array(relay_rows, np.int64)
+
+
+def _adapter_places(batch: ScheduleBatch) -> Int64Array | None:
+    places = np.fromiter((item.req.adapter_place for item in batch.items), np.int64)
+    return places if (places >= 0).any() else None
 
 
 def _block_tables(

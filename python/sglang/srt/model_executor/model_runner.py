@@ -12,6 +12,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorO
 from sglang.srt.model_executor.decode_tapes import CausalLM as CausalLM
 from sglang.srt.model_executor.decode_tapes import StepLogits
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, LogprobSpec
+from sglang.srt.model_executor.lora_places import AdapterPlaces
 
 
 class StepRecorder(Protocol):
@@ -25,15 +26,20 @@ class StepRecorder(Protocol):
 
 
 class ModelRunner:
-    """Model plus logits processor. `tapes` None: every step is computed call by call."""
+    """Model plus logits processor.
+
+    `tapes` None: every step is computed call by call. `adapters` None: there are none.
+    """
 
     def __init__(
         self,
         model: CausalLM,
         logits_processor: LogitsProcessor,
         tapes: StepRecorder | None = None,
+        adapters: AdapterPlaces | None = None,
     ) -> None:
         self.model = model
+        self._adapters = adapters
         self.tapes = tapes
         self._logits_processor = logits_processor
 
@@ -50,6 +56,8 @@ class ModelRunner:
         [number sampled, vocabulary], to be read before the next call, and per request its
         prompt log probabilities. `before` is called when all is prepared and compute begins.
         """
+        if self._adapters is not None:
+            self._adapters.change(forward_batch)
         # Both ascend without repeats: as many sampled as wanted means that no others are wanted.
         if self.tapes is not None and len(sample_rows) == len(forward_batch.geometry.logits_rows):
             found = self.tapes.compute(forward_batch, before)
@@ -57,6 +65,8 @@ class ModelRunner:
                 return LogitsProcessorOutput(
                     found.logits, [None] * forward_batch.batch_size, found.highest
                 )
+        if self._adapters is not None:
+            self._adapters.group(forward_batch)
         before()
         hidden = self.model(forward_batch)
         return self._logits_processor(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.linear import ShardedLinear
 from sglang.srt.layers.moe import Experts
 from sglang.srt.layers.quantization.matrix import numbers_like
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
@@ -94,6 +95,14 @@ class CausalLM(nn.Module, ABC):
                 places[f"{prefix}.{param_name}"] = _Place(module, param_name, shard)
         return places
 
+    def adapter_sites(self) -> dict[str, AdapterSite]:
+        """The linear layers by their modules' names in checkpoints, which adapters go by."""
+        return {
+            name.removesuffix(".weight"): AdapterSite(place.module, place.shard_id)
+            for name, place in self._places().items()
+            if isinstance(place.module, ShardedLinear) and place.param_name == "weight"
+        }
+
     def _may_be_ignored(self, name: str, tensor: LoadedWeight) -> bool:
         if name.endswith("rotary_emb.inv_freq"):
             return True
@@ -102,6 +111,14 @@ class CausalLM(nn.Module, ABC):
             # Its writers give every layer a bias; one that is not the model's adds nothing.
             return isinstance(tensor, torch.Tensor) and not tensor.any()
         return self.config.tie_word_embeddings and name == "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSite:
+    """A checkpoint's projection: the linear layer that computes it, and which of its shards."""
+
+    layer: ShardedLinear
+    shard_id: int | str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,6 @@ def test_stop_reason_is_reported(server: LiveServer) -> None:
         ({"regex": "a", "ebnf": "b"}, "regex and ebnf"),
         ({"regex": "a", "response_format": {"type": "json_object"}}, "response_format"),
         ({"json_schema": "[]"}, "json_schema must be a JSON object"),
-        ({"lora_path": "a"}, "lora_path"),
     ],
 )
 def test_bad_fields_are_named(server: LiveServer, fields: dict[str, Any], named: str) -> None:

@@ -134,7 +134,6 @@ IMAGE = {"type": "input_image", "image_url": "x"}
         ({"messages": []}, "'messages': use input"),
         ({"max_tokens": 5}, "'max_tokens': use max_output_tokens"),
         ({"n": 2}, "'n'"),
-        ({"lora_path": "x"}, "'lora_path'"),
         ({"rid": ""}, "'rid'"),
     ],
 )

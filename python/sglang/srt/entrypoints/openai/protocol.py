@@ -15,7 +15,6 @@ from sglang.srt.entrypoints.generate_request_body import (
     DISAGGREGATION,
     HIDDEN_STATES,
     LOGIT_PROCESSOR,
-    LORA,
     RAW_NULL,
 )
 from sglang.srt.entrypoints.openai.response_format import ResponseFormat
@@ -101,6 +100,7 @@ class ChatBody(SharedBody, frozen=True, kw_only=True):
     """The served fields of /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = []
+    lora_path: str | None = None
     max_completion_tokens: Int | None = None
     logprobs: bool = False
     top_logprobs: Int = 0
@@ -120,6 +120,7 @@ class CompletionBody(SharedBody, frozen=True, kw_only=True):
 
     prompt: msgspec.Raw | str | IdLists = RAW_NULL
     suffix: str | None = None
+    lora_path: str | list[str | None] | None = None
     echo: bool = False
     logprobs: Int | None = None
 
@@ -140,7 +141,6 @@ _ACCEPTED = (
 )
 
 SHARED_REFUSALS = {
-    "lora_path": LORA,
     "custom_logit_processor": LOGIT_PROCESSOR,
     "return_hidden_states": HIDDEN_STATES,
     "return_routed_experts": Refusal(RETURNS, (False,)),

@@ -46,6 +46,7 @@ _TOOLS: msgspec.json.Decoder[list[dict[str, Any]]] = msgspec.json.Decoder(list[d
 # Fields that a chat request has under the same name.
 _SAME_IN_CHAT = (
     *(name for name in GenerationBody.__struct_fields__ if name != "rid"),
+    "lora_path",
     "parallel_tool_calls",
     "top_logprobs",
     "chat_template_kwargs",
@@ -91,6 +92,7 @@ class ResponsesBody(GenerationBody, frozen=True, kw_only=True):
     input: str | list[dict[str, Any]] = msgspec.field(default_factory=list)
     instructions: str | None = None
     previous_response_id: str | None = None
+    lora_path: str | None = None
     store: bool = True
     max_output_tokens: Int | None = None
     text: TextConfig = TextConfig()

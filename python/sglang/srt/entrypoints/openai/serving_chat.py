@@ -114,6 +114,7 @@ class ChatServing(OpenAIServing):
             return_logprob=body.logprobs,
             top_logprobs_num=body.top_logprobs,
             extra_key=extra_key,
+            lora_path=self.service.adapters.name_in(body.model) or body.lora_path,
             priority=body.priority,
             add_special_tokens=False,
             kept_special_tokens=form.kept_tokens,

@@ -10,7 +10,11 @@ from typing import Any
 import msgspec
 
 from sglang.srt.entrypoints.event_stream import DONE_EVENT, event, progress_comment
-from sglang.srt.entrypoints.generate_request_body import read_id_prompts, session_of
+from sglang.srt.entrypoints.generate_request_body import (
+    adapter_for_each,
+    read_id_prompts,
+    session_of,
+)
 from sglang.srt.entrypoints.http_errors import ApiShape, bad_field, stream_error
 from sglang.srt.entrypoints.logprob_format import CompletionLogprobs, formatted_bytes
 from sglang.srt.entrypoints.openai.protocol import COMPLETION_FIELDS, CompletionBody
@@ -104,6 +108,8 @@ class CompletionServing(OpenAIServing):
         max_new = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         params = sampling_params(body, max_new, self.options.sampling_defaults)
         head, rid, extra_key = call_ids(body)
+        wanted = self.service.adapters.name_in(body.model) or body.lora_path
+        adapters = adapter_for_each(wanted, len(prompts), is_batch=True)
         with_logprobs = body.logprobs is not None
         requests = tuple(
             GenerateRequest(
@@ -116,6 +122,7 @@ class CompletionServing(OpenAIServing):
                 logprob_start_len=0 if with_logprobs and body.echo else -1,
                 top_logprobs_num=body.logprobs or 0,
                 extra_key=extra_key,
+                lora_path=adapters[i],
                 priority=body.priority,
                 include_progress=body.stream and bool(body.stream_options.include_progress),
                 session=session_of(body.session_params),
