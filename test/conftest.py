@@ -9,12 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from kernels.interpreter import swap_once_per_launch
 
 # Triton's kernels are tested in its interpreter, which it chooses when it is imported. Tests on a
 # GPU set 0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# How long an example takes says something of the machine and what else it does, not of the code.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:

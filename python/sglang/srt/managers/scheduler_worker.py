@@ -29,6 +29,8 @@ def args_for_pooling(args: ServerArgs, pooling: PoolingConfig | None) -> ServerA
     """
     if pooling is None:
         return args
+    if args.serves_lora:
+        raise ValueError("--enable-lora: adapters are served of models that generate only")
     args = replace(args, disable_cuda_graph=True)
     if pooling.whole:
         # Attention is the model's own, and reads nothing from the pool.
@@ -57,11 +59,9 @@ def make_worker(
     """The worker that `model` needs. Side effect: on a device its steps are recorded.
 
     `num_rows` are the KV rows of requests, and one; `places` those of LoRA adapters (None: none are
-    served). Raises ValueError for adapters of a model that is pooled.
+    served).
     """
     if isinstance(model, PooledModel):
-        if places is not None:
-            raise ValueError("--enable-lora: adapters are served of models that generate only")
         return PoolingWorker(model, runtime)
     recorder = make_recorder(args, model, backend, runtime, pool, places)
     runner = ModelRunner(model, LogitsProcessor(runtime=runtime), recorder, places)
