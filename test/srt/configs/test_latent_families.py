@@ -55,9 +55,20 @@ def test_how_experts_are_chosen(tmp_path: Path) -> None:
     assert moe.shared_intermediate_size is None
     assert moe.choice == ExpertChoice(False, False, 8, 3, 1, 1.0)
     assert load(tmp_path, V2 | {"n_routed_experts": None}).moe is None
+    alone = load(tmp_path, V3 | {"n_group": None, "topk_group": None}).moe
+    assert alone is not None
+    assert alone.choice == ExpertChoice(True, True, 1, 1, 2, 2.5)
     one = load(tmp_path, V3 | {"num_experts_per_tok": 1}).moe
     assert one is not None
     assert not one.renormalize  # a single expert would always weigh 1
+
+
+def test_layers_that_predict_further_tokens(tmp_path: Path) -> None:
+    config = load(tmp_path, V3)
+    names = [f"model.layers.{layer}.eh_proj.weight" for layer in (6, 60, 61, 62)]
+    assert [config.is_draft_weight(name) for name in names] == [False, False, True, False]
+    assert not config.is_draft_weight("model.norm.weight")
+    assert not load(tmp_path, LITE).is_draft_weight("model.layers.27.eh_proj.weight")
 
 
 def test_yarn_scales_scores_too(tmp_path: Path) -> None:
@@ -80,6 +91,7 @@ def test_yarn_scales_scores_too(tmp_path: Path) -> None:
         ({"n_group": 256}, "n_group 256 leaves groups of one"),
         ({"num_experts_per_tok": 129}, "129 is more than 128 experts to choose from"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace must be a whole number"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers must be a whole number"),
         ({"moe_layer_freq": 0}, "moe_layer_freq must be a positive"),
         ({"qk_rope_head_dim": 63}, "qk_rope_head_dim 63 must be even"),
         ({"kv_lora_rank": 0}, "kv_lora_rank must be a positive"),

@@ -154,13 +154,14 @@ def test_layers_of_token_prediction_are_passed_over(tmp_path: Path) -> None:
     more = {f"model.layers.3.{name}": torch.ones(2, 2) for name in ("eh_proj.weight", "enorm.w")}
     save_file(tensors | more, file, metadata={"format": "pt"})
     assert_logits_equal(hf, path, num_tokens=60)
-    save_file(tensors | {"model.layers.2.eh_proj.weight": torch.ones(1)}, file)
-    with pytest.raises(ValueError, match=r"1 unexpected weight\(s\): model.layers.2.eh_proj"):
-        runner_of(path)
+    for layer in (2, 4):
+        save_file(tensors | {f"model.layers.{layer}.eh_proj.weight": torch.ones(1)}, file)
+        with pytest.raises(ValueError, match=rf"1 unexpected weight\(s\): model.layers.{layer}.eh"):
+            runner_of(path)
 
 
 def test_a_checkpoint_in_fp8_blocks(tmp_path: Path) -> None:
-    """As DeepSeek-V3 is published: a scale for each block, none of the routers."""
+    """As DeepSeek-V3 is published: a scale for each block, none of the routers, a draft layer."""
     hf = reference("v3", num_hidden_layers=2)
     seeds = iter(range(10**6))
 
@@ -171,7 +172,11 @@ def test_a_checkpoint_in_fp8_blocks(tmp_path: Path) -> None:
         return {"weight": tensors["weight"], "weight_scale_inv": tensors["scale"]}, wide
 
     scheme = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [32, 16]}
-    path = write_checkpoint(tmp_path, hf, scheme, quantise(hf, code))
+    tensors = quantise(hf, code)
+    draft = "model.layers.2.mlp.experts.0.up_proj"
+    tensors[f"{draft}.weight"] = torch.zeros(24, 64).to(torch.float8_e4m3fn)
+    tensors[f"{draft}.weight_scale_inv"] = torch.ones(1, 4)
+    path = write_checkpoint(tmp_path, hf, scheme, tensors)
     assert_logits_equal(hf, path)
 
 

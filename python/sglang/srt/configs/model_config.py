@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -42,6 +43,8 @@ _COMMON_DEFAULTS: dict[str, Any] = {
 }
 # Fields of a multimodal file that also say something of its text part.
 _SHARED_WITH_TEXT = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 _GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -138,6 +141,12 @@ class ModelConfig(ModelTraits):
     def kv_size(self) -> int:
         """Width of the keys of one token over all kv heads."""
         return self.num_kv_heads * self.head_dim
+
+    def is_draft_weight(self, name: str) -> bool:
+        """Whether a checkpoint's tensor is of a layer behind the last one, see `ModelTraits`."""
+        if not self.num_draft_layers or (layer := _LAYER.match(name)) is None:
+            return False
+        return 0 <= int(layer[1]) - self.num_layers < self.num_draft_layers
 
     @property
     def stacks_experts(self) -> bool:

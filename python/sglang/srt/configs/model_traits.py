@@ -124,7 +124,8 @@ class ModelTraits:
     turn, `moe` None where every MLP is dense.
 
     `latent` None: keys and values are kept head by head. Otherwise rotation, windows and caps are
-    those of the turning parts and the scores.
+    those of the turning parts and the scores. Checkpoints have `num_draft_layers` more layers
+    behind the last, which predict further tokens and are not loaded.
 
     Scores are q k^T times `attention_scaling` (None: head_dim ** -0.5). A cap c > 0 turns scores
     (`attention_logit_cap`) or logits (`final_logit_cap`) s into c * tanh(s / c).
@@ -145,6 +146,7 @@ class ModelTraits:
     temperature: TemperatureConfig | None = None
     moe: MoEConfig | None = None
     latent: LatentConfig | None = None
+    num_draft_layers: int = 0
     attention_scaling: float | None = None
     attention_logit_cap: float = 0.0
     final_logit_cap: float = 0.0

@@ -60,13 +60,15 @@ def quantized_weights(
     With `kernels`, the package sgl_kernel, matrices come as its `QuantizedWeight` where it can
     multiply with their codes; all else comes in `dtype`, or as plain tensors of the files. Raises
     ValueError for a damaged file; walking it also for tensors that are missing, superfluous or
-    don't fit each other, which it names.
+    don't fit each other, which it names. What `is_draft_weight` is left out.
     """
     if config.weight_scheme is None:
         raise ValueError(f"{config.path}: no weights are quantised")
     index = SafetensorsIndex(files)
     modules: dict[str, dict[str, str]] = {}
     for name in index.names:
+        if config.is_draft_weight(name):  # experts that would be read for nothing
+            continue
         module, role = split_name(name, config.weight_scheme.method)
         modules.setdefault(module, {})[role] = name
     jobs = list(_plan(modules, config, config.weight_scheme))

@@ -12,7 +12,6 @@ Sources: arXiv 2405.04434 (V2), 2412.19437 (V3).
 
 from __future__ import annotations
 
-import re
 from typing import ClassVar
 
 import torch
@@ -41,7 +40,6 @@ from sglang.srt.models.llama import (
     LlamaModel,
 )
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _WHOLE = ParallelState()  # of what every rank computes alike
 _NORM_EPS = 1e-6  # of the norms inside attention, whatever the model's own
 
@@ -209,9 +207,7 @@ class DeepseekV2ForCausalLM(LlamaForCausalLM):
         return LlamaMLP(config.hidden_size, config.intermediate_size, False, parallel, dtype)
 
     def _may_be_ignored(self, name: str, tensor: LoadedWeight) -> bool:
-        layer = _LAYER.match(name)
-        behind = layer is not None and int(layer[1]) >= self.config.num_layers
-        return behind or super()._may_be_ignored(name, tensor)
+        return self.config.is_draft_weight(name) or super()._may_be_ignored(name, tensor)
 
 
 class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):

@@ -34,7 +34,15 @@ def _read_deepseek(fields: Fields, num_layers: int) -> ModelTraits:
         interleaved_rope=bool(fields["rope_interleave"]),
         latent=_latent(fields),
         moe=_moe(fields, num_layers),
+        num_draft_layers=_whole(fields, "num_nextn_predict_layers"),
     )
+
+
+def _whole(fields: Fields, key: str) -> int:
+    value = fields[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{key} must be a whole number >= 0, not {value!r}")
+    return value
 
 
 def _latent(fields: Fields) -> LatentConfig:
@@ -56,9 +64,7 @@ def _moe(fields: Fields, num_layers: int) -> MoEConfig | None:
         return None
     num_experts = positive(fields, "n_routed_experts")
     chosen = positive(fields, "num_experts_per_tok")
-    first, step = fields["first_k_dense_replace"], positive(fields, "moe_layer_freq")
-    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-        raise ValueError(f"first_k_dense_replace must be a whole number >= 0, not {first!r}")
+    first, step = _whole(fields, "first_k_dense_replace"), positive(fields, "moe_layer_freq")
     layers = frozenset(layer for layer in range(first, num_layers) if layer % step == 0)
     choice = _choice(fields, num_experts)
     candidates = num_experts // choice.num_groups * choice.kept_groups
@@ -119,7 +125,10 @@ _COMMON: dict[str, Any] = {
     "moe_layer_freq": 1,
     "max_position_embeddings": 4096,
 }
-_NULLS = frozenset({"q_lora_rank", "bos_token_id", "eos_token_id"})
+_NULLS = frozenset(
+    {"q_lora_rank", "bos_token_id", "eos_token_id"}
+    | {"n_routed_experts", "n_shared_experts", "n_group", "topk_group"}
+)
 
 DEEPSEEK_V2 = ModelFamily(
     "deepseek_v2",
@@ -139,9 +148,10 @@ DEEPSEEK_V2 = ModelFamily(
         "topk_method": _GREEDY,
         "scoring_func": "softmax",
         "max_position_embeddings": 2048,
+        "num_nextn_predict_layers": 0,
     },
     _read_deepseek,
-    null_means_none=_NULLS | {"n_routed_experts", "n_shared_experts"},
+    null_means_none=_NULLS,
 )
 DEEPSEEK_V3 = ModelFamily(
     "deepseek_v3",
@@ -165,7 +175,8 @@ DEEPSEEK_V3 = ModelFamily(
         "topk_group": 4,
         "topk_method": _BIASED,
         "scoring_func": "sigmoid",
+        "num_nextn_predict_layers": 1,
     },
     _read_deepseek,
-    null_means_none=_NULLS | {"n_routed_experts", "n_shared_experts"},
+    null_means_none=_NULLS,
 )
