@@ -226,8 +226,8 @@ the session in `session_params` of `/generate`, `/v1/completions` or `/v1/chat/c
 - Where the last message is the assistant's, the answer goes on with it.
 - `thinking` of the types `enabled` and `adaptive` sets `enable_thinking` and `thinking` of the chat
   template to true, `disabled` to false; without it the template decides. `budget_tokens` has to
-  be less than `max_tokens`, and is not enforced. With the `display` `omitted` the block comes
-  without its text. Thinking comes apart from the text with `--reasoning-parser`.
+  be less than `max_tokens`. With the `display` `omitted` the block comes without its text. With
+  `--reasoning-parser` thinking comes apart from the text, and the budget is kept, but for gpt-oss.
 - `output_config.effort` is the template's `reasoning_effort`, `output_config.format` a JSON schema
   that always holds.
 - `tools` are custom ones. `strict` is off unless it is true. `disable_parallel_tool_use` takes the

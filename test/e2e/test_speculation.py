@@ -23,13 +23,17 @@ def test_a_server_with_drafts_says_what_one_without_says(server: ServerProcess) 
     sampled = {"temperature": 0.4, "sampling_seed": 5, "presence_penalty": 0.1}
     flags = ("--dtype", "float32", "--speculative-algorithm", "NGRAM")
     with running_server(*flags, "--enable-metrics") as drafted:
+        told = []
         for prompt in PROMPTS:
             for params in ({}, sampled):
                 plain, fast = (answer(one.url, prompt, **params) for one in (server, drafted))
                 assert fast["output_ids"] == plain["output_ids"]
                 assert fast["text"] == plain["text"]
                 assert not any("spec" in name for name in plain["meta_info"])  # type: ignore[attr-defined]
-        info: dict[str, float] = answer(drafted.url, PROMPTS[0])["meta_info"]  # type: ignore[assignment]
+                told.append(fast["meta_info"])
+        # Nothing is known yet of what steps cost when the first answer begins: it is drafted. On a
+        # machine that does much else later ones may not be.
+        info: dict[str, float] = told[0]  # type: ignore[assignment]
         assert 0 < info["spec_verify_ct"] < 60
         assert 0 < info["spec_num_correct_drafts"] <= info["spec_num_proposed_drafts"]
         assert 1 < info["spec_accept_length"] <= 9

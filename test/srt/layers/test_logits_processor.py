@@ -100,7 +100,7 @@ def test_blocks_of_any_size_equal_the_whole(rows_per_block: int) -> None:
         LogprobSpec(20, targets[1], False, 0, NO_IDS),
     ]
     processor = LogitsProcessor(max_bytes=rows_per_block * V * 12)
-    out = processor(hidden, head, batch, specs, [12, 13, -1])
+    out = processor(hidden, head, batch, specs, [12, 13])
     logits = hidden.double() @ head.weight.double().T
     torch.testing.assert_close(out.next_token_logits.double(), logits[[12, 13]], rtol=0, atol=1e-5)
     assert out.next_token_logits.dtype is torch.float32
@@ -135,7 +135,7 @@ def test_bound_counts_what_the_logits_need_in_bf16() -> None:
     spec = LogprobSpec(0, np.zeros(10, np.int32), False, 1, NO_IDS)
     hidden = torch.randn(10, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
     # 10 bytes an entry: bf16, float32 and one float32 temporary.
-    out = LogitsProcessor(max_bytes=4 * V * 10)(hidden, head, batch, [spec], [-1])
+    out = LogitsProcessor(max_bytes=4 * V * 10)(hidden, head, batch, [spec], [])
     assert head.calls == [0, 4, 4, 2]
     assert out.next_token_logits.shape == (0, V)
     logits = torch.nn.functional.linear(hidden, head.weight).float()
@@ -155,7 +155,7 @@ def test_a_block_never_falls_below_one_row() -> None:
 def test_more_top_entries_than_the_vocabulary() -> None:
     batch = make_batch([0], [1])
     spec = LogprobSpec(0, np.zeros(1, np.int32), False, V + 10, NO_IDS)
-    out = LogitsProcessor()(torch.ones(1, HIDDEN), RecordingHead(), batch, [spec], [-1])
+    out = LogitsProcessor()(torch.ones(1, HIDDEN), RecordingHead(), batch, [spec], [])
     arrays = out.input_logprobs[0]
     assert arrays is not None
     assert arrays.top_num == V
@@ -165,7 +165,7 @@ def test_rows_that_were_not_kept_are_a_bug() -> None:
     batch = make_batch([0, 2, 3], [4])
     spec = LogprobSpec(0, np.zeros(3, np.int32), False, 0, NO_IDS)
     with pytest.raises(InvariantError, match=r"rows 0\+3"):
-        LogitsProcessor()(torch.ones(3, HIDDEN), RecordingHead(), batch, [spec], [-1])
+        LogitsProcessor()(torch.ones(3, HIDDEN), RecordingHead(), batch, [spec], [])
 
 
 SPECS = [
@@ -185,7 +185,7 @@ def test_a_late_device_tells_what_the_host_tells(rows_per_block: int, ties: bool
     hidden = in_steps(torch.randn(len(KEPT), HIDDEN, generator=torch.Generator().manual_seed(1)))
     if ties:
         hidden[5:9] = 0.0
-    rows = [12, 13, -1, 20]
+    rows = [12, 13, 20]
     expected = LogitsProcessor()(hidden, head, batch, SPECS, rows)
     assert expected.late is None
     runtime = LateRuntime()
@@ -210,7 +210,7 @@ def test_more_than_a_block_may_take_does_not_pile_up() -> None:
     found = []
     for max_bytes in (4 * 40 * (1 + 2 * V), 4 * 40 * (1 + 2 * V) - 1):
         with runtime.computing():
-            out = LogitsProcessor(max_bytes, runtime)(hidden, head, batch, [spec], [-1])
+            out = LogitsProcessor(max_bytes, runtime)(hidden, head, batch, [spec], [])
         found.append(out)
     late, waited = found
     assert late.late is not None
@@ -239,7 +239,7 @@ def test_no_value_is_looked_at() -> None:
 
     hidden = torch.empty(len(KEPT), HIDDEN, device="meta")
     batch, head = make_batch(KEPT, [15, 5, 6, 2]), RecordingHead().to("meta")
-    out = LogitsProcessor(runtime=Meta())(hidden, head, batch, SPECS, [12, 13, -1, 20])
+    out = LogitsProcessor(runtime=Meta())(hidden, head, batch, SPECS, [12, 13, 20])
     assert out.late is not None
     assert out.late.values.shape == (12 * (1 + 2 * 4 + 3) + 5 + (1 + 2 * V + 1),)
 

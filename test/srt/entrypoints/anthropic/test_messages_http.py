@@ -209,6 +209,8 @@ def test_thinking_goes_to_the_template(server: LiveServer) -> None:
         create(server, thinking=thinking or None)
         kwargs = server.service.templates[-1][1]
         assert {k: kwargs[k] for k in kwargs if "thinking" in k} == expected
+    budgets = [r.sampling_params.max_thinking_tokens for r in server.service.requests]
+    assert budgets == [None, None, None, 50]
     create(server, thinking={"type": "disabled"}, chat_template_kwargs={"thinking": "low"})
     assert server.service.templates[-1][1]["thinking"] == "low"
 

@@ -58,7 +58,8 @@ class ToolChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ThinkingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`thinking`: `type` is "enabled", "adaptive" or "disabled".
 
-    `budget_tokens` is checked and not enforced; the `display` "omitted" leaves the text out.
+    `budget_tokens` bounds it where a parser tells it apart; the `display` "omitted" leaves the text
+    out.
     """
 
     type: str

@@ -11,6 +11,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from sglang.srt.entrypoints.anthropic.conversation import conversation
 from sglang.srt.entrypoints.anthropic.message_events import (
     PING,
@@ -36,6 +38,7 @@ from sglang.srt.errors import RequestError
 from sglang.srt.function_call.function_call_parser import new_call_id
 from sglang.srt.managers.generate_request import GenerateDelta
 from sglang.srt.managers.io_struct import FinishReason
+from sglang.srt.parser.answer_parser import GPT_OSS
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,16 @@ class MessageServing:
         # Aborts go by how ids begin: the client's own still works, and ends nothing else here.
         rid = message_id if body.rid is None else f"{body.rid}_{message_id}"
         messages = conversation(body.system, body.messages)
-        chat = await self._chat.prepare(chat_body(body, rid, messages))
+        chat = await self._chat.prepare(self._bounded(body, chat_body(body, rid, messages)))
         shows_thinking = body.thinking is None or body.thinking.display != "omitted"
         return MessageCall(message_id, chat, shows_thinking)
+
+    def _bounded(self, body: MessagesBody, chat: ChatBody) -> ChatBody:
+        """The request with its budget of thinking, where one can be kept."""
+        if body.thinking is None or self._chat.options.parsers.reasoning in (None, GPT_OSS):
+            return chat
+        budget = body.thinking.budget_tokens
+        return msgspec.structs.replace(chat, max_thinking_tokens=budget)
 
     async def count(self, body: PromptBody) -> dict[str, int]:
         """The number of tokens of a prompt; RequestError 400 when it can't be rendered."""
