@@ -95,12 +95,27 @@ def test_two_replicas_answer_as_one_model_until_one_dies(model: str, short_tmp: 
         for rank in "01":
             assert f'sglang:num_running_reqs{{dp_rank="{rank}",model_name=' in metrics
 
+        check_sessions(server, prompts[2])
         check_operations(server)
         check_aborts(server, prompts[1])
         check_death(server, short_tmp)
     for ear in ears:
         ear.close()
     context.term()
+
+
+def check_sessions(server: ServerProcess, prompt: list[int]) -> None:
+    """A session's requests go where its prefix is."""
+    for _ in range(2):
+        session = server.post("/open_session", {}).json()
+        first = ask(server, prompt, session_params={"id": session})["meta_info"]
+        rank, rid = first["dp_rank"], first["id"]
+        for turn in (1, 2):
+            more = ask(server, [turn, 2], session_params={"id": session, "rid": rid})["meta_info"]
+            assert more["dp_rank"] == rank
+            assert more["cached_tokens"] >= (more["prompt_tokens"] - 3) // 64 * 64  # whole pages
+            rid = more["id"]
+        prompt = prompt[1:]
 
 
 def check_operations(server: ServerProcess) -> None:
