@@ -106,8 +106,7 @@ TABLE: tuple[Row, ...] = (
      " < srt.distributed.parallel_state"
      " < srt.distributed.rank_grid, srt.distributed.process_group"
      " < srt.layers.* < srt.models.* < srt.model_loader.*"),
-    (5, "DEVICE", "srt.model_executor.lora_places < srt.model_executor.cuda_graph_runner,"
-     " srt.model_executor.model_runner"),
+    (5, "DEVICE", "srt.model_executor.lora_places < srt.model_executor.decode_tapes"),
     (5, "DEVICE", "srt.model_executor.decode_tapes < srt.model_executor.cuda_graph_runner,"
      " srt.model_executor.model_runner, srt.managers.token_relay"
      " < srt.managers.tp_worker"),

@@ -38,6 +38,30 @@ def test_rows_are_grouped_by_place() -> None:
     assert (wanted.place, wanted.rows.tolist()) == (2, [0, 2])
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_row_gets_it_as_a_bias(bias: bool) -> None:
+    """The whole layer and parts of it, of which adapters change two."""
+    layer = QKVParallelLinear(6, 4, 4, 2, bias=bias, parallel=ParallelState(), dtype=torch.float32)
+    sizes = {"q": 16, "k": 8, "v": 8}
+    for name, size in sizes.items():
+        layer.weight_loader("weight", rand(size, 6, seed=size), name)
+        if bias:
+            layer.weight_loader("bias", rand(size, seed=1), name)
+    x = rand(1, 6, seed=3)
+    plain = layer(x)
+    step = AdapterStep()
+    whole: Shards = {"q": pair(6, 16, RANK, 10), "v": pair(6, 8, 2, 20)}
+    adapt(layer, step, [{}, whole])
+    want = plain.clone()
+    want[:, :16] += added(x, whole["q"])
+    want[:, 24:] += added(x, whole["v"])
+    step.rows = rows_of([1], [1], [0])
+    close(layer(x), want)
+    close(torch.cat([layer.queries(x), *layer.keys_values(x)], -1), want)
+    step.rows = rows_of([-1, 1], [1, 3], [0])
+    close(layer(x), plain)  # the one wanted row of a step in which another has an adapter
+
+
 def test_one_adapter_everywhere_is_one_group_of_all_rows() -> None:
     assert rows_of([1, 1], [1, 1], [0, 1]).groups_of(2) == ((1, None),)
 
@@ -54,8 +78,9 @@ def adapt(layer: ShardedLinear, step: AdapterStep, adapters: Sequence[Shards]) -
     """Put whole adapters, cut as the layer says, into the places 0, 1, ..."""
     shards = sorted({shard for one in adapters for shard in one}, key=str)
     parts = {shard: layer.adapter_part(shard) for shard in shards}
-    ordered = dict(sorted(parts.items(), key=lambda item: item[1].first))
-    layer.adapters = LinearAdapters(ordered, len(adapters), RANK, layer.weight, step)
+    layer.adapters = LinearAdapters(
+        parts, layer.num_outputs, len(adapters), RANK, layer.weight, step
+    )
     for place, whole in enumerate(adapters):
         cut = {}
         for shard, (a, b) in whole.items():

@@ -387,3 +387,19 @@ def test_recorded_steps_beside_adapted_ones(llama: Adapters) -> None:
             assert isinstance(tapes, DecodeTapes)
             assert tapes.recorded == (2,)
             assert not tapes.refused
+
+
+@pytest.mark.skipif(native_kernels() is None, reason="sgl-kernel is not installed")
+def test_one_row_with_an_adapter_is_recorded_for_its_place(llama: Adapters) -> None:
+    """A tape stays good when another adapter takes the place."""
+    flags = {"max_loras_per_batch": 1, "enable_fused_qk_norm_rope": True}
+    with tower(llama.path, lora_paths=llama.refs, **flags) as engine:
+        for rid, adapter in (("a", 1), ("b", 2), ("c", 0), ("d", 1)):
+            send(engine, rid, PROMPTS[1], adapter)
+            engine.run()
+            assert engine.output(rid) == hf_greedy(llama.models[adapter], PROMPTS[1], NEW_TOKENS)
+        tapes = engine.parts.worker.runner.tapes
+        assert isinstance(tapes, DecodeTapes)
+        assert tapes.recorded_places == (0,)
+        assert tapes.recorded == (1,)
+        assert not tapes.refused

@@ -40,6 +40,7 @@ class ShardedLinear(WeightOwner):
         self, out_features: int, in_features: int, bias_features: int | None, dtype: torch.dtype
     ) -> None:
         super().__init__(out_features, in_features, dtype)
+        self.num_outputs = out_features
         if bias_features is None:
             self.register_parameter("bias", None)
         else:
@@ -49,10 +50,21 @@ class ShardedLinear(WeightOwner):
         """Where a checkpoint's projection `shard_id` lies in this layer (None: it is all of it)."""
         raise NotImplementedError
 
-    def adapted(self, x: torch.Tensor, output: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """`output`, the outputs from `first` on of x, with what its rows' adapters add."""
-        if self.adapters is not None:
-            self.adapters.add_to(output, x, first)
+    def adapted(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        first: int = 0,
+        last: int | None = None,
+    ) -> torch.Tensor:
+        """`product`, with what the rows' adapters add."""
+        if self.adapters is None:
+            return self.product(x, bias, first, last)
+        own = self.adapters.as_bias(x, bias, first, last)
+        if own is not None:
+            return self.product(x, own, first, last)
+        output = self.product(x, bias, first, last)
+        self.adapters.add_to(output, x, first)
         return output
 
     def _load(self, param_name: str, first: int, source: LoadedWeight, what: str) -> None:
@@ -91,7 +103,7 @@ class MergedColumnParallelLinear(ShardedLinear):
         self._parallel = parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.adapted(x, self.product(x, self.bias))
+        return self.adapted(x, self.bias)
 
     def adapter_part(self, shard_id: int | str | None) -> AdapterPart:
         """See `ShardedLinear`."""
@@ -197,7 +209,7 @@ class QKVParallelLinear(ShardedLinear):
         super().__init__(width, hidden_size, width if bias else None, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.adapted(x, self.product(x, self.bias))
+        return self.adapted(x, self.bias)
 
     def adapter_part(self, shard_id: int | str | None) -> AdapterPart:
         """See `ShardedLinear`."""
@@ -208,12 +220,12 @@ class QKVParallelLinear(ShardedLinear):
     def queries(self, x: torch.Tensor) -> torch.Tensor:
         """[*, hidden] -> [*, q_size]: the queries' part of `forward`."""
         bias = None if self.bias is None else self.bias[: self.q_size]
-        return self.adapted(x, self.product(x, bias, 0, self.q_size))
+        return self.adapted(x, bias, 0, self.q_size)
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[*, hidden] -> [*, k_size] and [*, v_size]: the other parts of `forward`."""
         bias = None if self.bias is None else self.bias[self.q_size :]
-        both = self.adapted(x, self.product(x, bias, self.q_size), self.q_size)
+        both = self.adapted(x, bias, self.q_size)
         return both[..., : self.k_size], both[..., self.k_size :]
 
     def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -256,20 +268,19 @@ class RowParallelLinear(ShardedLinear):
         shard = parallel.shard_size(input_size, "input width")
         super().__init__(output_size, shard, output_size if bias else None, dtype)
         self.input_size = input_size
-        self.output_size = output_size
         self._parallel = parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._parallel.tp_size == 1:
-            return self.adapted(x, self.product(x, self.bias))
+            return self.adapted(x, self.bias)
         # The ranks' parts of what adapters add are summed with the others.
-        total = self._parallel.all_reduce(self.adapted(x, self.product(x)))
+        total = self._parallel.all_reduce(self.adapted(x))
         return total if self.bias is None else total + self.bias
 
     def adapter_part(self, shard_id: int | str | None) -> AdapterPart:
         """See `ShardedLinear`."""
         assert shard_id is None
-        rows, shard = self.output_size, self.weight.shape[1]
+        rows, shard = self.num_outputs, self.weight.shape[1]
         begin = self._parallel.tp_rank * shard
         return AdapterPart(0, rows, 0, rows, begin, shard, self.input_size)
 

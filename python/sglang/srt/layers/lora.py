@@ -131,14 +131,15 @@ class AdapterStep:
 class LinearAdapters:
     """The places of one linear layer, all empty at first.
 
-    `parts` are its projections that adapters may change, by shard, in the order of its outputs. An
-    adapter's A lie one below the other, and its B beside each other with zeros where the outputs
-    are another projection's: one product each, whatever a layer has merged.
+    `parts` are its projections that adapters may change, by shard, `num_outputs` all its outputs
+    here. An adapter's A lie one below the other, and its B beside each other with zeros where the
+    outputs are another projection's: one product each, whatever a layer has merged.
     """
 
     def __init__(
         self,
         parts: Mapping[int | str | None, AdapterPart],
+        num_outputs: int,
         num_places: int,
         rank: int,
         like: torch.Tensor,
@@ -148,11 +149,9 @@ class LinearAdapters:
         self._parts = tuple(parts.items())
         self._rank = rank
         self._step = step
-        self._first = self._parts[0][1].first  # B has rows for the outputs [first, last)
-        self._last = max(part.first + part.rows for part in parts.values())
         width, ranks = self._parts[0][1].columns, len(parts) * rank
         self._a = like.new_zeros(num_places, ranks, width)  # [N, P * r, K]
-        self._b = like.new_zeros(self._last - self._first, num_places, ranks)  # [M, N, P * r]
+        self._b = like.new_zeros(num_outputs, num_places, ranks)  # [M, N, P * r]
 
     @property
     def nbytes(self) -> int:
@@ -166,31 +165,43 @@ class LinearAdapters:
         for i, (shard, part) in enumerate(self._parts):
             if shard in factors:
                 a, b = factors[shard]
-                low, high = i * self._rank, part.first - self._first
+                low = i * self._rank
                 self._a[place, low : low + len(a)].copy_(a)
-                self._b[high : high + part.rows, place, low : low + len(a)].copy_(b)
+                self._b[part.first : part.first + part.rows, place, low : low + len(a)].copy_(b)
+
+    def as_bias(
+        self, x: torch.Tensor, bias: torch.Tensor | None, first: int, last: int | None
+    ) -> torch.Tensor | None:
+        """What one row x [1, K] gets beside its outputs [first, last), as their bias [m].
+
+        `bias` is added to it. None: there are more rows, or this one has no adapter.
+        """
+        rows = self._step.rows
+        if not isinstance(rows, AdapterRows) or len(x) != 1:
+            return None
+        groups = rows.groups_of(1)
+        if not groups:
+            return None
+        place = groups[0].place
+        low = linear(x, self._a[place])
+        return linear(low, self._b[first:last, place], bias).view(-1)
 
     def add_to(self, output: torch.Tensor, x: torch.Tensor, first: int) -> None:
         """Add to `output` [R, m], the layer's outputs from `first` on of x [R, K], in its place."""
         rows = self._step.rows
         if rows is None:
             return
-        begin = max(first, self._first)
-        end = min(first + output.shape[1], self._last)
-        if begin >= end:
-            return
-        target = output[:, begin - first : end - first]
-        b = self._b[begin - self._first : end - self._first]
+        b = self._b[first : first + output.shape[1]]
         if isinstance(rows, AdapterMask):
             low = linear(x, self._a.flatten(0, 1)).view(*rows.own.shape, -1)
-            target += linear((low * rows.own.unsqueeze(-1)).flatten(1), b.flatten(1))
+            output += linear((low * rows.own.unsqueeze(-1)).flatten(1), b.flatten(1))
             return
         for place, group in rows.groups_of(len(x)):
             low = linear(x if group is None else x[group], self._a[place])
             high = linear(low, b[:, place])
             if isinstance(group, torch.Tensor):
-                target.index_add_(0, group, high)
+                output.index_add_(0, group, high)
             elif group is None:
-                target += high
+                output += high
             else:
-                target[group] += high
+                output[group] += high

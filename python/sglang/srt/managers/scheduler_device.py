@@ -242,4 +242,10 @@ def make_recorder(
         return None
     if kernels is None:
         return None
-    return DecodeTapes(model, kernels, args.cuda_graph_max_bs, fuses=args.enable_fused_qk_norm_rope)
+    return DecodeTapes(
+        model,
+        kernels,
+        args.cuda_graph_max_bs,
+        fuses=args.enable_fused_qk_norm_rope,
+        adapters=adapters,
+    )

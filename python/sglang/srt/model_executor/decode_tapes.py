@@ -27,6 +27,7 @@ from sglang.srt.errors import InvariantError
 from sglang.srt.layers.logprobs import Highest
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, Int64Array
+from sglang.srt.model_executor.lora_places import AdapterPlaces
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class StepShape(NamedTuple):
     tokens: int
     requests: int
     sampled: int
+    place: int = -1  # of the LoRA adapter of its one row; -1: it has none
 
     @classmethod
     def of(cls, batch: ForwardBatch) -> Self:
@@ -152,16 +154,24 @@ class DecodeTapes:
     Decode steps of up to `max_rows` rows are recorded when they are first needed, steps with
     prompts when a shape comes a second time, and the tapes of the latter give way to others.
     `kernels` is the package sgl_kernel. `fuses`: what belongs to a projection to q, k and v is made
-    as one call (`Tape.fuse`).
+    as one call (`Tape.fuse`). `adapters` None: there are none; of steps with adapters those of one
+    row are recorded, for each place.
     """
 
     def __init__(
-        self, model: CausalLM, kernels: ModuleType, max_rows: int, *, fuses: bool = False
+        self,
+        model: CausalLM,
+        kernels: ModuleType,
+        max_rows: int,
+        *,
+        fuses: bool = False,
+        adapters: AdapterPlaces | None = None,
     ) -> None:
         self._model = model
         self._kernels = kernels
         self._max_rows = max_rows
         self._fuses = fuses
+        self._adapters = adapters
         self._arena = kernels.Arena(_ARENA_BYTES)
         self._tapes: dict[StepShape, DecodeTape] = {}
         self._prompt_tapes: OrderedDict[StepShape, DecodeTape] = OrderedDict()
@@ -170,8 +180,13 @@ class DecodeTapes:
 
     @property
     def recorded(self) -> tuple[int, ...]:
-        """Numbers of rows of decode steps that have a tape, ascending."""
-        return tuple(sorted(shape.tokens for shape in self._tapes))
+        """Numbers of rows of decode steps without adapters that have a tape, ascending."""
+        return tuple(sorted(shape.tokens for shape in self._tapes if shape.place < 0))
+
+    @property
+    def recorded_places(self) -> tuple[int, ...]:
+        """Places of LoRA adapters whose steps of one row have a tape, ascending."""
+        return tuple(sorted(shape.place for shape in self._tapes if shape.place >= 0))
 
     @property
     def recorded_prompts(self) -> tuple[StepShape, ...]:
@@ -192,6 +207,8 @@ class DecodeTapes:
         code takes over. Side effect: the tokens' K and V are stored.
         """
         shape = StepShape.of(batch)
+        if batch.adapter_places is not None:
+            shape = shape._replace(place=int(batch.adapter_places[0]))
         if not self._fits(shape, batch):
             return None
         for group, loc in enumerate(batch.out_cache_loc):
@@ -223,7 +240,9 @@ class DecodeTapes:
         return [(op.name.lower(), seconds) for op, seconds in times]
 
     def _fits(self, shape: StepShape, batch: ForwardBatch) -> bool:
-        if not shape.sampled or shape in self._refused or batch.adapter_places is not None:
+        if not shape.sampled or shape in self._refused:
+            return False
+        if batch.adapter_places is not None and shape.tokens > 1:
             return False
         if not batch.attn_backend.may_record(batch.geometry):
             return False
@@ -245,6 +264,8 @@ class DecodeTapes:
         return found
 
     def _record(self, shape: StepShape, batch: ForwardBatch) -> StepLogits | None:
+        if self._adapters is not None:
+            self._adapters.group(batch)
         inputs = _Inputs.like(batch, shape.tokens)
         tape = self._kernels.Tape(self._arena)
         threads = torch.get_num_threads()
@@ -257,7 +278,8 @@ class DecodeTapes:
             logger.info("Steps of %s are not recorded: %s", shape, reason)
             self._refused.add(shape)
             return None
-        if self._fuses:
+        # A fused call is made later than its projection: what adapters made as a bias is gone then.
+        if self._fuses and shape.place < 0:
             tape.fuse()
         found = StepLogits(wide, highest)
         self._keep(shape, DecodeTape(tape, inputs, found))

@@ -84,8 +84,9 @@ class AdapterPlaces:
                 shards.setdefault(site.layer, []).append(site.shard_id)
         for layer, wanted in shards.items():
             parts = {shard: layer.adapter_part(shard) for shard in wanted}
-            ordered = dict(sorted(parts.items(), key=lambda item: item[1].first))
-            layer.adapters = LinearAdapters(ordered, num_places, rank, layer.weight, self._step)
+            layer.adapters = LinearAdapters(
+                parts, layer.num_outputs, num_places, rank, layer.weight, self._step
+            )
         self._layers = tuple(shards)
 
     @property
