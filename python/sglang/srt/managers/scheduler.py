@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from sglang.srt.errors import InvariantError
 from sglang.srt.managers.draft_policy import DraftPolicy
 from sglang.srt.managers.generation_result import GenerationBatchResult
@@ -43,6 +41,7 @@ from sglang.srt.managers.schedule_policy import (
     step_candidates,
 )
 from sglang.srt.managers.scheduler_admission import Admission, WaitingQueue
+from sglang.srt.managers.scheduler_arrivals import Arrivals
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_control import SchedulerControl
 from sglang.srt.managers.scheduler_grammars import GrammarQueue
@@ -131,7 +130,7 @@ class Scheduler:
             adaptive=limits.adaptive_chunk,
         )
         self._drafting = DraftPolicy(limits.drafts)
-        self._seeds = np.random.default_rng(limits.random_seed)
+        self._arrivals = Arrivals(self._adapters, self._drafting, limits.random_seed)
         self._grammars = GrammarQueue(None) if grammars is None else grammars
         self._waiting = WaitingQueue()
         self._running: dict[str, Req] = {}  # with a lease, by rid, in order of admission
@@ -140,7 +139,6 @@ class Scheduler:
         self._drops: list[int] = []  # rows that the sampler may forget
         self._outputs = OutputCollector(limits.stream_interval)
         self.prefills = PrefillProgressLog(channel.send_progress)
-        self._num_arrivals = 0
         self._num_steps = 0
         self._stalled = False  # the last turn had nothing to compute
         self.counters = SchedulerCounters()
@@ -256,21 +254,14 @@ class Scheduler:
             # The text side keeps ids unique; answering here would give one id two final outputs.
             logger.error("Ignored a second request with the id %s", message.rid)
             return
-        rules, most = self._limits.priorities, message.sampling_params.max_new_tokens
+        rules = self._limits.priorities
         urgency = None if rules is None else rules.urgency(message.priority)
-        reason = self._limits.refusal(num_tokens, most)
-        reason = reason or self._adapters.refusal(message.lora_id)
-        reason = reason or self._make_way(urgency or 0)
+        reason = self._arrivals.refusal(message, self._limits) or self._make_way(urgency or 0)
         if reason is not None:
             self.counters.num_refused += 1
             self._outputs.refuse(message.rid, num_tokens, reason)
             return
-        seed = message.sampling_params.sampling_seed
-        if seed is None:
-            seed = int(self._seeds.integers(1 << 62))
-        req = Req(message, self._num_arrivals, seed, urgency=urgency)
-        self._drafting.start(req)
-        self._num_arrivals += 1
+        req = self._arrivals.make(message, urgency)
         self.counters.num_requests += 1
         self.counters.prompt_tokens += num_tokens
         self._by_rid[req.rid] = req
