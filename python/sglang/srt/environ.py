@@ -69,6 +69,7 @@ class Environ:
     `kv_canary_perturb` (None: nothing) is damage for `--kv-canary` to find, `kind:group@step`.
     `torchrun` is set in a process that torchrun started, `gloo_interface` names the network device
     that ranks of several machines talk through (None: found by the way to the first).
+    `allow_private_image_urls` lets clients name images at addresses of the server's own networks.
     """
 
     allow_overwrite_longer_context_len: bool = False
@@ -78,6 +79,7 @@ class Environ:
     disable_native_kernels: bool = False
     torchrun: TorchrunEnv | None = None
     gloo_interface: str | None = None
+    allow_private_image_urls: bool = False
 
     @classmethod
     def from_os(cls, environ: Mapping[str, str] | None = None) -> Environ:
@@ -96,6 +98,7 @@ class Environ:
             kv_canary_perturb=source.get("SGLANG_KV_CANARY_PERTURB", "").strip() or None,
             torchrun=TorchrunEnv.from_os(source),
             gloo_interface=source.get("GLOO_SOCKET_IFNAME", "").strip() or None,
+            allow_private_image_urls=_read_bool(source, "SGLANG_ALLOW_PRIVATE_IMAGE_URLS"),
         )
 
 
