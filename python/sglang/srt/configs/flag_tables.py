@@ -260,7 +260,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (
         "replies of this kind do not exist here",
         """
-        --is-embedding; --enable-multimodal; --enable-return-hidden-states;
+        --is-embedding; --enable-return-hidden-states;
         --enable-return-routed-experts; --multi-item-scoring-delimiter V; --allow-auto-truncate;
         --weight-version V ok:default
         """,

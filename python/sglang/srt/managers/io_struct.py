@@ -88,6 +88,18 @@ class LogprobArrays(msgspec.Struct, frozen=True, array_like=True):
 # ---- to the scheduler -------------------------------------------------------------------------
 
 
+class ImageInput(msgspec.Struct, frozen=True, array_like=True):
+    """One image of a prompt: `pixels` uint8 [tiles, 3, size, size].
+
+    `positions` int32 [rows], ascending, are those of the prompt where its embeddings go, in order;
+    there the prompt has numbers below 0 in place of `patch_id`, which differ as images do.
+    """
+
+    pixels: bytes
+    positions: bytes
+    patch_id: int
+
+
 class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
     """One request as the scheduler takes it, validated against everything the text side knows.
 
@@ -96,7 +108,8 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
     position: log probabilities are wanted for prompt tokens at and after it; it equals n when
     none of the prompt is wanted. `priority` (None: none was named) and `extra_key` as in SGLang
     (`extra_key` also carries `cache_salt`): requests with different keys never share a prefix.
-    `include_progress` asks for `PrefillProgress` while the prompt is computed.
+    `include_progress` asks for `PrefillProgress` while the prompt is computed. Only where `images`
+    are does the prompt hold numbers below 0.
     """
 
     bulk_field: ClassVar[str] = "input_ids"  # forty megabytes at ten million tokens: see channel.py
@@ -113,6 +126,7 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
     priority: int | None = None
     detok: DetokOptions = DetokOptions()
     include_progress: bool = False
+    images: tuple[ImageInput, ...] = ()
 
 
 class VocabularyReq(msgspec.Struct, tag="vocabulary"):

@@ -187,6 +187,7 @@ def build_scheduler_parts(
         args.model_path,
         overrides=args.model_overrides(),
         trust_remote_code=args.trust_remote_code,
+        multimodal=args.enable_multimodal,
     )
     requested = resolve_context_length(config, args.context_length, environ)
     grid = RankGrid.of(links, args.kv_parallel_size)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.managers.req_images import ImagePart
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.mem_cache.allocation import KVPlacement
 from sglang.srt.model_executor.forward_mode import ForwardMode as ForwardMode
@@ -94,7 +95,8 @@ class ForwardBatch:
 
     Packed rows `relay_at` take the token that the forward before sampled for KV rows
     `relay_rows`: the worker writes them into `input_ids` right before it computes, and nothing
-    else of a batch ever changes.
+    else of a batch ever changes. `image_parts` are rows of images that stand in place of
+    embeddings; their tokens are the patch token.
     """
 
     forward_mode: ForwardMode
@@ -109,6 +111,7 @@ class ForwardBatch:
     progress: Progress
     relay_at: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
     relay_rows: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
+    image_parts: tuple[ImagePart, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -197,6 +200,7 @@ class ForwardBatch:
             progress=progress,
             relay_at=relay_at,
             relay_rows=relay_rows,
+            image_parts=_image_parts(batch, starts),
         )
 
 
@@ -215,6 +219,16 @@ def _packed_ids(
         else:
             input_ids[q_start : q_start + item.num_tokens] = item.input_ids()
     return input_ids, np.array(relay_at, np.int64), np.array(relay_rows, np.int64)
+
+
+def _image_parts(batch: ScheduleBatch, starts: Int64Array) -> tuple[ImagePart, ...]:
+    """What the step computes of images, in the order of its tokens."""
+    parts = (
+        image.part(item.start, item.start + item.num_tokens, q_start)
+        for item, q_start in zip(batch.items, starts.tolist(), strict=True)
+        for image in item.req.images
+    )
+    return tuple(part for part in parts if part is not None)
 
 
 def _block_tables(

@@ -51,7 +51,8 @@ class ModelRunner:
         prompt log probabilities. `before` is called when all is prepared and compute begins.
         """
         # Both ascend without repeats: as many sampled as wanted means that no others are wanted.
-        if self.tapes is not None and len(sample_rows) == len(forward_batch.geometry.logits_rows):
+        samples_all = len(sample_rows) == len(forward_batch.geometry.logits_rows)
+        if self.tapes is not None and samples_all and not forward_batch.image_parts:
             found = self.tapes.compute(forward_batch, before)
             if found is not None:
                 return LogitsProcessorOutput(
