@@ -29,6 +29,7 @@ from sglang.srt.environ import Environ
 from sglang.srt.errors import RequestError
 from sglang.srt.managers import request_validation as validation
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
+from sglang.srt.managers.image_desk import ImageDesk
 from sglang.srt.managers.io_struct import (
     ControlReply,
     FinishReason,
@@ -39,6 +40,7 @@ from sglang.srt.managers.io_struct import (
     int32_buffer,
 )
 from sglang.srt.managers.scheduler_pulse import SchedulerPulse
+from sglang.srt.multimodal.image_source import FetchRules
 from sglang.srt.server_args import ServerArgs
 
 ANSWER = "Paris, né à Paris. Fin!"
@@ -112,6 +114,7 @@ class FakeService:
         self.pulse = SchedulerPulse(20.0, time.monotonic)
         self.context_length = CONTEXT_LENGTH
         self.constraint_refusal: str | None = None
+        self.images = ImageDesk(model_config.vision, None, FetchRules())
         self.answer = ANSWER
         self.hold_at: dict[str, int] = {}
         self.refusals: dict[str, FinishReason] = {}

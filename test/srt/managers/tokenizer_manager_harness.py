@@ -107,7 +107,7 @@ def fake_settings() -> tuple[Any, Any]:
         abort_on_priority_when_disabled=False,
         enable_priority_scheduling=False,
     )
-    return args, SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(7,))
+    return args, SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(7,), vision=None)
 
 
 @asynccontextmanager

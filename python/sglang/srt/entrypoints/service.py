@@ -13,6 +13,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
 from sglang.srt.managers.io_struct import ControlReply
 from sglang.srt.managers.scheduler_pulse import SchedulerPulse
+from sglang.srt.multimodal.image_tiles import TiledImage
 
 
 class TokenTexts(Protocol):
@@ -32,6 +33,14 @@ class TokenTexts(Protocol):
         ...
 
 
+class ImageLoader(Protocol):
+    """What the doors ask of the image desk."""
+
+    async def load(self, sources: Sequence[str]) -> tuple[TiledImage, ...]:
+        """The images that URLs and base64 texts name; RequestError for what is none."""
+        ...
+
+
 class TextService(Protocol):
     """Requests in, deltas out; see `TokenizerManager` for the full contract."""
 
@@ -41,6 +50,11 @@ class TextService(Protocol):
     @property
     def tokenizer(self) -> TokenTexts | None:
         """None under --skip-tokenizer-init."""
+        ...
+
+    @property
+    def images(self) -> ImageLoader:
+        """Who fetches and decodes images."""
         ...
 
     @property

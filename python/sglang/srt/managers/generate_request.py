@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang.srt.managers.io_struct import DraftCounts, FinishReason, LogprobArrays, PrefillProgress
+from sglang.srt.multimodal.image_tiles import TiledImage
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 IdArray = npt.NDArray[np.int32]
@@ -31,7 +32,8 @@ class GenerateRequest:
     `add_special_tokens` says whether `text` gets the tokenizer's BOS and EOS (False for text
     that a chat template rendered). `kept_special_tokens` are shown although special tokens are
     skipped. `routed_dp_rank` is the replica that has to compute it, None:
-    any. `sampling_params.n` is not looked at: the doors expand n.
+    any. `sampling_params.n` is not looked at: the doors expand n. `images` go, in order, to the
+    places of the prompt's image tokens.
     """
 
     rid: str
@@ -49,10 +51,12 @@ class GenerateRequest:
     kept_special_tokens: tuple[str, ...] = ()
     include_progress: bool = False
     routed_dp_rank: int | None = None
+    images: tuple[TiledImage, ...] = ()
 
     def forget_prompt(self) -> None:
         """Let go of the prompt, which the scheduler has: a request may run for an hour with it."""
         self.text = self.input_ids = None
+        self.images = ()
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,19 @@
-"""Which replica gets a request (`--load-balance-method`): decided from counts, by nobody else.
+"""Which replica gets a request (`--load-balance-method`), and what several say as one.
 
-The TokenizerManager asks once for each request and tells when it has ended; it alone sends
-requests, so its counts are the queues' lengths. Nothing here sends anything.
+Decided from counts, by nobody else. The TokenizerManager asks once for each request and tells when
+it has ended; it alone sends requests, so its counts are the queues' lengths. Nothing here sends
+anything.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
+
+import msgspec
 
 from sglang.srt.managers.generate_request import IdArray
+from sglang.srt.managers.io_struct import ControlReply
 
 # Prefixes are noted by blocks of so many tokens, up to so many blocks of a prompt, and so many in
 # all: a few megabytes.
@@ -84,3 +89,12 @@ def _block_hashes(input_ids: IdArray, extra_key: str | None) -> list[int]:
         before = hash((before, input_ids[first : first + BLOCK_TOKENS].tobytes()))
         hashes.append(before)
     return hashes
+
+
+def merged_reply(answers: Sequence[ControlReply]) -> ControlReply:
+    """One reply for those of all replicas; see `TokenizerManager.control`."""
+    told = next((answer for answer in answers if not answer.success), answers[0])
+    if len(answers) == 1:
+        return told
+    data = {**told.data, "replicas": [answer.data for answer in answers]}
+    return msgspec.structs.replace(told, data=data)

@@ -23,6 +23,7 @@ class RequestState:
     a client uses an id again while the scheduler is still ending its first bearer. `replica` is
     set from the moment that one's scheduler may know the request, `finished` once its final news
     came. `shown_dp_rank` is what clients hear of the replica, None where there is one.
+    `image_bytes` are those of its images' pixels, as the image desk counts them.
     """
 
     def __init__(self, rid: str, wire_rid: str) -> None:
@@ -31,6 +32,7 @@ class RequestState:
         self.replica: int | None = None
         self.shown_dp_rank: int | None = None
         self.finished = False
+        self.image_bytes = 0
         self.abort_message: str | None = None
         self._error: RequestError | None = None
         self._news = asyncio.Event()

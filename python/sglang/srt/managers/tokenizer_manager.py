@@ -26,6 +26,7 @@ from sglang.srt.errors import RequestError
 from sglang.srt.managers import request_validation as validation
 from sglang.srt.managers.constraint_desk import ConstraintDesk
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
+from sglang.srt.managers.image_desk import ImageDesk
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchProgressOut,
@@ -41,9 +42,10 @@ from sglang.srt.managers.io_struct import (
     ToTokenizer,
     int32_buffer,
 )
-from sglang.srt.managers.replica_choice import ReplicaChoice
+from sglang.srt.managers.replica_choice import ReplicaChoice, merged_reply
 from sglang.srt.managers.request_state import RequestState
 from sglang.srt.managers.scheduler_pulse import SchedulerPulse
+from sglang.srt.multimodal.image_source import FetchRules
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.tokenizer.tokenizer import Tokenizer
 from sglang.srt.utils.channel import AsyncReceiver, Sender
@@ -66,15 +68,6 @@ def wire_rid(rid: str, number: int) -> str:
 def user_rid(wire: str) -> str:
     """The user's own id again."""
     return wire.rpartition("#")[0]
-
-
-def merged_reply(answers: Sequence[ControlReply]) -> ControlReply:
-    """One reply for those of all replicas; see `TokenizerManager.control`."""
-    told = next((answer for answer in answers if not answer.success), answers[0])
-    if len(answers) == 1:
-        return told
-    data = {**told.data, "replicas": [answer.data for answer in answers]}
-    return msgspec.structs.replace(told, data=data)
 
 
 class TokenizerManager:
@@ -104,6 +97,8 @@ class TokenizerManager:
         self._end_ids = tuple(
             sorted({*model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())})
         )
+        rules = FetchRules(allow_private=environ.allow_private_image_urls)
+        self.images = ImageDesk(model_config.vision, tokenizer, rules)
         self._constraints = ConstraintDesk(tokenizer, self._end_ids, server_args.grammar_backend)
         self._short_texts = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         self._long_texts = ThreadPoolExecutor(2, thread_name_prefix="tokenize-long")
@@ -137,6 +132,7 @@ class TokenizerManager:
         self._context.term()
         self._short_texts.shutdown(wait=False, cancel_futures=True)
         self._long_texts.shutdown(wait=False, cancel_futures=True)
+        self.images.close()
 
     def scheduler_ready(self, ready: SchedulerReady) -> None:
         """Accept requests from now on; before, they are refused with 503."""
@@ -294,6 +290,7 @@ class TokenizerManager:
     def _forget(self, state: RequestState) -> None:
         self._rids.discard(state.rid)
         self._states.pop(state.wire_rid, None)
+        self.images.release(state.image_bytes)
         if state.replica is None:
             return
         self._choice.ended(state.replica)
@@ -318,6 +315,8 @@ class TokenizerManager:
             input_ids = await self.tokenize(request.text, request.add_special_tokens)
         input_ids = np.ascontiguousarray(input_ids, dtype="<i4")
         await self._check_ids(input_ids)
+        placed = self.images.place(input_ids, request.images)
+        input_ids, state.image_bytes = placed.ids, placed.num_bytes
         if request.sampling_params.constraint is not None:
             await self._in_thread(0, self._constraints.read_vocabulary)
         params = validation.fit_to_context(
@@ -332,7 +331,7 @@ class TokenizerManager:
         wants = request.return_logprob
         return TokenizedGenerateReqInput(
             rid=state.wire_rid,
-            input_ids=input_ids.data.cast("B"),
+            input_ids=placed.keys.data.cast("B"),
             sampling_params=params,
             stream=request.stream,
             return_logprob=wants,
@@ -342,6 +341,7 @@ class TokenizerManager:
             extra_key=request.extra_key,
             priority=request.priority,
             include_progress=request.include_progress,
+            images=placed.inputs,
             detok=DetokOptions(
                 stop_strings=params.stop,
                 min_new_tokens=params.min_new_tokens,

@@ -155,7 +155,7 @@ CHAT_FIELDS = FieldTable(
         "verbosity": Refusal("verbosity is not served", ("medium",)),
         "thinking": Refusal("use chat_template_kwargs", ()),
         "max_thinking_tokens": Refusal("thinking budgets are not served"),
-        "video_fps": Refusal("the model takes text only"),
+        "video_fps": Refusal("videos are not served"),
     },
     refuse_unknown=False,
 )

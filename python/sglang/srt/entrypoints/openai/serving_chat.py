@@ -17,7 +17,7 @@ from sglang.srt.entrypoints.openai.chat_choice import (
     StreamedChoice,
     whole_choice,
 )
-from sglang.srt.entrypoints.openai.chat_messages import template_kwargs, template_messages
+from sglang.srt.entrypoints.openai.chat_messages import messages_with_images, template_kwargs
 from sglang.srt.entrypoints.openai.protocol import CHAT_FIELDS, ChatBody
 from sglang.srt.entrypoints.openai.serving_base import (
     MAX_OPENAI_TOP_LOGPROBS,
@@ -68,7 +68,7 @@ class ChatServing(OpenAIServing):
 
     async def prepare(self, body: ChatBody) -> ChatCall:
         """Render the conversation and build the call; RequestError 400 when it cannot be."""
-        messages = template_messages(body.messages)
+        messages, sources = messages_with_images(body.messages)
         tools = read_tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
         kwargs = template_kwargs(body.chat_template_kwargs, body.reasoning_effort)
         if body.continue_final_message and messages[-1]["role"] != "assistant":
@@ -81,6 +81,7 @@ class ChatServing(OpenAIServing):
             **tools.template_kwargs,
             **kwargs,
         )
+        images = await self.service.images.load(sources) if sources else ()
         is_tagged = self._is_tagged(params)
         form = AnswerForm(
             names=self.options.parsers,
@@ -108,6 +109,7 @@ class ChatServing(OpenAIServing):
             add_special_tokens=False,
             kept_special_tokens=form.kept_tokens,
             include_progress=body.stream and bool(body.stream_options.include_progress),
+            images=images,
         )
         return ChatCall(head, Call(rid, (request,)), body, form)
 
