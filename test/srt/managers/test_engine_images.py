@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sglang.srt.layers.attention import torch_device_backend
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, int32_buffer
 from sglang.srt.models.llama4_vision import VisionTower
 from sglang.srt.multimodal.image_prompt import PlacedImages
@@ -25,6 +26,7 @@ from srt.models.hf_vision import (
     save_vision_model,
     vision_logits,
 )
+from srt.utils.fake_device import LateRuntime
 
 NEW_TOKENS = 12
 Parts = list[int | TiledImage]
@@ -132,6 +134,17 @@ def test_tokens_are_those_of_transformers(
     ), "each image once, in however many chunks its tokens were computed"
 
 
+def test_behind_a_device(model: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, reference = model
+    for module in ("utils.native", "mem_cache.memory_pool"):
+        monkeypatch.setattr(f"sglang.srt.{module}.native_kernels", lambda: None)
+    monkeypatch.setattr(torch_device_backend, "RECORDED_TOKENS", 256)
+    flags = {"device": "cuda", "attention_backend": "torch_native", "cuda_graph_max_bs": 6}
+    sizes = {"kv_segment_size": 256, "chunked_prefill_size": 16}
+    with tower(path, runtime=LateRuntime(), **{**FLAGS, **flags, **sizes}) as engine:
+        check(reference, answer_all(engine))
+
+
 def test_pictures_matter(model: tuple[str, Any]) -> None:
     path, _ = model
     with tower(path, **FLAGS) as engine:
@@ -192,9 +205,10 @@ def test_retracted_requests_encode_again(
             assert answer == best(reference, parts, answer)
 
 
-def test_two_ranks(model: tuple[str, Any]) -> None:
+@pytest.mark.parametrize("flags", [{}, {"kv_parallel_size": 2}], ids=["tp", "kv"])
+def test_two_ranks(model: tuple[str, Any], flags: dict[str, Any]) -> None:
     path, reference = model
-    with rank_towers(2, path, **FLAGS) as towers:
+    with rank_towers(2, path, **FLAGS, **flags) as towers:
         check(reference, towers.run(answer_all))
         towers.check()
 

@@ -83,21 +83,22 @@ async def test_one_bad_image_refuses_the_prompt() -> None:
     one.close()
 
 
-def test_pixels_are_bounded_over_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_pixels_are_bounded_over_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     one, image = desk(), draw_image(1)
     ids = np.array([TOKENS.image], np.int32)
     monkeypatch.setattr(image_desk, "MAX_LIVE_BYTES", 2 * image.pixels.nbytes)
-    sizes = [one.place(ids, [image]).num_bytes for _ in range(2)]
+    sizes = [(await one.place(ids, [image])).num_bytes for _ in range(2)]
     with pytest.raises(RequestError, match="the limit is") as caught:
-        one.place(ids, [image])
+        await one.place(ids, [image])
     assert caught.value.http_status == 503
     one.release(sizes[0])
-    assert one.place(ids, [image]).num_bytes == image.pixels.nbytes
+    assert (await one.place(ids, [image])).num_bytes == image.pixels.nbytes
+    one.close()
 
 
-def test_a_prompt_without_images_is_left_alone() -> None:
+async def test_a_prompt_without_images_is_left_alone() -> None:
     ids = np.array([TOKENS.image, 1], np.int32)
-    placed = desk(vision=None).place(ids, [])
+    placed = await desk(vision=None).place(ids, [])
     assert placed.ids is ids
     assert placed.keys is ids
     assert placed.inputs == ()

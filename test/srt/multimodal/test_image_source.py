@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.server
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,3 +180,58 @@ def test_a_host_that_is_not_there() -> None:
         port = gone.getsockname()[1]
     with pytest.raises(RequestError, match=r"cannot be fetched: .*refused"):
         read_source(f"http://127.0.0.1:{port}/", OPEN)
+
+
+@pytest.fixture
+def safe_web(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A server that speaks TLS with a certificate of its own, and that certificate's file."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    command += ["-nodes", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command, *files], check=True, capture_output=True)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"https://localhost:{server.server_address[1]}", certificate
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_https(safe_web: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    url, certificate = safe_web
+    with pytest.raises(RequestError, match=r"cannot be fetched: .*certificate"):
+        read_source(f"{url}/ok", OPEN)
+    known = ssl.create_default_context(cafile=str(certificate))
+    monkeypatch.setattr(ssl, "create_default_context", lambda: known)
+    assert read_source(f"{url}/ok", OPEN) == b"picture"
+    with pytest.raises(RequestError, match=r"cannot be fetched: .*(mismatch|not valid)"):
+        read_source(f"{url.replace('localhost', '127.0.0.1')}/ok", OPEN)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_host_that_sends_a_little_now_and_then(scheme: str) -> None:
+    """Each byte comes in time, the whole does not."""
+    ended = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        line, _ = listener.accept()
+        with line, contextlib.suppress(OSError):
+            while not ended.wait(0.02):
+                line.sendall(b"H" if scheme == "http" else b"\x16\x03\x03\xff\xff")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,))
+        thread.start()
+        url = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/a.png"
+        with pytest.raises(RequestError, match="cannot be fetched"):
+            read_source(url, FetchRules(timeout_s=0.2, allow_private=True))
+        ended.set()
+        thread.join()

@@ -22,7 +22,9 @@ from sglang.srt.tokenizer.tokenizer import Tokenizer
 MAX_IMAGES = 64  # of one prompt
 MAX_LIVE_BYTES = 1 << 30
 """Pixels of all requests that have not ended; the scheduler holds them."""
-_THREADS = 2  # so many images are decoded at a time: each may take some hundred MiB meanwhile
+# So many images are fetched and decoded at a time, the others wait: a file may have 32 MiB, and
+# takes some hundred MiB while it is decoded.
+_FETCHES, _DECODES = 8, 2
 
 
 class ImageDesk:
@@ -34,7 +36,9 @@ class ImageDesk:
         self._vision = vision
         self._tokenizer = tokenizer
         self._rules = rules
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="images")
+        self._fetchers = ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch-images")
+        self._decoders = ThreadPoolExecutor(_DECODES, thread_name_prefix="decode-images")
+        self._turns = asyncio.Semaphore(_FETCHES)
         self.live_bytes = 0
 
     async def load(self, sources: Sequence[str]) -> tuple[TiledImage, ...]:
@@ -50,18 +54,16 @@ class ImageDesk:
         if len(sources) > MAX_IMAGES:
             raise RequestError(f"A prompt may have {MAX_IMAGES} images, got {len(sources)}.")
         _ = self._tokens  # refused before anything is fetched
-        loop = asyncio.get_running_loop()
-        tasks = [
-            loop.run_in_executor(self._threads, _load_one, source, self._rules, vision)
-            for source in sources
-        ]
-        try:
-            return tuple([await task for task in tasks])
-        finally:
-            for task in tasks:
-                task.cancel()  # of no use any more where one was refused
+        # One after another: a prompt with many holds one file at a time and leaves others a turn.
+        return tuple([await self._load_one(source, vision) for source in sources])
 
-    def place(self, input_ids: IdArray, images: Sequence[TiledImage]) -> PlacedImages:
+    async def _load_one(self, source: str, vision: VisionConfig) -> TiledImage:
+        loop = asyncio.get_running_loop()
+        async with self._turns:
+            data = await loop.run_in_executor(self._fetchers, read_source, source, self._rules)
+            return await loop.run_in_executor(self._decoders, _tile, data, vision)
+
+    async def place(self, input_ids: IdArray, images: Sequence[TiledImage]) -> PlacedImages:
         """The prompt with its images; see `place_images`.
 
         Raises RequestError, 503 when the requests that are served hold too many. Side effect:
@@ -69,7 +71,9 @@ class ImageDesk:
         """
         if not images:
             return PlacedImages(input_ids, input_ids)
-        placed = place_images(input_ids, images, self._tokens)
+        placed = await asyncio.get_running_loop().run_in_executor(
+            self._decoders, place_images, input_ids, images, self._tokens
+        )
         num_bytes = placed.num_bytes
         if self.live_bytes + num_bytes > MAX_LIVE_BYTES:
             raise RequestError(
@@ -86,7 +90,8 @@ class ImageDesk:
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
 
     @cached_property
     def _tokens(self) -> ImageTokens:
@@ -106,5 +111,7 @@ class ImageDesk:
         )
 
 
-def _load_one(source: str, rules: FetchRules, vision: VisionConfig) -> TiledImage:
-    return tile_image(read_source(source, rules), vision.tile_size, vision.max_tiles)
+def _tile(data: bytes, vision: VisionConfig) -> TiledImage:
+    image = tile_image(data, vision.tile_size, vision.max_tiles)
+    _ = image.digest  # computed here rather than where somebody waits
+    return image

@@ -315,7 +315,7 @@ class TokenizerManager:
             input_ids = await self.tokenize(request.text, request.add_special_tokens)
         input_ids = np.ascontiguousarray(input_ids, dtype="<i4")
         await self._check_ids(input_ids)
-        placed = self.images.place(input_ids, request.images)
+        placed = await self.images.place(input_ids, request.images)
         input_ids, state.image_bytes = placed.ids, placed.num_bytes
         if request.sampling_params.constraint is not None:
             await self._in_thread(0, self._constraints.read_vocabulary)

@@ -27,6 +27,7 @@ _MAX_REDIRECTS = 3
 _PIECE = 1 << 16
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _AGENT = "sglang"
+_KEPT = "/%:@!$&'()*+,;=~-._?"  # of a path or query, as it is in a request
 
 
 @dataclass(frozen=True)
@@ -107,30 +108,35 @@ def _answer(url: str, deadline: float, rules: FetchRules) -> Iterator[http.clien
         raise TimeoutError
     connection = http.client.HTTPConnection(parts.hostname, port)
     with contextlib.ExitStack() as stack:
-        plain = socket.create_connection(address, timeout=left)
-        stack.callback(plain.close)
-        cut = threading.Timer(max(0.0, deadline - time.monotonic()), _cut, (plain,))
+        line = socket.create_connection(address, timeout=left)
+        if is_safe:
+            context = ssl.create_default_context()
+            line = context.wrap_socket(
+                line, server_hostname=parts.hostname, do_handshake_on_connect=False
+            )
+        stack.callback(line.close)
+        # A timeout of the socket bounds one read, not a host that sends a byte now and then.
+        cut = threading.Timer(max(0.0, deadline - time.monotonic()), _cut, (line,))
         cut.daemon = True
         cut.start()
         stack.callback(cut.cancel)
-        connection.sock = plain
-        if is_safe:
-            context = ssl.create_default_context()
-            connection.sock = context.wrap_socket(plain, server_hostname=parts.hostname)
+        if isinstance(line, ssl.SSLSocket):
+            line.do_handshake()
+        connection.sock = line
         stack.callback(connection.close)
-        path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+        target = urllib.parse.quote(parts.path or "/", safe=_KEPT)
         if parts.query:
-            path += "?" + urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~-._?")
-        host = parts.netloc
-        connection.request("GET", path, headers={"Host": host, "User-Agent": _AGENT})
+            target += "?" + urllib.parse.quote(parts.query, safe=_KEPT)
+        connection.request("GET", target, headers={"Host": parts.netloc, "User-Agent": _AGENT})
         answer = connection.getresponse()
         stack.callback(answer.close)
         yield answer
 
 
-def _cut(connection: socket.socket) -> None:
+def _cut(line: socket.socket) -> None:
+    """End what is being read or written on another thread."""
     with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(line, socket.SHUT_RDWR)  # TLS' own would wait for the other side
 
 
 def _read(answer: http.client.HTTPResponse, deadline: float, rules: FetchRules) -> bytes:
