@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models.llama4 import Llama4ForConditionalGeneration
+from srt.model_loader.test_fp8_checkpoints import compressed
 from srt.models.hf_vision import (
     ROWS,
     draw_image,
@@ -40,7 +42,7 @@ def rows_of(model: Llama4ForConditionalGeneration, pixels: bytes) -> torch.Tenso
     ticks: list[int] = []
     with torch.inference_mode():
         rows = model.vision.encode(pixels, lambda: ticks.append(1))
-    assert len(ticks) == 2, "of seven tiles, four at a time"
+    assert len(ticks) == 7, "once a tile"
     return rows
 
 
@@ -73,6 +75,23 @@ def test_other_ways_to_load(saved: tuple[str, Any], arguments: dict[str, Any]) -
     rows = rows_of(load(path, **arguments), draw_image(4, 2, 3).pixels.tobytes())
     assert rows.isfinite().all()
     assert rows.std() > 0
+
+
+def test_beside_weights_in_fp8(saved: tuple[str, Any], tmp_path: Path) -> None:
+    """As Maverick is published: the text model is quantised, the vision tower is not."""
+    source = Path(saved[0])
+    weights = load_file(source / "model.safetensors")
+    for name in [name for name in weights if "language_model" in name and "q_proj" in name]:
+        whole = weights.pop(name)
+        scale = whole.abs().amax(1, keepdim=True) / 448
+        weights[name] = (whole / scale).to(torch.float8_e4m3fn)
+        weights[f"{name}_scale"] = scale
+    save_file(weights, tmp_path / "model.safetensors")
+    raw = json.loads((source / "config.json").read_text())
+    raw["quantization_config"] = compressed("channel")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    pixels = draw_image(4, 2, 3).pixels.tobytes()
+    assert torch.equal(rows_of(load(str(tmp_path)), pixels), rows_of(load(saved[0]), pixels))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from sglang.srt.configs.vision_config import VisionConfig
 from sglang.srt.layers.quantization.matrix import numbers_like
 from sglang.srt.layers.weights import LoadedWeight
 
-# Tiles that are encoded together: bounds what is in memory meanwhile, and is enough work.
+# Tiles that a device encodes together: bounds what is in memory meanwhile, and is enough work. A
+# host takes one at a time: it has enough to do with that, and may take seconds for it.
 _TILES_AT_ONCE = 4
 
 
@@ -87,8 +88,9 @@ class VisionTower(nn.Module):
         tiles = np.frombuffer(pixels, np.uint8).reshape(-1, 3, size, size)
         like = next(self.parameters())
         rows = []
-        for first in range(0, len(tiles), _TILES_AT_ONCE):
-            some = torch.from_numpy(tiles[first : first + _TILES_AT_ONCE].copy()).to(like.device)
+        step = 1 if like.device.type == "cpu" else _TILES_AT_ONCE
+        for first in range(0, len(tiles), step):
+            some = torch.from_numpy(tiles[first : first + step].copy()).to(like.device)
             # Mean and deviation of a half, of values in [0, 1].
             values = (some.float() / 255 - 0.5) / 0.5
             encoded = self.vision_model(values.to(like.dtype)).last_hidden_state
