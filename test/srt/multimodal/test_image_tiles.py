@@ -92,6 +92,10 @@ def test_turned_by_the_camera_and_without_transparency() -> None:
     assert (turned.rows, turned.cols) == (1, 2)
     clear = tile_image(file_of(Image.new("RGBA", (28, 28), (9, 8, 7, 0))), 28, 16)
     assert clear.pixels.reshape(3, -1).max(1).tolist() == [9, 8, 7]
+    image = Image.new("P", (28, 28), 1)
+    image.putpalette([0, 0, 0, 9, 8, 7])
+    few = tile_image(file_of(image, transparency=bytes([255, 0])), 28, 16)
+    assert few.pixels.reshape(3, -1).max(1).tolist() == [9, 8, 7]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP"])

@@ -58,7 +58,7 @@ class ImageTokens:
         return [*ids, self.image, *tile, self.end]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlacedImages:
     """A prompt with its images: `ids` of the vocabulary and `keys`, both int32 [n], which differ
     in the images' patches alone, and the images for the device tower."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,9 +25,14 @@ from sglang.srt.errors import RequestError
 # What a decoder is let near: the formats that clients send, none that names other files.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 1 << 25  # of one image, 96 MiB once it is decoded
+# What decoders of damaged files raise.
+_DAMAGE = (
+    *(OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, EOFError),
+    *(AttributeError, struct.error, zlib.error),
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TiledImage:
     """An image as tiles: uint8 [num_tiles, 3, size, size], row by row over a `rows` x `cols` grid.
 
@@ -99,13 +106,15 @@ def _decode(data: bytes) -> Any:
                 raise RequestError(
                     f"An image has {width} x {height} pixels; at most {MAX_PIXELS} are served."
                 )
-            return ImageOps.exif_transpose(image).convert("RGB")
+            turned = ImageOps.exif_transpose(image)
+            if turned.mode == "P":  # straight to RGB it warns of transparency
+                turned = turned.convert("RGBA")
+            return turned.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RequestError(f"An image has more than {MAX_PIXELS} pixels.") from None
     except UnidentifiedImageError:
         raise RequestError(f"An image is none of {', '.join(FORMATS)}.") from None
-    except (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError) as error:
-        # Decoders of damaged files raise all of these.
+    except _DAMAGE as error:
         raise RequestError(f"An image cannot be decoded: {error}") from None
 
 
