@@ -58,7 +58,9 @@ def test_models_without_images(tmp_path: Path, changes: dict[str, Any]) -> None:
     [
         ({"vision_config": {**VISION, "patch_size": 15}}, {}, "don't fit together"),
         ({"vision_config": {**VISION, "image_size": 0}}, {}, "image_size must be"),
+        ({"vision_config": {**VISION, "pixel_shuffle_ratio": "x"}}, {}, "don't fit together"),
         ({"image_token_index": -1}, {}, "image_token_index"),
+        ({"image_token_index": 202048}, {}, "one of 202048 tokens, not 202048"),
         ({}, {"size": {"height": 448, "width": 336}}, "is not image_size 336"),
         ({}, {"resize_to_max_canvas": True}, "resize_to_max_canvas True"),
         ({}, {"image_mean": [0.4] * 3}, "image_mean"),

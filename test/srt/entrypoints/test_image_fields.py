@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from sglang.srt.entrypoints.generate_request_body import read_generate
 from sglang.srt.entrypoints.image_files import with_files
@@ -95,3 +97,11 @@ def test_files_of_an_engine(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="No such file"):
         with_files((tmp_path / "none.png").as_uri())
     assert images_of(text="a", image_data=b"picture") == (("cGljdHVyZQ==",),)
+
+
+def test_images_of_pillow() -> None:
+    image = Image.new("RGBA", (3, 2), (9, 8, 7, 255))
+    packed = with_files([image])[0]
+    with Image.open(io.BytesIO(packed)) as found:
+        assert (found.format, found.size, found.getpixel((2, 1))) == ("PNG", (3, 2), (9, 8, 7))
+    assert with_files(5) == 5

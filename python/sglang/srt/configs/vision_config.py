@@ -16,7 +16,7 @@ from typing import Any
 _ARCHITECTURE = "Llama4ForConditionalGeneration"
 # What transformers documents for fields that are left out.
 _DEFAULT_SIZE, _DEFAULT_PATCH, _DEFAULT_RATIO, _DEFAULT_TILES = 448, 14, 0.5, 16
-_DEFAULT_PATCH_ID = 200092
+_DEFAULT_PATCH_ID, _DEFAULT_VOCAB = 200092, 202048
 _HALF = [0.5, 0.5, 0.5]
 # How pixels are prepared, fixed here: (field of the processor, its only value).
 _FIXED: tuple[tuple[str, Any], ...] = (
@@ -60,8 +60,7 @@ def read_vision(raw: Mapping[str, Any], folder: Path) -> VisionConfig | None:
     size = _positive(fields, "image_size", _DEFAULT_SIZE)
     patch = _positive(fields, "patch_size", _DEFAULT_PATCH)
     ratio = fields.get("pixel_shuffle_ratio", _DEFAULT_RATIO)
-    per_side = size // patch
-    side = per_side * ratio
+    side = size // patch * ratio if isinstance(ratio, int | float) else 0
     if size % patch or side != int(side) or side < 1:
         raise ValueError(
             f"vision_config: image_size {size}, patch_size {patch} and pixel_shuffle_ratio "
@@ -76,14 +75,15 @@ def read_vision(raw: Mapping[str, Any], folder: Path) -> VisionConfig | None:
     if tile != {"height": size, "width": size}:
         raise ValueError(f"the image processor's size {tile!r} is not image_size {size}")
     patch_id = raw.get("image_token_index", raw.get("image_token_id", _DEFAULT_PATCH_ID))
-    if not isinstance(patch_id, int) or patch_id < 0:
-        raise ValueError(f"image_token_index must be a token id, not {patch_id!r}")
+    vocab_size = (raw.get("text_config") or {}).get("vocab_size", _DEFAULT_VOCAB)
+    if not isinstance(patch_id, int) or not 0 <= patch_id < vocab_size:
+        raise ValueError(f"image_token_index must be one of {vocab_size} tokens, not {patch_id!r}")
     return VisionConfig(size, int(side) ** 2, max_tiles, patch_id, dict(fields))
 
 
 def _read_processor(folder: Path) -> dict[str, Any]:
     """The image processor's fields from the file where older or newer versions keep them."""
-    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image")):
+    for name, is_part in (("preprocessor_config.json", False), ("processor_config.json", True)):
         path = folder / name
         if not path.is_file():
             continue
@@ -91,7 +91,7 @@ def _read_processor(folder: Path) -> dict[str, Any]:
             found = json.loads(path.read_bytes())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"cannot read {name}: {error}") from error
-        if isinstance(found, dict) and part is not None:
+        if isinstance(found, dict) and is_part:
             found = found.get("image_processor", {})
         if not isinstance(found, dict):
             raise ValueError(f"{name} must hold a JSON object")

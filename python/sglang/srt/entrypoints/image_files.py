@@ -1,10 +1,11 @@
-"""Files that a caller of the Engine names as images: read here, in the caller's own process.
+"""Images that only a caller of the Engine can give: files and objects of its own process.
 
 A server reads no files for its clients; see multimodal/image_source.py.
 """
 
 from __future__ import annotations
 
+import io
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -17,7 +18,7 @@ _MAX_PATH_CHARS = 4096
 
 
 def with_files(value: Any) -> Any:
-    """`value` of `image_data` with bytes in place of paths and of file: URLs.
+    """`value` of `image_data` with bytes in place of paths, file: URLs and Pillow's images.
 
     Texts that name no file stay, as do lists' shapes. Raises RequestError 400 for a file: URL or
     file that can't be read.
@@ -26,6 +27,8 @@ def with_files(value: Any) -> Any:
         return [with_files(item) for item in value]
     if isinstance(value, Path):
         return _read(value)
+    if value is not None and not isinstance(value, str | bytes):
+        return _packed(value)
     if not isinstance(value, str) or value.lower().startswith(_NOT_FILES):
         return value
     if value.startswith("file:"):
@@ -38,6 +41,17 @@ def with_files(value: Any) -> Any:
         if is_file:
             return _read(Path(value))
     return value
+
+
+def _packed(value: Any) -> Any:
+    """One of Pillow's images as a file; anything else as it is."""
+    from PIL import Image
+
+    if not isinstance(value, Image.Image):
+        return value
+    out = io.BytesIO()
+    value.convert("RGB").save(out, "PNG", compress_level=1)
+    return out.getvalue()
 
 
 def _read(path: Path) -> bytes:

@@ -74,6 +74,7 @@ class ChatServing(OpenAIServing):
         if body.continue_final_message and messages[-1]["role"] != "assistant":
             raise bad_field("continue_final_message", "the last message is not the assistant's")
         params = self._params(body, tools)
+        images = await self.service.images.load(sources) if sources else ()
         text = await self.service.render_chat(
             messages,
             add_generation_prompt=body.add_generation_prompt,
@@ -81,7 +82,6 @@ class ChatServing(OpenAIServing):
             **tools.template_kwargs,
             **kwargs,
         )
-        images = await self.service.images.load(sources) if sources else ()
         is_tagged = self._is_tagged(params)
         form = AnswerForm(
             names=self.options.parsers,
