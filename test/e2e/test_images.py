@@ -30,7 +30,7 @@ NEW_TOKENS = 6
 MEMORY = ("--kv-memory-budget", "32MiB", "--kv-segment-size", "64", "--page-size", "16")
 TEMPLATE = """\
 {%- for message in messages %}
-{%- if message['content'] is string %}{{ message['content'] }}
+{%- if message['content'] is string %}{{ ' ' + message['content'] + ' ' }}
 {%- else %}
 {%- for part in message['content'] %}
 {%- if part['type'] == 'image' %}{{ '<|image|>' }}{% else %}{{ part['text'] }}{% endif %}
@@ -129,6 +129,20 @@ def test_chats_of_the_openai_client(asked: Asked) -> None:
     assert reply.usage.prompt_tokens == count
     reply = chat(asked.server, image(data_url(CAT)), text("w5"), image(data_url(WIDE)), text("w6"))
     asked.check([CAT, 5, WIDE, 6], reply.choices[0].message.content)
+
+
+def test_responses_keep_their_images(asked: Asked) -> None:
+    with openai.OpenAI(base_url=f"{asked.server.url}/v1", api_key="none", max_retries=0) as client:
+        fields: Any = {"model": "m", "max_output_tokens": NEW_TOKENS, "temperature": 0}
+        words = {"type": "input_text", "text": "w3"}
+        picture = {"type": "input_image", "image_url": data_url(WIDE), "detail": "auto"}
+        begun: Any = [{"role": "user", "content": [words, picture]}]
+        first = client.responses.create(input=begun, **fields)
+        asked.check([3, WIDE], first.output_text)
+        next_turn: Any = "w7"
+        second = client.responses.create(input=next_turn, previous_response_id=first.id, **fields)
+        said = [int(word.removeprefix("w")) for word in first.output_text.split()]
+        asked.check([3, WIDE, *said, 7], second.output_text)
 
 
 def test_generate(asked: Asked) -> None:
