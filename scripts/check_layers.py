@@ -43,7 +43,8 @@ TABLE: tuple[Row, ...] = (
      " srt.configs.flag_parser, srt.configs.flag_checks < srt.server_args"),
     (1, "", "srt.configs.gguf_file < srt.configs.gguf_latent < srt.configs.gguf_config"
      " < srt.configs.model_config"),
-    (1, "", "srt.configs.quantization_config < srt.configs.model_config"),
+    (1, "", "srt.configs.quantization_config, srt.configs.vision_config"
+     " < srt.configs.model_config"),
     (1, "", "srt.configs.rope_config < srt.configs.model_traits"
      " < srt.configs.families.* < srt.configs.model_config"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.capacity"),
@@ -85,7 +86,8 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.canary < srt.mem_cache.canary_perturb"),
     (2, "DEVICE", "srt.mem_cache.segment_manager < srt.mem_cache.memory_report"
      " < srt.mem_cache.allocation"),
-    (3, "DEVICE", "srt.model_executor.forward_mode, srt.managers.pooling_state"
+    (3, "DEVICE", "srt.model_executor.forward_mode, srt.managers.pooling_state,"
+     " srt.managers.req_images"
      " < srt.managers.schedule_batch"),
     (3, "DEVICE", "srt.constrained.structural_formats < srt.constrained.structural_tag"
      " < srt.constrained.grammar"
@@ -126,6 +128,9 @@ TABLE: tuple[Row, ...] = (
      " < srt.managers.detokenizer < srt.managers.detokenizer_manager"),
     (6, "TEXT", "srt.tokenizer.* < srt.managers.constraint_desk < srt.managers.tokenizer_manager"),
     (6, "TEXT", "srt.managers.lora_registry < srt.managers.request_state"),
+    (6, "TEXT", "srt.multimodal.* < srt.managers.generate_request < srt.managers.image_desk"
+     " < srt.managers.tokenizer_manager"),
+    (6, "TEXT", "srt.tokenizer.* < srt.managers.image_desk"),
     (6, "TEXT", "srt.managers.generate_request, srt.tokenizer.*"
      " < srt.managers.request_state, srt.managers.request_validation, srt.managers.replica_choice,"
      " srt.managers.scheduler_pulse, srt.managers.control_replies,"
@@ -146,6 +151,7 @@ TABLE: tuple[Row, ...] = (
 # Third-party packages that may be imported inside a function: optional, or slow to import.
 LAZY_PACKAGES = frozenset(
     {
+        "PIL",
         "cuda",
         "gguf",
         "jinja2",

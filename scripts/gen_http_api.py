@@ -180,12 +180,12 @@ the session in `session_params` of `/generate`, `/v1/completions` or `/v1/chat/c
 `.retrieve`, `.cancel` and `.delete` of the `openai` package work, and everything said of chats in
 [tools.md](tools.md) and [structured_outputs.md](structured_outputs.md) holds.
 
-- `input` is a text, or items: messages (text only), `function_call`, `function_call_output` and
-  `reasoning`. The text of a reasoning item (its summary where there is none) goes to the chat
-  template as `reasoning_content` of the answer behind it, `thinking` for gpt-oss; whether it is
-  shown to the model is the template's choice. Passed over are encrypted reasoning, reasoning
-  without an answer behind it, and calls with the status `incomplete`.
-- `tools` are functions; built-in tools, images, files, `allowed_tools` and the background are
+- `input` is a text, or items: messages (text, and [images](images.md) in users'), `function_call`,
+  `function_call_output` and `reasoning`. The text of a reasoning item (its summary where there is
+  none) goes to the chat template as `reasoning_content` of the answer behind it, `thinking` for
+  gpt-oss; whether it is shown to the model is the template's choice. Passed over are encrypted
+  reasoning, reasoning without an answer behind it, and calls with the status `incomplete`.
+- `tools` are functions; built-in tools, files, `allowed_tools` and the background are
   refused. `strict` of a function is off unless it is true. A schema in `text.format` always
   holds.
 - Reasoning comes as `reasoning_text`, never as a summary and never encrypted: `reasoning.summary`

@@ -51,7 +51,7 @@ NEEDED = (
 )
 # Used where they are there: the driver's calls (torch for CUDA brings them, too), tokenizer files.
 # Version 12 of the bindings talks to drivers of CUDA 12 and 13.
-WISHED = ("cuda-bindings<13", "cuda-pathfinder", "sentencepiece", "protobuf")
+WISHED = ("cuda-bindings<13", "cuda-pathfinder", "sentencepiece", "protobuf", "pillow")
 _PLATFORMS = (
     "manylinux_2_31_x86_64",
     "manylinux_2_28_x86_64",

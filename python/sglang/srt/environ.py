@@ -105,6 +105,7 @@ class Environ:
     `torchrun` is set in a process that torchrun started, `gloo_interface` names the network device
     that ranks of several machines talk through (None: found by the way to the first).
     `ollama_routes` are the paths of Ollama's API, which win over others.
+    `allow_private_image_urls` lets clients name images at addresses of the server's own networks.
     """
 
     allow_overwrite_longer_context_len: bool = False
@@ -115,6 +116,7 @@ class Environ:
     torchrun: TorchrunEnv | None = None
     gloo_interface: str | None = None
     ollama_routes: OllamaRoutes = OllamaRoutes()
+    allow_private_image_urls: bool = False
 
     @classmethod
     def from_os(cls, environ: Mapping[str, str] | None = None) -> Environ:
@@ -134,6 +136,7 @@ class Environ:
             torchrun=TorchrunEnv.from_os(source),
             gloo_interface=source.get("GLOO_SOCKET_IFNAME", "").strip() or None,
             ollama_routes=OllamaRoutes.from_os(source),
+            allow_private_image_urls=_read_bool(source, "SGLANG_ALLOW_PRIVATE_IMAGE_URLS"),
         )
 
 

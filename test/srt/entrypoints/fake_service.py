@@ -29,6 +29,7 @@ from sglang.srt.environ import Environ
 from sglang.srt.errors import RequestError
 from sglang.srt.managers import request_validation as validation
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
+from sglang.srt.managers.image_desk import ImageDesk
 from sglang.srt.managers.io_struct import (
     ControlReply,
     FinishReason,
@@ -40,6 +41,7 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.managers.lora_registry import LoraRegistry
 from sglang.srt.managers.scheduler_pulse import SchedulerPulse
+from sglang.srt.multimodal.image_source import FetchRules
 from sglang.srt.server_args import ServerArgs
 
 ANSWER = "Paris, né à Paris. Fin!"
@@ -119,6 +121,7 @@ class FakeService:
         self.pulse = SchedulerPulse(20.0, time.monotonic)
         self.context_length = CONTEXT_LENGTH
         self.constraint_refusal: str | None = None
+        self.images = ImageDesk(model_config.vision, None, FetchRules())
         self.answer = ANSWER
         self.pooled_size = TINY_CONFIG["hidden_size"]
         self.hold_at: dict[str, int] = {}

@@ -104,7 +104,7 @@ async def test_async_from_another_loop(engine: Any) -> None:
         ({"input_ids": [-1]}, "-1"),
         ({"input_ids": [1], "sampling_params": {"temperature": -1}}, "temperature"),
         ({"input_ids": [1], "sampling_params": {"temperature": float("nan")}}, "temperature"),
-        ({"input_ids": [1], "image_data": ["x"]}, "image_data"),
+        ({"input_ids": [1], "image_data": ["x"]}, "enable-multimodal"),
         ({"input_ids": [1], "no_such": 1}, "no_such"),
         ({"input_ids": [1], "sampling_params": {"max_new_tokens": 600}}, "context length"),
     ],

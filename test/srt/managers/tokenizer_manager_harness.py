@@ -120,7 +120,7 @@ def fake_settings() -> tuple[Any, Any]:
         max_loras_per_batch=2,
         max_loaded_loras=None,
     )
-    return args, SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(7,))
+    return args, SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(7,), vision=None)
 
 
 @asynccontextmanager

@@ -38,6 +38,17 @@ def test_text_that_repeats_itself_is_drafted_beyond_its_end() -> None:
     assert drafts.take(same, 5) == (4, 4, 4, 4, 4)
 
 
+def test_a_draft_ends_where_an_image_begins() -> None:
+    drafts = NgramDrafts(RULES, 32)
+    tokens = ids(1, 2, 3, 4, -7, -8, 5, 1, 2)
+    assert drafts.offer(tokens, 6).most == 6
+    assert drafts.take(tokens, 6) == (3, 4)
+    tokens = ids(1, 2, -7, -8, 5, 1, 2)
+    drafts = NgramDrafts(RULES, 32)
+    assert drafts.offer(tokens, 6).most == 6
+    assert drafts.take(tokens, 6) == ()
+
+
 def test_nothing_is_offered_for_text_that_is_new() -> None:
     drafts = NgramDrafts(RULES, 32)
     assert drafts.offer(ids(1, 2, 3, 4), 6) == Offer(0.0, 0)

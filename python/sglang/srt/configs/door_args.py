@@ -62,6 +62,12 @@ class DoorArgs:
     json_model_override_args: str = flag(
         "{}", "A JSON object that replaces fields of the model's config.", group=MODEL
     )
+    enable_multimodal: bool = flag(
+        False,
+        "Serve images: load the vision tower of a Llama 4 checkpoint as well (docs/images.md). "
+        "Nothing happens for models that have none.",
+        group=MODEL,
+    )
     skip_tokenizer_init: bool = flag(
         False, "Load no tokenizer: requests bring input_ids and get output_ids.", group=MODEL
     )

@@ -80,7 +80,7 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "no image, audio or video model is served here",
+        "images have no such settings here; video and audio are not served",
         """
         --mm-attention-backend V; --mm-max-concurrent-calls V; --mm-per-request-timeout V;
         --mm-process-config V; --mm-enable-dp-encoder; --enable-mm-global-cache;
@@ -269,7 +269,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (
         "replies of this kind do not exist here",
         """
-        --enable-multimodal; --enable-return-hidden-states;
+        --enable-return-hidden-states;
         --enable-return-routed-experts; --multi-item-scoring-delimiter V
         """,
     ),

@@ -25,6 +25,7 @@ from sglang.srt.configs.quantization_config import (
     weight_scheme,
 )
 from sglang.srt.configs.rope_config import RopeConfig, rope_config_from_hf
+from sglang.srt.configs.vision_config import VisionConfig, read_vision
 from sglang.srt.environ import Environ
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class ModelConfig(ModelTraits):
     that generation_config.json sets. `kv_cache` is the scheme of the KV cache that the checkpoint
     names, None where it names none; `weight_scheme` that of quantised weights in a Hugging Face
     directory. `path` is the directory or the .gguf file itself; `raw` the text model's config in
-    Hugging Face's shape, overrides applied.
+    Hugging Face's shape, overrides applied. `vision` None: the model takes text only, or is to.
     """
 
     architecture: str
@@ -91,6 +92,7 @@ class ModelConfig(ModelTraits):
     is_gguf: bool
     path: str
     raw: dict[str, Any] = field(repr=False)
+    vision: VisionConfig | None = None
 
     @classmethod
     def from_path(
@@ -99,13 +101,14 @@ class ModelConfig(ModelTraits):
         *,
         overrides: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
+        multimodal: bool = False,
     ) -> ModelConfig:
         """Read a Hugging Face directory, a .gguf file, or a directory that holds just one .gguf.
 
         `overrides` (--json-model-override-args) replace top-level fields of config.json, and
         those of the text part of a multimodal one. Code beside a checkpoint is never run, with
-        `trust_remote_code` or without. Raises ValueError with one line that says what is wrong
-        and where.
+        `trust_remote_code` or without. `multimodal`: images are to be served if they can be.
+        Raises ValueError with one line that says what is wrong and where.
         """
         path = find_model_file(model_path)
         is_gguf = path.suffix == ".gguf"
@@ -122,12 +125,14 @@ class ModelConfig(ModelTraits):
                 generation = home / "generation_config.json"
                 extras = _read_json(generation) if generation.is_file() else {}
                 modelopt = _read_modelopt(home / "hf_quant_config.json")
+            vision = read_vision(raw, home) if multimodal and not is_gguf else None
             raw = _apply_overrides(_text_part(raw, overrides or {}), overrides or {})
             if trust_remote_code and raw.get("auto_map"):
                 logger.warning("%s: code shipped with a checkpoint is never run.", path)
             config = _build(raw, extras, modelopt, is_gguf=is_gguf, path=str(home))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        config = replace(config, vision=vision)
         if freq_factors is not None:
             config = replace(config, rope=replace(config.rope, freq_factors=freq_factors))
         return config

@@ -20,6 +20,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.entrypoints.background_loop import BackgroundLoop
 from sglang.srt.entrypoints.encode_api import read_encode
 from sglang.srt.entrypoints.generate_request_body import GenerateCall, read_generate
+from sglang.srt.entrypoints.image_files import with_files
 from sglang.srt.entrypoints.openai.pooling_fields import SCORE_FIELDS
 from sglang.srt.entrypoints.processes import ServerProcesses, StartError
 from sglang.srt.entrypoints.request_fields import raw_from_python
@@ -55,6 +56,7 @@ class Engine:
             self.server_args.model_path,
             overrides=self.server_args.model_overrides(),
             trust_remote_code=self.server_args.trust_remote_code,
+            multimodal=self.server_args.enable_multimodal,
         )
         self._start(environ, model_config, ServerProcesses(self.server_args, environ))
 
@@ -101,7 +103,8 @@ class Engine:
 
         `input_ids` are lists or arrays of ids instead of `prompt`. Gives a dict per sequence: one,
         a list of them (batch or n above 1), or with `stream` an iterator of partial ones (closing
-        it ends the request). `fields` are the other fields of /generate. Raises RequestError.
+        it ends the request). `fields` are the other fields of /generate; `image_data` may name
+        files and hold bytes as well. Raises RequestError.
         """
         call = self._read(prompt, sampling_params, input_ids, stream, fields)
         server = self._context.generating.generate
@@ -128,6 +131,8 @@ class Engine:
     def _read(
         self, prompt: Any, sampling_params: Any, input_ids: Any, stream: bool, fields: Any
     ) -> GenerateCall:
+        if fields.get("image_data") is not None:
+            fields = {**fields, "image_data": with_files(fields["image_data"])}
         values = {
             **fields,
             "text": prompt,

@@ -140,7 +140,7 @@ class GenerateServer:
     async def reply(self, request: GenerateCall) -> dict[str, Any] | list[dict[str, Any]]:
         """The whole answer; a list for a batch or n above 1. Raises RequestError."""
         began = time.monotonic()
-        request = await self._with_prompt_ids(request)
+        request = await self._with_prompt_ids(await self._with_images(request))
         request, counts = self._with_reasoning(request)
         outputs = await self._runner.collect(request.call)
         seconds = time.monotonic() - began
@@ -175,7 +175,7 @@ class GenerateServer:
         Raises RequestError, also after the first one.
         """
         began = time.monotonic()
-        request = await self._with_prompt_ids(request)
+        request = await self._with_prompt_ids(await self._with_images(request))
         request, counts = self._with_reasoning(request)
         prompts = [request.call.prompts[i] for i in request.call.prompt_indices]
         outputs = [SequenceOutput() for _ in prompts]
@@ -267,6 +267,15 @@ class GenerateServer:
         return content
 
     # ---- helpers ----
+
+    async def _with_images(self, request: GenerateCall) -> GenerateCall:
+        """The request with the images of its prompts loaded, all of them before anything runs."""
+        if not request.images:
+            return request
+        pairs = zip(request.call.prompts, request.images, strict=True)
+        load = self._service.images.load
+        prompts = [replace(prompt, images=await load(sources)) for prompt, sources in pairs]
+        return replace(request, call=replace(request.call, prompts=tuple(prompts)), images=())
 
     async def _with_prompt_ids(self, request: GenerateCall) -> GenerateCall:
         """The request with its texts tokenized and all ids kept, when the reply shows them."""

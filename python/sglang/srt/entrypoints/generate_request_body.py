@@ -32,7 +32,7 @@ from sglang.srt.errors import RequestError
 from sglang.srt.managers.generate_request import GenerateRequest, IdArray, SessionParams
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-MULTIMODAL = Refusal("the model takes text only", ("", [], [None]))
+MULTIMODAL = Refusal("neither videos nor audio are served", ("", [], [None]))
 POOLED_LORA = Refusal("adapters are served of models that generate only", ("", [], [None]))
 HIDDEN_STATES = Refusal("hidden states are not returned", (False, [False]))
 LOGIT_PROCESSOR = Refusal("custom logit processors are not served", ("",))
@@ -70,6 +70,7 @@ class GenerateBody(msgspec.Struct, frozen=True):
     routed_dp_rank: Int | None = None
     data_parallel_rank: Int | None = None
     session_params: SessionParams | list[SessionParams | None] | None = None
+    image_data: str | list[str | list[str] | None] | None = None
 
 
 GENERATE_FIELDS = FieldTable(
@@ -85,10 +86,9 @@ GENERATE_FIELDS = FieldTable(
     ),
     refused={
         "input_embeds": Refusal("input embeddings are not served", ([],)),
-        "image_data": MULTIMODAL,
         "video_data": MULTIMODAL,
         "audio_data": MULTIMODAL,
-        "modalities": Refusal("the model takes text only", ([], ["text"])),
+        "modalities": Refusal("videos and audio are not served", ([], ["text"], ["image"])),
         "return_hidden_states": HIDDEN_STATES,
         "return_routed_experts": Refusal("routed experts are not returned", (False,)),
         "return_bytes": Refusal("bytes are not returned", (False,)),
@@ -111,7 +111,8 @@ class GenerateCall:
     """A read request: the call, and how its reply has to look.
 
     `prompt_ids`: each prompt's ids, filled in before the call runs when the reply shows them.
-    `counts_reasoning`: the reply says how many tokens were reasoning.
+    `counts_reasoning`: the reply says how many tokens were reasoning. `images`: what names each
+    prompt's images, to be loaded before the call runs; empty without any.
     """
 
     call: Call
@@ -121,6 +122,7 @@ class GenerateCall:
     return_prompt_ids: bool
     prompt_ids: tuple[IdArray | None, ...] = ()
     counts_reasoning: bool = False
+    images: tuple[tuple[str, ...], ...] = ()
 
     @property
     def replies_with_list(self) -> bool:
@@ -206,6 +208,7 @@ def read_generate(fields: Fields, preferred: RawFields = NO_FIELDS) -> GenerateC
         body.return_text_in_logprobs,
         body.return_prompt_token_ids,
         counts_reasoning=body.require_reasoning,
+        images=_images(body.image_data, count, is_batch),
     )
 
 
@@ -263,6 +266,22 @@ def _check_count(name: str, count: int) -> None:
         raise bad_field(name, "the batch is empty")
     if count > MAX_SEQUENCES:
         raise bad_field(name, f"{count} prompts in one request; the limit is {MAX_SEQUENCES}")
+
+
+def _images(
+    value: str | Sequence[str | list[str] | None] | None, count: int, is_batch: bool
+) -> tuple[tuple[str, ...], ...]:
+    """Each prompt's images: one for all, a list for the only prompt, or one or a list for each."""
+    if not value:
+        return ()
+    if isinstance(value, str):
+        return ((value,),) * count
+    if not is_batch and all(isinstance(item, str) for item in value):
+        return (tuple(item for item in value if isinstance(item, str)),)
+    if len(value) != count:
+        raise bad_field("image_data", f"{len(value)} values for {count} prompts")
+    rows = tuple((item,) if isinstance(item, str) else tuple(item or ()) for item in value)
+    return rows if any(rows) else ()
 
 
 def _rids(rid: str | list[str] | None, count: int, is_batch: bool) -> tuple[str, list[str]]:

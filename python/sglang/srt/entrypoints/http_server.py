@@ -214,6 +214,7 @@ def main(argv: Sequence[str]) -> int:
             server_args.model_path,
             overrides=server_args.model_overrides(),
             trust_remote_code=server_args.trust_remote_code,
+            multimodal=server_args.enable_multimodal,
         )
         if server_args.node_rank > 0:
             return serve_node(server_args, ServerProcesses(server_args, environ, meeting))

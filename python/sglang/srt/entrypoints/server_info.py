@@ -33,7 +33,7 @@ def model_info(context: ServerContext) -> dict[str, Any]:
         "reasoning_parser": parsers.reasoning,
         "tool_call_parser": parsers.tool_call,
         "disaggregation_mode": "null",
-        "has_image_understanding": False,
+        "has_image_understanding": config.vision is not None,
         "has_audio_understanding": False,
         "model_type": config.model_type,
         "architectures": [config.architecture],

@@ -14,6 +14,7 @@ from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest,
 from sglang.srt.managers.io_struct import ControlReply
 from sglang.srt.managers.lora_registry import LoraRegistry
 from sglang.srt.managers.scheduler_pulse import SchedulerPulse
+from sglang.srt.multimodal.image_tiles import TiledImage
 
 
 class TokenTexts(Protocol):
@@ -38,6 +39,14 @@ class TokenTexts(Protocol):
         ...
 
 
+class ImageLoader(Protocol):
+    """What the doors ask of the image desk."""
+
+    async def load(self, sources: Sequence[str]) -> tuple[TiledImage, ...]:
+        """The images that URLs and base64 texts name; RequestError for what is none."""
+        ...
+
+
 class TextService(Protocol):
     """Requests in, deltas out; see `TokenizerManager` for the full contract."""
 
@@ -48,6 +57,11 @@ class TextService(Protocol):
     @property
     def tokenizer(self) -> TokenTexts | None:
         """None under --skip-tokenizer-init."""
+        ...
+
+    @property
+    def images(self) -> ImageLoader:
+        """Who fetches and decodes images."""
         ...
 
     @property

@@ -46,6 +46,8 @@ class SessionRunner:
         What the session holds of it is decided before its last delta is seen.
         """
         assert request.session is not None
+        if request.images:
+            raise RequestError("session_params: a session keeps no images; send them without it.")
         turn = self._store.begin(request.session, request.rid, self._clock())
         try:
             new_ids = await self._new_ids(request, turn)

@@ -22,6 +22,7 @@ from sglang.srt.managers.io_struct import (
     PoolingSpec,
     PrefillProgress,
 )
+from sglang.srt.multimodal.image_tiles import TiledImage
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 IdArray = npt.NDArray[np.int32]
@@ -62,7 +63,8 @@ class GenerateRequest:
     skipped. `routed_dp_rank` is the replica that has to compute it, None:
     any. `session` (None: no session's) is the doors', too, as n is: `sampling_params.n` is not
     looked at. `pooling` None: the model generates; else it is pooled so, and
-    `sampling_params.max_new_tokens` is 0.
+    `sampling_params.max_new_tokens` is 0. `images` go, in order, to the places of the prompt's
+    image tokens.
     """
 
     rid: str
@@ -82,6 +84,7 @@ class GenerateRequest:
     kept_special_tokens: tuple[str, ...] = ()
     include_progress: bool = False
     routed_dp_rank: int | None = None
+    images: tuple[TiledImage, ...] = ()
     pooling: PoolingSpec | None = None
     session: SessionParams | None = None
 
@@ -102,6 +105,7 @@ class GenerateRequest:
     def forget_prompt(self) -> None:
         """Let go of the prompt, which the scheduler has: a request may run for an hour with it."""
         self.text = self.input_ids = None
+        self.images = ()
 
 
 @dataclass(frozen=True)

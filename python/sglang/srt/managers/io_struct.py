@@ -107,6 +107,18 @@ class PoolingSpec(msgspec.Struct, frozen=True, array_like=True):
 # ---- to the scheduler -------------------------------------------------------------------------
 
 
+class ImageInput(msgspec.Struct, frozen=True, array_like=True):
+    """One image of a prompt: `pixels` uint8 [tiles, 3, size, size].
+
+    `positions` int32 [rows], ascending, are those of the prompt where its embeddings go, in order;
+    there the prompt has numbers below 0 in place of `patch_id`, which differ as images do.
+    """
+
+    pixels: bytes
+    positions: bytes
+    patch_id: int
+
+
 class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
     """One request as the scheduler takes it, validated against everything the text side knows.
 
@@ -117,7 +129,8 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
     (`extra_key` also carries `cache_salt`): requests with different keys never share a prefix.
     `lora_id` is the number under which its adapter was loaded, None: it has none.
     `include_progress` asks for `PrefillProgress` while the prompt is computed. `pooling` (None: the
-    request generates) asks for the prompt's vector and no token; `max_new_tokens` is then 0.
+    request generates) asks for the prompt's vector and no token; `max_new_tokens` is then 0. Only
+    where `images` are does the prompt hold numbers below 0.
     """
 
     bulk_field: ClassVar[str] = "input_ids"  # forty megabytes at ten million tokens: see channel.py
@@ -135,6 +148,7 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag="generate"):
     priority: int | None = None
     detok: DetokOptions = DetokOptions()
     include_progress: bool = False
+    images: tuple[ImageInput, ...] = ()
     pooling: PoolingSpec | None = None
 
     @property

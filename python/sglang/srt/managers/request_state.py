@@ -24,7 +24,8 @@ class RequestState:
     a client uses an id again while the scheduler is still ending its first bearer. `replica` is
     set from the moment that one's scheduler may know the request, `finished` once its final news
     came. `shown_dp_rank` is what clients hear of the replica, None where there is one. `adapter` is
-    the LoRA adapter that it runs with, None: none.
+    the LoRA adapter that it runs with, None: none. `image_bytes` are those of its images' pixels,
+    as the image desk counts them.
     """
 
     def __init__(self, rid: str, wire_rid: str, adapter: LoadedAdapter | None = None) -> None:
@@ -34,6 +35,7 @@ class RequestState:
         self.replica: int | None = None
         self.shown_dp_rank: int | None = None
         self.finished = False
+        self.image_bytes = 0
         self.abort_message: str | None = None
         self._error: RequestError | None = None
         self._news = asyncio.Event()

@@ -28,6 +28,7 @@ from sglang.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
 )
 from sglang.srt.managers.pooling_state import PoolingState
+from sglang.srt.managers.req_images import ReqImage, vocabulary_ids
 from sglang.srt.mem_cache.allocation import KVLease
 from sglang.srt.model_executor.forward_mode import ForwardMode
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -132,6 +133,7 @@ class Req:
         self.arrival = arrival
         self.prompt_len = len(prompt)
         self.tokens = TokenSequence(prompt, min(params.max_new_tokens or 256, 256))
+        self.images = tuple(ReqImage.of(image) for image in message.images)
         self.params: SamplingParams = params
         self.stop_token_ids = frozenset(() if params.ignore_eos else params.stop_token_ids)
         self.seed = seed
@@ -171,6 +173,11 @@ class Req:
         self.final_sent = False  # its one final output is on its way
         self.num_sent = 0  # generated tokens already told to the detokenizer
         self.output_logprobs: list[LogprobArrays] = []  # of tokens not yet sent
+
+    def vocabulary_ids(self, start: int, stop: int) -> Int32Array:
+        """Tokens [start, stop) as the model and the sampler know them: no number that stands for
+        an image; must not be kept across an append."""
+        return vocabulary_ids(self.tokens.view(start, stop), self.images)
 
     # ---- derived, never stored ----
 
@@ -297,6 +304,8 @@ class Req:
         self.num_scheduled = 0
         self.num_retractions += 1
         self.num_forced_retractions += forced
+        for image in self.images:
+            image.rows = None
         if self.logprob is not None and not self.logprob.input_sent:
             self.logprob.input_parts.clear()
         if self.pooling is not None:
@@ -346,7 +355,8 @@ class ScheduledReq:
 
     def input_ids(self) -> list[int] | Int32Array:
         """The ids of its tokens, the draft's included; must not be kept across an append."""
-        known = self.req.tokens.view(self.start, self.start + self.num_tokens - len(self.draft))
+        end = self.start + self.num_tokens - len(self.draft)
+        known = self.req.vocabulary_ids(self.start, end)
         return [*known.tolist(), *self.draft] if self.draft else known
 
     @property

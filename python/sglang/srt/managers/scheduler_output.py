@@ -138,6 +138,6 @@ class OutputCollector:
         if req.finish_reason is not None and req.finish_reason.type == "abort":
             return None
         state.input_sent = True
-        result = input_logprobs(state, req.tokens.view(0, req.prompt_len))
+        result = input_logprobs(state, req.vocabulary_ids(0, req.prompt_len))
         state.input_parts = []
         return result

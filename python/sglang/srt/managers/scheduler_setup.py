@@ -186,6 +186,7 @@ def build_scheduler_parts(
         args.model_path,
         overrides=args.model_overrides(),
         trust_remote_code=args.trust_remote_code,
+        multimodal=args.enable_multimodal,
     )
     pooling = pooling_of(config, is_embedding=args.is_embedding)
     args = args_for_pooling(args, pooling)

@@ -27,6 +27,7 @@ from sglang.srt.managers import request_validation as validation
 from sglang.srt.managers.constraint_desk import ConstraintDesk
 from sglang.srt.managers.control_replies import merged_reply
 from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest, IdArray
+from sglang.srt.managers.image_desk import ImageDesk
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchProgressOut,
@@ -45,6 +46,7 @@ from sglang.srt.managers.lora_registry import LoraRegistry
 from sglang.srt.managers.replica_choice import ReplicaChoice
 from sglang.srt.managers.request_state import RequestState
 from sglang.srt.managers.scheduler_pulse import SchedulerPulse
+from sglang.srt.multimodal.image_source import FetchRules
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.tokenizer.tokenizer import Tokenizer
 from sglang.srt.utils.channel import AsyncReceiver, Sender
@@ -94,6 +96,8 @@ class TokenizerManager:
             sorted({*model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())})
         )
         self.adapters = LoraRegistry(server_args, self.control)
+        rules = FetchRules(allow_private=environ.allow_private_image_urls)
+        self.images = ImageDesk(model_config.vision, tokenizer, rules)
         self._constraints = ConstraintDesk(tokenizer, self._end_ids, server_args.grammar_backend)
         self._short_texts = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         self._long_texts = ThreadPoolExecutor(2, thread_name_prefix="tokenize-long")
@@ -127,6 +131,7 @@ class TokenizerManager:
         self._context.term()
         self._short_texts.shutdown(wait=False, cancel_futures=True)
         self._long_texts.shutdown(wait=False, cancel_futures=True)
+        self.images.close()
 
     def scheduler_ready(self, ready: SchedulerReady) -> None:
         """Accept requests from now on; before, they are refused with 503."""
@@ -285,6 +290,7 @@ class TokenizerManager:
         self._states.pop(state.wire_rid, None)
         if state.adapter is not None:
             state.adapter.ended()
+        self.images.release(state.image_bytes)
         if state.replica is None:
             return
         self._choice.ended(state.replica)
@@ -309,11 +315,14 @@ class TokenizerManager:
             input_ids = await self.tokenize(request.text, request.add_special_tokens)
         input_ids = np.ascontiguousarray(input_ids, dtype="<i4")
         await self._check_ids(input_ids)
+        placed = await self.images.place(input_ids, request.images)
+        input_ids, keys, state.image_bytes = placed.ids, placed.keys, placed.num_bytes
         if request.sampling_params.held_to is not None:
             await self._in_thread(0, self._constraints.read_vocabulary)
         params = request.sampling_params
-        if self.server_args.allow_auto_truncate:
+        if self.server_args.allow_auto_truncate and not request.images:
             input_ids, params = validation.truncate(input_ids, params, self.context_length)
+            keys = input_ids
         params = validation.fit_to_context(len(input_ids), params, self.context_length)
         params = msgspec.structs.replace(
             params, stop_token_ids=validation.merged_stop_ids(params, self._end_ids)
@@ -324,7 +333,7 @@ class TokenizerManager:
         wants = request.return_logprob
         return TokenizedGenerateReqInput(
             rid=state.wire_rid,
-            input_ids=input_ids.data.cast("B"),
+            input_ids=keys.data.cast("B"),
             sampling_params=params,
             stream=request.stream,
             return_logprob=wants,
@@ -336,6 +345,7 @@ class TokenizerManager:
             priority=request.priority,
             include_progress=request.include_progress,
             pooling=request.pooling,
+            images=placed.inputs,
             detok=request.detok_options(input_ids),
         )
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.managers.req_images import ImagePart
 from sglang.srt.managers.schedule_batch import AdapterChange, ScheduleBatch
 from sglang.srt.mem_cache.allocation import KVPlacement
 from sglang.srt.model_executor.forward_mode import ForwardMode as ForwardMode
@@ -116,7 +117,8 @@ class ForwardBatch:
 
     Packed rows `relay_at` take the token that the forward before sampled for KV rows
     `relay_rows`: the worker writes them into `input_ids` right before it computes, and nothing
-    else of a batch ever changes.
+    else of a batch ever changes. `image_parts` are rows of images that stand in place of
+    embeddings; their tokens are the patch token.
 
     `pooled` None: the batch's requests generate. `adapter_places` [B] are the places of the
     sequences' LoRA adapters, -1 for none; None: no sequence has one. `adapter_changes` are made
@@ -138,6 +140,7 @@ class ForwardBatch:
     pooled: PooledRows | None = None
     adapter_places: Int64Array | None = None
     adapter_changes: tuple[AdapterChange, ...] = ()
+    image_parts: tuple[ImagePart, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -229,6 +232,7 @@ class ForwardBatch:
             pooled=PooledRows.of(batch),
             adapter_places=_adapter_places(batch),
             adapter_changes=batch.adapter_changes,
+            image_parts=_image_parts(batch, starts),
         )
 
 
@@ -252,6 +256,16 @@ def _packed_ids(
 def _adapter_places(batch: ScheduleBatch) -> Int64Array | None:
     places = np.fromiter((item.req.adapter_place for item in batch.items), np.int64)
     return places if (places >= 0).any() else None
+
+
+def _image_parts(batch: ScheduleBatch, starts: Int64Array) -> tuple[ImagePart, ...]:
+    """What the step computes of images, in the order of its tokens."""
+    parts = (
+        image.part(item.start, item.start + item.num_tokens, q_start)
+        for item, q_start in zip(batch.items, starts.tolist(), strict=True)
+        for image in item.req.images
+    )
+    return tuple(part for part in parts if part is not None)
 
 
 def _block_tables(

@@ -59,7 +59,8 @@ class ModelRunner:
         if self._adapters is not None:
             self._adapters.change(forward_batch)
         # Both ascend without repeats: as many sampled as wanted means that no others are wanted.
-        if self.tapes is not None and len(sample_rows) == len(forward_batch.geometry.logits_rows):
+        samples_all = len(sample_rows) == len(forward_batch.geometry.logits_rows)
+        if self.tapes is not None and samples_all and not forward_batch.image_parts:
             found = self.tapes.compute(forward_batch, before)
             if found is not None:
                 return LogitsProcessorOutput(

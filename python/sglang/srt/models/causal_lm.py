@@ -80,19 +80,19 @@ class CausalLM(nn.Module, ABC):
         if problems:
             raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
 
-    def _places(self) -> dict[str, _Place]:
+    def _places(self) -> dict[str, Place]:
         places = {}
         for full_name, _ in self.named_parameters():
             owner, _, param_name = full_name.rpartition(".")
             module = self.get_submodule(owner)
             if isinstance(module, Experts):
                 for below, parameter, expert_shard in module.checkpoint_tensors():
-                    places[f"{owner}.{below}"] = _Place(module, parameter, expert_shard)
+                    places[f"{owner}.{below}"] = Place(module, parameter, expert_shard)
                 continue
             parent, _, leaf = owner.rpartition(".")
             for source, shard in self.merged_projections.get(leaf, ((leaf, None),)):
                 prefix = f"{parent}.{source}" if parent else source
-                places[f"{prefix}.{param_name}"] = _Place(module, param_name, shard)
+                places[f"{prefix}.{param_name}"] = Place(module, param_name, shard)
         return places
 
     def adapter_sites(self) -> dict[str, AdapterSite]:
@@ -122,7 +122,7 @@ class AdapterSite:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """The parameter of a layer, or the shard of it, where one checkpoint tensor goes."""
 
     module: Any  # a layer with weight_loader

@@ -246,9 +246,14 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = self.norm_class(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
-    def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
-        """Hidden states [R, hidden] of the wanted rows."""
-        x = self.embed(forward_batch.input_ids)
+    def forward(
+        self, forward_batch: ForwardBatch, embedded: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states [R, hidden] of the wanted rows.
+
+        `embedded` [T, hidden] is what the layers get in place of the tokens' embeddings.
+        """
+        x = self.embed(forward_batch.input_ids) if embedded is None else embedded
         residual: torch.Tensor | None = None
         # Ascending rows without repeats: as many as tokens means every token, in order.
         prune = len(forward_batch.logits_rows) < forward_batch.num_tokens

@@ -1,15 +1,16 @@
-"""Llama 4, the text model: chunked layers that turn, global layers that don't, experts.
+"""Llama 4: chunked layers that turn, global layers that don't, experts.
 
 The decoder is Llama's; attention and MLP are chosen per layer from `ModelConfig`. In checkpoints
-of the multimodal model the text part's names begin with `language_model.`; vision weights are
-passed over. Source: the published configuration and documentation of Llama-4-Scout and Maverick.
+of the multimodal model the text part's names begin with `language_model.`; vision weights go to
+`llama4_vision`, or are passed over. Source: the published configuration and documentation of
+Llama-4-Scout and Maverick.
 
 Shape letters: T packed new tokens, H heads, D head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,15 @@ from torch import nn
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.model_traits import MoEConfig
 from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.errors import InvariantError
 from sglang.srt.layers.attention_temperature import AttentionTemperature
 from sglang.srt.layers.expert_weights import ExpertLayout
 from sglang.srt.layers.moe import Experts, Router, route_by_sigmoid
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding, get_rope
 from sglang.srt.layers.weights import LoadedWeight
+from sglang.srt.managers.req_images import ImagePart
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.models.causal_lm import Place
 from sglang.srt.models.llama import (
     DecoderOptions,
     LlamaAttention,
@@ -31,6 +36,7 @@ from sglang.srt.models.llama import (
     LlamaMLP,
     LlamaModel,
 )
+from sglang.srt.models.llama4_vision import VisionTower
 from sglang.srt.models.multimodal import text_weights
 from sglang.srt.utils.native import kernels_for
 
@@ -172,8 +178,49 @@ class Llama4ForCausalLM(LlamaForCausalLM):
 
 
 class Llama4ForConditionalGeneration(Llama4ForCausalLM):
-    """The text part of a multimodal checkpoint."""
+    """A multimodal checkpoint: the text model, and the vision tower where images are served."""
+
+    def __init__(self, config: ModelConfig, parallel: ParallelState, dtype: torch.dtype) -> None:
+        super().__init__(config, parallel, dtype)
+        self.vision: VisionTower | None = None
+        if config.vision is not None:
+            self.vision = VisionTower(config.vision, config.hidden_size, dtype)
+
+    def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
+        """See `CausalLM.forward`.
+
+        Side effects: images that the batch begins with are encoded, rows of those that it ends
+        with are let go.
+        """
+        if not forward_batch.image_parts:
+            return super().forward(forward_batch)
+        embedded = self.model.embed(forward_batch.input_ids)
+        for part in forward_batch.image_parts:
+            self._put_image(part, embedded, forward_batch.progress.tick)
+        hidden: torch.Tensor = self.model(forward_batch, embedded)
+        return hidden
+
+    def _put_image(self, part: ImagePart, embedded: torch.Tensor, tick: Callable[[], None]) -> None:
+        image = part.image
+        if image.rows is None:
+            if self.vision is None:
+                raise InvariantError("an image came to a model without a vision tower")
+            image.rows = self.vision.encode(image.pixels, tick)
+        at = torch.from_numpy(part.at).to(embedded.device)
+        some = image.rows[part.first : part.first + len(part.at)]
+        embedded.index_copy_(0, at, some.to(embedded.dtype))
+        if part.is_last:
+            image.rows = None
 
     def load_weights(self, weights: Iterable[tuple[str, LoadedWeight]]) -> None:
-        """As `CausalLM.load_weights`, without the prefix of text names and without vision."""
-        super().load_weights(text_weights(weights))
+        """As `CausalLM.load_weights`, without the prefix of text names; vision weights go to the
+        vision tower, or nowhere without one."""
+        vision = self.vision
+        super().load_weights(text_weights(weights, None if vision is None else vision.load))
+        if vision is not None:
+            vision.check_complete()
+
+    def _places(self) -> dict[str, Place]:
+        # The vision tower fills itself: its modules are not made of our layers.
+        own = super()._places().items()
+        return {name: place for name, place in own if not name.startswith("vision.")}

@@ -129,7 +129,7 @@ def _admission(req: Req, row: int) -> RowAdmission:
     if not req.params.has_penalties:
         return RowAdmission(row, req.params, req.seed, _NO_IDS, _NO_IDS, matcher)
     # Copies: the request's buffer goes on growing while the worker reads these.
-    prompt = req.tokens.view(0, req.prompt_len).copy()
+    prompt = req.vocabulary_ids(0, req.prompt_len).copy()
     output = req.tokens.view(req.prompt_len).copy()
     return RowAdmission(row, req.params, req.seed, prompt, output, matcher)
 
@@ -139,7 +139,7 @@ def _logprob_spec(
 ) -> LogprobSpec | None:
     if req.logprob is None or (count == 0 and not sample):
         return None
-    targets = req.tokens.view(first + 1, first + 1 + count).copy() if count else _NO_IDS
+    targets = req.vocabulary_ids(first + 1, first + 1 + count).copy() if count else _NO_IDS
     return LogprobSpec(
         input_row=input_row,
         input_targets=targets,

@@ -9,6 +9,7 @@ so that all ranks draft alike. See docs/speculative_decoding.md.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,14 +108,16 @@ class NgramDrafts:
         return Offer(self._chance_of(self._match).value, most)
 
     def take(self, tokens: Int32Array, count: int) -> tuple[int, ...]:
-        """The first `count` tokens of the offer; () for none."""
+        """The first `count` tokens of the offer, fewer where an image follows; () for none."""
         if self._match is None or count == 0:
             for chance in self._chances:
                 chance.fade(_IDLE_FADING)
             return ()
         # A match that reaches the end goes on with what it drafts: text that repeats itself.
         place = self._match.next_position
-        return tuple(np.resize(tokens[place : place + count], count).tolist())
+        found = np.resize(tokens[place : place + count], count).tolist()
+        # A number below 0 stands for a part of an image, which no model says.
+        return tuple(itertools.takewhile(lambda token: token >= 0, found))
 
     def note(self, num_proposed: int, num_correct: int) -> None:
         """What became of the tokens that were taken of the last offer."""

@@ -100,7 +100,13 @@ IMAGE = {"type": "input_image", "image_url": "x"}
         (item(type=["message"]), "'input[0].type'"),
         (item(role="tool", content="x"), "'input[0].role'"),
         (item(role="user"), "'input[0].content'"),
-        (item(role="user", content=[IMAGE]), "'input[0].content[0]': only text parts"),
+        (item(role="user", content=[IMAGE]), "Images are not served"),
+        (item(role="system", content=[IMAGE]), "'input[0].content[0]': only text parts"),
+        (
+            item(role="user", content=[{"type": "input_image", "file_id": "x"}]),
+            "'input[0].content[0]': an input_image needs its image_url",
+        ),
+        (item(role="user", content=[IMAGE, 5]), "'input[0].content[1][0]': only text parts"),
         (item(type="function_call", call_id="c", name="f"), "'input[0].arguments'"),
         (
             item(type="function_call", call_id="c", name="f", arguments="{"),

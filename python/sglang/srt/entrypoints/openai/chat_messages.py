@@ -40,17 +40,39 @@ def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     Raises RequestError 400 naming the message for a missing or unknown role and for content that
     is not text.
     """
+    return _messages(messages, None)
+
+
+def messages_with_images(
+    messages: Sequence[Mapping[str, Any]],
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Messages as `template_messages` gives them, and what names the images in them, in order.
+
+    The content of a user's message with images is a list of parts. Errors as there.
+    """
+    sources: list[str] = []
+    return _messages(messages, sources), sources
+
+
+def _messages(
+    messages: Sequence[Mapping[str, Any]], sources: list[str] | None
+) -> list[dict[str, Any]]:
     if not messages:
         raise bad_field("messages", "it is empty")
-    return [_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
+    return [_message(f"messages[{i}]", message, sources) for i, message in enumerate(messages)]
 
 
-def _message(name: str, message: Mapping[str, Any]) -> dict[str, Any]:
+def _message(name: str, message: Mapping[str, Any], sources: list[str] | None) -> dict[str, Any]:
     role = message.get("role")
     if role not in _ROLES:
         raise bad_field(f"{name}.role", f"expected one of {', '.join(_ROLES)}")
     result = dict(message)
-    result["content"] = text_content(f"{name}.content", message.get("content"))
+    content = message.get("content")
+    result["content"] = None
+    if sources is not None and role == "user" and isinstance(content, list):
+        result["content"] = _content_parts(f"{name}.content", content, sources)
+    if result["content"] is None:
+        result["content"] = text_content(f"{name}.content", content)
     calls = message.get("tool_calls")
     if calls is None:
         result.pop("tool_calls", None)
@@ -64,6 +86,30 @@ def _message(name: str, message: Mapping[str, Any]) -> dict[str, Any]:
     if message.get("content") is None and not (role == "assistant" and calls):
         raise bad_field(f"{name}.content", "it is missing")
     return result
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "image_url"
+
+
+def _content_parts(
+    name: str, content: Sequence[Any], sources: list[str]
+) -> list[dict[str, str]] | None:
+    """Parts in the form that templates of models with images document; None without images."""
+    if not any(map(_is_image, content)):
+        return None
+    parts = []
+    for i, part in enumerate(content):
+        if _is_image(part):
+            image = part.get("image_url")
+            url = image.get("url") if isinstance(image, dict) else image
+            if not isinstance(url, str):
+                raise bad_field(f"{name}[{i}]", "an image_url part needs its url")
+            sources.append(url)
+            parts.append({"type": "image"})
+        else:
+            parts.append({"type": "text", "text": text_content(f"{name}[{i}]", [part])})
+    return parts
 
 
 def text_content(name: str, content: Any) -> str:

@@ -1,7 +1,8 @@
 """The items of a response's input and output, as messages of a chat.
 
 An answer is several items here, reasoning, text and calls, and one message in a chat: neighbours
-are put together. The messages hold text only, so they can be kept and sent to any chat template.
+are put together. The messages are those of chat requests, so they can be kept and sent again:
+users' may have images, all others hold text only.
 """
 
 from __future__ import annotations
@@ -60,7 +61,11 @@ class _ItemReader:
             raise bad_field(f"{name}.role", f"expected one of {', '.join(_ROLES)}")
         if item.get("content") is None:
             raise bad_field(f"{name}.content", "it is missing")
-        content = text_content(f"{name}.content", item["content"])
+        content: Any = None
+        if role == "user" and isinstance(item["content"], list):
+            content = _parts_with_images(f"{name}.content", item["content"])
+        if content is None:
+            content = text_content(f"{name}.content", item["content"])
         if role == "assistant":
             self._begin_answer()["content"] = content
         else:
@@ -111,3 +116,30 @@ class _ItemReader:
             self._thoughts.clear()
         self.messages.append(message)
         return message
+
+
+def content_chars(message: Message) -> int:
+    """Characters of a message's texts and images."""
+    content = message["content"]
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(part.get("text") or part["image_url"]["url"]) for part in content)
+
+
+def _parts_with_images(name: str, content: Sequence[Any]) -> list[dict[str, Any]] | None:
+    """A content's parts as those of a chat message; None when there is no image among them."""
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
+    if "input_image" not in kinds:
+        return None
+    parts: list[dict[str, Any]] = []
+    for i, (kind, part) in enumerate(zip(kinds, content, strict=True)):
+        if kind != "input_image":
+            parts.append({"type": "text", "text": text_content(f"{name}[{i}]", [part])})
+            continue
+        url = part.get("image_url")
+        if not isinstance(url, str) or not url:
+            raise bad_field(
+                f"{name}[{i}]", "an input_image needs its image_url; files are not kept"
+            )
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+    return parts

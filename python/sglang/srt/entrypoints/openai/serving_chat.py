@@ -18,7 +18,7 @@ from sglang.srt.entrypoints.openai.chat_choice import (
     StreamedChoice,
     whole_choice,
 )
-from sglang.srt.entrypoints.openai.chat_messages import template_kwargs, template_messages
+from sglang.srt.entrypoints.openai.chat_messages import messages_with_images, template_kwargs
 from sglang.srt.entrypoints.openai.protocol import CHAT_FIELDS, ChatBody
 from sglang.srt.entrypoints.openai.serving_base import (
     MAX_OPENAI_TOP_LOGPROBS,
@@ -75,7 +75,7 @@ class ChatServing(OpenAIServing):
 
     async def prepare(self, body: ChatBody) -> ChatCall:
         """Render the conversation and build the call; RequestError 400 when it cannot be."""
-        messages = template_messages(body.messages)
+        messages, sources = messages_with_images(body.messages)
         tools = read_tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
         given = {**self.options.template_defaults, **body.chat_template_kwargs}
         kwargs = template_kwargs(given, body.reasoning_effort)
@@ -83,6 +83,7 @@ class ChatServing(OpenAIServing):
             raise bad_field("continue_final_message", "the last message is not the assistant's")
         params = self._params(body, tools)
         check_budget(params, self.options.parsers)
+        images = await self.service.images.load(sources) if sources else ()
         text = await self.service.render_chat(
             messages,
             add_generation_prompt=body.add_generation_prompt,
@@ -121,6 +122,7 @@ class ChatServing(OpenAIServing):
             include_progress=body.stream and bool(body.stream_options.include_progress),
             session=session_of(body.session_params),
             routed_dp_rank=body.replica,
+            images=images,
         )
         if body.shows_prompt_ids:
             request = await self.with_ids(request)

@@ -30,7 +30,7 @@ from sglang.srt.entrypoints.openai.responses_events import (
     new_id,
 )
 from sglang.srt.entrypoints.openai.responses_fields import ResponsesBody, chat_body, echoed
-from sglang.srt.entrypoints.openai.responses_items import Message, messages_of
+from sglang.srt.entrypoints.openai.responses_items import Message, content_chars, messages_of
 from sglang.srt.entrypoints.openai.responses_store import ResponseStore, Turn
 from sglang.srt.entrypoints.openai.serving_chat import ChatCall, ChatServing
 from sglang.srt.entrypoints.request_body import off_loop
@@ -162,7 +162,7 @@ class ResponseServing:
         body = dump_json(response)
         if call.keeps:
             said = [*call.asked, *messages_of("output", response["output"])]
-            size = sum(len(message["content"]) for message in said)
+            size = sum(map(content_chars, said))
             messages = await off_loop(size, msgspec.json.encode, said)
             self._store.put(call.id, body, Turn(messages, call.previous))
         self._running.pop(call.id, None)  # before the client hears of the end, and comes back
