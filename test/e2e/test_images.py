@@ -27,6 +27,7 @@ from srt.models.hf_vision import (
 )
 
 NEW_TOKENS = 6
+CONTEXT = 256
 MEMORY = ("--kv-memory-budget", "32MiB", "--kv-segment-size", "64", "--page-size", "16")
 TEMPLATE = """\
 {%- for message in messages %}
@@ -103,7 +104,8 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
     path = save_vision_model(reference, folder)
     save_tokenizer(folder)
     flags = ("--model-path", path, "--enable-multimodal", "--dtype", "float32")
-    with running_server(*flags, *MEMORY) as process:
+    limits = ("--context-length", str(CONTEXT), "--allow-auto-truncate")
+    with running_server(*flags, *MEMORY, *limits) as process:
         yield Asked(process, reference)
 
 
@@ -187,3 +189,19 @@ def test_refusals(asked: Asked, prompt: str, images: list[str], named: str) -> N
 def test_a_chat_with_what_is_no_image(asked: Asked) -> None:
     with pytest.raises(openai.BadRequestError, match="none of PNG"):
         chat(asked.server, image(data_url(b"text")))
+
+
+def test_prompts_with_images_are_not_cut_and_not_kept_in_sessions(asked: Asked) -> None:
+    params = {"max_new_tokens": NEW_TOKENS, "temperature": 0}
+    long = "w1 " * CONTEXT
+    body: dict[str, Any] = {"text": long, "sampling_params": params}
+    assert asked.server.post("/generate", body).status_code == 200
+    body |= {"text": f"{long}<|image|>", "image_data": base64_of(CAT)}
+    reply = asked.server.post("/generate", body)
+    assert reply.status_code == 400
+    assert "longer than the model's context length" in reply.json()["error"]["message"]
+    session = asked.server.post("/open_session", {"capacity_of_str_len": 100}).json()
+    body |= {"text": "w1<|image|>", "session_params": {"id": session}}
+    reply = asked.server.post("/generate", body)
+    assert reply.status_code == 400
+    assert "a session keeps no images" in reply.json()["error"]["message"]
