@@ -217,10 +217,11 @@ the session in `session_params` of `/generate`, `/v1/completions` or `/v1/chat/c
 `.count_tokens` of the `anthropic` package work, and everything said of chats in
 [tools.md](tools.md) and [structured_outputs.md](structured_outputs.md) holds.
 
-- `content` is a text or blocks: `text`, `tool_use`, `tool_result` and `thinking`. Images, documents
-  and the blocks of Anthropic's own tools are refused. Texts of one message, and messages of one
-  role that follow each other, are put together, a line each. A result of a tool becomes a message
-  of the role `tool`; `is_error` is not shown to the model.
+- `content` is a text or blocks: `text`, `tool_use`, `tool_result`, `thinking`, and in users'
+  messages `image` with a source `url` or `base64` ([images](images.md)). Documents, images in
+  results and the blocks of Anthropic's own tools are refused. Texts of one message, and messages
+  of one role that follow each other, are put together, a line each. A result of a tool becomes a
+  message of the role `tool`; `is_error` is not shown to the model.
 - The text of `thinking` goes to the chat template as in `/v1/responses`; `redacted_thinking` is
   passed over. `signature` is empty here and not checked.
 - Where the last message is the assistant's, the answer goes on with it.

@@ -205,3 +205,26 @@ def test_prompts_with_images_are_not_cut_and_not_kept_in_sessions(asked: Asked) 
     reply = asked.server.post("/generate", body)
     assert reply.status_code == 400
     assert "a session keeps no images" in reply.json()["error"]["message"]
+
+
+def test_messages_and_ollama_see_images(asked: Asked) -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": base64_of(WIDE)}
+    content = [
+        {"type": "text", "text": "w3"},
+        {"type": "image", "source": source},
+        {"type": "text", "text": "w9"},
+    ]
+    body: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": content}]}
+    sampling = {"max_tokens": NEW_TOKENS, "temperature": 0}
+    message = asked.server.post("/v1/messages", {**body, **sampling}).json()
+    count = asked.check([3, WIDE, 9], message["content"][0]["text"])
+    assert asked.server.post("/v1/messages/count_tokens", body).json() == {"input_tokens": count}
+    options = {"num_predict": NEW_TOKENS, "temperature": 0}
+    fields = {"model": "m", "stream": False, "options": options}
+    asks = [{"role": "user", "content": "w4", "images": [base64_of(CAT), base64_of(WIDE)]}]
+    reply = asked.server.post("/api/chat", {**fields, "messages": asks}).json()
+    asked.check([CAT, WIDE, 4], reply["message"]["content"])
+    written = {"prompt": "w4", "images": [base64_of(CAT)]}
+    asked.check(
+        [CAT, 4], asked.server.post("/api/generate", {**fields, **written}).json()["response"]
+    )

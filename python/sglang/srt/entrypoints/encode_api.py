@@ -11,6 +11,7 @@ import msgspec
 from sglang.srt.entrypoints.generate_api import meta_info
 from sglang.srt.entrypoints.generate_request_body import (
     MULTIMODAL,
+    POOLED_IMAGES,
     POOLED_LORA,
     RAW_NULL,
     GenerateCall,
@@ -49,10 +50,10 @@ ENCODE_FIELDS = FieldTable(
     ),
     refused={
         "input_embeds": Refusal("input embeddings are not served", ([],)),
-        "image_data": MULTIMODAL,
+        "image_data": POOLED_IMAGES,
         "video_data": MULTIMODAL,
         "audio_data": MULTIMODAL,
-        "modalities": Refusal("the model takes text only", ([], ["text"])),
+        "modalities": Refusal("pooled models take text only", ([], ["text"])),
         "lora_path": POOLED_LORA,
         "is_cross_encoder_request": Refusal("use /v1/rerank", (False,)),
     },

@@ -33,6 +33,7 @@ from sglang.srt.managers.generate_request import GenerateRequest, IdArray, Sessi
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 MULTIMODAL = Refusal("neither videos nor audio are served", ("", [], [None]))
+POOLED_IMAGES = Refusal("images are for models that generate only", ("", [], [None]))
 POOLED_LORA = Refusal("adapters are served of models that generate only", ("", [], [None]))
 HIDDEN_STATES = Refusal("hidden states are not returned", (False, [False]))
 LOGIT_PROCESSOR = Refusal("custom logit processors are not served", ("",))

@@ -14,6 +14,7 @@ from sglang.srt.managers.generate_request import GenerateDelta, GenerateRequest,
 from sglang.srt.managers.io_struct import ControlReply
 from sglang.srt.managers.lora_registry import LoraRegistry
 from sglang.srt.managers.scheduler_pulse import SchedulerPulse
+from sglang.srt.multimodal.image_prompt import PlacedImages
 from sglang.srt.multimodal.image_tiles import TiledImage
 
 
@@ -44,6 +45,14 @@ class ImageLoader(Protocol):
 
     async def load(self, sources: Sequence[str]) -> tuple[TiledImage, ...]:
         """The images that URLs and base64 texts name; RequestError for what is none."""
+        ...
+
+    async def place(self, input_ids: IdArray, images: Sequence[TiledImage]) -> PlacedImages:
+        """The prompt with its images, whose bytes count until `release`; RequestError."""
+        ...
+
+    def release(self, num_bytes: int) -> None:
+        """So many bytes of placed images are not needed any more."""
         ...
 
 

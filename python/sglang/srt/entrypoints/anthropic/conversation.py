@@ -70,6 +70,8 @@ class _Reader:
         kind = block.get("type")
         if kind == "text":
             _append(self._last(role), "content", _text_of(name, block, "text"))
+        elif role == "user" and kind == "image":
+            _append_image(self._last(role), _image_url(name, block))
         elif role == "user" and kind == "tool_result":
             self._result(name, block)
         elif role == "assistant" and kind == "tool_use":
@@ -102,7 +104,32 @@ class _Reader:
 def _append(message: Message, field: str, text: str) -> None:
     """More text of a message, on lines of its own."""
     before = message.get(field)
-    message[field] = f"{before}\n{text}" if before else text
+    if isinstance(before, list):
+        before.append({"type": "text", "text": text})
+    else:
+        message[field] = f"{before}\n{text}" if before else text
+
+
+def _append_image(message: Message, url: str) -> None:
+    """An image behind what a message has so far; from then on its content is in parts."""
+    content = message["content"]
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}] if content else []
+        message["content"] = content
+    content.append({"type": "image_url", "image_url": {"url": url}})
+
+
+def _image_url(name: str, block: Mapping[str, Any]) -> str:
+    source = block.get("source")
+    if not isinstance(source, dict):
+        raise bad_field(f"{name}.source", "expected an object")
+    kind = source.get("type")
+    if kind == "url":
+        return _text_of(f"{name}.source", source, "url")
+    if kind == "base64":
+        media, data = (_text_of(f"{name}.source", source, x) for x in ("media_type", "data"))
+        return f"data:{media};base64,{data}"
+    raise bad_field(f"{name}.source.type", f"url and base64 are served, not {kind!r}")
 
 
 def _text_of(name: str, block: Mapping[str, Any], field: str) -> str:
@@ -113,6 +140,6 @@ def _text_of(name: str, block: Mapping[str, Any], field: str) -> str:
 
 
 def _no_block(name: str, role: str, kind: Any) -> RequestError:
-    if kind in ("image", "document"):
-        return bad_field(name, f"the model takes text only, got a block of the type {kind!r}")
+    if kind == "document":
+        return bad_field(name, "documents are not served")
     return bad_field(f"{name}.type", f"{kind!r} is not served in a message of the role {role}")

@@ -82,8 +82,11 @@ class MessageServing:
         """The number of tokens of a prompt; RequestError 400 when it can't be rendered."""
         messages = conversation(body.system, body.messages)
         chat = await self._chat.prepare(ChatBody(**prompt_fields(body, messages)))
-        tokens = await self._chat.service.tokenize(chat.call.prompts[0].text or "", False)
-        return {"input_tokens": len(tokens)}
+        service, prompt = self._chat.service, chat.call.prompts[0]
+        tokens = await service.tokenize(prompt.text or "", False)
+        placed = await service.images.place(tokens, prompt.images)
+        service.images.release(placed.num_bytes)
+        return {"input_tokens": len(placed.ids)}
 
     async def reply(self, call: MessageCall) -> dict[str, Any]:
         """The whole message. Raises RequestError."""

@@ -21,7 +21,6 @@ from sglang.srt.errors import RequestError
 Message = dict[str, Any]
 UNLIMITED = (-1, -2)  # values of num_predict: without end, up to the end of the context
 _TEXT: msgspec.json.Decoder[str] = msgspec.json.Decoder(str)
-_TEXT_ONLY = Refusal("the model takes text only", ([],))
 _NO_PICTURES = Refusal("pictures are not made")
 
 
@@ -103,6 +102,7 @@ class OllamaGenerateBody(SharedBody, frozen=True, kw_only=True):
     prompt: str = ""
     system: str = ""
     raw: bool = False
+    images: tuple[str, ...] = ()
 
 
 _ACCEPTED = ("keep_alive",)  # the model stays
@@ -123,7 +123,6 @@ OLLAMA_GENERATE_FIELDS = FieldTable(
     accepted=_ACCEPTED,
     refused={
         **_REFUSED,
-        "images": _TEXT_ONLY,
         "suffix": Refusal("the model has no fill-in-the-middle template", ("",)),
         "template": Refusal("the template is the server's (--chat-template)", ("",)),
         "context": Refusal("contexts are not given back; use /api/chat", ([],)),
@@ -148,6 +147,8 @@ def read_generate(fields: RawFields) -> OllamaGenerateBody:
     _check_model(body)
     if body.raw and body.system:
         raise bad_field("system", "a raw prompt goes to the model as it is")
+    if body.raw and body.images:
+        raise bad_field("images", "a raw prompt has no place for them")
     if body.raw and body.think:
         raise bad_field("think", "a raw prompt goes to the model as it is")
     return body
@@ -227,7 +228,8 @@ def _response_format(raw: msgspec.Raw | None) -> ResponseFormat | None:
 def prompt_messages(body: OllamaGenerateBody) -> list[Message]:
     """The conversation that a prompt is."""
     system = [{"role": "system", "content": body.system}] if body.system else []
-    return [*system, {"role": "user", "content": body.prompt}]
+    content = _with_images("images", body.prompt, list(body.images))
+    return [*system, {"role": "user", "content": content}]
 
 
 def chat_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -238,13 +240,22 @@ def chat_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     return [_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
 
 
+def _with_images(name: str, text: str, images: Any) -> str | list[dict[str, Any]]:
+    """A content: the text alone, or images before it."""
+    if not images:
+        return text
+    if not isinstance(images, list) or not all(isinstance(one, str) for one in images):
+        raise bad_field(name, "expected a list of images in base64")
+    parts = [{"type": "image_url", "image_url": {"url": one}} for one in images]
+    return [*parts, {"type": "text", "text": text}]
+
+
 def _message(name: str, message: Mapping[str, Any]) -> Message:
-    if message.get("images"):
-        raise bad_field(f"{name}.images", _TEXT_ONLY.reason)
     content = message.get("content")
     if not isinstance(content, str | None):
         raise bad_field(f"{name}.content", "expected text")
-    found: Message = {"role": message.get("role"), "content": content or ""}
+    shown = _with_images(f"{name}.images", content or "", message.get("images"))
+    found: Message = {"role": message.get("role"), "content": shown}
     names = {"thinking": "reasoning_content", "tool_name": "name", "tool_call_id": "tool_call_id"}
     for field, called in names.items():
         value = message.get(field)

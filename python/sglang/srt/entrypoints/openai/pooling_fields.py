@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from sglang.srt.entrypoints.generate_request_body import MULTIMODAL, POOLED_LORA, RAW_NULL
+from sglang.srt.entrypoints.generate_request_body import POOLED_IMAGES, POOLED_LORA, RAW_NULL
 from sglang.srt.entrypoints.request_fields import FieldTable, Int, Refusal
 from sglang.srt.entrypoints.token_id_reader import IdLists
 
@@ -61,7 +61,7 @@ class ScoreBody(PoolingBody, frozen=True, kw_only=True):
 _ACCEPTED = ("user", "no_logs", "custom_labels")
 _REFUSED = {
     "lora_path": POOLED_LORA,
-    "image_data": MULTIMODAL,
+    "image_data": POOLED_IMAGES,
     "routed_dp_rank": Refusal("send it to /encode"),
     "data_parallel_rank": Refusal("send it to /encode"),
 }
