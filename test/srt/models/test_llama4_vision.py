@@ -14,6 +14,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models.llama4 import Llama4ForConditionalGeneration
+from sglang.srt.utils.native import native_kernels
 from srt.model_loader.test_fp8_checkpoints import compressed
 from srt.models.hf_vision import (
     ROWS,
@@ -69,7 +70,13 @@ def test_without_images_nothing_of_it_is_there(saved: tuple[str, Any]) -> None:
     assert not [name for name, _ in model.named_parameters() if "vision" in name]
 
 
-@pytest.mark.parametrize("arguments", [{"load_format": "dummy"}, {"quantization": "int8"}])
+needs_kernels = pytest.mark.skipif(native_kernels() is None, reason="sgl-kernel is not installed")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"load_format": "dummy"}, pytest.param({"quantization": "int8"}, marks=needs_kernels)],
+)
 def test_other_ways_to_load(saved: tuple[str, Any], arguments: dict[str, Any]) -> None:
     path, _ = saved
     rows = rows_of(load(path, **arguments), draw_image(4, 2, 3).pixels.tobytes())
