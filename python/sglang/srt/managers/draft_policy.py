@@ -51,8 +51,8 @@ class DraftPolicy:
     ) -> Sequence[ScheduledReq] | None:
         """The same decodes, drafted where their text says what may follow and a step gains by it.
 
-        `ahead`: a step is under way, whose results would be missing in the drafts. None: it is
-        better to wait for them, as there is something to draft, or they are those of drafts.
+        `ahead`: a step is under way, whose results would be missing in the drafts. None: there is
+        something to draft, so it is better to wait for them.
         """
         rules = self._rules
         if rules is None or not decodes:

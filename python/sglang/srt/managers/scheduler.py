@@ -121,7 +121,7 @@ class Scheduler:
         self._adapters = adapters or SchedulerAdapters()
         self._control = SchedulerControl(self, memory, canary, self._adapters)
         self._admission = Admission(memory, limits, self._adapters)
-        self._placer = StepPlacer(memory)
+        self._placer = StepPlacer(memory, drafts=limits.drafts is not None)
         self._chunks = ChunkSizer(
             limits.chunk_tokens,
             limits.page_size,
@@ -309,7 +309,8 @@ class Scheduler:
     def _launch_next(self) -> bool:
         """Put together the next step and submit it; False when there is nothing to compute, or not
         before results have come."""
-        if any(step.batch.has_drafts for step in self._inflight):
+        drafts = self._limits.drafts is not None
+        if drafts and any(step.batch.has_drafts for step in self._inflight):
             return False  # how far their requests will be is not known
         self._admit()
         while victims := self._preempted():

@@ -13,10 +13,14 @@ from sglang.srt.mem_cache.allocation import DecodeRows, KVMemory, KVPlacement, P
 
 
 class StepPlacer:
-    """Asks memory for a step's slots; knows which rows decoded last, as they mostly go on."""
+    """Asks memory for a step's slots; knows which rows decoded last, as they mostly go on.
 
-    def __init__(self, memory: KVMemory) -> None:
+    `drafts`: items may have some; without, nobody looks for them.
+    """
+
+    def __init__(self, memory: KVMemory, *, drafts: bool) -> None:
         self._memory = memory
+        self._drafts = drafts
         self._decode_rows = DecodeRows.of(())
 
     def place(
@@ -51,7 +55,7 @@ class StepPlacer:
         self, decodes: Sequence[ScheduledReq]
     ) -> tuple[Sequence[ScheduledReq], KVPlacement] | None:
         """All decodes, with their drafts or without; None: there is not room for a token each."""
-        if any(item.draft or item.lease.has_spare_pages for item in decodes):
+        if self._drafts and any(item.draft or item.lease.has_spare_pages for item in decodes):
             # Those that have pages ahead of them, or need several tokens, are no rows of a kind.
             for some in (decodes, without_drafts(decodes)):
                 placement = self._memory.alloc_for_extend([_need(item) for item in some])

@@ -89,20 +89,16 @@ class NgramDrafts:
 
     def index(self, tokens: Int32Array, end: int) -> None:
         """Take in tokens before position `end`, a bounded number of them; the rest another time."""
-        if self._index is None:
-            self._index = NgramIndex(self._rules.min_match, self._expected_tokens)
-        self._index.extend(tokens, min(end, self._index.num_indexed + _INDEX_TOKENS))
+        self._filled(tokens, end)
 
     def offer(self, tokens: Int32Array, room: int) -> Offer:
         """What may be drafted behind `tokens`, all that are known, within `room` tokens.
 
         Side effect: takes in what was not indexed yet, the newest token excepted.
         """
-        self.index(tokens, len(tokens) - 1)
+        index = self._filled(tokens, len(tokens) - 1)
         most = min(room, self._rules.max_draft_tokens)
-        self._match = None
-        if self._index is not None and most > 0:
-            self._match = self._index.find(tokens, self._rules.max_match)
+        self._match = index.find(tokens, self._rules.max_match) if most > 0 else None
         if self._match is None:
             return Offer(0.0, 0)
         return Offer(self._chance_of(self._match).value, most)
@@ -126,6 +122,13 @@ class NgramDrafts:
         self.num_correct += num_correct
         if self._match is not None:
             self._chance_of(self._match).note(num_correct, int(num_correct < num_proposed))
+
+    def _filled(self, tokens: Int32Array, end: int) -> NgramIndex:
+        """The index, with what `index` takes in."""
+        if self._index is None:
+            self._index = NgramIndex(self._rules.min_match, self._expected_tokens)
+        self._index.extend(tokens, min(end, self._index.num_indexed + _INDEX_TOKENS))
+        return self._index
 
     def _chance_of(self, match: Match) -> _Chance:
         return next(
