@@ -368,3 +368,8 @@ def http_post(path: str, body: bytes, *headers: str) -> bytes:
         *headers,
     ]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def shown(server: LiveServer, number: int = -1) -> list[dict[str, Any]]:
+    """The messages that a request has given to the template."""
+    return [dict(message) for message in server.service.templates[number][0]]

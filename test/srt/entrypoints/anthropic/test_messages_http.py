@@ -22,7 +22,7 @@ from srt.entrypoints.anthropic.messages_client import (
     create,
     stream,
 )
-from srt.entrypoints.fake_service import LiveServer
+from srt.entrypoints.fake_service import LiveServer, shown
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,6 @@ def without_ids(message: dict[str, Any]) -> dict[str, Any]:
     """What two replies to one request have in common."""
     blocks = [{k: v for k, v in block.items() if k != "id"} for block in message["content"]]
     return {**{k: v for k, v in message.items() if k != "id"}, "content": blocks}
-
-
-def shown(server: LiveServer, number: int = -1) -> list[dict[str, Any]]:
-    """The messages that a request has given to the template."""
-    return [dict(message) for message in server.service.templates[number][0]]
 
 
 def test_the_reply_has_exactly_the_shape(server: LiveServer) -> None:

@@ -11,7 +11,7 @@ import openai
 import pydantic
 import pytest
 
-from srt.entrypoints.fake_service import LiveServer, http_post
+from srt.entrypoints.fake_service import LiveServer, http_post, shown
 from srt.entrypoints.openai.responses_client import (
     EVERYTHING,
     PATH,
@@ -46,11 +46,6 @@ def without_ids(response: dict[str, Any]) -> dict[str, Any]:
     ]
     own = ("id", "created_at", "completed_at")
     return {**{k: v for k, v in response.items() if k not in own}, "output": output}
-
-
-def shown(server: LiveServer, number: int = -1) -> list[dict[str, Any]]:
-    """The messages that a request has given to the template."""
-    return [dict(message) for message in server.service.templates[number][0]]
 
 
 def test_the_reply_has_exactly_the_shape(server: LiveServer) -> None:
