@@ -145,6 +145,9 @@ TABLE: tuple[Row, ...] = (
     (7, "", "planner.known_models < plan_memory"),
     (7, "", "planner < sglang"),
     (7, "", "bench.batch_run, bench.module_times < bench_one_batch < sglang"),
+    (7, "", "bench.serving_load, bench.serving_figures < bench.serving_client < bench_serving"
+     " < sglang"),
+    (7, "", "cli < sglang"),
     (7, "", "bench < sglang"),
 )  # fmt: skip
 
