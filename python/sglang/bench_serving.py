@@ -23,44 +23,18 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import aiohttp
-import numpy as np
 from tqdm import tqdm
 
 from sglang.bench.serving_client import KINDS, MemoryWatch, Target, get_json, new_session, run_load
 from sglang.bench.serving_figures import Outcome, memory_figures, render, serving_figures
-from sglang.bench.serving_load import (
-    DATASETS,
-    Codec,
-    LoadRequest,
-    LoadShape,
-    arrival_times,
-    make_load,
-)
-from sglang.srt.tokenizer.loader import load_tokenizer
+from sglang.bench.serving_flags import TokenizerCodec, add_load_flags, load_shape
+from sglang.bench.serving_load import Codec, LoadRequest, arrival_times, make_load
 
 _WARM_UP_TOKENS = 32
 _KEPT_SETTINGS = (
     *("backend", "dataset_name", "num_prompts", "request_rate", "max_concurrency", "seed"),
     *("random_input_len", "random_output_len", "random_range_ratio", "sharegpt_output_len"),
 )
-
-
-class _TokenizerCodec:
-    """A tokenizer as a load sees it. Raises ValueError when there is none at `path`."""
-
-    def __init__(self, path: str) -> None:
-        self._tokenizer = load_tokenizer(path)
-        every = np.arange(self._tokenizer.vocab_size)
-        self.ordinary_ids = every[~np.isin(every, list(self._tokenizer.special_ids))]
-
-    def encode(self, text: str) -> list[int]:
-        """See Codec."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).tolist()
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """See Codec."""
-        return self._tokenizer.decode(list(ids))
 
 
 def main(argv: Sequence[str] | None = None, out: TextIO = sys.stdout) -> int:
@@ -86,7 +60,7 @@ async def measure(settings: argparse.Namespace, out: TextIO) -> dict[str, Any]:
     async with new_session() as session:
         target = await _find_target(session, settings)
         codec = await _find_codec(session, target, settings)
-        shape = _shape(settings)
+        shape = load_shape(settings, settings.tokenize_prompt)
         requests = make_load(
             settings.dataset_name, settings.dataset_path, shape, codec, settings.seed
         )
@@ -164,24 +138,7 @@ async def _find_codec(
     if path is None:
         with contextlib.suppress(OSError):
             path = (await get_json(session, target, "/model_info")).get("tokenizer_path")
-    return _TokenizerCodec(path or target.model)
-
-
-def _shape(settings: argparse.Namespace) -> LoadShape:
-    return LoadShape(
-        num_prompts=settings.num_prompts,
-        input_len=settings.random_input_len,
-        output_len=settings.random_output_len,
-        range_ratio=settings.random_range_ratio,
-        sharegpt_output_len=settings.sharegpt_output_len,
-        sharegpt_context_len=settings.sharegpt_context_len,
-        num_groups=settings.gsp_num_groups,
-        prompts_per_group=settings.gsp_prompts_per_group,
-        system_prompt_len=settings.gsp_system_prompt_len,
-        question_len=settings.gsp_question_len,
-        group_output_len=settings.gsp_output_len,
-        as_ids=settings.tokenize_prompt,
-    )
+    return TokenizerCodec(path or target.model)
 
 
 async def _warm_up(
@@ -221,16 +178,6 @@ def _raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError("no JSON object")
-    return found
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line; names and defaults are SGLang's."""
     parser = argparse.ArgumentParser(prog="python -m sglang.bench_serving", description=__doc__)
@@ -242,12 +189,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", help="name and tokenizer; default: what the server says")
     add("--served-model-name", help="the name in requests; default: --model")
     add("--tokenizer", help="default: --model, or what the server says")
-    _add_load(parser)
+    add_load_flags(parser)
+    add("--tokenize-prompt", action="store_true", help="send token ids, of exact lengths")
     add("--request-rate", type=float, default=float("inf"), help="requests a second, Poisson")
     add("--max-concurrency", type=int, help="most requests under way; default: no bound")
     add("--disable-stream", action="store_true")
-    add("--disable-ignore-eos", action="store_true", help="answers may end early")
-    add("--extra-request-body", type=_json_object, default={}, metavar="JSON")
     add("--lora-name", nargs="+", default=[], help="adapters, in turns")
     add("--warmup-requests", type=int, default=1)
     add("--flush-cache", action="store_true", help="empty the prefix cache before the run")
@@ -256,24 +202,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--disable-tqdm", action="store_true")
     add("--seed", type=int, default=1)
     return parser
-
-
-def _add_load(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--dataset-name", choices=DATASETS, default="sharegpt")
-    add("--dataset-path", help="a file in ShareGPT's format; nothing is downloaded")
-    add("--num-prompts", type=int, default=1000)
-    add("--random-input-len", "--random-input", type=int, default=1024)
-    add("--random-output-len", "--random-output", type=int, default=1024)
-    add("--random-range-ratio", type=float, default=0.0)
-    add("--sharegpt-output-len", type=int)
-    add("--sharegpt-context-len", type=int)
-    add("--gsp-num-groups", type=int, default=64)
-    add("--gsp-prompts-per-group", type=int, default=16)
-    add("--gsp-system-prompt-len", type=int, default=2048)
-    add("--gsp-question-len", type=int, default=128)
-    add("--gsp-output-len", type=int, default=256)
-    add("--tokenize-prompt", action="store_true", help="send token ids, of exact lengths")
 
 
 if __name__ == "__main__":
