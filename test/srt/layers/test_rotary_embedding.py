@@ -231,8 +231,24 @@ def test_frequencies_survive_the_meta_device() -> None:
     assert torch.equal(cos, ours(SCALINGS["yarn"]).cos_sin(torch.tensor([5]))[0])
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_part_of_a_head_turns_as_a_smaller_head_would(interleaved: bool) -> None:
+    positions = torch.tensor([0, 7, 500])
+    x = torch.randn(3, HEADS * DIM, generator=torch.Generator().manual_seed(3))
+    part = get_rope(
+        DIM, RopeConfig(partial_factor=0.25), TRAINED, torch.float32, interleaved=interleaved
+    )
+    whole = get_rope(16, RopeConfig(), TRAINED, torch.float32, interleaved=interleaved)
+    assert part.is_partial
+    assert not whole.is_partial
+    heads, turned = x.view(3, HEADS, DIM), part.rotate(positions, x).view(3, HEADS, DIM)
+    expected = whole.rotate(positions, heads[..., :16].flatten(1)).view(3, HEADS, 16)
+    assert torch.equal(turned[..., :16], expected)
+    assert torch.equal(turned[..., 16:], heads[..., 16:])
+
+
 def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="even head_dim, not 63"):
+    with pytest.raises(ValueError, match="even number of dimensions, not 63"):
         get_rope(63, RopeConfig(), TRAINED, torch.float32)
     with pytest.raises(ValueError, match="unknown rope type 'longrope'"):
         get_rope(64, RopeConfig(rope_type="longrope"), TRAINED, torch.float32)

@@ -46,8 +46,9 @@ class RopeConfig:
     `factor` is 1.0 for `default`. `original_max_position` is the length in tokens before scaling
     (the model's `max_position_embeddings` where the checkpoint does not say). `attention_factor`,
     `mscale` and `mscale_all_dim` are None where the checkpoint does not say; `attention_scaling`
-    is what they come to. `freq_factors` (GGUF `rope_freqs.weight`, head_dim / 2 values, or None)
-    divide the inverse frequencies after everything else.
+    is what they come to. `freq_factors` (GGUF `rope_freqs.weight`, one for each pair that turns, or
+    None) divide the inverse frequencies after everything else. `partial_factor` is the share of a
+    head's dimensions that turn.
     """
 
     theta: float = 10000.0
@@ -63,6 +64,14 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     truncate: bool = True
     freq_factors: tuple[float, ...] | None = None
+    partial_factor: float = 1.0
+
+    def turned_dim(self, head_dim: int) -> int:
+        """How many of a head's dimensions turn, from the first on; ValueError for an odd number."""
+        turned = int(head_dim * self.partial_factor)
+        if turned < 2 or turned % 2:
+            raise ValueError(f"rotary embedding needs an even number of dimensions, not {turned}")
+        return turned
 
     @property
     def attention_scaling(self) -> float:
@@ -100,7 +109,7 @@ def rope_config_from_hf(
 
     `rope_parameters` wins over `rope_scaling` where both are present. Of a file with fields per
     layer type those of `layer_type` are read (None: such a file is refused). Raises ValueError,
-    naming the field, for an unknown type, a missing or impossible number, or a partial factor.
+    naming the field, for an unknown type and a missing or impossible number.
     """
     merged = _merge_spellings(raw, default_theta, layer_type)
     rope_type = str(merged.get("rope_type") or merged.get("type") or "default")
@@ -111,8 +120,6 @@ def rope_config_from_hf(
     unknown = sorted(set(merged) - _KNOWN_FIELDS)
     if unknown:
         raise ValueError(f"unknown rope field(s) {', '.join(unknown)} for rope type {rope_type!r}")
-    if _number(merged, "partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor other than 1.0 is not supported")
     original = merged.get("original_max_position_embeddings")
     factor = 1.0
     if rope_type in _FIELDS_THAT_NEED_A_FACTOR:
@@ -134,6 +141,7 @@ def rope_config_from_hf(
         mscale=_optional_number(merged, "mscale"),
         mscale_all_dim=_optional_number(merged, "mscale_all_dim"),
         truncate=bool(merged.get("truncate", True)),
+        partial_factor=_number(merged, "partial_rotary_factor", 1.0),
     )
     _check(config)
     return config
@@ -180,6 +188,10 @@ def _optional_number(fields: Mapping[str, Any], key: str) -> float | None:
 def _check(config: RopeConfig) -> None:
     if config.theta <= 0:
         raise ValueError(f"rope_theta must be positive, not {config.theta}")
+    if not 0.0 < config.partial_factor <= 1.0:
+        raise ValueError(
+            f"partial_rotary_factor must be above 0 and at most 1, not {config.partial_factor}"
+        )
     if config.factor < 1.0:
         raise ValueError(f"rope factor must be at least 1, not {config.factor}")
     if config.original_max_position < 1:

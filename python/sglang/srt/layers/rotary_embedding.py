@@ -6,7 +6,8 @@ table of that length would take 5 GiB. Only the last batch's cosines are kept.
 
 Sources: rotary embedding, arXiv 2104.09864; linear interpolation, arXiv 2306.15595; dynamic NTK
 and yarn, arXiv 2309.00071; llama3, the Llama 3.1 model card. Rotation in halves ("neox"): dimension
-i turns with dimension i + D/2; interleaved, 2i with 2i + 1.
+i turns with dimension i + D/2; interleaved, 2i with 2i + 1. Of heads that turn in part D is the
+number of dimensions that do, the first ones.
 
 Legend: T tokens, H heads, D head dim.
 """
@@ -54,15 +55,14 @@ class RotaryEmbedding(CompiledLayer):
         interleaved: bool = False,
     ) -> None:
         super().__init__()
-        if head_dim % 2:
-            raise ValueError(f"rotary embedding needs an even head_dim, not {head_dim}")
         self.head_dim = head_dim
+        self.turned_dim = rope.turned_dim(head_dim)
         self.rope = rope
         self.max_position = max_position
         self.interleaved = interleaved
         self._dtype = dtype
         self._is_dynamic = rope.rope_type == "dynamic"
-        self._inv_freq = inverse_frequencies(head_dim, rope)
+        self._inv_freq = inverse_frequencies(self.turned_dim, rope)
         self._inv_freq_there = self._inv_freq  # where the last positions lay
         self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
@@ -75,10 +75,20 @@ class RotaryEmbedding(CompiledLayer):
     def rotate(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """A rotated copy of x [T, heads * D]; positions int64 [T]."""
         cos, sin = self.cos_sin(positions)
-        return self._rotate(x, cos, sin)
+        if not self.is_partial:
+            return self._rotate(x, cos, sin)
+        heads = x.view(x.shape[0], x.shape[-1] // self.head_dim, self.head_dim)
+        turning, still = heads[..., : self.turned_dim], heads[..., self.turned_dim :]
+        turned = self._rotate(turning.flatten(1), cos, sin).view(turning.shape)
+        return torch.cat((turned, still.to(turned.dtype)), -1).flatten(1)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether some dimensions of a head don't turn."""
+        return self.turned_dim < self.head_dim
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
-        """The rotation of int64 `positions` [T], for who turns rows himself; see `cos_sin`."""
+        """The rotation of int64 `positions` [T], for who turns whole heads; see `cos_sin`."""
         cos, sin = self.cos_sin(positions)
         return Rotation(cos.squeeze(1), sin.squeeze(1), self.interleaved)
 
@@ -122,7 +132,7 @@ class RotaryEmbedding(CompiledLayer):
             if self._inv_freq_there.device != positions.device:
                 self._inv_freq_there = self._inv_freq.to(positions.device)
             return points * self._inv_freq_there
-        return points * _dynamic_frequencies(points + 1, self.head_dim, self.rope)
+        return points * _dynamic_frequencies(points + 1, self.turned_dim, self.rope)
 
     def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         if self.compiles(x):
@@ -138,11 +148,12 @@ class RotaryEmbedding(CompiledLayer):
         return self._turn(x, cos, sin)
 
     def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        heads = x.view(x.shape[0], x.shape[-1] // self.head_dim, self.head_dim)
+        heads = x.view(x.shape[0], x.shape[-1] // self.turned_dim, self.turned_dim)
+        half = self.turned_dim // 2
         if self.interleaved:
-            swapped = heads.reshape(*heads.shape[:-1], self.head_dim // 2, 2).flip(-1).flatten(-2)
+            swapped = heads.reshape(*heads.shape[:-1], half, 2).flip(-1).flatten(-2)
         else:
-            swapped = heads.roll(self.head_dim // 2, -1)
+            swapped = heads.roll(half, -1)
         # The products are float32 whatever x is: one rounding instead of three.
         return torch.addcmul(heads * cos, swapped, sin).to(self._dtype).view(x.shape)
 
@@ -158,7 +169,7 @@ def get_rope(
     """The module for a model: q and k come out in `dtype`.
 
     `max_position` is the model's trained length in tokens; it bounds nothing here. Raises
-    ValueError for an unknown `rope_type` or an odd `head_dim`.
+    ValueError for an unknown `rope_type` or an odd number of dimensions that turn.
     """
     return RotaryEmbedding(head_dim, rope, max_position, dtype, interleaved)
 

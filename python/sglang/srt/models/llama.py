@@ -88,7 +88,7 @@ class LlamaAttention(nn.Module):
     """Self-attention with rotary positions and grouped kv heads."""
 
     norm_class: ClassVar[type[RMSNorm]] = RMSNorm
-    rotates_last: ClassVar[bool] = True  # nothing happens to heads between rotation and store
+    rotates_last: bool = True  # nothing happens to heads between rotation and store
 
     def __init__(
         self,
@@ -124,6 +124,7 @@ class LlamaAttention(nn.Module):
             self.q_norm = self.norm_class(config.head_dim, config.rms_norm_eps, dtype=dtype)
             self.k_norm = self.norm_class(config.head_dim, config.rms_norm_eps, dtype=dtype)
         self.rotary_emb = rotary_emb
+        self.rotates_last = self.rotates_last and not rotary_emb.is_partial
         self.attn = RadixAttention(
             self.qkv_proj.num_heads,
             config.head_dim,
@@ -318,7 +319,13 @@ class LlamaForCausalLM(CausalLM):
     ) -> LlamaModel:
         """The decoder; families whose layers differ build it from their own."""
         # One module for all layers: it computes the angles of a batch once.
-        rotary_emb = get_rope(config.head_dim, config.rope, config.max_position_embeddings, dtype)
+        rotary_emb = get_rope(
+            config.head_dim,
+            config.rope,
+            config.max_position_embeddings,
+            dtype,
+            interleaved=config.interleaved_rope,
+        )
         layers = [
             LlamaDecoderLayer(
                 config,
