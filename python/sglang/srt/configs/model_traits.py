@@ -50,9 +50,10 @@ class MoEConfig:
 
     Every token goes through `experts_per_token` of `num_experts` experts of width
     `intermediate_size` and, unless None, through a shared one of width
-    `shared_intermediate_size`. `renormalize`: the chosen experts' shares add up to 1.
-    `clamped_gate` None: experts compute silu(gate) * up. `choice` None: the largest softmax
-    chooses.
+    `shared_intermediate_size`, whose output is, with `gates_shared`, multiplied by the sigmoid of
+    one more logit. `renormalize`: the chosen experts' shares add up to 1. `clamped_gate` None:
+    experts compute silu(gate) * up. `choice` None: the largest softmax chooses. `scales_inputs`: a
+    chosen expert's weight is its logit's sigmoid, and multiplies what the expert gets (Llama 4).
     """
 
     layers: frozenset[int]
@@ -63,6 +64,8 @@ class MoEConfig:
     renormalize: bool = False
     clamped_gate: ClampedGateConfig | None = None
     choice: ExpertChoice | None = None
+    scales_inputs: bool = False
+    gates_shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,8 @@ class ModelTraits:
     None. Never are both set. `layer_rope[l]`: whether the layer's q and k turn by their position.
     `interleaved_rope`: dimensions 2i and 2i + 1 turn together, not i and i + D/2. Layers with a
     window turn by `window_rope` unless it is None. `temperature` is that of the layers that don't
-    turn, `moe` None where every MLP is dense.
+    turn, `moe` None where every MLP is dense. `weight_names` are parts of names in checkpoints
+    and what our models call them.
 
     `latent` None: keys and values are kept head by head. Otherwise rotation, windows and caps are
     those of the turning parts and the scores. Checkpoints have `num_draft_layers` more layers
@@ -147,6 +151,7 @@ class ModelTraits:
     moe: MoEConfig | None = None
     latent: LatentConfig | None = None
     num_draft_layers: int = 0
+    weight_names: tuple[tuple[str, str], ...] = ()
     attention_scaling: float | None = None
     attention_logit_cap: float = 0.0
     final_logit_cap: float = 0.0
@@ -219,12 +224,22 @@ def positive_number(fields: Fields, key: str) -> float:
     return float(value)
 
 
-def layer_types(fields: Fields, num_layers: int, known: tuple[str, ...]) -> tuple[str, ...] | None:
-    """`layer_types` checked against the `known` ones; None when the file has none."""
-    types = fields.get("layer_types")
+def whole(fields: Fields, key: str) -> int:
+    """A whole number of at least 0; ValueError naming the field for anything else."""
+    value = fields.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{key} must be a whole number >= 0, not {value!r}")
+    return value
+
+
+def layer_types(
+    fields: Fields, num_layers: int, known: tuple[str, ...], key: str = "layer_types"
+) -> tuple[str, ...] | None:
+    """What `key` lists of every layer, checked against `known`; None when the file has none."""
+    types = fields.get(key)
     if types is None:
         return None
     if not isinstance(types, list) or len(types) != num_layers or set(types) - set(known):
         names = " or ".join(repr(name) for name in known)
-        raise ValueError(f"layer_types must list {num_layers} of {names}")
+        raise ValueError(f"{key} must list {num_layers} of {names}")
     return tuple(types)

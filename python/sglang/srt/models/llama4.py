@@ -14,15 +14,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.configs.model_traits import MoEConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.errors import InvariantError
 from sglang.srt.layers.attention_temperature import AttentionTemperature
 from sglang.srt.layers.expert_weights import ExpertLayout
-from sglang.srt.layers.moe import Experts, Router, route_by_sigmoid
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding, get_rope
 from sglang.srt.layers.weights import LoadedWeight
 from sglang.srt.managers.req_images import ImagePart
@@ -32,11 +29,10 @@ from sglang.srt.models.llama import (
     DecoderOptions,
     LlamaAttention,
     LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaMLP,
     LlamaModel,
 )
 from sglang.srt.models.llama4_vision import VisionTower
+from sglang.srt.models.mixture import MixtureForCausalLM, MixtureOptions
 from sglang.srt.models.multimodal import text_weights
 from sglang.srt.utils.native import kernels_for
 
@@ -97,55 +93,16 @@ class Llama4Attention(LlamaAttention):
         return F.rms_norm(heads, (self.head_dim,), eps=self.norm_eps).flatten(1).to(k.dtype)
 
 
-class Llama4MoE(nn.Module):
-    """A shared MLP for every token plus its chosen experts, whose inputs the router scales."""
-
-    def __init__(
-        self, config: ModelConfig, moe: MoEConfig, parallel: ParallelState, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        hidden = config.hidden_size
-        self.num_chosen = moe.experts_per_token
-        self.router = Router(hidden, moe.num_experts, dtype=dtype)
-        self.experts = Experts(
-            moe.num_experts,
-            hidden,
-            moe.intermediate_size,
-            layout=ExpertLayout.STACKED if config.stacks_experts else ExpertLayout.MERGED,
-            scale_inputs=True,
-            parallel=parallel,
-            dtype=dtype,
-        )
-        self.shared_expert: LlamaMLP | None = None
-        if moe.shared_intermediate_size is not None:
-            self.shared_expert = LlamaMLP(
-                hidden, moe.shared_intermediate_size, False, parallel, dtype
-            )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        routing = route_by_sigmoid(self.router(x), self.num_chosen)
-        shared = None if self.shared_expert is None else self.shared_expert(x)
-        output: torch.Tensor = self.experts(x, routing, shared)
-        return output
-
-
 class Llama4DecoderLayer(LlamaDecoderLayer):
     """Llama's layer, whose MLP checkpoints call `feed_forward`."""
 
     mlp_name = "feed_forward"
 
 
-class Llama4ForCausalLM(LlamaForCausalLM):
+class Llama4ForCausalLM(MixtureForCausalLM):
     """The whole text model; arguments and errors as for `LlamaForCausalLM`."""
 
-    def __init__(self, config: ModelConfig, parallel: ParallelState, dtype: torch.dtype) -> None:
-        options = DecoderOptions(
-            qkv_bias=config.attention_bias,
-            output_bias=config.attention_output_bias,
-            windows=config.layer_windows,
-            chunks=config.layer_chunks,
-        )
-        super().__init__(config, parallel, dtype, options)
+    mixture = MixtureOptions("router", "shared_expert", ExpertLayout.MERGED)
 
     def make_model(
         self,
@@ -168,11 +125,7 @@ class Llama4ForCausalLM(LlamaForCausalLM):
             attention = Llama4Attention(
                 config, options, layer_id, rotary_emb, temperature, parallel, dtype
             )
-            if config.moe is not None and layer_id in config.moe.layers:
-                mlp: nn.Module = Llama4MoE(config, config.moe, parallel, dtype)
-            else:
-                width = config.intermediate_size
-                mlp = LlamaMLP(config.hidden_size, width, False, parallel, dtype)
+            mlp = self.make_mlp(config, layer_id, parallel, dtype)
             layers.append(Llama4DecoderLayer(config, attention, mlp, dtype))
         return LlamaModel(config, layers, parallel, dtype)
 

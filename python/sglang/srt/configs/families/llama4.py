@@ -89,6 +89,7 @@ def _moe(fields: Fields, num_layers: int) -> MoEConfig | None:
         experts_per_token=chosen,
         intermediate_size=width,
         shared_intermediate_size=width,
+        scales_inputs=True,
     )
 
 
