@@ -28,6 +28,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from srt.models.hf_mixtures import MIXTURE_FAMILIES, MIXTURE_FIELDS
+
 FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
@@ -148,7 +150,7 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
 
     Weights are larger than a fresh model's, so that attention and logits are far from uniform.
     """
-    families = {**FAMILIES, **MOE_FAMILIES, **MIXED_FAMILIES, **LATENT_FAMILIES}
+    families = {**FAMILIES, **MOE_FAMILIES, **MIXED_FAMILIES, **LATENT_FAMILIES, **MIXTURE_FAMILIES}
     config_class, model_class = families[family]
     fields: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -165,6 +167,7 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
         **MOE_FIELDS.get(family, {}),
         **MIXED_FIELDS.get(family, {}),
         **LATENT_FIELDS.get(family, {}),
+        **MIXTURE_FIELDS.get(family, {}),
         **changes,
     }
     if family == "qwen3":
@@ -184,6 +187,10 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
                 parameter.copy_(noise * scale)
             else:
                 parameter.copy_(noise * 0.2 + (0.0 if name.endswith("bias") else 1.0))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # so that some experts are chosen by it
+                last = buffer.shape[-1]
+                buffer.copy_(torch.linspace(-0.2, 0.2, last).roll(len(name) % 5).expand_as(buffer))
     return model
 
 

@@ -45,6 +45,7 @@ _COMMON_DEFAULTS: dict[str, Any] = {
 # Fields of a multimodal file that also say something of its text part.
 _SHARED_WITH_TEXT = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")
 
+_DRAFT_PREFIX = "model.mtp_"  # ERNIE's
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 _GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -149,9 +150,17 @@ class ModelConfig(ModelTraits):
 
     def is_draft_weight(self, name: str) -> bool:
         """Whether a checkpoint's tensor is of a layer behind the last one, see `ModelTraits`."""
-        if not self.num_draft_layers or (layer := _LAYER.match(name)) is None:
+        if not self.num_draft_layers:
             return False
+        if (layer := _LAYER.match(name)) is None:
+            return name.startswith(_DRAFT_PREFIX)
         return 0 <= int(layer[1]) - self.num_layers < self.num_draft_layers
+
+    def own_weight_name(self, name: str) -> str:
+        """What our models call a checkpoint's tensor; an own name comes back as it is."""
+        for theirs, ours in self.weight_names:
+            name = name.replace(theirs, ours)
+        return name
 
     @property
     def stacks_experts(self) -> bool:
@@ -298,6 +307,8 @@ def _build(
         default_theta=family.rope_theta,
         layer_type=family.rope_layer_type,
     )
+    if traits.encoder is None:
+        rope.turned_dim(head_dim if traits.latent is None else traits.latent.rope_dim)
     length = max_position
     if traits.encoder is not None:
         length -= traits.encoder.first_position

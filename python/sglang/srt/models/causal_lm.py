@@ -59,18 +59,19 @@ class CausalLM(nn.Module, ABC):
         done: set[str] = set()
         unexpected = []
         for name, tensor in weights:
-            place = places.get(name)
+            own = self.config.own_weight_name(name)
+            place = places.get(own)
             if place is None:
                 if not self._may_be_ignored(name, tensor):
                     unexpected.append(name)
                 continue
-            if name in done:
+            if own in done:
                 raise ValueError(f"weight {name} is in the checkpoint twice")
             try:
                 place.load(tensor)
             except ValueError as error:
                 raise ValueError(f"weight {name}: {error}") from error
-            done.add(name)
+            done.add(own)
         missing = [name for name in places if name not in done]
         problems = [
             f"{len(names)} {what} weight(s): {_listed(names)}"

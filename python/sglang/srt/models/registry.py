@@ -19,6 +19,12 @@ MODEL_CLASSES = {
     "GptOssForCausalLM": "sglang.srt.models.gpt_oss:GptOssForCausalLM",
     "DeepseekV2ForCausalLM": "sglang.srt.models.deepseek_v2:DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM": "sglang.srt.models.deepseek_v2:DeepseekV3ForCausalLM",
+    "Glm4MoeForCausalLM": "sglang.srt.models.glm4_moe:Glm4MoeForCausalLM",
+    "Glm4MoeLiteForCausalLM": "sglang.srt.models.glm4_moe:Glm4MoeLiteForCausalLM",
+    "Dots1ForCausalLM": "sglang.srt.models.dots1:Dots1ForCausalLM",
+    "MixtralForCausalLM": "sglang.srt.models.mixtral:MixtralForCausalLM",
+    "Qwen2MoeForCausalLM": "sglang.srt.models.qwen2_moe:Qwen2MoeForCausalLM",
+    "Ernie4_5_MoeForCausalLM": "sglang.srt.models.ernie4_5_moe:Ernie4_5_MoeForCausalLM",
 }
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from sglang.srt.configs.families.bert import BERT, ROBERTA, XLM_ROBERTA
 from sglang.srt.configs.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from sglang.srt.configs.families.gemma3 import GEMMA3, GEMMA3_MULTIMODAL
+from sglang.srt.configs.families.glm import DOTS1, GLM4_MOE, GLM4_MOE_LITE
 from sglang.srt.configs.families.gpt_oss import GPT_OSS
 from sglang.srt.configs.families.llama import LLAMA, MISTRAL
 from sglang.srt.configs.families.llama4 import LLAMA4, LLAMA4_MULTIMODAL
-from sglang.srt.configs.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from sglang.srt.configs.families.mixtures import ERNIE4_5_MOE, MIXTRAL
+from sglang.srt.configs.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from sglang.srt.configs.model_traits import ModelFamily
 
 # Decoders with no head that writes: with one that classifies, or with none at all.
@@ -46,4 +48,10 @@ FAMILIES: dict[str, ModelFamily] = {
     "GptOssForCausalLM": GPT_OSS,
     "DeepseekV2ForCausalLM": DEEPSEEK_V2,
     "DeepseekV3ForCausalLM": DEEPSEEK_V3,
+    "Glm4MoeForCausalLM": GLM4_MOE,
+    "Glm4MoeLiteForCausalLM": GLM4_MOE_LITE,
+    "Dots1ForCausalLM": DOTS1,
+    "MixtralForCausalLM": MIXTRAL,
+    "Qwen2MoeForCausalLM": QWEN2_MOE,
+    "Ernie4_5_MoeForCausalLM": ERNIE4_5_MOE,
 }
