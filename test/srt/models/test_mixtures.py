@@ -10,12 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from srt.managers.rank_towers import rank_towers
 from srt.managers.test_engine_tokens import PROMPTS, DeviceTower, tower
+from srt.model_loader.gguf_files import write_gguf
 from srt.model_loader.quantized_files import fp8, quantise, write_checkpoint
 from srt.models.hf_mixtures import MIXTURE_FAMILIES
 from srt.models.hf_models import best_next, make_hf_model, save
@@ -128,3 +130,21 @@ def test_layers_of_token_prediction_are_passed_over(
     tensors = load_file(file) | {draft: torch.ones(2, 2)}
     save_file(tensors, file, metadata={"format": "pt"})
     assert_logits_equal(hf, path, num_tokens=40)
+
+
+IN_GGUF: dict[str, dict[str, Any]] = {
+    "mixtral": {"sliding_window": 9},
+    "qwen2_moe": {"mlp_only_layers": []},  # files know no dense layers
+    "glm4_moe": {},
+    "dots1": {},
+    "ernie4_5_moe": {},
+}
+
+
+@pytest.mark.parametrize("family", IN_GGUF)
+def test_the_same_model_from_a_gguf_file(tmp_path: Path, family: str) -> None:
+    hf = make_hf_model(family, **IN_GGUF[family])
+    path = tmp_path / "m.gguf"
+    draft = {"blk.3.nextn.eh_proj.weight": np.ones((4, 8), np.float32)}
+    write_gguf(path, hf, extra_tensors=draft if family == "glm4_moe" else None)
+    assert_logits_equal(hf, str(path), num_tokens=60)
