@@ -30,8 +30,8 @@ def test_glm_4_5_air(tmp_path: Path) -> None:
     choice = ExpertChoice(sigmoid=True, biased=True, group_best=2)
     layers = frozenset(range(1, 46))
     assert config.moe == MoEConfig(layers, 128, 8, 1408, 1408, True, choice=choice)
-    assert (config.rope.theta, config.rope.partial_factor) == (1e6, 0.5)
-    assert config.rope.turned_dim(config.head_dim) == 64
+    assert (config.rope.theta, config.rope.partial) == (1e6, 0.5)
+    assert config.rope.turned(config.head_dim) == 64
     assert config.attention_bias
     assert not config.attention_output_bias
     assert not config.qk_norm
@@ -129,8 +129,3 @@ def test_dots1(tmp_path: Path) -> None:
     assert config.moe == MoEConfig(layers, 128, 6, 1408, 2816, True, choice=choice)
     assert config.layer_windows == (None,) * 62
     assert config.qk_norm
-
-
-def test_rotation_of_an_odd_part(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="even number of dimensions, not 13"):
-        load(tmp_path, "Glm4MoeForCausalLM", head_dim=128, partial_rotary_factor=0.108)

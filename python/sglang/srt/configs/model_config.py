@@ -138,6 +138,11 @@ class ModelConfig(ModelTraits):
             config = replace(config, rope=replace(config.rope, freq_factors=freq_factors))
         return config
 
+    def for_context(self, context_length: int) -> ModelConfig:
+        """The same for a server whose sequences have up to `context_length` tokens, which decides
+        how a LongRoPE model turns (see `RopeConfig`)."""
+        return replace(self, rope=self.rope.for_context(context_length))
+
     @property
     def q_size(self) -> int:
         """Width of the queries of one token over all heads."""
@@ -306,9 +311,8 @@ def _build(
         max_position_embeddings=max_position,
         default_theta=family.rope_theta,
         layer_type=family.rope_layer_type,
+        family_fields=family.rope_fields,
     )
-    if traits.encoder is None:
-        rope.turned_dim(head_dim if traits.latent is None else traits.latent.rope_dim)
     length = max_position
     if traits.encoder is not None:
         length -= traits.encoder.first_position
@@ -325,7 +329,7 @@ def _build(
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         v_head_dim=v_head_dim,
-        rms_norm_eps=float(values["rms_norm_eps"]),
+        rms_norm_eps=float(values[family.norm_field]),
         tie_word_embeddings=bool(values["tie_word_embeddings"]),
         hidden_act=str(activation),
         rope=rope,
@@ -380,10 +384,10 @@ def _derived_context_length(values: Mapping[str, Any], rope: RopeConfig, max_pos
 
     A scaling factor stretches max_position_embeddings, except where the checkpoint names its
     length before scaling (then max_position_embeddings is already what the author grants) and
-    for llama3, whose max_position_embeddings is the stretched length.
+    for llama3 and longrope, whose max_position_embeddings is the stretched length.
     """
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if rope.rope_type == "llama3" or scaling.get("original_max_position_embeddings"):
+    if rope.rope_type in ("llama3", "longrope") or scaling.get("original_max_position_embeddings"):
         return max_position
     return int(max_position * rope.factor)
 

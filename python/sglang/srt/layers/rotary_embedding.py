@@ -5,9 +5,9 @@ for the positions of the batch: in float32 the cosine is wrong by 0.4 at positio
 table of that length would take 5 GiB. Only the last batch's cosines are kept.
 
 Sources: rotary embedding, arXiv 2104.09864; linear interpolation, arXiv 2306.15595; dynamic NTK
-and yarn, arXiv 2309.00071; llama3, the Llama 3.1 model card. Rotation in halves ("neox"): dimension
-i turns with dimension i + D/2; interleaved, 2i with 2i + 1. Of heads that turn in part D is the
-number of dimensions that do, the first ones.
+and yarn, arXiv 2309.00071; LongRoPE, arXiv 2402.13753; llama3, the Llama 3.1 model card. Rotation
+in halves ("neox"): dimension i turns with dimension i + D/2; interleaved, 2i with 2i + 1. Where
+only a part of a head turns, the other pairs stand behind those that do and turn by nothing.
 
 Legend: T tokens, H heads, D head dim.
 """
@@ -15,9 +15,11 @@ Legend: T tokens, H heads, D head dim.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from sglang.srt.configs.rope_config import RopeConfig
 from sglang.srt.layers.compiled import CompiledLayer, compiled
@@ -55,14 +57,17 @@ class RotaryEmbedding(CompiledLayer):
         interleaved: bool = False,
     ) -> None:
         super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"rotary embedding needs an even head_dim, not {head_dim}")
         self.head_dim = head_dim
-        self.turned_dim = rope.turned_dim(head_dim)
         self.rope = rope
         self.max_position = max_position
         self.interleaved = interleaved
         self._dtype = dtype
         self._is_dynamic = rope.rope_type == "dynamic"
-        self._inv_freq = inverse_frequencies(self.turned_dim, rope)
+        self._num_pairs = rope.turned(head_dim) // 2  # that turn; others are not scaled either
+        self._scales_some = self._num_pairs < head_dim // 2 and rope.attention_scaling != 1.0
+        self._inv_freq = inverse_frequencies(head_dim, rope)
         self._inv_freq_there = self._inv_freq  # where the last positions lay
         self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
@@ -75,20 +80,10 @@ class RotaryEmbedding(CompiledLayer):
     def rotate(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """A rotated copy of x [T, heads * D]; positions int64 [T]."""
         cos, sin = self.cos_sin(positions)
-        if not self.is_partial:
-            return self._rotate(x, cos, sin)
-        heads = x.view(x.shape[0], x.shape[-1] // self.head_dim, self.head_dim)
-        turning, still = heads[..., : self.turned_dim], heads[..., self.turned_dim :]
-        turned = self._rotate(turning.flatten(1), cos, sin).view(turning.shape)
-        return torch.cat((turned, still.to(turned.dtype)), -1).flatten(1)
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether some dimensions of a head don't turn."""
-        return self.turned_dim < self.head_dim
+        return self._rotate(x, cos, sin)
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
-        """The rotation of int64 `positions` [T], for who turns whole heads; see `cos_sin`."""
+        """The rotation of int64 `positions` [T], for who turns rows himself; see `cos_sin`."""
         cos, sin = self.cos_sin(positions)
         return Rotation(cos.squeeze(1), sin.squeeze(1), self.interleaved)
 
@@ -103,7 +98,7 @@ class RotaryEmbedding(CompiledLayer):
             return self._last[1], self._last[2]
         kernels = kernels_for()
         few = len(positions) <= _FEW_ROWS and positions.device.type == "cpu"
-        if kernels is not None and few and not self._is_dynamic:
+        if kernels is not None and few and not self._is_dynamic and not self._scales_some:
             cos, sin = kernels.angles(
                 positions,
                 self._inv_freq,
@@ -113,7 +108,10 @@ class RotaryEmbedding(CompiledLayer):
             self._last = (positions, cos.unsqueeze(1), sin.unsqueeze(1))
             return self._last[1], self._last[2]
         angles = self.angles(positions)
-        scaling = self.rope.attention_scaling
+        scaling: float | torch.Tensor = self.rope.attention_scaling
+        if self._scales_some:
+            scaling = torch.full_like(angles[:1], self.rope.attention_scaling)
+            scaling[:, self._num_pairs :] = 1.0
         half_cos = (angles.cos() * scaling).float()
         half_sin = (angles.sin() * scaling).float()
         if self.interleaved:
@@ -132,7 +130,7 @@ class RotaryEmbedding(CompiledLayer):
             if self._inv_freq_there.device != positions.device:
                 self._inv_freq_there = self._inv_freq.to(positions.device)
             return points * self._inv_freq_there
-        return points * _dynamic_frequencies(points + 1, self.turned_dim, self.rope)
+        return points * _dynamic_frequencies(points + 1, self.head_dim, self.rope)
 
     def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         if self.compiles(x):
@@ -148,12 +146,11 @@ class RotaryEmbedding(CompiledLayer):
         return self._turn(x, cos, sin)
 
     def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        heads = x.view(x.shape[0], x.shape[-1] // self.turned_dim, self.turned_dim)
-        half = self.turned_dim // 2
+        heads = x.view(x.shape[0], x.shape[-1] // self.head_dim, self.head_dim)
         if self.interleaved:
-            swapped = heads.reshape(*heads.shape[:-1], half, 2).flip(-1).flatten(-2)
+            swapped = heads.reshape(*heads.shape[:-1], self.head_dim // 2, 2).flip(-1).flatten(-2)
         else:
-            swapped = heads.roll(half, -1)
+            swapped = heads.roll(self.head_dim // 2, -1)
         # The products are float32 whatever x is: one rounding instead of three.
         return torch.addcmul(heads * cos, swapped, sin).to(self._dtype).view(x.shape)
 
@@ -169,13 +166,32 @@ def get_rope(
     """The module for a model: q and k come out in `dtype`.
 
     `max_position` is the model's trained length in tokens; it bounds nothing here. Raises
-    ValueError for an unknown `rope_type` or an odd number of dimensions that turn.
+    ValueError for an unknown `rope_type` or an odd `head_dim`.
     """
     return RotaryEmbedding(head_dim, rope, max_position, dtype, interleaved)
 
 
+def partial_row_order(head_dim: int, turned: int) -> torch.Tensor:
+    """Which row of a head of q or k stands where, int64 [D]: the pairs that turn come first.
+
+    A checkpoint turns dimension i with i + `turned` / 2; here i turns with i + D/2. Scores are the
+    same for any order that q and k have in common.
+    """
+    rows = torch.arange(head_dim, device="cpu")
+    if turned == head_dim:
+        return rows
+    (first, second), (third, fourth) = rows[:turned].chunk(2), rows[turned:].chunk(2)
+    return torch.cat((first, third, second, fourth))
+
+
 def inverse_frequencies(head_dim: int, rope: RopeConfig) -> torch.Tensor:
     """Radians per token of each dimension pair, float64 [D/2]; for `dynamic` the unscaled ones."""
+    if rope.partial != 1.0:
+        width = rope.turned(head_dim)
+        if width % 2 or not width:
+            raise ValueError(f"{width} of {head_dim} dimensions of a head can't turn")
+        turned = inverse_frequencies(width, replace(rope, partial=1.0))
+        return F.pad(turned, (0, (head_dim - width) // 2))
     base = _powers(rope.theta, head_dim)
     match rope.rope_type:
         case "default" | "dynamic":
@@ -186,6 +202,9 @@ def inverse_frequencies(head_dim: int, rope: RopeConfig) -> torch.Tensor:
             scaled = _llama3_frequencies(base, rope)
         case "yarn":
             scaled = _yarn_frequencies(base, head_dim, rope)
+        case "longrope":
+            factors = rope.long_factors if rope.is_long else rope.short_factors
+            scaled = _divided(base, factors, "long_factor" if rope.is_long else "short_factor")
         case _:
             raise ValueError(f"unknown rope type {rope.rope_type!r}")
     return _divide_by_factors(scaled, rope)
@@ -198,13 +217,17 @@ def _powers(theta: float, head_dim: int) -> torch.Tensor:
 
 
 def _divide_by_factors(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
-    if rope.freq_factors is None:
+    return _divided(frequencies, rope.freq_factors, "freq_factors")
+
+
+def _divided(
+    frequencies: torch.Tensor, values: tuple[float, ...] | None, name: str
+) -> torch.Tensor:
+    if values is None:
         return frequencies
-    factors = torch.tensor(rope.freq_factors, dtype=torch.float64, device=frequencies.device)
+    factors = torch.tensor(values, dtype=torch.float64, device=frequencies.device)
     if factors.shape[0] != frequencies.shape[-1]:
-        raise ValueError(
-            f"freq_factors has {factors.shape[0]} values for {frequencies.shape[-1]} pairs"
-        )
+        raise ValueError(f"{name} has {factors.shape[0]} values for {frequencies.shape[-1]} pairs")
     return frequencies / factors
 
 

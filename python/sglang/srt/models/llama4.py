@@ -47,13 +47,12 @@ class Llama4Attention(LlamaAttention):
         config: ModelConfig,
         options: DecoderOptions,
         layer_id: int,
-        rotary_emb: RotaryEmbedding,
+        rotary_emb: RotaryEmbedding | None,
         temperature: AttentionTemperature | None,
         parallel: ParallelState,
         dtype: torch.dtype,
     ) -> None:
         super().__init__(config, options, layer_id, rotary_emb, parallel, dtype)
-        self.turns = config.layer_rope[layer_id]
         self.norm_eps = config.rms_norm_eps if config.weightless_qk_norm else None
         self.temperature = temperature
         self.head_ones: torch.Tensor
@@ -69,12 +68,12 @@ class Llama4Attention(LlamaAttention):
         return self.place_queries(q, positions), self.place_keys(k, positions), v
 
     def place_queries(self, q: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        if self.turns:
+        if self.rotary_emb is not None:
             return self.place_keys(q, positions)
         return q if self.temperature is None else self.temperature(positions, q)
 
     def place_keys(self, k: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        if not self.turns:
+        if self.rotary_emb is None:
             return k
         turned = self.rotary_emb.rotate(positions, k)
         if self.norm_eps is None:
@@ -121,9 +120,10 @@ class Llama4ForCausalLM(MixtureForCausalLM):
         tuned = config.temperature
         temperature = None if tuned is None else AttentionTemperature(tuned)
         layers = []
-        for layer_id in range(config.num_layers):
+        for layer_id, turns in enumerate(config.layer_rope):
+            turn = rotary_emb if turns else None
             attention = Llama4Attention(
-                config, options, layer_id, rotary_emb, temperature, parallel, dtype
+                config, options, layer_id, turn, temperature, parallel, dtype
             )
             mlp = self.make_mlp(config, layer_id, parallel, dtype)
             layers.append(Llama4DecoderLayer(config, attention, mlp, dtype))

@@ -67,6 +67,7 @@ GLM4_MOE = ModelFamily(
         "num_nextn_predict_layers": 1,
     },
     _read_glm4_moe,
+    rope_fields=frozenset({"partial_rotary_factor"}),
 )
 # GLM-4.7-Flash has DeepSeek's attention, too.
 GLM4_MOE_LITE = replace(
