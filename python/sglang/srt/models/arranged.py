@@ -149,6 +149,7 @@ class ArrangedForCausalLM(LlamaForCausalLM):
             qk_norm=config.qk_norm,
             wide_qk_norm=config.wide_qk_norm,
             windows=config.layer_windows,
+            chunks=config.layer_chunks,
             scaling=config.attention_scaling,
             logit_cap=config.attention_logit_cap,
         )

@@ -20,7 +20,8 @@ from sglang.srt.layers.expert_weights import ExpertLayout
 from sglang.srt.layers.grouped_routing import GroupedRouter
 from sglang.srt.layers.moe import Experts, Router, SigmoidRouter, SoftmaxRouter
 from sglang.srt.layers.weights import LoadedWeight
-from sglang.srt.models.llama import DecoderOptions, LlamaForCausalLM, LlamaMLP
+from sglang.srt.models.arranged import ArrangedForCausalLM
+from sglang.srt.models.llama import LlamaMLP
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,33 +103,14 @@ def _router(hidden: int, moe: MoEConfig, options: MixtureOptions, dtype: torch.d
     )
 
 
-class MixtureForCausalLM(LlamaForCausalLM):
-    """Llama's decoder with a `Mixture` in the layers of `ModelConfig.moe`; errors as there.
+class MixtureForCausalLM(ArrangedForCausalLM):
+    """The whole model, with a `Mixture` in the layers of `ModelConfig.moe`; arguments and errors as
+    for `LlamaForCausalLM`.
 
-    `options` None: what `config` says. Layers of token prediction behind the last one, which some
-    checkpoints have, are passed over.
+    Layers of token prediction behind the last one, which some checkpoints have, are passed over.
     """
 
     mixture: ClassVar[MixtureOptions] = MixtureOptions()
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        parallel: ParallelState,
-        dtype: torch.dtype,
-        options: DecoderOptions | None = None,
-    ) -> None:
-        if options is None:
-            options = DecoderOptions(
-                qkv_bias=config.attention_bias,
-                output_bias=config.attention_output_bias,
-                mlp_bias=config.mlp_bias,
-                qk_norm=config.qk_norm,
-                windows=config.layer_windows,
-                chunks=config.layer_chunks,
-                scaling=config.attention_scaling,
-            )
-        super().__init__(config, parallel, dtype, options)
 
     def make_mlp(
         self, config: ModelConfig, layer_id: int, parallel: ParallelState, dtype: torch.dtype
