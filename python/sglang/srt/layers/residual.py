@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from sglang.srt.layers.scaled import DROWNING_EPS, TAKEN_BACK
 from sglang.srt.utils.native import kernels_for
-
-# A norm's eps beside which the mean of squares is nothing: it then divides by 2^30, which its
-# factor takes back, both without rounding. So the kernel that is there adds and rounds.
-_DROWNING_EPS = 2.0**60
-_TAKEN_BACK = 2.0**30
 
 
 class ResidualSum(nn.Module):
@@ -28,9 +24,9 @@ class ResidualSum(nn.Module):
             out: tuple[torch.Tensor, torch.Tensor] = kernels.rms_norm(
                 x,
                 self.zeros,
-                _DROWNING_EPS,
+                DROWNING_EPS,
                 residual,
-                offset=_TAKEN_BACK,
+                offset=TAKEN_BACK,
                 num_threads=torch.get_num_threads(),
             )
             return out

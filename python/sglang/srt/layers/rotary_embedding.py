@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from sglang.srt.configs.rope_config import RopeConfig
 from sglang.srt.layers.compiled import CompiledLayer, compiled
+from sglang.srt.layers.scaled import ColumnScaling
 from sglang.srt.utils.native import kernels_for
 
 
@@ -66,7 +67,9 @@ class RotaryEmbedding(CompiledLayer):
         self._dtype = dtype
         self._is_dynamic = rope.rope_type == "dynamic"
         self._num_pairs = rope.turned(head_dim) // 2  # that turn; others are not scaled either
-        self._scales_some = self._num_pairs < head_dim // 2 and rope.attention_scaling != 1.0
+        self._scaling: ColumnScaling | None = None  # of some dimensions, not of all
+        if self._num_pairs < head_dim // 2 and rope.attention_scaling != 1.0:
+            self._scaling = ColumnScaling(self._factors())
         self._inv_freq = inverse_frequencies(head_dim, rope)
         self._inv_freq_there = self._inv_freq  # where the last positions lay
         self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -98,18 +101,20 @@ class RotaryEmbedding(CompiledLayer):
             return self._last[1], self._last[2]
         kernels = kernels_for()
         few = len(positions) <= _FEW_ROWS and positions.device.type == "cpu"
-        if kernels is not None and few and not self._is_dynamic and not self._scales_some:
+        if kernels is not None and few and not self._is_dynamic:
             cos, sin = kernels.angles(
                 positions,
                 self._inv_freq,
-                scaling=self.rope.attention_scaling,
+                scaling=self.rope.attention_scaling if self._scaling is None else 1.0,
                 interleaved=self.interleaved,
             )
+            if self._scaling is not None:
+                cos, sin = self._scaling(cos), self._scaling(sin)
             self._last = (positions, cos.unsqueeze(1), sin.unsqueeze(1))
             return self._last[1], self._last[2]
         angles = self.angles(positions)
         scaling: float | torch.Tensor = self.rope.attention_scaling
-        if self._scales_some:
+        if self._scaling is not None:
             scaling = torch.full_like(angles[:1], self.rope.attention_scaling)
             scaling[:, self._num_pairs :] = 1.0
         half_cos = (angles.cos() * scaling).float()
@@ -122,6 +127,12 @@ class RotaryEmbedding(CompiledLayer):
             sin = torch.cat((-half_sin, half_sin), -1).unsqueeze(1)
         self._last = (positions, cos, sin)
         return cos, sin
+
+    def _factors(self) -> torch.Tensor:
+        """What cosines and sines of each dimension are multiplied by, float32 [D]."""
+        pairs = torch.ones(self.head_dim // 2, device="cpu")
+        pairs[: self._num_pairs] = self.rope.attention_scaling
+        return pairs.repeat_interleave(2) if self.interleaved else pairs.repeat(2)
 
     def angles(self, positions: torch.Tensor) -> torch.Tensor:
         """Angles in radians, float64 [T, D/2], not reduced."""

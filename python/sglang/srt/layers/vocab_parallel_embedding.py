@@ -110,12 +110,21 @@ class ParallelLMHead(_VocabShard):
             super().quantize(kernels)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.uncapped(hidden)
+        return logits if self.logit_cap == 0.0 else self.cap(logits.float())
+
+    def uncapped(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`forward` before the cap."""
         table = self._table[0] if self._table else self
         if self.logit_factor != 1.0:
             hidden = scaled(hidden, self.logit_factor)  # a row is shorter than its logits
         logits = table.product(hidden)
         if self._parallel.tp_size > 1:
             logits = self._parallel.all_gather(logits, -1)[..., : self.num_embeddings]
+        return logits
+
+    def cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """float32 `logits` with the cap, if there is one. Side effect: they are changed."""
         if self.logit_cap == 0.0:
             return logits
-        return logits.float().div_(self.logit_cap).tanh_().mul_(self.logit_cap)
+        return logits.div_(self.logit_cap).tanh_().mul_(self.logit_cap)
