@@ -129,3 +129,57 @@ def test_dots1(tmp_path: Path) -> None:
     assert config.moe == MoEConfig(layers, 128, 6, 1408, 2816, True, choice=choice)
     assert config.layer_windows == (None,) * 62
     assert config.qk_norm
+
+
+def test_minimax_m2(tmp_path: Path) -> None:
+    fields = {"rotary_dim": 64, "attn_type_list": [1] * 62, "num_mtp_modules": 3}
+    config = load(tmp_path, "MiniMaxM2ForCausalLM", **fields)
+    choice = ExpertChoice(sigmoid=True, biased=True)
+    layers = frozenset(range(62))
+    assert config.moe == MoEConfig(layers, 256, 8, 1536, renormalize=True, choice=choice)
+    assert (config.rope.partial, config.head_dim) == (0.5, 128)
+    assert config.wide_qk_norm
+    bias = "model.layers.3.block_sparse_moe.e_score_correction_bias"
+    assert config.own_weight_name(bias) == "model.layers.3.mlp.gate.e_score_correction_bias"
+    for field, value, message in (
+        ("attn_type_list", [1, 0], "attn_type_list must list full attention"),
+        ("scoring_func", "softmax", "scoring_func 'softmax' is not supported"),
+        ("qk_norm_type", "per_head", "qk_norm_type 'per_head' is not supported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path, "MiniMaxM2ForCausalLM", **{field: value})
+
+
+def test_olmoe(tmp_path: Path) -> None:
+    config = load(tmp_path, "OlmoeForCausalLM", clip_qkv=None)
+    assert config.moe == MoEConfig(frozenset(range(16)), 64, 8, 2048)
+    assert config.num_kv_heads == 16
+    with pytest.raises(ValueError, match="clip_qkv is not supported"):
+        load(tmp_path, "OlmoeForCausalLM", clip_qkv=8.0)
+
+
+def test_granite_moe(tmp_path: Path) -> None:
+    fields = {"logits_scaling": 6.0, "attention_multiplier": 0.015625, "residual_multiplier": 0.22}
+    config = load(tmp_path, "GraniteMoeSharedForCausalLM", shared_intermediate_size=64, **fields)
+    assert config.moe == MoEConfig(frozenset(range(32)), 8, 2, 11008, 64, True)
+    assert (config.logit_factor, config.attention_scaling) == (1 / 6.0, 0.015625)
+    assert config.residual_factor == 0.22
+    name = "model.layers.0.shared_mlp.output_linear.weight"
+    assert config.own_weight_name(name) == "model.layers.0.mlp.shared_experts.down_proj.weight"
+    assert load(tmp_path, "GraniteMoeForCausalLM").moe == MoEConfig(
+        frozenset(range(32)), 8, 2, 11008, None, True
+    )
+
+
+def test_hunyuan(tmp_path: Path) -> None:
+    scaling = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}
+    fields = {"num_experts": 64, "moe_topk": [8] * 32, "intermediate_size": 3072, "head_dim": 128}
+    config = load(tmp_path, "HunYuanMoEV1ForCausalLM", rope_scaling=scaling, **fields)
+    assert config.moe == MoEConfig(frozenset(range(32)), 64, 8, 3072, 3072, True)
+    assert config.rope.rope_type == "default"
+    assert config.rope.theta == pytest.approx(10000.0 * 1000.0 ** (128 / 126))
+    assert config.max_position_embeddings == 2048
+    with pytest.raises(ValueError, match="moe_topk must be a positive whole number"):
+        load(tmp_path, "HunYuanMoEV1ForCausalLM", **{**fields, "moe_topk": [8, 4]})
+    with pytest.raises(ValueError, match="use_cla is not supported"):
+        load(tmp_path, "HunYuanMoEV1ForCausalLM", use_cla=True, **fields)

@@ -28,10 +28,13 @@ ARCHS = {
     "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
     "dots1": gguf.MODEL_ARCH.DOTS1,
     "ernie4_5_moe": gguf.MODEL_ARCH.ERNIE4_5_MOE,
+    "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
+    "olmoe": gguf.MODEL_ARCH.OLMOE,
 }
 _INPUTS_FIRST = ("llama4_text", "gpt_oss")  # in transformers' experts
 _PLAIN_MIXTURES = frozenset(
     {"qwen3_moe", "llama4_text", "gpt_oss", "mixtral", "qwen2_moe", "ernie4_5_moe"}
+    | {"minimax_m2", "olmoe"}
 )
 # Experts of a layer in a model's own state: what becomes of a merged tensor's halves.
 _MERGED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -229,6 +232,9 @@ def _expert_metadata(config: Any) -> dict[str, Any]:
     if kind == "llama4_text":
         values["feed_forward_length"] = config.intermediate_size_mlp
         values["interleave_moe_layer_step"] = config.interleave_moe_layer_step
+    if kind == "minimax_m2":
+        values["expert_gating_func"] = 2
+        values["rope.dimension_count"] = config.head_dim // 2
     return values
 
 

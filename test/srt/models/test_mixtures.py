@@ -45,6 +45,10 @@ def test_logits_and_greedy_tokens(tmp_path: Path, family: str) -> None:
         ("mixtral", {"sliding_window": 9, "num_experts_per_tok": 1}),
         ("qwen2_moe", {"norm_topk_prob": True, "qkv_bias": False, "mlp_only_layers": []}),
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+        ("minimax_m2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e3}}),
+        ("olmoe", {"norm_topk_prob": True, "attention_bias": True, "num_key_value_heads": 4}),
+        ("granitemoe", {"tie_word_embeddings": True, "attention_bias": True}),
+        ("hunyuan_v1_moe", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e3}}),
         ("ernie4_5_moe", {"moe_layer_interval": 2, "tie_word_embeddings": True}),
         ("ernie4_5_moe", {"moe_num_shared_experts": 0, "moe_layer_end_index": 1}),
     ],
@@ -84,7 +88,7 @@ def answer_all(engine: DeviceTower) -> list[list[int]]:
     return [engine.output(f"r{number}") for number in range(3)]
 
 
-@pytest.mark.parametrize("family", ["glm4_moe"])
+@pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2"])
 def test_two_ranks_answer_as_one_and_as_transformers(tmp_path: Path, family: str) -> None:
     hf = make_hf_model(family)
     path = save(hf, tmp_path)
@@ -138,6 +142,8 @@ IN_GGUF: dict[str, dict[str, Any]] = {
     "glm4_moe": {},
     "dots1": {},
     "ernie4_5_moe": {},
+    "minimax_m2": {},
+    "olmoe": {"norm_topk_prob": False},
 }
 
 

@@ -36,9 +36,11 @@ _ARCHITECTURES = {
     "glm4moe": ("Glm4MoeForCausalLM", "glm4_moe"),
     "dots1": ("Dots1ForCausalLM", "dots1"),
     "ernie4_5-moe": ("Ernie4_5_MoeForCausalLM", "ernie4_5_moe"),
+    "minimax-m2": ("MiniMaxM2ForCausalLM", "minimax_m2"),
+    "olmoe": ("OlmoeForCausalLM", "olmoe"),
 }
 _MIXTRAL = ("MixtralForCausalLM", "mixtral")  # a llama with experts
-_PARTIAL = frozenset({"glm4moe"})  # architectures of whose heads a part turns
+_PARTIAL = frozenset({"glm4moe", "minimax-m2"})  # architectures of whose heads a part turns
 # Features that other families store under the same architecture name and that change the answer.
 _REFUSED_UNLESS_ZERO = (
     "attention.clamp_kqv",

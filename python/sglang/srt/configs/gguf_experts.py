@@ -17,6 +17,7 @@ from sglang.srt.configs.gguf_latent import latent_expert_fields
 # Architectures; a llama may be one, too.
 MIXTURES = frozenset(
     {"qwen2moe", "qwen3moe", "llama4", "gpt-oss", "glm4moe", "dots1", "ernie4_5-moe"}
+    | {"minimax-m2", "olmoe"}
 )
 _LIKE_DEEPSEEK = frozenset({"glm4moe", "dots1"})
 _WITHOUT_HEAD_NORMS = 128  # experts: of the published Llama 4 files those of so many (Maverick)
@@ -47,8 +48,16 @@ def expert_fields(name: str, get: _Get, need: _Need, tensors: _Tensors) -> dict[
     experts, chosen = need("expert_count"), need("expert_used_count")
     fields: dict[str, Any] = {"num_local_experts": experts, "num_experts_per_tok": chosen}
     match name:
-        case "gpt-oss" | "llama":
+        case "gpt-oss" | "llama" | "minimax-m2":
             return fields | {"intermediate_size": width}
+        case "olmoe":
+            renormalizes = bool(get("expert_weights_norm", False))
+            return {
+                "num_experts": experts,
+                "num_experts_per_tok": chosen,
+                "intermediate_size": width,
+                "norm_topk_prob": renormalizes,
+            }
         case "llama4":
             return fields | {
                 "intermediate_size": width,

@@ -182,6 +182,8 @@ def rope_config_from_hf(
         long_factors=_factors(merged, "long_factor") if rope_type == "longrope" else None,
     )
     _check(config)
+    if rope_type == "dynamic" and merged.get("alpha") is not None:
+        return _stretched(config, _number(merged, "alpha", 1.0), _number(raw, "head_dim", 0.0))
     return config.for_context(max_position_embeddings)
 
 
@@ -207,6 +209,9 @@ def _merge_spellings(
         merged.update({k: v for k, v in value.items() if v is not None})
     if "partial_rotary_factor" in raw and raw["partial_rotary_factor"] is not None:
         merged.setdefault("partial_rotary_factor", raw["partial_rotary_factor"])
+    if raw.get("rotary_dim") is not None:  # MiniMax's spelling
+        turned, whole = _number(raw, "rotary_dim", 0.0), _number(raw, "head_dim", 1.0)
+        merged.setdefault("partial_rotary_factor", turned / whole)
     return merged
 
 
@@ -232,6 +237,14 @@ def _factors(fields: Mapping[str, Any], key: str) -> tuple[float, ...]:
     if min(numbers) <= 0:
         raise ValueError(f"rope field {key!r} must have positive numbers")
     return numbers
+
+
+def _stretched(config: RopeConfig, alpha: float, head_dim: float) -> RopeConfig:
+    """Hunyuan's rotation: a base stretched by `alpha`, whatever a sequence's length."""
+    if alpha <= 0 or head_dim <= 2:
+        raise ValueError(f"rope field 'alpha' must be positive, not {alpha}")
+    theta = config.theta * alpha ** (head_dim / (head_dim - 2))
+    return replace(config, rope_type="default", factor=1.0, theta=theta)
 
 
 def _check(config: RopeConfig) -> None:

@@ -64,6 +64,8 @@ _SHARED_EXPERTS = {
 _FAMILY_NAMES = {
     "qwen3_moe": _GATED,
     "mixtral": _GATED,
+    "minimax_m2": _GATED,
+    "olmoe": _GATED,
     "qwen2_moe": {**_GATED, "ffn_gate_inp_shexp": "mlp.shared_expert_gate"},
     "glm4_moe": {**_SHARED_EXPERTS, "post_attention_norm": "post_attention_layernorm"},
     "dots1": _SHARED_EXPERTS,
@@ -87,6 +89,7 @@ _WHOLE_NAMES = {  # without what kind it is
     "glm4_moe": _CHOICE_BIAS,
     "dots1": _CHOICE_BIAS,
     "ernie4_5_moe": _CHOICE_BIAS,
+    "minimax_m2": _CHOICE_BIAS,
 }
 # The two parts of one weight: what makes keys of a latent, [H, C, N], and what makes values of it,
 # [H, V, C].

@@ -25,7 +25,15 @@ from sglang.srt.configs.families.mistral import (
     MISTRAL,
     MISTRAL3_MULTIMODAL,
 )
-from sglang.srt.configs.families.mixtures import ERNIE4_5_MOE, MIXTRAL
+from sglang.srt.configs.families.mixtures import (
+    ERNIE4_5_MOE,
+    GRANITE_MOE,
+    GRANITE_MOE_SHARED,
+    HUNYUAN_MOE,
+    MINIMAX_M2,
+    MIXTRAL,
+    OLMOE,
+)
 from sglang.srt.configs.families.olmo import OLMO2, OLMO3
 from sglang.srt.configs.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from sglang.srt.configs.model_traits import ModelFamily
@@ -86,4 +94,9 @@ FAMILIES: dict[str, ModelFamily] = {
     "MixtralForCausalLM": MIXTRAL,
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Ernie4_5_MoeForCausalLM": ERNIE4_5_MOE,
+    "MiniMaxM2ForCausalLM": MINIMAX_M2,
+    "OlmoeForCausalLM": OLMOE,
+    "GraniteMoeForCausalLM": GRANITE_MOE,
+    "GraniteMoeSharedForCausalLM": GRANITE_MOE_SHARED,
+    "HunYuanMoEV1ForCausalLM": HUNYUAN_MOE,
 }
