@@ -41,7 +41,8 @@ TABLE: tuple[Row, ...] = (
      " srt.configs.lora_args, srt.configs.speculative_args,"
      " srt.configs.flag_tables,"
      " srt.configs.flag_parser, srt.configs.flag_checks < srt.server_args"),
-    (1, "", "srt.configs.gguf_file < srt.configs.gguf_latent < srt.configs.gguf_config"
+    (1, "", "srt.configs.gguf_file < srt.configs.gguf_latent < srt.configs.gguf_experts"
+     " < srt.configs.gguf_config"
      " < srt.configs.model_config"),
     (1, "", "srt.configs.quantization_config, srt.configs.vision_config"
      " < srt.configs.model_config"),
@@ -116,8 +117,9 @@ TABLE: tuple[Row, ...] = (
     (6, "DEVICE", "srt.managers.scheduler*"),
     (6, "TEXT", "srt.tokenizer.* < srt.managers.incremental_text"),
     (6, "TEXT", "srt.function_call.core_types < srt.function_call.json_scan"
-     " < srt.function_call.call_readers < srt.function_call.python_call,"
-     " srt.function_call.xml_call < srt.function_call.call_parser"
+     " < srt.function_call.call_readers, srt.function_call.tag_value"
+     " < srt.function_call.python_call, srt.function_call.xml_call, srt.function_call.glm_call,"
+     " srt.function_call.marked_call < srt.function_call.call_parser"
      " < srt.function_call.function_call_parser, srt.function_call.strict_calls"
      " < srt.parser.reasoning_parser, srt.parser.harmony_parser"
      " < srt.parser.answer_parser < srt.parser.parser_choice < srt.entrypoints.*"),

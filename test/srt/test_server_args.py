@@ -188,7 +188,7 @@ def test_model_overrides_are_an_object() -> None:
         (["--preferred-sampling-params", "[1]"], "must be a JSON object"),
         (["--skip-tokenizer-init", "--chat-template", "x"], "needs a tokenizer"),
         (["--skip-tokenizer-init", "--tool-call-parser", "auto"], "needs a tokenizer"),
-        (["--tool-call-parser", "kimi_k2"], "--tool-call-parser must be one of auto, qwen, "),
+        (["--tool-call-parser", "kimi"], "--tool-call-parser must be one of auto, qwen, "),
         (["--reasoning-parser", "kimi"], "--reasoning-parser must be one of auto, deepseek-r1, "),
         (["--kv-backing", "static", "--kv-segment-reserve", "1"], "maps every segment at start"),
         (["--kv-backing", "cuda_vmm"], "cuda_vmm needs a CUDA device, this is --device cpu"),

@@ -10,16 +10,31 @@ from typing import Any
 
 import pytest
 from transformers import (
+    Cohere2Config,
+    CohereConfig,
     DeepseekV2Config,
     DeepseekV3Config,
+    Exaone4Config,
+    Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
+    GlmConfig,
     GptOssConfig,
+    GraniteConfig,
     Llama4TextConfig,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
+    Mistral3Config,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
 )
 
 from sglang.srt.configs.families import ENCODER_FAMILIES
@@ -31,24 +46,44 @@ from sglang.srt.configs.model_config import (
 from sglang.srt.configs.pooling_config import causal_name
 from sglang.srt.configs.rope_config import RopeConfig
 from sglang.srt.environ import Environ
+from srt.models.hf_mixtures import MIXTURE_FAMILIES
 
 HF_CONFIGS = {
     "LlamaForCausalLM": LlamaConfig,
     "MistralForCausalLM": MistralConfig,
+    "MinistralForCausalLM": MinistralConfig,
+    "Ministral3ForCausalLM": Ministral3Config,
+    "Mistral3ForConditionalGeneration": lambda: Mistral3Config().text_config,
     "Qwen2ForCausalLM": Qwen2Config,
     "Qwen3ForCausalLM": Qwen3Config,
     "Qwen3MoeForCausalLM": Qwen3MoeConfig,
     "Llama4ForCausalLM": Llama4TextConfig,
     "Llama4ForConditionalGeneration": Llama4TextConfig,
+    "Gemma2ForCausalLM": Gemma2Config,
     "Gemma3ForCausalLM": Gemma3TextConfig,
     "Gemma3ForConditionalGeneration": Gemma3TextConfig,
+    "CohereForCausalLM": CohereConfig,
+    "Cohere2ForCausalLM": Cohere2Config,
+    "Olmo2ForCausalLM": Olmo2Config,
+    "Olmo3ForCausalLM": Olmo3Config,
+    "SmolLM3ForCausalLM": SmolLM3Config,
+    "Exaone4ForCausalLM": Exaone4Config,
+    "Phi3ForCausalLM": Phi3Config,
+    "GraniteForCausalLM": GraniteConfig,
+    "GlmForCausalLM": GlmConfig,
+    "Glm4ForCausalLM": Glm4Config,
+    "SeedOssForCausalLM": SeedOssConfig,
     "GptOssForCausalLM": GptOssConfig,
     "DeepseekV2ForCausalLM": DeepseekV2Config,
     "DeepseekV3ForCausalLM": DeepseekV3Config,
+    **{model.__name__: config for config, model in MIXTURE_FAMILIES.values()},
 }
+# They name a window that no layer has where a file says nothing.
+UNUSED_WINDOWS = frozenset({"Qwen2MoeForCausalLM", "Dots1ForCausalLM"})
 MULTIMODAL = {
     "Llama4ForConditionalGeneration": "llama4",
     "Gemma3ForConditionalGeneration": "gemma3",
+    "Mistral3ForConditionalGeneration": "mistral3",
 }
 
 TINY: dict[str, Any] = {
@@ -106,16 +141,21 @@ def test_missing_fields_mean_what_transformers_means(tmp_path: Path, architectur
         ("num_layers", "num_hidden_layers"),
         ("num_heads", "num_attention_heads"),
         *([] if config.latent else [("num_kv_heads", "num_key_value_heads")]),
-        ("rms_norm_eps", "rms_norm_eps"),
+        ("rms_norm_eps", "layer_norm_eps" if "Cohere" in architecture else "rms_norm_eps"),
         ("max_position_embeddings", "max_position_embeddings"),
         ("tie_word_embeddings", "tie_word_embeddings"),
         ("bos_token_id", "bos_token_id"),
-        ("sliding_window", "sliding_window"),
+        *([] if architecture in UNUSED_WINDOWS else [("sliding_window", "sliding_window")]),
     ]:
         assert getattr(config, ours) == getattr(hf, theirs, None), ours
     ropes = hf.rope_parameters
     assert config.rope.theta == ropes.get("full_attention", ropes)["rope_theta"]
-    assert config.eos_token_ids == (() if hf.eos_token_id is None else (hf.eos_token_id,))
+    ends = hf.eos_token_id if isinstance(hf.eos_token_id, list) else [hf.eos_token_id]
+    assert config.eos_token_ids == tuple(end for end in ends if end is not None)
+    layers = getattr(hf, "layer_types", None)
+    if layers is not None and config.layer_chunks == (None,) * config.num_layers:
+        slides = [window is not None for window in config.layer_windows]
+        assert slides == [kind == "sliding_attention" for kind in layers]
 
 
 def test_every_family_says_where_its_biases_and_norms_are(tmp_path: Path) -> None:
@@ -210,7 +250,7 @@ def test_yarn_attention_scaling() -> None:
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"rope_type": "longrope", "factor": 4.0}, "unknown rope type 'longrope'"),
+        ({"rope_type": "spiral", "factor": 4.0}, "unknown rope type 'spiral'"),
         ({"rope_type": "linear"}, "needs a 'factor'"),
         ({"rope_type": "linear", "factor": 0.5}, "at least 1"),
         ({"rope_type": "linear", "factor": "4"}, "finite number"),

@@ -37,7 +37,7 @@ def test_llama4_layers(tmp_path: Path) -> None:
     assert config.layer_windows == (None,) * 4
     assert config.intermediate_size == 96
     assert config.temperature == TemperatureConfig(attn_scale=0.1, floor_scale=8192.0)
-    assert config.moe == MoEConfig(frozenset(range(4)), 16, 1, 32, 32)
+    assert config.moe == MoEConfig(frozenset(range(4)), 16, 1, 32, 32, scales_inputs=True)
     assert config.weightless_qk_norm
     types = ["full_attention", "chunked_attention"] * 2
     other = load(

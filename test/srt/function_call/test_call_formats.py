@@ -187,6 +187,48 @@ def test_every_name_has_a_format() -> None:
                 ),
             ],
         ),
+        # GLM-4.5, and 4.7 without line breaks
+        (
+            "glm45",
+            "I look.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n"
+            "<arg_value>Paris</arg_value>\n<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>\n<tool_call>get_time\n"
+            "</tool_call>",
+            "I look.",
+            [("get_weather", {"city": "Paris", "days": 2}), TIME],
+        ),
+        (
+            "glm47",
+            "<tool_call>get_time</tool_call><tool_call>get_weather<arg_key>city</arg_key>"
+            "<arg_value>\nif a < b: </arg>\n</arg_value><arg_key>where</arg_key>"
+            '<arg_value>{"a": [1]}</arg_value></tool_call>There.',
+            "There.",
+            [TIME, ("get_weather", {"city": "\nif a < b: </arg>\n", "where": {"a": [1]}})],
+        ),
+        # MiniMax-M2: several calls in one block
+        (
+            "minimax-m2",
+            'Sure.\n<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">\n'
+            'Paris</parameter>\n<parameter name="exact">true</parameter>\n</invoke>\n'
+            '<invoke name="get_time">\n</invoke>\n</minimax:tool_call>',
+            "Sure.",
+            [("get_weather", {"city": "\nParis", "exact": True}), TIME],
+        ),
+        # Kimi-K2
+        (
+            "kimi_k2",
+            "Hm.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"
+            '<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|><|tool_call_begin|>'
+            "functions.spotify.play:1 <|tool_call_argument_begin|> {}<|tool_call_end|>"
+            "<|tool_calls_section_end|>",
+            "Hm.",
+            [PARIS, ("spotify.play", {})],
+        ),
+        (
+            "kimi_k2",
+            "<|tool_calls_section_begin|><|tool_call_begin|>get_time<|tool_call_argument_begin|>{}",
+            "",
+            [TIME],
+        ),
     ],
 )
 def test_calls_are_found(name: str, text: str, content: str, calls: list[Any]) -> None:
@@ -229,6 +271,32 @@ def test_calls_are_found(name: str, text: str, content: str, calls: list[Any]) -
         ("qwen3_coder", "<tool_call>\n<function=nobody>\n</function>\n</tool_call>"),
         ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\nPar"),
         ("qwen3_coder", "<tool_call>\n<function=get_weather>\nno\n</function>\n</tool_call>"),
+        ("glm45", "<tool_call>nobody</tool_call>"),
+        ("glm45", "<tool_call>get_time and more</tool_call>"),
+        ("glm45", "<tool_call>get_time\n<arg_value>2</arg_value></tool_call>"),
+        (
+            "glm45",
+            "<tool_call>get_weather<arg_key>city</arg_key><arg_key>days</arg_key></tool_call>",
+        ),
+        ("glm45", "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Par"),
+        ("glm45", '<tool_call>{"name": "get_time"}</tool_call>'),
+        ("minimax-m2", '<invoke name="get_time"></invoke>'),
+        ("minimax-m2", '<minimax:tool_call>\n<invoke name="nobody"></invoke></minimax:tool_call>'),
+        ("minimax-m2", "<minimax:tool_call><invoke name=get_time></invoke></minimax:tool_call>"),
+        (
+            "minimax-m2",
+            '<minimax:tool_call><invoke name="get_time"><parameter name="></invoke>',
+        ),
+        ("kimi_k2", "<|tool_calls_section_begin|>nothing<|tool_calls_section_end|>"),
+        (
+            "kimi_k2",
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.nobody:0"
+            "<|tool_call_argument_begin|>{}<|tool_call_end|>",
+        ),
+        (
+            "kimi_k2",
+            "<|tool_calls_section_begin|><|tool_call_begin|>get_time:0<|tool_call_argument_begin|>[]",
+        ),
     ],
 )
 def test_what_is_no_call_comes_back_unchanged(name: str, text: str) -> None:
@@ -272,6 +340,23 @@ def test_texts_of_qwen3_coder_go_out_while_they_come() -> None:
     assert parser.feed('two"</para') == [CallArguments('\\ntwo\\"')]
     assert parser.feed("meter>") == [CallArguments('"')]
     assert parser.feed("\n</function>") == [CallArguments("}"), CallEnd()]
+
+
+def test_texts_of_glm_go_out_while_they_come() -> None:
+    parser = CallParser(CALL_FORMATS["glm47"], TOOLS)
+    assert parser.feed("<tool_call>get_weather") == []
+    events = parser.feed("<arg_key>city</arg_key><arg_value>Par")
+    assert events == [CallStart("get_weather"), CallArguments('{"city": "Par')]
+    assert parser.feed("is</arg_value><arg_key>days</arg_key><arg_value>1") == [
+        CallArguments('is", "days": ')
+    ]
+    assert parser.feed("2</arg_value></tool_call>") == [CallArguments("12}"), CallEnd()]
+
+
+def test_calls_of_one_block_are_counted() -> None:
+    one = '<invoke name="get_time"></invoke>'
+    answer = read("minimax-m2", f"<minimax:tool_call>{one}\n{one}</minimax:tool_call>", max_calls=1)
+    assert (answer.calls, answer.content) == ([TIME], f"{one}</minimax:tool_call>")
 
 
 def test_a_break_in_the_arguments_keeps_what_was_sent() -> None:
@@ -367,3 +452,5 @@ def test_ids_fit_the_templates() -> None:
     assert new_call_id("hermes") != new_call_id("hermes")
     assert len(new_call_id("mistral")) == 9
     assert new_call_id("mistral").isalnum()
+    assert new_call_id("kimi_k2", name="get_time", index=2) == "functions.get_time:2"
+    assert new_call_id("kimi_k2").startswith("call_")

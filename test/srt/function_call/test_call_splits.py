@@ -32,6 +32,15 @@ _FRAGMENTS = (
     *("get_weather(city='Paris', days=2)", "get_time()", "get_time(", "city='a\\'b)'"),
     "<function=get_weather>\n<parameter=city>\na\n</parameter>\n<parameter=days>\n2\n</parameter>\n",
     *("<function=get_time>", "</function>", "<parameter=city>", "</parameter>", "\n</parameter"),
+    *("<arg_key>city</arg_key>", "<arg_value>", "</arg_value>", "<arg_key>", "get_weather\n"),
+    *(
+        '<invoke name="get_weather">',
+        '<invoke name="',
+        '">',
+        "</invoke>",
+        '<parameter name="days">',
+    ),
+    *("<|tool_call_begin|>", "functions.get_time:0", "<|tool_call_argument_begin|>"),
     *("<|start|>assistant", "<|channel|>analysis", "<|channel|>final", "<|message|>", "<|end|>"),
     *(
         "<|channel|>commentary to=functions.get_time ",

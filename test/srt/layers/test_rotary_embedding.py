@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -234,5 +235,43 @@ def test_frequencies_survive_the_meta_device() -> None:
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="even head_dim, not 63"):
         get_rope(63, RopeConfig(), TRAINED, torch.float32)
-    with pytest.raises(ValueError, match="unknown rope type 'longrope'"):
-        get_rope(64, RopeConfig(rope_type="longrope"), TRAINED, torch.float32)
+    with pytest.raises(ValueError, match="unknown rope type 'spiral'"):
+        get_rope(64, RopeConfig(rope_type="spiral"), TRAINED, torch.float32)
+
+
+def test_a_part_of_a_head() -> None:
+    """The first pairs turn as heads of that width would, the others stay as they are."""
+    rope = RopeConfig(theta=1e3, partial=0.5)
+    layer = get_rope(16, rope, 512, torch.float32, interleaved=True)
+    whole = get_rope(8, replace(rope, partial=1.0), 512, torch.float32, interleaved=True)
+    x, positions = torch.randn(3, 32), torch.tensor([0, 5, 900])
+    heads, turned = x.view(3, 2, 16), layer.rotate(positions, x).view(3, 2, 16)
+    torch.testing.assert_close(
+        turned[..., :8].flatten(1), whole.rotate(positions, heads[..., :8].flatten(1))
+    )
+    torch.testing.assert_close(turned[..., 8:], heads[..., 8:], atol=0, rtol=0)
+    with pytest.raises(ValueError, match="5 of 16 dimensions"):
+        get_rope(16, replace(rope, partial=0.34), 512, torch.float32)
+
+
+def test_scaling_is_for_the_part_that_turns() -> None:
+    factors = (1.0, 2.0)
+    rope = RopeConfig(
+        rope_type="longrope",
+        partial=0.5,
+        attention_factor=1.5,
+        short_factors=factors,
+        long_factors=(3.0, 4.0),
+        original_max_position=64,
+    )
+    positions = torch.tensor([0, 7])
+    for served, divisors in ((64, factors), (65, (3.0, 4.0))):
+        layer = get_rope(8, rope.for_context(served), 512, torch.float32)
+        base = torch.tensor([1.0, 10000.0**-0.5], dtype=torch.float64)
+        cos, sin = layer.cos_sin(positions)
+        angles = positions.double().unsqueeze(1) * base / torch.tensor(divisors)
+        expected = torch.cat((angles.cos() * 1.5, torch.ones(2, 2)), -1)
+        torch.testing.assert_close(cos[:, 0, :4].double(), expected, atol=1e-6, rtol=0)
+        assert not sin[:, 0, 2:4].any()
+    with pytest.raises(ValueError, match="long_factor has 2 values for 3 pairs"):
+        get_rope(12, rope.for_context(65), 512, torch.float32)

@@ -23,8 +23,19 @@ ARCHS = {
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
+    "mixtral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
+    "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
+    "dots1": gguf.MODEL_ARCH.DOTS1,
+    "ernie4_5_moe": gguf.MODEL_ARCH.ERNIE4_5_MOE,
+    "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
+    "olmoe": gguf.MODEL_ARCH.OLMOE,
 }
-_OUTPUTS_FIRST = ("qwen3_moe", "deepseek_v2", "deepseek_v3")
+_INPUTS_FIRST = ("llama4_text", "gpt_oss")  # in transformers' experts
+_PLAIN_MIXTURES = frozenset(
+    {"qwen3_moe", "llama4_text", "gpt_oss", "mixtral", "qwen2_moe", "ernie4_5_moe"}
+    | {"minimax_m2", "olmoe"}
+)
 # Experts of a layer in a model's own state: what becomes of a merged tensor's halves.
 _MERGED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
@@ -70,6 +81,8 @@ def write_gguf(
             heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
             heads = next((n for part, n in heads.items() if part in name), None)
         stored = values if heads is None else permute(values, heads)
+        if name.endswith(("e_score_correction_bias", "shared_expert_gate.weight")):
+            values = stored = values.reshape(-1)
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias", ""))
         if name.endswith("e_score_correction_bias"):
             gguf_name = f"blk.{name.split('.')[2]}.exp_probs_b.bias"
@@ -104,7 +117,7 @@ def stacked_experts(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             continue
         leaf, is_bias = leaf.removesuffix("_bias"), leaf.endswith("_bias")
         # gpt-oss alternates gates and ups.
-        whole = tensor if is_bias or kind in _OUTPUTS_FIRST else tensor.transpose(1, 2)
+        whole = tensor if is_bias or kind not in _INPUTS_FIRST else tensor.transpose(1, 2)
         parts = (whole,)
         if leaf == "gate_up_proj":
             parts = (whole[:, ::2], whole[:, 1::2]) if kind == "gpt_oss" else whole.chunk(2, 1)
@@ -170,7 +183,8 @@ def latent_metadata(config: Any, *, splits_latents: bool) -> dict[str, Any]:
 def _write_metadata(writer: gguf.GGUFWriter, config: Any, changes: dict[str, Any]) -> None:
     arch = writer.arch
     rope = config.rope_parameters
-    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
     values: dict[str, Any] = {
         f"{arch}.block_count": config.num_hidden_layers,
         f"{arch}.context_length": config.max_position_embeddings,
@@ -184,7 +198,7 @@ def _write_metadata(writer: gguf.GGUFWriter, config: Any, changes: dict[str, Any
         f"{arch}.rope.freq_base": float(rope["rope_theta"]),
         f"{arch}.rope.dimension_count": head_dim,
     }
-    if config.model_type in ("mistral", "gpt_oss") and config.sliding_window is not None:
+    if config.model_type in ("mistral", "gpt_oss", "mixtral") and config.sliding_window is not None:
         values[f"{arch}.attention.sliding_window"] = config.sliding_window
     values |= {f"{arch}.{key}": value for key, value in _expert_metadata(config).items()}
     for key, value in {**values, **changes}.items():
@@ -202,18 +216,44 @@ def _write_metadata(writer: gguf.GGUFWriter, config: Any, changes: dict[str, Any
             writer.add_array(key, value)
 
 
-def _expert_metadata(config: Any) -> dict[str, int]:
+def _expert_metadata(config: Any) -> dict[str, Any]:
     kind = config.model_type
-    if kind not in ("qwen3_moe", "llama4_text", "gpt_oss"):
+    if kind in ("glm4_moe", "dots1"):
+        return _grouped_metadata(config)
+    if kind not in _PLAIN_MIXTURES:
         return {}
-    values = {
-        "expert_count": config.num_experts if kind == "qwen3_moe" else config.num_local_experts,
+    experts = "num_experts" if hasattr(config, "num_experts") else "num_local_experts"
+    values: dict[str, Any] = {
+        "expert_count": getattr(config, experts),
         "expert_used_count": config.num_experts_per_tok,
-        "expert_feed_forward_length": config.intermediate_size,
     }
-    if kind == "qwen3_moe":
-        values["expert_feed_forward_length"] = config.moe_intermediate_size
+    width = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    values["expert_feed_forward_length"] = width
     if kind == "llama4_text":
         values["feed_forward_length"] = config.intermediate_size_mlp
         values["interleave_moe_layer_step"] = config.interleave_moe_layer_step
+    if kind == "minimax_m2":
+        values["expert_gating_func"] = 2
+        values["rope.dimension_count"] = config.head_dim // 2
+    return values
+
+
+def _grouped_metadata(config: Any) -> dict[str, Any]:
+    """Of experts that are chosen as DeepSeek-V3's; GLM's files count layers that predict tokens."""
+    values = {
+        "expert_count": config.n_routed_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_shared_count": config.n_shared_experts,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "leading_dense_block_count": config.first_k_dense_replace,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        "expert_weights_norm": bool(config.norm_topk_prob),
+        "expert_gating_func": 2,
+        "expert_group_count": config.n_group,
+        "expert_group_used_count": config.topk_group,
+    }
+    if config.model_type == "glm4_moe":
+        values["block_count"] = config.num_hidden_layers + 1
+        values["nextn_predict_layers"] = 1
+        values["rope.dimension_count"] = config.head_dim // 2
     return values

@@ -28,6 +28,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from srt.models.hf_dense import DENSE_FAMILIES, DENSE_FIELDS
+from srt.models.hf_mixtures import MIXTURE_FAMILIES, MIXTURE_FIELDS
+
 FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
@@ -148,7 +151,14 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
 
     Weights are larger than a fresh model's, so that attention and logits are far from uniform.
     """
-    families = {**FAMILIES, **MOE_FAMILIES, **MIXED_FAMILIES, **LATENT_FAMILIES}
+    families = {
+        **FAMILIES,
+        **MOE_FAMILIES,
+        **MIXED_FAMILIES,
+        **LATENT_FAMILIES,
+        **DENSE_FAMILIES,
+        **MIXTURE_FAMILIES,
+    }
     config_class, model_class = families[family]
     fields: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -161,10 +171,13 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,
         "attn_implementation": "eager",
         **MOE_FIELDS.get(family, {}),
         **MIXED_FIELDS.get(family, {}),
         **LATENT_FIELDS.get(family, {}),
+        **DENSE_FIELDS.get(family, {}),
+        **MIXTURE_FIELDS.get(family, {}),
         **changes,
     }
     if family == "qwen3":
@@ -178,12 +191,18 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() > 1:
                 scale = 1.0 if "embed_tokens" in name else 1.2 / parameter.shape[-1] ** 0.5
-                if family == "gemma3" and "embed_tokens" in name:
+                if family.startswith("gemma") and "embed_tokens" in name:
                     # The model scales it up again; larger, the input's own token always wins.
                     scale = 3.0 / parameter.shape[-1]
+                elif family == "cohere2" and "embed_tokens" in name:
+                    scale = 0.2  # it is the head, too
                 parameter.copy_(noise * scale)
             else:
                 parameter.copy_(noise * 0.2 + (0.0 if name.endswith("bias") else 1.0))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # so that some experts are chosen by it
+                last = buffer.shape[-1]
+                buffer.copy_(torch.linspace(-0.2, 0.2, last).roll(len(name) % 5).expand_as(buffer))
     return model
 
 

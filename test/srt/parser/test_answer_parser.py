@@ -143,6 +143,23 @@ def test_without_a_parser_nothing_is_counted() -> None:
         ("[func_name1(params_name1=params_value1), func_name2(params)]", "pythonic", None),
         ("'[TOOL_CALLS] ['", "mistral", None),
         ("<|channel|>analysis<|message|> ... to=functions.' + name", "gpt-oss", "gpt-oss"),
+        (
+            "[gMASK]<sop> <tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>\n"
+            "<arg_value> ... <|assistant|> ... '</think>' ... enable_thinking",
+            "glm45",
+            "glm45",
+        ),
+        ("<tool_call>{function-name}<arg_key>{arg-key-1}</arg_key><arg_value>", "glm47", None),
+        (
+            "']~b]ai' ... '</think>' ... '<minimax:tool_call>' ... <invoke name=",
+            "minimax-m2",
+            "minimax",
+        ),
+        (
+            "<|tool_calls_section_begin|> ... <|tool_call_argument_begin|> ... <|im_middle|>",
+            "kimi_k2",
+            None,
+        ),
         ("<｜Assistant｜> ... content.split('</think>')[-1]", None, "deepseek-r1"),
         ("<|im_start|>", None, None),
     ],

@@ -63,6 +63,9 @@ def text_of(events: list[Any]) -> str:
         ("llama3", "<|python_tag|>x"),
         ("mistral", "[TOOL_CALLS]x"),
         ("qwen3_coder", "<tool_call><function=no>"),
+        ("glm45", "<tool_call>no"),
+        ("minimax-m2", '<minimax:tool_call><invoke name="no">'),
+        ("kimi_k2", "<|tool_calls_section_begin|>x"),
     ],
 )
 def test_a_text_of_many_markers_is_read_in_pieces(kind: str, unit: str) -> None:
@@ -87,6 +90,8 @@ def test_a_text_of_many_markers_is_read_in_pieces(kind: str, unit: str) -> None:
         ("mistral", "[TOOL_CALLS]get_time[CALL_ID]", "a"),
         ("pythonic", "[", "a"),
         ("qwen3_coder", "<tool_call><function=", " "),
+        ("glm45", "<tool_call>get_time", " "),
+        ("kimi_k2", "<|tool_calls_section_begin|><|tool_call_begin|>", "a"),
         ("harmony", "<|channel|>", "x"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from sglang.srt.configs.gguf_experts import MIXTURES, expert_fields
 from sglang.srt.configs.gguf_file import GGUFHeader, read_gguf_header, read_gguf_rows
 from sglang.srt.configs.gguf_latent import (
     LATENT,
@@ -31,9 +32,15 @@ _ARCHITECTURES = {
     "llama4": ("Llama4ForCausalLM", "llama4_text"),
     "gpt-oss": ("GptOssForCausalLM", "gpt_oss"),
     "deepseek2": ("DeepseekV2ForCausalLM", "deepseek_v2"),
+    "qwen2moe": ("Qwen2MoeForCausalLM", "qwen2_moe"),
+    "glm4moe": ("Glm4MoeForCausalLM", "glm4_moe"),
+    "dots1": ("Dots1ForCausalLM", "dots1"),
+    "ernie4_5-moe": ("Ernie4_5_MoeForCausalLM", "ernie4_5_moe"),
+    "minimax-m2": ("MiniMaxM2ForCausalLM", "minimax_m2"),
+    "olmoe": ("OlmoeForCausalLM", "olmoe"),
 }
-_MIXTURES = frozenset({"qwen3moe", "llama4", "gpt-oss"})
-_WITHOUT_HEAD_NORMS = 128  # experts: of the published Llama 4 files those of so many (Maverick)
+_MIXTRAL = ("MixtralForCausalLM", "mixtral")  # a llama with experts
+_PARTIAL = frozenset({"glm4moe", "minimax-m2"})  # architectures of whose heads a part turns
 # Features that other families store under the same architecture name and that change the answer.
 _REFUSED_UNLESS_ZERO = (
     "attention.clamp_kqv",
@@ -51,8 +58,9 @@ _REFUSED_UNLESS_ZERO = (
 def gguf_to_hf_config(path: str | Path) -> tuple[dict[str, Any], tuple[float, ...] | None]:
     """Read `path` into (config in Hugging Face's shape, rope frequency divisors or None).
 
-    A `llama` file with a sliding window is a Mistral. Raises ValueError for a damaged file, an
-    architecture that is not supported, or a feature that would change the answer.
+    A `llama` file with a sliding window is a Mistral, one with experts a Mixtral. Raises
+    ValueError for a damaged file, an architecture that is not supported, or a feature that would
+    change the answer.
     """
     header = read_gguf_header(path)
     values = header.metadata
@@ -60,7 +68,7 @@ def gguf_to_hf_config(path: str | Path) -> tuple[dict[str, Any], tuple[float, ..
     if name not in _ARCHITECTURES:
         raise ValueError(
             f"unsupported architecture {name!r} in a GGUF file; "
-            f"supported: {', '.join(_ARCHITECTURES)} (llama includes Mistral)"
+            f"supported: {', '.join(_ARCHITECTURES)} (llama includes Mistral and Mixtral)"
         )
     if int(values.get("split.count", 0)) > 1:
         raise ValueError("split GGUF files are not supported; merge them into one file")
@@ -74,8 +82,8 @@ def gguf_to_hf_config(path: str | Path) -> tuple[dict[str, Any], tuple[float, ..
         turned = raw["qk_rope_head_dim"]
     raw |= reader.rope_fields(turned)
     raw |= reader.token_ids()
-    if name in _MIXTURES:
-        raw |= expert_fields(reader)
+    if reader.is_mixture:
+        raw |= expert_fields(reader.name, reader.get, reader.need, header.tensors)
     raw["torch_dtype"] = _widest_dtype(header)
     return raw, _freq_factors(header, turned)
 
@@ -86,6 +94,11 @@ class _Reader:
     def __init__(self, header: GGUFHeader, name: str) -> None:
         self.header = header
         self.name = name
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether its experts are `expert_fields`."""
+        return self.name in MIXTURES or (self.name == "llama" and bool(self.get("expert_count", 0)))
 
     def get(self, key: str, default: Any = None) -> Any:
         """A scalar; an array per layer counts where all its entries are equal."""
@@ -106,7 +119,7 @@ class _Reader:
         for key in _REFUSED_UNLESS_ZERO:
             if self.get(key, 0):
                 raise ValueError(f"{self.name}.{key} is not supported")
-        if self.name not in _MIXTURES | LATENT and self.get("expert_count", 0):
+        if not self.is_mixture and self.name not in LATENT and self.get("expert_count", 0):
             raise ValueError(f"{self.name}.expert_count is not supported")
         for tensor in self.header.tensors:
             if tensor.startswith("rope_factors_"):
@@ -114,7 +127,8 @@ class _Reader:
 
     def shape_fields(self) -> dict[str, Any]:
         tensors = self.header.tensors
-        architecture, model_type = _ARCHITECTURES[self.name]
+        is_mixtral = self.name == "llama" and self.is_mixture
+        architecture, model_type = _MIXTRAL if is_mixtral else _ARCHITECTURES[self.name]
         embedding = tensors.get("token_embd.weight")
         if embedding is None:
             raise ValueError("the GGUF file lacks tensor token_embd.weight")
@@ -145,7 +159,7 @@ class _Reader:
             "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         }
         window = self.get("attention.sliding_window", 0)
-        if window and self.name == "llama":
+        if window and self.name == "llama" and not is_mixtral:
             raw |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
         if window and self.name in ("llama", "gpt-oss"):
             raw["sliding_window"] = int(window)
@@ -155,9 +169,11 @@ class _Reader:
 
     def rope_fields(self, head_dim: int) -> dict[str, Any]:
         rotated = int(self.get("rope.dimension_count", head_dim))
-        if rotated != head_dim:
-            raise ValueError(f"rope.dimension_count {rotated} other than head_dim {head_dim}")
         rope: dict[str, Any] = {"rope_theta": float(self.get("rope.freq_base", 10000.0))}
+        if self.name in _PARTIAL:
+            rope["partial_rotary_factor"] = rotated / head_dim
+        elif rotated != head_dim:
+            raise ValueError(f"rope.dimension_count {rotated} other than head_dim {head_dim}")
         kind = self.get("rope.scaling.type", "none")
         factor = float(self.get("rope.scaling.factor", self.get("rope.scale_linear", 0.0)))
         if kind == "none" and self.get("rope.scale_linear"):
@@ -197,50 +213,6 @@ class _Reader:
         ids = [values.get(f"tokenizer.ggml.{end}_token_id") for end in ends]
         bos = values.get("tokenizer.ggml.bos_token_id")
         return {"bos_token_id": bos, "eos_token_id": [i for i in ids if i is not None] or None}
-
-
-def expert_fields(reader: _Reader) -> dict[str, Any]:
-    """What a mixture's experts are. Widths and layers are those of the tensors.
-
-    Llama 4 files have no keys for chunks, temperature, and which layers turn: those of the
-    published models are the family's defaults. They normalise heads, but for the one with 128
-    experts. Raises ValueError for routing that another model under the name may ask for.
-    """
-    tensors = reader.header.tensors
-    stacks = {
-        int(name.split(".")[1]): info.shape
-        for name, info in tensors.items()
-        if name.startswith("blk.") and name.endswith(".ffn_gate_exps.weight")
-    }
-    if not stacks or any(len(shape) != 3 for shape in stacks.values()):
-        raise ValueError("the GGUF file lacks tensors blk.N.ffn_gate_exps.weight [E, I, H]")
-    for key in (
-        "expert_group_count",
-        "expert_group_used_count",
-        "expert_shared_feed_forward_length",
-    ):
-        if reader.get(key, 0):
-            raise ValueError(f"{reader.name}.{key} is not supported")
-    if reader.get("expert_weights_scale", 0.0) not in (0.0, 1.0):
-        raise ValueError(f"{reader.name}.expert_weights_scale is not supported")
-    width = next(iter(stacks.values()))[1]
-    experts, chosen = reader.need("expert_count"), reader.need("expert_used_count")
-    fields: dict[str, Any] = {"num_local_experts": experts, "num_experts_per_tok": chosen}
-    if reader.name == "gpt-oss":
-        return fields | {"intermediate_size": width}
-    if reader.name == "llama4":
-        return fields | {
-            "intermediate_size": width,
-            "intermediate_size_mlp": reader.need("feed_forward_length"),
-            "moe_layers": sorted(stacks),
-            "use_qk_norm": experts != _WITHOUT_HEAD_NORMS,
-        }
-    dense = [layer for layer in range(reader.need("block_count")) if layer not in stacks]
-    return fields | {
-        "moe_intermediate_size": width,
-        "mlp_only_layers": dense,
-        "norm_topk_prob": bool(reader.get("expert_weights_norm", True)),
-    }
 
 
 def _widest_dtype(header: GGUFHeader) -> str:

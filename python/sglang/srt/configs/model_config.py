@@ -45,6 +45,7 @@ _COMMON_DEFAULTS: dict[str, Any] = {
 # Fields of a multimodal file that also say something of its text part.
 _SHARED_WITH_TEXT = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")
 
+_DRAFT_PREFIX = "model.mtp_"  # ERNIE's
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 _GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -137,6 +138,11 @@ class ModelConfig(ModelTraits):
             config = replace(config, rope=replace(config.rope, freq_factors=freq_factors))
         return config
 
+    def for_context(self, context_length: int) -> ModelConfig:
+        """The same for a server whose sequences have up to `context_length` tokens, which decides
+        how a LongRoPE model turns (see `RopeConfig`)."""
+        return replace(self, rope=self.rope.for_context(context_length))
+
     @property
     def q_size(self) -> int:
         """Width of the queries of one token over all heads."""
@@ -149,9 +155,17 @@ class ModelConfig(ModelTraits):
 
     def is_draft_weight(self, name: str) -> bool:
         """Whether a checkpoint's tensor is of a layer behind the last one, see `ModelTraits`."""
-        if not self.num_draft_layers or (layer := _LAYER.match(name)) is None:
+        if not self.num_draft_layers:
             return False
+        if (layer := _LAYER.match(name)) is None:
+            return name.startswith(_DRAFT_PREFIX)
         return 0 <= int(layer[1]) - self.num_layers < self.num_draft_layers
+
+    def own_weight_name(self, name: str) -> str:
+        """What our models call a checkpoint's tensor; an own name comes back as it is."""
+        for theirs, ours in self.weight_names:
+            name = name.replace(theirs, ours)
+        return name
 
     @property
     def stacks_experts(self) -> bool:
@@ -297,6 +311,7 @@ def _build(
         max_position_embeddings=max_position,
         default_theta=family.rope_theta,
         layer_type=family.rope_layer_type,
+        family_fields=family.rope_fields,
     )
     length = max_position
     if traits.encoder is not None:
@@ -314,7 +329,7 @@ def _build(
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         v_head_dim=v_head_dim,
-        rms_norm_eps=float(values["rms_norm_eps"]),
+        rms_norm_eps=float(values[family.norm_field]),
         tie_word_embeddings=bool(values["tie_word_embeddings"]),
         hidden_act=str(activation),
         rope=rope,
@@ -369,10 +384,10 @@ def _derived_context_length(values: Mapping[str, Any], rope: RopeConfig, max_pos
 
     A scaling factor stretches max_position_embeddings, except where the checkpoint names its
     length before scaling (then max_position_embeddings is already what the author grants) and
-    for llama3, whose max_position_embeddings is the stretched length.
+    for llama3 and longrope, whose max_position_embeddings is the stretched length.
     """
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if rope.rope_type == "llama3" or scaling.get("original_max_position_embeddings"):
+    if rope.rope_type in ("llama3", "longrope") or scaling.get("original_max_position_embeddings"):
         return max_position
     return int(max_position * rope.factor)
 

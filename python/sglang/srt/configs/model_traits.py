@@ -50,9 +50,10 @@ class MoEConfig:
 
     Every token goes through `experts_per_token` of `num_experts` experts of width
     `intermediate_size` and, unless None, through a shared one of width
-    `shared_intermediate_size`. `renormalize`: the chosen experts' shares add up to 1.
-    `clamped_gate` None: experts compute silu(gate) * up. `choice` None: the largest softmax
-    chooses.
+    `shared_intermediate_size`, whose output is, with `gates_shared`, multiplied by the sigmoid of
+    one more logit. `renormalize`: the chosen experts' shares add up to 1. `clamped_gate` None:
+    experts compute silu(gate) * up. `choice` None: the largest softmax chooses. `scales_inputs`: a
+    chosen expert's weight is its logit's sigmoid, and multiplies what the expert gets (Llama 4).
     """
 
     layers: frozenset[int]
@@ -63,6 +64,8 @@ class MoEConfig:
     renormalize: bool = False
     clamped_gate: ClampedGateConfig | None = None
     choice: ExpertChoice | None = None
+    scales_inputs: bool = False
+    gates_shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ class LatentConfig:
 
 @dataclass(frozen=True, slots=True)
 class TemperatureConfig:
-    """Layers without rotation scale the query at position p by
+    """The query at position p is scaled by
     1 + `attn_scale` * ln(1 + floor((p + 1) / `floor_scale`)), `floor_scale` in tokens."""
 
     attn_scale: float
@@ -114,21 +117,25 @@ class ModelTraits:
     """The defaults, with one entry per layer in the tuples, are a plain Llama.
 
     `attention_bias` is that of q, k and v. `qk_norm` normalises heads with weights before they
-    turn, `weightless_qk_norm` without weights after they turned, in layers that turn at all.
+    turn, `wide_qk_norm` all heads of a token together, `weightless_qk_norm` without weights after
+    they turned, in layers that turn at all.
 
     Of layer l a query at position p sees (p - w, p] where `layer_windows[l]` is w, or
     [p - p % c, p] where `layer_chunks[l]` is c, both in tokens; everything up to p where both are
     None. Never are both set. `layer_rope[l]`: whether the layer's q and k turn by their position.
     `interleaved_rope`: dimensions 2i and 2i + 1 turn together, not i and i + D/2. Layers with a
     window turn by `window_rope` unless it is None. `temperature` is that of the layers that don't
-    turn, `moe` None where every MLP is dense.
+    turn, `query_temperature` that of all, after they turned. `moe` None: every MLP is dense.
+    `weight_names` are parts of names in checkpoints and what our models call them.
 
     `latent` None: keys and values are kept head by head. Otherwise rotation, windows and caps are
     those of the turning parts and the scores. Checkpoints have `num_draft_layers` more layers
     behind the last, which predict further tokens and are not loaded.
 
     Scores are q k^T times `attention_scaling` (None: head_dim ** -0.5). A cap c > 0 turns scores
-    (`attention_logit_cap`) or logits (`final_logit_cap`) s into c * tanh(s / c).
+    (`attention_logit_cap`) or logits (`final_logit_cap`) s into c * tanh(s / c). Embeddings, what
+    attention and MLP add to the residual stream, and logits before their cap are multiplied by
+    `embedding_factor`, `residual_factor` and `logit_factor`.
 
     `encoder` None: a decoder, all of the above; else nothing of the above counts.
     """
@@ -137,6 +144,7 @@ class ModelTraits:
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
     weightless_qk_norm: bool = False
     layer_windows: tuple[int | None, ...]
     layer_chunks: tuple[int | None, ...]
@@ -144,12 +152,17 @@ class ModelTraits:
     interleaved_rope: bool = False
     window_rope: RopeConfig | None = None
     temperature: TemperatureConfig | None = None
+    query_temperature: TemperatureConfig | None = None
     moe: MoEConfig | None = None
     latent: LatentConfig | None = None
     num_draft_layers: int = 0
+    weight_names: tuple[tuple[str, str], ...] = ()
     attention_scaling: float | None = None
     attention_logit_cap: float = 0.0
     final_logit_cap: float = 0.0
+    embedding_factor: float = 1.0
+    residual_factor: float = 1.0
+    logit_factor: float = 1.0
     encoder: EncoderConfig | None = None
 
     @property
@@ -185,7 +198,9 @@ class ModelFamily:
     dense MLP, `act_field` names its activation. `text_part` names the object that holds the text
     model's fields, None: the file does. `rope_layer_type` names the layers whose rotation is the
     model's where a file has one per layer type, None: such files are refused. With
-    `length_is_scaled` max_position_embeddings includes rope scaling.
+    `length_is_scaled` max_position_embeddings includes rope scaling. `norm_field` is the eps of
+    its norms; `rope_fields` are those that only this family's rotation has (a partial factor, and
+    what `read_traits` reads of it).
     """
 
     model_type: str
@@ -197,6 +212,8 @@ class ModelFamily:
     act_field: str = "hidden_act"
     rope_layer_type: str | None = None
     length_is_scaled: bool = False
+    norm_field: str = "rms_norm_eps"
+    rope_fields: frozenset[str] = frozenset()
     text_part: str | None = None
     null_means_none: frozenset[str] = field(
         default_factory=lambda: frozenset({"sliding_window", "bos_token_id", "eos_token_id"})
@@ -219,12 +236,22 @@ def positive_number(fields: Fields, key: str) -> float:
     return float(value)
 
 
-def layer_types(fields: Fields, num_layers: int, known: tuple[str, ...]) -> tuple[str, ...] | None:
-    """`layer_types` checked against the `known` ones; None when the file has none."""
-    types = fields.get("layer_types")
+def whole(fields: Fields, key: str) -> int:
+    """A whole number of at least 0; ValueError naming the field for anything else."""
+    value = fields.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{key} must be a whole number >= 0, not {value!r}")
+    return value
+
+
+def layer_types(
+    fields: Fields, num_layers: int, known: tuple[str, ...], key: str = "layer_types"
+) -> tuple[str, ...] | None:
+    """What `key` lists of every layer, checked against `known`; None when the file has none."""
+    types = fields.get(key)
     if types is None:
         return None
     if not isinstance(types, list) or len(types) != num_layers or set(types) - set(known):
         names = " or ".join(repr(name) for name in known)
-        raise ValueError(f"layer_types must list {num_layers} of {names}")
+        raise ValueError(f"{key} must list {num_layers} of {names}")
     return tuple(types)

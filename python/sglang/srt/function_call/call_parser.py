@@ -35,7 +35,9 @@ class CallFormat:
     at the beginning of the text when it starts with one of the characters `bare`. `closers` may
     follow, and after one of `separators` another call. `make_reader` gives the reader of a call
     by its first character, None where no call starts so; its last argument says whether the call
-    stands in a list. `markers` are those of all these that are special tokens in vocabularies.
+    stands in a list. Where `another` ("": it never does) begins behind a call, one more begins
+    with it, without an opener. `markers` are those of all these that are special tokens in
+    vocabularies.
     """
 
     openers: tuple[str, ...]
@@ -44,6 +46,7 @@ class CallFormat:
     bare: str = ""
     may_list: bool = False
     separators: str = ""
+    another: str = ""
     markers: tuple[str, ...] = ()
 
 
@@ -204,7 +207,11 @@ class CallParser:
                 self._take(len(opener))
                 self._state = _State.EXPECT
                 return True
-        if any(marker.startswith(buffer) for marker in (*form.closers, *openers)):
+        another = (form.another,) if may_call and form.another else ()
+        if another and buffer.startswith(another):
+            self._state = _State.EXPECT
+            return True
+        if any(marker.startswith(buffer) for marker in (*form.closers, *openers, *another)):
             return False
         if may_call and form.separators and char in form.bare:
             self._state = _State.EXPECT

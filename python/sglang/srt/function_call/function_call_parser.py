@@ -16,8 +16,10 @@ from sglang.srt.function_call.call_readers import (
     NamedCallReader,
 )
 from sglang.srt.function_call.core_types import ToolSchemas
+from sglang.srt.function_call.glm_call import GlmCallReader
+from sglang.srt.function_call.marked_call import BEGIN_ARGUMENTS, BEGIN_CALL, MarkedCallReader
 from sglang.srt.function_call.python_call import PythonCallReader
-from sglang.srt.function_call.xml_call import XmlCallReader
+from sglang.srt.function_call.xml_call import MINIMAX_M2, XmlCallReader
 
 _MISTRAL_ID_CHARS = string.ascii_letters + string.digits
 
@@ -38,6 +40,18 @@ def _python_call(char: str, tools: ToolSchemas, in_list: bool) -> CallReader | N
 
 def _xml_call(char: str, tools: ToolSchemas, _in_list: bool) -> CallReader | None:
     return XmlCallReader(tools) if char == "<" else None
+
+
+def _invoked_call(char: str, tools: ToolSchemas, _in_list: bool) -> CallReader | None:
+    return XmlCallReader(tools, MINIMAX_M2) if char == "<" else None
+
+
+def _glm_call(char: str, tools: ToolSchemas, _in_list: bool) -> CallReader | None:
+    return GlmCallReader(tools) if char in NAME_CHARS else None
+
+
+def _marked_call(char: str, tools: ToolSchemas, _in_list: bool) -> CallReader | None:
+    return MarkedCallReader(tools) if char == "<" else None
 
 
 # Qwen 2.5 and 3, Hermes 2 Pro and 3; SmolLM2 writes a list between the same tags.
@@ -74,6 +88,27 @@ _QWEN_3_CODER = CallFormat(
     openers=("<tool_call>",), closers=("</tool_call>",), make_reader=_xml_call
 )
 
+_MINIMAX_M2 = CallFormat(
+    openers=("<minimax:tool_call>",),
+    closers=("</minimax:tool_call>",),
+    another=MINIMAX_M2.function,
+    make_reader=_invoked_call,
+)
+_GLM_4_5 = CallFormat(openers=("<tool_call>",), make_reader=_glm_call)
+_KIMI_K2 = CallFormat(
+    openers=("<|tool_calls_section_begin|>",),
+    closers=("<|tool_call_end|>", "<|tool_calls_section_end|>"),
+    another=BEGIN_CALL,
+    make_reader=_marked_call,
+    markers=(
+        "<|tool_calls_section_begin|>",
+        BEGIN_CALL,
+        BEGIN_ARGUMENTS,
+        "<|tool_call_end|>",
+        "<|tool_calls_section_end|>",
+    ),
+)
+
 # What an answer is that was held to be calls, whatever the model would write by itself.
 FORCED_CALLS = CallFormat(openers=(), bare="[", may_list=True, make_reader=_json_call)
 
@@ -85,11 +120,22 @@ CALL_FORMATS: dict[str, CallFormat] = {
     "mistral": _MISTRAL,
     "pythonic": _PYTHONIC,
     "qwen3_coder": _QWEN_3_CODER,
+    "glm45": _GLM_4_5,
+    "glm47": _GLM_4_5,
+    "minimax-m2": _MINIMAX_M2,
+    "kimi_k2": _KIMI_K2,
 }
 
 
-def new_call_id(parser: str, prefix: str = "call_") -> str:
-    """An id for a call; Mistral's chat templates take nine letters and digits only."""
+def new_call_id(parser: str, prefix: str = "call_", *, name: str = "", index: int = 0) -> str:
+    """An id for a call.
+
+    Mistral's chat templates take nine letters and digits only; Kimi-K2-Thinking's show nothing of
+    a call but its id, so that this is the function's name, where it is known, and the call's place
+    in the answer, as the model writes them.
+    """
+    if parser == "kimi_k2" and name:
+        return f"functions.{name}:{index}"
     if parser == "mistral":
         return "".join(secrets.choice(_MISTRAL_ID_CHARS) for _ in range(9))
     return f"{prefix}{secrets.token_hex(12)}"

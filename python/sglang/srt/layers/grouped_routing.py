@@ -71,8 +71,12 @@ class GroupedRouter(Router):
             bias = frozen_parameter(moe.num_experts, dtype=torch.float32)
         self.register_parameter("e_score_correction_bias", bias)
 
+    def weight_loader(self, param_name: str, loaded: torch.Tensor) -> None:
+        """As `Router.weight_loader`; the bias may be a row [1, E], as ERNIE has it."""
+        is_row = param_name == "e_score_correction_bias" and loaded.dim() == 2
+        super().weight_loader(param_name, loaded.squeeze(0) if is_row else loaded)
+
     def route(self, x: torch.Tensor) -> Routing:
-        """Experts and weights of x [T, H]."""
         return route_in_groups(
             self(x.float()),
             self.num_chosen,

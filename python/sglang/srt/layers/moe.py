@@ -74,7 +74,10 @@ def _kernels_for_few(x: torch.Tensor) -> ModuleType | None:
 
 
 class Router(nn.Module):
-    """Scores of the experts: [T, H] -> [T, E], the same on every rank."""
+    """Scores of the experts: [T, H] -> [T, E], the same on every rank.
+
+    `route` of its kinds makes the routing of x [T, H].
+    """
 
     bias: nn.Parameter | None
 
@@ -91,12 +94,49 @@ class Router(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
 
+    def route(self, x: torch.Tensor) -> Routing:
+        """Experts and weights of x [T, H]."""
+        raise NotImplementedError
+
     def weight_loader(self, param_name: str, loaded: torch.Tensor) -> None:
         """Copy "weight" or "bias"; ValueError for a wrong name or shape."""
         target = self._parameters.get(param_name)
         if target is None:
             raise ValueError(f"Router has no parameter {param_name!r}")
         copy_checked(target.data, loaded, param_name)
+
+
+class SoftmaxRouter(Router):
+    """Routings by `route_by_softmax`: `num_chosen` experts of every token."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        num_chosen: int,
+        *,
+        renormalize: bool,
+        bias: bool = False,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, bias=bias, dtype=dtype)
+        self.num_chosen, self.renormalize = num_chosen, renormalize
+
+    def route(self, x: torch.Tensor) -> Routing:
+        return route_by_softmax(self(x), self.num_chosen, renormalize=self.renormalize)
+
+
+class SigmoidRouter(Router):
+    """Routings by `route_by_sigmoid`: `num_chosen` experts of every token."""
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, num_chosen: int, *, dtype: torch.dtype
+    ) -> None:
+        super().__init__(hidden_size, num_experts, dtype=dtype)
+        self.num_chosen = num_chosen
+
+    def route(self, x: torch.Tensor) -> Routing:
+        return route_by_sigmoid(self(x), self.num_chosen)
 
 
 class Experts(ExpertWeights):

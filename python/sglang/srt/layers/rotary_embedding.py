@@ -5,8 +5,9 @@ for the positions of the batch: in float32 the cosine is wrong by 0.4 at positio
 table of that length would take 5 GiB. Only the last batch's cosines are kept.
 
 Sources: rotary embedding, arXiv 2104.09864; linear interpolation, arXiv 2306.15595; dynamic NTK
-and yarn, arXiv 2309.00071; llama3, the Llama 3.1 model card. Rotation in halves ("neox"): dimension
-i turns with dimension i + D/2; interleaved, 2i with 2i + 1.
+and yarn, arXiv 2309.00071; LongRoPE, arXiv 2402.13753; llama3, the Llama 3.1 model card. Rotation
+in halves ("neox"): dimension i turns with dimension i + D/2; interleaved, 2i with 2i + 1. Where
+only a part of a head turns, the other pairs stand behind those that do and turn by nothing.
 
 Legend: T tokens, H heads, D head dim.
 """
@@ -14,12 +15,15 @@ Legend: T tokens, H heads, D head dim.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from sglang.srt.configs.rope_config import RopeConfig
 from sglang.srt.layers.compiled import CompiledLayer, compiled
+from sglang.srt.layers.scaled import ColumnScaling
 from sglang.srt.utils.native import kernels_for
 
 
@@ -62,6 +66,10 @@ class RotaryEmbedding(CompiledLayer):
         self.interleaved = interleaved
         self._dtype = dtype
         self._is_dynamic = rope.rope_type == "dynamic"
+        self._num_pairs = rope.turned(head_dim) // 2  # that turn; others are not scaled either
+        self._scaling: ColumnScaling | None = None  # of some dimensions, not of all
+        if self._num_pairs < head_dim // 2 and rope.attention_scaling != 1.0:
+            self._scaling = ColumnScaling(self._factors())
         self._inv_freq = inverse_frequencies(head_dim, rope)
         self._inv_freq_there = self._inv_freq  # where the last positions lay
         self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -97,13 +105,18 @@ class RotaryEmbedding(CompiledLayer):
             cos, sin = kernels.angles(
                 positions,
                 self._inv_freq,
-                scaling=self.rope.attention_scaling,
+                scaling=self.rope.attention_scaling if self._scaling is None else 1.0,
                 interleaved=self.interleaved,
             )
+            if self._scaling is not None:
+                cos, sin = self._scaling(cos), self._scaling(sin)
             self._last = (positions, cos.unsqueeze(1), sin.unsqueeze(1))
             return self._last[1], self._last[2]
         angles = self.angles(positions)
-        scaling = self.rope.attention_scaling
+        scaling: float | torch.Tensor = self.rope.attention_scaling
+        if self._scaling is not None:
+            scaling = torch.full_like(angles[:1], self.rope.attention_scaling)
+            scaling[:, self._num_pairs :] = 1.0
         half_cos = (angles.cos() * scaling).float()
         half_sin = (angles.sin() * scaling).float()
         if self.interleaved:
@@ -114,6 +127,12 @@ class RotaryEmbedding(CompiledLayer):
             sin = torch.cat((-half_sin, half_sin), -1).unsqueeze(1)
         self._last = (positions, cos, sin)
         return cos, sin
+
+    def _factors(self) -> torch.Tensor:
+        """What cosines and sines of each dimension are multiplied by, float32 [D]."""
+        pairs = torch.ones(self.head_dim // 2, device="cpu")
+        pairs[: self._num_pairs] = self.rope.attention_scaling
+        return pairs.repeat_interleave(2) if self.interleaved else pairs.repeat(2)
 
     def angles(self, positions: torch.Tensor) -> torch.Tensor:
         """Angles in radians, float64 [T, D/2], not reduced."""
@@ -163,8 +182,27 @@ def get_rope(
     return RotaryEmbedding(head_dim, rope, max_position, dtype, interleaved)
 
 
+def partial_row_order(head_dim: int, turned: int) -> torch.Tensor:
+    """Which row of a head of q or k stands where, int64 [D]: the pairs that turn come first.
+
+    A checkpoint turns dimension i with i + `turned` / 2; here i turns with i + D/2. Scores are the
+    same for any order that q and k have in common.
+    """
+    rows = torch.arange(head_dim, device="cpu")
+    if turned == head_dim:
+        return rows
+    (first, second), (third, fourth) = rows[:turned].chunk(2), rows[turned:].chunk(2)
+    return torch.cat((first, third, second, fourth))
+
+
 def inverse_frequencies(head_dim: int, rope: RopeConfig) -> torch.Tensor:
     """Radians per token of each dimension pair, float64 [D/2]; for `dynamic` the unscaled ones."""
+    if rope.partial != 1.0:
+        width = rope.turned(head_dim)
+        if width % 2 or not width:
+            raise ValueError(f"{width} of {head_dim} dimensions of a head can't turn")
+        turned = inverse_frequencies(width, replace(rope, partial=1.0))
+        return F.pad(turned, (0, (head_dim - width) // 2))
     base = _powers(rope.theta, head_dim)
     match rope.rope_type:
         case "default" | "dynamic":
@@ -175,6 +213,9 @@ def inverse_frequencies(head_dim: int, rope: RopeConfig) -> torch.Tensor:
             scaled = _llama3_frequencies(base, rope)
         case "yarn":
             scaled = _yarn_frequencies(base, head_dim, rope)
+        case "longrope":
+            factors = rope.long_factors if rope.is_long else rope.short_factors
+            scaled = _divided(base, factors, "long_factor" if rope.is_long else "short_factor")
         case _:
             raise ValueError(f"unknown rope type {rope.rope_type!r}")
     return _divide_by_factors(scaled, rope)
@@ -187,13 +228,17 @@ def _powers(theta: float, head_dim: int) -> torch.Tensor:
 
 
 def _divide_by_factors(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
-    if rope.freq_factors is None:
+    return _divided(frequencies, rope.freq_factors, "freq_factors")
+
+
+def _divided(
+    frequencies: torch.Tensor, values: tuple[float, ...] | None, name: str
+) -> torch.Tensor:
+    if values is None:
         return frequencies
-    factors = torch.tensor(rope.freq_factors, dtype=torch.float64, device=frequencies.device)
+    factors = torch.tensor(values, dtype=torch.float64, device=frequencies.device)
     if factors.shape[0] != frequencies.shape[-1]:
-        raise ValueError(
-            f"freq_factors has {factors.shape[0]} values for {frequencies.shape[-1]} pairs"
-        )
+        raise ValueError(f"{name} has {factors.shape[0]} values for {frequencies.shape[-1]} pairs")
     return frequencies / factors
 
 

@@ -13,6 +13,7 @@ import torch
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.quantization.matrix import numbers_like
 from sglang.srt.layers.rows import take_rows
+from sglang.srt.layers.scaled import scaled
 from sglang.srt.layers.weights import LoadedWeight, WeightOwner, give_memory, narrow_rows
 
 
@@ -78,8 +79,9 @@ class VocabParallelEmbedding(_VocabShard):
 class ParallelLMHead(_VocabShard):
     """Hidden rows [R, embedding_dim] -> logits [R, num_embeddings] in the weight's dtype.
 
-    `tied_to` shares the embedding's rows instead of owning some. `logit_cap` c > 0 turns a logit s
-    into c * tanh(s / c), computed and given in float32.
+    `tied_to` shares the embedding's rows instead of owning some. Logits are multiplied by
+    `logit_factor`; then a `logit_cap` c > 0 turns a logit s into c * tanh(s / c), computed and
+    given in float32.
     """
 
     def __init__(
@@ -90,9 +92,11 @@ class ParallelLMHead(_VocabShard):
         parallel: ParallelState,
         dtype: torch.dtype,
         tied_to: VocabParallelEmbedding | None = None,
+        logit_factor: float = 1.0,
         logit_cap: float = 0.0,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, parallel, dtype)
+        self.logit_factor = logit_factor
         self.logit_cap = logit_cap
         # In a tuple: the embedding's module belongs to the model, not to the head.
         self._table: tuple[WeightOwner, ...] = ()
@@ -106,10 +110,21 @@ class ParallelLMHead(_VocabShard):
             super().quantize(kernels)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.uncapped(hidden)
+        return logits if self.logit_cap == 0.0 else self.cap(logits.float())
+
+    def uncapped(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`forward` before the cap."""
         table = self._table[0] if self._table else self
+        if self.logit_factor != 1.0:
+            hidden = scaled(hidden, self.logit_factor)  # a row is shorter than its logits
         logits = table.product(hidden)
         if self._parallel.tp_size > 1:
             logits = self._parallel.all_gather(logits, -1)[..., : self.num_embeddings]
+        return logits
+
+    def cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """float32 `logits` with the cap, if there is one. Side effect: they are changed."""
         if self.logit_cap == 0.0:
             return logits
-        return logits.float().div_(self.logit_cap).tanh_().mul_(self.logit_cap)
+        return logits.div_(self.logit_cap).tanh_().mul_(self.logit_cap)

@@ -191,6 +191,7 @@ def build_scheduler_parts(
     pooling = pooling_of(config, is_embedding=args.is_embedding)
     args = args_for_pooling(args, pooling)
     requested = resolve_context_length(config, args.context_length, environ)
+    config = config.for_context(requested)
     grid = RankGrid.of(links, args.kv_parallel_size)
     rank = _Rank(args, environ, runtime, place, grid, links, everyone)
     dtype = resolve_dtype(args.dtype, config.torch_dtype, args.device)

@@ -224,6 +224,7 @@ class DecodeTapes:
         found.inputs.take(batch)
         before()
         found.tape.play(torch.get_num_threads())
+        self._model.lm_head.cap(found.found.logits)
         batch.progress.tick()
         return found.found
 
@@ -268,12 +269,14 @@ class DecodeTapes:
             self._adapters.group(batch)
         inputs = _Inputs.like(batch, shape.tokens)
         tape = self._kernels.Tape(self._arena)
-        threads = torch.get_num_threads()
+        threads, head = torch.get_num_threads(), self._model.lm_head
         try:
             with self._kernels.record(tape):
-                logits = self._model.lm_head(self._model(inputs.batch))
+                logits = head.uncapped(self._model(inputs.batch))
                 wide: torch.Tensor = self._kernels.widen(logits, num_threads=threads)
-                highest = self._kernels.highest(wide, num_threads=threads)
+                highest = None  # of capped logits is looked for when they are capped
+                if head.logit_cap == 0.0:
+                    highest = self._kernels.highest(wide, num_threads=threads)
         except self._kernels.NotRecorded as reason:
             logger.info("Steps of %s are not recorded: %s", shape, reason)
             self._refused.add(shape)
@@ -281,7 +284,7 @@ class DecodeTapes:
         # A fused call is made later than its projection: what adapters made as a bias is gone then.
         if self._fuses and shape.place < 0:
             tape.fuse()
-        found = StepLogits(wide, highest)
+        found = StepLogits(head.cap(wide), highest)
         self._keep(shape, DecodeTape(tape, inputs, found))
         logger.debug("Recorded a step of %s: %d calls", shape, len(tape))
         return found

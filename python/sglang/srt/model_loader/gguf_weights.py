@@ -53,9 +53,23 @@ _LAYER_NAMES = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+_GATED = {"ffn_gate_inp": "mlp.gate"}
+_SHARED_EXPERTS = {
+    **_GATED,
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
 # Where families call things otherwise, by model_type.
 _FAMILY_NAMES = {
-    "qwen3_moe": {"ffn_gate_inp": "mlp.gate"},
+    "qwen3_moe": _GATED,
+    "mixtral": _GATED,
+    "minimax_m2": _GATED,
+    "olmoe": _GATED,
+    "qwen2_moe": {**_GATED, "ffn_gate_inp_shexp": "mlp.shared_expert_gate"},
+    "glm4_moe": {**_SHARED_EXPERTS, "post_attention_norm": "post_attention_layernorm"},
+    "dots1": _SHARED_EXPERTS,
+    "ernie4_5_moe": _SHARED_EXPERTS,
     "gpt_oss": {"post_attention_norm": "post_attention_layernorm"},
     "deepseek_v2": {
         "attn_q_a": "self_attn.q_a_proj",
@@ -64,20 +78,23 @@ _FAMILY_NAMES = {
         "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
         "attn_kv_a_norm": "self_attn.kv_a_layernorm",
         "attn_kv_b": "self_attn.kv_b_proj",
-        "ffn_gate_inp": "mlp.gate",
-        "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
-        "ffn_up_shexp": "mlp.shared_experts.up_proj",
-        "ffn_down_shexp": "mlp.shared_experts.down_proj",
+        **_SHARED_EXPERTS,
     },
 }
 _MLP_NAMES = {"llama4_text": "feed_forward"}  # others say mlp
+_CHOICE_BIAS = {"exp_probs_b": "mlp.gate.e_score_correction_bias"}
 _WHOLE_NAMES = {  # without what kind it is
     "gpt_oss": {"attn_sinks": "self_attn.sinks"},
-    "deepseek_v2": {"exp_probs_b": "mlp.gate.e_score_correction_bias"},
+    "deepseek_v2": _CHOICE_BIAS,
+    "glm4_moe": _CHOICE_BIAS,
+    "dots1": _CHOICE_BIAS,
+    "ernie4_5_moe": _CHOICE_BIAS,
+    "minimax_m2": _CHOICE_BIAS,
 }
 # The two parts of one weight: what makes keys of a latent, [H, C, N], and what makes values of it,
 # [H, V, C].
 _KEYS_PART, _VALUES_PART, _BOTH_PARTS = ".attn_k_b.", ".attn_v_b.", ".attn_kv_b."
+_SHARED_GATE = ".ffn_gate_inp_shexp."
 _NOT_WEIGHTS = frozenset({"rope_freqs.weight"})  # ModelConfig has read it
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
@@ -113,9 +130,18 @@ def gguf_weights(
     also for a quantisation type that the gguf package can't dequantise.
     """
     header = read_gguf_header(config.path)
-    infos = [info for name, info in header.tensors.items() if name not in _NOT_WEIGHTS]
+    infos = [
+        info
+        for name, info in header.tensors.items()
+        if name not in _NOT_WEIGHTS and not config.is_draft_weight(_layer_of(name))
+    ]
     count = sum(_VALUES_PART not in info.name for info in infos)
     return WeightSource(_walk(header.path, infos, config, dtype, kernels), count)
+
+
+def _layer_of(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.attn_q.weight`, whatever is in the layer."""
+    return f"model.layers.{name.removeprefix('blk.')}" if name.startswith("blk.") else name
 
 
 def _walk(
@@ -125,9 +151,9 @@ def _walk(
     dtype: torch.dtype,
     kernels: ModuleType | None,
 ) -> WeightIterator:
-    # Only the llama architecture (Mistral included) reorders rows in its files.
+    # Only the llama architecture (Mistral and Mixtral included) reorders rows in its files.
     heads_of = {}
-    if config.model_type in ("llama", "mistral"):
+    if config.model_type in ("llama", "mistral", "mixtral"):
         heads_of = {".attn_q.": config.num_heads, ".attn_k.": config.num_kv_heads}
     named = {info.name: info for info in infos}
     for info in infos:
@@ -148,6 +174,8 @@ def _walk(
             yield hf_name, tensor if order is None else tensor.take(order)
             continue
         tensor = _dequantize(path, info, dtype)
+        if _SHARED_GATE in info.name and tensor.dim() == 1:  # a matrix of one row
+            tensor = tensor.unsqueeze(0)
         yield hf_name, tensor if order is None else tensor[order]
 
 

@@ -156,6 +156,9 @@ def _cut(site: AdapterSite, factors: Factors) -> Factors:
             f"the adapter is for {a.shape[1]} inputs and {len(b)} outputs, the model's layer has "
             f"{part.source_columns} and {part.source_rows}"
         )
+    order = site.row_order(len(b))
+    if order is not None:
+        b = b[order]
     dtype = site.layer.weight.dtype
     return (
         a[:, part.column_first : part.column_first + part.columns].to(dtype, copy=True),

@@ -69,7 +69,8 @@ def quantized_weights(
     for name in index.names:
         if config.is_draft_weight(name):  # experts that would be read for nothing
             continue
-        module, role = split_name(name, config.weight_scheme.method)
+        own = config.own_weight_name(name)
+        module, role = split_name(own, config.weight_scheme.method)
         modules.setdefault(module, {})[role] = name
     jobs = list(_plan(modules, config, config.weight_scheme))
     return WeightSource(_walk(index, jobs, dtype, kernels), len(jobs))

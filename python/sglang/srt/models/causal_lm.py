@@ -7,8 +7,9 @@ an error that names it. Reading files is model_loader's work, cutting shards the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.linear import ShardedLinear
 from sglang.srt.layers.moe import Experts
 from sglang.srt.layers.quantization.matrix import numbers_like
+from sglang.srt.layers.rotary_embedding import partial_row_order
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.layers.weights import LoadedWeight, WeightOwner
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -25,6 +27,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 MergedProjections = Mapping[str, tuple[tuple[str, Any], ...]]
 
 _NAMES_SHOWN = 8
+_TURNED = frozenset({"q_proj", "k_proj", "q_norm", "k_norm"})  # modules with rows that turn
 
 
 class CausalLM(nn.Module, ABC):
@@ -59,18 +62,19 @@ class CausalLM(nn.Module, ABC):
         done: set[str] = set()
         unexpected = []
         for name, tensor in weights:
-            place = places.get(name)
+            own = self.config.own_weight_name(name)
+            place = places.get(own)
             if place is None:
                 if not self._may_be_ignored(name, tensor):
                     unexpected.append(name)
                 continue
-            if name in done:
+            if own in done:
                 raise ValueError(f"weight {name} is in the checkpoint twice")
             try:
-                place.load(tensor)
+                place.load(_in_order(tensor, own, self.config))
             except ValueError as error:
                 raise ValueError(f"weight {name}: {error}") from error
-            done.add(name)
+            done.add(own)
         missing = [name for name in places if name not in done]
         problems = [
             f"{len(names)} {what} weight(s): {_listed(names)}"
@@ -98,7 +102,9 @@ class CausalLM(nn.Module, ABC):
     def adapter_sites(self) -> dict[str, AdapterSite]:
         """The linear layers by their modules' names in checkpoints, which adapters go by."""
         return {
-            name.removesuffix(".weight"): AdapterSite(place.module, place.shard_id)
+            name.removesuffix(".weight"): AdapterSite(
+                place.module, place.shard_id, partial(_row_order, name, self.config)
+            )
             for name, place in self._places().items()
             if isinstance(place.module, ShardedLinear) and place.param_name == "weight"
         }
@@ -115,10 +121,14 @@ class CausalLM(nn.Module, ABC):
 
 @dataclass(frozen=True, slots=True)
 class AdapterSite:
-    """A checkpoint's projection: the linear layer that computes it, and which of its shards."""
+    """A checkpoint's projection: the linear layer that computes it, and which of its shards.
+
+    `row_order` gives, for their number, which row of the checkpoint stands where (None: as there).
+    """
 
     layer: ShardedLinear
     shard_id: int | str | None
+    row_order: Callable[[int], torch.Tensor | None] = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +148,28 @@ class Place:
             self.module.weight_loader(self.param_name, tensor)
         else:
             self.module.weight_loader(self.param_name, tensor, self.shard_id)
+
+
+def _row_order(name: str, config: ModelConfig, num_rows: int) -> torch.Tensor | None:
+    """Which row of a checkpoint's tensor stands where here, int64 [num_rows]; None: as there.
+
+    Of heads that turn in part, by halves, the pairs that turn come first, see `partial_row_order`.
+    """
+    dim, rope = config.head_dim, config.rope
+    if rope.partial == 1.0 or config.interleaved_rope or config.latent is not None:
+        return None
+    if name.rpartition(".")[0].rpartition(".")[2] not in _TURNED or num_rows % dim:
+        return None
+    heads = torch.arange(0, num_rows, dim, device="cpu")
+    order = partial_row_order(dim, rope.turned(dim))
+    return (heads.unsqueeze(1) + order).flatten()
+
+
+def _in_order(tensor: LoadedWeight, name: str, config: ModelConfig) -> LoadedWeight:
+    order = _row_order(name, config, tensor.shape[0]) if len(tensor.shape) else None
+    if order is None:
+        return tensor
+    return tensor[order] if isinstance(tensor, torch.Tensor) else tensor.take(order)
 
 
 def _listed(names: list[str]) -> str:

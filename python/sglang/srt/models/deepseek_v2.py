@@ -18,27 +18,18 @@ import torch
 from torch import nn
 
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.configs.model_traits import LatentConfig, MoEConfig
+from sglang.srt.configs.model_traits import LatentConfig
 from sglang.srt.distributed.parallel_state import ParallelState
-from sglang.srt.layers.expert_weights import ExpertLayout
-from sglang.srt.layers.grouped_routing import GroupedRouter
 from sglang.srt.layers.latent_projection import LatentUpProjection
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
-from sglang.srt.layers.moe import Experts
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding, get_rope
 from sglang.srt.layers.rows import take_rows
-from sglang.srt.layers.weights import LoadedWeight
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.causal_lm import MergedProjections
-from sglang.srt.models.llama import (
-    DecoderOptions,
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaMLP,
-    LlamaModel,
-)
+from sglang.srt.models.llama import DecoderOptions, LlamaDecoderLayer, LlamaModel
+from sglang.srt.models.mixture import MixtureForCausalLM
 
 _WHOLE = ParallelState()  # of what every rank computes alike
 _NORM_EPS = 1e-6  # of the norms inside attention, whatever the model's own
@@ -134,36 +125,7 @@ class DeepseekV2Attention(nn.Module):
         return torch.cat((self.kv_b_proj.queries(still), turned), -1).flatten(1)
 
 
-class DeepseekV2MoE(nn.Module):
-    """Every token through its experts, and through the shared ones, which are one MLP."""
-
-    def __init__(
-        self, config: ModelConfig, moe: MoEConfig, parallel: ParallelState, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        hidden = config.hidden_size
-        self.gate = GroupedRouter(hidden, moe)
-        self.experts = Experts(
-            moe.num_experts,
-            hidden,
-            moe.intermediate_size,
-            layout=ExpertLayout.STACKED if config.stacks_experts else ExpertLayout.SEPARATE,
-            parallel=parallel,
-            dtype=dtype,
-        )
-        self.shared_experts: LlamaMLP | None = None
-        if moe.shared_intermediate_size is not None:
-            self.shared_experts = LlamaMLP(
-                hidden, moe.shared_intermediate_size, False, parallel, dtype
-            )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shared = None if self.shared_experts is None else self.shared_experts(x)
-        output: torch.Tensor = self.experts(x, self.gate.route(x), shared)
-        return output
-
-
-class DeepseekV2ForCausalLM(LlamaForCausalLM):
+class DeepseekV2ForCausalLM(MixtureForCausalLM):
     """The whole model; arguments and errors as for `LlamaForCausalLM`."""
 
     merged_projections: ClassVar[MergedProjections] = {
@@ -198,16 +160,6 @@ class DeepseekV2ForCausalLM(LlamaForCausalLM):
             for layer_id in range(config.num_layers)
         ]
         return LlamaModel(config, layers, parallel, dtype)
-
-    def make_mlp(
-        self, config: ModelConfig, layer_id: int, parallel: ParallelState, dtype: torch.dtype
-    ) -> nn.Module:
-        if config.moe is not None and layer_id in config.moe.layers:
-            return DeepseekV2MoE(config, config.moe, parallel, dtype)
-        return LlamaMLP(config.hidden_size, config.intermediate_size, False, parallel, dtype)
-
-    def _may_be_ignored(self, name: str, tensor: LoadedWeight) -> bool:
-        return self.config.is_draft_weight(name) or super()._may_be_ignored(name, tensor)
 
 
 class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):

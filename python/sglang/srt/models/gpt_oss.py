@@ -7,22 +7,14 @@ arXiv 2309.17453.
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.configs.model_traits import MoEConfig
 from sglang.srt.distributed.parallel_state import ParallelState
-from sglang.srt.errors import InvariantError
-from sglang.srt.layers.activation import ClampedGate
 from sglang.srt.layers.expert_weights import ExpertLayout
-from sglang.srt.layers.moe import Experts, Router, route_by_softmax
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.layers.weights import copy_checked, frozen_parameter
-from sglang.srt.models.llama import (
-    DecoderOptions,
-    LlamaAttention,
-    LlamaForCausalLM,
-)
+from sglang.srt.models.llama import DecoderOptions, LlamaAttention
+from sglang.srt.models.mixture import MixtureForCausalLM, MixtureOptions
 
 
 class GptOssAttention(LlamaAttention):
@@ -57,49 +49,8 @@ class GptOssAttention(LlamaAttention):
         copy_checked(here, loaded.narrow(0, self._first_head, len(here)), "sinks")
 
 
-class GptOssMoE(nn.Module):
-    """Every token through its experts, weighted by the softmax over their scores alone."""
-
-    def __init__(
-        self, config: ModelConfig, moe: MoEConfig, parallel: ParallelState, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        gate = moe.clamped_gate
-        self.num_chosen = moe.experts_per_token
-        self.router = Router(config.hidden_size, moe.num_experts, bias=True, dtype=dtype)
-        self.experts = Experts(
-            moe.num_experts,
-            config.hidden_size,
-            moe.intermediate_size,
-            layout=ExpertLayout.STACKED if config.stacks_experts else ExpertLayout.INTERLEAVED,
-            activation=None if gate is None else ClampedGate(gate.alpha, gate.limit),
-            bias=True,
-            parallel=parallel,
-            dtype=dtype,
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        routing = route_by_softmax(self.router(x), self.num_chosen, renormalize=True)
-        output: torch.Tensor = self.experts(x, routing)
-        return output
-
-
-class GptOssForCausalLM(LlamaForCausalLM):
+class GptOssForCausalLM(MixtureForCausalLM):
     """The whole model; arguments and errors as for `LlamaForCausalLM`."""
 
     attention_class = GptOssAttention
-
-    def __init__(self, config: ModelConfig, parallel: ParallelState, dtype: torch.dtype) -> None:
-        options = DecoderOptions(
-            qkv_bias=config.attention_bias,
-            output_bias=config.attention_output_bias,
-            windows=config.layer_windows,
-        )
-        super().__init__(config, parallel, dtype, options)
-
-    def make_mlp(
-        self, config: ModelConfig, layer_id: int, parallel: ParallelState, dtype: torch.dtype
-    ) -> nn.Module:
-        if config.moe is None or layer_id not in config.moe.layers:
-            raise InvariantError(f"layer {layer_id} of gpt-oss has no experts")
-        return GptOssMoE(config, config.moe, parallel, dtype)
+    mixture = MixtureOptions("router", layout=ExpertLayout.INTERLEAVED, bias=True)

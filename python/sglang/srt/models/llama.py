@@ -20,6 +20,7 @@ from torch import nn
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.head_norm import WideHeadNorm
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import (
     MergedColumnParallelLinear,
@@ -29,6 +30,7 @@ from sglang.srt.layers.linear import (
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding, get_rope
 from sglang.srt.layers.rows import take_rows
+from sglang.srt.layers.scaled import scaled
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.causal_lm import CausalLM, MergedProjections
@@ -39,7 +41,8 @@ class DecoderOptions:
     """Where the families differ.
 
     `windows[l]` is layer l's sliding window and `chunks[l]` its attention chunk, in tokens or None
-    for neither; an empty tuple means that no layer has one. `scaling` (None: head_dim ** -0.5) and
+    for neither; an empty tuple means that no layer has one. `qk_norm` normalises every head,
+    `wide_qk_norm` all heads of a token together. `scaling` (None: head_dim ** -0.5) and
     `logit_cap` are those of `RadixAttention`.
     """
 
@@ -47,6 +50,7 @@ class DecoderOptions:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
     chunks: tuple[int | None, ...] = ()
     scaling: float | None = None
@@ -85,7 +89,7 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaAttention(nn.Module):
-    """Self-attention with rotary positions and grouped kv heads."""
+    """Self-attention with grouped kv heads; `rotary_emb` None: nothing turns by its position."""
 
     norm_class: ClassVar[type[RMSNorm]] = RMSNorm
     rotates_last: ClassVar[bool] = True  # nothing happens to heads between rotation and store
@@ -95,7 +99,7 @@ class LlamaAttention(nn.Module):
         config: ModelConfig,
         options: DecoderOptions,
         layer_id: int,
-        rotary_emb: RotaryEmbedding,
+        rotary_emb: RotaryEmbedding | None,
         parallel: ParallelState,
         dtype: torch.dtype,
     ) -> None:
@@ -123,6 +127,11 @@ class LlamaAttention(nn.Module):
         if options.qk_norm:
             self.q_norm = self.norm_class(config.head_dim, config.rms_norm_eps, dtype=dtype)
             self.k_norm = self.norm_class(config.head_dim, config.rms_norm_eps, dtype=dtype)
+        elif options.wide_qk_norm:
+            self.q_norm, self.k_norm = (
+                WideHeadNorm(heads, config.head_dim, config.rms_norm_eps, parallel, dtype)
+                for heads in (config.num_heads, config.num_kv_heads)
+            )
         self.rotary_emb = rotary_emb
         self.attn = RadixAttention(
             self.qkv_proj.num_heads,
@@ -144,7 +153,8 @@ class LlamaAttention(nn.Module):
         if not rows_pruned and self.rotates_last and forward_batch.attn_backend.rotates:
             q, k, v = self.qkv_proj.split(self.qkv_proj(x))
             q, k = self._norm_heads(q, self.q_norm), self._norm_heads(k, self.k_norm)
-            rotation = self.rotary_emb.rotation(positions)
+            if self.rotary_emb is not None:
+                rotation = self.rotary_emb.rotation(positions)
         elif not rows_pruned:
             q, k, v = self.place(self.qkv_proj(x), positions)
         else:
@@ -165,21 +175,27 @@ class LlamaAttention(nn.Module):
         q, k, v = self.qkv_proj.split(qkv)
         if self.q_norm is not None or self.k_norm is not None:
             return self.place_queries(q, positions), self.place_keys(k, positions), v
+        if self.rotary_emb is None:
+            return q, k, v
         heads = self.rotary_emb.rotate(positions, qkv[:, : q.shape[1] + k.shape[1]])
         return heads[:, : q.shape[1]], heads[:, q.shape[1] :], v
 
     def place_queries(self, q: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """q [*, H*D] normalised and turned to its positions int64 [*]."""
-        return self.rotary_emb.rotate(positions, self._norm_heads(q, self.q_norm))
+        q = self._norm_heads(q, self.q_norm)
+        return q if self.rotary_emb is None else self.rotary_emb.rotate(positions, q)
 
     def place_keys(self, k: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """As `place_queries`, for k [*, G*D]."""
-        return self.rotary_emb.rotate(positions, self._norm_heads(k, self.k_norm))
+        k = self._norm_heads(k, self.k_norm)
+        return k if self.rotary_emb is None else self.rotary_emb.rotate(positions, k)
 
     def _norm_heads(self, x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
-        """Normalise each head of x [*, heads * D]; as it is when the family has no such norm."""
+        """Normalise the heads of x [*, heads * D]; as it is when the family has no such norm."""
         if norm is None:
             return x
+        if isinstance(norm, WideHeadNorm):
+            return norm.over_heads(x)
         num_heads = x.shape[1] // self.head_dim
         normed: torch.Tensor = norm(x.view(-1, num_heads, self.head_dim))
         return normed.flatten(1)
@@ -192,7 +208,6 @@ class LlamaDecoderLayer(nn.Module):
     """
 
     mlp_name: ClassVar[str] = "mlp"
-    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
 
     def __init__(
         self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module, dtype: torch.dtype
@@ -201,8 +216,8 @@ class LlamaDecoderLayer(nn.Module):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = self_attn
         self.add_module(self.mlp_name, mlp)
-        self.input_layernorm = self.norm_class(hidden, eps, dtype=dtype)
-        self.post_attention_layernorm = self.norm_class(hidden, eps, dtype=dtype)
+        self.input_layernorm = RMSNorm(hidden, eps, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(hidden, eps, dtype=dtype)
 
     def forward(
         self,
@@ -228,23 +243,26 @@ class LlamaDecoderLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """Embedding, decoder layers and the final norm."""
-
-    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
+    """Embedding, decoder layers and the final norm. Embeddings are `embed_factor` times as large
+    as the checkpoint's."""
 
     def __init__(
         self,
         config: ModelConfig,
-        layers: Iterable[LlamaDecoderLayer],
+        layers: Iterable[nn.Module],
         parallel: ParallelState,
         dtype: torch.dtype,
+        *,
+        norm_class: type[RMSNorm] = RMSNorm,
+        embed_factor: float = 1.0,
     ) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, parallel=parallel, dtype=dtype
         )
         self.layers = nn.ModuleList(layers)
-        self.norm = self.norm_class(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.norm = norm_class(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.embed_factor = embed_factor
 
     def forward(
         self, forward_batch: ForwardBatch, embedded: torch.Tensor | None = None
@@ -267,7 +285,7 @@ class LlamaModel(nn.Module):
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """What the layers get for tokens int64 [T]: [T, hidden]."""
         embedded: torch.Tensor = self.embed_tokens(input_ids)
-        return embedded
+        return embedded if self.embed_factor == 1.0 else scaled(embedded, self.embed_factor)
 
 
 class LlamaForCausalLM(CausalLM):
@@ -306,6 +324,7 @@ class LlamaForCausalLM(CausalLM):
             parallel=parallel,
             dtype=dtype,
             tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
+            logit_factor=config.logit_factor,
             logit_cap=config.final_logit_cap,
         )
 
@@ -318,7 +337,13 @@ class LlamaForCausalLM(CausalLM):
     ) -> LlamaModel:
         """The decoder; families whose layers differ build it from their own."""
         # One module for all layers: it computes the angles of a batch once.
-        rotary_emb = get_rope(config.head_dim, config.rope, config.max_position_embeddings, dtype)
+        rotary_emb = get_rope(
+            config.head_dim,
+            config.rope,
+            config.max_position_embeddings,
+            dtype,
+            interleaved=config.interleaved_rope,
+        )
         layers = [
             LlamaDecoderLayer(
                 config,

@@ -14,15 +14,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.configs.model_traits import MoEConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.errors import InvariantError
 from sglang.srt.layers.attention_temperature import AttentionTemperature
 from sglang.srt.layers.expert_weights import ExpertLayout
-from sglang.srt.layers.moe import Experts, Router, route_by_sigmoid
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding, get_rope
 from sglang.srt.layers.weights import LoadedWeight
 from sglang.srt.managers.req_images import ImagePart
@@ -32,11 +29,10 @@ from sglang.srt.models.llama import (
     DecoderOptions,
     LlamaAttention,
     LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaMLP,
     LlamaModel,
 )
 from sglang.srt.models.llama4_vision import VisionTower
+from sglang.srt.models.mixture import MixtureForCausalLM, MixtureOptions
 from sglang.srt.models.multimodal import text_weights
 from sglang.srt.utils.native import kernels_for
 
@@ -51,13 +47,12 @@ class Llama4Attention(LlamaAttention):
         config: ModelConfig,
         options: DecoderOptions,
         layer_id: int,
-        rotary_emb: RotaryEmbedding,
+        rotary_emb: RotaryEmbedding | None,
         temperature: AttentionTemperature | None,
         parallel: ParallelState,
         dtype: torch.dtype,
     ) -> None:
         super().__init__(config, options, layer_id, rotary_emb, parallel, dtype)
-        self.turns = config.layer_rope[layer_id]
         self.norm_eps = config.rms_norm_eps if config.weightless_qk_norm else None
         self.temperature = temperature
         self.head_ones: torch.Tensor
@@ -73,12 +68,12 @@ class Llama4Attention(LlamaAttention):
         return self.place_queries(q, positions), self.place_keys(k, positions), v
 
     def place_queries(self, q: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        if self.turns:
+        if self.rotary_emb is not None:
             return self.place_keys(q, positions)
         return q if self.temperature is None else self.temperature(positions, q)
 
     def place_keys(self, k: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        if not self.turns:
+        if self.rotary_emb is None:
             return k
         turned = self.rotary_emb.rotate(positions, k)
         if self.norm_eps is None:
@@ -97,55 +92,16 @@ class Llama4Attention(LlamaAttention):
         return F.rms_norm(heads, (self.head_dim,), eps=self.norm_eps).flatten(1).to(k.dtype)
 
 
-class Llama4MoE(nn.Module):
-    """A shared MLP for every token plus its chosen experts, whose inputs the router scales."""
-
-    def __init__(
-        self, config: ModelConfig, moe: MoEConfig, parallel: ParallelState, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        hidden = config.hidden_size
-        self.num_chosen = moe.experts_per_token
-        self.router = Router(hidden, moe.num_experts, dtype=dtype)
-        self.experts = Experts(
-            moe.num_experts,
-            hidden,
-            moe.intermediate_size,
-            layout=ExpertLayout.STACKED if config.stacks_experts else ExpertLayout.MERGED,
-            scale_inputs=True,
-            parallel=parallel,
-            dtype=dtype,
-        )
-        self.shared_expert: LlamaMLP | None = None
-        if moe.shared_intermediate_size is not None:
-            self.shared_expert = LlamaMLP(
-                hidden, moe.shared_intermediate_size, False, parallel, dtype
-            )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        routing = route_by_sigmoid(self.router(x), self.num_chosen)
-        shared = None if self.shared_expert is None else self.shared_expert(x)
-        output: torch.Tensor = self.experts(x, routing, shared)
-        return output
-
-
 class Llama4DecoderLayer(LlamaDecoderLayer):
     """Llama's layer, whose MLP checkpoints call `feed_forward`."""
 
     mlp_name = "feed_forward"
 
 
-class Llama4ForCausalLM(LlamaForCausalLM):
+class Llama4ForCausalLM(MixtureForCausalLM):
     """The whole text model; arguments and errors as for `LlamaForCausalLM`."""
 
-    def __init__(self, config: ModelConfig, parallel: ParallelState, dtype: torch.dtype) -> None:
-        options = DecoderOptions(
-            qkv_bias=config.attention_bias,
-            output_bias=config.attention_output_bias,
-            windows=config.layer_windows,
-            chunks=config.layer_chunks,
-        )
-        super().__init__(config, parallel, dtype, options)
+    mixture = MixtureOptions("router", "shared_expert", ExpertLayout.MERGED)
 
     def make_model(
         self,
@@ -164,15 +120,12 @@ class Llama4ForCausalLM(LlamaForCausalLM):
         tuned = config.temperature
         temperature = None if tuned is None else AttentionTemperature(tuned)
         layers = []
-        for layer_id in range(config.num_layers):
+        for layer_id, turns in enumerate(config.layer_rope):
+            turn = rotary_emb if turns else None
             attention = Llama4Attention(
-                config, options, layer_id, rotary_emb, temperature, parallel, dtype
+                config, options, layer_id, turn, temperature, parallel, dtype
             )
-            if config.moe is not None and layer_id in config.moe.layers:
-                mlp: nn.Module = Llama4MoE(config, config.moe, parallel, dtype)
-            else:
-                width = config.intermediate_size
-                mlp = LlamaMLP(config.hidden_size, width, False, parallel, dtype)
+            mlp = self.make_mlp(config, layer_id, parallel, dtype)
             layers.append(Llama4DecoderLayer(config, attention, mlp, dtype))
         return LlamaModel(config, layers, parallel, dtype)
 

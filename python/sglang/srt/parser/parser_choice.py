@@ -14,6 +14,10 @@ logger = logging.getLogger(__name__)
 _TOOL_MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (GPT_OSS, ("<|channel|>", "functions.")),
     ("qwen3_coder", ("<function=", "<parameter=")),
+    ("glm47", ("{function-name}<arg_key>", "<arg_value>")),
+    ("glm45", ("<arg_key>", "<arg_value>")),
+    ("minimax-m2", ("<minimax:tool_call>", "<invoke name=")),
+    ("kimi_k2", ("<|tool_calls_section_begin|>", "<|tool_call_argument_begin|>")),
     ("hermes", ("<tool_call>",)),
     ("mistral", ("[TOOL_CALLS]",)),
     ("pythonic", ("func_name1(",)),
@@ -22,6 +26,9 @@ _TOOL_MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 _REASONING_MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (GPT_OSS, ("<|channel|>analysis",)),
+    ("glm45", ("</think>", "<|assistant|>", "[gMASK]")),
+    ("minimax", ("</think>", "]~b]")),
+    ("kimi_k2", ("</think>", "<|im_middle|>")),
     ("qwen3", ("</think>", "enable_thinking")),
     ("qwen3-thinking", ("</think>", "<|im_start|>")),
     ("deepseek-r1", ("</think>",)),

@@ -34,6 +34,9 @@ REASONING_FORMATS: dict[str, ReasoningFormat] = {
     "deepseek-r1": ReasoningFormat(begins_inside=True),
     "qwen3": ReasoningFormat(begins_inside=False),
     "qwen3-thinking": ReasoningFormat(begins_inside=True),
+    "glm45": ReasoningFormat(begins_inside=False),
+    "minimax": ReasoningFormat(begins_inside=True),
+    "kimi_k2": ReasoningFormat(begins_inside=False),
 }
 
 

@@ -15,9 +15,11 @@ from sglang.srt.configs.model_traits import (
     ModelFamily,
     ModelTraits,
     MoEConfig,
+    layer_types,
     plain_traits,
     positive,
     positive_number,
+    whole,
 )
 
 _GREEDY, _IN_GROUPS, _BIASED = "greedy", "group_limited_greedy", "noaux_tc"
@@ -33,16 +35,9 @@ def _read_deepseek(fields: Fields, num_layers: int) -> ModelTraits:
         attention_output_bias=bias,
         interleaved_rope=bool(fields["rope_interleave"]),
         latent=_latent(fields),
-        moe=_moe(fields, num_layers),
-        num_draft_layers=_whole(fields, "num_nextn_predict_layers"),
+        moe=grouped_experts(fields, num_layers),
+        num_draft_layers=whole(fields, "num_nextn_predict_layers"),
     )
-
-
-def _whole(fields: Fields, key: str) -> int:
-    value = fields[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{key} must be a whole number >= 0, not {value!r}")
-    return value
 
 
 def _latent(fields: Fields) -> LatentConfig:
@@ -58,14 +53,16 @@ def _latent(fields: Fields) -> LatentConfig:
     )
 
 
-def _moe(fields: Fields, num_layers: int) -> MoEConfig | None:
-    """Every `moe_layer_freq`-th layer from `first_k_dense_replace` on has experts."""
+def grouped_experts(fields: Fields, num_layers: int) -> MoEConfig | None:
+    """The mixtures of DeepSeek's fields, which other families have too; None without experts.
+
+    Those layers have one that `mlp_layer_types` calls sparse, else every `moe_layer_freq`-th from
+    `first_k_dense_replace` on. Raises ValueError naming an impossible field.
+    """
     if fields.get("n_routed_experts") is None:
         return None
     num_experts = positive(fields, "n_routed_experts")
     chosen = positive(fields, "num_experts_per_tok")
-    first, step = _whole(fields, "first_k_dense_replace"), positive(fields, "moe_layer_freq")
-    layers = frozenset(layer for layer in range(first, num_layers) if layer % step == 0)
     choice = _choice(fields, num_experts)
     candidates = num_experts // choice.num_groups * choice.kept_groups
     if chosen > candidates:
@@ -77,7 +74,7 @@ def _moe(fields: Fields, num_layers: int) -> MoEConfig | None:
     if fields.get("n_shared_experts"):
         shared = width * positive(fields, "n_shared_experts")
     return MoEConfig(
-        layers=layers,
+        layers=_sparse_layers(fields, num_layers),
         num_experts=num_experts,
         experts_per_token=chosen,
         intermediate_size=width,
@@ -85,6 +82,14 @@ def _moe(fields: Fields, num_layers: int) -> MoEConfig | None:
         renormalize=bool(fields["norm_topk_prob"]) and chosen > 1,
         choice=choice,
     )
+
+
+def _sparse_layers(fields: Fields, num_layers: int) -> frozenset[int]:
+    types = layer_types(fields, num_layers, ("dense", "sparse"), "mlp_layer_types")
+    if types is not None:
+        return frozenset(layer for layer, kind in enumerate(types) if kind == "sparse")
+    first, step = whole(fields, "first_k_dense_replace"), positive(fields, "moe_layer_freq")
+    return frozenset(layer for layer in range(first, num_layers) if layer % step == 0)
 
 
 def _choice(fields: Fields, num_experts: int) -> ExpertChoice:
@@ -113,6 +118,17 @@ def _choice(fields: Fields, num_experts: int) -> ExpertChoice:
     )
 
 
+# Of families whose routers are DeepSeek-V3's and whose files have its fields only in part.
+BIASED_EXPERTS: dict[str, Any] = {
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "topk_method": _BIASED,
+    "scoring_func": "sigmoid",
+}
 _COMMON: dict[str, Any] = {
     "num_hidden_layers": 32,
     "kv_lora_rank": 512,

@@ -1,4 +1,4 @@
-"""Llama (1 to 3) and Mistral: what their fields mean."""
+"""Llama (1 to 3): what its fields mean, and what families read alike."""
 
 from __future__ import annotations
 
@@ -22,10 +22,6 @@ def _read_llama(fields: Fields, num_layers: int) -> ModelTraits:
     )
 
 
-def _read_mistral(fields: Fields, num_layers: int) -> ModelTraits:
-    return plain_traits(num_layers, layer_windows=sliding_windows(fields, num_layers, first=0))
-
-
 def sliding_windows(fields: Fields, num_layers: int, *, first: int) -> tuple[int | None, ...]:
     """Sliding window of every layer: `layer_types` where given, else of all layers from `first`."""
     if fields.get("sliding_window") is None:
@@ -37,6 +33,36 @@ def sliding_windows(fields: Fields, num_layers: int, *, first: int) -> tuple[int
     return tuple(window if layer >= first else None for layer in range(num_layers))
 
 
+def patterned_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
+    """As `sliding_windows`; without `layer_types` every n-th layer is global.
+
+    n is `sliding_window_pattern`; that may also be a word such as "LLLG", repeated, whose G are the
+    global layers.
+    """
+    pattern = fields.get("sliding_window_pattern")
+    if fields.get("layer_types") is None and fields.get("sliding_window") is not None:
+        if not isinstance(pattern, str):
+            pattern = "L" * (positive(fields, "sliding_window_pattern") - 1) + "G"
+        if not pattern or set(pattern) - set("LG"):
+            raise ValueError(f"sliding_window_pattern {pattern!r} is not one of L and G")
+        kinds = {"L": "sliding_attention", "G": "full_attention"}
+        types = [kinds[pattern[layer % len(pattern)]] for layer in range(num_layers)]
+        fields = {**fields, "layer_types": types}
+    return sliding_windows(fields, num_layers, first=0)
+
+
+def layer_rope(fields: Fields, num_layers: int) -> tuple[bool, ...]:
+    """Which layers turn: `no_rope_layers` has 1 for those (and is not named well); left out or
+    empty, every `no_rope_layer_interval`-th does not."""
+    listed = fields.get("no_rope_layers")
+    if not listed:
+        interval = positive(fields, "no_rope_layer_interval")
+        return tuple((layer + 1) % interval != 0 for layer in range(num_layers))
+    if not isinstance(listed, list) or len(listed) != num_layers or set(listed) - {0, 1}:
+        raise ValueError(f"no_rope_layers must list {num_layers} of 0 or 1, not {listed!r}")
+    return tuple(bool(turns) for turns in listed)
+
+
 LLAMA = ModelFamily(
     "llama",
     {
@@ -46,16 +72,4 @@ LLAMA = ModelFamily(
         "eos_token_id": 2,
     },
     _read_llama,
-)
-MISTRAL = ModelFamily(
-    "mistral",
-    {
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    _read_mistral,
 )

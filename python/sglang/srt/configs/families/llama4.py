@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from sglang.srt.configs.families.llama import layer_rope
 from sglang.srt.configs.model_traits import (
     Fields,
     ModelFamily,
@@ -24,7 +25,7 @@ _CHUNKED = "chunked_attention"
 
 def _read_llama4(fields: Fields, num_layers: int) -> ModelTraits:
     bias = bool(fields.get("attention_bias", False))
-    rope = _layer_rope(fields, num_layers)
+    rope = layer_rope(fields, num_layers)
     return ModelTraits(
         attention_bias=bias,
         attention_output_bias=bias,
@@ -36,17 +37,6 @@ def _read_llama4(fields: Fields, num_layers: int) -> ModelTraits:
         temperature=_temperature(fields),
         moe=_moe(fields, num_layers),
     )
-
-
-def _layer_rope(fields: Fields, num_layers: int) -> tuple[bool, ...]:
-    """`no_rope_layers` has 1 where a layer turns; left out or empty, every n-th does not."""
-    listed = fields.get("no_rope_layers")
-    if not listed:
-        interval = positive(fields, "no_rope_layer_interval")
-        return tuple((layer + 1) % interval != 0 for layer in range(num_layers))
-    if not isinstance(listed, list) or len(listed) != num_layers or set(listed) - {0, 1}:
-        raise ValueError(f"no_rope_layers must list {num_layers} of 0 or 1, not {listed!r}")
-    return tuple(bool(turns) for turns in listed)
 
 
 def _layer_chunks(fields: Fields, rope: tuple[bool, ...]) -> tuple[int | None, ...]:
@@ -89,6 +79,7 @@ def _moe(fields: Fields, num_layers: int) -> MoEConfig | None:
         experts_per_token=chosen,
         intermediate_size=width,
         shared_intermediate_size=width,
+        scales_inputs=True,
     )
 
 

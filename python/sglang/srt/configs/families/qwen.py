@@ -1,4 +1,4 @@
-"""Qwen2, Qwen3 and Qwen3-MoE: what their fields mean."""
+"""Qwen2, Qwen2-MoE, Qwen3 and Qwen3-MoE: what their fields mean."""
 
 from __future__ import annotations
 
@@ -56,6 +56,31 @@ def _read_qwen3_moe(fields: Fields, num_layers: int) -> ModelTraits:
     return replace(_read_qwen3(fields, num_layers), moe=_moe(fields, num_layers))
 
 
+def _read_qwen2_moe(fields: Fields, num_layers: int) -> ModelTraits:
+    return plain_traits(
+        num_layers,
+        layer_windows=_windows(_with_layer_types(fields, num_layers), num_layers),
+        attention_bias=bool(fields["qkv_bias"]),
+        moe=replace(
+            _moe(fields, num_layers),
+            shared_intermediate_size=positive(fields, "shared_expert_intermediate_size"),
+            gates_shared=True,
+        ),
+    )
+
+
+def _with_layer_types(fields: Fields, num_layers: int) -> Fields:
+    """Where the file has none, every other layer below `max_window_layers` has the window."""
+    if not fields["use_sliding_window"] or fields.get("layer_types") is not None:
+        return fields
+    below = int(fields["max_window_layers"])
+    kinds = [
+        "sliding_attention" if layer < below and layer % 2 == 0 else "full_attention"
+        for layer in range(num_layers)
+    ]
+    return {**fields, "layer_types": kinds}
+
+
 def _moe(fields: Fields, num_layers: int) -> MoEConfig:
     """Every `decoder_sparse_step`-th layer has experts, except `mlp_only_layers`."""
     # Newer files count the experts under the second name.
@@ -81,6 +106,30 @@ def _moe(fields: Fields, num_layers: int) -> MoEConfig:
 
 QWEN2 = ModelFamily("qwen2", _DENSE_DEFAULTS, _read_qwen2)
 QWEN3 = ModelFamily("qwen3", {**_DENSE_DEFAULTS, "head_dim": 128}, _read_qwen3)
+QWEN2_MOE = ModelFamily(
+    "qwen2_moe",
+    {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "qkv_bias": True,
+        "decoder_sparse_step": 1,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts_per_tok": 4,
+        "num_experts": 60,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [],
+    },
+    _read_qwen2_moe,
+)
 QWEN3_MOE = ModelFamily(
     "qwen3_moe",
     {

@@ -58,7 +58,7 @@ def _message(form: AnswerForm, events: Iterable[Event]) -> dict[str, Any]:
         elif isinstance(event, CallArguments):
             arguments += event.text
         elif isinstance(event, CallEnd):
-            calls.append(_call(form, name, arguments))
+            calls.append(_call(form, name, arguments, len(calls)))
         elif isinstance(event, CallBroken):
             content.append(event.raw)
         elif isinstance(event, Reasoning) and form.separates:
@@ -74,9 +74,9 @@ def _message(form: AnswerForm, events: Iterable[Event]) -> dict[str, Any]:
     }
 
 
-def _call(form: AnswerForm, name: str, arguments: str) -> dict[str, Any]:
+def _call(form: AnswerForm, name: str, arguments: str, index: int) -> dict[str, Any]:
     return {
-        "id": new_call_id(form.names.tool_call or ""),
+        "id": new_call_id(form.names.tool_call or "", name=name, index=index),
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
@@ -153,7 +153,7 @@ class StreamedChoice:
             self._thought.append(event.text)
             return []
         if isinstance(event, CallStart):
-            call = {"index": self._num_calls, **_call(self._form, event.name, "")}
+            call = {"index": self._num_calls, **_call(self._form, event.name, "", self._num_calls)}
             self._num_calls += 1
             return [*self._thoughts(), {"tool_calls": [call]}]
         if isinstance(event, CallArguments):

@@ -1,6 +1,6 @@
-"""Gemma 3, alone or as the text part of the multimodal checkpoints: what its fields mean.
+"""Gemma 2, and Gemma 3 alone or as the text part of its multimodal checkpoints: their fields.
 
-Source: arXiv 2503.19786, the published configurations and their documentation.
+Source: arXiv 2408.00118, 2503.19786, the published configurations and their documentation.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from sglang.srt.configs.families.llama import sliding_windows
+from sglang.srt.configs.families.llama import patterned_windows
 from sglang.srt.configs.model_traits import (
     Fields,
     ModelFamily,
@@ -24,6 +24,11 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _read_gemma3(fields: Fields, num_layers: int) -> ModelTraits:
+    common = _read_gemma2(fields, num_layers)
+    return replace(common, qk_norm=True, window_rope=_window_rope(fields))
+
+
+def _read_gemma2(fields: Fields, num_layers: int) -> ModelTraits:
     if fields["use_bidirectional_attention"]:
         raise ValueError("use_bidirectional_attention is not supported")
     bias = bool(fields["attention_bias"])
@@ -31,9 +36,7 @@ def _read_gemma3(fields: Fields, num_layers: int) -> ModelTraits:
         num_layers,
         attention_bias=bias,
         attention_output_bias=bias,
-        qk_norm=True,
         layer_windows=_layer_windows(fields, num_layers),
-        window_rope=_window_rope(fields),
         attention_scaling=positive_number(fields, "query_pre_attn_scalar") ** -0.5,
         attention_logit_cap=_cap(fields, "attn_logit_softcapping"),
         final_logit_cap=_cap(fields, "final_logit_softcapping"),
@@ -41,15 +44,10 @@ def _read_gemma3(fields: Fields, num_layers: int) -> ModelTraits:
 
 
 def _layer_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
-    """As `layer_types` says, else every `sliding_window_pattern`-th layer is global."""
-    if fields.get("layer_types") is None:
-        # Newer files write the pattern under the second name.
-        older = fields.get("sliding_window_pattern") is not None
-        name = "sliding_window_pattern" if older else "_sliding_window_pattern"
-        pattern = positive(fields, name)
-        kinds = [_FULL if (n + 1) % pattern == 0 else _SLIDING for n in range(num_layers)]
-        fields = {**fields, "layer_types": kinds}
-    return sliding_windows(fields, num_layers, first=0)
+    # Newer files write the pattern under the second name.
+    if fields.get("sliding_window_pattern") is None:
+        fields = {**fields, "sliding_window_pattern": fields["_sliding_window_pattern"]}
+    return patterned_windows(fields, num_layers)
 
 
 def _window_rope(fields: Fields) -> RopeConfig:
@@ -89,6 +87,31 @@ _DEFAULTS: dict[str, Any] = {
     "use_bidirectional_attention": False,
 }
 
+_GEMMA2_DEFAULTS: dict[str, Any] = {
+    **_DEFAULTS,
+    "vocab_size": 256000,
+    "max_position_embeddings": 8192,
+    "_sliding_window_pattern": 2,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+
+GEMMA2 = ModelFamily(
+    "gemma2",
+    _GEMMA2_DEFAULTS,
+    _read_gemma2,
+    hidden_acts=("gelu_pytorch_tanh",),
+    act_field="hidden_activation",
+    null_means_none=frozenset(
+        {
+            "sliding_window",
+            "bos_token_id",
+            "eos_token_id",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+        }
+    ),
+)
 GEMMA3 = ModelFamily(
     "gemma3_text",
     _DEFAULTS,
