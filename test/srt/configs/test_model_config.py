@@ -12,7 +12,9 @@ import pytest
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
+    DeepseekV32Config,
     Gemma3TextConfig,
+    GlmMoeDsaConfig,
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
@@ -45,6 +47,8 @@ HF_CONFIGS = {
     "GptOssForCausalLM": GptOssConfig,
     "DeepseekV2ForCausalLM": DeepseekV2Config,
     "DeepseekV3ForCausalLM": DeepseekV3Config,
+    "DeepseekV32ForCausalLM": DeepseekV32Config,
+    "GlmMoeDsaForCausalLM": GlmMoeDsaConfig,
 }
 MULTIMODAL = {
     "Llama4ForConditionalGeneration": "llama4",

@@ -87,6 +87,23 @@ class LatentConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class IndexConfig:
+    """Sparse attention over latents: which tokens a query sees (DeepSeek-V3.2-Exp's report, 2.1).
+
+    A token keeps an index key of `head_dim` numbers for all `num_heads` index heads; a query sees
+    the `topk` tokens before it whose keys score best. The first numbers turn, as many as latent
+    attention turns, in halves or `interleaved`. Of `layers`, ascending from 0 on, each chooses for
+    itself; the others see what the last of these before them chose.
+    """
+
+    num_heads: int
+    head_dim: int
+    topk: int
+    interleaved: bool
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TemperatureConfig:
     """Layers without rotation scale the query at position p by
     1 + `attn_scale` * ln(1 + floor((p + 1) / `floor_scale`)), `floor_scale` in tokens."""
@@ -124,7 +141,8 @@ class ModelTraits:
     turn, `moe` None where every MLP is dense.
 
     `latent` None: keys and values are kept head by head. Otherwise rotation, windows and caps are
-    those of the turning parts and the scores. Checkpoints have `num_draft_layers` more layers
+    those of the turning parts and the scores. `index` None: every token before it is seen.
+    Checkpoints have `num_draft_layers` more layers
     behind the last, which predict further tokens and are not loaded.
 
     Scores are q k^T times `attention_scaling` (None: head_dim ** -0.5). A cap c > 0 turns scores
@@ -146,6 +164,7 @@ class ModelTraits:
     temperature: TemperatureConfig | None = None
     moe: MoEConfig | None = None
     latent: LatentConfig | None = None
+    index: IndexConfig | None = None
     num_draft_layers: int = 0
     attention_scaling: float | None = None
     attention_logit_cap: float = 0.0
@@ -219,12 +238,14 @@ def positive_number(fields: Fields, key: str) -> float:
     return float(value)
 
 
-def layer_types(fields: Fields, num_layers: int, known: tuple[str, ...]) -> tuple[str, ...] | None:
-    """`layer_types` checked against the `known` ones; None when the file has none."""
-    types = fields.get("layer_types")
+def layer_types(
+    fields: Fields, num_layers: int, known: tuple[str, ...], key: str = "layer_types"
+) -> tuple[str, ...] | None:
+    """The field `key`, a type of each layer, against the `known` ones; None without the field."""
+    types = fields.get(key)
     if types is None:
         return None
     if not isinstance(types, list) or len(types) != num_layers or set(types) - set(known):
         names = " or ".join(repr(name) for name in known)
-        raise ValueError(f"layer_types must list {num_layers} of {names}")
+        raise ValueError(f"{key} must list {num_layers} of {names}")
     return tuple(types)

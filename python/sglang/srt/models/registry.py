@@ -19,6 +19,8 @@ MODEL_CLASSES = {
     "GptOssForCausalLM": "sglang.srt.models.gpt_oss:GptOssForCausalLM",
     "DeepseekV2ForCausalLM": "sglang.srt.models.deepseek_v2:DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM": "sglang.srt.models.deepseek_v2:DeepseekV3ForCausalLM",
+    "DeepseekV32ForCausalLM": "sglang.srt.models.deepseek_sparse:DeepseekV32ForCausalLM",
+    "GlmMoeDsaForCausalLM": "sglang.srt.models.deepseek_sparse:GlmMoeDsaForCausalLM",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sglang.srt.configs.families.bert import BERT, ROBERTA, XLM_ROBERTA
 from sglang.srt.configs.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from sglang.srt.configs.families.deepseek_sparse import DEEPSEEK_V32, GLM_MOE_DSA
 from sglang.srt.configs.families.gemma3 import GEMMA3, GEMMA3_MULTIMODAL
 from sglang.srt.configs.families.gpt_oss import GPT_OSS
 from sglang.srt.configs.families.llama import LLAMA, MISTRAL
@@ -46,4 +47,6 @@ FAMILIES: dict[str, ModelFamily] = {
     "GptOssForCausalLM": GPT_OSS,
     "DeepseekV2ForCausalLM": DEEPSEEK_V2,
     "DeepseekV3ForCausalLM": DEEPSEEK_V3,
+    "DeepseekV32ForCausalLM": DEEPSEEK_V32,
+    "GlmMoeDsaForCausalLM": GLM_MOE_DSA,
 }
