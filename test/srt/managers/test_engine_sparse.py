@@ -91,9 +91,19 @@ def test_segments_move_to_disk_and_back(v32: Model, tmp_path: Path) -> None:
         assert stats.demote_count > 0
 
 
-def test_two_ranks_choose_the_same_tokens(v32: Model) -> None:
-    """Each has half the heads, the whole latents and the whole indexer."""
-    with rank_towers(2, v32[1]) as ranks:
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"kv_parallel_size": 2, "page_size": 4},
+        {"kv_parallel_size": 2, "page_size": 16, "attention_backend": "torch_native"},
+    ],
+    ids=str,
+)
+def test_two_ranks_choose_the_same_tokens(v32: Model, flags: dict[str, object]) -> None:
+    """Each has half the heads, the whole latents and the whole indexer; or all heads and half the
+    pages, latents and index keys."""
+    with rank_towers(2, v32[1], **flags) as ranks:
         check_greedy(v32[0], ranks.run(answer_all))
 
 

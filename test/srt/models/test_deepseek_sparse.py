@@ -76,8 +76,8 @@ def test_chunks_and_blocks_change_nothing(tmp_path: Path, kind: str) -> None:
     whole = runner.step([(Sequence(text), 60)], all_logits=True)[0]
     backend = runner.backend
     assert isinstance(backend, SparseAttnBackend)
-    backend._limits = ScoreLimits(score_bytes=4 * 16 * 13, query_rows=3)
-    assert backend._limits.block(16, 12) == (1, 13)
+    backend._limits = ScoreLimits(score_bytes=4 * 16 * 13)
+    assert backend._limits.block(16, 12, 5) == (1, 13)
     seq = Sequence(text)
     rows = [runner.step([(seq, n)], all_logits=True)[0] for n in (11, 1, 1, 29, *[1] * 4, 14)]
     torch.testing.assert_close(torch.cat(rows), whole, atol=1e-4, rtol=0)
@@ -86,10 +86,10 @@ def test_chunks_and_blocks_change_nothing(tmp_path: Path, kind: str) -> None:
 def test_scores_of_a_long_context_stay_within_their_bound() -> None:
     """A million tokens, 64 index heads: the products of a block, whatever the context."""
     limits = ScoreLimits()
-    rows, keys = limits.block(64, 2048)
-    assert (rows, keys) == (16, 4096)
-    assert 4 * rows * 64 * keys == limits.score_bytes
-    assert limits.block(64, 1 << 20)[0] == 1  # a single query with as many keys as are chosen
+    assert limits.block(64, 2048, 1) == (1, 8192)
+    assert limits.block(64, 2048, 100) == (4, 2048)
+    assert limits.score_bytes == 4 * 4 * 64 * 2048
+    assert limits.block(64, 1 << 20, 9) == (1, 1 << 20)  # as many keys as are chosen, at least
 
 
 def test_rows_that_nobody_wants_are_not_scored(

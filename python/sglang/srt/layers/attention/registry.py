@@ -11,6 +11,7 @@ from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from sglang.srt.layers.attention.flashinfer_table import FlashInferTableBackend
 from sglang.srt.layers.attention.flashinfer_wrappers import has_flashinfer
 from sglang.srt.layers.attention.kv_parallel_backend import KVParallelAttnBackend
+from sglang.srt.layers.attention.kv_parallel_sparse import KVParallelSparseBackend
 from sglang.srt.layers.attention.sparse_backend import SparseAttnBackend
 from sglang.srt.layers.attention.torch_device_backend import TorchDeviceAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -103,8 +104,8 @@ def make_attention_backend(
             f"attention backend {backend.name} does not serve sparse attention; on a CPU cpu and "
             "torch_native do"
         )
-    if kv_group is not None:
-        raise ValueError("sparse attention can't share KV between ranks (--kv-parallel-size)")
+    if isinstance(dense, KVParallelAttnBackend):
+        return KVParallelSparseBackend(dense, tokens, index_topk)
     return SparseAttnBackend(dense, tokens, index_topk)
 
 

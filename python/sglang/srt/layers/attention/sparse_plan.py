@@ -44,6 +44,12 @@ class KeyTable(NamedTuple):
         """Places of tokens below `position`."""
         return position if self.own is None else self.own.num_before(position)
 
+    def slots(self, places: Int64Array, page_size: int) -> Int32Array:
+        """The slots of any places, int32 of the same shape."""
+        pages, offsets = np.divmod(places, page_size)
+        found: Int32Array = self.page_ids[pages] * np.int32(page_size) + offsets.astype(np.int32)
+        return found
+
     def positions(self, lo: int, hi: int) -> Int64Array:
         """The positions of places [lo, hi)."""
         return np.arange(lo, hi) if self.own is None else self.own.positions(lo, hi)
