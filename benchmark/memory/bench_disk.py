@@ -50,7 +50,7 @@ class Pool:
             .view(torch.int64)
             .flatten()
             for layer in self.spec.groups[0].layers
-            for plane in Plane
+            for plane in (Plane.KEY, Plane.VALUE)
         ]
         for number, plane in enumerate(self.planes):
             plane.fill_(number)

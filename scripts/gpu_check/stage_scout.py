@@ -227,7 +227,7 @@ def _mapped(
         end = (count + 1) * layout.slots_per_segment
         with setting.runtime.computing():
             for layer in group.layers:
-                for plane in Plane:
+                for plane in (Plane.KEY, Plane.VALUE):
                     view = backing.view(layer, plane)[layout.slots_per_segment : end]
                     step = max(1, _FILL_BYTES // (view[0].numel() * view.element_size()))
                     for first in range(0, len(view), step):

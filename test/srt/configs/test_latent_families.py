@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.configs.model_traits import ExpertChoice, LatentConfig, MoEConfig
+from sglang.srt.configs.model_traits import ExpertChoice, IndexConfig, LatentConfig, MoEConfig
 from sglang.srt.configs.rope_config import RopeConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.managers.scheduler_pool_plan import kv_cache_spec
@@ -103,3 +103,58 @@ def test_yarn_scales_scores_too(tmp_path: Path) -> None:
 def test_impossible_fields(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(tmp_path, V3 | changes)
+
+
+V32: dict[str, Any] = {"architectures": ["DeepseekV32ForCausalLM"]}
+GLM: dict[str, Any] = {"architectures": ["GlmMoeDsaForCausalLM"]}
+
+
+def test_which_tokens_are_seen(tmp_path: Path) -> None:
+    config = load(tmp_path, V32)
+    assert config.index == IndexConfig(64, 128, 2048, False, tuple(range(61)))
+    assert config.latent == LatentConfig(1536, 512, 128, 64, 128)
+    assert config.interleaved_rope
+    spec = kv_cache_spec(config, ParallelState(0, 8), "bfloat16", 64)
+    assert (spec.index_dim, spec.index_layers) == (128, tuple(range(61)))
+    assert spec.bytes_per_token == 61 * (576 + 128) * 2 == 85_888
+    glm = load(tmp_path, GLM)
+    assert glm.index == IndexConfig(32, 128, 2048, True, tuple(range(78)))
+    assert glm.latent == LatentConfig(2048, 512, 192, 64, 256)
+    assert load(tmp_path, V3).index is None
+
+
+def test_which_layers_choose(tmp_path: Path) -> None:
+    def layers(**changes: Any) -> tuple[int, ...]:
+        index = load(tmp_path, GLM | {"num_hidden_layers": 6} | changes).index
+        assert index is not None
+        return index.layers
+
+    assert layers(index_topk_freq=2) == (0, 1, 3, 5)
+    assert layers(index_topk_freq=3, index_skip_topk_offset=3) == (0, 1, 2, 5)
+    assert layers(index_topk_pattern="FSSFSF", index_topk_freq=2) == (0, 3, 5)
+    kinds = ["full", "shared"] * 3
+    assert layers(indexer_types=kinds, index_topk_pattern="FSSFSF") == (0, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q_lora_rank": None}, "q_lora_rank: sparse attention needs queries"),
+        ({"index_topk": 0}, "index_topk must be a positive"),
+        ({"index_n_heads": None}, None),
+        ({"index_head_dim": 32}, "index_head_dim 32 is less than qk_rope_head_dim 64"),
+        ({"index_topk_pattern": "F"}, "index_topk_pattern must be 61 letters F and S"),
+        ({"indexer_types": ["full"]}, "indexer_types must list 61 of 'full' or 'shared'"),
+        ({"index_topk_pattern": "S" * 61}, "the first layer has no indexer before it"),
+        ({"index_topk_freq": -1}, "index_topk_freq must be a whole number"),
+        ({"mlp_layer_types": ["moe"] * 61}, "mlp_layer_types must list 61 of 'dense' or 'sparse'"),
+    ],
+)
+def test_impossible_fields_of_indexers(
+    tmp_path: Path, changes: dict[str, Any], message: str | None
+) -> None:
+    if message is None:  # null is as if left out
+        assert load(tmp_path, V32 | changes) is not None
+        return
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, V32 | changes)

@@ -14,11 +14,13 @@ from transformers import (
     CohereConfig,
     DeepseekV2Config,
     DeepseekV3Config,
+    DeepseekV32Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
     GlmConfig,
+    GlmMoeDsaConfig,
     GptOssConfig,
     GraniteConfig,
     Llama4TextConfig,
@@ -77,6 +79,8 @@ HF_CONFIGS = {
     "DeepseekV2ForCausalLM": DeepseekV2Config,
     "DeepseekV3ForCausalLM": DeepseekV3Config,
     **{model.__name__: config for config, model in MIXTURE_FAMILIES.values()},
+    "DeepseekV32ForCausalLM": DeepseekV32Config,
+    "GlmMoeDsaForCausalLM": GlmMoeDsaConfig,
 }
 # They name a window that no layer has where a file says nothing.
 UNUSED_WINDOWS = frozenset({"Qwen2MoeForCausalLM", "Dots1ForCausalLM"})

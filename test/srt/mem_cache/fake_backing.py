@@ -9,7 +9,7 @@ import torch
 
 from sglang.srt.errors import BackingError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
-from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane
+from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, layer_planes
 
 
 class FakeBacking:
@@ -73,7 +73,7 @@ class FakeBacking:
     def view(self, layer: int, plane: Plane) -> torch.Tensor:
         assert self._spec is not None
         group = self._spec.group_of_layer()[layer]
-        width = self._spec.head_dim if plane is Plane.KEY else self._spec.v_head_dim
+        width = layer_planes(self._spec, layer)[plane]
         shape = (self._layouts[group].num_slots, self._spec.kv_heads, width)
         key = (layer, plane)
         if key not in self._planes:

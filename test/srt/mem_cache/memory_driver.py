@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentId,
 )
-from sglang.srt.mem_cache.segment_backing.base import plane_widths
+from sglang.srt.mem_cache.segment_backing.base import layer_planes
 from sglang.srt.mem_cache.window_rule import window_rules
 from srt.mem_cache.fake_backing import FakeBacking
 
@@ -44,7 +44,7 @@ class PoisonedBacking(FakeBacking):
         assert self._spec is not None
         size = self._layouts[group].slots_per_segment
         for layer in self._spec.groups[group].layers:
-            for plane in plane_widths(self._spec):
+            for plane in layer_planes(self._spec, layer):
                 view = self.view(layer, plane)
                 for segment in segments:
                     view[segment * size : (segment + 1) * size] = value
@@ -63,14 +63,17 @@ def tiny_spec(
 ) -> KVCacheSpec:
     """Heads of width 2 and 1, float32: 12 bytes per token and layer. `windows` empty: all full.
 
-    `latent`: keys are 3 wide, of which the first number is the value.
+    `latent`: keys are 2 wide, of which the first number is the value, and index keys 1.
     """
     kinds = windows or (FULL,) * num_groups
     groups = tuple(
         KVGroupSpec(tuple(range(g, num_groups * layers_per_group, num_groups)), kind, window)
         for g, (kind, window) in enumerate(kinds)
     )
-    return KVCacheSpec(groups, 1, 3 if latent else 2, 1, "float32", page_size, latent)
+    spec = KVCacheSpec(groups, 1, 2, 1, "float32", page_size, latent)
+    if not latent:
+        return spec
+    return replace(spec, index_dim=1, index_layers=tuple(range(spec.num_layers)))
 
 
 def make_memory(
@@ -343,7 +346,8 @@ class MemoryDriver:
             loc = torch.from_numpy(pool.share.write_slots(group, locs[group]).copy())
             k, v = (marks + layer)[:, None, None].repeat(1, 1, 2), (marks - layer)[:, None, None]
             if pool.spec.values_in_keys:
-                k = torch.cat((v, k), -1)
+                k = torch.cat((v, k[..., :1]), -1)
+                pool.index_planes.store(layer, loc, -marks[:, None])
             pool.set_kv_buffer(layer, loc, k, v)
 
     def _seen(self, request: Request, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -370,7 +374,8 @@ class MemoryDriver:
         slots = torch.from_numpy(pool.share.own_slots(group, slots.numpy()))
         keys, values = pool.get_key_buffer(layer)[slots], pool.get_value_buffer(layer)[slots]
         if pool.spec.values_in_keys:
-            keys = keys[..., 1:]
+            assert torch.equal(pool.index_planes[layer][slots], -marks[:, None, None]), request
+            keys = keys[..., 1:].repeat(1, 1, 2)
         assert torch.equal(keys, (marks + layer)[:, None, None].repeat(1, 1, 2)), request
         assert torch.equal(values, (marks - layer)[:, None, None]), request
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from sglang.srt.mem_cache.kv_layout import (
     SegmentLayout,
     make_segment_layouts,
 )
-from sglang.srt.mem_cache.segment_backing.base import Plane, StagedBacking, plane_widths
+from sglang.srt.mem_cache.segment_backing.base import Plane, StagedBacking, layer_planes
 from sglang.srt.mem_cache.segment_backing.cuda_vmm import (
     MAX_WAIT_S,
     CudaVmmBacking,
@@ -33,14 +34,22 @@ TWO = KVCacheSpec(
     (KVGroupSpec((0, 2)), KVGroupSpec((1,), GroupKind.SLIDING, 8)), 1, 4, 2, "float32", 4
 )
 LATENT = KVCacheSpec((KVGroupSpec((0, 1)),), 1, 3, 2, "float32", 4, values_in_keys=True)
+INDEXED = replace(LATENT, index_dim=1, index_layers=(1,))
 SPECS = pytest.mark.parametrize(
-    "spec", [ONE, TWO, LATENT], ids=["one group", "two groups", "latents"]
+    "spec", [ONE, TWO, LATENT, INDEXED], ids=["one group", "two groups", "latents", "index keys"]
 )
 HANDLES = pytest.mark.parametrize("handle_bytes", [None, GRANULE, 3 * GRANULE])
 
 
+def num_planes(spec: KVCacheSpec) -> int:
+    return sum(len(layer_planes(spec, layer)) for layer in range(spec.num_layers))
+
+
 def layouts_of(spec: KVCacheSpec, granule: int = GRANULE) -> tuple[SegmentLayout, ...]:
-    """Segments of 128 tokens: a key plane's part is 8 granules, a value plane's 4; latents' 6."""
+    """Segments of 128 tokens: a key plane's part is 8 granules, a value plane's 4; latents' 6.
+
+    Index keys of a layer take 2.
+    """
     return make_segment_layouts(
         spec,
         slots_per_segment=128,
@@ -88,7 +97,7 @@ def test_reserve_takes_a_range_per_plane_and_backs_page_zero(
     backing, driver = make(spec, handle_bytes)
     layouts = layouts_of(spec)
     assert isinstance(backing, StagedBacking)
-    assert len(driver.ranges) == len(plane_widths(spec)) * spec.num_layers
+    assert len(driver.ranges) == num_planes(spec)
     assert sum(driver.ranges.values()) == sum(layout.reserved_bytes for layout in layouts)
     assert driver.used_bytes == backing.held_bytes == sum(one.fixed_bytes for one in layouts)
     for address in driver.ranges:
@@ -238,7 +247,7 @@ def test_whichever_call_of_reserve_fails_nothing_is_held(spec: KVCacheSpec) -> N
         break
     driver.fail_at = 0
     # a range, a handle, a mapping and access for every plane
-    assert n == 4 * len(plane_widths(spec)) * spec.num_layers + 1
+    assert n == 4 * num_planes(spec) + 1
     backing.close()
 
 

@@ -96,7 +96,7 @@ def opened(
 
 
 def planes(backing: MmapBacking) -> list[torch.Tensor]:
-    return [backing.view(layer, plane) for layer in (0, 1) for plane in Plane]
+    return [backing.view(layer, plane) for layer in (0, 1) for plane in (Plane.KEY, Plane.VALUE)]
 
 
 def fill(backing: MmapBacking, layout: SegmentLayout, *segments: int) -> None:

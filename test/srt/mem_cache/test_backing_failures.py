@@ -278,7 +278,7 @@ def test_whichever_call_of_an_unmap_fails_all_of_it_stays_mapped(
     backing.map(G, ids(1, 2, 3, 4))
     before = backing.resident_bytes()
     size = layouts[0].slots_per_segment
-    planes = [backing.view(layer, plane) for layer in (0, 1) for plane in Plane]
+    planes = [backing.view(layer, plane) for layer in (0, 1) for plane in (Plane.KEY, Plane.VALUE)]
     calls.advice_error[MADV_DONTNEED] = errno.EINVAL
     for failing in range(1, 8 + 1):  # 4 planes x 2 runs
         for plane in planes:

@@ -120,7 +120,7 @@ def test_views_have_the_spec_s_shape_and_planes_do_not_overlap() -> None:
         marks = {}
         for layer in range(3):
             layout = layouts[1] if layer == 1 else layouts[0]
-            for plane in Plane:
+            for plane in (Plane.KEY, Plane.VALUE):
                 view = backing.view(layer, plane)
                 assert view.shape == (layout.num_slots, 2, 16 if plane is Plane.KEY else 8)
                 assert view.dtype == torch.bfloat16
@@ -166,7 +166,7 @@ def test_the_dump_page_is_always_there() -> None:
     with reserved(SMALL, layouts, debug_protect=True) as backing:
         before = resident(backing)
         for layer in (0, 1):
-            for plane in Plane:
+            for plane in (Plane.KEY, Plane.VALUE):
                 backing.view(layer, plane)[: SMALL.page_size] = 1.0
         assert resident(backing) == before
 

@@ -179,7 +179,7 @@ def test_on_a_device_nobody_looks_at_the_slots(monkeypatch: pytest.MonkeyPatch) 
     def looks(_: torch.Tensor) -> None:
         raise AssertionError("the slots were looked at")
 
-    monkeypatch.setattr(memory_pool, "_find_pieces", looks)
+    monkeypatch.setattr(memory_pool, "find_pieces", looks)
     for dtype in ("float32", "fp8_e4m3"):
         pool, runtime = make_pool(dtype), LateRuntime()
         pool.serve(runtime)

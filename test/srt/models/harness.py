@@ -7,14 +7,17 @@ of prefill chunks and decode tokens into one `ForwardBatch`. Pages may be shared
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.sparse_backend import SparseAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.mem_cache.index_planes import IndexPlanes
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVGroupSpec
 from sglang.srt.mem_cache.segment_backing.segment_plane import round_to
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch, ForwardMode
@@ -34,6 +37,12 @@ class PlainPool:
         self._v = [torch.full((*shape, spec.v_head_dim), nan, dtype=dtype) for _ in layers]
         if spec.values_in_keys:
             self._v = [keys[..., : spec.v_head_dim] for keys in self._k]
+        self.index_planes = IndexPlanes(
+            {
+                n: torch.full((num_slots, 1, spec.index_dim), nan, dtype=dtype)
+                for n in spec.index_layers
+            }
+        )
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor:
         return self._k[layer_id]
@@ -90,9 +99,14 @@ class Runner:
             dtype=str(dtype).removeprefix("torch."),
             page_size=page_size,
             values_in_keys=config.latent is not None,
+            index_dim=0 if config.index is None else config.index.head_dim,
+            index_layers=() if config.index is None else config.index.layers,
         )
         self.pool = PlainPool(self.spec, num_pages * page_size, dtype)
-        self.backend = TorchNativeAttnBackend(self.spec)
+        self.backend: AttentionBackend = TorchNativeAttnBackend(self.spec)
+        if config.index is not None:
+            tokens = TorchNativeAttnBackend(replace(self.spec, page_size=1))
+            self.backend = SparseAttnBackend(self.backend, tokens, config.index.topk)
         self.progress = Progress()
         # Pairs of neighbours in a shuffled order: some runs are longer than a page, none is all.
         pairs = np.random.default_rng(5).permutation(np.arange(1, num_pages // 2))

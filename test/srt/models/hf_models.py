@@ -9,8 +9,12 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     Llama4ForCausalLM,
@@ -48,6 +52,10 @@ MIXED_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
 LATENT_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+}
+SPARSE_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
+    "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
+    "glm_moe_dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
 }
 CHUNK = 24
 WINDOW = 20
@@ -136,6 +144,24 @@ LATENT_FIELDS: dict[str, dict[str, Any]] = {
     },
     "deepseek_v3": {**_LATENT, "n_shared_experts": 1, "n_group": 4, "topk_group": 2},
 }
+# A query sees 12 tokens; so many index heads that no score is exactly 0, where ties would be.
+_INDEX: dict[str, Any] = {
+    "kv_lora_rank": 40,  # rows of 48 numbers, which the native kernels serve
+    "index_topk": 12,
+    "index_head_dim": 16,
+    "index_n_heads": 16,
+}
+SPARSE_FIELDS: dict[str, dict[str, Any]] = {
+    "deepseek_v32": {**_LATENT, **_INDEX, "n_shared_experts": 1, "n_group": 4, "topk_group": 2},
+    "glm_moe_dsa": {
+        **_LATENT,
+        **_INDEX,
+        "n_shared_experts": 1,
+        "num_hidden_layers": 4,
+        "indexer_types": ["full", "full", "shared", "shared"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
+    },
+}
 LITE: dict[str, Any] = {  # as DeepSeek-V2-Lite differs from V2
     "q_lora_rank": None,
     "topk_method": "greedy",
@@ -158,6 +184,7 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
         **LATENT_FAMILIES,
         **DENSE_FAMILIES,
         **MIXTURE_FAMILIES,
+        **SPARSE_FAMILIES,
     }
     config_class, model_class = families[family]
     fields: dict[str, Any] = {
@@ -178,6 +205,7 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
         **LATENT_FIELDS.get(family, {}),
         **DENSE_FIELDS.get(family, {}),
         **MIXTURE_FIELDS.get(family, {}),
+        **SPARSE_FIELDS.get(family, {}),
         **changes,
     }
     if family == "qwen3":

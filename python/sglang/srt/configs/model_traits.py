@@ -90,6 +90,23 @@ class LatentConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class IndexConfig:
+    """Sparse attention over latents: which tokens a query sees (DeepSeek-V3.2-Exp's report, 2.1).
+
+    A token keeps an index key of `head_dim` numbers for all `num_heads` index heads; a query sees
+    the `topk` tokens before it whose keys score best. The first numbers turn, as many as latent
+    attention turns, in halves or `interleaved`. Of `layers`, ascending from 0 on, each chooses for
+    itself; the others see what the last of these before them chose.
+    """
+
+    num_heads: int
+    head_dim: int
+    topk: int
+    interleaved: bool
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TemperatureConfig:
     """The query at position p is scaled by
     1 + `attn_scale` * ln(1 + floor((p + 1) / `floor_scale`)), `floor_scale` in tokens."""
@@ -129,7 +146,8 @@ class ModelTraits:
     `weight_names` are parts of names in checkpoints and what our models call them.
 
     `latent` None: keys and values are kept head by head. Otherwise rotation, windows and caps are
-    those of the turning parts and the scores. Checkpoints have `num_draft_layers` more layers
+    those of the turning parts and the scores. `index` None: every token before it is seen.
+    Checkpoints have `num_draft_layers` more layers
     behind the last, which predict further tokens and are not loaded.
 
     Scores are q k^T times `attention_scaling` (None: head_dim ** -0.5). A cap c > 0 turns scores
@@ -155,6 +173,7 @@ class ModelTraits:
     query_temperature: TemperatureConfig | None = None
     moe: MoEConfig | None = None
     latent: LatentConfig | None = None
+    index: IndexConfig | None = None
     num_draft_layers: int = 0
     weight_names: tuple[tuple[str, str], ...] = ()
     attention_scaling: float | None = None

@@ -3,7 +3,8 @@
 Used before attention, before the MLP, at the end, and on heads (QK norm). Statistics in float32.
 The residual stream stays in float32 whatever the model's type: 60 additions rounded to bfloat16
 cost a third of the accuracy of a 30-layer model's logits, keeping them costs next to nothing.
-On a CPU the native kernel, where it is installed, reads a row once for all of it.
+On a CPU the native kernel, where it is installed, reads a row once for all of it. Beside it layer
+normalisation (arXiv 1607.06450), of encoders and of index keys.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import ClassVar, overload
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from sglang.srt.layers.compiled import CompiledLayer, compiled
-from sglang.srt.layers.weights import copy_checked, frozen_parameter
+from sglang.srt.layers.weights import LoadedWeight, copy_checked, frozen_parameter
 from sglang.srt.utils.native import device_kernels_for, kernels_for
 
 
@@ -133,3 +135,25 @@ class GemmaRMSNorm(RMSNorm):
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         factor = self.weight_offset + self.weight.float()
         return F.rms_norm(x.float(), (x.shape[-1],), factor, self.eps).to(self.weight.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation in float32: [*, hidden_size] -> [*, hidden_size] in `dtype`."""
+
+    def __init__(self, hidden_size: int, eps: float, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = frozen_parameter(hidden_size, dtype=dtype)
+        self.bias = frozen_parameter(hidden_size, dtype=dtype)
+        self._eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = F.layer_norm(
+            x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self._eps
+        )
+        return wide.to(self.weight.dtype)
+
+    def weight_loader(self, param_name: str, loaded: LoadedWeight) -> None:
+        """Copy "weight" or "bias"; ValueError for a wrong name, shape or kind."""
+        if not isinstance(loaded, torch.Tensor):
+            raise ValueError(f"{param_name}: quantised numbers don't belong here")
+        copy_checked(self.get_parameter(param_name).data, loaded, param_name)

@@ -154,9 +154,14 @@ def recorded_rows(args: ServerArgs, backend: type[AttentionBackend]) -> tuple[in
 
 def fixed_bytes(spec: KVCacheSpec, granule_bytes: int) -> int:
     """What backs the dump page of every plane for good, in whole granules."""
-    planes = (spec.k_bytes_per_slot_layer, spec.v_bytes_per_slot_layer)
-    return spec.num_layers * sum(
-        -(-spec.page_size * per_slot // granule_bytes) * granule_bytes for per_slot in planes
+    planes = (
+        (spec.num_layers, spec.k_bytes_per_slot_layer),
+        (spec.num_layers, spec.v_bytes_per_slot_layer),
+        (len(spec.index_layers), spec.index_bytes_per_slot_layer),
+    )
+    return sum(
+        count * -(-spec.page_size * per_slot // granule_bytes) * granule_bytes
+        for count, per_slot in planes
     )
 
 

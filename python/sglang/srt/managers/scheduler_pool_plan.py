@@ -80,6 +80,8 @@ def kv_cache_spec(
         dtype=dtype,
         page_size=page_size,
         values_in_keys=config.latent is not None,
+        index_dim=0 if config.index is None else config.index.head_dim,
+        index_layers=() if config.index is None else config.index.layers,
     )
 
 

@@ -211,7 +211,8 @@ def build_scheduler_parts(
     plan, memory, publisher = _open_pool(
         rank, config, spec, backend_class, requested=requested, free_before=free_before
     )
-    backend = make_attention_backend(backend_class, memory.kv_pool, grid.kv_group)
+    topk = None if config.index is None else config.index.topk
+    backend = make_attention_backend(backend_class, memory.kv_pool, grid.kv_group, topk)
     num_rows = plan.max_running_requests + 1
     worker = make_worker(args, model, backend, runtime, memory.kv_pool, num_rows, places)
     runtime.synchronize()

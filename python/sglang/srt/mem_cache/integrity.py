@@ -127,7 +127,7 @@ def _check_resident(manager: SegmentManager) -> None:
     if resident is None:
         return
     os_page = mmap.PAGESIZE
-    planes = sum(len(x.plane_bytes_per_slot) * x.num_layers for x in manager.layouts)
+    planes = sum(count for x in manager.layouts for count, _ in x.plane_counts)
     # planes that are not whole system pages share one with a neighbour at both ends
     slack = 0 if manager.backing.granule_bytes >= os_page else 2 * planes * os_page
     least = most = manager.mapped_bytes + manager.leftover_bytes + manager.fixed_bytes

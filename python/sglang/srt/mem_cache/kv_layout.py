@@ -70,8 +70,10 @@ class KVCacheSpec:
 
     `kv_heads` are this rank's. `dtype` is a key of `DTYPE_BYTES`. With `values_in_keys` a head's V
     are the first `v_head_dim` numbers of its K, and a layer has one plane instead of two: see
-    docs/kv_segments.md, Note [Latent attention]. Raises ValueError when the groups do not cover
-    layers 0..n-1 exactly once, and for widths and types that can't be kept so.
+    docs/kv_segments.md, Note [Latent attention]. Layers `index_layers`, ascending, keep a key of
+    `index_dim` numbers beside (0 and none: no layer does), in a plane of its own: Note [Sparse
+    attention]. Raises ValueError when the groups do not cover layers 0..n-1 exactly once, and for
+    widths and types that can't be kept so.
     """
 
     groups: tuple[KVGroupSpec, ...]
@@ -81,6 +83,8 @@ class KVCacheSpec:
     dtype: str
     page_size: int
     values_in_keys: bool = False
+    index_dim: int = 0
+    index_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         layers = sorted(layer for group in self.groups for layer in group.layers)
@@ -101,6 +105,10 @@ class KVCacheSpec:
             )
         if self.values_in_keys and self.v_head_dim > self.head_dim:
             raise ValueError(f"values of {self.v_head_dim} are no part of keys of {self.head_dim}")
+        if bool(self.index_layers) != (self.index_dim > 0) or set(self.index_layers) - set(layers):
+            raise ValueError(f"index keys of {self.index_dim} in layers {self.index_layers}")
+        if self.index_layers and not self.values_in_keys:
+            raise ValueError("index keys are kept beside latents only")
 
     @property
     def num_groups(self) -> int:
@@ -132,10 +140,20 @@ class KVCacheSpec:
         """Bytes of one token's V in one layer (one plane); 0 where V has none."""
         return self.kv_heads * self.v_width * DTYPE_BYTES[self.dtype]
 
+    @property
+    def index_bytes_per_slot_layer(self) -> int:
+        """Bytes of one token's index key in a layer that has one."""
+        return self.kv_heads * self.index_dim * DTYPE_BYTES[self.dtype]
+
+    def num_index_layers(self, group: GroupId) -> int:
+        """Layers of `group` that keep index keys."""
+        return len(set(self.groups[group].layers) & set(self.index_layers))
+
     def bytes_per_slot(self, group: GroupId) -> int:
-        """Bytes of one token over all layers of `group`, K and V."""
+        """Bytes of one token over all layers of `group`: K, V and index keys."""
         per_layer = self.k_bytes_per_slot_layer + self.v_bytes_per_slot_layer
-        return len(self.groups[group].layers) * per_layer
+        index = self.num_index_layers(group) * self.index_bytes_per_slot_layer
+        return len(self.groups[group].layers) * per_layer + index
 
     @property
     def bytes_per_token(self) -> int:
@@ -186,6 +204,8 @@ class SegmentLayout:
     v_bytes_per_slot: int  # one layer; 0: V has no plane
     granule_bytes: int
     kv_parallel: int = 1
+    index_bytes_per_slot: int = 0  # one layer of those that keep index keys
+    num_index_layers: int = 0
 
     def __post_init__(self) -> None:
         if self.pages_per_segment % self.kv_parallel:
@@ -199,9 +219,18 @@ class SegmentLayout:
 
     @property
     def plane_bytes_per_slot(self) -> tuple[int, ...]:
-        """Bytes of a token in each plane of a layer: K's, and V's where it has one."""
+        """Bytes of a token in each plane of a layer: K's, and V's where it has one.
+
+        Planes of index keys, which some layers have beside, are not among them.
+        """
         both = (self.k_bytes_per_slot, self.v_bytes_per_slot)
         return both if self.v_bytes_per_slot else both[:1]
+
+    @property
+    def plane_counts(self) -> tuple[tuple[int, int], ...]:
+        """(planes, bytes of a token in each) of all layers, kind by kind."""
+        kept = tuple((self.num_layers, per_slot) for per_slot in self.plane_bytes_per_slot)
+        return (*kept, (self.num_index_layers, self.index_bytes_per_slot))
 
     @property
     def num_slots(self) -> int:
@@ -211,7 +240,7 @@ class SegmentLayout:
     @property
     def segment_bytes(self) -> int:
         """Bytes of one rank's part of a segment over all planes."""
-        per_slot = self.num_layers * (self.k_bytes_per_slot + self.v_bytes_per_slot)
+        per_slot = sum(planes * size for planes, size in self.plane_counts)
         return self.slots_per_segment // self.kv_parallel * per_slot
 
     @property
@@ -223,10 +252,10 @@ class SegmentLayout:
     def fixed_bytes(self) -> int:
         """What permanently backs page 0: as many granules per plane as one page needs."""
         total = 0
-        for per_slot in self.plane_bytes_per_slot:
+        for planes, per_slot in self.plane_counts:
             page_bytes = self.page_size * per_slot
-            total += math.ceil(page_bytes / self.granule_bytes) * self.granule_bytes
-        return total * self.num_layers
+            total += planes * math.ceil(page_bytes / self.granule_bytes) * self.granule_bytes
+        return total
 
     @property
     def on_rank(self) -> SegmentLayout:
@@ -256,7 +285,11 @@ def round_slots_per_segment(spec: KVCacheSpec, requested_slots: int, granule_byt
     rounds.
     """
     step = spec.page_size
-    for per_slot in (spec.k_bytes_per_slot_layer, spec.v_bytes_per_slot_layer):
+    for per_slot in (
+        spec.k_bytes_per_slot_layer,
+        spec.v_bytes_per_slot_layer,
+        spec.index_bytes_per_slot_layer,
+    ):
         step = math.lcm(step, granule_bytes // math.gcd(granule_bytes, per_slot))
     return max(1, -(-requested_slots // step)) * step
 
@@ -307,6 +340,8 @@ def make_segment_layouts(
                 k_bytes_per_slot=spec.k_bytes_per_slot_layer,
                 v_bytes_per_slot=spec.v_bytes_per_slot_layer,
                 granule_bytes=granule_bytes,
+                index_bytes_per_slot=spec.index_bytes_per_slot_layer,
+                num_index_layers=spec.num_index_layers(group),
             )
         )
     return tuple(layouts)

@@ -19,6 +19,7 @@ import torch
 
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.block_table import BlockTable
+from sglang.srt.mem_cache.index_planes import IndexPlanes
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, ReqPoolIdx, SegmentLayout
 from sglang.srt.mem_cache.kv_share import KVShare
 from sglang.srt.mem_cache.segment_backing.base import (
@@ -35,17 +36,13 @@ from sglang.srt.mem_cache.segment_backing.segment_plane import (
     round_to,
     split_by_segment,
 )
+from sglang.srt.mem_cache.slot_pieces import Piece, check_slots, find_pieces
 from sglang.srt.mem_cache.table_rows import TableRows, grown
 from sglang.srt.mem_cache.table_space import TableSpace
 from sglang.srt.utils.device import CpuRuntime, DeviceRuntime
 from sglang.srt.utils.native import device_kernels_for, native_kernels
 
 Int64Array = npt.NDArray[np.int64]
-
-# More pieces than this in one write and scattered copying is the cheaper way.
-_MAX_COPY_PIECES = 8
-
-Piece = tuple[int, int, int]
 
 
 class ReqToTokenPool:
@@ -154,6 +151,7 @@ class MHATokenToKVPool:
         self._group_of_layer = spec.group_of_layer()
         self._num_planes = len(plane_widths(spec))
         self._take_planes(backing)
+        self.index_planes = IndexPlanes.of(spec, backing)
         self._is_byte = self.dtype.itemsize == 1
         self._runtime: DeviceRuntime = CpuRuntime()
         self._native_planes: dict[int, Any] = {}  # of layers that stored scattered slots
@@ -199,8 +197,9 @@ class MHATokenToKVPool:
         return self.get_key_buffer(layer_id), self.get_value_buffer(layer_id)
 
     def stored_planes(self, layer_id: int) -> tuple[torch.Tensor | SegmentPlane, ...]:
-        """All memory of one layer: K's plane, and V's where it has one."""
-        return self.get_kv_buffer(layer_id)[: self._num_planes]
+        """All memory of one layer: K's plane, V's where it has one, that of index keys likewise."""
+        kept = self.get_kv_buffer(layer_id)[: self._num_planes]
+        return (*kept, *self.index_planes.of_layer(layer_id))
 
     def group_of_layer(self, layer_id: int) -> int:
         """The layer group whose slots this layer's buffers are indexed by."""
@@ -287,15 +286,15 @@ class MHATokenToKVPool:
             if kernels is not None and kernels.is_recording():
                 return None  # where they stand will be another matter when the tape is played
             scatters = self._is_byte and kernels is not None
-            pieces = None if scatters else _find_pieces(loc)
+            pieces = None if scatters else find_pieces(loc)
             if pieces is None or any(slot + count > num_slots for _, slot, count in pieces):
-                _check_slots(loc, num_slots)
+                check_slots(loc, num_slots)
             self._last_loc, self._last_pieces = loc, pieces
         return self._last_pieces
 
     def check_slots(self, group: int, loc: torch.Tensor) -> None:
         """Raises InvariantError unless every slot of int64 `loc` is one of the group's."""
-        _check_slots(loc, self.layouts[group].num_slots)
+        check_slots(loc, self.layouts[group].num_slots)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(layers={self.spec.num_layers}, dtype={self.spec.dtype})"
@@ -355,6 +354,21 @@ class MLATokenToKVPool(MHATokenToKVPool):
     ) -> None:
         del v, v_scale  # both are in k
         super()._scatter(layer_id, loc, k, k, k_scale, k_scale)
+
+
+class NSATokenToKVPool(MLATokenToKVPool):
+    """Latents, and beside them the index keys by which tokens are chosen.
+
+    See docs/kv_segments.md, Note [Sparse attention].
+    """
+
+    def get_index_k_buffer(self, layer_id: int) -> torch.Tensor | SegmentPlane:
+        """Index keys of a layer that keeps them, [S, 1, `index_dim`] in the KV dtype."""
+        return self.index_planes[layer_id]
+
+    def set_index_k_buffer(self, layer_id: int, loc: torch.Tensor, index_k: torch.Tensor) -> None:
+        """Write index keys [T, `index_dim`]; `loc` as in `set_kv_buffer`."""
+        self.index_planes.store(layer_id, loc, index_k)
 
 
 class SegmentTableKVPool(MHATokenToKVPool):
@@ -418,24 +432,9 @@ def make_kv_pool(
     kv_rank: int = 0,
 ) -> MHATokenToKVPool:
     """The pool that fits the backing."""
-    kind: type[MHATokenToKVPool] = MLATokenToKVPool if spec.values_in_keys else MHATokenToKVPool
+    kind: type[MHATokenToKVPool] = MHATokenToKVPool
     if isinstance(backing, TableBacking):
         kind = SegmentTableKVPool
+    elif spec.values_in_keys:
+        kind = NSATokenToKVPool if spec.index_layers else MLATokenToKVPool
     return kind(spec, layouts, backing, kv_rank)
-
-
-def _check_slots(loc: torch.Tensor, num_slots: int) -> None:
-    # Read without a sign a negative number is larger than any slot: one look for both bounds.
-    if len(loc) and int(loc.numpy().view(np.uint64).max()) >= num_slots:
-        raise InvariantError(f"new tokens were given slots outside [0, {num_slots})")
-
-
-def _find_pieces(loc: torch.Tensor) -> list[Piece] | None:
-    if len(loc) == 0:
-        return []
-    breaks = torch.nonzero(loc[1:] - loc[:-1] != 1).flatten()
-    if len(breaks) >= _MAX_COPY_PIECES:
-        return None
-    starts = [0, *(int(row) + 1 for row in breaks)]
-    ends = [*starts[1:], len(loc)]
-    return [(row, int(loc[row]), end - row) for row, end in zip(starts, ends, strict=True)]

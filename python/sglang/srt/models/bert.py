@@ -21,6 +21,7 @@ from sglang.srt.configs.model_traits import EncoderConfig
 from sglang.srt.configs.pooling_config import PoolingConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.errors import InvariantError
+from sglang.srt.layers.layernorm import LayerNorm
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
     QKVParallelLinear,
@@ -51,22 +52,6 @@ class _Replicated(nn.Module):
         copy_checked(self.get_parameter(param_name).data, loaded, param_name)
 
 
-class LayerNorm(_Replicated):
-    """Layer normalisation (arXiv 1607.06450) in float32: [*, hidden] -> [*, hidden] in `dtype`."""
-
-    def __init__(self, hidden: int, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = frozen_parameter(hidden, dtype=dtype)
-        self.bias = frozen_parameter(hidden, dtype=dtype)
-        self._eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = F.layer_norm(
-            x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self._eps
-        )
-        return wide.to(self.weight.dtype)
-
-
 class _Table(_Replicated):
     """Rows int64 [T] -> [T, hidden]."""
 
@@ -95,7 +80,7 @@ class BertEmbeddings(nn.Module):
         )
         self.position_embeddings = _Table(encoder.num_positions, hidden, dtype)
         self.token_type_embeddings = _Table(encoder.num_token_types, hidden, dtype)
-        self.LayerNorm = LayerNorm(hidden, encoder.norm_eps, dtype)
+        self.LayerNorm = LayerNorm(hidden, encoder.norm_eps, dtype=dtype)
         self._first_position = encoder.first_position
         self._num_types = encoder.num_token_types
 
@@ -142,7 +127,7 @@ class _Output(nn.Module):
     ) -> None:
         super().__init__()
         self.dense = RowParallelLinear(width, hidden, bias=True, parallel=parallel, dtype=dtype)
-        self.LayerNorm = LayerNorm(hidden, eps, dtype)
+        self.LayerNorm = LayerNorm(hidden, eps, dtype=dtype)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         added: torch.Tensor = self.LayerNorm(self.dense(x).float() + residual)

@@ -100,6 +100,17 @@ class DeepseekV2Attention(nn.Module):
             asked = take_rows(x, forward_batch.logits_rows)
             positions = take_rows(positions, forward_batch.logits_rows)
         q = self.queries(asked, positions)
+        return self.attended(q, rows, forward_batch, rows_pruned=rows_pruned)
+
+    def attended(
+        self,
+        q: torch.Tensor,
+        rows: torch.Tensor,
+        forward_batch: ForwardBatch,
+        *,
+        rows_pruned: bool,
+    ) -> torch.Tensor:
+        """Keep rows [T, C + P] of new tokens and attend with q [R, H * (C + P)]: [R, hidden]."""
         latents = rows[:, : self.latent.kv_rank]
         attended = self.attn(q, rows, latents, forward_batch, rows_pruned=rows_pruned)
         heads = attended.view(len(q), self.num_heads, self.latent.kv_rank)
@@ -116,13 +127,28 @@ class DeepseekV2Attention(nn.Module):
     def queries(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Queries of kept rows, from x [R, hidden] at int64 `positions` [R]: [R, H * (C + P)]."""
         if self.latent.q_rank is None:
-            q = self.q_proj(x)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        widths = (self.latent.nope_dim, self.latent.rope_dim)
-        still, turning = q.view(len(x), self.num_heads, sum(widths)).split(widths, -1)
+            return self.turned(self.q_proj(x), positions)
+        return self.turned(self.q_b_proj(self.query_latents(x)), positions)
+
+    def query_latents(self, x: torch.Tensor) -> torch.Tensor:
+        """What queries of x [R, hidden] are made of: [R, rank]."""
+        latents: torch.Tensor = self.q_a_layernorm(self.q_a_proj(x))
+        return latents
+
+    def turned(self, q: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Heads q [R, H * (N + P)] as queries of kept rows: [R, H * (C + P)]."""
+        widths = [self.latent.nope_dim, self.latent.rope_dim]
+        still, turning = torch.split(q.view(len(q), self.num_heads, sum(widths)), widths, -1)
         turned = self.rotary_emb.rotate(positions, turning.flatten(1)).view(turning.shape)
         return torch.cat((self.kv_b_proj.queries(still), turned), -1).flatten(1)
+
+
+def latent_rope(
+    config: ModelConfig, latent: LatentConfig, dtype: torch.dtype, *, interleaved: bool
+) -> RotaryEmbedding:
+    """The rotation of the parts that turn."""
+    length = config.max_position_embeddings
+    return get_rope(latent.rope_dim, config.rope, length, dtype, interleaved=interleaved)
 
 
 class DeepseekV2ForCausalLM(MixtureForCausalLM):
@@ -143,23 +169,28 @@ class DeepseekV2ForCausalLM(MixtureForCausalLM):
         latent = config.latent
         if latent is None:
             raise ValueError(f"{config.architecture} without latent attention")
-        rotary_emb = get_rope(
-            latent.rope_dim,
-            config.rope,
-            config.max_position_embeddings,
-            dtype,
-            interleaved=config.interleaved_rope,
-        )
+        attentions = self.make_attentions(config, latent, parallel, dtype)
         layers = [
             LlamaDecoderLayer(
-                config,
-                DeepseekV2Attention(config, latent, layer_id, rotary_emb, parallel, dtype),
-                self.make_mlp(config, layer_id, parallel, dtype),
-                dtype,
+                config, attention, self.make_mlp(config, layer_id, parallel, dtype), dtype
             )
-            for layer_id in range(config.num_layers)
+            for layer_id, attention in enumerate(attentions)
         ]
         return LlamaModel(config, layers, parallel, dtype)
+
+    def make_attentions(
+        self,
+        config: ModelConfig,
+        latent: LatentConfig,
+        parallel: ParallelState,
+        dtype: torch.dtype,
+    ) -> list[nn.Module]:
+        """The attention of every layer, which all turn by one rotation."""
+        rope = latent_rope(config, latent, dtype, interleaved=config.interleaved_rope)
+        return [
+            DeepseekV2Attention(config, latent, layer_id, rope, parallel, dtype)
+            for layer_id in range(config.num_layers)
+        ]
 
 
 class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):

@@ -47,6 +47,8 @@ MODEL_CLASSES = {
     "GraniteMoeForCausalLM": "sglang.srt.models.granitemoe:GraniteMoeForCausalLM",
     "GraniteMoeSharedForCausalLM": "sglang.srt.models.granitemoe:GraniteMoeSharedForCausalLM",
     "HunYuanMoEV1ForCausalLM": "sglang.srt.models.hunyuan_moe:HunYuanMoEV1ForCausalLM",
+    "DeepseekV32ForCausalLM": "sglang.srt.models.deepseek_sparse:DeepseekV32ForCausalLM",
+    "GlmMoeDsaForCausalLM": "sglang.srt.models.deepseek_sparse:GlmMoeDsaForCausalLM",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sglang.srt.configs.families.bert import BERT, ROBERTA, XLM_ROBERTA
 from sglang.srt.configs.families.cohere import COHERE, COHERE2
 from sglang.srt.configs.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from sglang.srt.configs.families.deepseek_sparse import DEEPSEEK_V32, GLM_MOE_DSA
 from sglang.srt.configs.families.dense import (
     EXAONE4,
     GLM,
@@ -99,4 +100,6 @@ FAMILIES: dict[str, ModelFamily] = {
     "GraniteMoeForCausalLM": GRANITE_MOE,
     "GraniteMoeSharedForCausalLM": GRANITE_MOE_SHARED,
     "HunYuanMoEV1ForCausalLM": HUNYUAN_MOE,
+    "DeepseekV32ForCausalLM": DEEPSEEK_V32,
+    "GlmMoeDsaForCausalLM": GLM_MOE_DSA,
 }

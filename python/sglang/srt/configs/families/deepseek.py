@@ -22,10 +22,11 @@ from sglang.srt.configs.model_traits import (
     whole,
 )
 
-_GREEDY, _IN_GROUPS, _BIASED = "greedy", "group_limited_greedy", "noaux_tc"
+_GREEDY, _IN_GROUPS, BIASED = "greedy", "group_limited_greedy", "noaux_tc"
 
 
-def _read_deepseek(fields: Fields, num_layers: int) -> ModelTraits:
+def read_deepseek(fields: Fields, num_layers: int) -> ModelTraits:
+    """Traits of V2 and V3; ValueError naming an impossible field."""
     if fields.get("mlp_bias"):
         raise ValueError("mlp_bias is not supported in DeepSeek's models")
     bias = bool(fields["attention_bias"])
@@ -94,23 +95,23 @@ def _sparse_layers(fields: Fields, num_layers: int) -> frozenset[int]:
 
 def _choice(fields: Fields, num_experts: int) -> ExpertChoice:
     method, scoring = fields["topk_method"], fields["scoring_func"]
-    if method not in (_GREEDY, _IN_GROUPS, _BIASED):
+    if method not in (_GREEDY, _IN_GROUPS, BIASED):
         raise ValueError(
-            f"topk_method {method!r} is not supported; {_GREEDY}, {_IN_GROUPS}, {_BIASED} are"
+            f"topk_method {method!r} is not supported; {_GREEDY}, {_IN_GROUPS}, {BIASED} are"
         )
     if scoring not in ("softmax", "sigmoid"):
         raise ValueError(f"scoring_func {scoring!r} is not supported; softmax and sigmoid are")
     num_groups = kept = 1
     if method != _GREEDY and fields.get("n_group") is not None:
         num_groups, kept = positive(fields, "n_group"), positive(fields, "topk_group")
-    group_best = 2 if method == _BIASED else 1
+    group_best = 2 if method == BIASED else 1
     if num_experts % num_groups or kept > num_groups:
         raise ValueError(f"topk_group {kept} of n_group {num_groups} over {num_experts} experts")
     if num_groups > 1 and num_experts // num_groups < group_best:
         raise ValueError(f"n_group {num_groups} leaves groups of one of {num_experts} experts")
     return ExpertChoice(
         sigmoid=scoring == "sigmoid",
-        biased=method == _BIASED,
+        biased=method == BIASED,
         num_groups=num_groups,
         kept_groups=kept,
         group_best=group_best,
@@ -126,10 +127,10 @@ BIASED_EXPERTS: dict[str, Any] = {
     "topk_group": 1,
     "norm_topk_prob": True,
     "routed_scaling_factor": 1.0,
-    "topk_method": _BIASED,
+    "topk_method": BIASED,
     "scoring_func": "sigmoid",
 }
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "num_hidden_layers": 32,
     "kv_lora_rank": 512,
     "q_lora_rank": 1536,
@@ -141,7 +142,7 @@ _COMMON: dict[str, Any] = {
     "moe_layer_freq": 1,
     "max_position_embeddings": 4096,
 }
-_NULLS = frozenset(
+NULLS = frozenset(
     {"q_lora_rank", "bos_token_id", "eos_token_id"}
     | {"n_routed_experts", "n_shared_experts", "n_group", "topk_group"}
 )
@@ -149,7 +150,7 @@ _NULLS = frozenset(
 DEEPSEEK_V2 = ModelFamily(
     "deepseek_v2",
     {
-        **_COMMON,
+        **COMMON,
         "vocab_size": 102400,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -166,13 +167,13 @@ DEEPSEEK_V2 = ModelFamily(
         "max_position_embeddings": 2048,
         "num_nextn_predict_layers": 0,
     },
-    _read_deepseek,
-    null_means_none=_NULLS,
+    read_deepseek,
+    null_means_none=NULLS,
 )
 DEEPSEEK_V3 = ModelFamily(
     "deepseek_v3",
     {
-        **_COMMON,
+        **COMMON,
         "vocab_size": 129280,
         "bos_token_id": 0,
         "eos_token_id": 1,
@@ -189,10 +190,10 @@ DEEPSEEK_V3 = ModelFamily(
         "routed_scaling_factor": 2.5,
         "n_group": 8,
         "topk_group": 4,
-        "topk_method": _BIASED,
+        "topk_method": BIASED,
         "scoring_func": "sigmoid",
         "num_nextn_predict_layers": 1,
     },
-    _read_deepseek,
-    null_means_none=_NULLS,
+    read_deepseek,
+    null_means_none=NULLS,
 )

@@ -37,15 +37,15 @@ class KVParallelAttnBackend(AttentionBackend):
     ) -> None:
         super().__init__(inner.spec)
         self._inner = inner
-        self._share = share
-        self._group = group
+        self.share = share
+        self.group = group
 
     def plan(self, geometry: BatchGeometry) -> Any:
         """The inner backend's plan, over this rank's pages where a group is shared."""
         size = geometry.page_size
         tables = tuple(
-            tuple(OwnPages(view, self._share, group, size) for view in views)
-            if self._share.is_shared(group)
+            tuple(OwnPages(view, self.share, group, size) for view in views)
+            if self.share.is_shared(group)
             else views
             for group, views in enumerate(geometry.block_tables)
         )
@@ -60,20 +60,20 @@ class KVParallelAttnBackend(AttentionBackend):
         rows_pruned: bool,
     ) -> torch.Tensor:
         """See `AttentionBackend.forward`. Raises RankLostError when another rank is gone."""
-        if not self._share.is_shared(self.group_of_layer[layer.layer_id]):
+        if not self.share.is_shared(self.group_of_layer[layer.layer_id]):
             return self._inner.forward(q, layer, forward_batch, rows_pruned=rows_pruned)
         part = self._inner.attend_part(q, layer, forward_batch, rows_pruned=rows_pruned)
-        values, lse = self._join(part)
+        values, lse = self.join(part)
         if layer.sinks is not None:  # once, after all keys
             apply_sinks(values, lse, layer.sinks)
         forward_batch.progress.tick()
         return values.flatten(1).to(q.dtype)
 
-    def _join(self, part: Partial) -> Partial:
-        """All ranks' parts of the same rows as one, float32."""
+    def join(self, part: Partial) -> Partial:
+        """All ranks' parts of the same rows as one, float32; the same bits on every rank."""
         values, lse = part
         if not len(lse):
             return part
         packed = torch.cat((values, lse.unsqueeze(-1)), -1).unsqueeze(0)
-        parts = self._group.all_gather(packed, 0).unbind(0)
+        parts = self.group.all_gather(packed, 0).unbind(0)
         return merge_partials([(one[..., :-1], one[..., -1]) for one in parts])

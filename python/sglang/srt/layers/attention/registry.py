@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sglang.srt.distributed.communicator import TensorCommunicator
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.cpu_backend import CpuAttnBackend, has_native_kernels
@@ -9,10 +11,13 @@ from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from sglang.srt.layers.attention.flashinfer_table import FlashInferTableBackend
 from sglang.srt.layers.attention.flashinfer_wrappers import has_flashinfer
 from sglang.srt.layers.attention.kv_parallel_backend import KVParallelAttnBackend
+from sglang.srt.layers.attention.kv_parallel_sparse import KVParallelSparseBackend
+from sglang.srt.layers.attention.sparse_backend import SparseAttnBackend
 from sglang.srt.layers.attention.torch_device_backend import TorchDeviceAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.torch_native_table import SegmentTableAttnBackend
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, check_triton
+from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.utils.native import triton_kernels
 
@@ -77,26 +82,41 @@ def make_attention_backend(
     backend: type[AttentionBackend],
     pool: MHATokenToKVPool,
     kv_group: TensorCommunicator | None = None,
+    index_topk: int | None = None,
 ) -> AttentionBackend:
     """An instance that reads `pool`; a segment table takes another class than contiguous memory.
 
-    `kv_group` are the ranks that share the pool's pages, None when this rank has all. Raises
-    ValueError when the backend can't read the pool.
+    `kv_group` are the ranks that share the pool's pages, None when this rank has all. With
+    `index_topk` queries see so many tokens of each request, which index keys choose. Raises
+    ValueError when the backend can't read the pool, or can't do that.
     """
-    made = _make_reader(backend, pool)
-    if kv_group is None:
-        return made
-    if not isinstance(made, TorchNativeAttnBackend):
-        raise ValueError(f"attention backend {backend.name} can't share KV between ranks")
-    return KVParallelAttnBackend(made, pool.share, kv_group)
+    made = _make_reader(backend, pool, pool.spec)
+    dense = made
+    if kv_group is not None:
+        if not isinstance(made, TorchNativeAttnBackend):
+            raise ValueError(f"attention backend {backend.name} can't share KV between ranks")
+        dense = KVParallelAttnBackend(made, pool.share, kv_group)
+    if index_topk is None:
+        return dense
+    tokens = _make_reader(backend, pool, replace(pool.spec, page_size=1))
+    if not isinstance(tokens, TorchNativeAttnBackend):
+        raise ValueError(
+            f"attention backend {backend.name} does not serve sparse attention; on a CPU cpu and "
+            "torch_native do"
+        )
+    if isinstance(dense, KVParallelAttnBackend):
+        return KVParallelSparseBackend(dense, tokens, index_topk)
+    return SparseAttnBackend(dense, tokens, index_topk)
 
 
-def _make_reader(backend: type[AttentionBackend], pool: MHATokenToKVPool) -> AttentionBackend:
+def _make_reader(
+    backend: type[AttentionBackend], pool: MHATokenToKVPool, spec: KVCacheSpec
+) -> AttentionBackend:
     if pool.contiguous or issubclass(backend, TritonAttnBackend):
-        return backend(pool.spec)
+        return backend(spec)
     segment_tokens = tuple(layout.slots_per_segment for layout in pool.layouts)
     if issubclass(backend, TorchNativeAttnBackend):
-        return SegmentTableAttnBackend(pool.spec, segment_tokens)
+        return SegmentTableAttnBackend(spec, segment_tokens)
     if issubclass(backend, FlashInferAttnBackend):
-        return FlashInferTableBackend(pool.spec, segment_tokens)
+        return FlashInferTableBackend(spec, segment_tokens)
     raise ValueError(f"attention backend {backend.name} needs contiguous KV memory")

@@ -16,18 +16,26 @@ from typing import Final, Protocol, runtime_checkable
 
 import torch
 
-from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
+from sglang.srt.mem_cache.kv_layout import (
+    DTYPE_BYTES,
+    GroupId,
+    KVCacheSpec,
+    SegmentId,
+    SegmentLayout,
+)
 from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane
 
 
 class Plane(enum.Enum):
     """The planes of a layer; each is one contiguous range of all slots.
 
-    Of latent attention there is no VALUE: see docs/kv_segments.md, Note [Latent attention].
+    Of latent attention there is no VALUE: see docs/kv_segments.md, Note [Latent attention]. Some
+    layers have an INDEX beside: Note [Sparse attention].
     """
 
     KEY = "key"
     VALUE = "value"
+    INDEX = "index"
 
 
 KV_TORCH_DTYPES: Final = MappingProxyType(
@@ -43,9 +51,20 @@ KV_TORCH_DTYPES: Final = MappingProxyType(
 
 
 def plane_widths(spec: KVCacheSpec) -> dict[Plane, int]:
-    """Numbers that a head takes in each plane of a layer, in the order of planes."""
+    """Numbers that a head takes in the planes that every layer has, in the order of planes."""
     widths = {Plane.KEY: spec.k_width, Plane.VALUE: spec.v_width}
     return {plane: width for plane, width in widths.items() if width}
+
+
+def layer_planes(spec: KVCacheSpec, layer: int) -> dict[Plane, int]:
+    """Numbers that a head takes in each plane of one layer, index keys included."""
+    widths = plane_widths(spec)
+    return widths | {Plane.INDEX: spec.index_dim} if layer in spec.index_layers else widths
+
+
+def plane_bytes(spec: KVCacheSpec, width: int) -> int:
+    """Bytes of a token in a plane whose heads are `width` numbers wide."""
+    return spec.kv_heads * width * DTYPE_BYTES[spec.dtype]
 
 
 # How a message says where the lower tier of that name (`TieredBacking.lower_tier`) is.
@@ -93,7 +112,7 @@ class SegmentBacking(Protocol):
         """
 
     def view(self, layer: int, plane: Plane) -> torch.Tensor:
-        """All slots of one plane, zero-copy: [S, G, D] in the KV dtype (D of V for VALUE).
+        """All slots of one plane, zero-copy: [S, G, D] in the KV dtype, D as `layer_planes` has it.
 
         Only slots of mapped segments and of page 0 may be touched. The tensor must not be used
         after `close`.

@@ -23,7 +23,12 @@ import torch
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
-from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, plane_widths
+from sglang.srt.mem_cache.segment_backing.base import (
+    KV_TORCH_DTYPES,
+    Plane,
+    layer_planes,
+    plane_bytes,
+)
 from sglang.srt.mem_cache.segment_backing.host_calls import (
     MADV_DONTDUMP,
     MADV_DONTFORK,
@@ -182,7 +187,7 @@ class MmapBacking:
         if self._spec is None:
             raise InvariantError("the backing has not been reserved")
         where = next(p for p in self._planes if p.layer == layer and p.plane is plane)
-        width = plane_widths(self._spec)[plane]
+        width = layer_planes(self._spec, layer)[plane]
         memory = (ctypes.c_char * where.length).from_address(where.address)
         flat = torch.frombuffer(memory, dtype=KV_TORCH_DTYPES[self._spec.dtype])
         return flat.view(self._layouts[where.group].num_slots, self._spec.kv_heads, width)
@@ -228,8 +233,8 @@ class MmapBacking:
         for layout in layouts:
             granule = layout.granule_bytes
             for layer in spec.groups[layout.group].layers:
-                per_slots = layout.plane_bytes_per_slot
-                for plane, per_slot in zip(plane_widths(spec), per_slots, strict=True):
+                for plane, width in layer_planes(spec, layer).items():
+                    per_slot = plane_bytes(spec, width)
                     part = layout.slots_per_segment * per_slot
                     if granule % page or part % granule:
                         raise InvariantError(f"plane parts of {part} bytes are not whole pages")

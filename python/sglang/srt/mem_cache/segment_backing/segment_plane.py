@@ -153,12 +153,13 @@ class SegmentPlane:
         return self.part(segment).narrow(0, first, length)
 
     def gather_pages(self, pages: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy pages int64 [P] into `target` [P, page_size, G, D], segment by segment."""
-        target = raw(target)
-        for segment, rows, local in split_by_segment(
-            pages, self.slots_per_segment // self.page_size
-        ):
-            paged = raw(self.part(segment)).view(-1, self.page_size, *self.shape[1:])
+        """Copy pages int64 [P] into `target` [P, page size, G, D], segment by segment.
+
+        The target says how many slots a page has: `page_size`, or 1 for slots one by one.
+        """
+        target, size = raw(target), target.shape[1]
+        for segment, rows, local in split_by_segment(pages, self.slots_per_segment // size):
+            paged = raw(self.part(segment)).view(-1, size, *self.shape[1:])
             if isinstance(rows, tuple) and isinstance(local, tuple):
                 target.narrow(0, *rows).copy_(paged.narrow(0, *local))
             else:

@@ -16,7 +16,7 @@ import torch
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
-from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, plane_widths
+from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, layer_planes
 from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane
 from sglang.srt.utils.host_memory import read_host_memory
 from sglang.srt.utils.sizes import format_bytes
@@ -58,7 +58,7 @@ class SegmentTableBacking:
         planes: dict[tuple[int, Plane], SegmentPlane] = {}
         for layout in layouts:
             for layer in spec.groups[layout.group].layers:
-                for plane, width in plane_widths(spec).items():
+                for plane, width in layer_planes(spec, layer).items():
                     made = SegmentPlane(
                         (layout.num_slots, spec.kv_heads, width),
                         slots_per_segment=layout.slots_per_segment,
@@ -71,7 +71,7 @@ class SegmentTableBacking:
         self._planes = planes
         self._layouts = layouts
         self._of_group = tuple(
-            tuple(planes[layer, plane] for layer in group.layers for plane in plane_widths(spec))
+            tuple(made for (layer, _), made in planes.items() if layer in group.layers)
             for group in spec.groups
         )
 

@@ -17,7 +17,7 @@ import torch
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
-from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, plane_widths
+from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, layer_planes
 from sglang.srt.mem_cache.segment_backing.host_calls import HostCalls
 from sglang.srt.utils.host_memory import read_host_memory
 from sglang.srt.utils.sizes import format_bytes
@@ -70,7 +70,7 @@ class StaticBacking:
         try:
             for layout in layouts:
                 for layer in spec.groups[layout.group].layers:
-                    for plane, width in plane_widths(spec).items():
+                    for plane, width in layer_planes(spec, layer).items():
                         planes[layer, plane] = _commit_plane(spec, layout, width, self._device)
         except RuntimeError as error:  # what torch raises when the allocation fails
             raise BackingError(f"can't allocate the static KV pool: {error}") from error
