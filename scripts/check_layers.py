@@ -61,6 +61,7 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.kv_layout, srt.mem_cache.id_array < srt.mem_cache.page_owner"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.window_rule"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.kv_share < srt.mem_cache.memory_pool"),
+    (2, "DEVICE", "srt.mem_cache.slot_pieces < srt.mem_cache.memory_pool"),
     (2, "DEVICE", "srt.mem_cache.page_owner < srt.mem_cache.window_index"),
     (2, "DEVICE", "srt.mem_cache.segment_manager, srt.mem_cache.page_owner"
      " < srt.mem_cache.block_table, srt.mem_cache.allocator < srt.mem_cache.memory_pool"),

@@ -73,8 +73,9 @@ class FakeBacking:
     def view(self, layer: int, plane: Plane) -> torch.Tensor:
         assert self._spec is not None
         group = self._spec.group_of_layer()[layer]
-        width = self._spec.head_dim if plane is Plane.KEY else self._spec.v_head_dim
-        shape = (self._layouts[group].num_slots, self._spec.kv_heads, width)
+        own = self._spec.of_group(group)
+        width = own.head_dim if plane is Plane.KEY else own.v_head_dim
+        shape = (self._layouts[group].num_slots, own.kv_heads, width)
         key = (layer, plane)
         if key not in self._planes:
             self._planes[key] = torch.zeros(shape, dtype=KV_TORCH_DTYPES[self._spec.dtype])

@@ -154,10 +154,14 @@ def recorded_rows(args: ServerArgs, backend: type[AttentionBackend]) -> tuple[in
 
 def fixed_bytes(spec: KVCacheSpec, granule_bytes: int) -> int:
     """What backs the dump page of every plane for good, in whole granules."""
-    planes = (spec.k_bytes_per_slot_layer, spec.v_bytes_per_slot_layer)
-    return spec.num_layers * sum(
-        -(-spec.page_size * per_slot // granule_bytes) * granule_bytes for per_slot in planes
-    )
+    total = 0
+    for number, group in enumerate(spec.groups):
+        own = spec.of_group(GroupId(number))
+        planes = (own.k_bytes_per_slot_layer, own.v_bytes_per_slot_layer)
+        total += len(group.layers) * sum(
+            -(-spec.page_size * per_slot // granule_bytes) * granule_bytes for per_slot in planes
+        )
+    return total
 
 
 def plan_of_device(

@@ -10,8 +10,11 @@ Shape letters: T packed new tokens, S slots of a group's whole space, G kv heads
 
 from __future__ import annotations
 
+import copy
 import heapq
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +22,13 @@ import torch
 
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.block_table import BlockTable
-from sglang.srt.mem_cache.kv_layout import KVCacheSpec, ReqPoolIdx, SegmentLayout
+from sglang.srt.mem_cache.kv_layout import (
+    GroupId,
+    KVCacheSpec,
+    ReqPoolIdx,
+    SegmentLayout,
+    layers_of,
+)
 from sglang.srt.mem_cache.kv_share import KVShare
 from sglang.srt.mem_cache.segment_backing.base import (
     KV_TORCH_DTYPES,
@@ -35,17 +44,13 @@ from sglang.srt.mem_cache.segment_backing.segment_plane import (
     round_to,
     split_by_segment,
 )
+from sglang.srt.mem_cache.slot_pieces import Piece, check_slots_below, find_pieces
 from sglang.srt.mem_cache.table_rows import TableRows, grown
 from sglang.srt.mem_cache.table_space import TableSpace
 from sglang.srt.utils.device import CpuRuntime, DeviceRuntime
 from sglang.srt.utils.native import device_kernels_for, native_kernels
 
 Int64Array = npt.NDArray[np.int64]
-
-# More pieces than this in one write and scattered copying is the cheaper way.
-_MAX_COPY_PIECES = 8
-
-Piece = tuple[int, int, int]
 
 
 class ReqToTokenPool:
@@ -164,6 +169,31 @@ class MHATokenToKVPool:
         layers = range(self.spec.num_layers)
         self._keys = [backing.view(layer, Plane.KEY) for layer in layers]
         self._values = [backing.view(layer, Plane.VALUE) for layer in layers]
+
+    def part(self, groups: Sequence[int]) -> Self:
+        """The layers of some groups as one model sees them, over the same memory.
+
+        Layers and groups are numbered from 0, as in `KVCacheSpec.part`. Call it after `serve`; the
+        whole is itself, and copies whole pages whatever their heads.
+        """
+        if len(groups) == self.spec.num_groups:
+            return self
+        chosen = [self.spec.groups[group] for group in groups]
+        made = copy.copy(self)
+        made.spec = self.spec.part([GroupId(group) for group in groups])
+        made.layouts = tuple(
+            replace(self.layouts[group], group=GroupId(at)) for at, group in enumerate(groups)
+        )
+        made.share = replace(self.share, sizes=tuple(self.share.sizes[g] for g in groups))
+        made._group_of_layer = made.spec.group_of_layer()
+        made._keep_layers(layers_of(chosen))
+        made._native_planes = {}
+        made._last_loc, made._last_pieces = None, None
+        return made
+
+    def _keep_layers(self, layers: Sequence[int]) -> None:
+        self._keys = [self._keys[layer] for layer in layers]
+        self._values = [self._values[layer] for layer in layers]
 
     @property
     def is_on_host(self) -> bool:
@@ -287,15 +317,15 @@ class MHATokenToKVPool:
             if kernels is not None and kernels.is_recording():
                 return None  # where they stand will be another matter when the tape is played
             scatters = self._is_byte and kernels is not None
-            pieces = None if scatters else _find_pieces(loc)
+            pieces = None if scatters else find_pieces(loc)
             if pieces is None or any(slot + count > num_slots for _, slot, count in pieces):
-                _check_slots(loc, num_slots)
+                check_slots_below(loc, num_slots)
             self._last_loc, self._last_pieces = loc, pieces
         return self._last_pieces
 
     def check_slots(self, group: int, loc: torch.Tensor) -> None:
         """Raises InvariantError unless every slot of int64 `loc` is one of the group's."""
-        _check_slots(loc, self.layouts[group].num_slots)
+        check_slots_below(loc, self.layouts[group].num_slots)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(layers={self.spec.num_layers}, dtype={self.spec.dtype})"
@@ -311,6 +341,10 @@ class MLATokenToKVPool(MHATokenToKVPool):
     def _take_planes(self, backing: SegmentBacking) -> None:
         self._keys = [backing.view(layer, Plane.KEY) for layer in range(self.spec.num_layers)]
         self._values = self._keys  # what scatters writes two planes: here the same row twice
+
+    def _keep_layers(self, layers: Sequence[int]) -> None:
+        self._keys = [self._keys[layer] for layer in layers]
+        self._values = self._keys
 
     @property
     def kv_lora_rank(self) -> int:
@@ -376,6 +410,10 @@ class SegmentTableKVPool(MHATokenToKVPool):
             self._value_planes = [backing.plane(layer, Plane.VALUE) for layer in layers]
         self._last_parts: list[SegmentPart] = []
 
+    def _keep_layers(self, layers: Sequence[int]) -> None:
+        self._key_planes = [self._key_planes[layer] for layer in layers]
+        self._value_planes = [self._value_planes[layer] for layer in layers]
+
     def get_key_buffer(self, layer_id: int) -> SegmentPlane:
         """Keys of one layer, in pieces."""
         return self._key_planes[layer_id]
@@ -407,8 +445,11 @@ class SegmentTableKVPool(MHATokenToKVPool):
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Bytes that all keys and all values would take, were every segment mapped."""
         slots = [layout.num_slots * layout.num_layers for layout in self.layouts]
-        keys = self.spec.k_bytes_per_slot_layer * sum(slots)
-        return keys, self.spec.v_bytes_per_slot_layer * sum(slots)
+        both = [
+            (count * layout.k_bytes_per_slot, count * layout.v_bytes_per_slot)
+            for count, layout in zip(slots, self.layouts, strict=True)
+        ]
+        return sum(keys for keys, _ in both), sum(values for _, values in both)
 
 
 def make_kv_pool(
@@ -422,20 +463,3 @@ def make_kv_pool(
     if isinstance(backing, TableBacking):
         kind = SegmentTableKVPool
     return kind(spec, layouts, backing, kv_rank)
-
-
-def _check_slots(loc: torch.Tensor, num_slots: int) -> None:
-    # Read without a sign a negative number is larger than any slot: one look for both bounds.
-    if len(loc) and int(loc.numpy().view(np.uint64).max()) >= num_slots:
-        raise InvariantError(f"new tokens were given slots outside [0, {num_slots})")
-
-
-def _find_pieces(loc: torch.Tensor) -> list[Piece] | None:
-    if len(loc) == 0:
-        return []
-    breaks = torch.nonzero(loc[1:] - loc[:-1] != 1).flatten()
-    if len(breaks) >= _MAX_COPY_PIECES:
-        return None
-    starts = [0, *(int(row) + 1 for row in breaks)]
-    ends = [*starts[1:], len(loc)]
-    return [(row, int(loc[row]), end - row) for row, end in zip(starts, ends, strict=True)]

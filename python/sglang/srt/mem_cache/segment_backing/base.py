@@ -48,6 +48,13 @@ def plane_widths(spec: KVCacheSpec) -> dict[Plane, int]:
     return {plane: width for plane, width in widths.items() if width}
 
 
+def plane_shapes(spec: KVCacheSpec, layout: SegmentLayout) -> dict[Plane, tuple[int, int, int]]:
+    """[S, G, D] of each plane of a layer of the layout's group, in the order of planes."""
+    own = spec.of_group(layout.group)
+    shapes = plane_widths(own).items()
+    return {plane: (layout.num_slots, own.kv_heads, width) for plane, width in shapes}
+
+
 # How a message says where the lower tier of that name (`TieredBacking.lower_tier`) is.
 LOWER_PLACES: Final = MappingProxyType({"disk": "on disk", "host": "in host memory"})
 
