@@ -98,14 +98,16 @@ TABLE: tuple[Row, ...] = (
     (3, "DEVICE", "srt.constrained.grammar < srt.constrained.reasoning_matcher"
      " < srt.sampling.sampling_batch_info"),
     (3, "DEVICE", "srt.constrained.grammar < srt.managers.schedule_batch"),
-    (3, "DEVICE", "srt.speculative.ngram_index, srt.speculative.draft_plan"
-     " < srt.speculative.ngram_drafts < srt.managers.schedule_batch"),
+    (3, "DEVICE", "srt.speculative.ngram_index, srt.speculative.draft_plan, srt.speculative.chance"
+     " < srt.speculative.ngram_drafts, srt.speculative.model_drafts < srt.managers.schedule_batch"),
     (3, "DEVICE", "srt.managers.generation_result, srt.managers.schedule_batch"
      " < srt.managers.schedule_policy < srt.managers.priority_policy"),
-    (3, "DEVICE", "srt.managers.schedule_batch, srt.speculative.* < srt.managers.draft_policy"),
+    (3, "DEVICE", "srt.managers.schedule_batch, srt.managers.generation_result"
+     " < srt.managers.step_time"),
+    (3, "DEVICE", "srt.managers.step_time, srt.speculative.* < srt.managers.draft_policy"),
     (3, "DEVICE", "srt.managers.lora_policy"),
     (3, "DEVICE", "srt.managers.schedule_batch < srt.model_executor.forward_batch_info"
-     " < srt.sampling.sampling_batch_info"),
+     " < srt.sampling.sampling_batch_info, srt.model_executor.draft_batch"),
     (4, "DEVICE", "srt.distributed.communicator, srt.distributed.shared_exchange,"
      " srt.distributed.store_board"
      " < srt.distributed.parallel_state"
@@ -114,6 +116,8 @@ TABLE: tuple[Row, ...] = (
     (5, "DEVICE", "srt.model_executor.lora_places < srt.model_executor.decode_tapes"),
     (5, "DEVICE", "srt.model_executor.decode_tapes < srt.model_executor.cuda_graph_runner,"
      " srt.model_executor.model_runner, srt.managers.token_relay"
+     " < srt.managers.tp_worker"),
+    (5, "DEVICE", "srt.model_executor.model_runner < srt.model_executor.draft_model"
      " < srt.managers.tp_worker"),
     (5, "DEVICE", "srt.managers.pooling_worker"),
     (6, "DEVICE", "srt.managers.scheduler*"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import httpx
+import pytest
 
 from e2e.server_process import ServerProcess, running_server
+from srt.models.hf_models import make_hf_model, save
 
 PLANETS = "Mercury, Venus, Earth, Mars, Jupiter, Saturn, Uranus, Neptune. "
 PROMPTS = [f"The planets: {PLANETS * 3}", "for i in range(10):\n    print(i)\nfor i in range("]
@@ -40,3 +44,23 @@ def test_a_server_with_drafts_says_what_one_without_says(server: ServerProcess) 
         metrics = httpx.get(f"{drafted.url}/metrics").text
         (line,) = [x for x in metrics.splitlines() if x.startswith("sglang:spec_accept_length{")]
         assert float(line.split()[-1]) > 1
+
+
+@pytest.mark.slow
+def test_a_draft_model_of_its_vocabulary_changes_no_text(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    """One that knows nothing: random weights, and other heads and layers than the demo model's."""
+    path = save(make_hf_model("llama", vocab_size=49152, num_hidden_layers=1), tmp_path)
+    flags = ("--dtype", "float32", "--speculative-algorithm", "STANDALONE")
+    with running_server(*flags, "--speculative-draft-model-path", path) as drafted:
+        for params in ({}, {"temperature": 0.4, "sampling_seed": 5}):
+            plain, other = (answer(one.url, PROMPTS[0], **params) for one in (server, drafted))
+            assert other["output_ids"] == plain["output_ids"]
+            info: dict[str, float] = other["meta_info"]  # type: ignore[assignment]
+            assert 0 < info["spec_verify_ct"] < 60
+            assert info["spec_num_correct_drafts"] <= info["spec_num_proposed_drafts"]
+        told = httpx.get(f"{drafted.url}/server_info").json()
+        assert told["speculative_draft_model_path"] == path
+        groups = told["memory"]["groups"]
+        assert [group["num_layers"] for group in groups] == [30, 1]

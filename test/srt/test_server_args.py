@@ -14,9 +14,12 @@ import gen_server_arguments
 import sglang
 from sglang.srt.configs.flag_spec import Arity, FlagKind, FlagSpec, specs_of
 from sglang.srt.configs.flag_tables import OTHER_FLAGS
+from sglang.srt.configs.speculative_args import draft_length
 from sglang.srt.server_args import ServerArgs, all_flags, prepare_server_args
 
 REFUSED = [spec for spec in OTHER_FLAGS if spec.kind is FlagKind.REFUSED]
+NGRAM = ("--speculative-algorithm", "NGRAM")
+STANDALONE = ("--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", "d")
 ACCEPTED = [spec for spec in OTHER_FLAGS if spec.kind is FlagKind.ACCEPTED]
 
 
@@ -218,7 +221,7 @@ def test_model_overrides_are_an_object() -> None:
         (["--disable-radix-cache", "--max-cached-tokens", "5"], "drop --disable-radix-cache"),
         (["--schedule-low-priority-values-first"], "needs --enable-priority-scheduling"),
         (["--default-priority-value", "1"], "needs --enable-priority-scheduling"),
-        (["--speculative-algorithm", "EAGLE"], "must be one of NGRAM"),
+        (["--speculative-algorithm", "EAGLE"], "must be one of NGRAM, STANDALONE"),
         (["--speculative-num-draft-tokens", "4"], "needs --speculative-algorithm"),
         (
             [
@@ -228,6 +231,18 @@ def test_model_overrides_are_an_object() -> None:
             ],
             "--speculative-ngram-min-match-window-size 9 is above",
         ),
+        (["--speculative-algorithm", "STANDALONE"], "needs --speculative-draft-model-path"),
+        (["--speculative-draft-model-path", "d"], "needs --speculative-algorithm"),
+        ([*NGRAM, "--speculative-draft-model", "d"], "needs a draft model"),
+        ([*NGRAM, "--speculative-num-steps", "3"], "needs a draft model"),
+        ([*STANDALONE, "--speculative-eagle-topk", "2"], "must be at most 1, got 2"),
+        ([*STANDALONE, "--speculative-num-draft-tokens", "1"], "leaves a draft model nothing"),
+        (
+            [*STANDALONE, "--speculative-ngram-min-match-window-size", "3"],
+            "needs --speculative-algorithm NGRAM",
+        ),
+        ([*STANDALONE, "--kv-canary", "chain"], "can't know what a draft model reads"),
+        ([*STANDALONE, "--kv-parallel-size", "2"], "don't go together, so far"),
         (
             ["--priority-scheduling-preemption-threshold", "-1"],
             "--priority-scheduling-preemption-threshold must be at least 0",
@@ -284,7 +299,7 @@ def test_a_refused_flag_may_ask_for_what_is_the_case(
 def test_flags_that_must_not_pass_silently_are_refused() -> None:
     refused = {name for spec in REFUSED for name in spec.names}
     assert refused >= {
-        *("--torchao-config", "--speculative-draft-model-path", "--disaggregation-mode"),
+        *("--torchao-config", "--speculative-token-map", "--disaggregation-mode"),
         *("--hicache-storage-backend", "--pp-size", "--ep-size"),
         *("--hf-chat-template-name", "--tool-server", "--ssl-keyfile"),
     }
@@ -418,3 +433,17 @@ def test_the_page_is_generated_from_the_definitions() -> None:
     for spec in all_flags():
         for name in spec.names:
             assert f"`{name}`" in page
+
+
+@pytest.mark.parametrize(
+    ("flags", "length"),
+    [
+        ((), 4),
+        (("--speculative-num-steps", "2"), 2),
+        (("--speculative-num-draft-tokens", "8"), 7),
+        (("--speculative-num-steps", "3", "--speculative-num-draft-tokens", "4"), 3),
+        (("--speculative-num-steps", "5", "--speculative-num-draft-tokens", "4"), 3),
+    ],
+)
+def test_what_a_draft_model_says_at_most(flags: tuple[str, ...], length: int) -> None:
+    assert draft_length(parse(*STANDALONE, "--speculative-eagle-topk", "1", *flags)) == length

@@ -53,7 +53,7 @@ def test_what_rank_0_hears_and_reads_is_what_both_take(ranks: ThreadRanks) -> No
     assert inputs == same
     assert inputs[0].messages == [AbortReq("a")]
     assert [one.now for one in inputs] == [5.0, 5.0]
-    assert inputs[1].step_times == [(64, 65, 0.5)]
+    assert inputs[1].step_times == [StepTime(64, 65, 0.5)]
     assert inputs[0].digest != inputs[1].digest
 
 

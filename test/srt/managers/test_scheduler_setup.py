@@ -5,11 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sglang.srt.environ import Environ
-from sglang.srt.managers.scheduler_setup import (
-    agreed_memory,
-    build_scheduler_parts,
-    resolve_dtype,
-)
+from sglang.srt.managers.scheduler_dtypes import resolve_dtype
+from sglang.srt.managers.scheduler_setup import agreed_memory, build_scheduler_parts
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.host_memory import HostMemory
 from sglang.srt.utils.progress import Progress

@@ -9,7 +9,7 @@ import torch
 
 from sglang.srt.errors import BackingError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
-from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, layer_planes
+from sglang.srt.mem_cache.segment_backing.base import Plane, layer_planes
 
 
 class FakeBacking:
@@ -73,11 +73,12 @@ class FakeBacking:
     def view(self, layer: int, plane: Plane) -> torch.Tensor:
         assert self._spec is not None
         group = self._spec.group_of_layer()[layer]
-        width = layer_planes(self._spec, layer)[plane]
-        shape = (self._layouts[group].num_slots, self._spec.kv_heads, width)
+        layout = self._layouts[group]
+        shape = layer_planes(self._spec, layout, layer)[plane]
         key = (layer, plane)
         if key not in self._planes:
-            self._planes[key] = torch.zeros(shape, dtype=KV_TORCH_DTYPES[self._spec.dtype])
+            sizes = (layout.num_slots, shape.heads, shape.width)
+            self._planes[key] = torch.zeros(sizes, dtype=shape.dtype)
         return self._planes[key]
 
     def resident_bytes(self) -> int | None:

@@ -42,9 +42,10 @@ class PoisonedBacking(FakeBacking):
 
     def _fill(self, group: int, segments: Sequence[SegmentId], value: float) -> None:
         assert self._spec is not None
-        size = self._layouts[group].slots_per_segment
+        layout = self._layouts[group]
+        size = layout.slots_per_segment
         for layer in self._spec.groups[group].layers:
-            for plane in layer_planes(self._spec, layer):
+            for plane in layer_planes(self._spec, layout, layer):
                 view = self.view(layer, plane)
                 for segment in segments:
                     view[segment * size : (segment + 1) * size] = value

@@ -42,7 +42,11 @@ HANDLES = pytest.mark.parametrize("handle_bytes", [None, GRANULE, 3 * GRANULE])
 
 
 def num_planes(spec: KVCacheSpec) -> int:
-    return sum(len(layer_planes(spec, layer)) for layer in range(spec.num_layers))
+    return sum(
+        len(layer_planes(spec, layout, layer))
+        for layout in layouts_of(spec)
+        for layer in spec.groups[layout.group].layers
+    )
 
 
 def layouts_of(spec: KVCacheSpec, granule: int = GRANULE) -> tuple[SegmentLayout, ...]:

@@ -88,8 +88,6 @@ def test_index_keys_count() -> None:
     assert replace(spec, dtype="fp8_e4m3").bytes_per_token == 42_944
     some = replace(spec, groups=(KVGroupSpec(tuple(range(78))),), index_layers=tuple(range(21)))
     assert some.bytes_per_token == 2 * (78 * 576 + 21 * 128)
-    assert layer_planes(some, 20) == {Plane.KEY: 576, Plane.INDEX: 128}
-    assert layer_planes(some, 21) == {Plane.KEY: 576}
     (layout,) = make_segment_layouts(
         some,
         slots_per_segment=None,
@@ -99,6 +97,11 @@ def test_index_keys_count() -> None:
         machine_bytes=1 << 40,
         budget_bytes=1 << 36,
     )
+    assert {plane: shape.width for plane, shape in layer_planes(some, layout, 20).items()} == {
+        Plane.KEY: 576,
+        Plane.INDEX: 128,
+    }
+    assert list(layer_planes(some, layout, 21)) == [Plane.KEY]
     assert layout.slots_per_segment == 16_384
     assert layout.segment_bytes == (78 * 9 + 21 * 2) * (2 << 20)
     assert layout.fixed_bytes == fixed_bytes(some, 2 << 20) == (78 + 21) * (2 << 20)

@@ -12,6 +12,7 @@ from sglang.srt.mem_cache.kv_layout import (
     GroupKind,
     KVCacheSpec,
     KVGroupSpec,
+    KVHeads,
     SegmentLayout,
     make_segment_layouts,
     nearest_power_of_two,
@@ -187,3 +188,35 @@ def test_trimming_divides_between_groups_by_tokens() -> None:
 )
 def test_nearest_power_of_two(value: float, power: int) -> None:
     assert nearest_power_of_two(value) == power
+
+
+def test_a_group_of_other_heads_is_cut_by_its_own_bytes() -> None:
+    other = KVGroupSpec((2, 3, 4), heads=KVHeads(2, 16, 16))
+    spec = make_spec((KVGroupSpec((0, 1)), other))
+    assert spec.of_group(GroupId(0)) is spec
+    assert spec.of_group(GroupId(1)).k_bytes_per_slot_layer == 2 * 16 * 2
+    assert spec.bytes_per_slot(GroupId(0)) == 2 * 576
+    assert spec.bytes_per_slot(GroupId(1)) == 3 * 128
+    assert spec.bytes_per_token == 2 * 576 + 3 * 128
+    first, second = make_layouts(spec, granule_bytes=4096)
+    assert (first.k_bytes_per_slot, first.v_bytes_per_slot) == (384, 192)
+    assert (second.k_bytes_per_slot, second.v_bytes_per_slot) == (64, 64)
+    assert second.segment_bytes == second.slots_per_segment * 3 * 128
+    assert second.slots_per_segment * 64 % 4096 == 0
+
+
+def test_a_part_is_the_cache_of_one_model() -> None:
+    heads = KVHeads(2, 16, 16)
+    groups = (
+        KVGroupSpec((0, 2)),
+        KVGroupSpec((1,), GroupKind.SLIDING, 128),
+        KVGroupSpec((3, 4), heads=heads),
+    )
+    spec = make_spec(groups)
+    assert spec.part([GroupId(0), GroupId(1)]) == make_spec(groups[:2])
+    own = spec.part([GroupId(2)])
+    assert own == KVCacheSpec((KVGroupSpec((0, 1)),), *heads, "bfloat16", 64)
+    with pytest.raises(ValueError, match="heads that are alike"):
+        spec.part([GroupId(0), GroupId(2)])
+    with pytest.raises(ValueError, match="must be positive"):
+        make_spec((KVGroupSpec((0,)), KVGroupSpec((1,), heads=KVHeads(1, 0, 1))))

@@ -5,8 +5,14 @@ import torch
 
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache import memory_pool
-from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVGroupSpec, make_segment_layouts
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.kv_layout import (
+    KVCacheSpec,
+    KVGroupSpec,
+    KVHeads,
+    make_segment_layouts,
+)
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool, make_kv_pool
+from sglang.srt.mem_cache.segment_backing import make_backing
 from sglang.srt.mem_cache.segment_backing.segment_plane import round_to
 from srt.mem_cache.fake_backing import FakeBacking
 from srt.utils.fake_device import LateRuntime
@@ -191,3 +197,48 @@ def test_on_a_device_nobody_looks_at_the_slots(monkeypatch: pytest.MonkeyPatch) 
         assert runtime.num_syncs == 1
         with pytest.raises(InvariantError, match="slots outside"):
             pool.check_slots(1, torch.tensor([1 << 20]))
+
+
+@pytest.mark.parametrize("backing", ["mmap", "static", "segment_table"])
+def test_a_part_is_the_memory_of_one_of_two_models(backing: str) -> None:
+    """Layers of other heads lie in groups of their own, and are numbered from 0."""
+    second = KVGroupSpec((2, 3), heads=KVHeads(1, 8, 8))
+    spec = KVCacheSpec((KVGroupSpec((0, 1)), second), 2, 4, 4, "float32", 2)
+    memory = make_backing(backing, device="cpu")
+    layouts = make_segment_layouts(
+        spec,
+        slots_per_segment=8,
+        auto_segment_bytes=1,
+        auto_min_slots=1,
+        granule_bytes=memory.granule_bytes,
+        machine_bytes=1 << 16,
+        budget_bytes=1,
+    )
+    memory.reserve(spec, layouts)
+    for layout in layouts:
+        memory.map(layout.group, [1])  # type: ignore[list-item]
+    whole = make_kv_pool(spec, layouts, memory)
+    own, other = whole.part([0]), whole.part([1])
+    assert whole.part([0, 1]) is whole
+    assert [pool.spec.num_layers for pool in (whole, own, other)] == [4, 2, 2]
+    assert (other.spec.kv_heads, other.spec.head_dim) == (1, 8)
+    assert (other.layouts[0].group, other.layouts[0].k_bytes_per_slot) == (0, 32)
+    slot = layouts[1].slots_per_segment
+    loc = torch.tensor([slot, slot + 1])
+    for pool, heads in ((own, (2, 4)), (other, (1, 8))):
+        for layer in range(2):
+            k, v = torch.randn(2, 2, *heads).unbind(0)
+            pool.set_kv_buffer(layer, loc, k, v)
+            number = layer + (2 if pool is other else 0)
+            assert whole.group_of_layer(number) == (pool is other)
+            for buffers, new in zip(
+                (pool.get_kv_buffer(layer), whole.get_kv_buffer(number)), ((k, v),) * 2, strict=True
+            ):
+                for buffer, rows in zip(buffers, new, strict=True):
+                    assert torch.equal(_rows(buffer, slot), rows)
+    assert sum(whole.get_kv_size_bytes()) == sum(layout.reserved_bytes for layout in layouts)
+    memory.close()
+
+
+def _rows(buffer: object, slot: int) -> torch.Tensor:
+    return buffer.narrow(0, slot, 2).clone()  # type: ignore[attr-defined, no-any-return]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sglang.srt.speculative.draft_plan import _LEAST_GAIN, Offer, may_gain, plan_lengths
-from sglang.srt.speculative.step_costs import StepCosts
+from sglang.srt.speculative.step_costs import DraftedCosts, StepCosts
 
 
 def rate(offers: list[Offer], lengths: tuple[int, ...], costs: list[float]) -> float:
@@ -85,3 +85,41 @@ def test_what_was_not_seen_for_long_is_forgotten() -> None:
     assert costs.seconds(6) == pytest.approx(0.004 * 1.5)
     costs.observe(6, 0.005)
     assert costs.seconds(6) == 0.005, "it is no first step any more"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_draft_model_is_asked_as_often_as_it_pays(seed: int) -> None:
+    """Each token of the longest draft costs a step of the draft model, whoever else has one."""
+    rng = np.random.default_rng(seed)
+    chance, ahead_s = float(rng.random()), float(rng.random())
+    offers = [Offer(chance, 4)] * 3
+    lengths = plan_lengths(offers, lambda n: 1.0 + 0.01 * n, 64, ahead_s)
+
+    def quotient(length: int) -> float:
+        tokens = 3 * sum(chance**k for k in range(length + 1))
+        return tokens / (1.0 + 0.01 * 3 * (1 + length) + length * ahead_s)
+
+    best = max(range(5), key=quotient)
+    if quotient(best) > _LEAST_GAIN * quotient(0):
+        assert lengths == [best] * 3
+    else:
+        assert lengths == [0] * 3
+
+
+def test_a_draft_model_as_dear_as_the_model_gains_nothing() -> None:
+    assert not may_gain(1, 8, lambda n: 1.0, 64, ahead_s=1.0)
+    assert may_gain(1, 8, lambda n: 1.0, 64, ahead_s=0.5)
+
+
+def test_what_drafting_took_is_no_part_of_the_models_own_step() -> None:
+    costs = DraftedCosts(step_part=0.25)
+    assert (costs.seconds(1), costs.ahead_s(1)) == (1.0, 0.25)
+    assert costs.ahead_s(11) == pytest.approx(0.5)
+    for _ in range(3):
+        costs.observe(2, 0.010)
+    assert costs.ahead_s(2) == pytest.approx(0.0025), "nothing was seen of it"
+    for _ in range(3):
+        costs.observe(8, 0.018, drafting_s=0.006, num_rows=2, num_ahead=3)
+    assert costs.seconds(8) == pytest.approx(0.012)
+    assert costs.ahead_s(2) == pytest.approx(0.002)
+    assert DraftedCosts(0.0).ahead_s(4) == 0.0

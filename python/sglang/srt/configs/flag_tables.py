@@ -211,12 +211,10 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "tokens are drafted from a request's own text (--speculative-algorithm NGRAM), by no model",
+        "drafts are chains of tokens from a request's own text or a local draft model, and a token "
+        "is taken where the model says the same",
         """
-        --speculative-draft-model-path|--speculative-draft-model V;
-        --speculative-draft-model-revision V; --speculative-draft-model-quantization V;
-        --speculative-draft-load-format V; --speculative-num-steps V; --speculative-eagle-topk V;
-        --speculative-token-map V;
+        --speculative-draft-model-revision V; --speculative-token-map V;
         --speculative-accept-threshold-single V; --speculative-accept-threshold-acc V;
         --speculative-attention-mode V; --speculative-draft-attention-backend V;
         --speculative-moe-runner-backend V; --speculative-moe-a2a-backend V;

@@ -5,6 +5,7 @@ A part of `ServerArgs`, which says how fields are flags.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from sglang.srt.configs.flag_spec import flag
 SPECULATION = "Speculative decoding"
 
 DEFAULT_DRAFT_TOKENS = 8
+DEFAULT_STEPS = 4
 DEFAULT_MIN_MATCH = 2
 DEFAULT_MAX_MATCH = 12
 
@@ -24,17 +26,62 @@ class SpeculativeArgs:
     speculative_algorithm: str | None = flag(
         None,
         "Draft tokens and verify them in one step; the tokens that come out are the same. NGRAM "
-        "drafts from a request's own prompt and output.",
+        "drafts from a request's own prompt and output, STANDALONE by a smaller model.",
         group=SPECULATION,
-        choices=("NGRAM",),
+        choices=("NGRAM", "STANDALONE"),
         default_text="off",
+    )
+    speculative_draft_model_path: str | None = flag(
+        None,
+        "Directory or GGUF file of the draft model, which must have the model's vocabulary.",
+        group=SPECULATION,
+        aliases=("--speculative-draft-model",),
+        metavar="PATH",
+    )
+    speculative_draft_load_format: str | None = flag(
+        None,
+        "--load-format of the draft model.",
+        group=SPECULATION,
+        default_text="that of the model",
+        choices=("auto", "safetensors", "pt", "gguf", "dummy"),
+    )
+    speculative_draft_model_quantization: str | None = flag(
+        None,
+        "--quantization of the draft model.",
+        group=SPECULATION,
+        default_text="as for --quantization",
+        choices=(
+            *("gguf", "int8", "mxfp4", "fp8", "gptq", "gptq_marlin", "awq", "awq_marlin"),
+            *("compressed-tensors", "none"),
+        ),
+    )
+    speculative_num_steps: int | None = flag(
+        None,
+        "Most tokens that the draft model says of a request in one step.",
+        group=SPECULATION,
+        parse=int,
+        default_text=str(DEFAULT_STEPS),
+        metavar="N",
+        minimum=1,
+        maximum=63,
+    )
+    speculative_eagle_topk: int | None = flag(
+        None,
+        "Tokens that the draft model goes on from at each place: drafts are chains here, so 1.",
+        group=SPECULATION,
+        parse=int,
+        default_text="1",
+        metavar="N",
+        minimum=1,
+        maximum=1,
     )
     speculative_num_draft_tokens: int | None = flag(
         None,
-        "Most tokens that are drafted for a request in one step.",
+        "Most tokens of a request that one step verifies: NGRAM drafts so many, and with a draft "
+        "model the token before them counts as well.",
         group=SPECULATION,
         parse=int,
-        default_text=str(DEFAULT_DRAFT_TOKENS),
+        default_text=f"{DEFAULT_DRAFT_TOKENS}, or --speculative-num-steps and one",
         metavar="N",
         minimum=1,
         maximum=64,
@@ -63,22 +110,59 @@ class SpeculativeArgs:
 
 def check_speculation(args: Any) -> None:
     """Raise ValueError with one line when a flag of drafting could have no effect."""
-    sizes = {
-        "--speculative-num-draft-tokens": args.speculative_num_draft_tokens,
+    of_ngram = {
         "--speculative-ngram-min-match-window-size": args.speculative_ngram_min_match_window_size,
         "--speculative-ngram-max-match-window-size": args.speculative_ngram_max_match_window_size,
     }
+    of_models = {
+        "--speculative-draft-model-path": args.speculative_draft_model_path,
+        "--speculative-draft-load-format": args.speculative_draft_load_format,
+        "--speculative-draft-model-quantization": args.speculative_draft_model_quantization,
+        "--speculative-num-steps": args.speculative_num_steps,
+        "--speculative-eagle-topk": args.speculative_eagle_topk,
+    }
+    of_both = {"--speculative-num-draft-tokens": args.speculative_num_draft_tokens}
     if args.speculative_algorithm is None:
-        for name, value in sizes.items():
-            if value is not None:
-                raise ValueError(f"{name} needs --speculative-algorithm")
-        return
-    least, most = ngram_window(args)
-    if least > most:
-        raise ValueError(
-            f"--speculative-ngram-min-match-window-size {least} is above "
-            f"--speculative-ngram-max-match-window-size {most}"
-        )
+        _refuse_given({**of_ngram, **of_models, **of_both}, "--speculative-algorithm")
+    elif args.speculative_algorithm == "NGRAM":
+        _refuse_given(of_models, "a draft model (--speculative-algorithm STANDALONE)")
+        least, most = ngram_window(args)
+        if least > most:
+            raise ValueError(
+                f"--speculative-ngram-min-match-window-size {least} is above "
+                f"--speculative-ngram-max-match-window-size {most}"
+            )
+    else:
+        _refuse_given(of_ngram, "--speculative-algorithm NGRAM")
+        _check_draft_model(args)
+
+
+def _check_draft_model(args: Any) -> None:
+    name = f"--speculative-algorithm {args.speculative_algorithm}"
+    if args.speculative_draft_model_path is None:
+        raise ValueError(f"{name} needs --speculative-draft-model-path")
+    if args.speculative_num_draft_tokens == 1:
+        raise ValueError("--speculative-num-draft-tokens 1 leaves a draft model nothing to say")
+    if args.kv_parallel_size > 1:
+        raise ValueError(f"{name} and --kv-parallel-size don't go together, so far")
+    if args.kv_canary != "off":
+        raise ValueError(f"{name}: --kv-canary can't know what a draft model reads; drop it")
+
+
+def _refuse_given(flags: Mapping[str, object], needed: str) -> None:
+    """Raise ValueError when one of the flags is given that do nothing without what is `needed`."""
+    for name, value in flags.items():
+        if value is not None:
+            raise ValueError(f"{name} needs {needed}")
+
+
+def draft_length(args: Any) -> int:
+    """Most tokens that a draft model says of a request in one step."""
+    steps: int | None = args.speculative_num_steps
+    verified: int | None = args.speculative_num_draft_tokens
+    if verified is None:
+        return DEFAULT_STEPS if steps is None else steps
+    return verified - 1 if steps is None else min(steps, verified - 1)
 
 
 def ngram_window(args: Any) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from sglang.srt.errors import RequestError
 from sglang.srt.managers.io_struct import IpcNames
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.tokenizer.draft_vocabulary import check_draft_vocabulary
 from sglang.srt.tokenizer.loader import load_tokenizer_for
 
 logger = logging.getLogger(__name__)
@@ -29,9 +30,10 @@ async def start_text_service(
     """A TokenizerManager that receives; it refuses requests until the scheduler is ready.
 
     The tokenizer is loaded in a thread: meanwhile the loop answers. Raises ValueError when it
-    cannot be loaded.
+    cannot be loaded, or a draft model has another.
     """
     tokenizer = await asyncio.to_thread(load_tokenizer_for, server_args)
+    await asyncio.to_thread(check_draft_vocabulary, server_args, tokenizer)
     manager = TokenizerManager(server_args, environ, model_config, ipc, tokenizer)
     await manager.start()
     return manager

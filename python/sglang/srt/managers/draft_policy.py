@@ -13,11 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang.srt.managers.schedule_batch import Req, ScheduledReq
+from sglang.srt.managers.step_time import StepTime
 from sglang.srt.speculative.draft_plan import Offer, may_gain, plan_lengths
+from sglang.srt.speculative.model_drafts import MOST_BEHIND, ModelDrafts, ModelRules
 from sglang.srt.speculative.ngram_drafts import NgramDrafts, NgramRules
-from sglang.srt.speculative.step_costs import StepCosts
+from sglang.srt.speculative.step_costs import DraftedCosts
 
 Int64Array = npt.NDArray[np.int64]
+DraftRules = NgramRules | ModelRules
 
 _EXPECTED_ANSWER = 4096
 _NOTHING = Offer(0.0, 0)
@@ -26,25 +29,37 @@ _NOTHING = Offer(0.0, 0)
 class DraftPolicy:
     """Drafts by `rules`, or none (None). Knows what steps cost, as far as it was told."""
 
-    def __init__(self, rules: NgramRules | None) -> None:
+    def __init__(self, rules: DraftRules | None) -> None:
         self._rules = rules
-        self._costs = StepCosts()
+        self._costs = DraftedCosts(rules.step_part if isinstance(rules, ModelRules) else 0.0)
 
     def start(self, req: Req) -> None:
         """Let a request that has just arrived be drafted; an answer of one token has no use for it,
         and one that edits its logits may not be."""
         rules = self._rules
+        if isinstance(rules, ModelRules):
+            req.num_followed = 0
         if rules is None or req.max_new_tokens < 2:
             return
         edited = req.params.has_penalties or req.params.held_to is not None
-        if rules.drafts_edited or not edited:
+        if edited and not rules.drafts_edited:
+            return
+        if isinstance(rules, ModelRules):
+            req.drafts = ModelDrafts(rules)
+        else:
             expected = req.prompt_len + min(req.max_new_tokens, _EXPECTED_ANSWER)
             req.drafts = NgramDrafts(rules, expected)
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """Note what a step without prompts took."""
-        if self._rules is not None and num_tokens:
-            self._costs.observe(num_tokens, seconds)
+    def observe(self, time: StepTime) -> None:
+        """Note what a step took; one with prompts tells nothing."""
+        if self._rules is not None and time.num_tokens and not time.num_prefill_tokens:
+            self._costs.observe(
+                time.num_tokens,
+                time.seconds,
+                drafting_s=time.drafting_s,
+                num_rows=time.num_drafted,
+                num_ahead=time.num_ahead,
+            )
 
     def with_drafts(
         self, decodes: Sequence[ScheduledReq], context_length: int, *, ahead: bool
@@ -58,14 +73,21 @@ class DraftPolicy:
         if rules is None or not decodes:
             return decodes
         most, seconds = rules.max_step_tokens, self._costs.seconds
-        if not may_gain(len(decodes), rules.max_draft_tokens, seconds, most):
+        ahead_s = self._costs.ahead_s(len(decodes))
+        if not may_gain(len(decodes), rules.max_draft_tokens, seconds, most, ahead_s):
             return decodes
         offers = [_offer_of(item.req, context_length) for item in decodes]
-        lengths = plan_lengths(offers, seconds, most)
+        lengths = plan_lengths(offers, seconds, most, ahead_s)
         if ahead:
             return None if any(lengths) else decodes
         pairs = zip(decodes, lengths, strict=True)
         return [_drafted(item, length) for item, length in pairs]
+
+    def followed(self, items: tuple[ScheduledReq, ...]) -> tuple[ScheduledReq, ...]:
+        """The same parts of a step, each with what the draft model computes beside it."""
+        if not isinstance(self._rules, ModelRules):
+            return items
+        return tuple(replace(item, follow_from=_follow_from(item)) for item in items)
 
     def index_prompts(self, items: Iterable[ScheduledReq]) -> None:
         """Take in what a step computes of prompts; takes time that the step takes, too."""
@@ -93,6 +115,19 @@ def num_taken(token_ids: Int64Array, expected: Sequence[int]) -> int:
             break
         taken += 1
     return taken
+
+
+def _follow_from(item: ScheduledReq) -> int | None:
+    """The first token that the draft model computes in this step: all that it lacks, or none.
+
+    It must know a text before it can go on with it, and prompts for whoever shares them; where
+    tokens come one by one it may be behind.
+    """
+    done = item.req.num_followed
+    if done is None:
+        return None
+    reads = bool(item.draft) or (item.is_extend and not item.from_relay)
+    return done if reads or item.start - done >= MOST_BEHIND else None
 
 
 def _offer_of(req: Req, context_length: int) -> Offer:

@@ -19,7 +19,9 @@ class GenerationBatchResult:
     `input_logprobs` the batch's; `forward_s` is the time on the worker thread. `invalid_rows`
     are places in the sampled order whose logits had NaN or no finite maximum, `failures` those
     whose grammar could not go on, and why: their token is nobody's. `pooled[b]`, float32, is what
-    the step adds to the vector of request b (see `PoolingState`).
+    the step adds to the vector of request b (see `PoolingState`). `drafted` int64 [N] are the
+    tokens that a draft model said, those of a request in order (None: no model drafted), and
+    `drafting_s` what it took of `forward_s`.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -29,3 +31,5 @@ class GenerationBatchResult:
     invalid_rows: tuple[int, ...] = ()
     failures: Mapping[int, str] = field(default_factory=dict)
     pooled: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
+    drafted: npt.NDArray[np.int64] | None = None
+    drafting_s: float = 0.0

@@ -32,6 +32,7 @@ from sglang.srt.managers.req_images import ReqImage, vocabulary_ids
 from sglang.srt.mem_cache.allocation import KVLease
 from sglang.srt.model_executor.forward_mode import ForwardMode
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.model_drafts import ModelDrafts
 from sglang.srt.speculative.ngram_drafts import NgramDrafts
 
 Int32Array = npt.NDArray[np.int32]
@@ -148,7 +149,8 @@ class Req:
         self.detok: DetokOptions | None = message.detok
         self.has_stop_strings = message.detok.stops_by_text
         self.grammar: Grammar | None = None  # set before it is admitted, if it has a constraint
-        self.drafts: NgramDrafts | None = None  # set before it is admitted, if it is drafted
+        # Set before it is admitted, if it is drafted.
+        self.drafts: NgramDrafts | ModelDrafts | None = None
         self.logprob: LogprobState | None = None
         if message.return_logprob:
             picked = np.frombuffer(message.token_ids_logprob, dtype="<i4")
@@ -161,6 +163,8 @@ class Req:
         self.state = ReqState.WAITING
         self.kv: KVLease | None = None
         self.num_scheduled = 0
+        # Of the scheduled tokens, those of which a draft model has K and V; None: there is none.
+        self.num_followed: int | None = None
         self.num_pending = 0
         self.num_inflight = 0
         self.num_retractions = 0
@@ -195,6 +199,12 @@ class Req:
     def extend_left(self) -> int:
         """Known tokens whose K and V are still to be scheduled (0 while decoding ahead)."""
         return max(0, self.known - self.num_scheduled)
+
+    @property
+    def num_shareable(self) -> int:
+        """Known tokens that have K and V of all layers."""
+        computed = min(self.num_scheduled, self.known)
+        return computed if self.num_followed is None else min(computed, self.num_followed)
 
     @property
     def is_ending(self) -> bool:
@@ -288,6 +298,8 @@ class Req:
         self.move(ReqState.PREFILL)
         self.kv = lease
         self.num_scheduled = lease.num_cached_tokens
+        if self.num_followed is not None:
+            self.num_followed = lease.num_cached_tokens
         self.sampler_ready = False
         if self.num_cached_tokens is None:
             self.num_cached_tokens = lease.num_cached_tokens
@@ -333,7 +345,8 @@ class ScheduledReq:
     """One request's part of a step: tokens [start, start + num_tokens), and whether to sample.
 
     `from_relay`: the one input token is what the forward before sampled for this row. `draft` are
-    the last of the tokens: not known but proposed, to be sampled against.
+    the last of the tokens: not known but proposed, to be sampled against. `follow_from`: a draft
+    model computes the request's tokens from here on (None: none of them).
     """
 
     req: Req
@@ -342,6 +355,23 @@ class ScheduledReq:
     sample: bool
     from_relay: bool = False
     draft: tuple[int, ...] = ()
+    follow_from: int | None = None
+
+    def launch(self) -> None:
+        """Let the request know that the step is on its way."""
+        self.req.num_scheduled += self.num_tokens
+        self.req.num_inflight += 1
+        self.req.num_pending += int(self.sample)
+        if self.follow_from is not None:
+            # To say a token takes the one before: the last of a draft is not computed.
+            self.req.num_followed = self.follow_to + max(0, len(self.draft) - 1)
+
+    @property
+    def follow_to(self) -> int:
+        """Where the known tokens end that a draft model may compute in this step."""
+        known = self.start + self.num_tokens - len(self.draft)
+        one_by_one = not self.draft and (self.from_relay or not self.is_extend)
+        return self.start if one_by_one else known
 
     @property
     def is_extend(self) -> bool:

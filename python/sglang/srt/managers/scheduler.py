@@ -214,8 +214,7 @@ class Scheduler:
         """Take what has come; a message and the frame with its prompt are gone after this."""
         for time in inputs.step_times:
             self._chunks.observe(time.num_prefill_tokens, time.seconds)
-            if not time.num_prefill_tokens:
-                self._drafting.observe(time.num_tokens, time.seconds)
+            self._drafting.observe(time)
         for message in inputs.messages:
             self._dispatch(message, inputs.now)
         inputs.messages.clear()
@@ -342,6 +341,7 @@ class Scheduler:
                 items, placement = placed
                 self._num_steps += 1
                 changes = self._adapters.take_changes()
+                items = self._drafting.followed(items)
                 self._submit(ScheduleBatch(self._num_steps, items, changes), placement)
                 return True
             if self._inflight:
@@ -369,10 +369,7 @@ class Scheduler:
             self._canary.before_forward(batch)
         forward_batch = self._make_batch(batch, placement)
         for item in batch.items:
-            req = item.req
-            req.num_scheduled += item.num_tokens
-            req.num_inflight += 1
-            req.num_pending += int(item.sample)
+            item.launch()
         self._memory.note_launched(batch.step)
         for slots in placement.out_cache_loc:
             self._turns.note_decided(slots)
@@ -414,7 +411,7 @@ class Scheduler:
         lease = req.kv
         if lease is None:
             raise InvariantError(f"{req!r} is retracted without memory")
-        computed = min(req.num_scheduled, req.known)
+        computed = req.num_shareable
         self._memory.close(lease, req.tokens.view(0, computed), computed)
         self._drops.append(lease.row)
         req.retract(forced=forced)
@@ -449,7 +446,7 @@ class Scheduler:
         if not req.is_ending or req.num_inflight or req.state is ReqState.FINISHED:
             return
         if req.kv is not None:
-            computed = min(req.num_scheduled, req.known)
+            computed = req.num_shareable
             self._memory.close(req.kv, req.tokens.view(0, computed), computed)
             self._drops.append(req.kv.row)
             req.kv = None

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.configs.speculative_args import DEFAULT_DRAFT_TOKENS, ngram_window
+from sglang.srt.configs.speculative_args import DEFAULT_DRAFT_TOKENS, draft_length, ngram_window
 from sglang.srt.errors import BackingError
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.device_sampler import DeviceSampler
 from sglang.srt.layers.sampler import Sampler
+from sglang.srt.managers.draft_policy import DraftRules
 from sglang.srt.managers.tp_worker import TokenSampler
 from sglang.srt.mem_cache.device_budget import (
     DeviceMemoryPlan,
@@ -34,6 +35,7 @@ from sglang.srt.model_executor.decode_tapes import CausalLM, DecodeTapes
 from sglang.srt.model_executor.lora_places import AdapterPlaces
 from sglang.srt.model_executor.model_runner import StepRecorder
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative.model_drafts import ModelRules
 from sglang.srt.speculative.ngram_drafts import NgramRules
 from sglang.srt.utils.device import DeviceRuntime
 from sglang.srt.utils.disk_space import DiskSpace, read_disk_space
@@ -60,21 +62,24 @@ def reserve_of(args: ServerArgs, backing: SegmentBacking) -> int:
     return args.kv_segment_reserve if backing.elastic else 0
 
 
-def ngram_rules(args: ServerArgs) -> NgramRules | None:
+def draft_rules(args: ServerArgs, step_part: float | None) -> DraftRules | None:
     """How requests are drafted; None: they are not.
 
     What penalties and grammars leave of a draft is found token by token, which a device would have
-    to wait for.
+    to wait for. `step_part` is that of a draft model, None: there is none.
     """
     if args.speculative_algorithm is None:
         return None
+    most_tokens, on_cpu = _DRAFTED_STEP_TOKENS[args.device], args.device == "cpu"
+    if step_part is not None:
+        return ModelRules(draft_length(args), most_tokens, on_cpu, step_part)
     least, most = ngram_window(args)
     return NgramRules(
         max_draft_tokens=args.speculative_num_draft_tokens or DEFAULT_DRAFT_TOKENS,
         min_match=least,
         max_match=most,
-        max_step_tokens=_DRAFTED_STEP_TOKENS[args.device],
-        drafts_edited=args.device == "cpu",
+        max_step_tokens=most_tokens,
+        drafts_edited=on_cpu,
     )
 
 
@@ -154,15 +159,19 @@ def recorded_rows(args: ServerArgs, backend: type[AttentionBackend]) -> tuple[in
 
 def fixed_bytes(spec: KVCacheSpec, granule_bytes: int) -> int:
     """What backs the dump page of every plane for good, in whole granules."""
-    planes = (
-        (spec.num_layers, spec.k_bytes_per_slot_layer),
-        (spec.num_layers, spec.v_bytes_per_slot_layer),
-        (len(spec.index_layers), spec.index_bytes_per_slot_layer),
-    )
-    return sum(
-        count * -(-spec.page_size * per_slot // granule_bytes) * granule_bytes
-        for count, per_slot in planes
-    )
+    total = 0
+    for number, group in enumerate(spec.groups):
+        own = spec.of_group(GroupId(number))
+        planes = (
+            (len(group.layers), own.k_bytes_per_slot_layer),
+            (len(group.layers), own.v_bytes_per_slot_layer),
+            (spec.num_index_layers(GroupId(number)), spec.index_bytes_per_slot_layer),
+        )
+        total += sum(
+            count * -(-spec.page_size * per_slot // granule_bytes) * granule_bytes
+            for count, per_slot in planes
+        )
+    return total
 
 
 def plan_of_device(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from sglang.srt.managers.draft_policy import DraftRules
 from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.managers.io_struct import (
     BatchProgressOut,
@@ -20,10 +21,9 @@ from sglang.srt.managers.io_struct import (
     ToScheduler,
 )
 from sglang.srt.managers.priority_policy import PriorityRules
-from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.step_time import StepTime as StepTime
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-from sglang.srt.speculative.ngram_drafts import NgramRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class SchedulerLimits:
     max_queued_requests: int | None = None
     log_interval_steps: int = 40
     priorities: PriorityRules | None = None
-    drafts: NgramRules | None = None
+    drafts: DraftRules | None = None
 
     def refusal(self, num_tokens: int, max_new_tokens: int | None) -> FinishReason | None:
         """Why a prompt of `num_tokens` can't be served, whoever waits; None when it can."""
@@ -94,18 +94,6 @@ class GrammarVerdict(msgspec.Struct, frozen=True, array_like=True):
     rid: str
     error: str = ""
     status: int = 0
-
-
-class StepTime(NamedTuple):
-    """What a step took, and how much of its tokens was prompts."""
-
-    num_prefill_tokens: int
-    num_tokens: int
-    seconds: float
-
-    @classmethod
-    def of(cls, batch: ScheduleBatch, result: GenerationBatchResult) -> Self:
-        return cls(batch.num_prefill_tokens, batch.num_tokens, result.forward_s)
 
 
 class TurnInputs(msgspec.Struct, array_like=True):

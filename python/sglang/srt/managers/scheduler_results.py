@@ -58,6 +58,7 @@ def process_result(
         named = {place: i for i in range(len(batch.items)) for place in info.places_of(i)}
         rids = [batch.items[named[place]].req.rid for place in result.invalid_rows]
         logger.warning("Step %d: the logits of %s are not finite numbers", batch.step, rids)
+    expected = info.expected_of(result.drafted)
     num_tokens = num_verified = num_proposed = num_correct = 0
     for position, item in enumerate(batch.items):
         req = item.req
@@ -83,7 +84,7 @@ def process_result(
             req.finish(FinishReason("abort", message=text, status_code=400))
         elif places:
             ids = result.token_ids[places.start : places.stop]
-            count = num_taken(ids, info.expected[places.start : places.stop])
+            count = num_taken(ids, expected[places.start : places.stop])
             if item.draft:
                 _settle_draft(item, count)
                 num_tokens += count - 1
@@ -102,6 +103,8 @@ def _settle_draft(item: ScheduledReq, num_taken: int) -> None:
     req = item.req
     req.num_scheduled = item.start + num_taken
     item.lease.rewind(req.num_scheduled)
+    if req.num_followed is not None:
+        req.num_followed = min(req.num_followed, req.num_scheduled)
     if req.drafts is not None:
         req.drafts.note(len(item.draft), num_taken - 1)
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from sglang.srt.configs.model_config import ModelConfig, resolve_context_length
 from sglang.srt.configs.pooling_config import PoolingConfig, pooling_of
-from sglang.srt.configs.quantization_config import KVCacheScheme
 from sglang.srt.constrained.compiler import GrammarCompiler
 from sglang.srt.constrained.grammar import JsonStyle, check_style
 from sglang.srt.distributed.communicator import Communicator, RankLinks
@@ -25,20 +23,31 @@ from sglang.srt.environ import Environ
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.registry import get_attention_backend, make_attention_backend
 from sglang.srt.layers.compiled import compile_layers
+from sglang.srt.managers.draft_policy import DraftRules
 from sglang.srt.managers.io_struct import SchedulerReady
 from sglang.srt.managers.priority_policy import PriorityRules
-from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler_canary import SchedulerCanary
 from sglang.srt.managers.scheduler_device import (
     auto_min_slots,
     disk_space,
+    draft_rules,
     host_space,
-    ngram_rules,
     open_backing,
     plan_of_device,
     prefill_chunk_tokens,
     reserve_of,
 )
+from sglang.srt.managers.scheduler_drafting import (
+    BatchMaker,
+    LoadedDraft,
+    ModelSides,
+    batch_maker,
+    load_draft,
+    make_drafter,
+    make_side,
+    with_draft,
+)
+from sglang.srt.managers.scheduler_dtypes import DTYPES, resolve_dtype, resolve_kv_dtype
 from sglang.srt.managers.scheduler_grammars import GrammarQueue
 from sglang.srt.managers.scheduler_kv_events import KVEventPublisher, open_publisher
 from sglang.srt.managers.scheduler_limits import SchedulerLimits
@@ -53,13 +62,12 @@ from sglang.srt.managers.scheduler_pool_plan import (
 )
 from sglang.srt.managers.scheduler_start import agreed_device_plan, agreed_memory
 from sglang.srt.managers.scheduler_worker import AnyWorker, args_for_pooling, make_worker
-from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
+from sglang.srt.mem_cache.allocation import KVMemory
 from sglang.srt.mem_cache.canary_perturb import Perturbation
 from sglang.srt.mem_cache.capacity import request_page_bounds
 from sglang.srt.mem_cache.kv_events import EventSink
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.mem_cache.segment_backing import SegmentBacking
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models.causal_lm import CausalLM
 from sglang.srt.server_args import ServerArgs
@@ -71,15 +79,6 @@ from sglang.srt.utils.rendezvous import ALONE, RankPlace
 logger = logging.getLogger(__name__)
 
 _SWITCH_INTERVAL_S = 1e-4
-
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-
-
-BatchMaker = Callable[[ScheduleBatch, KVPlacement], ForwardBatch]
 
 
 @dataclass(frozen=True)
@@ -108,42 +107,6 @@ class _Rank:
     grid: RankGrid
     links: RankLinks | None
     everyone: Communicator | None
-
-
-def resolve_dtype(requested: str, checkpoint: str, device: str = "cpu") -> str:
-    """The type of weights and activations: the requested one, or for "auto" the checkpoint's.
-
-    As in SGLang, auto never computes in float32 but in float16; on a CPU 16 bits means bfloat16,
-    which has hardware products where float16 has none.
-    """
-    if requested != "auto":
-        return requested
-    if device != "cpu":
-        return "float16" if checkpoint == "float32" else checkpoint
-    return "bfloat16" if checkpoint in ("float32", "float16") else checkpoint
-
-
-def resolve_kv_dtype(
-    requested: str, scheme: KVCacheScheme | None, activations: str
-) -> tuple[str, str | None]:
-    """The type of K and V, and what has to be said of it: (type, text or None).
-
-    `requested` counts unless it is "auto"; then what the checkpoint says of its KV cache, where it
-    is served, else `activations`, the type of those.
-    """
-    if requested != "auto":
-        return requested, None
-    if scheme is None:
-        return activations, None
-    if scheme.dtype is not None:
-        return scheme.dtype, (
-            f"The KV cache is {scheme.dtype}, as the checkpoint says ({scheme.told}); "
-            "--kv-cache-dtype takes another type."
-        )
-    return activations, (
-        f"The checkpoint's scheme for its KV cache is not served ({scheme.told}): the cache is "
-        f"{activations}. Served is fp8 with one scale for a layer's K and one for its V."
-    )
 
 
 def compute_threads(requested: int | None, present: int, num_ranks: int = 1) -> int:
@@ -200,26 +163,32 @@ def build_scheduler_parts(
     if remark is not None:
         logger.log(logging.INFO if kv_dtype != dtype else logging.WARNING, "%s", remark)
     model = _load(rank, config, DTYPES[dtype], pooling, scales_kv=kv_dtype.startswith("fp8"))
+    draft = _load_draft(rank, config, DTYPES[dtype], pooling, kv_dtype)
     control = None if links is None else links.control
     places, adapters = open_adapters(args, model, control, runtime)
     backend_class = get_attention_backend(args.attention_backend, args.device)
     page_size = args.page_size or backend_class.preferred_page_size
     grammars = _grammars(args, config.vocab_size)
-    spec = kv_cache_spec(config, grid.parallel, kv_dtype, page_size)
+    own_spec = kv_cache_spec(config, grid.parallel, kv_dtype, page_size)
+    spec = with_draft(own_spec, draft, grid.parallel)
     damage = _perturbation(args, environ, spec)
     runtime.synchronize()  # the weights were copied elsewhere than on the compute stream
     plan, memory, publisher = _open_pool(
         rank, config, spec, backend_class, requested=requested, free_before=free_before
     )
+    sides = ModelSides.of(memory, own_spec.num_groups)
     topk = None if config.index is None else config.index.topk
-    backend = make_attention_backend(backend_class, memory.kv_pool, grid.kv_group, topk)
+    backend = make_attention_backend(backend_class, sides.own, grid.kv_group, topk)
+    side = make_side(backend_class, sides, progress)
+    drafter = make_drafter(args, draft, side, runtime)
     num_rows = plan.max_running_requests + 1
-    worker = make_worker(args, model, backend, runtime, memory.kv_pool, num_rows, places)
+    worker = make_worker(args, model, backend, runtime, sides.own, num_rows, places, drafter)
     runtime.synchronize()
-    limits = _limits(args, plan, page_size, spec)
+    rules = draft_rules(args, None if draft is None else draft.step_part)
+    limits = _limits(args, plan, page_size, spec, rules)
     logger.info("KV pool ready: %r", memory)
     ready = _ready(backend_class.name, plan, limits, memory)
-    make_batch = _batch_maker(memory, backend, page_size, progress)
+    make_batch = batch_maker(sides, backend, side, progress)
     canary = _canary(args, memory, damage)
     return SchedulerParts(
         memory, worker, make_batch, limits, ready, grammars, publisher, canary, adapters
@@ -289,24 +258,24 @@ def _load(
     return model
 
 
-def _batch_maker(
-    memory: KVMemory, backend: AttentionBackend, page_size: int, progress: Progress
-) -> BatchMaker:
-    share = memory.kv_pool.share
-
-    def make_batch(batch: ScheduleBatch, placement: KVPlacement) -> ForwardBatch:
-        slots = enumerate(placement.out_cache_loc)
-        places = tuple(share.write_slots(group, loc) for group, loc in slots)
-        return ForwardBatch.from_schedule_batch(
-            batch,
-            replace(placement, out_cache_loc=places),
-            pool=memory.kv_pool,
-            backend=backend,
-            page_size=page_size,
-            progress=progress,
-        )
-
-    return make_batch
+def _load_draft(
+    rank: _Rank,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    pooling: PoolingConfig | None,
+    kv_dtype: str,
+) -> LoadedDraft | None:
+    if pooling is not None and rank.args.speculative_draft_model_path is not None:
+        raise ValueError("--speculative-draft-model-path: what gives vectors generates nothing")
+    return load_draft(
+        rank.args,
+        config,
+        dtype=dtype,
+        parallel=rank.grid.parallel,
+        device=rank.runtime.device,
+        scales_kv=kv_dtype.startswith("fp8"),
+        show_progress=rank.place.number == 0,
+    )
 
 
 def _open_pool(
@@ -405,7 +374,13 @@ def _canary(
     return SchedulerCanary(memory.watch(full=args.kv_canary == "full"), damage)
 
 
-def _limits(args: ServerArgs, plan: PoolPlan, page_size: int, spec: KVCacheSpec) -> SchedulerLimits:
+def _limits(
+    args: ServerArgs,
+    plan: PoolPlan,
+    page_size: int,
+    spec: KVCacheSpec,
+    drafts: DraftRules | None,
+) -> SchedulerLimits:
     return SchedulerLimits(
         page_size=page_size,
         context_length=plan.clamp.effective,
@@ -421,7 +396,7 @@ def _limits(args: ServerArgs, plan: PoolPlan, page_size: int, spec: KVCacheSpec)
         max_queued_requests=args.max_queued_requests,
         log_interval_steps=args.decode_log_interval,
         priorities=_priority_rules(args),
-        drafts=ngram_rules(args),
+        drafts=drafts,
     )
 
 

@@ -23,6 +23,7 @@ _OWN = frozenset(
         *("model_path", "tokenizer_path", "served_model_name", "chat_template"),
         *("api_key", "admin_api_key", "has_nodes_given", "dist_init_addr", "random_seed"),
         *("decode_log_interval", "watchdog_timeout", "enable_metrics"),
+        "speculative_draft_model_path",
     }
 )
 

@@ -11,6 +11,7 @@ from sglang.srt.managers.pooling_worker import PoolingWorker
 from sglang.srt.managers.scheduler_device import make_recorder, make_sampler
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.model_executor.draft_model import DraftModel
 from sglang.srt.model_executor.lora_places import AdapterPlaces
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.models.causal_lm import CausalLM
@@ -55,14 +56,15 @@ def make_worker(
     pool: MHATokenToKVPool,
     num_rows: int,
     places: AdapterPlaces | None,
+    drafter: DraftModel | None = None,
 ) -> AnyWorker:
     """The worker that `model` needs. Side effect: on a device its steps are recorded.
 
     `num_rows` are the KV rows of requests, and one; `places` those of LoRA adapters (None: none are
-    served).
+    served), `drafter` None: no model drafts.
     """
     if isinstance(model, PooledModel):
         return PoolingWorker(model, runtime)
     recorder = make_recorder(args, model, backend, runtime, pool, places)
     runner = ModelRunner(model, LogitsProcessor(runtime=runtime), recorder, places)
-    return TpModelWorker(runner, make_sampler(args, runtime), num_rows, runtime)
+    return TpModelWorker(runner, make_sampler(args, runtime), num_rows, runtime, drafter)

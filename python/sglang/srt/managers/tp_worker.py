@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from sglang.srt.layers.late_results import LatePrompts, LateResults, StepTold
 from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.managers.io_struct import LogprobArrays
 from sglang.srt.managers.token_relay import DeviceRelay, HostRelay, TokenRelay
+from sglang.srt.model_executor.draft_model import DraftModel
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import CausalLM, ModelRunner
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -73,13 +74,22 @@ class _Launched:
     invalid_rows: tuple[int, ...]
     failures: Mapping[int, str]
     progress: Progress
+    drafted: _Drafted | None
+
+
+class _Drafted(NamedTuple):
+    """The tokens that a draft model said, on their way, and when the last one was known or, on a
+    device, launched."""
+
+    tokens: HostCopy
+    ended: float
 
 
 class TpModelWorker:
     """Computes batches in the order of submission on one thread.
 
     `sampler` must be the kind that `runtime` needs: `Sampler` for the host, else `DeviceSampler`.
-    `runtime` None: the host.
+    `runtime` None: the host. `drafter` None: no model drafts.
     """
 
     def __init__(
@@ -88,8 +98,10 @@ class TpModelWorker:
         sampler: TokenSampler,
         num_rows: int,
         runtime: DeviceRuntime | None = None,
+        drafter: DraftModel | None = None,
     ) -> None:
         self._runner = runner
+        self._drafter = drafter
         self._sampler = sampler
         self._runtime: DeviceRuntime = runtime or CpuRuntime()
         self._relay: TokenRelay = HostRelay(num_rows)
@@ -181,11 +193,16 @@ class TpModelWorker:
             )
         with self._runtime.computing(), torch.inference_mode():
             batch = self._relay.fill(forward_batch, info.rows)
+            drafted = self._draft(batch)
             logits = self._runner.forward(
                 batch, info.logprob_specs, info.logit_index, before=self._tell
             )
+            expected: Sequence[int] = info.expected
+            if drafted is not None and not self._runtime.is_async:
+                # On a device nobody looks: what would be sampled by it is not drafted there.
+                expected = info.expected_of(drafted.tokens.wait())
             places = Places(
-                info.rows, info.positions, info.suppress_stop, info.place_specs(), info.expected
+                info.rows, info.positions, info.suppress_stop, info.place_specs(), expected
             )
             out = sample_places(self._sampler, logits.next_token_logits, places, logits.highest)
             self._relay.note(out.token_ids)
@@ -202,10 +219,26 @@ class TpModelWorker:
                 out.invalid_rows,
                 out.failures,
                 batch.progress,
+                drafted,
             )
+
+    def _draft(self, batch: ForwardBatch) -> _Drafted | None:
+        """Let the draft model have its part of a step; None: it has none, or nothing to say."""
+        work = batch.drafting
+        if self._drafter is None or work is None:
+            return None
+        tokens = self._runtime.fetch(self._drafter.propose(work, batch.input_ids, self._tell))
+        return _Drafted(tokens, time.perf_counter())
 
     def _finish(self, step: _Launched) -> GenerationBatchResult:
         """The result of a launched step; returns when it has come."""
+        began = max(step.began, self._last_end)
+        drafted, drafting_s = None, 0.0
+        if step.drafted is not None:
+            drafted, ended = step.drafted.tokens.wait(), step.drafted.ended
+            if self._runtime.is_async:
+                ended = time.perf_counter()
+            drafting_s = max(0.0, ended - began)
         values = step.told.wait()
         told = StepTold(values, list(step.output_logprobs), step.invalid_rows)
         if step.late is not None:
@@ -216,7 +249,7 @@ class TpModelWorker:
             input_logprobs = late.read(copy.wait())
         step.progress.tick()
         # Steps are computed one after another: a step's time begins when the one before ended.
-        began, self._last_end = max(step.began, self._last_end), time.perf_counter()
+        self._last_end = time.perf_counter()
         return GenerationBatchResult(
             token_ids=told.token_ids,
             output_logprobs=told.logprobs,
@@ -224,4 +257,6 @@ class TpModelWorker:
             forward_s=self._last_end - began,
             invalid_rows=told.invalid_rows,
             failures=step.failures,
+            drafted=drafted,
+            drafting_s=drafting_s,
         )

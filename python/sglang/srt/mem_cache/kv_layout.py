@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import NewType
+from typing import NamedTuple, NewType
 
 GroupId = NewType("GroupId", int)
 SegmentId = NewType("SegmentId", int)
@@ -49,13 +50,25 @@ class GroupKind(enum.Enum):
     CHUNKED = "chunked"
 
 
+class KVHeads(NamedTuple):
+    """The heads of a layer on one rank, as `KVCacheSpec` has them."""
+
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+
+
 @dataclass(frozen=True, slots=True)
 class KVGroupSpec:
-    """Layers that keep the same tokens. `window` is None for FULL, else tokens."""
+    """Layers that keep the same tokens. `window` is None for FULL, else tokens.
+
+    `heads` are those of a second model's layers; None: the cache's own.
+    """
 
     layers: tuple[int, ...]
     kind: GroupKind = GroupKind.FULL
     window: int | None = None
+    heads: KVHeads | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -72,8 +85,9 @@ class KVCacheSpec:
     are the first `v_head_dim` numbers of its K, and a layer has one plane instead of two: see
     docs/kv_segments.md, Note [Latent attention]. Layers `index_layers`, ascending, keep a key of
     `index_dim` numbers beside (0 and none: no layer does), in a plane of its own: Note [Sparse
-    attention]. Raises ValueError when the groups do not cover layers 0..n-1 exactly once, and for
-    widths and types that can't be kept so.
+    attention]. Heads, widths and bytes of a layer are those of groups that have no heads of their
+    own: `of_group` answers for any. Raises ValueError when the groups do not cover layers 0..n-1
+    exactly once, and for widths and types that can't be kept so.
     """
 
     groups: tuple[KVGroupSpec, ...]
@@ -87,7 +101,7 @@ class KVCacheSpec:
     index_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        layers = sorted(layer for group in self.groups for layer in group.layers)
+        layers = layers_of(self.groups)
         if layers != list(range(len(layers))):
             raise ValueError("KV groups must cover every layer exactly once")
         if self.dtype not in DTYPE_BYTES:
@@ -109,6 +123,10 @@ class KVCacheSpec:
             raise ValueError(f"index keys of {self.index_dim} in layers {self.index_layers}")
         if self.index_layers and not self.values_in_keys:
             raise ValueError("index keys are kept beside latents only")
+        for group in self.groups:
+            if group.heads is not None:
+                one = replace(self, groups=(KVGroupSpec((0,)),), index_dim=0, index_layers=())
+                replace(one, **group.heads._asdict())
 
     @property
     def num_groups(self) -> int:
@@ -149,9 +167,34 @@ class KVCacheSpec:
         """Layers of `group` that keep index keys."""
         return len(set(self.groups[group].layers) & set(self.index_layers))
 
+    def of_group(self, group: GroupId) -> KVCacheSpec:
+        """What holds for one group: this, or the same with the group's own heads."""
+        heads = self.groups[group].heads
+        return self if heads is None else self.part((group,))
+
+    def part(self, groups: Sequence[GroupId]) -> KVCacheSpec:
+        """Some groups as the cache of one model: its layers are numbered from 0, in their order.
+
+        Raises ValueError when the groups' heads are not alike.
+        """
+        chosen = [self.groups[group] for group in groups]
+        heads = {group.heads for group in chosen}
+        if len(heads) != 1:
+            raise ValueError("the layers of one model have heads that are alike")
+        numbers = {layer: at for at, layer in enumerate(layers_of(chosen))}
+        own = heads.pop() or KVHeads(self.kv_heads, self.head_dim, self.v_head_dim)
+        renumbered = tuple(
+            replace(group, layers=tuple(numbers[layer] for layer in group.layers), heads=None)
+            for group in chosen
+        )
+        index = tuple(numbers[layer] for layer in self.index_layers if layer in numbers)
+        dim = self.index_dim if index else 0
+        return replace(self, groups=renumbered, **own._asdict(), index_layers=index, index_dim=dim)
+
     def bytes_per_slot(self, group: GroupId) -> int:
         """Bytes of one token over all layers of `group`: K, V and index keys."""
-        per_layer = self.k_bytes_per_slot_layer + self.v_bytes_per_slot_layer
+        own = self.of_group(group)
+        per_layer = own.k_bytes_per_slot_layer + own.v_bytes_per_slot_layer
         index = self.num_index_layers(group) * self.index_bytes_per_slot_layer
         return len(self.groups[group].layers) * per_layer + index
 
@@ -167,6 +210,11 @@ class KVCacheSpec:
             for layer in group.layers:
                 table[layer] = GroupId(g)
         return tuple(table)
+
+
+def layers_of(groups: Iterable[KVGroupSpec]) -> list[int]:
+    """The layers of some groups, ascending."""
+    return sorted(layer for group in groups for layer in group.layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +370,8 @@ def make_segment_layouts(
             wanted = max(auto_min_slots, nearest_power_of_two(auto_segment_bytes / per_slot))
         else:
             wanted = -(-slots_per_segment // ranks)
-        own_slots = round_slots_per_segment(spec, wanted, granule_bytes)
+        own = spec.of_group(group)
+        own_slots = round_slots_per_segment(own, wanted, granule_bytes)
         slots = own_slots * ranks
         limit = MAX_SLOTS // slots
         if limit < 2:
@@ -337,8 +386,8 @@ def make_segment_layouts(
                 kv_parallel=ranks,
                 max_segments=max_segments,
                 num_layers=len(spec.groups[g].layers),
-                k_bytes_per_slot=spec.k_bytes_per_slot_layer,
-                v_bytes_per_slot=spec.v_bytes_per_slot_layer,
+                k_bytes_per_slot=own.k_bytes_per_slot_layer,
+                v_bytes_per_slot=own.v_bytes_per_slot_layer,
                 granule_bytes=granule_bytes,
                 index_bytes_per_slot=spec.index_bytes_per_slot_layer,
                 num_index_layers=spec.num_index_layers(group),

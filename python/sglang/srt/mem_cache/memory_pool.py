@@ -10,8 +10,11 @@ Shape letters: T packed new tokens, S slots of a group's whole space, G kv heads
 
 from __future__ import annotations
 
+import copy
 import heapq
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +23,13 @@ import torch
 from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.block_table import BlockTable
 from sglang.srt.mem_cache.index_planes import IndexPlanes
-from sglang.srt.mem_cache.kv_layout import KVCacheSpec, ReqPoolIdx, SegmentLayout
+from sglang.srt.mem_cache.kv_layout import (
+    GroupId,
+    KVCacheSpec,
+    ReqPoolIdx,
+    SegmentLayout,
+    layers_of,
+)
 from sglang.srt.mem_cache.kv_share import KVShare
 from sglang.srt.mem_cache.segment_backing.base import (
     KV_TORCH_DTYPES,
@@ -162,6 +171,31 @@ class MHATokenToKVPool:
         layers = range(self.spec.num_layers)
         self._keys = [backing.view(layer, Plane.KEY) for layer in layers]
         self._values = [backing.view(layer, Plane.VALUE) for layer in layers]
+
+    def part(self, groups: Sequence[int]) -> Self:
+        """The layers of some groups as one model sees them, over the same memory.
+
+        Layers and groups are numbered from 0, as in `KVCacheSpec.part`. Call it after `serve`; the
+        whole is itself, and copies whole pages whatever their heads.
+        """
+        if len(groups) == self.spec.num_groups:
+            return self
+        chosen = [self.spec.groups[group] for group in groups]
+        made = copy.copy(self)
+        made.spec = self.spec.part([GroupId(group) for group in groups])
+        made.layouts = tuple(
+            replace(self.layouts[group], group=GroupId(at)) for at, group in enumerate(groups)
+        )
+        made.share = replace(self.share, sizes=tuple(self.share.sizes[g] for g in groups))
+        made._group_of_layer = made.spec.group_of_layer()
+        made._keep_layers(layers_of(chosen))
+        made._native_planes = {}
+        made._last_loc, made._last_pieces = None, None
+        return made
+
+    def _keep_layers(self, layers: Sequence[int]) -> None:
+        self._keys = [self._keys[layer] for layer in layers]
+        self._values = [self._values[layer] for layer in layers]
 
     @property
     def is_on_host(self) -> bool:
@@ -311,6 +345,10 @@ class MLATokenToKVPool(MHATokenToKVPool):
         self._keys = [backing.view(layer, Plane.KEY) for layer in range(self.spec.num_layers)]
         self._values = self._keys  # what scatters writes two planes: here the same row twice
 
+    def _keep_layers(self, layers: Sequence[int]) -> None:
+        self._keys = [self._keys[layer] for layer in layers]
+        self._values = self._keys
+
     @property
     def kv_lora_rank(self) -> int:
         """Numbers of a latent."""
@@ -390,6 +428,10 @@ class SegmentTableKVPool(MHATokenToKVPool):
             self._value_planes = [backing.plane(layer, Plane.VALUE) for layer in layers]
         self._last_parts: list[SegmentPart] = []
 
+    def _keep_layers(self, layers: Sequence[int]) -> None:
+        self._key_planes = [self._key_planes[layer] for layer in layers]
+        self._value_planes = [self._value_planes[layer] for layer in layers]
+
     def get_key_buffer(self, layer_id: int) -> SegmentPlane:
         """Keys of one layer, in pieces."""
         return self._key_planes[layer_id]
@@ -421,8 +463,11 @@ class SegmentTableKVPool(MHATokenToKVPool):
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Bytes that all keys and all values would take, were every segment mapped."""
         slots = [layout.num_slots * layout.num_layers for layout in self.layouts]
-        keys = self.spec.k_bytes_per_slot_layer * sum(slots)
-        return keys, self.spec.v_bytes_per_slot_layer * sum(slots)
+        both = [
+            (count * layout.k_bytes_per_slot, count * layout.v_bytes_per_slot)
+            for count, layout in zip(slots, self.layouts, strict=True)
+        ]
+        return sum(keys for keys, _ in both), sum(values for _, values in both)
 
 
 def make_kv_pool(

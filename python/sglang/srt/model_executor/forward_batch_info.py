@@ -19,6 +19,7 @@ import torch
 from sglang.srt.managers.req_images import ImagePart
 from sglang.srt.managers.schedule_batch import AdapterChange, ScheduleBatch
 from sglang.srt.mem_cache.allocation import KVPlacement
+from sglang.srt.mem_cache.block_table import BlockTableSnapshot
 from sglang.srt.model_executor.forward_mode import ForwardMode as ForwardMode
 from sglang.srt.utils.device import DeviceRuntime
 from sglang.srt.utils.progress import Progress
@@ -108,6 +109,24 @@ class PooledRows:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftBatch:
+    """What a draft model computes of a step, before the model does; D requests are drafted.
+
+    `first` takes in what the draft model lacks of the requests' texts, and says the first token of
+    each draft; `ahead[i]` says token i + 1 of those drafts, `rows_ahead[i]` int64 among the D, that
+    have one: its `input_ids` are what was said before and not yet there. N tokens are said in all:
+    `said` int64 [N] are their places in a table [longest, D], those of a request in order, and
+    `places` int64 [N] the packed rows of the model's own batch where they go.
+    """
+
+    first: ForwardBatch
+    ahead: tuple[ForwardBatch, ...]
+    rows_ahead: tuple[Int64Array, ...]
+    said: Int64Array
+    places: Int64Array
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """One step's tensors, tables, pools and backend.
 
@@ -122,7 +141,7 @@ class ForwardBatch:
 
     `pooled` None: the batch's requests generate. `adapter_places` [B] are the places of the
     sequences' LoRA adapters, -1 for none; None: no sequence has one. `adapter_changes` are made
-    before anything is computed.
+    before anything is computed. `drafting` None: no draft model computes anything beside it.
     """
 
     forward_mode: ForwardMode
@@ -141,6 +160,7 @@ class ForwardBatch:
     adapter_places: Int64Array | None = None
     adapter_changes: tuple[AdapterChange, ...] = ()
     image_parts: tuple[ImagePart, ...] = ()
+    drafting: DraftBatch | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -210,7 +230,7 @@ class ForwardBatch:
             extend_seq_lens=lens,
             q_starts=starts,
             logits_rows=logits_rows,
-            block_tables=_block_tables(batch, placement),
+            block_tables=block_tables_of(batch, placement),
             page_size=page_size,
         )
         return cls(
@@ -268,9 +288,9 @@ def _image_parts(batch: ScheduleBatch, starts: Int64Array) -> tuple[ImagePart, .
     return tuple(part for part in parts if part is not None)
 
 
-def _block_tables(
+def block_tables_of(
     batch: ScheduleBatch, placement: KVPlacement
-) -> tuple[tuple[BlockTableView, ...], ...]:
+) -> tuple[tuple[BlockTableSnapshot, ...], ...]:
     """Snapshots [group][B] of the requests' pages; the placement's where it brings them."""
     if placement.tables is not None:
         return placement.tables()

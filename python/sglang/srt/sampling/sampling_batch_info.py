@@ -70,6 +70,13 @@ class SamplingBatchInfo:
         pairs = zip(self.logprob_specs, self.sample_counts, strict=True)
         return [spec for spec, count in pairs for _ in range(count)]
 
+    def expected_of(self, drafted: npt.NDArray[np.int64] | None) -> Sequence[int]:
+        """`expected`, its tokens those that a draft model said (None: they stand there)."""
+        if drafted is None:
+            return self.expected
+        said = iter(drafted.tolist())
+        return [next(said) if wanted >= 0 else wanted for wanted in self.expected]
+
     @classmethod
     def from_schedule_batch(cls, batch: ScheduleBatch, drops: Sequence[int]) -> SamplingBatchInfo:
         """Collect a step's sampling; marks requests whose row the sampler now knows."""

@@ -24,20 +24,34 @@ class Offer(NamedTuple):
 
 
 def may_gain(
-    num_decodes: int, max_draft: int, seconds: Callable[[int], float], max_tokens: int
+    num_decodes: int,
+    max_draft: int,
+    seconds: Callable[[int], float],
+    max_tokens: int,
+    ahead_s: float = 0.0,
 ) -> bool:
-    """Whether drafts of some length would pay if all were right; else nobody need look for any."""
+    """Whether drafts of some length would pay if all were right; else nobody need look for any.
+
+    `ahead_s` as in `plan_lengths`.
+    """
     plain = _LEAST_GAIN / seconds(num_decodes)
-    sizes = (num_decodes * (1 + length) for length in range(1, max_draft + 1))
-    return any(size / num_decodes / seconds(size) > plain for size in sizes if size <= max_tokens)
+    lengths = range(1, min(max_draft, max_tokens // num_decodes - 1) + 1)
+    return any(
+        (1 + length) / (seconds(num_decodes * (1 + length)) + length * ahead_s) > plain
+        for length in lengths
+    )
 
 
 def plan_lengths(
-    offers: Sequence[Offer], seconds: Callable[[int], float], max_tokens: int
+    offers: Sequence[Offer],
+    seconds: Callable[[int], float],
+    max_tokens: int,
+    ahead_s: float = 0.0,
 ) -> list[int]:
     """Draft tokens of each of a step's decoding requests.
 
-    `seconds(n)` is what a step of n tokens takes; it has no more than `max_tokens`. Tokens are
+    `seconds(n)` is what a step of n tokens takes; it has no more than `max_tokens`. `ahead_s` is
+    what it takes to find the next token of all drafts, once for each of the longest. Tokens are
     added one by one, the likeliest to be taken first, equals in order; the number with the best
     quotient stands, the smallest of equals.
     """
@@ -50,7 +64,7 @@ def plan_lengths(
     gained = float(num_decodes)
     best = _LEAST_GAIN * gained / seconds(num_decodes)
     added: list[int] = []
-    kept = 0
+    kept = longest = 0
     while heap and num_decodes + len(added) < max_tokens:
         chance, i = heapq.heappop(heap)
         gained -= chance
@@ -58,7 +72,8 @@ def plan_lengths(
         added.append(i)
         if lengths[i] < offers[i].most:
             heapq.heappush(heap, (chance * offers[i].chance, i))
-        rate = gained / seconds(num_decodes + len(added))
+        longest = max(longest, lengths[i])
+        rate = gained / (seconds(num_decodes + len(added)) + longest * ahead_s)
         if rate > best:
             best, kept = rate, len(added)
     for i in added[kept:]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sglang.srt.speculative.chance import Chance
 from sglang.srt.speculative.draft_plan import Offer
 from sglang.srt.speculative.ngram_index import Match, NgramIndex
 
@@ -24,9 +25,6 @@ Int32Array = npt.NDArray[np.int32]
 _INDEX_TOKENS = 1 << 14
 # Matches of so many tokens at least, and the chance of a token after one that nothing is known of.
 _CLASSES = ((8, 0.8), (4, 0.55), (0, 0.3))
-# What is assumed counts as much as so many tokens seen; what was seen fades.
-_ASSUMED_WEIGHT = 2.0
-_FADING, _IDLE_FADING = 0.9, 0.98
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,29 +44,6 @@ class NgramRules:
     drafts_edited: bool
 
 
-class _Chance:
-    """How often a token after matches of one class was right, what is long past counting less."""
-
-    def __init__(self, assumed: float) -> None:
-        self._assumed = assumed
-        self._right = self._wrong = 0.0
-
-    @property
-    def value(self) -> float:
-        right = self._right + _ASSUMED_WEIGHT * self._assumed
-        return right / (self._right + self._wrong + _ASSUMED_WEIGHT)
-
-    def note(self, right: int, wrong: int) -> None:
-        self.fade(_FADING)
-        self._right += right
-        self._wrong += wrong
-
-    def fade(self, factor: float) -> None:
-        """Believe less in what was seen, so that what went wrong is tried again."""
-        self._right *= factor
-        self._wrong *= factor
-
-
 class NgramDrafts:
     """The index of one request's tokens, and how its drafts fared.
 
@@ -84,7 +59,7 @@ class NgramDrafts:
         self._rules = rules
         self._expected_tokens = expected_tokens
         self._index: NgramIndex | None = None  # made when it is filled: many wait
-        self._chances = tuple(_Chance(assumed) for _, assumed in _CLASSES)
+        self._chances = tuple(Chance(assumed) for _, assumed in _CLASSES)
         self._match: Match | None = None  # that of the offer
 
     def index(self, tokens: Int32Array, end: int) -> None:
@@ -107,7 +82,7 @@ class NgramDrafts:
         """The first `count` tokens of the offer, fewer where an image follows; () for none."""
         if self._match is None or count == 0:
             for chance in self._chances:
-                chance.fade(_IDLE_FADING)
+                chance.rest()
             return ()
         # A match that reaches the end goes on with what it drafts: text that repeats itself.
         place = self._match.next_position
@@ -130,7 +105,7 @@ class NgramDrafts:
         self._index.extend(tokens, min(end, self._index.num_indexed + _INDEX_TOKENS))
         return self._index
 
-    def _chance_of(self, match: Match) -> _Chance:
+    def _chance_of(self, match: Match) -> Chance:
         return next(
             chance
             for (least, _), chance in zip(_CLASSES, self._chances, strict=True)

@@ -1,5 +1,7 @@
 """What a step of decoding requests costs by its number of tokens, learnt from timed steps.
 
+And what drafting costs, where a model does it.
+
 Drafts are worth a step's longer time only where it is not much longer. How much depends on model,
 machine, batch and context, so it is measured while the server runs, on rank 0 for all.
 """
@@ -71,6 +73,11 @@ class StepCosts:
         # Outside of what is known: as steep as what is assumed, from the nearest.
         return self._seen[low].seconds * _first_cost(num_tokens) / _first_cost(low)
 
+    @property
+    def is_known(self) -> bool:
+        """Whether `seconds` are seconds."""
+        return bool(self._sizes)
+
     def _forget(self) -> None:
         oldest = self._num_steps - _FORGET_STEPS
         if any(self._seen[size].last < oldest for size in self._sizes):
@@ -81,6 +88,49 @@ class StepCosts:
             f"{size}: {1e3 * self._seen[size].seconds:.2f} ms" for size in self._sizes
         )
         return f"StepCosts({known})"
+
+
+class DraftedCosts:
+    """Seconds of a step's parts: the model's own, and those of a draft model beside it.
+
+    `step_part` is that of `ModelRules`; 0: drafts cost nothing.
+    """
+
+    def __init__(self, step_part: float) -> None:
+        self._step_part = step_part
+        self._own = StepCosts()
+        self._drafting = StepCosts()
+
+    def observe(
+        self,
+        num_tokens: int,
+        seconds: float,
+        *,
+        drafting_s: float = 0.0,
+        num_rows: int = 0,
+        num_ahead: int = 0,
+    ) -> None:
+        """Note a step of decoding requests alone.
+
+        Of its `seconds` drafting took `drafting_s`, for `num_ahead` tokens of each of the
+        `num_rows` that were drafted, or of those with the longest drafts.
+        """
+        self._own.observe(num_tokens, max(0.0, seconds - drafting_s))
+        if num_ahead:
+            self._drafting.observe(num_rows, drafting_s / num_ahead)
+
+    def seconds(self, num_tokens: int) -> float:
+        """Of the model's own part, see `StepCosts.seconds`."""
+        return self._own.seconds(num_tokens)
+
+    def ahead_s(self, num_rows: int) -> float:
+        """What it takes to draft one token more of `num_rows` requests, in the same unit."""
+        if self._own.is_known and self._drafting.is_known:
+            return self._drafting.seconds(num_rows)
+        return self._step_part * self._own.seconds(num_rows)
+
+    def __repr__(self) -> str:
+        return f"DraftedCosts({self._own!r}, {self._drafting!r})"
 
 
 def _first_cost(num_tokens: int) -> float:

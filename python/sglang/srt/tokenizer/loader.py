@@ -54,6 +54,12 @@ def load_tokenizer(
     return _from_hugging_face(path, template, trust_remote_code)
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Whether a local directory or file has something that `load_tokenizer` can read."""
+    found = any((path / name).exists() for name in _TOKENIZER_FILES)
+    return found or _find_gguf(path) is not None
+
+
 def _find_gguf(path: Path) -> Path | None:
     if path.is_file():
         return path

@@ -176,6 +176,12 @@ class Tokenizer:
             return self.pieces.piece(token_id)
         return self.token_text(token_id).encode()
 
+    def spellings(self) -> dict[int, str] | None:
+        """How the tokenizers library writes each token; None for a slow tokenizer."""
+        if self._backend is None:
+            return None
+        return {i: token for token, i in self._backend.get_vocab(with_added_tokens=True).items()}
+
     def library_json(self) -> tuple[str, int] | None:
         """The tokenizer as the tokenizers library writes it, and one more than its largest id.
 

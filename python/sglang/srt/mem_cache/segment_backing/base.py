@@ -12,12 +12,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Final, Protocol, runtime_checkable
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
 from sglang.srt.mem_cache.kv_layout import (
-    DTYPE_BYTES,
     GroupId,
     KVCacheSpec,
     SegmentId,
@@ -56,15 +55,26 @@ def plane_widths(spec: KVCacheSpec) -> dict[Plane, int]:
     return {plane: width for plane, width in widths.items() if width}
 
 
-def layer_planes(spec: KVCacheSpec, layer: int) -> dict[Plane, int]:
-    """Numbers that a head takes in each plane of one layer, index keys included."""
-    widths = plane_widths(spec)
-    return widths | {Plane.INDEX: spec.index_dim} if layer in spec.index_layers else widths
+class PlaneShape(NamedTuple):
+    """What a slot takes in a plane: numbers [heads, width] of a type."""
+
+    heads: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot."""
+        return self.heads * self.width * self.dtype.itemsize
 
 
-def plane_bytes(spec: KVCacheSpec, width: int) -> int:
-    """Bytes of a token in a plane whose heads are `width` numbers wide."""
-    return spec.kv_heads * width * DTYPE_BYTES[spec.dtype]
+def layer_planes(spec: KVCacheSpec, layout: SegmentLayout, layer: int) -> dict[Plane, PlaneShape]:
+    """The planes of one layer of the layout's group, in order, that of index keys last."""
+    own, dtype = spec.of_group(layout.group), KV_TORCH_DTYPES[spec.dtype]
+    widths = plane_widths(own)
+    if layer in spec.index_layers:
+        widths[Plane.INDEX] = spec.index_dim
+    return {plane: PlaneShape(own.kv_heads, width, dtype) for plane, width in widths.items()}
 
 
 # How a message says where the lower tier of that name (`TieredBacking.lower_tier`) is.

@@ -22,12 +22,7 @@ import torch
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
-from sglang.srt.mem_cache.segment_backing.base import (
-    KV_TORCH_DTYPES,
-    Plane,
-    layer_planes,
-    plane_bytes,
-)
+from sglang.srt.mem_cache.segment_backing.base import Plane, layer_planes
 from sglang.srt.mem_cache.segment_backing.cuda_driver import VmmDriver
 from sglang.srt.utils.sizes import format_bytes
 
@@ -180,10 +175,10 @@ class CudaVmmBacking:
         if self._spec is None:
             raise InvariantError("the backing has not been reserved")
         where = next(p for p in self._planes if p.layer == layer and p.plane is plane)
-        width = layer_planes(self._spec, layer)[plane]
+        layout = self._layouts[where.group]
+        shape = layer_planes(self._spec, layout, layer)[plane]
         raw = self._make_tensor(where.address, where.length)
-        shape = (self._layouts[where.group].num_slots, self._spec.kv_heads, width)
-        return raw.view(KV_TORCH_DTYPES[self._spec.dtype]).view(shape)
+        return raw.view(shape.dtype).view(layout.num_slots, shape.heads, shape.width)
 
     def resident_bytes(self) -> int | None:
         """See SegmentBacking: None, the driver tells it for the whole device only."""
@@ -232,8 +227,8 @@ class CudaVmmBacking:
         """Every plane with its lengths; the address is still to come."""
         for layout in layouts:
             for layer in spec.groups[layout.group].layers:
-                for plane, width in layer_planes(spec, layer).items():
-                    per_slot = plane_bytes(spec, width)
+                for plane, shape in layer_planes(spec, layout, layer).items():
+                    per_slot = shape.slot_bytes
                     part = layout.slots_per_segment * per_slot
                     if layout.granule_bytes % self.granule_bytes or part % layout.granule_bytes:
                         raise InvariantError(f"plane parts of {part} bytes are not whole granules")

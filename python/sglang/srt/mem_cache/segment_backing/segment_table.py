@@ -16,7 +16,7 @@ import torch
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
-from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, layer_planes
+from sglang.srt.mem_cache.segment_backing.base import Plane, layer_planes
 from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane
 from sglang.srt.utils.host_memory import read_host_memory
 from sglang.srt.utils.sizes import format_bytes
@@ -58,12 +58,12 @@ class SegmentTableBacking:
         planes: dict[tuple[int, Plane], SegmentPlane] = {}
         for layout in layouts:
             for layer in spec.groups[layout.group].layers:
-                for plane, width in layer_planes(spec, layer).items():
+                for plane, shape in layer_planes(spec, layout, layer).items():
                     made = SegmentPlane(
-                        (layout.num_slots, spec.kv_heads, width),
+                        (layout.num_slots, shape.heads, shape.width),
                         slots_per_segment=layout.slots_per_segment,
                         page_size=layout.page_size,
-                        dtype=KV_TORCH_DTYPES[spec.dtype],
+                        dtype=shape.dtype,
                         device=self._device,
                     )
                     made.attach(0, self._allocate(made, layout.page_size))
@@ -71,8 +71,12 @@ class SegmentTableBacking:
         self._planes = planes
         self._layouts = layouts
         self._of_group = tuple(
-            tuple(made for (layer, _), made in planes.items() if layer in group.layers)
-            for group in spec.groups
+            tuple(
+                planes[layer, plane]
+                for layer in spec.groups[layout.group].layers
+                for plane in layer_planes(spec, layout, layer)
+            )
+            for layout in layouts
         )
 
     def map(self, group: GroupId, segments: Sequence[SegmentId]) -> None:

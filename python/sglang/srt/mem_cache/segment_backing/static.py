@@ -17,7 +17,7 @@ import torch
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
-from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, layer_planes
+from sglang.srt.mem_cache.segment_backing.base import Plane, PlaneShape, layer_planes
 from sglang.srt.mem_cache.segment_backing.host_calls import HostCalls
 from sglang.srt.utils.host_memory import read_host_memory
 from sglang.srt.utils.sizes import format_bytes
@@ -70,8 +70,8 @@ class StaticBacking:
         try:
             for layout in layouts:
                 for layer in spec.groups[layout.group].layers:
-                    for plane, width in layer_planes(spec, layer).items():
-                        planes[layer, plane] = _commit_plane(spec, layout, width, self._device)
+                    for plane, shape in layer_planes(spec, layout, layer).items():
+                        planes[layer, plane] = _commit_plane(layout, shape, self._device)
         except RuntimeError as error:  # what torch raises when the allocation fails
             raise BackingError(f"can't allocate the static KV pool: {error}") from error
         self._planes = planes
@@ -122,14 +122,12 @@ class StaticBacking:
         return f"StaticBacking({len(self._planes)} planes, {format_bytes(held)})"
 
 
-def _commit_plane(
-    spec: KVCacheSpec, layout: SegmentLayout, width: int, device: torch.device
-) -> torch.Tensor:
+def _commit_plane(layout: SegmentLayout, shape: PlaneShape, device: torch.device) -> torch.Tensor:
     """One plane [S, G, D], page 0 and all segments but segment 0 written with zeros in pieces."""
-    shape = (layout.num_slots, spec.kv_heads, width)
+    sizes = (layout.num_slots, shape.heads, shape.width)
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=KV_TORCH_DTYPES[spec.dtype], device=device)
-    tensor = _fresh_memory(math.prod(shape), KV_TORCH_DTYPES[spec.dtype]).view(shape)
+        return torch.zeros(sizes, dtype=shape.dtype, device=device)
+    tensor = _fresh_memory(math.prod(sizes), shape.dtype).view(sizes)
     raw = tensor.view(-1).view(torch.uint8)
     per_slot = raw.numel() // layout.num_slots
     raw[: layout.page_size * per_slot].zero_()

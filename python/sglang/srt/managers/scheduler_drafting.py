@@ -1,0 +1,187 @@
+"""A draft model beside the model: loaded, checked against it, and given its part of the memory.
+
+Runs at start, for `scheduler_setup`; what makes batches for both models is here too. See
+docs/speculative_decoding.md, Note [A draft model].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.registry import make_attention_backend
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.scheduler_device import make_recorder
+from sglang.srt.managers.scheduler_pool_plan import kv_cache_spec
+from sglang.srt.mem_cache.allocation import KVMemory, KVPlacement
+from sglang.srt.mem_cache.block_table import BlockTableSnapshot
+from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVHeads
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.model_executor.draft_batch import DraftSide
+from sglang.srt.model_executor.draft_model import DraftModel
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, block_tables_of
+from sglang.srt.model_loader.loader import load_model
+from sglang.srt.models.causal_lm import CausalLM
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.device import DeviceRuntime
+from sglang.srt.utils.progress import Progress
+
+Tables = tuple[tuple[BlockTableSnapshot, ...], ...]
+BatchMaker = Callable[[ScheduleBatch, KVPlacement], ForwardBatch]
+
+
+@dataclass(frozen=True)
+class LoadedDraft:
+    """A draft model; a step of it costs about `step_part` of one of the model's."""
+
+    config: ModelConfig
+    model: CausalLM
+    step_part: float
+
+
+@dataclass(frozen=True)
+class ModelSides:
+    """The pools of the model and of the draft model (None: there is none), over one memory."""
+
+    own: MHATokenToKVPool
+    draft: MHATokenToKVPool | None
+
+    @classmethod
+    def of(cls, memory: KVMemory, num_groups: int) -> ModelSides:
+        """`num_groups` of the memory's groups are the model's, the others the draft model's."""
+        every = range(memory.spec.num_groups)
+        pool = memory.kv_pool
+        draft = pool.part(every[num_groups:]) if len(every) > num_groups else None
+        return cls(pool.part(every[:num_groups]), draft)
+
+
+def load_draft(
+    args: ServerArgs,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    parallel: ParallelState,
+    device: torch.device,
+    scales_kv: bool,
+    show_progress: bool,
+) -> LoadedDraft | None:
+    """The draft model that `args` ask for, for the model of `config`; None: they ask for none.
+
+    It computes in the model's `dtype`. Other parameters as in `load_model`. Raises ValueError with
+    one line when the two don't go together.
+    """
+    if args.speculative_draft_model_path is None:
+        return None
+    draft = ModelConfig.from_path(args.speculative_draft_model_path)
+    check_pair(config, draft)
+    model = load_model(
+        draft,
+        load_format=args.speculative_draft_load_format or args.load_format,
+        dtype=dtype,
+        parallel=parallel,
+        device=device,
+        show_progress=show_progress,
+        seed=args.random_seed,
+        quantization=args.speculative_draft_model_quantization or args.quantization,
+        scales_kv=scales_kv,
+    )
+    return LoadedDraft(draft, model, min(1.0, _weights_of(draft) / _weights_of(config)))
+
+
+def check_pair(config: ModelConfig, draft: ModelConfig) -> None:
+    """Raise ValueError unless the model of `draft` can draft for the one of `config`."""
+    flag = f"--speculative-draft-model-path {draft.path}"
+    if config.encoder is not None or draft.encoder is not None:
+        raise ValueError(f"{flag}: an encoder generates nothing")
+    if draft.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{flag}: the draft model has {draft.vocab_size} tokens, the model has "
+            f"{config.vocab_size}; both must have one vocabulary"
+        )
+    if any(draft.layer_windows) or any(draft.layer_chunks):
+        raise ValueError(f"{flag}: a draft model whose layers forget tokens is not served")
+    if (draft.latent is None) != (config.latent is None):
+        raise ValueError(f"{flag}: latent attention and other attention share no KV memory")
+
+
+def with_draft(
+    spec: KVCacheSpec, draft: LoadedDraft | None, parallel: ParallelState
+) -> KVCacheSpec:
+    """The model's cache with the draft model's layers behind, in groups of their own."""
+    if draft is None:
+        return spec
+    other = kv_cache_spec(draft.config, parallel, spec.dtype, spec.page_size)
+    heads = KVHeads(other.kv_heads, other.head_dim, other.v_head_dim)
+    groups = tuple(
+        replace(group, layers=tuple(layer + spec.num_layers for layer in group.layers), heads=heads)
+        for group in other.groups
+    )
+    return replace(spec, groups=spec.groups + groups)
+
+
+def make_drafter(
+    args: ServerArgs, draft: LoadedDraft | None, side: DraftSide | None, runtime: DeviceRuntime
+) -> DraftModel | None:
+    """Who drafts; None: no model does. Side effect: on a device its steps are recorded."""
+    if draft is None or side is None:
+        return None
+    recorder = make_recorder(args, draft.model, side.backend, runtime, side.pool)
+    return DraftModel(draft.model, runtime, recorder)
+
+
+def make_side(
+    backend_class: type[AttentionBackend], sides: ModelSides, progress: Progress
+) -> DraftSide | None:
+    """What the draft model's batches are made with; None: there is none."""
+    if sides.draft is None:
+        return None
+    backend = make_attention_backend(backend_class, sides.draft)
+    pool = sides.draft
+    return DraftSide(pool, backend, sides.own.spec.num_groups, pool.page_size, progress)
+
+
+def batch_maker(
+    sides: ModelSides, backend: AttentionBackend, side: DraftSide | None, progress: Progress
+) -> BatchMaker:
+    """What turns a step that the scheduler decided into one that can be computed."""
+    pool = sides.own
+    num_groups, share = pool.spec.num_groups, pool.share
+
+    def make(batch: ScheduleBatch, placement: KVPlacement) -> ForwardBatch:
+        tables = None if side is None else block_tables_of(batch, placement)
+        slots = enumerate(placement.out_cache_loc[:num_groups])
+        own = replace(
+            placement,
+            out_cache_loc=tuple(share.write_slots(group, loc) for group, loc in slots),
+            tables=placement.tables if tables is None else partial(_first, tables, num_groups),
+        )
+        made = ForwardBatch.from_schedule_batch(
+            batch,
+            own,
+            pool=pool,
+            backend=backend,
+            page_size=pool.page_size,
+            progress=progress,
+        )
+        if side is None or tables is None:
+            return made
+        return replace(made, drafting=side.plan(batch, tables[num_groups:]))
+
+    return make
+
+
+def _first(tables: Tables, count: int) -> Tables:
+    return tables[:count]
+
+
+def _weights_of(config: ModelConfig) -> int:
+    """About how many weights a step of one token reads."""
+    heads = config.num_heads * config.head_dim + config.num_kv_heads * config.head_dim
+    layer = config.hidden_size * (2 * heads + 3 * config.intermediate_size)
+    return config.num_layers * layer + config.vocab_size * config.hidden_size
