@@ -9,7 +9,7 @@ import torch
 
 from sglang.srt.errors import BackingError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
-from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane
+from sglang.srt.mem_cache.segment_backing.base import Plane, PlaneShape, plane_shapes
 
 
 class FakeBacking:
@@ -73,11 +73,13 @@ class FakeBacking:
     def view(self, layer: int, plane: Plane) -> torch.Tensor:
         assert self._spec is not None
         group = self._spec.group_of_layer()[layer]
-        width = self._spec.head_dim if plane is Plane.KEY else self._spec.v_head_dim
-        shape = (self._layouts[group].num_slots, self._spec.kv_heads, width)
+        layout = self._layouts[group]
+        heads, width, dtype = plane_shapes(self._spec, layout).get(
+            plane, PlaneShape(self._spec.kv_heads, self._spec.v_head_dim, torch.float32)
+        )
         key = (layer, plane)
         if key not in self._planes:
-            self._planes[key] = torch.zeros(shape, dtype=KV_TORCH_DTYPES[self._spec.dtype])
+            self._planes[key] = torch.zeros((layout.num_slots, heads, width), dtype=dtype)
         return self._planes[key]
 
     def resident_bytes(self) -> int | None:

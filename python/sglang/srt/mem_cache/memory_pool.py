@@ -26,7 +26,6 @@ from sglang.srt.mem_cache.segment_backing.base import (
     Plane,
     SegmentBacking,
     TableBacking,
-    plane_widths,
 )
 from sglang.srt.mem_cache.segment_backing.segment_plane import (
     SegmentPart,
@@ -35,6 +34,7 @@ from sglang.srt.mem_cache.segment_backing.segment_plane import (
     round_to,
     split_by_segment,
 )
+from sglang.srt.mem_cache.state_pool import MambaPool, make_state_pool
 from sglang.srt.mem_cache.table_rows import TableRows, grown
 from sglang.srt.mem_cache.table_space import TableSpace
 from sglang.srt.utils.device import CpuRuntime, DeviceRuntime
@@ -134,7 +134,9 @@ class MHATokenToKVPool:
     buffers are tensors, so that a slot range may cross a segment border.
 
     With several KV-parallel ranks a plane holds one rank's pages (`layouts` are those of the
-    planes), and `share` says which slot of a plane a slot is; `kv_rank` is this rank.
+    planes), and `share` says which slot of a plane a slot is; `kv_rank` is this rank. `states`
+    (None: there are none) has what layers of linear attention keep, of which nothing else here
+    speaks.
     """
 
     contiguous: ClassVar[bool] = True
@@ -152,7 +154,11 @@ class MHATokenToKVPool:
         self.page_size = spec.page_size
         self.dtype = KV_TORCH_DTYPES[spec.dtype]
         self._group_of_layer = spec.group_of_layer()
-        self._num_planes = len(plane_widths(spec))
+        self._num_planes = 2 if spec.v_width else 1
+        self._layers = [
+            layer for group in spec.groups if group.state is None for layer in group.layers
+        ]
+        self.states: MambaPool | None = make_state_pool(spec, backing)
         self._take_planes(backing)
         self._is_byte = self.dtype.itemsize == 1
         self._runtime: DeviceRuntime = CpuRuntime()
@@ -161,14 +167,13 @@ class MHATokenToKVPool:
         self._last_pieces: list[Piece] | None = None
 
     def _take_planes(self, backing: SegmentBacking) -> None:
-        layers = range(self.spec.num_layers)
-        self._keys = [backing.view(layer, Plane.KEY) for layer in layers]
-        self._values = [backing.view(layer, Plane.VALUE) for layer in layers]
+        self._keys = {layer: backing.view(layer, Plane.KEY) for layer in self._layers}
+        self._values = {layer: backing.view(layer, Plane.VALUE) for layer in self._layers}
 
     @property
     def is_on_host(self) -> bool:
         """Whether K and V stand in the host's memory, where this thread's copies need no stream."""
-        return self.get_key_buffer(0).device.type == "cpu"
+        return self.get_key_buffer(self._layers[0]).device.type == "cpu"
 
     def serve(self, runtime: DeviceRuntime) -> None:
         """Be written by what `runtime` computes. Until this is called: by the host."""
@@ -198,9 +203,12 @@ class MHATokenToKVPool:
         """Both buffers of one layer."""
         return self.get_key_buffer(layer_id), self.get_value_buffer(layer_id)
 
-    def stored_planes(self, layer_id: int) -> tuple[torch.Tensor | SegmentPlane, ...]:
-        """All memory of one layer: K's plane, and V's where it has one."""
-        return self.get_kv_buffer(layer_id)[: self._num_planes]
+    def stored_planes(self, group: int) -> list[torch.Tensor | SegmentPlane]:
+        """All memory of a group: each layer's K, and V where it has a plane; or the states."""
+        if self.states is not None and self.states.group == group:
+            return [self.states.plane]
+        layers = self.spec.groups[group].layers
+        return [p for layer in layers for p in self.get_kv_buffer(layer)[: self._num_planes]]
 
     def group_of_layer(self, layer_id: int) -> int:
         """The layer group whose slots this layer's buffers are indexed by."""
@@ -272,8 +280,8 @@ class MHATokenToKVPool:
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Address space of all key planes and of all value planes, in bytes."""
-        keys = sum(buffer.numel() * buffer.element_size() for buffer in self._keys)
-        values = sum(buffer.numel() * buffer.element_size() for buffer in self._values)
+        keys = sum(buffer.numel() * buffer.element_size() for buffer in self._keys.values())
+        values = sum(buffer.numel() * buffer.element_size() for buffer in self._values.values())
         return keys, values
 
     def _pieces_of(self, loc: torch.Tensor, num_slots: int) -> list[Piece] | None:
@@ -309,7 +317,7 @@ class MLATokenToKVPool(MHATokenToKVPool):
     """
 
     def _take_planes(self, backing: SegmentBacking) -> None:
-        self._keys = [backing.view(layer, Plane.KEY) for layer in range(self.spec.num_layers)]
+        self._keys = {layer: backing.view(layer, Plane.KEY) for layer in self._layers}
         self._values = self._keys  # what scatters writes two planes: here the same row twice
 
     @property
@@ -369,11 +377,11 @@ class SegmentTableKVPool(MHATokenToKVPool):
     def _take_planes(self, backing: SegmentBacking) -> None:
         if not isinstance(backing, TableBacking):
             raise InvariantError(f"{backing!r} is no segment table")
-        layers = range(self.spec.num_layers)
-        self._key_planes = [backing.plane(layer, Plane.KEY) for layer in layers]
+        layers = self._layers
+        self._key_planes = {layer: backing.plane(layer, Plane.KEY) for layer in layers}
         self._value_planes = self._key_planes
         if not self.spec.values_in_keys:
-            self._value_planes = [backing.plane(layer, Plane.VALUE) for layer in layers]
+            self._value_planes = {layer: backing.plane(layer, Plane.VALUE) for layer in layers}
         self._last_parts: list[SegmentPart] = []
 
     def get_key_buffer(self, layer_id: int) -> SegmentPlane:
@@ -406,7 +414,8 @@ class SegmentTableKVPool(MHATokenToKVPool):
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Bytes that all keys and all values would take, were every segment mapped."""
-        slots = [layout.num_slots * layout.num_layers for layout in self.layouts]
+        layouts = (layout for layout in self.layouts if not layout.holds_states)
+        slots = [layout.num_slots * layout.num_layers for layout in layouts]
         keys = self.spec.k_bytes_per_slot_layer * sum(slots)
         return keys, self.spec.v_bytes_per_slot_layer * sum(slots)
 

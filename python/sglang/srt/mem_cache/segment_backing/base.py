@@ -12,11 +12,17 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Final, Protocol, runtime_checkable
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
+from sglang.srt.mem_cache.kv_layout import (
+    STATE_NUMBER_BYTES,
+    GroupId,
+    KVCacheSpec,
+    SegmentId,
+    SegmentLayout,
+)
 from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane
 
 
@@ -43,9 +49,29 @@ KV_TORCH_DTYPES: Final = MappingProxyType(
 
 
 def plane_widths(spec: KVCacheSpec) -> dict[Plane, int]:
-    """Numbers that a head takes in each plane of a layer, in the order of planes."""
+    """Numbers that a head takes in each plane of a layer that keeps K and V, in order."""
     widths = {Plane.KEY: spec.k_width, Plane.VALUE: spec.v_width}
     return {plane: width for plane, width in widths.items() if width}
+
+
+class PlaneShape(NamedTuple):
+    """What a slot takes in a plane: numbers [heads, width] of a type."""
+
+    heads: int
+    width: int
+    dtype: torch.dtype
+
+
+def plane_shapes(spec: KVCacheSpec, layout: SegmentLayout) -> dict[Plane, PlaneShape]:
+    """The planes of each layer of `layout`'s group that has some, in order.
+
+    States have one plane, KEY, whose slots are parts of a state.
+    """
+    if layout.holds_states:
+        width = layout.k_bytes_per_slot // STATE_NUMBER_BYTES
+        return {Plane.KEY: PlaneShape(1, width, torch.float32)}
+    dtype, widths = KV_TORCH_DTYPES[spec.dtype], plane_widths(spec)
+    return {plane: PlaneShape(spec.kv_heads, width, dtype) for plane, width in widths.items()}
 
 
 # How a message says where the lower tier of that name (`TieredBacking.lower_tier`) is.
@@ -95,6 +121,7 @@ class SegmentBacking(Protocol):
     def view(self, layer: int, plane: Plane) -> torch.Tensor:
         """All slots of one plane, zero-copy: [S, G, D] in the KV dtype (D of V for VALUE).
 
+        Of states: [S, 1, W] in float32, W numbers of a state. `layer` must have planes.
         Only slots of mapped segments and of page 0 may be touched. The tensor must not be used
         after `close`.
         """

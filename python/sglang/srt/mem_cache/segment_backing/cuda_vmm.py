@@ -22,7 +22,7 @@ import torch
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
-from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, plane_widths
+from sglang.srt.mem_cache.segment_backing.base import Plane, plane_shapes
 from sglang.srt.mem_cache.segment_backing.cuda_driver import VmmDriver
 from sglang.srt.utils.sizes import format_bytes
 
@@ -175,10 +175,10 @@ class CudaVmmBacking:
         if self._spec is None:
             raise InvariantError("the backing has not been reserved")
         where = next(p for p in self._planes if p.layer == layer and p.plane is plane)
-        width = plane_widths(self._spec)[plane]
+        layout = self._layouts[where.group]
+        shape = plane_shapes(self._spec, layout)[plane]
         raw = self._make_tensor(where.address, where.length)
-        shape = (self._layouts[where.group].num_slots, self._spec.kv_heads, width)
-        return raw.view(KV_TORCH_DTYPES[self._spec.dtype]).view(shape)
+        return raw.view(shape.dtype).view(layout.num_slots, shape.heads, shape.width)
 
     def resident_bytes(self) -> int | None:
         """See SegmentBacking: None, the driver tells it for the whole device only."""
@@ -226,9 +226,9 @@ class CudaVmmBacking:
     ) -> Iterator[_PlaneRange]:
         """Every plane with its lengths; the address is still to come."""
         for layout in layouts:
-            for layer in spec.groups[layout.group].layers:
+            for layer in spec.plane_layers(layout.group):
                 per_slots = layout.plane_bytes_per_slot
-                for plane, per_slot in zip(plane_widths(spec), per_slots, strict=True):
+                for plane, per_slot in zip(plane_shapes(spec, layout), per_slots, strict=True):
                     part = layout.slots_per_segment * per_slot
                     if layout.granule_bytes % self.granule_bytes or part % layout.granule_bytes:
                         raise InvariantError(f"plane parts of {part} bytes are not whole granules")

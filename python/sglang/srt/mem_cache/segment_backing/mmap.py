@@ -23,7 +23,7 @@ import torch
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
-from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, plane_widths
+from sglang.srt.mem_cache.segment_backing.base import Plane, plane_shapes
 from sglang.srt.mem_cache.segment_backing.host_calls import (
     MADV_DONTDUMP,
     MADV_DONTFORK,
@@ -182,10 +182,11 @@ class MmapBacking:
         if self._spec is None:
             raise InvariantError("the backing has not been reserved")
         where = next(p for p in self._planes if p.layer == layer and p.plane is plane)
-        width = plane_widths(self._spec)[plane]
+        layout = self._layouts[where.group]
+        shape = plane_shapes(self._spec, layout)[plane]
         memory = (ctypes.c_char * where.length).from_address(where.address)
-        flat = torch.frombuffer(memory, dtype=KV_TORCH_DTYPES[self._spec.dtype])
-        return flat.view(self._layouts[where.group].num_slots, self._spec.kv_heads, width)
+        flat = torch.frombuffer(memory, dtype=shape.dtype)
+        return flat.view(layout.num_slots, shape.heads, shape.width)
 
     def resident_bytes(self) -> int | None:
         """See SegmentBacking: anonymous memory and swap of the range, from /proc/self/smaps."""
@@ -227,9 +228,9 @@ class MmapBacking:
         cursor = page
         for layout in layouts:
             granule = layout.granule_bytes
-            for layer in spec.groups[layout.group].layers:
+            for layer in spec.plane_layers(layout.group):
                 per_slots = layout.plane_bytes_per_slot
-                for plane, per_slot in zip(plane_widths(spec), per_slots, strict=True):
+                for plane, per_slot in zip(plane_shapes(spec, layout), per_slots, strict=True):
                     part = layout.slots_per_segment * per_slot
                     if granule % page or part % granule:
                         raise InvariantError(f"plane parts of {part} bytes are not whole pages")

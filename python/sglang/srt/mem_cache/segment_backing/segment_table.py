@@ -16,7 +16,7 @@ import torch
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
-from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, plane_widths
+from sglang.srt.mem_cache.segment_backing.base import Plane, plane_shapes
 from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane
 from sglang.srt.utils.host_memory import read_host_memory
 from sglang.srt.utils.sizes import format_bytes
@@ -57,13 +57,13 @@ class SegmentTableBacking:
         self._check_headroom(sum(layout.fixed_bytes for layout in layouts))
         planes: dict[tuple[int, Plane], SegmentPlane] = {}
         for layout in layouts:
-            for layer in spec.groups[layout.group].layers:
-                for plane, width in plane_widths(spec).items():
+            for layer in spec.plane_layers(layout.group):
+                for plane, shape in plane_shapes(spec, layout).items():
                     made = SegmentPlane(
-                        (layout.num_slots, spec.kv_heads, width),
+                        (layout.num_slots, shape.heads, shape.width),
                         slots_per_segment=layout.slots_per_segment,
                         page_size=layout.page_size,
-                        dtype=KV_TORCH_DTYPES[spec.dtype],
+                        dtype=shape.dtype,
                         device=self._device,
                     )
                     made.attach(0, self._allocate(made, layout.page_size))
@@ -71,8 +71,12 @@ class SegmentTableBacking:
         self._planes = planes
         self._layouts = layouts
         self._of_group = tuple(
-            tuple(planes[layer, plane] for layer in group.layers for plane in plane_widths(spec))
-            for group in spec.groups
+            tuple(
+                planes[layer, plane]
+                for layer in spec.plane_layers(layout.group)
+                for plane in plane_shapes(spec, layout)
+            )
+            for layout in layouts
         )
 
     def map(self, group: GroupId, segments: Sequence[SegmentId]) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
-from sglang.srt.mem_cache.segment_backing.base import KV_TORCH_DTYPES, Plane, plane_widths
+from sglang.srt.mem_cache.segment_backing.base import Plane, PlaneShape, plane_shapes
 from sglang.srt.mem_cache.segment_backing.host_calls import HostCalls
 from sglang.srt.utils.host_memory import read_host_memory
 from sglang.srt.utils.sizes import format_bytes
@@ -69,9 +69,9 @@ class StaticBacking:
         planes = {}
         try:
             for layout in layouts:
-                for layer in spec.groups[layout.group].layers:
-                    for plane, width in plane_widths(spec).items():
-                        planes[layer, plane] = _commit_plane(spec, layout, width, self._device)
+                for layer in spec.plane_layers(layout.group):
+                    for plane, shape in plane_shapes(spec, layout).items():
+                        planes[layer, plane] = _commit_plane(layout, shape, self._device)
         except RuntimeError as error:  # what torch raises when the allocation fails
             raise BackingError(f"can't allocate the static KV pool: {error}") from error
         self._planes = planes
@@ -122,14 +122,12 @@ class StaticBacking:
         return f"StaticBacking({len(self._planes)} planes, {format_bytes(held)})"
 
 
-def _commit_plane(
-    spec: KVCacheSpec, layout: SegmentLayout, width: int, device: torch.device
-) -> torch.Tensor:
+def _commit_plane(layout: SegmentLayout, part: PlaneShape, device: torch.device) -> torch.Tensor:
     """One plane [S, G, D], page 0 and all segments but segment 0 written with zeros in pieces."""
-    shape = (layout.num_slots, spec.kv_heads, width)
+    shape = (layout.num_slots, part.heads, part.width)
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=KV_TORCH_DTYPES[spec.dtype], device=device)
-    tensor = _fresh_memory(math.prod(shape), KV_TORCH_DTYPES[spec.dtype]).view(shape)
+        return torch.zeros(shape, dtype=part.dtype, device=device)
+    tensor = _fresh_memory(math.prod(shape), part.dtype).view(shape)
     raw = tensor.view(-1).view(torch.uint8)
     per_slot = raw.numel() // layout.num_slots
     raw[: layout.page_size * per_slot].zero_()
