@@ -22,10 +22,16 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
@@ -45,6 +51,11 @@ MIXED_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
 LATENT_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+}
+HYBRID_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
+    "qwen3_5": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
+    "qwen3_5_moe": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
+    "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM),
 }
 CHUNK = 24
 WINDOW = 20
@@ -133,6 +144,32 @@ LATENT_FIELDS: dict[str, dict[str, Any]] = {
     },
     "deepseek_v3": {**_LATENT, "n_shared_experts": 1, "n_group": 4, "topk_group": 2},
 }
+_HYBRID: dict[str, Any] = {
+    "head_dim": 16,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+_HYBRID_EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+}
+HYBRID_FIELDS: dict[str, dict[str, Any]] = {
+    "qwen3_5": _HYBRID,
+    "qwen3_5_moe": {**_HYBRID, **_HYBRID_EXPERTS},
+    "qwen3_next": {
+        **_HYBRID,
+        **_HYBRID_EXPERTS,
+        "num_hidden_layers": 4,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"],
+        "mlp_only_layers": [1],
+    },
+}
 LITE: dict[str, Any] = {  # as DeepSeek-V2-Lite differs from V2
     "q_lora_rank": None,
     "topk_method": "greedy",
@@ -149,6 +186,7 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
     Weights are larger than a fresh model's, so that attention and logits are far from uniform.
     """
     families = {**FAMILIES, **MOE_FAMILIES, **MIXED_FAMILIES, **LATENT_FAMILIES}
+    families.update(HYBRID_FAMILIES)
     config_class, model_class = families[family]
     fields: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -165,6 +203,7 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
         **MOE_FIELDS.get(family, {}),
         **MIXED_FIELDS.get(family, {}),
         **LATENT_FIELDS.get(family, {}),
+        **HYBRID_FIELDS.get(family, {}),
         **changes,
     }
     if family == "qwen3":
@@ -184,6 +223,8 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
                 parameter.copy_(noise * scale)
             else:
                 parameter.copy_(noise * 0.2 + (0.0 if name.endswith("bias") else 1.0))
+            if name.endswith("A_log"):
+                parameter.sub_(4.0)  # states that remember tens of tokens
     return model
 
 

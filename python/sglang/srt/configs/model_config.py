@@ -148,7 +148,9 @@ class ModelConfig(ModelTraits):
         return self.num_kv_heads * self.head_dim
 
     def is_draft_weight(self, name: str) -> bool:
-        """Whether a checkpoint's tensor is of a layer behind the last one, see `ModelTraits`."""
+        """Whether a checkpoint's tensor predicts further tokens, see `ModelTraits`."""
+        if self.draft_prefix is not None and name.startswith(self.draft_prefix):
+            return True
         if not self.num_draft_layers or (layer := _LAYER.match(name)) is None:
             return False
         return 0 <= int(layer[1]) - self.num_layers < self.num_draft_layers
@@ -297,6 +299,7 @@ def _build(
         max_position_embeddings=max_position,
         default_theta=family.rope_theta,
         layer_type=family.rope_layer_type,
+        partly=family.turns_partly,
     )
     length = max_position
     if traits.encoder is not None:

@@ -50,7 +50,8 @@ class MoEConfig:
 
     Every token goes through `experts_per_token` of `num_experts` experts of width
     `intermediate_size` and, unless None, through a shared one of width
-    `shared_intermediate_size`. `renormalize`: the chosen experts' shares add up to 1.
+    `shared_intermediate_size`, whose output is multiplied by a sigmoid of the token where
+    `gates_shared`. `renormalize`: the chosen experts' shares add up to 1.
     `clamped_gate` None: experts compute silu(gate) * up. `choice` None: the largest softmax
     chooses.
     """
@@ -60,6 +61,7 @@ class MoEConfig:
     experts_per_token: int
     intermediate_size: int
     shared_intermediate_size: int | None = None
+    gates_shared: bool = False
     renormalize: bool = False
     clamped_gate: ClampedGateConfig | None = None
     choice: ExpertChoice | None = None
@@ -84,6 +86,25 @@ class LatentConfig:
     def row_width(self) -> int:
         """Numbers that a layer keeps of a token."""
         return self.kv_rank + self.rope_dim
+
+
+@dataclass(frozen=True, slots=True)
+class LinearConfig:
+    """Linear attention with a recurrent state, by the gated delta rule (arXiv 2412.06464).
+
+    `layers` have it in place of attention. Queries and keys have `key_heads` heads of `key_dim`,
+    values `value_heads` of `value_dim`, a multiple of the former. All go through a causal
+    convolution of `conv_size` tokens, each channel by itself. `interleaved`: the projections'
+    outputs come key head by key head, each with its values, not all queries first.
+    """
+
+    layers: frozenset[int]
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_size: int
+    interleaved: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +146,8 @@ class ModelTraits:
 
     `latent` None: keys and values are kept head by head. Otherwise rotation, windows and caps are
     those of the turning parts and the scores. Checkpoints have `num_draft_layers` more layers
-    behind the last, which predict further tokens and are not loaded.
+    behind the last, which predict further tokens and are not loaded; so are tensors whose names
+    begin with `draft_prefix`. `linear` None: all layers attend to tokens.
 
     Scores are q k^T times `attention_scaling` (None: head_dim ** -0.5). A cap c > 0 turns scores
     (`attention_logit_cap`) or logits (`final_logit_cap`) s into c * tanh(s / c).
@@ -147,6 +169,8 @@ class ModelTraits:
     moe: MoEConfig | None = None
     latent: LatentConfig | None = None
     num_draft_layers: int = 0
+    draft_prefix: str | None = None
+    linear: LinearConfig | None = None
     attention_scaling: float | None = None
     attention_logit_cap: float = 0.0
     final_logit_cap: float = 0.0
@@ -185,7 +209,8 @@ class ModelFamily:
     dense MLP, `act_field` names its activation. `text_part` names the object that holds the text
     model's fields, None: the file does. `rope_layer_type` names the layers whose rotation is the
     model's where a file has one per layer type, None: such files are refused. With
-    `length_is_scaled` max_position_embeddings includes rope scaling.
+    `length_is_scaled` max_position_embeddings includes rope scaling. `turns_partly`: the first
+    dimensions of a head may turn alone.
     """
 
     model_type: str
@@ -197,6 +222,7 @@ class ModelFamily:
     act_field: str = "hidden_act"
     rope_layer_type: str | None = None
     length_is_scaled: bool = False
+    turns_partly: bool = False
     text_part: str | None = None
     null_means_none: frozenset[str] = field(
         default_factory=lambda: frozenset({"sliding_window", "bos_token_id", "eos_token_id"})

@@ -37,6 +37,7 @@ _KNOWN_FIELDS = frozenset(
         "finetuned",
     }
 )
+_IMAGE_FIELDS = ("mrope_section", "mrope_interleaved")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class RopeConfig:
     (the model's `max_position_embeddings` where the checkpoint does not say). `attention_factor`,
     `mscale` and `mscale_all_dim` are None where the checkpoint does not say; `attention_scaling`
     is what they come to. `freq_factors` (GGUF `rope_freqs.weight`, head_dim / 2 values, or None)
-    divide the inverse frequencies after everything else.
+    divide the inverse frequencies after everything else. `partial_factor` of a head's dimensions,
+    the first ones, turn.
     """
 
     theta: float = 10000.0
@@ -63,6 +65,7 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     truncate: bool = True
     freq_factors: tuple[float, ...] | None = None
+    partial_factor: float = 1.0
 
     @property
     def attention_scaling(self) -> float:
@@ -95,14 +98,19 @@ def rope_config_from_hf(
     max_position_embeddings: int,
     default_theta: float = 10000.0,
     layer_type: str | None = None,
+    partly: bool = False,
 ) -> RopeConfig:
     """Read the rotary fields of a config.json in either spelling.
 
     `rope_parameters` wins over `rope_scaling` where both are present. Of a file with fields per
-    layer type those of `layer_type` are read (None: such a file is refused). Raises ValueError,
-    naming the field, for an unknown type, a missing or impossible number, or a partial factor.
+    layer type those of `layer_type` are read (None: such a file is refused). `partly`: a head may
+    turn in part, and what a file says of positions in images is passed over, as that of text is
+    the same. Raises ValueError, naming the field, for an unknown type, a missing or impossible
+    number, or a partial factor.
     """
     merged = _merge_spellings(raw, default_theta, layer_type)
+    if partly:
+        merged = {key: value for key, value in merged.items() if key not in _IMAGE_FIELDS}
     rope_type = str(merged.get("rope_type") or merged.get("type") or "default")
     if rope_type == "mrope":
         raise ValueError("rope type 'mrope' belongs to multimodal models, which are not supported")
@@ -111,8 +119,11 @@ def rope_config_from_hf(
     unknown = sorted(set(merged) - _KNOWN_FIELDS)
     if unknown:
         raise ValueError(f"unknown rope field(s) {', '.join(unknown)} for rope type {rope_type!r}")
-    if _number(merged, "partial_rotary_factor", 1.0) != 1.0:
+    partial = _number(merged, "partial_rotary_factor", 1.0)
+    if partial != 1.0 and not partly:
         raise ValueError("partial_rotary_factor other than 1.0 is not supported")
+    if not 0 < partial <= 1.0:
+        raise ValueError(f"partial_rotary_factor must be above 0 and at most 1, not {partial}")
     original = merged.get("original_max_position_embeddings")
     factor = 1.0
     if rope_type in _FIELDS_THAT_NEED_A_FACTOR:
@@ -134,6 +145,7 @@ def rope_config_from_hf(
         mscale=_optional_number(merged, "mscale"),
         mscale_all_dim=_optional_number(merged, "mscale_all_dim"),
         truncate=bool(merged.get("truncate", True)),
+        partial_factor=partial,
     )
     _check(config)
     return config

@@ -154,10 +154,12 @@ def recorded_rows(args: ServerArgs, backend: type[AttentionBackend]) -> tuple[in
 
 def fixed_bytes(spec: KVCacheSpec, granule_bytes: int) -> int:
     """What backs the dump page of every plane for good, in whole granules."""
-    planes = (spec.k_bytes_per_slot_layer, spec.v_bytes_per_slot_layer)
-    return spec.num_layers * sum(
-        -(-spec.page_size * per_slot // granule_bytes) * granule_bytes for per_slot in planes
-    )
+    planes = [spec.k_bytes_per_slot_layer * spec.page_size]
+    planes.append(spec.v_bytes_per_slot_layer * spec.page_size)
+    parts = [(len(one.layers), planes) for one in spec.groups if one.state is None]
+    parts += [(1, [one.state_bytes]) for one in spec.groups if one.state is not None]
+    granules = sum(count * -(-size // granule_bytes) for count, sizes in parts for size in sizes)
+    return granules * granule_bytes
 
 
 def plan_of_device(
@@ -220,7 +222,10 @@ def make_recorder(
 
     Tapes on a host, not with several ranks: a recording that is given up half-way would repeat
     collectives; nor of what torch.compile made. Graphs on a device, recorded before this returns.
+    Steps that move recurrent states are not recorded.
     """
+    if pool.states is not None:
+        return None
     if runtime.is_async:
         sizes = recorded_rows(args, type(backend))
         if not sizes:

@@ -64,7 +64,8 @@ class Gemma3DecoderLayer(LlamaDecoderLayer):
             x, residual = self.input_layernorm.begin(x)
         else:
             x, residual = self.input_layernorm(x, residual)
-        x = self.post_attention_layernorm(self.self_attn(x, forward_batch, rows_pruned=rows_pruned))
+        attention = self.get_submodule(self.attention_name)
+        x = self.post_attention_layernorm(attention(x, forward_batch, rows_pruned=rows_pruned))
         if rows_pruned:
             residual = take_rows(residual, forward_batch.logits_rows)
         x, residual = self.pre_feedforward_layernorm(x, residual)

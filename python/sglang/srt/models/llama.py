@@ -188,9 +188,10 @@ class LlamaAttention(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm, each added to the residual stream.
 
-    Checkpoints call the MLP `mlp_name`.
+    Checkpoints call them `attention_name` and `mlp_name`.
     """
 
+    attention_name: ClassVar[str] = "self_attn"
     mlp_name: ClassVar[str] = "mlp"
     norm_class: ClassVar[type[RMSNorm]] = RMSNorm
 
@@ -199,7 +200,7 @@ class LlamaDecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = self_attn
+        self.add_module(self.attention_name, self_attn)
         self.add_module(self.mlp_name, mlp)
         self.input_layernorm = self.norm_class(hidden, eps, dtype=dtype)
         self.post_attention_layernorm = self.norm_class(hidden, eps, dtype=dtype)
@@ -220,7 +221,7 @@ class LlamaDecoderLayer(nn.Module):
             x, residual = self.input_layernorm.begin(x)
         else:
             x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, forward_batch, rows_pruned=rows_pruned)
+        x = self.get_submodule(self.attention_name)(x, forward_batch, rows_pruned=rows_pruned)
         if rows_pruned:
             residual = take_rows(residual, forward_batch.logits_rows)
         x, residual = self.post_attention_layernorm(x, residual)

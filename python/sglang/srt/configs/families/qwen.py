@@ -53,10 +53,10 @@ def _read_qwen3(fields: Fields, num_layers: int) -> ModelTraits:
 
 
 def _read_qwen3_moe(fields: Fields, num_layers: int) -> ModelTraits:
-    return replace(_read_qwen3(fields, num_layers), moe=_moe(fields, num_layers))
+    return replace(_read_qwen3(fields, num_layers), moe=read_moe(fields, num_layers))
 
 
-def _moe(fields: Fields, num_layers: int) -> MoEConfig:
+def read_moe(fields: Fields, num_layers: int) -> MoEConfig:
     """Every `decoder_sparse_step`-th layer has experts, except `mlp_only_layers`."""
     # Newer files count the experts under the second name.
     name = "num_experts" if fields.get("num_experts") is not None else "num_local_experts"
