@@ -16,6 +16,7 @@ from transformers import (
     Qwen3_5MoeForConditionalGeneration,
 )
 
+from sglang.srt.environ import Environ
 from sglang.srt.managers.io_struct import ControlReq, TokenizedGenerateReqInput, int32_buffer
 from sglang.srt.sampling.sampling_params import SamplingParams
 from srt.managers.rank_towers import rank_towers
@@ -137,6 +138,31 @@ def test_two_ranks_share_the_heads(expert_model: Model) -> None:
     reference, path = expert_model
     with rank_towers(2, path, **FLAGS) as towers:
         assert_greedy(reference, towers.run(answer_all))
+
+
+def test_ranks_that_share_tokens_keep_whole_states(model: Model) -> None:
+    reference, path = model
+    with rank_towers(2, path, kv_parallel_size=2, **FLAGS) as towers:
+        assert_greedy(reference, towers.run(answer_all))
+
+
+def test_what_was_not_used_for_long_lies_on_disk(model: Model, tmp_path: Path) -> None:
+    flags = {**FLAGS, "kv_memory_budget": "96KiB", "kv_disk_path": str(tmp_path)}
+    with tower(model[1], **flags, kv_disk_size=16 << 20) as engine:
+        assert_greedy(model[0], answer_all(engine))
+        assert sum(one.demote_count for one in engine.memory.manager.stats()) > 0
+
+
+def test_what_states_rule_out_is_refused_before_anything_is_loaded(model: Model) -> None:
+    for flags, message in (
+        ({"speculative_algorithm": "NGRAM"}, "can't be taken back"),
+        ({"max_total_tokens": 1000}, "--kv-memory-budget"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DeviceTower(model[1], load_format="gguf", **flags)
+    environ = Environ(kv_canary_perturb="mark:1@1")
+    with pytest.raises(ValueError, match="the model has 1 layer groups"):
+        DeviceTower(model[1], environ=environ, kv_canary="chain", **FLAGS)
 
 
 def test_prompt_log_probabilities(model: Model) -> None:

@@ -61,10 +61,10 @@ class MoEConfig:
     experts_per_token: int
     intermediate_size: int
     shared_intermediate_size: int | None = None
-    gates_shared: bool = False
     renormalize: bool = False
     clamped_gate: ClampedGateConfig | None = None
     choice: ExpertChoice | None = None
+    gates_shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,22 @@ def resolve_max_running_requests(
     return max(1, min(max(derived, 2048), 4096, capacity_tokens // 2))
 
 
+def check_states(args: ServerArgs, config: ModelConfig) -> None:
+    """Raise ValueError for what can't be served of a model with recurrent states."""
+    if config.linear is None:
+        return
+    if args.speculative_algorithm is not None:
+        raise ValueError(
+            "--speculative-algorithm: the recurrent states of this model can't be taken back to "
+            "before a draft that was not accepted"
+        )
+    if args.max_total_tokens is not None:
+        raise ValueError(
+            "--max-total-tokens says nothing of recurrent states; bound this model's memory with "
+            "--kv-memory-budget"
+        )
+
+
 def kv_cache_spec(
     config: ModelConfig, parallel: ParallelState, dtype: str, page_size: int
 ) -> KVCacheSpec:
@@ -134,16 +150,10 @@ def cap_budget(
 ) -> int:
     """The budget cut to whole segments for `max_total_tokens` (None: not cut).
 
-    A cap above what the budget holds is ignored with a warning, as SGLang does. Raises ValueError
-    for a model with states, whose memory tokens don't tell.
+    A cap above what the budget holds is ignored with a warning, as SGLang does.
     """
     if max_total_tokens is None:
         return budget_bytes
-    if any(layout.holds_states for layout in layouts):
-        raise ValueError(
-            "--max-total-tokens says nothing of recurrent states; bound this model's memory with "
-            "--kv-memory-budget"
-        )
     wanted = sum(
         -(-max_total_tokens // layout.slots_per_segment) * layout.segment_bytes
         for layout in layouts

@@ -48,6 +48,7 @@ from sglang.srt.managers.scheduler_pool_plan import (
     LowerSpace,
     PoolPlan,
     agreed_space,
+    check_states,
     kv_cache_spec,
     plan_pool,
 )
@@ -77,7 +78,6 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-
 
 BatchMaker = Callable[[ScheduleBatch, KVPlacement], ForwardBatch]
 
@@ -190,6 +190,7 @@ def build_scheduler_parts(
     )
     pooling = pooling_of(config, is_embedding=args.is_embedding)
     args = args_for_pooling(args, pooling)
+    check_states(args, config)
     requested = resolve_context_length(config, args.context_length, environ)
     grid = RankGrid.of(links, args.kv_parallel_size)
     rank = _Rank(args, environ, runtime, place, grid, links, everyone)
@@ -331,9 +332,8 @@ def _open_pool(
             args, runtime, free_before, config, spec, backend_class, backing.granule_bytes
         ),
     )
-    num_here = rank.place.num_here
+    num_here, min_slots = rank.place.num_here, auto_min_slots(runtime)
     below = LowerSpace(disk_space(args, num_here), host_space(args, num_here))
-    min_slots = auto_min_slots(runtime)
     below = agreed_space(rank.everyone, below)
     plan = plan_pool(args, spec, backing, host, requested, device_plan, min_slots, below)
     if plan.clamp.is_clamped:
@@ -342,8 +342,7 @@ def _open_pool(
     events = args.kv_events_config if rank.place.tp_rank == 0 else None
     publisher = open_publisher(events, rank.place)
     sink = None if publisher is None else publisher.publish
-    machine_bytes = host.total_bytes + plan.lower_bytes
-    memory = _make_memory(rank, spec, backing, plan, machine_bytes, sink)
+    memory = _make_memory(rank, spec, backing, plan, host.total_bytes + plan.lower_bytes, sink)
     memory.kv_pool.serve(runtime)
     _warn_of_nothing_shared(args, memory)
     return plan, memory, publisher
@@ -391,7 +390,8 @@ def _perturbation(args: ServerArgs, environ: Environ, spec: KVCacheSpec) -> Pert
         return None
     if args.kv_canary == "off":
         raise ValueError("SGLANG_KV_CANARY_PERTURB is for a canary to find; set --kv-canary")
-    return Perturbation.parse(text, spec.num_groups, full=args.kv_canary == "full")
+    num_groups = sum(group.state is None for group in spec.groups)  # states carry no marks
+    return Perturbation.parse(text, num_groups, full=args.kv_canary == "full")
 
 
 def _canary(
