@@ -63,7 +63,9 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.window_rule"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.kv_share < srt.mem_cache.memory_pool"),
     (2, "DEVICE", "srt.mem_cache.segment_backing.* < srt.mem_cache.index_planes,"
-     " srt.mem_cache.slot_pieces < srt.mem_cache.memory_pool"),
+     " srt.mem_cache.slot_pieces, srt.mem_cache.state_pool < srt.mem_cache.memory_pool"),
+    (2, "DEVICE", "srt.mem_cache.block_table, srt.mem_cache.allocator < srt.mem_cache.state_group"
+     " < srt.mem_cache.window_recycler, srt.mem_cache.integrity, srt.mem_cache.allocation"),
     (2, "DEVICE", "srt.mem_cache.page_owner < srt.mem_cache.window_index"),
     (2, "DEVICE", "srt.mem_cache.segment_manager, srt.mem_cache.page_owner"
      " < srt.mem_cache.block_table, srt.mem_cache.allocator < srt.mem_cache.memory_pool"),

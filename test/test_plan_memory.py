@@ -107,6 +107,32 @@ def test_latents_are_whole_on_every_device(capsys: pytest.CaptureFixture[str]) -
     assert "latents of all heads: whole on each of 16 devices" in shown
 
 
+def test_states_are_kept_whatever_the_length(capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen3-Next-80B: 36 of 48 layers keep states, two between steps and three at the peak."""
+    state = 36 * (32 * 128 * 128 + 3 * 8192) * 4
+    for tokens in (10_000, 1_000_000):
+        plan = plan_of("qwen3-next-80b-a3b", tp_size=1, context_length=tokens)
+        full, states = plan.groups
+        assert (full.num_layers, full.bytes_per_token) == (12, 24_576)
+        assert (states.kind, states.num_layers, states.state_bytes) == ("state", 36, state)
+        assert plan.kv_bytes == tokens * 24_576 + 2 * state
+        assert states.num_segments == 3
+    assert plan.bytes_per_token_all_layers == 24_576
+    halved = plan_of("qwen3-next-80b-a3b", tp_size=2, context_length=1000)
+    assert halved.groups[1].state_bytes == state // 2
+    assert abs(plan.weights.num_params / 1e9 - 79.7) < 0.1
+    # A token meets the state of each layer, and the keys of few layers.
+    far, near = (
+        plan_of("qwen3-next-80b-a3b", tp_size=1, context_length=n).prefill_flops
+        for n in (2000, 1000)
+    )
+    keys = 2 * 16 * 512 * 12 * (2000 * 2001 / 2 - 2 * 1000 * 1001 / 2)
+    assert abs(far - 2 * near - keys) < 1e-9 * far
+    assert main(["--model-path", "qwen3-next-80b-a3b"]) == 0
+    shown = capsys.readouterr().out
+    assert "79,036,416 B for 36 layers' state, whatever the length" in shown
+
+
 def test_parameters_of_deepseek_v3() -> None:
     """671 billion, of which a token multiplies with 37 (arXiv 2412.19437)."""
     weights = count_weights(load_config("deepseek-v3"), ParallelState(), "bfloat16")

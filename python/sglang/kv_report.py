@@ -96,9 +96,12 @@ def _group_lines(
 ) -> list[str]:
     pages, states = group["pages"], group["segments"]
     counts = ", ".join(f"{count:,} {name}" for name, count in states.items() if count)
+    holds = f"{group['segment_tokens']:,} tokens"
+    if group["state_bytes"]:
+        holds = f"{group['segment_pages']:,} states of {format_bytes(group['state_bytes'])}"
     lines = [
         f"group {group['group']} ({group['kind']}, {group['num_layers']} layers): segments of "
-        f"{group['segment_tokens']:,} tokens, {format_bytes(group['segment_bytes'])}: {counts}",
+        f"{holds}, {format_bytes(group['segment_bytes'])}: {counts}",
         f"  pages: {pages['used']:,} used, {pages['cached']:,} cached, {pages['free']:,} free; "
         f"{group['map_count']:,} maps, {group['unmap_count']:,} unmaps, "
         f"{group['refused_count']:,} refused",

@@ -106,8 +106,15 @@ def render(name: str, question: Question, plan: MemoryPlan, remedies: Remedies) 
         ("", ""),
         ("KV per token", f"{plan.bytes_per_token_all_layers:,} B if all layers kept all tokens"),
     ]
-    ranks = plan.bytes_per_token_all_layers // sum(g.bytes_per_token for g in plan.groups)
+    per_token = sum(g.bytes_per_token for g in plan.groups if not g.state_bytes)
+    ranks = plan.bytes_per_token_all_layers // per_token
     for group in plan.groups:
+        if group.state_bytes:
+            text = (
+                f"{group.state_bytes:,} B for {group.num_layers} layers' state, whatever the length"
+            )
+            rows.append((f"  {group.kind}", text))
+            continue
         span = "every token" if group.span is None else f"{group.span:,} tokens"
         text = f"{group.bytes_per_token * ranks:,} B in {group.num_layers} layers that keep {span}"
         rows.append((f"  {group.kind}", text))

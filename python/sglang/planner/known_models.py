@@ -126,6 +126,12 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
             "weight_block_size": [128, 128],
         },
     },
+    "qwen3-next-80b-a3b": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "max_position_embeddings": 262_144,
+        "rope_theta": 10_000_000,
+        "torch_dtype": "bfloat16",
+    },
     "gpt-oss-20b": {**_GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32},
     "gpt-oss-120b": {**_GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128},
 }

@@ -44,6 +44,7 @@ _GPU_SEGMENT_TOKENS = 8192
 _CPU_SEGMENT_BYTES = 32 << 20
 _DENSE_ROWS = 2048  # requests of a dense request-to-token table
 _DENSE_ENTRY_BYTES = 4
+_STATES_BETWEEN_STEPS = 2  # of a request: the newest, and the one at the last page border
 _TP_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -77,7 +78,10 @@ class Weights:
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
     """One layer group of one rank. `kept_tokens` are held at the full context by one request
-    between two steps, `peak_tokens` in a full prefill chunk; `span` is its window, None: all."""
+    between two steps, `peak_tokens` in a full prefill chunk; `span` is its window, None: all.
+
+    Of a group of states `state_bytes` is one, all of a request's layers together; its tokens are
+    shares of states."""
 
     kind: str
     num_layers: int
@@ -88,6 +92,7 @@ class GroupPlan:
     segment_tokens: int
     num_segments: int
     segment_bytes: int
+    state_bytes: int = 0
 
     @property
     def kept_bytes(self) -> int:
@@ -256,11 +261,17 @@ def prefill_flops(
 
     Two per parameter and token, the output head's left out, which one row wants; and four per head
     dimension, query head and visible key: all keys before it for a query of a global layer, its
-    window or chunk elsewhere.
+    window or chunk elsewhere. Of linear attention six for each number of a state: it fades, is
+    read for the key and for the query, and is written.
     """
     n = context_length
     keys = 0.0
-    for window, chunk in zip(config.layer_windows, config.layer_chunks, strict=True):
+    linear = config.linear
+    stateful = frozenset[int]() if linear is None else linear.layers
+    spans = zip(config.layer_windows, config.layer_chunks, strict=True)
+    for layer, (window, chunk) in enumerate(spans):
+        if layer in stateful:
+            continue
         if chunk is not None:
             whole, rest = divmod(n, chunk)
             keys += whole * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2
@@ -271,7 +282,11 @@ def prefill_flops(
             keys += n * (n + 1) / 2
     per_key = 2 * config.num_heads * (config.head_dim + config.v_head_dim)
     head = config.vocab_size * config.hidden_size // tp_size
-    return 2.0 * (weights.num_active - head) * n + per_key * keys / tp_size
+    states = 0
+    if linear is not None:
+        states = len(stateful) * linear.value_heads * linear.key_dim * linear.value_dim
+    own = per_key * keys + 6.0 * states * n
+    return 2.0 * (weights.num_active - head) * n + own / tp_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,6 +356,8 @@ def _groups(
     groups = []
     for number, (group, layout) in enumerate(zip(spec.groups, layouts, strict=True)):
         span = None if group.kind is GroupKind.FULL else group.window
+        if group.kind is GroupKind.STATE:
+            span = _STATES_BETWEEN_STEPS * spec.page_size
         groups.append(
             GroupPlan(
                 kind=group.kind.value,
@@ -352,6 +369,7 @@ def _groups(
                 segment_tokens=layout.slots_per_segment,
                 num_segments=segments[number],
                 segment_bytes=layout.segment_bytes,
+                state_bytes=group.state_bytes,
             )
         )
     return tuple(groups)

@@ -9,7 +9,7 @@ import torch
 
 from sglang.srt.errors import BackingError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec, SegmentId, SegmentLayout
-from sglang.srt.mem_cache.segment_backing.base import Plane, layer_planes
+from sglang.srt.mem_cache.segment_backing.base import Plane, PlaneShape, layer_planes
 
 
 class FakeBacking:
@@ -74,7 +74,9 @@ class FakeBacking:
         assert self._spec is not None
         group = self._spec.group_of_layer()[layer]
         layout = self._layouts[group]
-        shape = layer_planes(self._spec, layout, layer)[plane]
+        shape = layer_planes(self._spec, layout, layer).get(
+            plane, PlaneShape(self._spec.kv_heads, self._spec.v_head_dim, torch.float32)
+        )
         key = (layer, plane)
         if key not in self._planes:
             sizes = (layout.num_slots, shape.heads, shape.width)

@@ -23,8 +23,10 @@ from sglang.srt.mem_cache.kv_layout import (
     KVCacheSpec,
     KVGroupSpec,
     SegmentId,
+    StateShape,
 )
 from sglang.srt.mem_cache.segment_backing.base import layer_planes
+from sglang.srt.mem_cache.state_pool import LayerState
 from sglang.srt.mem_cache.window_rule import window_rules
 from srt.mem_cache.fake_backing import FakeBacking
 
@@ -44,7 +46,7 @@ class PoisonedBacking(FakeBacking):
         assert self._spec is not None
         layout = self._layouts[group]
         size = layout.slots_per_segment
-        for layer in self._spec.groups[group].layers:
+        for layer in self._spec.plane_layers(GroupId(group)):
             for plane in layer_planes(self._spec, layout, layer):
                 view = self.view(layer, plane)
                 for segment in segments:
@@ -53,6 +55,8 @@ class PoisonedBacking(FakeBacking):
 
 Window = tuple[GroupKind, int | None]
 FULL: Window = (GroupKind.FULL, None)
+STATES: Window = (GroupKind.STATE, None)
+STATE = StateShape(1, 2, 3, 2, 3)  # as many numbers as a page of four tokens in one layer
 
 
 def tiny_spec(
@@ -68,7 +72,12 @@ def tiny_spec(
     """
     kinds = windows or (FULL,) * num_groups
     groups = tuple(
-        KVGroupSpec(tuple(range(g, num_groups * layers_per_group, num_groups)), kind, window)
+        KVGroupSpec(
+            tuple(range(g, num_groups * layers_per_group, num_groups)),
+            kind,
+            window,
+            STATE if kind is GroupKind.STATE else None,
+        )
         for g, (kind, window) in enumerate(kinds)
     )
     spec = KVCacheSpec(groups, 1, 2, 1, "float32", page_size, latent)
@@ -237,8 +246,8 @@ class MemoryDriver:
         return done
 
     def cache_prefix(self, request: Request, num_tokens: int) -> None:
-        ends = num_tokens == len(request.tokens)
-        self.memory.cache_prefix(request.lease, request.array(), num_tokens, keep_window=ends)
+        keeps = num_tokens == len(request.tokens) or self.memory.keeps_chunk_ends
+        self.memory.cache_prefix(request.lease, request.array(), num_tokens, keep_window=keeps)
 
     def close(self, request: Request, *, insert: bool) -> None:
         tokens = request.array() if insert else None
@@ -251,7 +260,8 @@ class MemoryDriver:
         """A forward reads, from now on, what the newest step of every request may see."""
         self.memory.note_launched(epoch)
         for request in self.requests:
-            seen = [self._seen(request, layer) for layer in range(self.memory.spec.num_layers)]
+            layers = range(self.memory.spec.num_layers)
+            seen = [self._seen(request, layer, reading=True) for layer in layers]
             slots = [slot for slot, _ in seen]
             self.readers.append(Reader(epoch, request, slots, [marks for _, marks in seen]))
 
@@ -284,8 +294,8 @@ class MemoryDriver:
         self, needs: list[PageNeed], wants: list[tuple[Request, int]], *, decode: bool
     ) -> bool:
         memory = self.memory
-        wanted = sum(memory.pages_needed(need)[0] for need in needs)
-        everywhere = [wanted] * memory.spec.num_groups
+        each = [memory.pages_needed(need) for need in needs]
+        everywhere = [sum(need[group] for need in each) for group in _each(memory)]
         could = memory.can_hold(everywhere)
         for request, _ in wants:  # a refused step, too, may recycle what came before it
             request.last_start = request.num_computed
@@ -315,6 +325,7 @@ class MemoryDriver:
         row = 0
         for request, count in wants:
             locs = [loc[row : row + count] for loc in placement.out_cache_loc]
+            self._check_source(request)
             request.num_computed += count
             self._note_writes(request, locs, decode=decode)
             self._write(request, locs, count)
@@ -344,6 +355,9 @@ class MemoryDriver:
         pool = self.memory.kv_pool
         for layer in range(self.memory.spec.num_layers):
             group = pool.group_of_layer(layer)
+            if self._holds_states(group):
+                self._leave_states(request, layer, request.num_computed - count)
+                continue
             loc = torch.from_numpy(pool.share.write_slots(group, locs[group]).copy())
             k, v = (marks + layer)[:, None, None].repeat(1, 1, 2), (marks - layer)[:, None, None]
             if pool.spec.values_in_keys:
@@ -351,9 +365,73 @@ class MemoryDriver:
                 pool.index_planes.store(layer, loc, -marks[:, None])
             pool.set_kv_buffer(layer, loc, k, v)
 
-    def _seen(self, request: Request, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots and marks of all that the newest step of a request may see in one layer."""
+    # A state's mark is that of the last token before it; all of its numbers are the mark.
+
+    def _holds_states(self, group: int) -> bool:
+        return self.memory.manager.layouts[group].holds_states
+
+    def _state_pages(self, request: Request, ends: list[int]) -> list[int]:
+        """The page of the state after so many tokens, for each of `ends`; it must be there."""
+        (group,) = (g for g in _each(self.memory) if self._holds_states(g))
+        table, size = request.lease.tables[group], self.memory.page_size
+        pages = [int(table.page_ids[(end - 1) // size - table.first_page]) for end in ends]
+        assert all(pages), "a state that is needed is not kept"
+        return pages
+
+    def _check_source(self, request: Request) -> None:
+        """What a step is about to begin from is the state after the tokens that were computed."""
+        for layer in range(self.memory.spec.num_layers):
+            if request.num_computed and self._holds_states(
+                self.memory.kv_pool.group_of_layer(layer)
+            ):
+                pages = torch.tensor(self._state_pages(request, [request.num_computed]))
+                self._check_states(layer, pages, request.fingerprints()[-1:])
+
+    def _leave_states(self, request: Request, layer: int, start: int) -> None:
+        pool = self.memory.kv_pool.states
+        assert pool is not None
+        border = (request.num_computed - 1) // self.memory.page_size * self.memory.page_size
+        ends = [end for end in (border, request.num_computed) if end > start]
+        values = request.fingerprints()[[end - 1 for end in ends]] + layer
+        rows = values[:, None, None]
+        state = LayerState(rows[..., None].expand(-1, 1, 2, 3), rows.expand(-1, 2, 3))
+        pages = torch.tensor(self._state_pages(request, ends), dtype=torch.int64)
+        pool.store(layer, pages, state)
+
+    def _check_states(self, layer: int, pages: torch.Tensor, marks: torch.Tensor) -> None:
+        pool = self.memory.kv_pool.states
+        assert pool is not None
+        state = pool.load(layer, pages)
+        rows = (marks + layer)[:, None, None]
+        assert torch.equal(state.matrix, rows[..., None].expand_as(state.matrix))
+        assert torch.equal(state.inputs, rows.expand_as(state.inputs))
+
+    def _seen_states(self, request: Request, *, reading: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pages and marks of the newest state and of what lies at borders that a step passed.
+
+        `reading`: only whole pages, which later steps of the request leave as they are.
+        """
+        size, end = self.memory.page_size, request.num_computed
+        border = (end - 1) // size * size
+        ends = {border} if border > request.last_start else set()
+        if request.last_start % size == 0:
+            ends.add(request.last_start)
+        if not reading or end % size == 0:
+            ends.add(end)
+        wanted = sorted(ends - {0})
+        pages = torch.tensor(self._state_pages(request, wanted), dtype=torch.int64)
+        return pages, request.fingerprints()[[end - 1 for end in wanted]]
+
+    def _seen(
+        self, request: Request, layer: int, *, reading: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots and marks of all that the newest step of a request may see in one layer.
+
+        Of states pages and marks, see `_seen_states`.
+        """
         group = self.memory.kv_pool.group_of_layer(layer)
+        if self._holds_states(group):
+            return self._seen_states(request, reading=reading)
         rule, snapshot = self.rules[group], request.lease.tables[group].snapshot()
         first = 0 if rule is None else rule.visible_start(request.last_start)
         if first == request.num_computed:
@@ -371,6 +449,9 @@ class MemoryDriver:
         """Contents of the slots of which this rank has the memory."""
         pool = self.memory.kv_pool
         group = pool.group_of_layer(layer)
+        if self._holds_states(group):
+            self._check_states(layer, slots, marks)
+            return
         marks = marks[torch.from_numpy(pool.share.owns(group, slots.numpy() // pool.page_size))]
         slots = torch.from_numpy(pool.share.own_slots(group, slots.numpy()))
         keys, values = pool.get_key_buffer(layer)[slots], pool.get_value_buffer(layer)[slots]

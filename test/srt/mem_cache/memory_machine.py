@@ -25,6 +25,7 @@ from sglang.srt.mem_cache.rank_agreement import RankAgreement
 from srt.mem_cache.fake_backing import FakeBacking
 from srt.mem_cache.memory_driver import (
     FULL,
+    STATES,
     MemoryDriver,
     Request,
     Window,
@@ -396,6 +397,16 @@ class WindowMachine(MemoryMachine):
 
     def draw_windows(self, data: st.DataObject) -> Sequence[Window]:
         return (FULL, (data.draw(st.sampled_from(self.kinds)), data.draw(WIDTHS)))
+
+
+class StateMachine(MemoryMachine):
+    """One group that keeps all tokens and one whose pages are states."""
+
+    num_groups = 2
+
+    def draw_windows(self, data: st.DataObject) -> Sequence[Window]:
+        del data
+        return (FULL, STATES)
 
 
 class OnlyWindowsMachine(MemoryMachine):

@@ -10,7 +10,7 @@ from sglang.srt.mem_cache.kv_layout import GroupKind
 from sglang.srt.mem_cache.page_owner import PageState
 from sglang.srt.mem_cache.reclaim import Reclaim, pages_over_budget, reclaim_step
 from srt.mem_cache.memory_driver import MemoryDriver, finish_background
-from srt.mem_cache.memory_machine import MemoryMachine, WindowMachine
+from srt.mem_cache.memory_machine import MemoryMachine, StateMachine, WindowMachine
 
 
 class MovingMachine(MemoryMachine):
@@ -120,6 +120,13 @@ class SlidingMovingMachine(MovingMachine):
 
 class ChunkedMovingMachine(SlidingMovingMachine):
     kinds = (GroupKind.CHUNKED,)
+
+
+class StateMovingMachine(MovingMachine):
+    """One group that keeps all tokens and one whose pages are states."""
+
+    num_groups = 2
+    draw_windows = StateMachine.draw_windows
 
 
 class SlowMovingMachine(MovingMachine):

@@ -136,7 +136,7 @@ def test_keys_land_in_their_slots(make_pool: Any, dtype: str) -> None:
     assert torch.equal(pool.index_planes[2][loc].float()[:, 0], round_to(keys, pool.dtype).float())
     assert not pool.index_planes[0][loc].float().any()
     assert not pool.get_key_buffer(2)[loc].float().any()
-    assert [len(pool.stored_planes(layer)) for layer in range(3)] == [2, 1, 2]
+    assert [len(pool.stored_planes(group)) for group in range(pool.spec.num_groups)] == [5]
     with pytest.raises(InvariantError, match="layer 1 keeps no index keys"):
         pool.index_planes.store(1, loc, keys)
 

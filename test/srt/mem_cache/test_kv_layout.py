@@ -98,10 +98,11 @@ def test_rounding_is_the_smallest_multiple_that_fits_every_plane(
             and slots * spec.v_bytes_per_slot_layer % granule == 0
         )
 
-    slots = round_slots_per_segment(spec, requested, granule)
+    planes = (spec.k_bytes_per_slot_layer, spec.v_bytes_per_slot_layer)
+    slots = round_slots_per_segment(page_size, planes, requested, granule)
     assert slots >= requested
     assert legal(slots)
-    step = round_slots_per_segment(spec, 1, granule)
+    step = round_slots_per_segment(page_size, planes, 1, granule)
     assert slots % step == 0
     assert slots - step < requested
     assert not any(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from srt.mem_cache.memory_machine import (
     MemoryMachine,
     OnlyWindowsMachine,
+    StateMachine,
     TwoGroupMachine,
     WindowMachine,
     machine_settings,
@@ -43,6 +44,8 @@ TestTwoGroups = TwoGroupMachine.TestCase
 TestTwoGroups.settings = machine_settings(30)
 TestWindows = WindowMachine.TestCase
 TestWindows.settings = machine_settings(60)
+TestStates = StateMachine.TestCase
+TestStates.settings = machine_settings(40)
 TestOnlyWindows = OnlyWindowsMachine.TestCase
 TestOnlyWindows.settings = machine_settings(30)
 TestOnlyWindowsOnTwoRanks = OnlyWindowsRanksMachine.TestCase

@@ -19,6 +19,7 @@ from srt.mem_cache.moving_machine import (
     SlidingRanksMovingMachine,
     SlowMovingMachine,
     SlowSlidingMovingMachine,
+    StateMovingMachine,
     TwoGroupMovingMachine,
     TwoGroupRanksMovingMachine,
 )
@@ -29,6 +30,7 @@ MACHINES = {
     SlidingMovingMachine: 30,
     ChunkedMovingMachine: 30,
     LatentMovingMachine: 15,
+    StateMovingMachine: 20,
     SlowMovingMachine: 20,
     SlowSlidingMovingMachine: 20,
     RanksMovingMachine: 15,

@@ -26,10 +26,16 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from srt.models.hf_dense import DENSE_FAMILIES, DENSE_FIELDS
@@ -56,6 +62,11 @@ LATENT_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
 SPARSE_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
     "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
     "glm_moe_dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
+}
+HYBRID_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
+    "qwen3_5": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
+    "qwen3_5_moe": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
+    "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM),
 }
 CHUNK = 24
 WINDOW = 20
@@ -162,6 +173,32 @@ SPARSE_FIELDS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
     },
 }
+_HYBRID: dict[str, Any] = {
+    "head_dim": 16,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+_HYBRID_EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+}
+HYBRID_FIELDS: dict[str, dict[str, Any]] = {
+    "qwen3_5": _HYBRID,
+    "qwen3_5_moe": {**_HYBRID, **_HYBRID_EXPERTS},
+    "qwen3_next": {
+        **_HYBRID,
+        **_HYBRID_EXPERTS,
+        "num_hidden_layers": 4,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"],
+        "mlp_only_layers": [1],
+    },
+}
 LITE: dict[str, Any] = {  # as DeepSeek-V2-Lite differs from V2
     "q_lora_rank": None,
     "topk_method": "greedy",
@@ -185,6 +222,7 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
         **DENSE_FAMILIES,
         **MIXTURE_FAMILIES,
         **SPARSE_FAMILIES,
+        **HYBRID_FAMILIES,
     }
     config_class, model_class = families[family]
     fields: dict[str, Any] = {
@@ -206,6 +244,7 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
         **DENSE_FIELDS.get(family, {}),
         **MIXTURE_FIELDS.get(family, {}),
         **SPARSE_FIELDS.get(family, {}),
+        **HYBRID_FIELDS.get(family, {}),
         **changes,
     }
     if family == "qwen3":
@@ -227,6 +266,8 @@ def make_hf_model(family: str, **changes: Any) -> PreTrainedModel:
                 parameter.copy_(noise * scale)
             else:
                 parameter.copy_(noise * 0.2 + (0.0 if name.endswith("bias") else 1.0))
+            if name.endswith("A_log"):
+                parameter.sub_(4.0)  # states that remember tens of tokens
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):  # so that some experts are chosen by it
                 last = buffer.shape[-1]

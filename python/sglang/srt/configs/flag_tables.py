@@ -71,9 +71,9 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "no model with state-space or linear-attention layers is served here",
+        "recurrent states are pages of the one budget, and are computed in PyTorch",
         """
-        --max-mamba-cache-size V; --mamba-ssm-dtype V; --mamba-full-memory-ratio V;
+        --max-mamba-cache-size V; --mamba-full-memory-ratio V;
         --mamba-scheduler-strategy V; --mamba-track-interval V; --mamba-backend V;
         --enable-mamba-extra-buffer; --linear-attn-backend V; --linear-attn-decode-backend V;
         --linear-attn-prefill-backend V
@@ -196,6 +196,12 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         --modelopt-checkpoint-restore-path V; --modelopt-checkpoint-save-path V;
         --modelopt-export-path V; --quantize-and-serve; --enable-fp32-lm-head;
         --rl-quant-profile V
+        """,
+    ),
+    (
+        "recurrent states are kept in float32",
+        """
+        --mamba-ssm-dtype V ok:float32
         """,
     ),
     (

@@ -154,7 +154,9 @@ class ModelConfig(ModelTraits):
         return self.num_kv_heads * self.head_dim
 
     def is_draft_weight(self, name: str) -> bool:
-        """Whether a checkpoint's tensor is of a layer behind the last one, see `ModelTraits`."""
+        """Whether a checkpoint's tensor predicts further tokens, see `ModelTraits`."""
+        if self.draft_prefix is not None and name.startswith(self.draft_prefix):
+            return True
         if not self.num_draft_layers:
             return False
         if (layer := _LAYER.match(name)) is None:

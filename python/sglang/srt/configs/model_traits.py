@@ -107,6 +107,25 @@ class IndexConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearConfig:
+    """Linear attention with a recurrent state, by the gated delta rule (arXiv 2412.06464).
+
+    `layers` have it in place of attention. Queries and keys have `key_heads` heads of `key_dim`,
+    values `value_heads` of `value_dim`, a multiple of the former. All go through a causal
+    convolution of `conv_size` tokens, each channel by itself. `interleaved`: the projections'
+    outputs come key head by key head, each with its values, not all queries first.
+    """
+
+    layers: frozenset[int]
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_size: int
+    interleaved: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TemperatureConfig:
     """The query at position p is scaled by
     1 + `attn_scale` * ln(1 + floor((p + 1) / `floor_scale`)), `floor_scale` in tokens."""
@@ -147,8 +166,9 @@ class ModelTraits:
 
     `latent` None: keys and values are kept head by head. Otherwise rotation, windows and caps are
     those of the turning parts and the scores. `index` None: every token before it is seen.
-    Checkpoints have `num_draft_layers` more layers
-    behind the last, which predict further tokens and are not loaded.
+    `linear` None: all layers attend to tokens. Checkpoints have `num_draft_layers` more layers
+    behind the last, which predict further tokens and are not loaded; so are tensors whose names
+    begin with `draft_prefix`.
 
     Scores are q k^T times `attention_scaling` (None: head_dim ** -0.5). A cap c > 0 turns scores
     (`attention_logit_cap`) or logits (`final_logit_cap`) s into c * tanh(s / c). Embeddings, what
@@ -176,6 +196,8 @@ class ModelTraits:
     index: IndexConfig | None = None
     num_draft_layers: int = 0
     weight_names: tuple[tuple[str, str], ...] = ()
+    draft_prefix: str | None = None
+    linear: LinearConfig | None = None
     attention_scaling: float | None = None
     attention_logit_cap: float = 0.0
     final_logit_cap: float = 0.0

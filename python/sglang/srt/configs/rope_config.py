@@ -152,6 +152,8 @@ def rope_config_from_hf(
     partial = _number(merged, "partial_rotary_factor", 1.0)
     if partial != 1.0 and "partial_rotary_factor" not in family_fields:
         raise ValueError("partial_rotary_factor other than 1.0 is not supported")
+    if not 0 < partial <= 1.0:
+        raise ValueError(f"partial_rotary_factor must be above 0 and at most 1, not {partial}")
     original = merged.get("original_max_position_embeddings")
     factor = 1.0
     if rope_type == "longrope":

@@ -162,15 +162,17 @@ def fixed_bytes(spec: KVCacheSpec, granule_bytes: int) -> int:
     total = 0
     for number, group in enumerate(spec.groups):
         own = spec.of_group(GroupId(number))
-        planes = (
-            (len(group.layers), own.k_bytes_per_slot_layer),
-            (len(group.layers), own.v_bytes_per_slot_layer),
-            (spec.num_index_layers(GroupId(number)), spec.index_bytes_per_slot_layer),
-        )
-        total += sum(
-            count * -(-spec.page_size * per_slot // granule_bytes) * granule_bytes
-            for count, per_slot in planes
-        )
+        planes = [
+            (len(group.layers), spec.page_size * own.k_bytes_per_slot_layer),
+            (len(group.layers), spec.page_size * own.v_bytes_per_slot_layer),
+            (
+                spec.num_index_layers(GroupId(number)),
+                spec.page_size * spec.index_bytes_per_slot_layer,
+            ),
+        ]
+        if group.state is not None:
+            planes = [(1, group.state_bytes)]
+        total += sum(count * -(-size // granule_bytes) * granule_bytes for count, size in planes)
     return total
 
 
@@ -234,7 +236,10 @@ def make_recorder(
 
     Tapes on a host, not with several ranks: a recording that is given up half-way would repeat
     collectives; nor of what torch.compile made. Graphs on a device, recorded before this returns.
+    Steps that move recurrent states are not recorded.
     """
+    if pool.states is not None:
+        return None
     if runtime.is_async:
         sizes = recorded_rows(args, type(backend))
         if not sizes:

@@ -10,6 +10,7 @@ import logging
 from dataclasses import dataclass, replace
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.model_traits import LinearConfig
 from sglang.srt.distributed.communicator import Communicator
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.managers.scheduler_device import prefill_chunk_tokens, reserve_of
@@ -24,6 +25,7 @@ from sglang.srt.mem_cache.kv_layout import (
     KVCacheSpec,
     KVGroupSpec,
     SegmentLayout,
+    StateShape,
     make_segment_layouts,
     trim_layouts_to_budget,
 )
@@ -49,27 +51,51 @@ def resolve_max_running_requests(
     return max(1, min(max(derived, 2048), 4096, capacity_tokens // 2))
 
 
+def check_states(args: ServerArgs, config: ModelConfig) -> None:
+    """Raise ValueError for what can't be served of a model with recurrent states."""
+    if config.linear is None:
+        return
+    if args.speculative_algorithm is not None:
+        raise ValueError(
+            "--speculative-algorithm: the recurrent states of this model can't be taken back to "
+            "before a draft that was not accepted"
+        )
+    if args.max_total_tokens is not None:
+        raise ValueError(
+            "--max-total-tokens says nothing of recurrent states; bound this model's memory with "
+            "--kv-memory-budget"
+        )
+
+
 def kv_cache_spec(
     config: ModelConfig, parallel: ParallelState, dtype: str, page_size: int
 ) -> KVCacheSpec:
     """The KV cache of one rank: a group of the layers that keep every token, if there are any,
-    then one for each sliding window, narrow to wide, and one for each chunk.
+    then one for each sliding window, narrow to wide, one for each chunk, and one of the states of
+    linear attention.
 
-    An encoder keeps nothing; one small layer is then what prompts are admitted by."""
+    An encoder keeps nothing; one small layer is then what prompts are admitted by. Raises
+    ValueError when the heads of states can't be divided over the ranks."""
     if config.encoder is not None:
         one = KVGroupSpec((0,), GroupKind.FULL, None)
         return KVCacheSpec((one,), 1, config.head_dim, config.head_dim, dtype, page_size)
     layers: dict[tuple[GroupKind, int | None], list[int]] = {}
     spans = zip(config.layer_windows, config.layer_chunks, strict=True)
+    linear = config.linear
     for layer, (window, chunk) in enumerate(spans):
-        if chunk is not None:
+        if linear is not None and layer in linear.layers:
+            kind = GroupKind.STATE
+        elif chunk is not None:
             kind = GroupKind.CHUNKED
         else:
             kind = GroupKind.FULL if window is None else GroupKind.SLIDING
         layers.setdefault((kind, chunk or window), []).append(layer)
-    order = (GroupKind.FULL, GroupKind.SLIDING, GroupKind.CHUNKED)
+    order = (GroupKind.FULL, GroupKind.SLIDING, GroupKind.CHUNKED, GroupKind.STATE)
+    state = None if linear is None else _state_shape(linear, parallel)
     groups = [
-        KVGroupSpec(tuple(layers[kind, span]), kind, span)
+        KVGroupSpec(
+            tuple(layers[kind, span]), kind, span, state=state if kind is GroupKind.STATE else None
+        )
         for kind, span in sorted(layers, key=lambda key: (order.index(key[0]), key[1] or 0))
     ]
     return KVCacheSpec(
@@ -82,6 +108,19 @@ def kv_cache_spec(
         values_in_keys=config.latent is not None,
         index_dim=0 if config.index is None else config.index.head_dim,
         index_layers=() if config.index is None else config.index.layers,
+    )
+
+
+def _state_shape(linear: LinearConfig, parallel: ParallelState) -> StateShape:
+    """What one layer keeps of a request on one rank, which has its share of the heads."""
+    keys = parallel.shard_size(linear.key_heads, "key heads of linear attention")
+    values = parallel.shard_size(linear.value_heads, "value heads of linear attention")
+    return StateShape(
+        heads=values,
+        key_dim=linear.key_dim,
+        value_dim=linear.value_dim,
+        conv_tokens=linear.conv_size - 1,
+        channels=2 * keys * linear.key_dim + values * linear.value_dim,
     )
 
 
@@ -257,6 +296,10 @@ def plan_pool(
     if clamp.effective < 2:
         raise ValueError(f"The KV memory cannot hold one request: {clamp.explanation}.")
     for layout in layouts:
+        if layout.holds_states:
+            states, size = layout.pages_per_segment, layout.segment_bytes
+            logger.info("KV group %d: segments of %d states (%d bytes)", layout.group, states, size)
+            continue
         logger.info(
             "KV group %d: segments of %d tokens (%d bytes, %d pages of %d)",
             layout.group,

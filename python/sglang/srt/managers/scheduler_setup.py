@@ -57,6 +57,7 @@ from sglang.srt.managers.scheduler_pool_plan import (
     LowerSpace,
     PoolPlan,
     agreed_space,
+    check_states,
     kv_cache_spec,
     plan_pool,
 )
@@ -153,6 +154,7 @@ def build_scheduler_parts(
     )
     pooling = pooling_of(config, is_embedding=args.is_embedding)
     args = args_for_pooling(args, pooling)
+    check_states(args, config)
     requested = resolve_context_length(config, args.context_length, environ)
     config = config.for_context(requested)
     grid = RankGrid.of(links, args.kv_parallel_size)
@@ -302,9 +304,8 @@ def _open_pool(
             args, runtime, free_before, config, spec, backend_class, backing.granule_bytes
         ),
     )
-    num_here = rank.place.num_here
+    num_here, min_slots = rank.place.num_here, auto_min_slots(runtime)
     below = LowerSpace(disk_space(args, num_here), host_space(args, num_here))
-    min_slots = auto_min_slots(runtime)
     below = agreed_space(rank.everyone, below)
     plan = plan_pool(args, spec, backing, host, requested, device_plan, min_slots, below)
     if plan.clamp.is_clamped:
@@ -313,8 +314,7 @@ def _open_pool(
     events = args.kv_events_config if rank.place.tp_rank == 0 else None
     publisher = open_publisher(events, rank.place)
     sink = None if publisher is None else publisher.publish
-    machine_bytes = host.total_bytes + plan.lower_bytes
-    memory = _make_memory(rank, spec, backing, plan, machine_bytes, sink)
+    memory = _make_memory(rank, spec, backing, plan, host.total_bytes + plan.lower_bytes, sink)
     memory.kv_pool.serve(runtime)
     _warn_of_nothing_shared(args, memory)
     return plan, memory, publisher
@@ -362,7 +362,8 @@ def _perturbation(args: ServerArgs, environ: Environ, spec: KVCacheSpec) -> Pert
         return None
     if args.kv_canary == "off":
         raise ValueError("SGLANG_KV_CANARY_PERTURB is for a canary to find; set --kv-canary")
-    return Perturbation.parse(text, spec.num_groups, full=args.kv_canary == "full")
+    num_groups = sum(group.state is None for group in spec.groups)  # states carry no marks
+    return Perturbation.parse(text, num_groups, full=args.kv_canary == "full")
 
 
 def _canary(

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from sglang.srt.errors import InvariantError
-from sglang.srt.mem_cache.allocator import PageAllocator
+from sglang.srt.mem_cache.allocator import PageAllocator, granted
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, HeldWindow
 from sglang.srt.mem_cache.canary import KVCanary
 from sglang.srt.mem_cache.cold_segments import (
@@ -51,11 +50,11 @@ from sglang.srt.mem_cache.rank_agreement import RankAgreement
 from sglang.srt.mem_cache.segment_backing.base import SegmentBacking
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 from sglang.srt.mem_cache.segment_state import Ticket
+from sglang.srt.mem_cache.state_group import clip_expected, grow_table, held_of, pages_taken
 from sglang.srt.mem_cache.window_recycler import WindowRecycler
 from sglang.srt.mem_cache.window_rule import window_rules
 
 Int32Array = npt.NDArray[np.int32]
-_Granted = TypeVar("_Granted")
 
 __all__ = ["DecodeRows", "KVLease", "KVMemory", "KVPlacement", "PageNeed"]
 
@@ -97,6 +96,7 @@ class KVMemory:
         )
         # Windows end at pages, and a page of another KV-parallel rank can't be read.
         self._copies_rests = not self.recycler.active and not kv_pool.share.shares_any
+        self.keeps_chunk_ends = any(layout.holds_states for layout in manager.layouts)
         self._growth: Ticket | None = None
         self._decode_steps: DecodeSteps | None = None  # of the last step that decoded
 
@@ -212,7 +212,7 @@ class KVMemory:
         rest = self.cache.find_rest(lease.handle, token_ids, max_prefix)
         if rest is None:
             return 0
-        _granted(self.alloc_for_extend([PageNeed(lease, rest.num_tokens)]))
+        granted(self.alloc_for_extend([PageNeed(lease, rest.num_tokens)]))
         for group, source in enumerate(rest.page_ids):
             target = lease.tables[group].page_ids[-1:]
             copy_pages(self.kv_pool, GroupId(group), np.array([source], np.int32), target)
@@ -232,7 +232,8 @@ class KVMemory:
         if self.recycler.active:
             for need in needs:
                 self.recycler.before_extend(need.lease, need.num_tokens)
-        if not self.ladder.ensure([sum(counts)] * len(self.allocators)):
+        layouts = self.manager.layouts
+        if not self.ladder.ensure([sum(pages_taken(x, n) for n in counts) for x in layouts]):
             return None
         locs = []
         for g, allocator in enumerate(self.allocators):
@@ -240,7 +241,7 @@ class KVMemory:
             for need, count in zip(needs, counts, strict=True):
                 table = need.lease.tables[g]
                 if count:
-                    table.extend(_granted(allocator.alloc_pages(count, table.next_page_hint)))
+                    grow_table(allocator, table, count)
                 pieces.append(table.slots(need.lease.num_tokens, need.num_tokens))
             locs.append(np.concatenate(pieces) if pieces else np.empty(0, np.int64))
         for need in needs:
@@ -271,7 +272,7 @@ class KVMemory:
             pages = None
             if starting.num_rows:
                 hints = steps.hints(group, starting)
-                pages = _granted(allocator.alloc_each(hints, distinct=steps.distinct))
+                pages = granted(allocator.alloc_each(hints, distinct=steps.distinct))
                 self.rows.groups[group].append_each(starting.rows, pages)
             locs.append(steps.take_slots(group, starting, pages))
         steps.advance()
@@ -313,7 +314,7 @@ class KVMemory:
             self._insert(lease, token_ids, num_tokens, keep_window=self.recycler.active)
         lease.closed = True
         for allocator, table in zip(self.allocators, lease.tables, strict=True):
-            allocator.index.drop_row(table.page_ids)
+            allocator.index.drop_row(held_of(allocator.layout, table.page_ids))
         self.cache.release(lease.handle)
         self.rows.free_row(lease.row)
         del self.leases[lease.row]
@@ -341,7 +342,8 @@ class KVMemory:
 
     def pages_needed(self, need: PageNeed) -> tuple[int, ...]:
         """New pages per group that a need would take."""
-        return (self._pages_missing(need),) * len(self.allocators)
+        count = self._pages_missing(need)
+        return tuple(pages_taken(layout, count) for layout in self.manager.layouts)
 
     @property
     def capacity_tokens(self) -> int:
@@ -368,6 +370,9 @@ class KVMemory:
         if self._max_cached_pages is not None:
             self.cache.evict(max(0, self.cache.num_evictable_pages - self._max_cached_pages))
         self._flush_events()
+        pages_expected = pages_expected and clip_expected(
+            self.manager.layouts, pages_expected, len(self.leases)
+        )
         self._growth = self.ladder.look_ahead(pages_expected)
         self.ladder.shrink(now, pages_expected)
         if self._promoter is not None:
@@ -481,10 +486,3 @@ class KVMemory:
             f"{self.cache!r}, mapped={self.manager.mapped_bytes} of {self.manager.budget_bytes}"
             + (f", below={self.manager.lower_bytes} of {lower})" if lower else ")")
         )
-
-
-def _granted(pages: _Granted | None) -> _Granted:
-    """Pages that the ladder had made sure of."""
-    if pages is None:
-        raise InvariantError("the ladder promised pages that the allocator does not have")
-    return pages

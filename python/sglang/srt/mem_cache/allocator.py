@@ -9,15 +9,19 @@ ladder in `allocation.py` does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from sglang.srt.errors import InvariantError
 from sglang.srt.mem_cache.kv_layout import SegmentLayout
 from sglang.srt.mem_cache.page_owner import STATE_CODES, CountsListener, PageIndex, PageState
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
+
+_Granted = TypeVar("_Granted")
 
 NO_HINT = -1
 _FREE, _USED = STATE_CODES[PageState.FREE], STATE_CODES[PageState.USED]
@@ -306,6 +310,13 @@ class PageAllocator:
     def __repr__(self) -> str:
         _, free, used, cached = self.index.totals
         return f"PageAllocator(group={self.layout.group}, {free=}, {used=}, {cached=})"
+
+
+def granted(pages: _Granted | None) -> _Granted:
+    """What was granted, where the ladder had made sure of it; InvariantError for None."""
+    if pages is None:
+        raise InvariantError("the ladder promised pages that the allocator does not have")
+    return pages
 
 
 def runs_of(flags: npt.NDArray[np.bool_]) -> tuple[Int64Array, Int64Array]:

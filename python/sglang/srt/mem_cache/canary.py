@@ -10,7 +10,7 @@ Note [Canary].
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,7 +85,7 @@ class KVCanary:
     def write(self, tables: Sequence[BlockTable], first: int, marks: UInt64Array) -> None:
         """The positions [first, first + len(marks)) of a request are about to be written."""
         self._grow()
-        for g, table in enumerate(tables):
+        for g, table in self._of_tokens(tables):
             slots = table.slots(first, len(marks))
             self.marks[g].reshape(-1)[slots] = marks
             if self._full:
@@ -118,7 +118,7 @@ class KVCanary:
         """The first len(marks) positions of a request are what it wrote, as far as a table
         reaches (a window group dropped its head). InvariantError names what is not."""
         self._grow()
-        for g, table in enumerate(tables):
+        for g, table in self._of_tokens(tables):
             first = min(table.first_page * table.page_size, len(marks))
             places = np.arange(first, len(marks))
             slots = table.slots(first, len(places))
@@ -141,6 +141,8 @@ class KVCanary:
             at = ends[node.parent.id]
             marks, ends[node.id] = chain_marks(at, node.tokens.view())
             for g, array in enumerate(node.pages):
+                if self.indexes[g].layout.holds_states:
+                    continue
                 held = np.flatnonzero(array.view() != NO_PAGE)
                 slots = self._slots_of(array.view()[held])
                 places = self._slots_of(held)  # of the edge's own tokens
@@ -202,6 +204,12 @@ class KVCanary:
 
     # ---- inside -----------------------------------------------------------------------------
 
+    def _of_tokens(self, tables: Sequence[BlockTable]) -> Iterator[tuple[int, BlockTable]]:
+        """The groups that keep tokens: a state is of all tokens before it, no slot has one."""
+        for g, (table, index) in enumerate(zip(tables, self.indexes, strict=True)):
+            if not index.layout.holds_states:
+                yield g, table
+
     def _slots_of(self, pages: Int32Array | Int64Array) -> Int64Array:
         """All slots of whole pages in order, int64 [n * page_size]."""
         bases = pages.astype(np.int64) * self._pool.page_size
@@ -230,9 +238,8 @@ class KVCanary:
             part = slots[first : first + _SUM_SLOTS]
             chosen = torch.from_numpy(part)
             total = np.zeros(len(part), np.uint64)
-            for layer in self._pool.spec.groups[group].layers:
-                for buffer in self._pool.stored_planes(layer):
-                    total = total * _MIX + _row_sums(buffer[chosen.to(buffer.device)])
+            for buffer in self._pool.stored_planes(group):
+                total = total * _MIX + _row_sums(buffer[chosen.to(buffer.device)])
             sums[first : first + _SUM_SLOTS] = total
         return sums
 

@@ -20,6 +20,10 @@ from sglang.srt.mem_cache.kv_layout import (
 )
 from sglang.srt.utils.sizes import format_bytes
 
+# States that one request holds at most: what a step begins from, what it leaves at the last page
+# border, and what it ends with. See docs/kv_segments.md, Note [Recurrent state].
+STATE_PAGES = 3
+
 
 @dataclass(frozen=True, slots=True)
 class ContextClamp:
@@ -54,8 +58,10 @@ def tokens_kept(group: KVGroupSpec, num_tokens: int, prefill_chunk: int, page_si
     """Tokens of one request of `num_tokens` that a group holds at most, in a full prefill chunk.
 
     All of them for FULL; a window group holds its window, the chunk being computed and up to a
-    page of the one that is being left.
+    page of the one that is being left. Of states as many pages as `STATE_PAGES`.
     """
+    if group.kind is GroupKind.STATE:
+        return min(num_tokens, STATE_PAGES * page_size)
     if group.kind is GroupKind.FULL or group.window is None:
         return num_tokens
     # A chunk shorter than a page still takes a page.
@@ -67,7 +73,7 @@ def request_page_bounds(spec: KVCacheSpec, prefill_chunk: int) -> tuple[int | No
     size = spec.page_size
     return tuple(
         None
-        if group.window is None
+        if group.kind is GroupKind.FULL
         else num_pages_for(tokens_kept(group, MAX_SLOTS, prefill_chunk, size), size)
         for group in spec.groups
     )
@@ -149,10 +155,10 @@ def _explain(
     for group, layout, need, kept in zip(spec.groups, layouts, segments, reserve, strict=True):
         name = "" if spec.num_groups == 1 else f" ({group.kind.value} group {layout.group})"
         ranks = "" if layout.kv_parallel == 1 else f" over {layout.kv_parallel} ranks"
-        terms.append(
-            f"{need} + {kept} in reserve segments of {layout.slots_per_segment:,} tokens x "
-            f"{spec.bytes_per_slot(layout.group):,} bytes{ranks}{name}"
-        )
+        what = f"{layout.slots_per_segment:,} tokens x {spec.bytes_per_slot(layout.group):,} bytes"
+        if layout.holds_states:
+            what = f"{layout.pages_per_segment:,} states x {group.state_bytes:,} bytes"
+        terms.append(f"{need} + {kept} in reserve segments of {what}{ranks}{name}")
     held = _bytes(layouts, segments) + _bytes(layouts, reserve)
     verdict = "is clamped to" if effective < requested else "fits: effective"
     return (

@@ -9,7 +9,7 @@ Shape letters: S slots, T packed new tokens, X numbers of an index key.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -38,6 +38,11 @@ class IndexPlanes:
         """Those of a reserved backing; none where `spec` has no index keys."""
         take = backing.plane if isinstance(backing, TableBacking) else backing.view
         return cls({layer: take(layer, Plane.INDEX) for layer in spec.index_layers})
+
+    def part(self, layers: Sequence[int]) -> IndexPlanes:
+        """Those of some layers, which are numbered from 0 then."""
+        found = enumerate(layers)
+        return IndexPlanes({at: self._planes[one] for at, one in found if one in self._planes})
 
     def __getitem__(self, layer_id: int) -> torch.Tensor | SegmentPlane:
         """The plane of a layer; InvariantError where it keeps no index keys."""

@@ -22,6 +22,7 @@ from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.page_owner import NO_NODE, PageIndex, PageState
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 from sglang.srt.mem_cache.segment_state import SegmentState
+from sglang.srt.mem_cache.state_group import held_of
 from sglang.srt.mem_cache.window_recycler import WindowRecycler
 
 
@@ -80,7 +81,7 @@ def _check_owners(index: PageIndex, leases: Sequence[KVLease], recycler: WindowR
     """Rows per page are those of the tables and of what left them while a forward reads it; each
     state has the owners that it should."""
     group = int(index.layout.group)
-    tables = [lease.tables[group].page_ids for lease in leases]
+    tables = [held_of(index.layout, lease.tables[group].page_ids) for lease in leases]
     tables += recycler.leaving_pages(group)
     pages = np.concatenate(tables) if tables else np.empty(0, np.int32)
     _require(bool((pages >= 0).all()) and bool((pages < len(index.state)).all()), "page ids")

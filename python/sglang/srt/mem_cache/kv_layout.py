@@ -29,6 +29,7 @@ SlotId = NewType("SlotId", int)
 ReqPoolIdx = NewType("ReqPoolIdx", int)
 
 MAX_SLOTS = 1 << 31  # slot ids are int32
+_MOST_PADDING = Fraction(1, 8)  # of a state, so that it fills whole granules
 
 DTYPE_BYTES = {
     "float32": 4,
@@ -42,12 +43,43 @@ DTYPE_BYTES = {
 INT8_SCALE_BYTES = 4  # behind each head's bytes: the float32 that they are multiples of
 
 
+STATE_NUMBER_BYTES = 4  # recurrent states are float32
+STATE_SHARE = Fraction(9, 10)  # as SGLang's --mamba-full-memory-ratio divides by default
+
+
 class GroupKind(enum.Enum):
-    """Which tokens the layers of a group keep: all, the last `window`, or their chunk's."""
+    """What the layers of a group keep: all tokens, the last `window`, their chunk's, or no token
+    but a state."""
 
     FULL = "full"
     SLIDING = "sliding"
     CHUNKED = "chunked"
+    STATE = "state"
+
+
+@dataclass(frozen=True, slots=True)
+class StateShape:
+    """What one layer of linear attention keeps of a request, on one rank, all in float32.
+
+    A matrix [`key_dim`, `value_dim`] for each of `heads` heads, and the last `conv_tokens` inputs
+    of a convolution over `channels` channels.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    conv_tokens: int
+    channels: int
+
+    @property
+    def matrix_numbers(self) -> int:
+        """Numbers of all heads' matrices."""
+        return self.heads * self.key_dim * self.value_dim
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of one layer's state."""
+        return self.matrix_numbers + self.conv_tokens * self.channels
 
 
 class KVHeads(NamedTuple):
@@ -60,21 +92,33 @@ class KVHeads(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class KVGroupSpec:
-    """Layers that keep the same tokens. `window` is None for FULL, else tokens.
+    """Layers that keep the same. `window` is in tokens, of SLIDING and CHUNKED only; `state` is one
+    layer's, of STATE only. `heads` are those of a second model's layers; None: the cache's own.
 
-    `heads` are those of a second model's layers; None: the cache's own.
+    In a STATE group a page is a request's whole state over all layers, its slots are parts of it.
+    See docs/kv_segments.md, Note [Recurrent state].
     """
 
     layers: tuple[int, ...]
     kind: GroupKind = GroupKind.FULL
     window: int | None = None
     heads: KVHeads | None = None
+    state: StateShape | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("a KV group needs at least one layer")
-        if (self.window is None) != (self.kind is GroupKind.FULL):
+        if (self.window is not None) != (self.kind in (GroupKind.SLIDING, GroupKind.CHUNKED)):
             raise ValueError("exactly the window groups have a window")
+        if (self.state is not None) != (self.kind is GroupKind.STATE):
+            raise ValueError("exactly the groups of states have a state")
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one request's state over all layers; 0 where tokens are kept."""
+        if self.state is None:
+            return 0
+        return len(self.layers) * self.state.numbers * STATE_NUMBER_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,16 +236,26 @@ class KVCacheSpec:
         return replace(self, groups=renumbered, **own._asdict(), index_layers=index, index_dim=dim)
 
     def bytes_per_slot(self, group: GroupId) -> int:
-        """Bytes of one token over all layers of `group`: K, V and index keys."""
+        """Bytes of one token over all layers of `group`: K, V and index keys. Of a state, its share
+        of a page, in whole numbers; layouts may round it up further."""
+        one = self.groups[group]
+        if one.state is not None:
+            return -(-one.state_bytes // (self.page_size * STATE_NUMBER_BYTES)) * STATE_NUMBER_BYTES
         own = self.of_group(group)
         per_layer = own.k_bytes_per_slot_layer + own.v_bytes_per_slot_layer
         index = self.num_index_layers(group) * self.index_bytes_per_slot_layer
-        return len(self.groups[group].layers) * per_layer + index
+        return len(one.layers) * per_layer + index
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token that every group keeps."""
-        return sum(self.bytes_per_slot(GroupId(g)) for g in range(self.num_groups))
+        """Bytes of one token that every group keeps; states keep none."""
+        groups = (g for g, group in enumerate(self.groups) if group.state is None)
+        return sum(self.bytes_per_slot(GroupId(g)) for g in groups)
+
+    def plane_layers(self, group: GroupId) -> tuple[int, ...]:
+        """Layers with planes of their own: of states only the first, whose plane is all layers'."""
+        one = self.groups[group]
+        return one.layers if one.state is None else one.layers[:1]
 
     def group_of_layer(self) -> tuple[GroupId, ...]:
         """Layer id -> group id, as a table built once."""
@@ -240,7 +294,8 @@ class SegmentLayout:
     """How one group's slot space is cut into segments.
 
     `max_segments` counts segment 0 (the dump segment) too; usable ids are 1..max_segments-1. Each
-    of `kv_parallel` ranks holds one page of as many; bytes are those of one rank.
+    of `kv_parallel` ranks holds one page of as many; bytes are those of one rank. `num_layers` are
+    those with planes. `holds_states`: a page is a state, in one plane for all layers.
     """
 
     group: GroupId
@@ -254,6 +309,7 @@ class SegmentLayout:
     kv_parallel: int = 1
     index_bytes_per_slot: int = 0  # one layer of those that keep index keys
     num_index_layers: int = 0
+    holds_states: bool = False
 
     def __post_init__(self) -> None:
         if self.pages_per_segment % self.kv_parallel:
@@ -326,20 +382,34 @@ def num_pages_for(num_tokens: int, page_size: int) -> int:
     return -(-num_tokens // page_size)
 
 
-def round_slots_per_segment(spec: KVCacheSpec, requested_slots: int, granule_bytes: int) -> int:
+def round_slots_per_segment(
+    page_size: int, plane_bytes: tuple[int, ...], requested_slots: int, granule_bytes: int
+) -> int:
     """Smallest multiple of the page size at which every plane's part is whole granules.
 
-    At least `requested_slots` tokens and at least 1. With a granule of 1 byte only the page size
-    rounds.
+    At least `requested_slots` tokens and at least 1. `plane_bytes` are those of a slot in each
+    plane of a layer. With a granule of 1 byte only the page size rounds.
     """
-    step = spec.page_size
-    for per_slot in (
-        spec.k_bytes_per_slot_layer,
-        spec.v_bytes_per_slot_layer,
-        spec.index_bytes_per_slot_layer,
-    ):
+    step = page_size
+    for per_slot in plane_bytes:
         step = math.lcm(step, granule_bytes // math.gcd(granule_bytes, per_slot))
     return max(1, -(-requested_slots // step)) * step
+
+
+def state_bytes_per_slot(spec: KVCacheSpec, group: GroupId, granule_bytes: int) -> int:
+    """A slot's share of a state in a layout, rounded up as far as that costs little.
+
+    The rounder a page, the fewer states fill whole granules and make a segment.
+    """
+    least = spec.bytes_per_slot(group)
+    align = granule_bytes
+    while align > 1:
+        step = math.lcm(align, spec.page_size * STATE_NUMBER_BYTES)
+        per_slot = -(-least * spec.page_size // step) * step // spec.page_size
+        if per_slot - least <= least * _MOST_PADDING:
+            return per_slot
+        align //= 2
+    return least
 
 
 def make_segment_layouts(
@@ -356,9 +426,10 @@ def make_segment_layouts(
     """Cut every group's slot space, generously: address space is free, slots are permanent.
 
     `slots_per_segment` None is `auto`: the power of two nearest to `auto_segment_bytes` over all
-    planes of a rank, at least `auto_min_slots`. The space holds what `machine_bytes` (all memory
+    planes of a rank, at least `auto_min_slots`; states are always cut so, whatever is asked for
+    tokens. The space holds what `machine_bytes` (all memory
     and lower tiers of a rank) could ever hold and at least twice `budget_bytes`. Segments of the
-    group that keeps all tokens are dealt to `kv_parallel` ranks; window groups are whole on each.
+    group that keeps all tokens are dealt to `kv_parallel` ranks; the others are whole on each.
     Raises ValueError when even one segment passes 2^31 slots.
     """
     layouts = []
@@ -366,12 +437,22 @@ def make_segment_layouts(
         group = GroupId(g)
         per_slot = spec.bytes_per_slot(group)
         ranks = kv_parallel if spec.groups[g].kind is GroupKind.FULL else 1
-        if slots_per_segment is None:
+        own = spec.of_group(group)
+        planes = (own.k_bytes_per_slot_layer, own.v_bytes_per_slot_layer)
+        if spec.groups[g].state is not None:
+            per_slot = state_bytes_per_slot(spec, group, granule_bytes)
+            planes = (per_slot, 0)
+            states = nearest_power_of_two(auto_segment_bytes / (per_slot * spec.page_size))
+            if slots_per_segment is not None:
+                states = min(states, max(1, slots_per_segment // spec.page_size))
+            wanted = states * spec.page_size
+        elif slots_per_segment is None:
             wanted = max(auto_min_slots, nearest_power_of_two(auto_segment_bytes / per_slot))
         else:
             wanted = -(-slots_per_segment // ranks)
-        own = spec.of_group(group)
-        own_slots = round_slots_per_segment(own, wanted, granule_bytes)
+        own_slots = round_slots_per_segment(
+            spec.page_size, (*planes, spec.index_bytes_per_slot_layer), wanted, granule_bytes
+        )
         slots = own_slots * ranks
         limit = MAX_SLOTS // slots
         if limit < 2:
@@ -385,12 +466,13 @@ def make_segment_layouts(
                 pages_per_segment=slots // spec.page_size,
                 kv_parallel=ranks,
                 max_segments=max_segments,
-                num_layers=len(spec.groups[g].layers),
-                k_bytes_per_slot=own.k_bytes_per_slot_layer,
-                v_bytes_per_slot=own.v_bytes_per_slot_layer,
+                num_layers=len(spec.plane_layers(group)),
+                k_bytes_per_slot=planes[0],
+                v_bytes_per_slot=planes[1],
                 granule_bytes=granule_bytes,
                 index_bytes_per_slot=spec.index_bytes_per_slot_layer,
                 num_index_layers=spec.num_index_layers(group),
+                holds_states=spec.groups[g].state is not None,
             )
         )
     return tuple(layouts)
@@ -402,14 +484,23 @@ def trim_layouts_to_budget(
     """The same cuts with only as many segments as `budget_bytes` holds: for memory that stays.
 
     A backing that is not elastic can't move memory between groups, so the budget is divided once,
-    such that every group holds about as many tokens. Raises ValueError when a group gets none.
+    such that every group holds about as many tokens. States get `STATE_SHARE` times as much as the
+    tokens. Raises ValueError when a group gets none.
     """
-    tokens = budget_bytes / sum(
-        Fraction(layout.segment_bytes, layout.slots_per_segment) for layout in layouts
+    state_bytes = 0
+    if any(layout.holds_states for layout in layouts):
+        state_bytes = int(budget_bytes * STATE_SHARE / (1 + STATE_SHARE))
+    tokens = (budget_bytes - state_bytes) / sum(
+        Fraction(layout.segment_bytes, layout.slots_per_segment)
+        for layout in layouts
+        if not layout.holds_states
     )
     trimmed = []
     for layout in layouts:
-        segments = min(int(tokens / layout.slots_per_segment), layout.max_segments - 1)
+        segments = int(tokens / layout.slots_per_segment)
+        if layout.holds_states:
+            segments = state_bytes // layout.segment_bytes
+        segments = min(segments, layout.max_segments - 1)
         if segments < 1:
             raise ValueError(
                 f"a KV budget of {budget_bytes:,} bytes does not hold one segment of "

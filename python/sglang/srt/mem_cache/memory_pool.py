@@ -36,7 +36,6 @@ from sglang.srt.mem_cache.segment_backing.base import (
     Plane,
     SegmentBacking,
     TableBacking,
-    plane_widths,
 )
 from sglang.srt.mem_cache.segment_backing.segment_plane import (
     SegmentPart,
@@ -46,6 +45,7 @@ from sglang.srt.mem_cache.segment_backing.segment_plane import (
     split_by_segment,
 )
 from sglang.srt.mem_cache.slot_pieces import Piece, check_slots, find_pieces
+from sglang.srt.mem_cache.state_pool import MambaPool, make_state_pool
 from sglang.srt.mem_cache.table_rows import TableRows, grown
 from sglang.srt.mem_cache.table_space import TableSpace
 from sglang.srt.utils.device import CpuRuntime, DeviceRuntime
@@ -140,7 +140,9 @@ class MHATokenToKVPool:
     buffers are tensors, so that a slot range may cross a segment border.
 
     With several KV-parallel ranks a plane holds one rank's pages (`layouts` are those of the
-    planes), and `share` says which slot of a plane a slot is; `kv_rank` is this rank.
+    planes), and `share` says which slot of a plane a slot is; `kv_rank` is this rank. `states`
+    (None: there are none) has what layers of linear attention keep, of which nothing else here
+    speaks.
     """
 
     contiguous: ClassVar[bool] = True
@@ -158,7 +160,11 @@ class MHATokenToKVPool:
         self.page_size = spec.page_size
         self.dtype = KV_TORCH_DTYPES[spec.dtype]
         self._group_of_layer = spec.group_of_layer()
-        self._num_planes = len(plane_widths(spec))
+        self._num_planes = 2 if spec.v_width else 1
+        self._layers = [
+            layer for group in spec.groups if group.state is None for layer in group.layers
+        ]
+        self.states: MambaPool | None = make_state_pool(spec, backing)
         self._take_planes(backing)
         self.index_planes = IndexPlanes.of(spec, backing)
         self._is_byte = self.dtype.itemsize == 1
@@ -168,9 +174,8 @@ class MHATokenToKVPool:
         self._last_pieces: list[Piece] | None = None
 
     def _take_planes(self, backing: SegmentBacking) -> None:
-        layers = range(self.spec.num_layers)
-        self._keys = [backing.view(layer, Plane.KEY) for layer in layers]
-        self._values = [backing.view(layer, Plane.VALUE) for layer in layers]
+        self._keys = {layer: backing.view(layer, Plane.KEY) for layer in self._layers}
+        self._values = {layer: backing.view(layer, Plane.VALUE) for layer in self._layers}
 
     def part(self, groups: Sequence[int]) -> Self:
         """The layers of some groups as one model sees them, over the same memory.
@@ -188,19 +193,22 @@ class MHATokenToKVPool:
         )
         made.share = replace(self.share, sizes=tuple(self.share.sizes[g] for g in groups))
         made._group_of_layer = made.spec.group_of_layer()
-        made._keep_layers(layers_of(chosen))
+        layers = layers_of(chosen)
+        made._keep_layers(layers)
+        made._layers = list(range(len(layers)))
+        made.index_planes = self.index_planes.part(layers)
         made._native_planes = {}
         made._last_loc, made._last_pieces = None, None
         return made
 
     def _keep_layers(self, layers: Sequence[int]) -> None:
-        self._keys = [self._keys[layer] for layer in layers]
-        self._values = [self._values[layer] for layer in layers]
+        self._keys = {at: self._keys[layer] for at, layer in enumerate(layers)}
+        self._values = {at: self._values[layer] for at, layer in enumerate(layers)}
 
     @property
     def is_on_host(self) -> bool:
         """Whether K and V stand in the host's memory, where this thread's copies need no stream."""
-        return self.get_key_buffer(0).device.type == "cpu"
+        return self.get_key_buffer(self._layers[0]).device.type == "cpu"
 
     def serve(self, runtime: DeviceRuntime) -> None:
         """Be written by what `runtime` computes. Until this is called: by the host."""
@@ -230,10 +238,16 @@ class MHATokenToKVPool:
         """Both buffers of one layer."""
         return self.get_key_buffer(layer_id), self.get_value_buffer(layer_id)
 
-    def stored_planes(self, layer_id: int) -> tuple[torch.Tensor | SegmentPlane, ...]:
-        """All memory of one layer: K's plane, V's where it has one, that of index keys likewise."""
-        kept = self.get_kv_buffer(layer_id)[: self._num_planes]
-        return (*kept, *self.index_planes.of_layer(layer_id))
+    def stored_planes(self, group: int) -> list[torch.Tensor | SegmentPlane]:
+        """All memory of a group: each layer's K, V and index keys, where it has planes for them; or
+        the states."""
+        if self.states is not None and self.states.group == group:
+            return [self.states.plane]
+        planes: list[torch.Tensor | SegmentPlane] = []
+        for layer in self.spec.groups[group].layers:
+            planes += self.get_kv_buffer(layer)[: self._num_planes]
+            planes += self.index_planes.of_layer(layer)
+        return planes
 
     def group_of_layer(self, layer_id: int) -> int:
         """The layer group whose slots this layer's buffers are indexed by."""
@@ -305,8 +319,8 @@ class MHATokenToKVPool:
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Address space of all key planes and of all value planes, in bytes."""
-        keys = sum(buffer.numel() * buffer.element_size() for buffer in self._keys)
-        values = sum(buffer.numel() * buffer.element_size() for buffer in self._values)
+        keys = sum(buffer.numel() * buffer.element_size() for buffer in self._keys.values())
+        values = sum(buffer.numel() * buffer.element_size() for buffer in self._values.values())
         return keys, values
 
     def _pieces_of(self, loc: torch.Tensor, num_slots: int) -> list[Piece] | None:
@@ -342,11 +356,11 @@ class MLATokenToKVPool(MHATokenToKVPool):
     """
 
     def _take_planes(self, backing: SegmentBacking) -> None:
-        self._keys = [backing.view(layer, Plane.KEY) for layer in range(self.spec.num_layers)]
+        self._keys = {layer: backing.view(layer, Plane.KEY) for layer in self._layers}
         self._values = self._keys  # what scatters writes two planes: here the same row twice
 
     def _keep_layers(self, layers: Sequence[int]) -> None:
-        self._keys = [self._keys[layer] for layer in layers]
+        self._keys = {at: self._keys[layer] for at, layer in enumerate(layers)}
         self._values = self._keys
 
     @property
@@ -421,16 +435,16 @@ class SegmentTableKVPool(MHATokenToKVPool):
     def _take_planes(self, backing: SegmentBacking) -> None:
         if not isinstance(backing, TableBacking):
             raise InvariantError(f"{backing!r} is no segment table")
-        layers = range(self.spec.num_layers)
-        self._key_planes = [backing.plane(layer, Plane.KEY) for layer in layers]
+        layers = self._layers
+        self._key_planes = {layer: backing.plane(layer, Plane.KEY) for layer in layers}
         self._value_planes = self._key_planes
         if not self.spec.values_in_keys:
-            self._value_planes = [backing.plane(layer, Plane.VALUE) for layer in layers]
+            self._value_planes = {layer: backing.plane(layer, Plane.VALUE) for layer in layers}
         self._last_parts: list[SegmentPart] = []
 
     def _keep_layers(self, layers: Sequence[int]) -> None:
-        self._key_planes = [self._key_planes[layer] for layer in layers]
-        self._value_planes = [self._value_planes[layer] for layer in layers]
+        self._key_planes = {at: self._key_planes[layer] for at, layer in enumerate(layers)}
+        self._value_planes = {at: self._value_planes[layer] for at, layer in enumerate(layers)}
 
     def get_key_buffer(self, layer_id: int) -> SegmentPlane:
         """Keys of one layer, in pieces."""
@@ -462,10 +476,11 @@ class SegmentTableKVPool(MHATokenToKVPool):
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Bytes that all keys and all values would take, were every segment mapped."""
-        slots = [layout.num_slots * layout.num_layers for layout in self.layouts]
+        layouts = [layout for layout in self.layouts if not layout.holds_states]
+        slots = [layout.num_slots * layout.num_layers for layout in layouts]
         both = [
             (count * layout.k_bytes_per_slot, count * layout.v_bytes_per_slot)
-            for count, layout in zip(slots, self.layouts, strict=True)
+            for count, layout in zip(slots, layouts, strict=True)
         ]
         return sum(keys for keys, _ in both), sum(values for _, values in both)
 

@@ -33,15 +33,14 @@ def copy_pages(
     origin, goal = (
         torch.from_numpy(pool.share.own_pages(group, pages)).long() for pages in (sources, targets)
     )
-    for layer in pool.spec.groups[group].layers:
-        for plane in pool.stored_planes(layer):
-            if not isinstance(plane, SegmentPlane):  # whose own tables are on the host
-                origin, goal = origin.to(plane.device), goal.to(plane.device)
-            page_bytes = pool.page_size * plane.shape[1] * plane.shape[2] * plane.dtype.itemsize
-            step = max(1, COPY_BUFFER_BYTES // page_bytes)
-            for first in range(0, len(origin), step):
-                part = slice(first, first + step)
-                _copy_within(plane, pool.page_size, origin[part], goal[part])
+    for plane in pool.stored_planes(group):
+        if not isinstance(plane, SegmentPlane):  # whose own tables are on the host
+            origin, goal = origin.to(plane.device), goal.to(plane.device)
+        page_bytes = pool.page_size * plane.shape[1] * plane.shape[2] * plane.dtype.itemsize
+        step = max(1, COPY_BUFFER_BYTES // page_bytes)
+        for first in range(0, len(origin), step):
+            part = slice(first, first + step)
+            _copy_within(plane, pool.page_size, origin[part], goal[part])
     pool.settle()
 
 

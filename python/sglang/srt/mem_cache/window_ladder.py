@@ -102,9 +102,9 @@ class WindowPageLadder(PageLadder):
             if self._grow_over_empty(need):
                 return True
             exchanges += before != self.free_pages()
-            segment = max(allocator.layout.pages_per_segment for allocator in self._allocators)
-            freed = cache.evict_windows(self._of_windows([segment] * len(self._allocators)))
-            gone = any(freed) or cache.evict(segment)
+            segments = [allocator.layout.pages_per_segment for allocator in self._allocators]
+            freed = cache.evict_windows(self._of_windows(segments))
+            gone = any(freed) or cache.evict(max(segments))
             if not gone or exchanges > _MAX_EXCHANGES:
                 return self._enough(need)
         return True

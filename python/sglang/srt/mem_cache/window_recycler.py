@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from sglang.srt.mem_cache.allocator import PageAllocator
 from sglang.srt.mem_cache.lease import KVLease
+from sglang.srt.mem_cache.state_group import held_of
 from sglang.srt.mem_cache.table_rows import TableRows
 from sglang.srt.mem_cache.window_rule import WindowRule
 
@@ -106,6 +107,7 @@ class WindowRecycler:
 
     def _leave(self, group: int, pages: Int32Array) -> None:
         """A row has dropped pages: they are free at once, or when no forward reads them."""
+        pages = held_of(self._allocators[group].layout, pages)
         if self._launched > self._completed:
             self._leaving.append(_Leaving(self._launched, group, pages))
         else:

@@ -12,14 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sglang.srt.mem_cache.kv_layout import GroupKind, KVCacheSpec
+from sglang.srt.mem_cache.kv_layout import GroupKind, KVCacheSpec, KVGroupSpec
 
 Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class WindowRule:
-    """The sight of one window group; `kind` is SLIDING or CHUNKED."""
+    """The sight of one window group; `kind` is SLIDING or CHUNKED, or STATE with a window of 2.
+
+    A token of a STATE group needs the state after the one before it, which stands in that one's
+    page: as if it saw these two tokens.
+    """
 
     kind: GroupKind
     window: int
@@ -75,7 +79,10 @@ class WindowRule:
 
 def window_rules(spec: KVCacheSpec) -> tuple[WindowRule | None, ...]:
     """The rule of every group, None for those that keep all."""
-    return tuple(
-        None if group.window is None else WindowRule(group.kind, group.window, spec.page_size)
-        for group in spec.groups
-    )
+    return tuple(_rule(group, spec.page_size) for group in spec.groups)
+
+
+def _rule(group: KVGroupSpec, page_size: int) -> WindowRule | None:
+    if group.kind is GroupKind.STATE:
+        return WindowRule(group.kind, 2, page_size)
+    return None if group.window is None else WindowRule(group.kind, group.window, page_size)

@@ -65,7 +65,8 @@ SANDWICH_NORMS = NormPlaces(
 class ArrangedDecoderLayer(nn.Module):
     """Attention and MLP between the norms of `places`, each added to the residual stream.
 
-    `side_by_side`: the MLP reads what attention reads, not the stream after it.
+    `side_by_side`: the MLP reads what attention reads, not the stream after it. Checkpoints call
+    the attention `attention_name`.
     """
 
     def __init__(
@@ -78,9 +79,11 @@ class ArrangedDecoderLayer(nn.Module):
         *,
         norm_class: type[RMSNorm] = RMSNorm,
         side_by_side: bool = False,
+        attention_name: str = "self_attn",
     ) -> None:
         super().__init__()
-        self.self_attn = self_attn
+        self._attention_name = attention_name
+        self.add_module(attention_name, self_attn)
         self.mlp = mlp
         hidden, eps = config.hidden_size, config.rms_norm_eps
         norms: list[RMSNorm | None] = []
@@ -104,7 +107,8 @@ class ArrangedDecoderLayer(nn.Module):
         """See `LlamaDecoderLayer.forward`."""
         before_attention, after_attention, before_mlp, after_mlp = self._norms
         x, residual = self._enter(before_attention, x, residual)
-        attended = self.self_attn(x, forward_batch, rows_pruned=rows_pruned)
+        attention = self.get_submodule(self._attention_name)
+        attended = attention(x, forward_batch, rows_pruned=rows_pruned)
         attended = self._leave(after_attention, attended)
         if rows_pruned:
             residual = take_rows(residual, forward_batch.logits_rows)

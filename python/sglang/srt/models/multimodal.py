@@ -10,7 +10,8 @@ from sglang.srt.layers.weights import LoadedWeight
 logger = logging.getLogger(__name__)
 
 _TEXT_PREFIX = "language_model."
-_VISION_PREFIXES = ("vision_model.", "vision_tower.", "multi_modal_projector.")
+_INNER_TEXT_PREFIX = "model.language_model."  # of newer files, where it replaces `model.`
+_VISION_PREFIXES = ("vision_model.", "vision_tower.", "multi_modal_projector.", "model.visual.")
 
 
 def text_weights(
@@ -23,7 +24,9 @@ def text_weights(
     """
     skipped = 0
     for name, tensor in weights:
-        if not name.startswith(_VISION_PREFIXES):
+        if name.startswith(_INNER_TEXT_PREFIX):
+            yield "model." + name.removeprefix(_INNER_TEXT_PREFIX), tensor
+        elif not name.startswith(_VISION_PREFIXES):
             yield name.removeprefix(_TEXT_PREFIX), tensor
         elif take_vision is not None:
             take_vision(name, tensor)

@@ -17,6 +17,13 @@ MODEL_CLASSES = {
     "Qwen2ForCausalLM": "sglang.srt.models.qwen2:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "sglang.srt.models.qwen3:Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM": "sglang.srt.models.qwen3_moe:Qwen3MoeForCausalLM",
+    "Qwen3NextForCausalLM": "sglang.srt.models.qwen3_next:Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM": "sglang.srt.models.qwen3_5:Qwen3_5ForCausalLM",
+    "Qwen3_5ForConditionalGeneration": "sglang.srt.models.qwen3_5:Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForCausalLM": "sglang.srt.models.qwen3_5:Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration": (
+        "sglang.srt.models.qwen3_5:Qwen3_5MoeForConditionalGeneration"
+    ),
     "Llama4ForCausalLM": "sglang.srt.models.llama4:Llama4ForCausalLM",
     "Llama4ForConditionalGeneration": "sglang.srt.models.llama4:Llama4ForConditionalGeneration",
     "Gemma2ForCausalLM": "sglang.srt.models.gemma:Gemma2ForCausalLM",

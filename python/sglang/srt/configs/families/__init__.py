@@ -37,6 +37,13 @@ from sglang.srt.configs.families.mixtures import (
 )
 from sglang.srt.configs.families.olmo import OLMO2, OLMO3
 from sglang.srt.configs.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from sglang.srt.configs.families.qwen_hybrid import (
+    QWEN3_5,
+    QWEN3_5_MOE,
+    QWEN3_5_MOE_TEXT,
+    QWEN3_5_TEXT,
+    QWEN3_NEXT,
+)
 from sglang.srt.configs.model_traits import ModelFamily
 
 # Decoders with no head that writes: with one that classifies, or with none at all.
@@ -70,6 +77,11 @@ FAMILIES: dict[str, ModelFamily] = {
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "Qwen3NextForCausalLM": QWEN3_NEXT,
+    "Qwen3_5ForCausalLM": QWEN3_5_TEXT,
+    "Qwen3_5ForConditionalGeneration": QWEN3_5,
+    "Qwen3_5MoeForCausalLM": QWEN3_5_MOE_TEXT,
+    "Qwen3_5MoeForConditionalGeneration": QWEN3_5_MOE,
     "Llama4ForCausalLM": LLAMA4,
     "Llama4ForConditionalGeneration": LLAMA4_MULTIMODAL,
     "Gemma2ForCausalLM": GEMMA2,

@@ -53,7 +53,7 @@ def _read_qwen3(fields: Fields, num_layers: int) -> ModelTraits:
 
 
 def _read_qwen3_moe(fields: Fields, num_layers: int) -> ModelTraits:
-    return replace(_read_qwen3(fields, num_layers), moe=_moe(fields, num_layers))
+    return replace(_read_qwen3(fields, num_layers), moe=read_moe(fields, num_layers))
 
 
 def _read_qwen2_moe(fields: Fields, num_layers: int) -> ModelTraits:
@@ -62,7 +62,7 @@ def _read_qwen2_moe(fields: Fields, num_layers: int) -> ModelTraits:
         layer_windows=_windows(_with_layer_types(fields, num_layers), num_layers),
         attention_bias=bool(fields["qkv_bias"]),
         moe=replace(
-            _moe(fields, num_layers),
+            read_moe(fields, num_layers),
             shared_intermediate_size=positive(fields, "shared_expert_intermediate_size"),
             gates_shared=True,
         ),
@@ -81,7 +81,7 @@ def _with_layer_types(fields: Fields, num_layers: int) -> Fields:
     return {**fields, "layer_types": kinds}
 
 
-def _moe(fields: Fields, num_layers: int) -> MoEConfig:
+def read_moe(fields: Fields, num_layers: int) -> MoEConfig:
     """Every `decoder_sparse_step`-th layer has experts, except `mlp_only_layers`."""
     # Newer files count the experts under the second name.
     name = "num_experts" if fields.get("num_experts") is not None else "num_local_experts"

@@ -17,6 +17,7 @@ from typing import Final, NamedTuple, Protocol, runtime_checkable
 import torch
 
 from sglang.srt.mem_cache.kv_layout import (
+    STATE_NUMBER_BYTES,
     GroupId,
     KVCacheSpec,
     SegmentId,
@@ -50,7 +51,7 @@ KV_TORCH_DTYPES: Final = MappingProxyType(
 
 
 def plane_widths(spec: KVCacheSpec) -> dict[Plane, int]:
-    """Numbers that a head takes in the planes that every layer has, in the order of planes."""
+    """Numbers that a head takes in the planes of every layer that keeps K and V, in order."""
     widths = {Plane.KEY: spec.k_width, Plane.VALUE: spec.v_width}
     return {plane: width for plane, width in widths.items() if width}
 
@@ -69,7 +70,13 @@ class PlaneShape(NamedTuple):
 
 
 def layer_planes(spec: KVCacheSpec, layout: SegmentLayout, layer: int) -> dict[Plane, PlaneShape]:
-    """The planes of one layer of the layout's group, in order, that of index keys last."""
+    """The planes of one layer of the layout's group that has some, in order.
+
+    Index keys come last. States have one plane, KEY, whose slots are parts of a state.
+    """
+    if layout.holds_states:
+        width = layout.k_bytes_per_slot // STATE_NUMBER_BYTES
+        return {Plane.KEY: PlaneShape(1, width, torch.float32)}
     own, dtype = spec.of_group(layout.group), KV_TORCH_DTYPES[spec.dtype]
     widths = plane_widths(own)
     if layer in spec.index_layers:
@@ -124,6 +131,7 @@ class SegmentBacking(Protocol):
     def view(self, layer: int, plane: Plane) -> torch.Tensor:
         """All slots of one plane, zero-copy: [S, G, D] in the KV dtype, D as `layer_planes` has it.
 
+        Of states: [S, 1, W] in float32, W numbers of a state. `layer` must have planes.
         Only slots of mapped segments and of page 0 may be touched. The tensor must not be used
         after `close`.
         """

@@ -226,7 +226,7 @@ class CudaVmmBacking:
     ) -> Iterator[_PlaneRange]:
         """Every plane with its lengths; the address is still to come."""
         for layout in layouts:
-            for layer in spec.groups[layout.group].layers:
+            for layer in spec.plane_layers(layout.group):
                 for plane, shape in layer_planes(spec, layout, layer).items():
                     per_slot = shape.slot_bytes
                     part = layout.slots_per_segment * per_slot

@@ -228,7 +228,7 @@ class MmapBacking:
         cursor = page
         for layout in layouts:
             granule = layout.granule_bytes
-            for layer in spec.groups[layout.group].layers:
+            for layer in spec.plane_layers(layout.group):
                 for plane, shape in layer_planes(spec, layout, layer).items():
                     per_slot = shape.slot_bytes
                     part = layout.slots_per_segment * per_slot

@@ -57,7 +57,7 @@ class SegmentTableBacking:
         self._check_headroom(sum(layout.fixed_bytes for layout in layouts))
         planes: dict[tuple[int, Plane], SegmentPlane] = {}
         for layout in layouts:
-            for layer in spec.groups[layout.group].layers:
+            for layer in spec.plane_layers(layout.group):
                 for plane, shape in layer_planes(spec, layout, layer).items():
                     made = SegmentPlane(
                         (layout.num_slots, shape.heads, shape.width),
@@ -73,7 +73,7 @@ class SegmentTableBacking:
         self._of_group = tuple(
             tuple(
                 planes[layer, plane]
-                for layer in spec.groups[layout.group].layers
+                for layer in spec.plane_layers(layout.group)
                 for plane in layer_planes(spec, layout, layer)
             )
             for layout in layouts

@@ -69,7 +69,7 @@ class StaticBacking:
         planes = {}
         try:
             for layout in layouts:
-                for layer in spec.groups[layout.group].layers:
+                for layer in spec.plane_layers(layout.group):
                     for plane, shape in layer_planes(spec, layout, layer).items():
                         planes[layer, plane] = _commit_plane(layout, shape, self._device)
         except RuntimeError as error:  # what torch raises when the allocation fails

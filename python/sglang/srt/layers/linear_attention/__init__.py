@@ -1,0 +1,1 @@
+"""Linear attention with a recurrent state: the gated delta rule over packed batches."""
