@@ -195,6 +195,23 @@ def test_hits_end_where_a_state_is_held() -> None:
     memory.close_pool()
 
 
+def test_long_prompts_leave_states_as_far_apart_as_they_are_large() -> None:
+    memory = make(states=16)
+    assert SPEC.tokens_per_state == -(-STATE_BYTES // 12) == 15
+    tokens = np.arange(64, dtype=np.int32)
+    lease = opened(memory, tokens, 63)
+    for end in range(8, 64, 8):
+        assert grow(memory, lease, 8)
+        memory.cache_prefix(lease, tokens[:end], end)
+    held = [memory.cache.match_len(tokens, None, end) for end in range(0, 57, 8)]
+    # Beside the chunk's end its last border, where a repeat of so many tokens would begin.
+    assert held == [0, 0, 16, 16, 32, 32, 48, 48]
+    assert [memory.cache.match_len(tokens, None, end) for end in (15, 31, 47)] == [12, 28, 44]
+    memory.audit()
+    memory.close(lease, None, 0)
+    memory.close_pool()
+
+
 def test_snapshots_go_before_pages_of_tokens() -> None:
     """Each prompt leaves a snapshot and takes two states for itself, of eight."""
     memory = make(states=8, pages=40)
