@@ -125,7 +125,9 @@ def test_a_plan_covers_every_token_once_and_stops_at_borders() -> None:
     assert extends.border_pages.tolist() == [12, 32]
     assert extends.target.tolist() == [13, 33]
     (block,) = extends.blocks
-    assert sorted(block.rows[block.valid].tolist()) == list(range(220))
+    assert sorted(block.known_rows.tolist()) == list(range(220))
+    assert torch.equal(block.rows.flatten()[block.known], block.known_rows)
+    assert torch.equal(block.rows[block.valid], block.known_rows)
     # 98 tokens to the border at 128 and 52 behind it; 64 to the border, and 6.
     counts = block.valid.sum(1).tolist()
     steps = [(counts[part], None if at is None else at.tolist()) for part, _, at in block.steps]

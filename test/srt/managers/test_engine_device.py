@@ -115,6 +115,20 @@ def test_families(family: str, tmp_path: Path) -> None:
             assert graphs_of(engine).num_replays > 0
 
 
+def test_states_are_computed_call_by_call(tmp_path: Path) -> None:
+    """No step is recorded; the second round begins from states in the cache."""
+    reference = make_hf_model("qwen3_5")
+    expected = [hf_greedy(reference, prompt, NEW_TOKENS) for prompt in PROMPTS]
+    flags: dict[str, Any] = {"page_size": 8, "chunked_prefill_size": 37}
+    with late_tower(save(reference, tmp_path), **flags) as (engine, _):
+        assert engine.parts.worker.runner.tapes is None
+        assert answer_all(engine) == expected
+        engine.channel.outs.clear()
+        assert answer_all(engine) == expected
+        cached = {out.rid: out.cached_tokens for out in engine.channel.outs}
+        assert cached["r2"] == 128
+
+
 def test_a_model_that_waits_is_computed_call_by_call(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -246,8 +246,8 @@ class MemoryDriver:
         return done
 
     def cache_prefix(self, request: Request, num_tokens: int) -> None:
-        keeps = num_tokens == len(request.tokens) or self.memory.keeps_chunk_ends
-        self.memory.cache_prefix(request.lease, request.array(), num_tokens, keep_window=keeps)
+        ends = num_tokens == len(request.tokens)
+        self.memory.cache_prefix(request.lease, request.array(), num_tokens, keep_window=ends)
 
     def close(self, request: Request, *, insert: bool) -> None:
         tokens = request.array() if insert else None

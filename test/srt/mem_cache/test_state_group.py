@@ -22,9 +22,11 @@ from sglang.srt.mem_cache.kv_layout import (
     make_segment_layouts,
     trim_layouts_to_budget,
 )
+from sglang.srt.mem_cache.reclaim import Reclaim, reclaim_step
 from sglang.srt.mem_cache.state_group import clip_expected
 from sglang.srt.mem_cache.state_pool import LayerState
 from srt.mem_cache.fake_backing import FakeBacking
+from srt.mem_cache.memory_driver import finish_background
 
 PAGE = 4
 SHAPE = StateShape(heads=2, key_dim=3, value_dim=2, conv_tokens=2, channels=5)  # 22 numbers
@@ -195,6 +197,23 @@ def test_hits_end_where_a_state_is_held() -> None:
     memory.close_pool()
 
 
+def test_long_prompts_leave_states_as_far_apart_as_they_are_large() -> None:
+    memory = make(states=16)
+    assert SPEC.tokens_per_state == -(-STATE_BYTES // 12) == 15
+    tokens = np.arange(64, dtype=np.int32)
+    lease = opened(memory, tokens, 63)
+    for end in range(8, 64, 8):
+        assert grow(memory, lease, 8)
+        memory.cache_prefix(lease, tokens[:end], end)
+    held = [memory.cache.match_len(tokens, None, end) for end in range(0, 57, 8)]
+    # Beside the chunk's end its last border, where a repeat of so many tokens would begin.
+    assert held == [0, 0, 16, 16, 32, 32, 48, 48]
+    assert [memory.cache.match_len(tokens, None, end) for end in (15, 31, 47)] == [12, 28, 44]
+    memory.audit()
+    memory.close(lease, None, 0)
+    memory.close_pool()
+
+
 def test_snapshots_go_before_pages_of_tokens() -> None:
     """Each prompt leaves a snapshot and takes two states for itself, of eight."""
     memory = make(states=8, pages=40)
@@ -209,6 +228,26 @@ def test_snapshots_go_before_pages_of_tokens() -> None:
     held = [memory.match_len(np.arange(100 * n, 100 * n + 16, dtype=np.int32)) for n in range(9)]
     assert held[:2] == [0, 0], "the coldest snapshots went"
     assert held[2:] == [16] * 7
+    memory.close_pool()
+
+
+def test_a_lower_budget_takes_states_before_tokens() -> None:
+    memory = make(states=16, pages=40)
+    for number in range(4):
+        tokens = np.arange(100 * number, 100 * number + 17, dtype=np.int32)
+        lease = opened(memory, tokens, 16)
+        assert grow(memory, lease, 17)
+        memory.cache_prefix(lease, tokens, 17, keep_window=True)
+        memory.close(lease, tokens, 17)
+    assert memory.allocators[1].index.num_cached == 4
+    memory.manager.set_budget(4 * KV_SEGMENT)  # the tokens alone
+    steps = []
+    while (state := reclaim_step(memory).state) is not Reclaim.HOLDS:
+        steps.append(state)
+        finish_background(memory)
+        memory.audit()
+        assert len(steps) < 20
+    assert (memory.cache.num_pages, memory.allocators[1].index.num_cached) == (16, 0)
     memory.close_pool()
 
 

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models.gated_delta_net import ShortConv
 from sglang.srt.models.registry import resolve_model_class
 from srt.models.hf_models import make_hf_model, save
@@ -76,3 +79,23 @@ def test_adapters_find_no_layer_with_a_state(tmp_path: Path) -> None:
     model = resolve_model_class(config.architecture)(config, ParallelState(), torch.float32)
     sites = {name.rpartition(".")[2] for name in model.adapter_sites()}
     assert sites == {"k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_scales_of_the_cache_are_those_of_layers_that_keep_tokens(tmp_path: Path) -> None:
+    reference = make_hf_model("qwen3_5")
+    path = save(reference, tmp_path)
+    file = Path(path) / "model.safetensors"
+    for prefix in ("model.layers.1", "model.language_model.layers.1"):
+        scales = {f"{prefix}.self_attn.k_scale": torch.tensor(0.5)}
+        scales[f"{prefix}.self_attn.v_scale"] = torch.tensor(3.0)
+        weights = {name: value for name, value in load_file(file).items() if "scale" not in name}
+        save_file({**weights, **scales}, file, metadata={"format": "pt"})
+        model = load_model(
+            ModelConfig.from_path(path),
+            dtype=torch.float32,
+            parallel=ParallelState(),
+            show_progress=False,
+            scales_kv=True,
+        )
+        (attention,) = (one for one in model.modules() if isinstance(one, RadixAttention))
+        assert (attention.k_scale, attention.v_scale) == (0.5, 3.0)

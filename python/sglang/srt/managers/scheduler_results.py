@@ -77,8 +77,7 @@ def process_result(
         if req.state is ReqState.PREFILL:
             end = item.start + item.num_tokens - len(item.draft)
             ends_prompt = end >= req.known
-            keeps = ends_prompt or memory.keeps_chunk_ends
-            memory.cache_prefix(item.lease, req.tokens.view(0, end), end, keep_window=keeps)
+            memory.cache_prefix(item.lease, req.tokens.view(0, end), end, keep_window=ends_prompt)
         failure = next((result.failures[i] for i in places if i in result.failures), None)
         if failure is not None:
             text = f"The constraint cannot be held: {failure}"

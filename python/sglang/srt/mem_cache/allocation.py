@@ -96,7 +96,6 @@ class KVMemory:
         )
         # Windows end at pages, and a page of another KV-parallel rank can't be read.
         self._copies_rests = not self.recycler.active and not kv_pool.share.shares_any
-        self.keeps_chunk_ends = any(layout.holds_states for layout in manager.layouts)
         self._growth: Ticket | None = None
         self._decode_steps: DecodeSteps | None = None  # of the last step that decoded
 
@@ -293,9 +292,10 @@ class KVMemory:
         The lease stays locked on them. Where another request computed the same first, the lease's
         pages stay its own; the next look is then taken after twice the distance, so that all
         looks together cost O(tokens). `keep_window`: a repeat may end here (a prompt does), so
-        window groups keep what it would see.
+        window groups keep what it would see; groups of states do so now and then all the same.
         """
         keep_window = keep_window and self.recycler.active
+        keep_window = lease.leaves_snapshot(num_tokens, self.spec.tokens_per_state, keep_window)
         if num_tokens < lease.next_share_tokens and not keep_window:
             return
         self._insert(lease, token_ids, num_tokens, keep_window=keep_window)
@@ -370,9 +370,7 @@ class KVMemory:
         if self._max_cached_pages is not None:
             self.cache.evict(max(0, self.cache.num_evictable_pages - self._max_cached_pages))
         self._flush_events()
-        pages_expected = pages_expected and clip_expected(
-            self.manager.layouts, pages_expected, len(self.leases)
-        )
+        pages_expected = clip_expected(self.manager.layouts, pages_expected, len(self.leases))
         self._growth = self.ladder.look_ahead(pages_expected)
         self.ladder.shrink(now, pages_expected)
         if self._promoter is not None:

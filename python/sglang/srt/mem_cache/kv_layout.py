@@ -252,6 +252,15 @@ class KVCacheSpec:
         groups = (g for g, group in enumerate(self.groups) if group.state is None)
         return sum(self.bytes_per_slot(GroupId(g)) for g in groups)
 
+    @property
+    def tokens_per_state(self) -> int | None:
+        """Tokens that take as much memory as a request's state; None without states.
+
+        So far apart a long prompt leaves states in the cache, which at most double what it takes.
+        """
+        state_bytes = sum(group.state_bytes for group in self.groups)
+        return -(-state_bytes // self.bytes_per_token) if state_bytes else None
+
     def plane_layers(self, group: GroupId) -> tuple[int, ...]:
         """Layers with planes of their own: of states only the first, whose plane is all layers'."""
         one = self.groups[group]

@@ -25,7 +25,8 @@ Int64Array = npt.NDArray[np.int64]
 class KVLease:
     """One request's hold on memory: a row, its block tables and a locked prefix; closed once.
 
-    `num_tokens` tokens have a slot, the first `num_cached_tokens` of them came from the cache.
+    `num_tokens` tokens have a slot, the first `num_cached_tokens` of them came from the cache. The
+    last state that the cache was left is that after `snapshot_tokens`, where states are kept.
     That number and the tables are kept by the row, in the pool's arrays, and only shown here.
     Invariant while open: every table holds exactly the pages of `num_tokens` tokens, or of
     `reached` tokens when that is more: those that had a slot before the last `rewind`.
@@ -40,6 +41,7 @@ class KVLease:
         "num_cached_tokens",
         "reached",
         "row",
+        "snapshot_tokens",
         "tables",
     )
 
@@ -57,6 +59,7 @@ class KVLease:
         self.extra_key = extra_key
         self.num_cached_tokens = handle.num_tokens
         self.next_share_tokens = 0
+        self.snapshot_tokens = handle.num_tokens
         self.reached = 0
         self.closed = False
         self.num_tokens = handle.num_tokens
@@ -77,6 +80,18 @@ class KVLease:
             return False
         size = self.tables[0].page_size
         return num_pages_for(self.reached, size) > num_pages_for(self.num_tokens, size)
+
+    def leaves_snapshot(self, num_tokens: int, distance: int | None, wanted: bool) -> bool:
+        """Whether the cache is to be left what a repeat needs that ends at `num_tokens`.
+
+        It is where it is `wanted`, or so many tokens as `distance` after the last (None: not
+        otherwise). Side effect: notes that it is.
+        """
+        if distance is not None and num_tokens - self.snapshot_tokens >= distance:
+            wanted = True
+        if wanted:
+            self.snapshot_tokens = num_tokens
+        return wanted
 
     def rewind(self, num_tokens: int) -> None:
         """Forget the slots of all but the first `num_tokens` tokens: drafts that were not taken.

@@ -72,9 +72,9 @@ def context_under(
 def reclaim_step(memory: KVMemory) -> ReclaimStep:
     """One bounded step towards the budget that is set; see `Reclaim` for what is left to do.
 
-    First what is empty goes. Then cold segments, to the tier below. Then unlocked prefixes, by as
-    many pages as are too many even when packed. Then what is left is packed, which empties
-    segments.
+    First what is empty goes. Then cold segments, to the tier below. Then recurrent states of
+    cached prefixes, and unlocked prefixes, by as many pages as are too many even when packed. Then
+    what is left is packed, which empties segments.
     """
     manager = memory.manager
     excess = manager.staying_bytes - manager.budget_bytes
@@ -93,6 +93,8 @@ def reclaim_step(memory: KVMemory) -> ReclaimStep:
         moved = compact(memory, MOVE_BYTES_PER_STEP)
         if moved is not None:
             return ReclaimStep(Reclaim.ADVANCED, moved_pages=moved.moved_pages)
+    elif any(memory.cache.evict_windows(_states_of_a_segment(memory))):
+        return ReclaimStep(Reclaim.ADVANCED)
     evicted = memory.cache.evict(min(max(1, over), EVICT_PAGES_PER_STEP))
     if evicted:
         return ReclaimStep(Reclaim.ADVANCED, evicted)
@@ -100,6 +102,12 @@ def reclaim_step(memory: KVMemory) -> ReclaimStep:
     # what is being given back below is room there for the next step
     waits = leaving and manager.lower_budget_bytes > 0
     return ReclaimStep(Reclaim.WAITING if waits else Reclaim.STUCK)
+
+
+def _states_of_a_segment(memory: KVMemory) -> list[int]:
+    """States that fill a segment, 0 for groups that keep tokens."""
+    layouts = memory.manager.layouts
+    return [layout.pages_per_segment if layout.holds_states else 0 for layout in layouts]
 
 
 def pages_over_budget(memory: KVMemory) -> int:

@@ -46,8 +46,11 @@ def clip_expected(
 ) -> tuple[int, ...]:
     """`pages[g]` that the next step may ask for, counted as of tokens: of states far fewer.
 
-    Those that a prompt leaves, and those of decoding requests that come to a page's end.
+    Those that a prompt leaves, and those of decoding requests that come to a page's end. Empty as
+    `pages` is.
     """
+    if not pages:
+        return ()
     return tuple(
         min(count, _STATES_LEFT + num_pages_for(num_requests, layout.page_size))
         if layout.holds_states

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # `kv_scale` is one number for both. Scales of queries and of softmax weights are for attention that
 # computes in fp8, which ours does not.
 _NAME = re.compile(
-    r"(?:language_model\.)?model\.layers\.(\d+)\.self_attn\."
+    r"(?:language_model\.)?model\.(?:language_model\.)?layers\.(\d+)\.self_attn\."
     r"(?:attn\.|[qkv]_proj\.|qkv_proj\.)?(k_scale|v_scale|kv_scale|q_scale|prob_scale)"
 )
 _UNUSED = ("q_scale", "prob_scale")

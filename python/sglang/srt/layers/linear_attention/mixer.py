@@ -114,7 +114,7 @@ class LinearAttention(nn.Module):
         if len(plan.pages) > 1 and pool.shape.matrix_numbers < _OWN_PAGE_NUMBERS:
             before = pool.load(self.layer_id, plan.source)
             if plan.any_fresh:
-                before.matrix[plan.fresh], before.inputs[plan.fresh] = 0.0, 0.0
+                _clear(before, plan.fresh)
             after = LayerState(before.matrix, torch.empty_like(before.inputs))
             read = self._step(inputs, g, b, taps, before, after)
             pool.store(self.layer_id, plan.target, after)
@@ -161,7 +161,7 @@ class LinearAttention(nn.Module):
         if len(plan.rows) < len(inputs):
             inputs, g, b = inputs[plan.rows], g[plan.rows], b[plan.rows]
         before = pool.load(self.layer_id, plan.source)
-        before.matrix[plan.fresh], before.inputs[plan.fresh] = 0.0, 0.0
+        _clear(before, plan.fresh)
         joined = inputs.new_empty(len(inputs) + plan.kept_places.numel(), inputs.shape[1])
         joined[plan.places] = inputs
         joined[plan.kept_places] = before.inputs
@@ -186,7 +186,6 @@ class LinearAttention(nn.Module):
         """Let the states through a block; those at a border are stored there."""
         chunked = Tokens(*(_chunked(part, block) for part in tokens))
         chunks = solve(chunked)
-        rows, width = block.rows, self.value_dim
         reads = []
         for part, count, at_border in block.steps:
             reads.append(advance(chunks, part, state[:count]))
@@ -194,8 +193,8 @@ class LinearAttention(nn.Module):
                 tails = joined[plan.border_tails[at_border]]
                 left = LayerState(state[at_border], tails)
                 pool.store(self.layer_id, plan.border_pages[at_border], left)
-        values = torch.cat(reads).transpose(1, 2)  # [N, C, H, V]
-        found[rows[block.valid]] = values[block.valid].view(-1, self.value_heads, width)
+        values = torch.cat(reads).transpose(1, 2).flatten(0, 1)  # [N * C, H, V]
+        found.index_copy_(0, block.known_rows, values.index_select(0, block.known))
 
     def _tokens(self, mixed: torch.Tensor, g: torch.Tensor, b: torch.Tensor) -> Tokens:
         """What tokens bring, [*, H, ...], of their channels [*, C] after the convolution."""
@@ -214,6 +213,12 @@ class LinearAttention(nn.Module):
     def _spread(self, heads: torch.Tensor) -> torch.Tensor:
         """[*, J, K] for the value heads that go with each: [*, H, K]."""
         return heads.repeat_interleave(self.value_heads // self.key_heads, -2)
+
+
+def _clear(state: LayerState, fresh: torch.Tensor) -> None:
+    """Let the states of requests that begin, bool [N], be zero, whatever was read for them."""
+    state.matrix.masked_fill_(fresh.view(-1, 1, 1, 1), 0.0)
+    state.inputs.masked_fill_(fresh.view(-1, 1, 1), 0.0)
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:

@@ -85,12 +85,15 @@ class SingleTokens:
 class ChunkBlock(NamedTuple):
     """Chunks that are solved together: `rows` int64 [N, C] of extend rows, `valid` bool [N, C].
 
+    `known` int64 are the places of valid ones among N * C, `known_rows` their rows.
     `steps` say how the states go through them: (chunks, requests, those of the requests whose
     states are then at their border, int64, or None). The first ones of the requests go on longest.
     """
 
     rows: torch.Tensor
     valid: torch.Tensor
+    known: torch.Tensor
+    known_rows: torch.Tensor
     steps: tuple[tuple[slice, int, torch.Tensor | None], ...]
 
 
@@ -194,6 +197,8 @@ def _extends(
             ChunkBlock(
                 _there(at, device),
                 torch.from_numpy(valid).to(device),
+                _there(np.flatnonzero(valid), device),
+                _there(at[valid], device),
                 tuple((p, n, None if s is None else _there(s, device)) for p, n, s in steps),
             )
             for at, valid, steps in blocks
