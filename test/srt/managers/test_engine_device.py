@@ -45,6 +45,7 @@ from srt.models.pooled_models import hidden_states, write_pooling
 from srt.utils.fake_device import LateRuntime
 
 FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "llama4", "deepseek_v3")
+SPARSE = ("deepseek_v32", "glm_moe_dsa")
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +114,17 @@ def test_families(family: str, tmp_path: Path) -> None:
             assert answer == best_next(reference, prompt, answer)
         if family != "llama4":
             assert graphs_of(engine).num_replays > 0
+
+
+@pytest.mark.parametrize("family", SPARSE)
+def test_tokens_that_are_chosen_on_the_device(family: str, tmp_path: Path) -> None:
+    reference = make_hf_model(family)
+    with late_tower(save(reference, tmp_path)) as (engine, runtime):
+        answers = answer_all(engine)
+        for prompt, answer in zip(PROMPTS, answers, strict=True):
+            assert answer == best_next(reference, prompt, answer)
+        assert runtime.num_waits == runtime.num_fetches
+        assert engine.parts.worker.runner.tapes is None
 
 
 def test_a_model_that_waits_is_computed_call_by_call(

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from sglang.srt.layers.attention import sparse_backend
-from sglang.srt.layers.attention.sparse_backend import ScoreLimits, SparseAttnBackend
+from sglang.srt.layers.attention import sparse_cpu_backend
+from sglang.srt.layers.attention.sparse_cpu_backend import ScoreLimits, SparseCpuBackend
 from srt.models.harness import Sequence
 from srt.models.hf_models import best_next, make_hf_model, save
 from srt.models.test_models import assert_logits_equal, hf_logits, prompts, runner_of
@@ -75,7 +75,7 @@ def test_chunks_and_blocks_change_nothing(tmp_path: Path, kind: str) -> None:
     (text,) = prompts(60)
     whole = runner.step([(Sequence(text), 60)], all_logits=True)[0]
     backend = runner.backend
-    assert isinstance(backend, SparseAttnBackend)
+    assert isinstance(backend, SparseCpuBackend)
     backend._limits = ScoreLimits(score_bytes=4 * 16 * 13)
     assert backend._limits.block(16, 12, 5) == (1, 13)
     seq = Sequence(text)
@@ -99,13 +99,13 @@ def test_rows_that_nobody_wants_are_not_scored(
     text, other = prompts(40, 6)
     runner = runner_of(save(hf, tmp_path))
     scored: list[int] = []
-    original = sparse_backend.index_scores
+    original = sparse_cpu_backend.index_scores
 
     def count(query: Any, keys: torch.Tensor) -> torch.Tensor:
         scored.append(len(query.weights))
         return original(query, keys)
 
-    monkeypatch.setattr(sparse_backend, "index_scores", count)
+    monkeypatch.setattr(sparse_cpu_backend, "index_scores", count)
     seq, short = Sequence(text), Sequence(other)
     middle, end = runner.step([(seq, 25), (short, 6)])
     assert len(middle) == 0
