@@ -108,6 +108,20 @@ def test_two_ranks_choose_the_same_tokens(v32: Model, flags: dict[str, object]) 
         check_greedy(v32[0], ranks.run(answer_all))
 
 
+def test_a_cache_of_fp8_stays_close(v32: Model) -> None:
+    """A quarter of the bytes, index keys too; backends agree, most first tokens are exact."""
+    flags = {"kv_cache_dtype": "fp8_e4m3", "page_size": 16, "kv_segment_size": 64}
+    answers = []
+    for changes in ({}, {"attention_backend": "torch_native", "kv_backing": "segment_table"}):
+        with tower(v32[1], **{**flags, **changes}) as engine:
+            answers.append(answer_all(engine))
+            (group,) = engine.memory.memory_object()["groups"]
+            assert group["bytes_per_token"] == 2 * (48 + 16)
+    assert answers[0] == answers[1]
+    exact = [best_next(v32[0], p, a)[0] for p, a in zip(PROMPTS, answers[0], strict=True)]
+    assert sum(a[0] == e for a, e in zip(answers[0], exact, strict=True)) >= len(PROMPTS) - 2
+
+
 def test_short_requests_score_nothing(v32: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(*_: object, **__: object) -> None:
         raise AssertionError("every request has at most as many tokens as a query sees")

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from sglang.srt.layers.attention import sparse_cpu_backend
 from sglang.srt.layers.attention.sparse_cpu_backend import ScoreLimits, SparseCpuBackend
+from srt.model_loader.quantized_files import fp8, quantise, write_checkpoint
 from srt.models.harness import Sequence
 from srt.models.hf_models import best_next, make_hf_model, save
 from srt.models.test_models import assert_logits_equal, hf_logits, prompts, runner_of
@@ -170,3 +171,19 @@ def test_a_config_as_it_is_published(tmp_path: Path) -> None:
     for said in ({"index_topk_pattern": "FFSF"}, {"index_topk_freq": 2}):
         file.write_text(json.dumps(raw | said))
         assert_logits_equal(hf, path, num_tokens=60)
+
+
+def test_a_checkpoint_in_fp8_blocks(tmp_path: Path) -> None:
+    """As DeepSeek-V3.2 is published: codes for all matrices but routers and index weights."""
+    hf = reference("deepseek_v32", num_hidden_layers=2)
+    seeds = iter(range(10**6))
+
+    def code(module: str, outputs: int, inputs: int) -> Any:
+        if module.endswith(("mlp.gate", "weights_proj")):
+            return None
+        tensors, wide = fp8(outputs, inputs, next(seeds), (32, 16))
+        return {"weight": tensors["weight"], "weight_scale_inv": tensors["scale"]}, wide
+
+    scheme = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [32, 16]}
+    path = write_checkpoint(tmp_path, hf, scheme, quantise(hf, code))
+    assert_logits_equal(hf, path)
