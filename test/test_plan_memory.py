@@ -88,7 +88,7 @@ def test_work_and_bytes_bound_the_times() -> None:
 @pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_every_known_model_is_of_a_family_that_is_computed(name: str) -> None:
     assert KNOWN_MODELS[name]["architectures"][0] in FAMILIES
-    too_large = name in ("llama-4-maverick", "deepseek-v3")
+    too_large = name in ("llama-4-maverick", "deepseek-v3", "deepseek-v3.2", "glm-5")
     assert plan_of(name, tp_size=4, context_length=1000).fits is not too_large
 
 
@@ -138,6 +138,32 @@ def test_parameters_of_deepseek_v3() -> None:
     weights = count_weights(load_config("deepseek-v3"), ParallelState(), "bfloat16")
     assert round(weights.num_params / 1e9) == 671
     assert round(weights.num_active / 1e9) == 37
+
+
+def test_work_and_bytes_where_tokens_are_chosen() -> None:
+    """DeepSeek-V3.2: 2,048 tokens of each context are attended to, all are scored."""
+    plans = {n: plan_of("deepseek-v3.2", tp_size=8, context_length=n) for n in (2048, 100_000)}
+    dense = {n: plan_of("deepseek-v3", tp_size=8, context_length=n) for n in (2048, 100_000)}
+    plan, n, k = plans[100_000], 100_000, 2048
+    assert plan.bytes_per_token_all_layers == 61 * (576 + 128) * 2 == 85_888
+    keys = 61 * (k * (k + 1) // 2 + (n - k) * k)
+    scored = 61 * (n * (n + 1) - k * (k + 1)) // 2
+    head = 129280 * 7168 // 8
+    flops = 2 * (plan.weights.num_active - head) * n + 2 * 128 * (576 + 512) * keys / 8
+    assert plan.prefill_flops == pytest.approx(flops + 2 * 64 * 128 * scored)
+    read = 61 * 2 * (128 * n + 576 * k)
+    assert plan.decode_s == pytest.approx((plan.weights.active_bytes + read) / 4.8e12)
+    assert plan.prefill_flops < 0.6 * dense[100_000].prefill_flops
+    # Without a choice the indexer's weights are all that a prompt costs more.
+    more = 2 * 2048 * (plans[2048].weights.num_active - dense[2048].weights.num_active)
+    assert plans[2048].prefill_flops - dense[2048].prefill_flops == pytest.approx(more)
+
+
+def test_parameters_of_glm_5() -> None:
+    """744 billion, of which a token multiplies with 40, says its model card: the head aside."""
+    weights = count_weights(load_config("glm-5"), ParallelState(), "bfloat16")
+    assert round(weights.num_params / 1e9) == 744
+    assert round((weights.num_active - 154_880 * 6144) / 1e9) == 40
 
 
 def test_json_names_what_would_make_it_fit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ import torch
 
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.registry import get_attention_backend
-from sglang.srt.layers.attention.sparse_backend import SparseAttnBackend
+from sglang.srt.layers.attention.sparse_cpu_backend import SparseCpuBackend
 from sglang.srt.layers.attention.token_choice import IndexQuery
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.block_table import BlockTable
@@ -94,7 +94,7 @@ def measure(pool: Pool, backend: str | None, heads: int, tokens: int, turns: int
     group = (KVGroupSpec((0,)),)
     spec = KVCacheSpec(group, 1, LATENT + ROTARY, LATENT, "bfloat16", PAGE, True, INDEX, (0,))
     dense, single = kind(spec), kind(replace(spec, page_size=1))
-    sparse = SparseAttnBackend(dense, single, TOPK)  # type: ignore[arg-type]
+    sparse = SparseCpuBackend(dense, single, TOPK)  # type: ignore[arg-type]
     width = LATENT + ROTARY
     layer = RadixAttention(heads, width, 192**-0.5, 1, 0, v_head_dim=LATENT, values_in_keys=True)
     q = torch.randn(1, heads * width).bfloat16()
@@ -132,7 +132,7 @@ def heads_of(q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
 
 
 def choose(
-    backend: SparseAttnBackend, query: IndexQuery, layer: RadixAttention, batch: ForwardBatch
+    backend: SparseCpuBackend, query: IndexQuery, layer: RadixAttention, batch: ForwardBatch
 ) -> None:
     if backend.chooses(batch, rows_pruned=False):
         backend.choose(query, layer, batch, rows_pruned=False)

@@ -132,6 +132,21 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
         "rope_theta": 10_000_000,
         "torch_dtype": "bfloat16",
     },
+    "deepseek-v3.2": {
+        "architectures": ["DeepseekV32ForCausalLM"],
+        "rope_scaling": _DEEPSEEK_YARN,
+        "torch_dtype": "bfloat16",
+        "quantization_config": {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "weight_block_size": [128, 128],
+        },
+    },
+    "glm-5": {
+        "architectures": ["GlmMoeDsaForCausalLM"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000},
+        "torch_dtype": "bfloat16",
+    },
     "gpt-oss-20b": {**_GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32},
     "gpt-oss-120b": {**_GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128},
 }

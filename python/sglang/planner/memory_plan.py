@@ -181,6 +181,7 @@ def make_plan(question: Question) -> MemoryPlan:
     groups = _groups(spec, layouts, ask.context_length, ask.prefill_chunk)
     kv_bytes = sum(group.kept_bytes for group in groups)
     flops = prefill_flops(ask.config, weights, ask.context_length, ask.tp_size)
+    read = kv_bytes if ask.config.index is None else sparse_read_bytes(spec, ask)
     rate, bandwidth = ask.device.flops_per_s, ask.device.bytes_per_s
     return MemoryPlan(
         device=ask.device,
@@ -197,8 +198,16 @@ def make_plan(question: Question) -> MemoryPlan:
         dense_table_bytes=_DENSE_ROWS * ask.context_length * _DENSE_ENTRY_BYTES,
         prefill_flops=flops,
         prefill_s=None if rate is None else flops / rate,
-        decode_s=None if bandwidth is None else (weights.active_bytes + kv_bytes) / bandwidth,
+        decode_s=None if bandwidth is None else (weights.active_bytes + read) / bandwidth,
     )
+
+
+def sparse_read_bytes(spec: KVCacheSpec, ask: Question) -> int:
+    """What a rank's decode step reads of the whole context: index keys, and the chosen latents."""
+    assert ask.config.index is not None
+    chosen = min(ask.config.index.topk, ask.context_length)
+    index = len(spec.index_layers) * spec.index_bytes_per_slot_layer
+    return index * ask.context_length + (spec.bytes_per_token - index) * chosen
 
 
 def count_weights(
@@ -261,8 +270,10 @@ def prefill_flops(
 
     Two per parameter and token, the output head's left out, which one row wants; and four per head
     dimension, query head and visible key: all keys before it for a query of a global layer, its
-    window or chunk elsewhere. Of linear attention six for each number of a state: it fades, is
-    read for the key and for the query, and is written.
+    window or chunk elsewhere, so many as are chosen where an indexer chooses. That takes two per
+    number, index head and key before the query, on every rank, once there are more to choose from.
+    Of linear attention six for each number of a state: it fades, is read for the key and for the
+    query, and is written.
     """
     n = context_length
     keys = 0.0
@@ -279,14 +290,20 @@ def prefill_flops(
             w = min(window, n)
             keys += w * (w + 1) / 2 + (n - w) * w
         else:
-            keys += n * (n + 1) / 2
+            k = n if config.index is None else min(config.index.topk, n)
+            keys += k * (k + 1) / 2 + (n - k) * k
     per_key = 2 * config.num_heads * (config.head_dim + config.v_head_dim)
     head = config.vocab_size * config.hidden_size // tp_size
     states = 0
     if linear is not None:
         states = len(stateful) * linear.value_heads * linear.key_dim * linear.value_dim
+    scoring = 0.0
+    if config.index is not None and n > config.index.topk:
+        k, index = config.index.topk, config.index
+        scored = (n * (n + 1) - k * (k + 1)) / 2
+        scoring = 2.0 * index.num_heads * index.head_dim * scored * len(index.layers)
     own = per_key * keys + 6.0 * states * n
-    return 2.0 * (weights.num_active - head) * n + own / tp_size
+    return 2.0 * (weights.num_active - head) * n + own / tp_size + scoring
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ from srt.models.pooled_models import hidden_states, write_pooling
 from srt.utils.fake_device import LateRuntime
 
 FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "llama4", "deepseek_v3")
+SPARSE = ("deepseek_v32", "glm_moe_dsa")
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +128,17 @@ def test_states_are_computed_call_by_call(tmp_path: Path) -> None:
         assert answer_all(engine) == expected
         cached = {out.rid: out.cached_tokens for out in engine.channel.outs}
         assert cached["r2"] == 128
+
+
+@pytest.mark.parametrize("family", SPARSE)
+def test_tokens_that_are_chosen_on_the_device(family: str, tmp_path: Path) -> None:
+    reference = make_hf_model(family)
+    with late_tower(save(reference, tmp_path)) as (engine, runtime):
+        answers = answer_all(engine)
+        for prompt, answer in zip(PROMPTS, answers, strict=True):
+            assert answer == best_next(reference, prompt, answer)
+        assert runtime.num_waits == runtime.num_fetches
+        assert engine.parts.worker.runner.tapes is None
 
 
 def test_a_model_that_waits_is_computed_call_by_call(

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from sglang.srt.layers.attention.sparse_backend import SparseAttnBackend
+from sglang.srt.layers.attention.sparse_cpu_backend import SparseCpuBackend
 from sglang.srt.mem_cache.memory_pool import NSATokenToKVPool, SegmentTableKVPool
+from sglang.srt.utils.native import triton_kernels
 from srt.managers.rank_towers import rank_towers
 from srt.managers.test_engine_latent import answer_all_again, check_greedy
 from srt.managers.test_engine_ranks import answer_all
 from srt.managers.test_engine_tokens import PROMPTS, DeviceTower, tower
-from srt.models.hf_models import make_hf_model, save
+from srt.models.hf_models import best_next, make_hf_model, save
 
 Model = tuple[PreTrainedModel, str]
 LAYERS = {"deepseek_v32": (3, 3), "glm_moe_dsa": (4, 2)}  # all, and those with an indexer
@@ -107,17 +108,43 @@ def test_two_ranks_choose_the_same_tokens(v32: Model, flags: dict[str, object]) 
         check_greedy(v32[0], ranks.run(answer_all))
 
 
+def test_a_cache_of_fp8_stays_close(v32: Model) -> None:
+    """A quarter of the bytes, index keys too; backends agree, most first tokens are exact."""
+    flags = {"kv_cache_dtype": "fp8_e4m3", "page_size": 16, "kv_segment_size": 64}
+    answers = []
+    for changes in ({}, {"attention_backend": "torch_native", "kv_backing": "segment_table"}):
+        with tower(v32[1], **{**flags, **changes}) as engine:
+            answers.append(answer_all(engine))
+            (group,) = engine.memory.memory_object()["groups"]
+            assert group["bytes_per_token"] == 2 * (48 + 16)
+    assert answers[0] == answers[1]
+    exact = [best_next(v32[0], p, a)[0] for p, a in zip(PROMPTS, answers[0], strict=True)]
+    assert sum(a[0] == e for a, e in zip(answers[0], exact, strict=True)) >= len(PROMPTS) - 2
+
+
 def test_short_requests_score_nothing(v32: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(*_: object, **__: object) -> None:
         raise AssertionError("every request has at most as many tokens as a query sees")
 
-    monkeypatch.setattr(SparseAttnBackend, "choose", choose)
+    monkeypatch.setattr(SparseCpuBackend, "choose", choose)
     with tower(v32[1]) as engine:
         engine.send("r", PROMPTS[2][:6], max_new_tokens=7)
         engine.run()
         assert len(engine.output("r")) == 7
 
 
-def test_backends_that_can_not(v32: Model) -> None:
-    with pytest.raises(ValueError, match="triton does not serve sparse attention; on a CPU cpu"):
-        DeviceTower(v32[1], attention_backend="triton")
+@pytest.mark.skipif(triton_kernels() is None, reason="Triton is not installed")
+def test_what_a_device_computes_beside_triton(v32: Model) -> None:
+    """In Triton's interpreter, which is slow: a prompt in chunks, a decode beside it, a hit."""
+    with tower(v32[1], attention_backend="triton", page_size=16, chunked_prefill_size=20) as engine:
+        engine.send("a", PROMPTS[1], max_new_tokens=4)
+        engine.send("b", PROMPTS[2][:37], max_new_tokens=3)
+        engine.run()
+        engine.send("c", PROMPTS[1] + [5], max_new_tokens=2)
+        engine.run()
+        for rid, prompt in (("a", PROMPTS[1]), ("b", PROMPTS[2][:37]), ("c", PROMPTS[1] + [5])):
+            answer = engine.output(rid)
+            assert answer == best_next(v32[0], prompt, answer)
+    flags = {"attention_backend": "triton", "kv_backing": "segment_table"}
+    with pytest.raises(ValueError, match="triton needs contiguous KV memory for sparse attention"):
+        DeviceTower(v32[1], **flags)

@@ -15,7 +15,7 @@ import torch
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.attention.sparse_backend import SparseAttnBackend
+from sglang.srt.layers.attention.sparse_cpu_backend import SparseCpuBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.index_planes import IndexPlanes
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVGroupSpec
@@ -106,7 +106,7 @@ class Runner:
         self.backend: AttentionBackend = TorchNativeAttnBackend(self.spec)
         if config.index is not None:
             tokens = TorchNativeAttnBackend(replace(self.spec, page_size=1))
-            self.backend = SparseAttnBackend(self.backend, tokens, config.index.topk)
+            self.backend = SparseCpuBackend(self.backend, tokens, config.index.topk)
         self.progress = Progress()
         # Pairs of neighbours in a shuffled order: some runs are longer than a page, none is all.
         pairs = np.random.default_rng(5).permutation(np.arange(1, num_pages // 2))

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from sglang.srt.layers.attention import sparse_backend
-from sglang.srt.layers.attention.sparse_backend import ScoreLimits, SparseAttnBackend
+from sglang.srt.layers.attention import sparse_cpu_backend
+from sglang.srt.layers.attention.sparse_cpu_backend import ScoreLimits, SparseCpuBackend
+from srt.model_loader.quantized_files import fp8, quantise, write_checkpoint
 from srt.models.harness import Sequence
 from srt.models.hf_models import best_next, make_hf_model, save
 from srt.models.test_models import assert_logits_equal, hf_logits, prompts, runner_of
@@ -75,7 +76,7 @@ def test_chunks_and_blocks_change_nothing(tmp_path: Path, kind: str) -> None:
     (text,) = prompts(60)
     whole = runner.step([(Sequence(text), 60)], all_logits=True)[0]
     backend = runner.backend
-    assert isinstance(backend, SparseAttnBackend)
+    assert isinstance(backend, SparseCpuBackend)
     backend._limits = ScoreLimits(score_bytes=4 * 16 * 13)
     assert backend._limits.block(16, 12, 5) == (1, 13)
     seq = Sequence(text)
@@ -99,13 +100,13 @@ def test_rows_that_nobody_wants_are_not_scored(
     text, other = prompts(40, 6)
     runner = runner_of(save(hf, tmp_path))
     scored: list[int] = []
-    original = sparse_backend.index_scores
+    original = sparse_cpu_backend.index_scores
 
     def count(query: Any, keys: torch.Tensor) -> torch.Tensor:
         scored.append(len(query.weights))
         return original(query, keys)
 
-    monkeypatch.setattr(sparse_backend, "index_scores", count)
+    monkeypatch.setattr(sparse_cpu_backend, "index_scores", count)
     seq, short = Sequence(text), Sequence(other)
     middle, end = runner.step([(seq, 25), (short, 6)])
     assert len(middle) == 0
@@ -170,3 +171,19 @@ def test_a_config_as_it_is_published(tmp_path: Path) -> None:
     for said in ({"index_topk_pattern": "FFSF"}, {"index_topk_freq": 2}):
         file.write_text(json.dumps(raw | said))
         assert_logits_equal(hf, path, num_tokens=60)
+
+
+def test_a_checkpoint_in_fp8_blocks(tmp_path: Path) -> None:
+    """As DeepSeek-V3.2 is published: codes for all matrices but routers and index weights."""
+    hf = reference("deepseek_v32", num_hidden_layers=2)
+    seeds = iter(range(10**6))
+
+    def code(module: str, outputs: int, inputs: int) -> Any:
+        if module.endswith(("mlp.gate", "weights_proj")):
+            return None
+        tensors, wide = fp8(outputs, inputs, next(seeds), (32, 16))
+        return {"weight": tensors["weight"], "weight_scale_inv": tensors["scale"]}, wide
+
+    scheme = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [32, 16]}
+    path = write_checkpoint(tmp_path, hf, scheme, quantise(hf, code))
+    assert_logits_equal(hf, path)

@@ -14,6 +14,8 @@ import torch
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.sparse_device_backend import SparseDeviceBackend
 from sglang.srt.layers.attention.torch_device_backend import TorchDeviceAttnBackend
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.moe import Experts
@@ -31,6 +33,7 @@ from srt.models.hf_models import (
     LATENT_FAMILIES,
     MIXED_FAMILIES,
     MOE_FAMILIES,
+    SPARSE_FAMILIES,
     make_hf_model,
     save,
 )
@@ -51,7 +54,8 @@ class MetaRuntime(LateRuntime):
 
 @pytest.mark.parametrize("lengths", [WHOLE, DECODES], ids=["prompts", "decodes"])
 @pytest.mark.parametrize(
-    "family", sorted({**FAMILIES, **MIXED_FAMILIES, **MOE_FAMILIES, **LATENT_FAMILIES})
+    "family",
+    sorted({**FAMILIES, **MIXED_FAMILIES, **MOE_FAMILIES, **LATENT_FAMILIES, **SPARSE_FAMILIES}),
 )
 def test_a_step_waits_for_nothing(
     family: str,
@@ -80,7 +84,9 @@ def test_a_step_waits_for_nothing(
     backing.reserve(spec, layouts)
     pool = make_kv_pool(spec, layouts, backing)
     pool.serve(MetaRuntime())
-    backend = TorchDeviceAttnBackend(spec)
+    backend: AttentionBackend = TorchDeviceAttnBackend(spec)
+    if config.index is not None:
+        backend = SparseDeviceBackend(backend, config.index.topk)
     batch = make_batch(lengths, spec.num_groups, pool, backend)
     with torch.inference_mode():
         hidden = model(batch)
@@ -100,7 +106,7 @@ def test_the_stand_in_refuses_what_a_device_would() -> None:
 
 
 def make_batch(
-    lengths: list[tuple[int, int]], num_groups: int, pool: object, backend: TorchDeviceAttnBackend
+    lengths: list[tuple[int, int]], num_groups: int, pool: object, backend: AttentionBackend
 ) -> ForwardBatch:
     prefix = np.array([p for p, _ in lengths], np.int64)
     extend = np.array([e for _, e in lengths], np.int64)

@@ -11,6 +11,7 @@ from sglang.srt.layers.attention.token_choice import (
     BestTokens,
     IndexQuery,
     best_columns,
+    best_columns_unseen,
     index_scores,
     merge_best,
 )
@@ -57,6 +58,7 @@ def test_any_blocks_choose_what_one_look_does(
     count = data.draw(st.integers(1, n))
     expected = by_sorting(scores, count)
     assert best_columns(scores, count).tolist() == expected
+    assert best_columns_unseen(scores, count).tolist() == expected
     best, at = BestTokens(count), 0
     while at < n:
         step = data.draw(st.integers(1, n - at))

@@ -17,7 +17,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionLayer
 from sglang.srt.layers.attention.kv_parallel_backend import KVParallelAttnBackend
 from sglang.srt.layers.attention.own_pages import OwnPages
-from sglang.srt.layers.attention.sparse_backend import ScoreLimits, SparseAttnBackend
+from sglang.srt.layers.attention.sparse_cpu_backend import ScoreLimits, SparseCpuBackend
 from sglang.srt.layers.attention.sparse_plan import KeyTable, SparsePlan
 from sglang.srt.layers.attention.token_choice import BestTokens, merge_best
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -26,7 +26,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, Int32Arra
 _NOWHERE = (1 << 31) - 1  # the position of what stands for no token
 
 
-class KVParallelSparseBackend(SparseAttnBackend):
+class KVParallelSparseBackend(SparseCpuBackend):
     """`dense` says whose the pages are and joins the ranks' parts.
 
     Choosing costs an all-gather of N x M x 2K numbers of 4 bytes for a block of queries, attention

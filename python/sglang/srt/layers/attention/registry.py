@@ -12,7 +12,8 @@ from sglang.srt.layers.attention.flashinfer_table import FlashInferTableBackend
 from sglang.srt.layers.attention.flashinfer_wrappers import has_flashinfer
 from sglang.srt.layers.attention.kv_parallel_backend import KVParallelAttnBackend
 from sglang.srt.layers.attention.kv_parallel_sparse import KVParallelSparseBackend
-from sglang.srt.layers.attention.sparse_backend import SparseAttnBackend
+from sglang.srt.layers.attention.sparse_cpu_backend import SparseCpuBackend
+from sglang.srt.layers.attention.sparse_device_backend import SparseDeviceBackend
 from sglang.srt.layers.attention.torch_device_backend import TorchDeviceAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.torch_native_table import SegmentTableAttnBackend
@@ -88,7 +89,7 @@ def make_attention_backend(
 
     `kv_group` are the ranks that share the pool's pages, None when this rank has all. With
     `index_topk` queries see so many tokens of each request, which index keys choose. Raises
-    ValueError when the backend can't read the pool, or can't do that.
+    ValueError when the backend can't read the pool, or not so.
     """
     made = _make_reader(backend, pool, pool.spec)
     dense = made
@@ -98,15 +99,17 @@ def make_attention_backend(
         dense = KVParallelAttnBackend(made, pool.share, kv_group)
     if index_topk is None:
         return dense
+    if not isinstance(made, TorchNativeAttnBackend):
+        if not pool.contiguous:
+            raise ValueError(
+                f"attention backend {backend.name} needs contiguous KV memory for sparse attention"
+            )
+        return SparseDeviceBackend(dense, index_topk)
     tokens = _make_reader(backend, pool, replace(pool.spec, page_size=1))
-    if not isinstance(tokens, TorchNativeAttnBackend):
-        raise ValueError(
-            f"attention backend {backend.name} does not serve sparse attention; on a CPU cpu and "
-            "torch_native do"
-        )
+    assert isinstance(tokens, TorchNativeAttnBackend)
     if isinstance(dense, KVParallelAttnBackend):
         return KVParallelSparseBackend(dense, tokens, index_topk)
-    return SparseAttnBackend(dense, tokens, index_topk)
+    return SparseCpuBackend(dense, tokens, index_topk)
 
 
 def _make_reader(

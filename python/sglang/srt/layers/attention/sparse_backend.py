@@ -1,65 +1,37 @@
-"""Sparse attention: an indexer's keys choose the tokens, another backend attends to them.
+"""Sparse attention: an indexer's keys choose the tokens that a query attends to.
 
-Wraps the backend that attends to all tokens (`dense`) and one of the same kind for pages of one
-token (`tokens`), both of which read latents where they lie. Layers with an indexer store index keys
-and let it choose; the layers behind them without one see what it chose. Where no row of a step has
-more than `topk` tokens nothing is scored and the step is the dense backend's. See
+What is common to all devices: a step is divided into rows that see all tokens before them, which
+another backend (`dense`) computes, and rows that see chosen ones; index keys are stored. Layers
+with an indexer let it choose; the layers behind them without one see what it chose. Where no row of
+a step has more than `topk` tokens nothing is scored and the step is the dense backend's. See
 docs/kv_segments.md, Note [Sparse attention].
 
-Legend: R rows of q, H query heads, D head dim, E value dim, X numbers of an index key.
+Legend: R rows of q, T packed new tokens, H query heads, E value dim, X numbers of an index key.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from sglang.srt.errors import InvariantError
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer
 from sglang.srt.layers.attention.sparse_plan import (
-    Choice,
     ChosenRows,
     DensePart,
-    KeyTable,
     RowSplit,
     SparsePlan,
+    shortened,
     split_rows,
-    token_geometry,
 )
-from sglang.srt.layers.attention.token_choice import BestTokens, IndexQuery, index_scores
-from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane, raw
-from sglang.srt.model_executor.forward_batch_info import (
-    BatchGeometry,
-    ForwardBatch,
-    Int32Array,
-    Int64Array,
-)
-
-# Fewer keys than these in a block of several queries, and its calls cost more than its products.
-_LEAST_KEYS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreLimits:
-    """Bounds of scoring: `score_bytes` of float32 products of queries, index heads and keys at a
-    time, whatever the context.
-
-    What fits in a core's own cache is fastest: scoring 32k keys for one query took 330 us per 1,024
-    of them in blocks of 1 to 4 MiB, and 445 in one of 8 MiB.
-    """
-
-    score_bytes: int = 2 << 20
-
-    def block(self, heads: int, topk: int, num_queries: int) -> tuple[int, int]:
-        """(queries, keys) of a block; a query with `topk` keys is the least."""
-        rows = self.score_bytes // (4 * heads * max(topk, _LEAST_KEYS))
-        rows = max(1, min(num_queries, rows))
-        return rows, max(topk, self.score_bytes // (4 * heads * rows))
+from sglang.srt.layers.attention.token_choice import IndexQuery
+from sglang.srt.layers.scaled import scaled
+from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
+from sglang.srt.utils.device import upload
 
 
 class SparseAttnBackend(AttentionBackend):
@@ -67,35 +39,11 @@ class SparseAttnBackend(AttentionBackend):
 
     name: ClassVar[str] = "sparse"
 
-    def __init__(
-        self,
-        dense: AttentionBackend,
-        tokens: TorchNativeAttnBackend,
-        topk: int,
-        limits: ScoreLimits | None = None,
-    ) -> None:
+    def __init__(self, dense: AttentionBackend, topk: int) -> None:
         super().__init__(dense.spec)
-        self._dense, self._tokens = dense, tokens
-        self._topk, self._limits = topk, limits or ScoreLimits()
+        self._dense, self._topk = dense, topk
 
-    def plan(self, geometry: BatchGeometry) -> SparsePlan:
-        """The dense backend's plan; none where some request has more than `topk` tokens."""
-        longest = int(geometry.seq_lens.max(initial=0))
-        whole = None if longest > self._topk else self._dense.plan(geometry)
-        return SparsePlan(geometry, whole)
-
-    def store_index(
-        self, keys: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch
-    ) -> None:
-        """Keep the new tokens' index keys [T, X] in the slots that the batch names."""
-        loc = forward_batch.out_cache_loc[self.group_of_layer[layer.layer_id]]
-        forward_batch.token_to_kv_pool.index_planes.store(layer.layer_id, loc, keys)
-
-    def chooses(self, forward_batch: ForwardBatch, *, rows_pruned: bool) -> bool:
-        """Whether some row of q sees chosen tokens, so that `choose` is to be called."""
-        plan: SparsePlan = forward_batch.attn_plan
-        return plan.whole is None and len(self._split(plan, rows_pruned)[0].chosen.rows) > 0
-
+    @abstractmethod
     def choose(
         self,
         query: IndexQuery,
@@ -109,23 +57,44 @@ class SparseAttnBackend(AttentionBackend):
         Index keys of all positions already lie in the pool. Side effect: this layer, and those
         behind it until one chooses anew, see these tokens. Ticks `forward_batch.progress`.
         """
+
+    @abstractmethod
+    def attend_chosen(
+        self,
+        q: torch.Tensor,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
+        rows: ChosenRows,
+        pruned: bool,
+    ) -> torch.Tensor:
+        """Attention of q [n, H, D], which are `rows`, over what was chosen for them: [n, H * E].
+
+        Raises InvariantError before anything was chosen.
+        """
+
+    def plan(self, geometry: BatchGeometry) -> SparsePlan:
+        """The dense backend's plan; none where some request has more than `topk` tokens."""
+        longest = int(geometry.seq_lens.max(initial=0))
+        whole = None if longest > self._topk else self._dense.plan(geometry)
+        return SparsePlan(geometry, whole)
+
+    def store(
+        self, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch
+    ) -> None:
+        """See `AttentionBackend.store`."""
+        self._dense.store(k, v, layer, forward_batch)
+
+    def store_index(
+        self, keys: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch
+    ) -> None:
+        """Keep the new tokens' index keys [T, X] in the slots that the batch names."""
+        loc = forward_batch.out_cache_loc[self.group_of_layer[layer.layer_id]]
+        forward_batch.token_to_kv_pool.index_planes.store(layer.layer_id, loc, keys)
+
+    def chooses(self, forward_batch: ForwardBatch, *, rows_pruned: bool) -> bool:
+        """Whether some row of q sees chosen tokens, so that `choose` is to be called."""
         plan: SparsePlan = forward_batch.attn_plan
-        chosen = self._split(plan, rows_pruned)[0].chosen
-        plane = forward_batch.token_to_kv_pool.index_planes[layer.layer_id]
-        group = self.group_of_layer[layer.layer_id]
-        slots: list[Int32Array] = []
-        for request, first, last in _runs(chosen):
-            step, num_keys = self._limits.block(query.heads.shape[1], self._topk, last - first)
-            table = self._key_table(plan, group, request)
-            for begin in range(first, last, step):
-                rows = slice(begin, min(begin + step, last))
-                part = query.rows(torch.from_numpy(chosen.rows[rows]))
-                positions = chosen.positions[rows]
-                best = self._best(part, positions, plane, table, num_keys)
-                slots += self._chosen_slots(best, table, len(positions))
-                forward_batch.progress.tick()
-        plan.choice = Choice(chosen.packed, slots)
-        plan.tokens.clear()
+        return plan.whole is None and len(self.split(plan, rows_pruned).chosen.rows) > 0
 
     def forward(
         self,
@@ -138,124 +107,62 @@ class SparseAttnBackend(AttentionBackend):
         """See `AttentionBackend.forward`; rows from position `topk` on see what was chosen last."""
         plan: SparsePlan = forward_batch.attn_plan
         if plan.whole is not None:
-            batch = replace(forward_batch, attn_plan=plan.whole)
-            return self._dense.forward(q, layer, batch, rows_pruned=rows_pruned)
-        split, dense = self._split(plan, rows_pruned)
+            part = DensePart(plan.geometry, plan.whole)
+            return self._attend_dense(q, layer, forward_batch, part, rows_pruned)
+        split = self.split(plan, rows_pruned)
         if not len(split.chosen.rows):
-            return self._forward_dense(q, layer, forward_batch, dense, rows_pruned)
-        rows = torch.from_numpy(split.chosen.rows)
-        some = q if dense is None else q.index_select(0, rows)
-        seen = self._forward_tokens(some, layer, forward_batch, split.chosen, rows_pruned)
-        if dense is None:
-            return seen
+            if not len(split.dense_rows):
+                return q.new_empty(0, layer.num_heads * layer.v_head_dim)
+            return self._attend_dense(q, layer, forward_batch, self._part(plan), rows_pruned)
+        if not len(split.dense_rows):
+            return self.attend_chosen(q, layer, forward_batch, split.chosen, rows_pruned)
+        chosen, before = self._row_numbers(plan, split, rows_pruned, q.device)
+        some = q.index_select(0, chosen)
+        seen = self.attend_chosen(some, layer, forward_batch, split.chosen, rows_pruned)
+        some = q.index_select(0, before)
+        whole = self._attend_dense(some, layer, forward_batch, self._part(plan), rows_pruned)
         out = q.new_empty(len(q), seen.shape[1])
-        out.index_copy_(0, rows, seen)
-        before = q.index_select(0, split.dense_rows)
-        whole = self._forward_dense(before, layer, forward_batch, dense, rows_pruned)
-        return out.index_copy_(0, split.dense_rows, whole)
+        return out.index_copy_(0, chosen, seen).index_copy_(0, before, whole)
 
-    def _split(self, plan: SparsePlan, pruned: bool) -> tuple[RowSplit, DensePart | None]:
+    def split(self, plan: SparsePlan, pruned: bool) -> RowSplit:
+        """How the rows of q divide."""
         if pruned not in plan.splits:
-            split = split_rows(plan.geometry, self._topk, pruned)
-            dense = None
-            if split.dense is not None:
-                dense = DensePart(split.dense, self._dense.plan(split.dense))
-            plan.splits[pruned] = split, dense
+            plan.splits[pruned] = split_rows(plan.geometry, self._topk, pruned)
         return plan.splits[pruned]
 
-    def _forward_dense(
+    def _part(self, plan: SparsePlan) -> DensePart:
+        """What `dense` computes of a step that it doesn't compute whole."""
+        if plan.dense is None:
+            geometry = shortened(plan.geometry, self._topk)
+            plan.dense = DensePart(geometry, self._dense.plan(geometry))
+        return plan.dense
+
+    def _row_numbers(
+        self, plan: SparsePlan, split: RowSplit, pruned: bool, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of q that see chosen tokens and the others, int64, where q is."""
+        if pruned not in plan.row_numbers:
+            here = [torch.from_numpy(rows) for rows in (split.chosen.rows, split.dense_rows)]
+            chosen, before = here if device.type == "cpu" else upload(here, device)
+            plan.row_numbers[pruned] = chosen, before
+        return plan.row_numbers[pruned]
+
+    def _attend_dense(
         self,
         q: torch.Tensor,
         layer: AttentionLayer,
         forward_batch: ForwardBatch,
-        part: DensePart | None,
+        part: DensePart,
         pruned: bool,
     ) -> torch.Tensor:
-        if part is None:  # no rows at all
-            return q.new_empty(0, layer.num_heads * layer.v_head_dim)
         batch = replace(forward_batch, geometry=part.geometry, attn_plan=part.plan)
-        return self._dense.forward(q, layer, batch, rows_pruned=pruned)
-
-    def _forward_tokens(
-        self,
-        q: torch.Tensor,
-        layer: AttentionLayer,
-        forward_batch: ForwardBatch,
-        chosen: ChosenRows,
-        pruned: bool,
-    ) -> torch.Tensor:
-        plan: SparsePlan = forward_batch.attn_plan
-        if plan.choice is None:
-            raise InvariantError(f"layer {layer.layer_id} attends before any tokens were chosen")
-        if pruned not in plan.tokens:
-            geometry = token_geometry(plan.choice.of(chosen.packed), self.spec.num_groups)
-            plan.tokens[pruned] = geometry, self._tokens.plan(geometry)
-        geometry, tokens = plan.tokens[pruned]
-        batch = replace(forward_batch, geometry=geometry, attn_plan=tokens)
-        return self._attend_tokens(q, layer, batch)
-
-    def _attend_tokens(
-        self, q: torch.Tensor, layer: AttentionLayer, batch: ForwardBatch
-    ) -> torch.Tensor:
-        return self._tokens.forward(q, layer, batch, rows_pruned=False)
-
-    def _key_table(self, plan: SparsePlan, group: int, request: int) -> KeyTable:
-        if request not in plan.key_tables:
-            plan.key_tables[request] = KeyTable.of(plan.geometry.block_tables[group][request])
-        return plan.key_tables[request]
-
-    def _best(
-        self,
-        query: IndexQuery,
-        positions: Int64Array,
-        plane: torch.Tensor | SegmentPlane,
-        table: KeyTable,
-        num_keys: int,
-    ) -> BestTokens:
-        """The best places of a request's queries at `positions`, ascending, block by block."""
-        best = BestTokens(self._topk)
-        end = table.num_before(int(positions[-1]) + 1)
-        for lo in range(0, end, num_keys):
-            hi = min(lo + num_keys, end)
-            scores = index_scores(query, read_keys(plane, table, lo, hi, self.spec.page_size))
-            key_at = table.positions(lo, hi)
-            if key_at[-1] > positions[0]:
-                hidden = torch.from_numpy(key_at) > torch.from_numpy(positions).unsqueeze(1)
-                scores.masked_fill_(hidden, float("-inf"))
-            best.add(scores, lo)
-        return best
-
-    def _chosen_slots(
-        self, best: BestTokens, table: KeyTable, num_queries: int
-    ) -> list[Int32Array]:
-        """The slots of each query's best tokens."""
-        del num_queries
-        assert best.places is not None
-        return list(table.slots(best.places.numpy(), self.spec.page_size))
+        out = self._dense.forward(q, layer, batch, rows_pruned=pruned)
+        if self._dense.scales_values and layer.v_scale != 1.0:
+            out = scaled(out, 1.0 / layer.v_scale)  # the layer multiplies all rows
+        return out
 
 
-def read_keys(
-    plane: torch.Tensor | SegmentPlane, table: KeyTable, lo: int, hi: int, page_size: int
-) -> torch.Tensor:
-    """Index keys of places [lo, hi) of a plane [S, 1, X], float32 [hi - lo, X]."""
-    first = lo // page_size
-    pages = table.page_ids[first : -(-hi // page_size)]
-    skip, count = lo - first * page_size, hi - lo
-    if isinstance(plane, SegmentPlane):
-        shape = (len(pages), page_size, *plane.shape[1:])
-        target = torch.empty(shape, dtype=plane.dtype, device=plane.device)
-        plane.gather_pages(torch.from_numpy(pages.astype(np.int64)), target)
-        rows = target.view(-1, plane.shape[2])
-    elif (np.diff(pages) == 1).all():
-        return plane.narrow(0, int(pages[0]) * page_size + skip, count).squeeze(1).float()
-    else:
-        paged = raw(plane).view(-1, page_size * plane.shape[2])
-        some = paged.index_select(0, torch.from_numpy(pages.astype(np.int64)))
-        rows = some.view(plane.dtype).view(-1, plane.shape[2])
-    return rows.narrow(0, skip, count).float()
-
-
-def _runs(chosen: ChosenRows) -> Iterator[tuple[int, int, int]]:
+def request_runs(chosen: ChosenRows) -> Iterator[tuple[int, int, int]]:
     """(request, first, end) of the rows of each request, which stand together."""
     borders = np.flatnonzero(np.diff(chosen.requests)) + 1
     for first, last in zip([0, *borders], [*borders, len(chosen.rows)], strict=True):

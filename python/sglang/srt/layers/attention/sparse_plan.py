@@ -82,13 +82,9 @@ class ChosenRows(NamedTuple):
 
 
 class RowSplit(NamedTuple):
-    """A step's rows of q: those that see all before them (None: none does), and the others.
+    """A step's rows of q: those that see all before them, int64 [n], and the others."""
 
-    `dense_rows` int64 [n] are those of q that `dense` is about, in its order.
-    """
-
-    dense: BatchGeometry | None
-    dense_rows: torch.Tensor
+    dense_rows: Int64Array
     chosen: ChosenRows
 
 
@@ -100,10 +96,7 @@ def split_rows(geometry: BatchGeometry, topk: int, pruned: bool) -> RowSplit:
     sparse = positions >= topk
     rows = np.arange(len(packed))
     chosen = ChosenRows(rows[sparse], packed[sparse], requests[sparse], positions[sparse])
-    dense_rows = torch.from_numpy(rows[~sparse])
-    if sparse.all():
-        return RowSplit(None, dense_rows, chosen)
-    return RowSplit(_shortened(geometry, topk), dense_rows, chosen)
+    return RowSplit(rows[~sparse], chosen)
 
 
 def _owners(geometry: BatchGeometry, pruned: bool) -> tuple[Int64Array, Int64Array]:
@@ -115,7 +108,7 @@ def _owners(geometry: BatchGeometry, pruned: bool) -> tuple[Int64Array, Int64Arr
     return owners[geometry.logits_rows], geometry.logits_rows
 
 
-def _shortened(geometry: BatchGeometry, topk: int) -> BatchGeometry:
+def shortened(geometry: BatchGeometry, topk: int) -> BatchGeometry:
     """The batch as if requests ended at `topk` tokens; those without a new one there are left out.
 
     `logits_rows` are the wanted ones that are still there.
@@ -185,7 +178,10 @@ class SparsePlan:
 
     geometry: BatchGeometry
     whole: Any  # the dense backend's plan, None where some row chooses
-    splits: dict[bool, tuple[RowSplit, DensePart | None]] = field(default_factory=dict)
+    dense: DensePart | None = None
+    splits: dict[bool, RowSplit] = field(default_factory=dict)  # by whether rows are pruned
+    row_numbers: dict[bool, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     key_tables: dict[int, KeyTable] = field(default_factory=dict)  # by request
     choice: Choice | None = None
     tokens: dict[bool, tuple[BatchGeometry, Any]] = field(default_factory=dict)
+    on_device: Any = None  # tables and choice where a device keeps them, see `SparseDeviceBackend`

@@ -47,6 +47,8 @@ def best_columns(scores: torch.Tensor, count: int) -> torch.Tensor:
     m, n = scores.shape
     if n == count:
         return torch.arange(n, device=scores.device).expand(m, n)
+    if scores.device.type != "cpu":
+        return best_columns_unseen(scores, count)
     least = scores.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     chosen = scores >= least
     if int(chosen.sum()) > m * count:  # a row has more that equal its least than fit
@@ -55,6 +57,20 @@ def best_columns(scores: torch.Tensor, count: int) -> torch.Tensor:
         ties = chosen & ~above
         chosen = above | (ties & (ties.cumsum(-1) <= spare))
     return chosen.nonzero()[:, 1].view(m, count)
+
+
+def best_columns_unseen(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """`best_columns` in steps whose sizes do not depend on scores: on a device nothing waits."""
+    m, n = scores.shape
+    least = scores.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, ties = scores > least, scores == least
+    spare = count - above.sum(-1, keepdim=True)
+    chosen = above | (ties & (ties.cumsum(-1) <= spare))
+    # The r-th chosen column goes to place r, all others to one place behind, which is cut off.
+    places = torch.where(chosen, chosen.cumsum(-1) - 1, count)
+    columns = torch.arange(n, device=scores.device).expand(m, n)
+    found = torch.zeros((m, count + 1), dtype=torch.int64, device=scores.device)
+    return found.scatter_(-1, places, columns)[:, :count]
 
 
 class BestTokens:
@@ -71,7 +87,8 @@ class BestTokens:
         `scores` [M, N], -inf where a query doesn't see a key. Places grow from call to call.
         """
         m, n = scores.shape
-        places = torch.arange(first_place, first_place + n).expand(m, n)
+        last = first_place + n
+        places = torch.arange(first_place, last, device=scores.device).expand(m, n)
         if self.scores is not None and self.places is not None:
             scores = torch.cat((self.scores, scores), -1)
             places = torch.cat((self.places, places), -1)
