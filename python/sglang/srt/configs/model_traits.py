@@ -125,7 +125,7 @@ class ModelTraits:
 
     `latent` None: keys and values are kept head by head. Otherwise rotation, windows and caps are
     those of the turning parts and the scores. Checkpoints have `num_draft_layers` more layers
-    behind the last, which predict further tokens and are not loaded.
+    behind the last, which predict further tokens, and are loaded only to draft.
 
     Scores are q k^T times `attention_scaling` (None: head_dim ** -0.5). A cap c > 0 turns scores
     (`attention_logit_cap`) or logits (`final_logit_cap`) s into c * tanh(s / c).
