@@ -120,7 +120,7 @@ TABLE: tuple[Row, ...] = (
      " srt.model_executor.model_runner, srt.managers.token_relay"
      " < srt.managers.tp_worker"),
     (5, "DEVICE", "srt.model_executor.model_runner < srt.model_executor.draft_model"
-     " < srt.managers.tp_worker"),
+     " < srt.model_executor.draft_head, srt.managers.tp_worker"),
     (5, "DEVICE", "srt.managers.pooling_worker"),
     (6, "DEVICE", "srt.managers.scheduler*"),
     (6, "TEXT", "srt.tokenizer.* < srt.managers.incremental_text"),

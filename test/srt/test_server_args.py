@@ -221,7 +221,7 @@ def test_model_overrides_are_an_object() -> None:
         (["--disable-radix-cache", "--max-cached-tokens", "5"], "drop --disable-radix-cache"),
         (["--schedule-low-priority-values-first"], "needs --enable-priority-scheduling"),
         (["--default-priority-value", "1"], "needs --enable-priority-scheduling"),
-        (["--speculative-algorithm", "EAGLE"], "must be one of NGRAM, STANDALONE"),
+        (["--speculative-algorithm", "EAGLE3"], "must be one of NGRAM, STANDALONE,"),
         (["--speculative-num-draft-tokens", "4"], "needs --speculative-algorithm"),
         (
             [
@@ -233,8 +233,8 @@ def test_model_overrides_are_an_object() -> None:
         ),
         (["--speculative-algorithm", "STANDALONE"], "needs --speculative-draft-model-path"),
         (["--speculative-draft-model-path", "d"], "needs --speculative-algorithm"),
-        ([*NGRAM, "--speculative-draft-model", "d"], "needs a draft model"),
-        ([*NGRAM, "--speculative-num-steps", "3"], "needs a draft model"),
+        ([*NGRAM, "--speculative-draft-model", "d"], "needs --speculative-algorithm STANDALONE"),
+        ([*NGRAM, "--speculative-num-steps", "3"], "needs --speculative-algorithm STANDALONE"),
         ([*STANDALONE, "--speculative-eagle-topk", "2"], "must be at most 1, got 2"),
         ([*STANDALONE, "--speculative-num-draft-tokens", "1"], "leaves a draft model nothing"),
         (

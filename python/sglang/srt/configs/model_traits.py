@@ -167,8 +167,8 @@ class ModelTraits:
     `latent` None: keys and values are kept head by head. Otherwise rotation, windows and caps are
     those of the turning parts and the scores. `index` None: every token before it is seen.
     `linear` None: all layers attend to tokens. Checkpoints have `num_draft_layers` more layers
-    behind the last, which predict further tokens and are not loaded; so are tensors whose names
-    begin with `draft_prefix`.
+    behind the last, which predict further tokens, and are loaded only to draft; tensors whose names
+    begin with `draft_prefix` predict, too, and are not loaded.
 
     Scores are q k^T times `attention_scaling` (None: head_dim ** -0.5). A cap c > 0 turns scores
     (`attention_logit_cap`) or logits (`final_logit_cap`) s into c * tanh(s / c). Embeddings, what

@@ -26,9 +26,10 @@ class SpeculativeArgs:
     speculative_algorithm: str | None = flag(
         None,
         "Draft tokens and verify them in one step; the tokens that come out are the same. NGRAM "
-        "drafts from a request's own prompt and output, STANDALONE by a smaller model.",
+        "drafts from a request's own prompt and output, STANDALONE by a smaller model, EAGLE or "
+        "NEXTN by the model's own layer of multi-token prediction (DeepSeek-V3).",
         group=SPECULATION,
-        choices=("NGRAM", "STANDALONE"),
+        choices=("NGRAM", "STANDALONE", "EAGLE", "NEXTN"),
         default_text="off",
     )
     speculative_draft_model_path: str | None = flag(
@@ -125,7 +126,7 @@ def check_speculation(args: Any) -> None:
     if args.speculative_algorithm is None:
         _refuse_given({**of_ngram, **of_models, **of_both}, "--speculative-algorithm")
     elif args.speculative_algorithm == "NGRAM":
-        _refuse_given(of_models, "a draft model (--speculative-algorithm STANDALONE)")
+        _refuse_given(of_models, "--speculative-algorithm STANDALONE, EAGLE or NEXTN")
         least, most = ngram_window(args)
         if least > most:
             raise ValueError(
@@ -139,7 +140,8 @@ def check_speculation(args: Any) -> None:
 
 def _check_draft_model(args: Any) -> None:
     name = f"--speculative-algorithm {args.speculative_algorithm}"
-    if args.speculative_draft_model_path is None:
+    standalone = args.speculative_algorithm == "STANDALONE"
+    if standalone and args.speculative_draft_model_path is None:
         raise ValueError(f"{name} needs --speculative-draft-model-path")
     if args.speculative_num_draft_tokens == 1:
         raise ValueError("--speculative-num-draft-tokens 1 leaves a draft model nothing to say")

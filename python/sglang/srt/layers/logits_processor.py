@@ -34,12 +34,14 @@ class LogitsProcessorOutput:
     """`next_token_logits` float32 [rows to sample, V] in the order of the requests that sample;
     `input_logprobs[b]` for request b, None when it wants none in this step; where looking would
     wait, `late` tells them when it has come (None: nobody wants any). `highest`: that of the
-    logits, where the step has found it already."""
+    logits, where the step has found it already. `hidden` [R, h] are the states of the wanted rows,
+    where they are kept, to be read before the next step."""
 
     next_token_logits: torch.Tensor
     input_logprobs: list[LogprobArrays | None]
     highest: Highest | None = None
     late: LatePrompts | None = None
+    hidden: torch.Tensor | None = None
 
 
 class LogitsProcessor:

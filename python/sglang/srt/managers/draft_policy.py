@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from sglang.srt.managers.schedule_batch import Req, ScheduledReq
+from sglang.srt.managers.schedule_batch import Follow, Req, ScheduledReq
 from sglang.srt.managers.step_time import StepTime
 from sglang.srt.speculative.draft_plan import Offer, may_gain, plan_lengths
 from sglang.srt.speculative.model_drafts import MOST_BEHIND, ModelDrafts, ModelRules
@@ -85,9 +85,11 @@ class DraftPolicy:
 
     def followed(self, items: tuple[ScheduledReq, ...]) -> tuple[ScheduledReq, ...]:
         """The same parts of a step, each with what the draft model computes beside it."""
-        if not isinstance(self._rules, ModelRules):
+        rules = self._rules
+        if not isinstance(rules, ModelRules):
             return items
-        return tuple(replace(item, follow_from=_follow_from(item)) for item in items)
+        hidden = rules.reads_hidden
+        return tuple(replace(item, follow=_follow(item, reads_hidden=hidden)) for item in items)
 
     def index_prompts(self, items: Iterable[ScheduledReq]) -> None:
         """Take in what a step computes of prompts; takes time that the step takes, too."""
@@ -117,17 +119,28 @@ def num_taken(token_ids: Int64Array, expected: Sequence[int]) -> int:
     return taken
 
 
-def _follow_from(item: ScheduledReq) -> int | None:
-    """The first token that the draft model computes in this step: all that it lacks, or none.
+def _follow(item: ScheduledReq, *, reads_hidden: bool) -> Follow | None:
+    """What the draft model computes in this step: all that it lacks and can have, or nothing.
 
     It must know a text before it can go on with it, and prompts for whoever shares them; where
-    tokens come one by one it may be behind.
+    tokens come one by one it may be behind. One that `reads_hidden` states computes at a token's
+    place what follows it, so the last known token has to wait.
     """
     done = item.req.num_followed
     if done is None:
         return None
-    reads = bool(item.draft) or (item.is_extend and not item.from_relay)
-    return done if reads or item.start - done >= MOST_BEHIND else None
+    prompt = item.is_extend and not item.from_relay and not item.draft
+    end = item.start + item.num_tokens - len(item.draft)
+    if not prompt and not item.draft:
+        end = item.start  # the token there may not be known yet
+    end -= reads_hidden
+    wanted = 1 if prompt or item.draft else MOST_BEHIND
+    if end - done < wanted:
+        return None
+    # To say a token takes the one before: the last of a draft is not computed. What was made of
+    # states that the model had no part in is made again.
+    reached = end if reads_hidden else end + max(0, len(item.draft) - 1)
+    return Follow(done, end, reached)
 
 
 def _offer_of(req: Req, context_length: int) -> Offer:

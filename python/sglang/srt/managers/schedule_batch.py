@@ -340,13 +340,24 @@ class Req:
         )
 
 
+class Follow(NamedTuple):
+    """What a draft model computes of a request in a step: the K and V of tokens [first, end).
+
+    Those of the first `reached` are right when the step is over.
+    """
+
+    first: int
+    end: int
+    reached: int
+
+
 @dataclass(frozen=True, slots=True)
 class ScheduledReq:
     """One request's part of a step: tokens [start, start + num_tokens), and whether to sample.
 
     `from_relay`: the one input token is what the forward before sampled for this row. `draft` are
-    the last of the tokens: not known but proposed, to be sampled against. `follow_from`: a draft
-    model computes the request's tokens from here on (None: none of them).
+    the last of the tokens: not known but proposed, to be sampled against. `follow` is a draft
+    model's part (None: it has none).
     """
 
     req: Req
@@ -355,23 +366,15 @@ class ScheduledReq:
     sample: bool
     from_relay: bool = False
     draft: tuple[int, ...] = ()
-    follow_from: int | None = None
+    follow: Follow | None = None
 
     def launch(self) -> None:
         """Let the request know that the step is on its way."""
         self.req.num_scheduled += self.num_tokens
         self.req.num_inflight += 1
         self.req.num_pending += int(self.sample)
-        if self.follow_from is not None:
-            # To say a token takes the one before: the last of a draft is not computed.
-            self.req.num_followed = self.follow_to + max(0, len(self.draft) - 1)
-
-    @property
-    def follow_to(self) -> int:
-        """Where the known tokens end that a draft model may compute in this step."""
-        known = self.start + self.num_tokens - len(self.draft)
-        one_by_one = not self.draft and (self.from_relay or not self.is_extend)
-        return self.start if one_by_one else known
+        if self.follow is not None:
+            self.req.num_followed = self.follow.reached
 
     @property
     def is_extend(self) -> bool:

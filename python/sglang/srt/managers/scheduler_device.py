@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -62,17 +63,28 @@ def reserve_of(args: ServerArgs, backing: SegmentBacking) -> int:
     return args.kv_segment_reserve if backing.elastic else 0
 
 
-def draft_rules(args: ServerArgs, step_part: float | None) -> DraftRules | None:
+class DraftTraits(Protocol):
+    """What of a draft model is told by `ModelRules`."""
+
+    @property
+    def step_part(self) -> float: ...
+
+    @property
+    def reads_hidden(self) -> bool: ...
+
+
+def draft_rules(args: ServerArgs, drafter: DraftTraits | None) -> DraftRules | None:
     """How requests are drafted; None: they are not.
 
     What penalties and grammars leave of a draft is found token by token, which a device would have
-    to wait for. `step_part` is that of a draft model, None: there is none.
+    to wait for. `drafter` None: no model drafts.
     """
     if args.speculative_algorithm is None:
         return None
     most_tokens, on_cpu = _DRAFTED_STEP_TOKENS[args.device], args.device == "cpu"
-    if step_part is not None:
-        return ModelRules(draft_length(args), most_tokens, on_cpu, step_part)
+    if drafter is not None:
+        cost, hidden = drafter.step_part, drafter.reads_hidden
+        return ModelRules(draft_length(args), most_tokens, on_cpu, cost, hidden)
     least, most = ngram_window(args)
     return NgramRules(
         max_draft_tokens=args.speculative_num_draft_tokens or DEFAULT_DRAFT_TOKENS,

@@ -24,10 +24,13 @@ from sglang.srt.mem_cache.block_table import BlockTableSnapshot
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVHeads
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.draft_batch import DraftSide
-from sglang.srt.model_executor.draft_model import DraftModel
+from sglang.srt.model_executor.draft_head import DraftHead, HeadModel
+from sglang.srt.model_executor.draft_model import Drafter, DraftModel
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, block_tables_of
-from sglang.srt.model_loader.loader import load_model
+from sglang.srt.model_loader.loader import load_head, load_model
 from sglang.srt.models.causal_lm import CausalLM
+from sglang.srt.models.deepseek_nextn import DeepseekNextN
+from sglang.srt.models.deepseek_v2 import DeepseekV2ForCausalLM
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.device import DeviceRuntime
 from sglang.srt.utils.progress import Progress
@@ -38,11 +41,19 @@ BatchMaker = Callable[[ScheduleBatch, KVPlacement], ForwardBatch]
 
 @dataclass(frozen=True)
 class LoadedDraft:
-    """A draft model; a step of it costs about `step_part` of one of the model's."""
+    """A draft model, or a head on the model's hidden states.
+
+    Its layers keep K and V as `config` says; a step of it costs about `step_part` of one of the
+    model's.
+    """
 
     config: ModelConfig
-    model: CausalLM
+    model: CausalLM | HeadModel
     step_part: float
+
+    @property
+    def reads_hidden(self) -> bool:
+        return not isinstance(self.model, CausalLM)
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class ModelSides:
 def load_draft(
     args: ServerArgs,
     config: ModelConfig,
+    target: CausalLM,
     *,
     dtype: torch.dtype,
     parallel: ParallelState,
@@ -71,27 +83,57 @@ def load_draft(
     scales_kv: bool,
     show_progress: bool,
 ) -> LoadedDraft | None:
-    """The draft model that `args` ask for, for the model of `config`; None: they ask for none.
+    """What drafts for `target`, the loaded model of `config`; None: no model or head does.
 
     It computes in the model's `dtype`. Other parameters as in `load_model`. Raises ValueError with
     one line when the two don't go together.
     """
-    if args.speculative_draft_model_path is None:
+    if args.speculative_algorithm in (None, "NGRAM"):
         return None
+    quantization = args.speculative_draft_model_quantization or args.quantization
+    load_format = args.speculative_draft_load_format or args.load_format
+    if args.speculative_algorithm != "STANDALONE":
+        check_head(args, config)
+        assert isinstance(target, DeepseekV2ForCausalLM)
+        head = load_head(
+            lambda: DeepseekNextN(config, parallel, dtype, target),
+            config,
+            DeepseekNextN.wanted_of(config),
+            load_format=load_format,
+            dtype=dtype,
+            device=device,
+            show_progress=show_progress,
+            seed=args.random_seed,
+            quantization=quantization,
+        )
+        return LoadedDraft(_of_one_layer(config), head, _part(_of_one_layer(config), config))
+    assert args.speculative_draft_model_path is not None
     draft = ModelConfig.from_path(args.speculative_draft_model_path)
     check_pair(config, draft)
     model = load_model(
         draft,
-        load_format=args.speculative_draft_load_format or args.load_format,
+        load_format=load_format,
         dtype=dtype,
         parallel=parallel,
         device=device,
         show_progress=show_progress,
         seed=args.random_seed,
-        quantization=args.speculative_draft_model_quantization or args.quantization,
+        quantization=quantization,
         scales_kv=scales_kv,
     )
-    return LoadedDraft(draft, model, min(1.0, _weights_of(draft) / _weights_of(config)))
+    return LoadedDraft(draft, model, _part(draft, config))
+
+
+def check_head(args: ServerArgs, config: ModelConfig) -> None:
+    """Raise ValueError unless the model of `config` brings a head that drafts for it."""
+    flag = f"--speculative-algorithm {args.speculative_algorithm}"
+    if args.speculative_draft_model_path is not None:
+        raise ValueError(
+            f"{flag}: heads of another checkpoint are not served; without "
+            "--speculative-draft-model-path the model's own layer of multi-token prediction drafts"
+        )
+    if not config.num_draft_layers or config.is_gguf:
+        raise ValueError(f"{flag}: {config.path} has no layer of multi-token prediction")
 
 
 def check_pair(config: ModelConfig, draft: ModelConfig) -> None:
@@ -127,23 +169,29 @@ def with_draft(
 
 def make_drafter(
     args: ServerArgs, draft: LoadedDraft | None, side: DraftSide | None, runtime: DeviceRuntime
-) -> DraftModel | None:
+) -> Drafter | None:
     """Who drafts; None: no model does. Side effect: on a device its steps are recorded."""
     if draft is None or side is None:
         return None
+    if not isinstance(draft.model, CausalLM):
+        return DraftHead(draft.model, runtime)
     recorder = make_recorder(args, draft.model, side.backend, runtime, side.pool)
     return DraftModel(draft.model, runtime, recorder)
 
 
 def make_side(
-    backend_class: type[AttentionBackend], sides: ModelSides, progress: Progress
+    draft: LoadedDraft | None,
+    backend_class: type[AttentionBackend],
+    sides: ModelSides,
+    progress: Progress,
 ) -> DraftSide | None:
     """What the draft model's batches are made with; None: there is none."""
-    if sides.draft is None:
-        return None
-    backend = make_attention_backend(backend_class, sides.draft)
     pool = sides.draft
-    return DraftSide(pool, backend, sides.own.spec.num_groups, pool.page_size, progress)
+    if draft is None or pool is None:
+        return None
+    backend = make_attention_backend(backend_class, pool)
+    first_group = sides.own.spec.num_groups
+    return DraftSide(pool, backend, first_group, pool.page_size, progress, draft.reads_hidden)
 
 
 def batch_maker(
@@ -168,6 +216,7 @@ def batch_maker(
             backend=backend,
             page_size=pool.page_size,
             progress=progress,
+            all_rows=side is not None and side.reads_hidden,
         )
         if side is None or tables is None:
             return made
@@ -178,6 +227,17 @@ def batch_maker(
 
 def _first(tables: Tables, count: int) -> Tables:
     return tables[:count]
+
+
+def _of_one_layer(config: ModelConfig) -> ModelConfig:
+    """What K and V a layer behind the model's last one keeps."""
+    return replace(
+        config, num_layers=1, layer_windows=(None,), layer_chunks=(None,), layer_rope=(True,)
+    )
+
+
+def _part(draft: ModelConfig, config: ModelConfig) -> float:
+    return min(1.0, _weights_of(draft) / _weights_of(config))
 
 
 def _weights_of(config: ModelConfig) -> int:

@@ -77,6 +77,8 @@ def process_result(
         if req.state is ReqState.PREFILL:
             end = item.start + item.num_tokens - len(item.draft)
             ends_prompt = end >= req.known
+            if req.num_followed is not None:
+                end = min(end, req.num_followed)
             memory.cache_prefix(item.lease, req.tokens.view(0, end), end, keep_window=ends_prompt)
         failure = next((result.failures[i] for i in places if i in result.failures), None)
         if failure is not None:

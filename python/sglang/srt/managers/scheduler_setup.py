@@ -165,7 +165,7 @@ def build_scheduler_parts(
     if remark is not None:
         logger.log(logging.INFO if kv_dtype != dtype else logging.WARNING, "%s", remark)
     model = _load(rank, config, DTYPES[dtype], pooling, scales_kv=kv_dtype.startswith("fp8"))
-    draft = _load_draft(rank, config, DTYPES[dtype], pooling, kv_dtype)
+    draft = _load_draft(rank, config, model, DTYPES[dtype], kv_dtype)
     control = None if links is None else links.control
     places, adapters = open_adapters(args, model, control, runtime)
     backend_class = get_attention_backend(args.attention_backend, args.device)
@@ -181,12 +181,12 @@ def build_scheduler_parts(
     sides = ModelSides.of(memory, own_spec.num_groups)
     topk = None if config.index is None else config.index.topk
     backend = make_attention_backend(backend_class, sides.own, grid.kv_group, topk)
-    side = make_side(backend_class, sides, progress)
+    side = make_side(draft, backend_class, sides, progress)
     drafter = make_drafter(args, draft, side, runtime)
     num_rows = plan.max_running_requests + 1
     worker = make_worker(args, model, backend, runtime, sides.own, num_rows, places, drafter)
     runtime.synchronize()
-    rules = draft_rules(args, None if draft is None else draft.step_part)
+    rules = draft_rules(args, draft)
     limits = _limits(args, plan, page_size, spec, rules)
     logger.info("KV pool ready: %r", memory)
     ready = _ready(backend_class.name, plan, limits, memory)
@@ -261,17 +261,12 @@ def _load(
 
 
 def _load_draft(
-    rank: _Rank,
-    config: ModelConfig,
-    dtype: torch.dtype,
-    pooling: PoolingConfig | None,
-    kv_dtype: str,
+    rank: _Rank, config: ModelConfig, model: CausalLM, dtype: torch.dtype, kv_dtype: str
 ) -> LoadedDraft | None:
-    if pooling is not None and rank.args.speculative_draft_model_path is not None:
-        raise ValueError("--speculative-draft-model-path: what gives vectors generates nothing")
     return load_draft(
         rank.args,
         config,
+        model,
         dtype=dtype,
         parallel=rank.grid.parallel,
         device=rank.runtime.device,

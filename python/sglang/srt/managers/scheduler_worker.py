@@ -11,7 +11,8 @@ from sglang.srt.managers.pooling_worker import PoolingWorker
 from sglang.srt.managers.scheduler_device import make_recorder, make_sampler
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-from sglang.srt.model_executor.draft_model import DraftModel
+from sglang.srt.model_executor.draft_head import DraftHead
+from sglang.srt.model_executor.draft_model import Drafter
 from sglang.srt.model_executor.lora_places import AdapterPlaces
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.models.causal_lm import CausalLM
@@ -32,6 +33,8 @@ def args_for_pooling(args: ServerArgs, pooling: PoolingConfig | None) -> ServerA
         return args
     if args.serves_lora:
         raise ValueError("--enable-lora: adapters are served of models that generate only")
+    if args.speculative_algorithm not in (None, "NGRAM"):
+        raise ValueError("--speculative-algorithm: a model that gives vectors generates nothing")
     args = replace(args, disable_cuda_graph=True)
     if pooling.whole:
         # Attention is the model's own, and reads nothing from the pool.
@@ -56,7 +59,7 @@ def make_worker(
     pool: MHATokenToKVPool,
     num_rows: int,
     places: AdapterPlaces | None,
-    drafter: DraftModel | None = None,
+    drafter: Drafter | None = None,
 ) -> AnyWorker:
     """The worker that `model` needs. Side effect: on a device its steps are recorded.
 
@@ -65,6 +68,9 @@ def make_worker(
     """
     if isinstance(model, PooledModel):
         return PoolingWorker(model, runtime)
-    recorder = make_recorder(args, model, backend, runtime, pool, places)
+    reads_hidden = isinstance(drafter, DraftHead)
+    recorder = None
+    if not (reads_hidden and runtime.is_async):  # a graph keeps no hidden states
+        recorder = make_recorder(args, model, backend, runtime, pool, places)
     runner = ModelRunner(model, LogitsProcessor(runtime=runtime), recorder, places)
     return TpModelWorker(runner, make_sampler(args, runtime), num_rows, runtime, drafter)

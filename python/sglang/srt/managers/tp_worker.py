@@ -16,10 +16,10 @@ their way back, so that the next step is launched meanwhile. See docs/gpu.md, De
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from time import perf_counter
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -32,7 +32,7 @@ from sglang.srt.layers.late_results import LatePrompts, LateResults, StepTold
 from sglang.srt.managers.generation_result import GenerationBatchResult
 from sglang.srt.managers.io_struct import LogprobArrays
 from sglang.srt.managers.token_relay import DeviceRelay, HostRelay, TokenRelay
-from sglang.srt.model_executor.draft_model import DraftModel
+from sglang.srt.model_executor.draft_model import Drafter
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import CausalLM, ModelRunner
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -98,7 +98,7 @@ class TpModelWorker:
         sampler: TokenSampler,
         num_rows: int,
         runtime: DeviceRuntime | None = None,
-        drafter: DraftModel | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self._runner = runner
         self._drafter = drafter
@@ -179,7 +179,7 @@ class TpModelWorker:
 
     def _launch(self, forward_batch: ForwardBatch, info: SamplingBatchInfo) -> _Launched:
         """Everything of a step but waiting for it."""
-        began = time.perf_counter()
+        began = perf_counter()
         for row in info.drops:
             self._sampler.drop(row)
         for entry in info.admissions:
@@ -195,7 +195,7 @@ class TpModelWorker:
             batch = self._relay.fill(forward_batch, info.rows)
             drafted = self._draft(batch)
             logits = self._runner.forward(
-                batch, info.logprob_specs, info.logit_index, before=self._tell
+                batch, info.logprob_specs, _sampled_rows(batch, info), before=self._tell
             )
             expected: Sequence[int] = info.expected
             if drafted is not None and not self._runtime.is_async:
@@ -206,6 +206,8 @@ class TpModelWorker:
             )
             out = sample_places(self._sampler, logits.next_token_logits, places, logits.highest)
             self._relay.note(out.token_ids)
+            if self._drafter is not None and batch.drafting is not None:
+                self._drafter.follow(batch.drafting, logits.hidden)
             prompts = None
             if logits.late is not None:
                 prompts = (logits.late, self._runtime.fetch(logits.late.values))
@@ -227,8 +229,8 @@ class TpModelWorker:
         work = batch.drafting
         if self._drafter is None or work is None:
             return None
-        tokens = self._runtime.fetch(self._drafter.propose(work, batch.input_ids, self._tell))
-        return _Drafted(tokens, time.perf_counter())
+        tokens = self._drafter.propose(work, batch.input_ids, self._tell)
+        return None if tokens is None else _Drafted(self._runtime.fetch(tokens), perf_counter())
 
     def _finish(self, step: _Launched) -> GenerationBatchResult:
         """The result of a launched step; returns when it has come."""
@@ -237,7 +239,7 @@ class TpModelWorker:
         if step.drafted is not None:
             drafted, ended = step.drafted.tokens.wait(), step.drafted.ended
             if self._runtime.is_async:
-                ended = time.perf_counter()
+                ended = perf_counter()
             drafting_s = max(0.0, ended - began)
         values = step.told.wait()
         told = StepTold(values, list(step.output_logprobs), step.invalid_rows)
@@ -249,7 +251,7 @@ class TpModelWorker:
             input_logprobs = late.read(copy.wait())
         step.progress.tick()
         # Steps are computed one after another: a step's time begins when the one before ended.
-        self._last_end = time.perf_counter()
+        self._last_end = perf_counter()
         return GenerationBatchResult(
             token_ids=told.token_ids,
             output_logprobs=told.logprobs,
@@ -260,3 +262,12 @@ class TpModelWorker:
             drafted=drafted,
             drafting_s=drafting_s,
         )
+
+
+def _sampled_rows(batch: ForwardBatch, info: SamplingBatchInfo) -> Sequence[int]:
+    """Which of the batch's wanted rows are sampled from."""
+    hidden = None if batch.drafting is None else batch.drafting.hidden
+    if hidden is None:
+        return info.logit_index
+    rows: list[int] = hidden.wanted[list(info.logit_index)].tolist()
+    return rows

@@ -130,13 +130,15 @@ def _arrays_of(batch: ForwardBatch) -> list[Int64Array]:
 
 
 class StepLogits(NamedTuple):
-    """`logits` float32 [R, V] of a step's wanted rows; their `highest`, if it has been found.
+    """`logits` float32 [R, V] of a step's wanted rows; their `highest`, if it has been found, and
+    the `hidden` states [R, h] that they are made of, where they are kept.
 
     All are overwritten by the next step.
     """
 
     logits: torch.Tensor
     highest: Highest | None = None
+    hidden: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +274,8 @@ class DecodeTapes:
         threads, head = torch.get_num_threads(), self._model.lm_head
         try:
             with self._kernels.record(tape):
-                logits = head.uncapped(self._model(inputs.batch))
+                hidden = self._model(inputs.batch)
+                logits = head.uncapped(hidden)
                 wide: torch.Tensor = self._kernels.widen(logits, num_threads=threads)
                 highest = None  # of capped logits is looked for when they are capped
                 if head.logit_cap == 0.0:
@@ -284,7 +287,7 @@ class DecodeTapes:
         # A fused call is made later than its projection: what adapters made as a bias is gone then.
         if self._fuses and shape.place < 0:
             tape.fuse()
-        found = StepLogits(head.cap(wide), highest)
+        found = StepLogits(head.cap(wide), highest, hidden)
         self._keep(shape, DecodeTape(tape, inputs, found))
         logger.debug("Recorded a step of %s: %d calls", shape, len(tape))
         return found

@@ -15,59 +15,95 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang.srt.managers.schedule_batch import ScheduleBatch, ScheduledReq
+from sglang.srt.managers.schedule_batch import Follow, ScheduleBatch, ScheduledReq
 from sglang.srt.model_executor.forward_batch_info import (
     BatchGeometry,
     BlockTableView,
     DraftBatch,
     ForwardBatch,
     ForwardMode,
+    HiddenSpan,
+    HiddenStates,
     Int64Array,
+    wanted_rows,
 )
 from sglang.srt.utils.progress import Progress
 
 Tables = tuple[tuple[BlockTableView, ...], ...]
+Part = tuple[int, ScheduledReq, Follow]
 
 
 @dataclass(frozen=True, slots=True)
 class DraftSide:
     """What a draft model's batches are made with: its pool and backend, and its groups, which
-    begin with `first_group` of the memory's."""
+    begin with `first_group` of the memory's. `reads_hidden`: it is a head on hidden states."""
 
     pool: Any  # MHATokenToKVPool, a part
     backend: Any  # AttentionBackend
     first_group: int
     page_size: int
     progress: Progress
+    reads_hidden: bool = False
 
     def plan(self, batch: ScheduleBatch, tables: Tables) -> DraftBatch | None:
         """The draft model's part; `tables` are those of its groups, for all requests of the step.
 
-        None: it has nothing to compute.
+        None: it has nothing to compute, nor to keep.
         """
-        taken = [(i, item) for i, item in enumerate(batch.items) if item.follow_from is not None]
-        if not taken:
+        parts = [(i, item, item.follow) for i, item in enumerate(batch.items) if item.follow]
+        # What the model has to compute first ends behind its first token.
+        before = [part for part in parts if not self.reads_hidden or part[2].end <= part[1].start]
+        after = [part for part in parts if part not in before]
+        if not parts and not self.reads_hidden:
             return None
-        numbers, items = [i for i, _ in taken], [item for _, item in taken]
-        own = tuple(tuple(views[i] for i in numbers) for views in tables)
-        starts = np.array([_first_of(item) for item in items], np.int64)
-        ends = np.array([item.follow_to for item in items], np.int64)
+        numbers, items = [i for i, *_ in before], [item for _, item, _ in before]
+        ends = np.array([follow.end for *_, follow in before], np.int64)
         lengths = np.array([len(item.draft) for item in items], np.int64)
-        ids = [i.req.vocabulary_ids(_first_of(i), i.follow_to) for i in items]
-        first = self._forward(
-            np.concatenate(ids).astype(np.int64),
-            starts,
-            ends - starts,
-            lengths > 0,
-            own,
-            [self._slots(items, group, starts, ends) for group in range(len(tables))],
-        )
-        ahead, rows_ahead = self._ahead(items, ends, lengths, own)
+        ahead, rows_ahead = self._ahead(items, ends, lengths, _of(tables, numbers))
         lengths = lengths[lengths > 0]
         rows = np.repeat(np.arange(len(lengths)), lengths)
         depths = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        places = _places_of(batch)
-        return DraftBatch(first, ahead, rows_ahead, depths * len(lengths) + rows, places)
+        return DraftBatch(
+            self._read(before, tables),
+            ahead,
+            rows_ahead,
+            depths * len(lengths) + rows,
+            _places_of(batch),
+            self._read(after, tables),
+            self._hidden(batch, before, after),
+        )
+
+    def _read(self, parts: Sequence[Part], tables: Tables) -> ForwardBatch | None:
+        """The tokens that each request lacks; None: there are no requests."""
+        if not parts:
+            return None
+        items, follows = [item for _, item, _ in parts], [follow for *_, follow in parts]
+        starts = np.array([follow.first for follow in follows], np.int64)
+        ends = np.array([follow.end for follow in follows], np.int64)
+        shift = int(self.reads_hidden)
+        ids = [
+            item.req.vocabulary_ids(follow.first + shift, follow.end + shift)
+            for _, item, follow in parts
+        ]
+        return self._forward(
+            np.concatenate(ids).astype(np.int64),
+            starts,
+            ends - starts,
+            np.array([bool(item.draft) for item in items]),
+            _of(tables, [i for i, *_ in parts]),
+            [self._slots(items, group, starts, ends) for group in range(len(tables))],
+        )
+
+    def _hidden(
+        self, batch: ScheduleBatch, before: Sequence[Part], after: Sequence[Part]
+    ) -> HiddenStates | None:
+        if not self.reads_hidden:
+            return None
+        kept = tuple(
+            HiddenSpan(item.lease.row, item.start, item.start + item.num_tokens)
+            for item in batch.items
+        )
+        return HiddenStates(kept, _spans(before), _spans(after), wanted_rows(batch))
 
     def _ahead(
         self, items: Sequence[ScheduledReq], ends: Int64Array, lengths: Int64Array, tables: Tables
@@ -85,7 +121,7 @@ class DraftSide:
                     places,
                     np.ones(len(chosen), np.int64),
                     np.ones(len(chosen), np.bool_),
-                    tuple(tuple(views[i] for i in chosen) for views in tables),
+                    _of(tables, chosen.tolist()),
                     [self._slots(some, g, places, places + 1) for g in range(len(tables))],
                 )
             )
@@ -143,9 +179,12 @@ class DraftSide:
         )
 
 
-def _first_of(item: ScheduledReq) -> int:
-    assert item.follow_from is not None
-    return item.follow_from
+def _of(tables: Tables, requests: Sequence[int]) -> Tables:
+    return tuple(tuple(views[i] for i in requests) for views in tables)
+
+
+def _spans(parts: Sequence[Part]) -> tuple[HiddenSpan, ...]:
+    return tuple(HiddenSpan(item.lease.row, follow.first, follow.end) for _, item, follow in parts)
 
 
 def _places_of(batch: ScheduleBatch) -> Int64Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 
@@ -16,6 +17,32 @@ from sglang.srt.model_executor.decode_tapes import CausalLM
 from sglang.srt.model_executor.forward_batch_info import DraftBatch, ForwardBatch
 from sglang.srt.model_executor.model_runner import StepRecorder
 from sglang.srt.utils.device import DeviceRuntime
+
+
+class Drafter(Protocol):
+    """`DraftModel` and `DraftHead`."""
+
+    def propose(
+        self, work: DraftBatch, input_ids: torch.Tensor, before: Callable[[], None]
+    ) -> torch.Tensor | None:
+        """Tokens int64 [N] of the step's drafts, on the device, those of a request in order.
+
+        None: it had nothing to compute. Side effects: they stand in `input_ids`, the step's own,
+        and K and V of what was computed are in the draft model's pool. `before` is called when
+        compute begins.
+        """
+
+    def follow(self, work: DraftBatch, hidden: torch.Tensor | None) -> None:
+        """Do what takes the model's `hidden` states [T, h] of the step's tokens, if anything."""
+
+
+def moved_indexes(
+    work: DraftBatch, runtime: DeviceRuntime
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """`said`, `places` and `rows_ahead` on the device."""
+    indexes = [work.said, work.places, *work.rows_ahead]
+    said, places, *rows_ahead = runtime.move([torch.from_numpy(index) for index in indexes])
+    return said, places, rows_ahead
 
 
 class DraftModel:
@@ -30,14 +57,11 @@ class DraftModel:
 
     def propose(
         self, work: DraftBatch, input_ids: torch.Tensor, before: Callable[[], None]
-    ) -> torch.Tensor:
-        """Tokens int64 [N] of the step's drafts, on the device, those of a request in order.
-
-        Side effects: they stand in `input_ids`, the step's own, and K and V of what was computed
-        are in the draft model's pool. `before` is called when compute begins.
-        """
-        indexes = [work.said, work.places, *work.rows_ahead]
-        said, places, *rows_ahead = self._runtime.move([torch.from_numpy(i) for i in indexes])
+    ) -> torch.Tensor | None:
+        """See `Drafter`."""
+        if work.first is None:
+            return None
+        said, places, rows_ahead = moved_indexes(work, self._runtime)
         tokens = self._say(work.first, before)
         table = tokens.new_zeros((1 + len(work.ahead), len(tokens)))
         table[0] = tokens
@@ -47,6 +71,9 @@ class DraftModel:
         drafted = table.view(-1).index_select(0, said)
         input_ids.index_copy_(0, places, drafted)
         return drafted
+
+    def follow(self, work: DraftBatch, hidden: torch.Tensor | None) -> None:
+        """See `Drafter`: nothing, tokens are all that it reads."""
 
     def _say(
         self, batch: ForwardBatch, before: Callable[[], None], input_ids: torch.Tensor | None = None

@@ -10,7 +10,7 @@ Shape letters: T packed new tokens, B requests, R rows whose logits are wanted.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -108,22 +108,50 @@ class PooledRows:
         return cls(np.array(counts, np.int64), np.array(starts, np.int64))
 
 
+class HiddenSpan(NamedTuple):
+    """Hidden states of the tokens [first, end) of the request in KV row `row`."""
+
+    row: int
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenStates:
+    """Which of the model's hidden states a draft head keeps of a step, and which it reads.
+
+    `kept` are those of the step's packed tokens, request after request; `first` and `after` those
+    that the batches of that name of a `DraftBatch` read. `wanted` int64 [R] are the packed rows
+    whose logits are wanted, of all of which there are hidden states.
+    """
+
+    kept: tuple[HiddenSpan, ...]
+    first: tuple[HiddenSpan, ...]
+    after: tuple[HiddenSpan, ...]
+    wanted: Int64Array
+
+
 @dataclass(frozen=True, slots=True)
 class DraftBatch:
     """What a draft model computes of a step, before the model does; D requests are drafted.
 
-    `first` takes in what the draft model lacks of the requests' texts, and says the first token of
-    each draft; `ahead[i]` says token i + 1 of those drafts, `rows_ahead[i]` int64 among the D, that
-    have one: its `input_ids` are what was said before and not yet there. N tokens are said in all:
-    `said` int64 [N] are their places in a table [longest, D], those of a request in order, and
-    `places` int64 [N] the packed rows of the model's own batch where they go.
+    `first` takes in what the draft model lacks of the requests' texts (None: nothing), and says the
+    first token of each draft; `ahead[i]` says token i + 1 of those drafts, `rows_ahead[i]` int64
+    among the D, that have one: its `input_ids` are what was said before and not yet there. N tokens
+    are said in all: `said` int64 [N] are their places in a table [longest, D], those of a request
+    in order, and `places` int64 [N] the packed rows of the model's own batch where they go.
+
+    A draft head reads `hidden` states (None: it is no head): at a token's place it computes what
+    follows the next token. `after` is what it computes behind the model (None: nothing).
     """
 
-    first: ForwardBatch
+    first: ForwardBatch | None
     ahead: tuple[ForwardBatch, ...]
     rows_ahead: tuple[Int64Array, ...]
     said: Int64Array
     places: Int64Array
+    after: ForwardBatch | None = None
+    hidden: HiddenStates | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,11 +238,13 @@ class ForwardBatch:
         backend: Any,
         page_size: int,
         progress: Progress,
+        all_rows: bool = False,
     ) -> ForwardBatch:
         """Pack a step: the only constructor that the engine uses.
 
         `placement` names the slots of every item's tokens in the order of `batch.items`. Block
-        tables are snapshots: later growth and release on the host do not reach this batch.
+        tables are snapshots: later growth and release on the host do not reach this batch. With
+        `all_rows` the hidden states of all tokens are wanted of the model.
         """
         items = batch.items
         lens = np.fromiter((item.num_tokens for item in items), np.int64, len(items))
@@ -223,7 +253,7 @@ class ForwardBatch:
         total = int(lens.sum())
         positions = np.arange(total, dtype=np.int64) + np.repeat(prefix - starts, lens)
         input_ids, relay_at, relay_rows = _packed_ids(batch, starts, total)
-        logits_rows = _logits_rows(batch, starts)
+        logits_rows = np.arange(total) if all_rows else wanted_rows(batch)
         geometry = BatchGeometry(
             seq_lens=prefix + lens,
             extend_prefix_lens=prefix,
@@ -300,18 +330,19 @@ def block_tables_of(
     )
 
 
-def _logits_rows(batch: ScheduleBatch, starts: Int64Array) -> Int64Array:
+def wanted_rows(batch: ScheduleBatch) -> Int64Array:
     """Packed rows that are wanted of the model, ascending.
 
     Prompt logprobs, then those to sample; or those to pool.
     """
     rows: list[int] = []
-    for item, q_start in zip(batch.items, starts.tolist(), strict=True):
+    q_start = 0
+    for item in batch.items:
         pools = item.req.pooling is not None
         first, count = item.pooled_rows() if pools else item.logprob_rows()
         if count:
             begin = q_start + first - item.start
             rows += range(begin, begin + count)
-        end = q_start + item.num_tokens
-        rows += range(end - item.num_places, end)
+        q_start += item.num_tokens
+        rows += range(q_start - item.num_places, q_start)
     return np.array(rows, np.int64)

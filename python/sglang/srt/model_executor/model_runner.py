@@ -6,6 +6,7 @@ Owns the loaded model and nothing of a request. Called by the worker on its own 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
@@ -64,12 +65,16 @@ class ModelRunner:
             found = self.tapes.compute(forward_batch, before)
             if found is not None:
                 return LogitsProcessorOutput(
-                    found.logits, [None] * forward_batch.batch_size, found.highest
+                    found.logits,
+                    [None] * forward_batch.batch_size,
+                    found.highest,
+                    hidden=found.hidden,
                 )
         if self._adapters is not None:
             self._adapters.group(forward_batch)
         before()
         hidden = self.model(forward_batch)
-        return self._logits_processor(
+        output = self._logits_processor(
             hidden, self.model.lm_head, forward_batch, logprob_specs, sample_rows
         )
+        return replace(output, hidden=hidden)

@@ -1,4 +1,4 @@
-"""Builds a model and fills it: the one entry is `load_model`.
+"""Builds a model and fills it: `load_model`, and `load_head` for layers that draft for one.
 
 Called by the worker at start. It decides which files hold the weights, shows progress on
 standard error, and leaves a frozen model. Each tensor goes straight into its (possibly sharded)
@@ -11,8 +11,10 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +31,7 @@ from sglang.srt.model_loader.huge_pages import move_to_huge_pages
 from sglang.srt.model_loader.kv_scales import CheckpointScales, read_scale_file, set_kv_scales
 from sglang.srt.model_loader.quantized_weights import quantized_weights
 from sglang.srt.model_loader.weight_files import (
+    Wanted,
     WeightIterator,
     WeightSource,
     find_pt_files,
@@ -37,10 +40,12 @@ from sglang.srt.model_loader.weight_files import (
     safetensors_weights,
 )
 from sglang.srt.models.bert import BertModel
-from sglang.srt.models.causal_lm import CausalLM
+from sglang.srt.models.causal_lm import CausalLM, LoadedModel
 from sglang.srt.models.pooled import PooledDecoder
 from sglang.srt.models.registry import resolve_model_class
 from sglang.srt.utils.native import codes_kernels
+
+Head = TypeVar("Head", bound=LoadedModel)
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 _DUMMY_STD = 0.02
@@ -71,43 +76,15 @@ def load_model(
     one line, for a wrong format, missing files, damaged files, missing or unexpected weights,
     scales that don't fit, and a quantisation that can't be had.
     """
-    scheme = config.weight_scheme
-    kept = choose_quantization(
-        quantization,
-        is_gguf=config.is_gguf,
-        method=None if scheme is None else scheme.method,
-        device=device,
-    )
-    if load_format not in LOAD_FORMATS:
-        raise ValueError(f"unknown load format {load_format!r}; one of {', '.join(LOAD_FORMATS)}")
-    kernels = None if kept == "none" else codes_kernels(device)
-    if load_format == "dummy":
-        source = None
-    else:
-        source = open_weights(config, load_format, dtype, None if kept == "int8" else kernels)
+    plan = _LoadPlan.of(config, load_format, dtype, quantization, device)
     with torch.device(device):
         if pooling is not None:
             kind = PooledDecoder if config.encoder is None else BertModel
             model: CausalLM = kind(config, parallel, dtype, pooling)
         else:
             model = resolve_model_class(config.architecture)(config, parallel, dtype)
-    if kept == "none":
-        move_to_huge_pages(model, copy=False)
     scales = CheckpointScales(wanted=scales_kv and kv_scale_path is None)
-    with torch.no_grad():
-        if source is None:
-            fill_with_dummy_weights(model, seed)
-        else:
-            weights = scales.without_scales(source.weights)
-            if kept == "int8" and kernels is not None:
-                weights = _rounded_on_the_way(weights, model, kernels)
-            _load(model, WeightSource(weights, source.num_weights), show_progress)
-        if kept == "int8" and kernels is not None:
-            for module in model.modules():
-                if isinstance(module, _ROUNDED):
-                    module.quantize(kernels)
-        if kept != "none":
-            move_to_huge_pages(model, copy=True)
+    plan.fill(model, scales, seed=seed, show_progress=show_progress)
     if scales_kv and kv_scale_path is not None:
         place = (config.num_layers, parallel.tp_rank, parallel.tp_size)
         set_kv_scales(model, read_scale_file(kv_scale_path, *place))
@@ -116,16 +93,103 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
+def load_head(
+    make: Callable[[], Head],
+    config: ModelConfig,
+    wanted: Wanted | None,
+    *,
+    load_format: str,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    show_progress: bool,
+    seed: int,
+    quantization: str | None,
+) -> Head:
+    """What `make` makes, with the weights of `config`'s checkpoint that are `wanted` by name.
+
+    None: all of them. The K and V of its layers have no scales. Other parameters and errors as of
+    `load_model`.
+    """
+    plan = _LoadPlan.of(config, load_format, dtype, quantization, device, wanted)
+    with torch.device(device):
+        model = make()
+    plan.fill(model, CheckpointScales(wanted=False), seed=seed, show_progress=show_progress)
+    return model.requires_grad_(False).eval()
+
+
+@dataclass(frozen=True, slots=True)
+class _LoadPlan:
+    """How weights stay (`kept`, as `choose_quantization` says), and where they come from.
+
+    `source` None: they are random.
+    """
+
+    kept: str
+    kernels: ModuleType | None
+    source: WeightSource | None
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        load_format: str,
+        dtype: torch.dtype,
+        quantization: str | None,
+        device: str | torch.device,
+        wanted: Wanted | None = None,
+    ) -> _LoadPlan:
+        """Find the files. Errors as of `load_model`."""
+        scheme = config.weight_scheme
+        kept = choose_quantization(
+            quantization,
+            is_gguf=config.is_gguf,
+            method=None if scheme is None else scheme.method,
+            device=device,
+        )
+        if load_format not in LOAD_FORMATS:
+            raise ValueError(
+                f"unknown load format {load_format!r}; one of {', '.join(LOAD_FORMATS)}"
+            )
+        kernels = None if kept == "none" else codes_kernels(device)
+        if load_format == "dummy":
+            return cls(kept, kernels, None)
+        coded = None if kept == "int8" else kernels
+        return cls(kept, kernels, open_weights(config, load_format, dtype, coded, wanted))
+
+    def fill(
+        self, model: LoadedModel, scales: CheckpointScales, *, seed: int, show_progress: bool
+    ) -> None:
+        """Load or draw the weights of a model; `scales` takes up those of its KV cache."""
+        kernels = self.kernels
+        if self.kept == "none":
+            move_to_huge_pages(model, copy=False)
+        with torch.no_grad():
+            if self.source is None:
+                fill_with_dummy_weights(model, seed)
+            else:
+                weights = scales.without_scales(self.source.weights)
+                if self.kept == "int8" and kernels is not None:
+                    weights = _rounded_on_the_way(weights, model, kernels)
+                _load(model, WeightSource(weights, self.source.num_weights), show_progress)
+            if self.kept == "int8" and kernels is not None:
+                for module in model.modules():
+                    if isinstance(module, _ROUNDED):
+                        module.quantize(kernels)
+            if self.kept != "none":
+                move_to_huge_pages(model, copy=True)
+
+
 def open_weights(
     config: ModelConfig,
     load_format: str,
     dtype: torch.dtype,
     kernels: ModuleType | None = None,
+    wanted: Wanted | None = None,
 ) -> WeightSource:
     """Find the files that `load_format` (not `dummy`) means; see `load_model` for errors.
 
     `kernels`, the package sgl_kernel: matrices that are quantised in the files keep their codes
-    for it.
+    for it. `wanted` says by name which tensors of a directory are read (None: the model's).
     """
     if config.is_gguf != (load_format == "gguf") and load_format != "auto":
         kind = "a GGUF file" if config.is_gguf else "a Hugging Face directory"
@@ -136,17 +200,17 @@ def open_weights(
     if load_format in ("auto", "safetensors"):
         files = find_safetensors(folder)
         if files and config.weight_scheme is not None:
-            return quantized_weights(config, files, dtype, kernels)
+            return quantized_weights(config, files, dtype, kernels, wanted)
         if files:
-            return safetensors_weights(files)
+            return safetensors_weights(files, wanted)
     if load_format in ("auto", "pt"):
         files = find_pt_files(folder)
         if files and config.weight_scheme is not None:
             raise ValueError(f"{folder}: quantised weights are read from safetensors files only")
         if files:
-            return pt_weights(files)
-    wanted = {"safetensors": "safetensors", "pt": ".bin or .pt"}
-    what = wanted.get(load_format, "safetensors, .bin or .pt")
+            return pt_weights(files, wanted)
+    names = {"safetensors": "safetensors", "pt": ".bin or .pt"}
+    what = names.get(load_format, "safetensors, .bin or .pt")
     raise ValueError(f"{folder}: no {what} files with weights")
 
 
@@ -165,7 +229,7 @@ def fill_with_dummy_weights(model: nn.Module, seed: int) -> None:
         parameter.data.normal_(0.0, _DUMMY_STD, generator=generator)
 
 
-def _load(model: CausalLM, source: WeightSource, show_progress: bool) -> None:
+def _load(model: LoadedModel, source: WeightSource, show_progress: bool) -> None:
     if not show_progress:
         model.load_weights(source.weights)
         return

@@ -28,7 +28,12 @@ from sglang.srt.layers.quantization.coded_matrix import (
 from sglang.srt.layers.quantization.grouped_integers import stack_matrices
 from sglang.srt.layers.weights import LoadedWeight
 from sglang.srt.model_loader.gguf_weights import quantized_weight
-from sglang.srt.model_loader.weight_files import SafetensorsIndex, WeightIterator, WeightSource
+from sglang.srt.model_loader.weight_files import (
+    SafetensorsIndex,
+    Wanted,
+    WeightIterator,
+    WeightSource,
+)
 from sglang.srt.model_loader.weight_forms import merged_half, open_merged, open_module, split_name
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj")
@@ -53,21 +58,27 @@ class _Job:
 
 
 def quantized_weights(
-    config: ModelConfig, files: list[Path], dtype: torch.dtype, kernels: ModuleType | None = None
+    config: ModelConfig,
+    files: list[Path],
+    dtype: torch.dtype,
+    kernels: ModuleType | None = None,
+    wanted: Wanted | None = None,
 ) -> WeightSource:
     """All weights of a checkpoint whose `weight_scheme` is not None.
 
     With `kernels`, the package sgl_kernel, matrices come as its `QuantizedWeight` where it can
     multiply with their codes; all else comes in `dtype`, or as plain tensors of the files. Raises
     ValueError for a damaged file; walking it also for tensors that are missing, superfluous or
-    don't fit each other, which it names. What `is_draft_weight` is left out.
+    don't fit each other, which it names. `wanted` says by name which tensors are read; None: all
+    but what `is_draft_weight`.
     """
     if config.weight_scheme is None:
         raise ValueError(f"{config.path}: no weights are quantised")
     index = SafetensorsIndex(files)
     modules: dict[str, dict[str, str]] = {}
     for name in index.names:
-        if config.is_draft_weight(name):  # experts that would be read for nothing
+        # Without this experts behind the last layer would be read for nothing.
+        if config.is_draft_weight(name) if wanted is None else not wanted(name):
             continue
         own = config.own_weight_name(name)
         module, role = split_name(own, config.weight_scheme.method)

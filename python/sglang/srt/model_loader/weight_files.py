@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ PT_INDEX = "pytorch_model.bin.index.json"
 _NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt"})
 
 WeightIterator = Iterator[tuple[str, LoadedWeight]]
+Wanted = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,20 @@ def find_pt_files(folder: Path) -> list[Path]:
     return _find(folder, PT_INDEX, "pytorch_model.bin", ("*.bin", "*.pt"))
 
 
-def safetensors_weights(files: list[Path]) -> WeightSource:
-    """All tensors of `files`; raises ValueError at once when a file's header is damaged."""
-    names = {file: _safetensors_names(file) for file in files}
+def safetensors_weights(files: list[Path], wanted: Wanted | None = None) -> WeightSource:
+    """The tensors of `files`, or those that are `wanted` by name (None: all).
+
+    Raises ValueError at once when a file's header is damaged.
+    """
+    found = {file: _safetensors_names(file) for file in files}
+    names = {file: [n for n in some if wanted is None or wanted(n)] for file, some in found.items()}
     return WeightSource(_walk_safetensors(names), sum(len(n) for n in names.values()))
 
 
-def pt_weights(files: list[Path]) -> WeightSource:
-    """All tensors of `files`, read with torch.load(weights_only=True)."""
-    return WeightSource(_walk_pt(files), None)
+def pt_weights(files: list[Path], wanted: Wanted | None = None) -> WeightSource:
+    """As `safetensors_weights`, read with torch.load(weights_only=True)."""
+    weights = (pair for pair in _walk_pt(files) if wanted is None or wanted(pair[0]))
+    return WeightSource(weights, None)
 
 
 class SafetensorsIndex:

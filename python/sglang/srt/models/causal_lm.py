@@ -30,24 +30,15 @@ _NAMES_SHOWN = 8
 _TURNED = frozenset({"q_proj", "k_proj", "q_norm", "k_norm"})  # modules with rows that turn
 
 
-class CausalLM(nn.Module, ABC):
-    """A decoder: tokens in, hidden states of the wanted rows out.
+class LoadedModel(nn.Module):
+    """What has weights of a checkpoint.
 
-    `lm_head` turns hidden rows into logits. `merged_projections` says which checkpoint tensors
-    share a parameter: merged name -> ((checkpoint name, shard id), ...). `Experts` say it
-    themselves.
+    `merged_projections` says which checkpoint tensors share a parameter: merged name ->
+    ((checkpoint name, shard id), ...). `Experts` say it themselves.
     """
 
     config: ModelConfig
-    lm_head: ParallelLMHead
     merged_projections: ClassVar[MergedProjections]
-
-    @abstractmethod
-    def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
-        """Hidden states [R, hidden_size] of `logits_rows`, after the final norm.
-
-        Side effect: K and V of all T tokens are in the pool; `progress` was ticked per layer.
-        """
 
     def load_weights(self, weights: Iterable[tuple[str, LoadedWeight]]) -> None:
         """Copy every (checkpoint name, whole tensor) into this rank's parameters.
@@ -99,6 +90,31 @@ class CausalLM(nn.Module, ABC):
                 places[f"{prefix}.{param_name}"] = Place(module, param_name, shard)
         return places
 
+    def _may_be_ignored(self, name: str, tensor: LoadedWeight) -> bool:
+        if name.endswith("rotary_emb.inv_freq"):
+            return True
+        scheme = self.config.weight_scheme
+        if scheme is not None and scheme.method == "gptq" and name.endswith(".bias"):
+            # Its writers give every layer a bias; one that is not the model's adds nothing.
+            return isinstance(tensor, torch.Tensor) and not tensor.any()
+        return self.config.tie_word_embeddings and name == "lm_head.weight"
+
+
+class CausalLM(LoadedModel, ABC):
+    """A decoder: tokens in, hidden states of the wanted rows out.
+
+    `lm_head` turns hidden rows into logits.
+    """
+
+    lm_head: ParallelLMHead
+
+    @abstractmethod
+    def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states [R, hidden_size] of `logits_rows`, after the final norm.
+
+        Side effect: K and V of all T tokens are in the pool; `progress` was ticked per layer.
+        """
+
     def adapter_sites(self) -> dict[str, AdapterSite]:
         """The linear layers by their modules' names in checkpoints, which adapters go by."""
         return {
@@ -108,15 +124,6 @@ class CausalLM(nn.Module, ABC):
             for name, place in self._places().items()
             if isinstance(place.module, ShardedLinear) and place.param_name == "weight"
         }
-
-    def _may_be_ignored(self, name: str, tensor: LoadedWeight) -> bool:
-        if name.endswith("rotary_emb.inv_freq"):
-            return True
-        scheme = self.config.weight_scheme
-        if scheme is not None and scheme.method == "gptq" and name.endswith(".bias"):
-            # Its writers give every layer a bias; one that is not the model's adds nothing.
-            return isinstance(tensor, torch.Tensor) and not tensor.any()
-        return self.config.tie_word_embeddings and name == "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)

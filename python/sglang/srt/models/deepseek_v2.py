@@ -3,7 +3,7 @@
 What is kept of a token is a latent and a key that turns, one row for all heads; queries are taken
 to the latents' side, so that every step, prompt or decode, is attention of many query heads over
 one kv head (docs/kv_segments.md, Note [Latent attention]). The layers of multi-token prediction
-that checkpoints of V3 have behind the last layer are passed over.
+that checkpoints of V3 have behind the last layer are models/deepseek_nextn.py.
 
 Shape letters: T packed new tokens, R rows whose queries are wanted, H query heads of this rank,
 N, P, V widths of a head's part that doesn't turn, that turns, and of its value; C latent width.

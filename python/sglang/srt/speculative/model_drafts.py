@@ -32,13 +32,15 @@ class ModelRules:
     """How all requests of a server are drafted by a model.
 
     The first three as in `NgramRules`. `step_part`: what a step of the draft model is taken to cost
-    before that was measured, as a part of a step of the model.
+    before that was measured, as a part of a step of the model. `reads_hidden`: it goes on from the
+    model's hidden states, not only from tokens.
     """
 
     max_draft_tokens: int
     max_step_tokens: int
     drafts_edited: bool
     step_part: float
+    reads_hidden: bool = False
 
 
 class ModelDrafts:
