@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -30,6 +31,20 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if hasattr(config.option, "loadscopereorder"):  # pytest-xdist's
         config.option.loadscopereorder = False
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays to the end: no collection of garbage looks at it again.
+
+    There are millions of objects, and whoever calls gc.collect() would wait half a second for them.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Else libraries complain of objects that are still there when the process ends."""
+    gc.unfreeze()
 
 
 @pytest.fixture

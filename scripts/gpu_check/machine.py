@@ -8,8 +8,6 @@ import platform
 import sys
 from typing import Any
 
-import torch
-
 _PACKAGES = ("torch", "triton", "transformers", "cuda-bindings", "flashinfer-python")
 
 
@@ -21,8 +19,13 @@ def describe(dry: bool) -> dict[str, Any]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
-    if dry or not torch.cuda.is_available():
-        found["device"] = "none: dry run on a CPU" if dry else "no CUDA device"
+    if dry:
+        found["device"] = "none: dry run on a CPU"
+        return found
+    import torch  # takes a second
+
+    if not torch.cuda.is_available():
+        found["device"] = "no CUDA device"
         return found
     properties = torch.cuda.get_device_properties(0)
     found["device"] = properties.name

@@ -5,33 +5,29 @@ python -m gpu_check.stage NUMBER JOURNAL FOLDER SECONDS [--dry-run-cpu]
 
 from __future__ import annotations
 
+import importlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gpu_check import (
-    stage_figures,
-    stage_kernels,
-    stage_memory,
-    stage_needle,
-    stage_scout,
-    stage_server,
-)
 from gpu_check.records import Journal
 from gpu_check.setting import Setting, make_setting
 
 Check = Callable[[Setting, Journal], None]
 
-# Each stage is a list of parts: one that breaks does not stop the next.
-STAGES: dict[int, Sequence[tuple[str, Check]]] = {
-    1: stage_kernels.PARTS,
-    2: stage_memory.PARTS,
-    3: stage_server.PARTS,
-    4: stage_figures.PARTS,
-    5: stage_scout.PARTS,
-    6: stage_needle.PARTS,
-}
+_STAGES = {1: "kernels", 2: "memory", 3: "server", 4: "figures", 5: "scout", 6: "needle"}
+
+
+def parts_of(stage: int) -> Sequence[tuple[str, Check]]:
+    """A stage is a list of parts: one that breaks does not stop the next.
+
+    Loads the stage's own module and no other's: transformers alone takes seconds.
+    """
+    parts: Sequence[tuple[str, Check]] = importlib.import_module(
+        f"gpu_check.stage_{_STAGES[stage]}"
+    ).PARTS
+    return parts
 
 
 def run(stage: int, path: Path, folder: Path, seconds: float, dry: bool) -> None:
@@ -42,7 +38,7 @@ def run(stage: int, path: Path, folder: Path, seconds: float, dry: bool) -> None
     except ValueError:
         journal.skip("stage", "skipped: no CUDA device")
         return
-    for name, part in STAGES[stage]:
+    for name, part in parts_of(stage):
         if setting.seconds_left <= 0:
             journal.skip(name, "no time is left")
             continue

@@ -25,9 +25,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
+TINY_FLAGS = ("--load-format", "dummy", "--skip-tokenizer-init")
+
+
 def start(tmp: Path, tiny: str) -> ServerProcess:
-    flags = ("--load-format", "dummy", "--skip-tokenizer-init")
-    return started_server("--model-path", tiny, *flags, tmp=tmp)
+    return started_server("--model-path", tiny, *TINY_FLAGS, tmp=tmp)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -77,12 +79,14 @@ def test_children_do_not_outlive_a_killed_server(short_tmp: Path, tiny: str) -> 
     ("flags", "said"),
     [
         (("--model-path", "/no/such/model"), "/no/such/model"),
-        (("--model-path", demo_model(), "--context-length", "10M"), "greater than"),
-        (("--model-path", demo_model(), "--kv-memory-budget", "1MiB"), "cannot hold"),
+        (("--context-length", "10M"), "greater than"),
+        (("--kv-memory-budget", "4KiB"), "cannot hold"),
     ],
 )
-def test_what_cannot_be_served_is_one_clear_line(flags: tuple[str, ...], said: str) -> None:
-    server = ServerProcess(*flags)
+def test_what_cannot_be_served_is_one_clear_line(
+    tiny: str, flags: tuple[str, ...], said: str
+) -> None:
+    server = ServerProcess("--model-path", tiny, *TINY_FLAGS, *flags)
     try:
         assert server.wait_exit(60) != 0
         assert said in server.text
@@ -91,12 +95,12 @@ def test_what_cannot_be_served_is_one_clear_line(flags: tuple[str, ...], said: s
         server.close()
 
 
-def test_ten_million_tokens_of_context_cost_nothing_at_start() -> None:
+def test_ten_million_tokens_of_context_cost_nothing_at_start(tiny: str) -> None:
     resident = {}
     for context in ("8192", "10000000"):
         with running_server(
-            "--context-length",
-            context,
+            *("--model-path", tiny, *TINY_FLAGS, "--kv-memory-budget", "256MiB"),
+            *("--context-length", context),
             env={"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"},
         ) as server:
             resident[context] = server.resident_bytes()

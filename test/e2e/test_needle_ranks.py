@@ -29,7 +29,7 @@ def test_four_ranks_find_needles_in_64k_tokens_with_a_quarter_of_the_memory_each
     tmp_path: Path,
 ) -> None:
     budget = budget_of_a_quarter(8)
-    report = ask_four_ranks(tmp_path, "64k", budget, "--depths=0,100")
+    report = ask_four_ranks(tmp_path, "64k", budget, "--depths=0,100", "--shared")
     for cell in report["cells"]:
         assert cell["prompt_tokens"] == 64_000
         assert cell["second_exact"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +16,7 @@ import pytest
 import zmq
 
 from e2e.server_process import ServerProcess, Traces, started_server, wait_until
+from sglang.srt.utils.network import get_free_port
 from srt.models.hf_models import VOCAB, hf_greedy, make_hf_model, save
 
 NEW_TOKENS = 10
@@ -54,26 +53,6 @@ def states(server: ServerProcess) -> list[dict[str, Any]]:
     return listed
 
 
-def neighbouring_ports() -> int:
-    """The first of two free ports, not among those that connections are made from.
-
-    There a client that waits for its server may be given the very port that it connects to, and
-    holds it from then on.
-    """
-    with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
-        end = int(file.read().split()[0])
-    dice = random.Random()
-    while True:
-        base = dice.randrange(10_000, end - 1)
-        with socket.socket() as one, socket.socket() as other:
-            try:
-                one.bind(("127.0.0.1", base))
-                other.bind(("127.0.0.1", base + 1))
-            except OSError:
-                continue
-            return base
-
-
 def hear(ear: zmq.Socket[bytes]) -> Any:
     assert ear.poll(20_000)
     return msgspec.msgpack.decode(ear.recv_multipart()[2])
@@ -85,7 +64,7 @@ def test_two_replicas_answer_as_one_model_until_one_dies(model: str, short_tmp: 
     prompts = [rng.integers(0, VOCAB, n).tolist() for n in (3, 90, 200, 700)]
     reference = make_hf_model("llama", max_position_embeddings=4096)
     expected = [hf_greedy(reference, prompt, NEW_TOKENS) for prompt in prompts]
-    base = neighbouring_ports()
+    base = get_free_port(2)
     events = json.dumps({"publisher": "zmq", "endpoint": f"tcp://*:{base}"})
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     ears = [context.socket(zmq.SUB) for _ in range(2)]

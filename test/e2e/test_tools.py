@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -82,15 +82,30 @@ def test_the_model_calls_a_function(client: openai.OpenAI) -> None:
     assert json.loads(call.function.arguments) == {"city": "Paris"}
 
 
+def in_pieces(ask: Callable[[], tuple[list[str], str]]) -> str:
+    """What was said whole, when it came in more than three pieces that are the same.
+
+    Tokens that nobody has fetched yet come together, and on a machine that does much else these may
+    be all of them: then it is asked again.
+    """
+    for _ in range(10):
+        pieces, whole = ask()
+        assert "".join(pieces) == whole
+        if len(pieces) > 3:
+            return whole
+    raise AssertionError(f"always in {len(pieces)} pieces")
+
+
 def test_the_call_comes_in_pieces(client: openai.OpenAI) -> None:
-    with client.chat.completions.stream(
-        model="default", messages=CHAT, tools=TOOLS, temperature=0, max_tokens=64
-    ) as stream:
-        pieces = [e.arguments_delta for e in stream if e.type.endswith("arguments.delta")]
-        (call,) = stream.get_final_completion().choices[0].message.tool_calls or []
-    assert json.loads(call.function.arguments) == {"city": "Paris"}
-    assert "".join(pieces) == call.function.arguments
-    assert len(pieces) > 3
+    def ask() -> tuple[list[str], str]:
+        with client.chat.completions.stream(
+            model="default", messages=CHAT, tools=TOOLS, temperature=0, max_tokens=64
+        ) as stream:
+            pieces = [e.arguments_delta for e in stream if e.type.endswith("arguments.delta")]
+            (call,) = stream.get_final_completion().choices[0].message.tool_calls or []
+        return pieces, call.function.arguments
+
+    assert json.loads(in_pieces(ask)) == {"city": "Paris"}
 
 
 def test_a_response_calls_a_function_and_goes_on(client: openai.OpenAI) -> None:
@@ -106,16 +121,19 @@ def test_a_response_calls_a_function_and_goes_on(client: openai.OpenAI) -> None:
     (call,) = reply.output
     assert call.type == "function_call"
     assert json.loads(call.arguments) == {"city": "Paris"}
-    with client.responses.stream(
-        model="default", input=[*items, asked("Paris")], **given
-    ) as events:
-        pieces = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
-        streamed = events.get_final_response()
-    assert "".join(pieces) == call.arguments
-    assert len(pieces) > 3
-    assert streamed.usage is not None
-    assert reply.usage is not None
-    assert streamed.usage.output_tokens == reply.usage.output_tokens
+
+    def ask() -> tuple[list[str], str]:
+        with client.responses.stream(
+            model="default", input=[*items, asked("Paris")], **given
+        ) as events:
+            pieces = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
+            streamed = events.get_final_response()
+        assert streamed.usage is not None
+        assert reply.usage is not None
+        assert streamed.usage.output_tokens == reply.usage.output_tokens
+        return pieces, call.arguments
+
+    in_pieces(ask)
     output = {"type": "function_call_output", "call_id": call.call_id, "output": "It is sunny."}
     more = client.responses.create(
         model="default",

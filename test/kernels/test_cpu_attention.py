@@ -19,6 +19,7 @@ from sgl_kernel import (  # noqa: E402
     paged_attention,
     read_sum,
 )
+from srt.crossed import crossed, mostly_slow  # noqa: E402
 
 LEVELS = [isa for isa in Isa if isa <= cpu_isa() and (isa != Isa.NEON or cpu_isa() == Isa.NEON)]
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -133,7 +134,8 @@ class Problem:
 def check(problem: Problem) -> None:
     expected, expected_lse = problem.reference()
     for isa in LEVELS:
-        for num_threads in (1, 2):
+        # How work is shared out is the same code at every level.
+        for num_threads in (1, 2) if isa == LEVELS[-1] else (1,):
             out, lse = problem.run(isa, num_threads)
             tolerance = TOLERANCE[problem.dtype]
             name = f"{isa.name}, {num_threads} threads"
@@ -199,8 +201,7 @@ def test_keys_and_values_of_a_byte(dtype: torch.dtype, kv_dtype: torch.dtype, di
     check(Problem(MIXED, dtype=dtype, kv_dtype=kv_dtype, dim=dim, group=4))
 
 
-@pytest.mark.parametrize("kv_dtype", BYTES)
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), crossed(list(TOLERANCE), BYTES))
 def test_all_kinds_of_layers_over_a_byte(dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
     types = {"dtype": dtype, "kv_dtype": kv_dtype}
     for page_size in (1, 64):
@@ -255,7 +256,7 @@ def test_prompts_of_every_width(dtype: torch.dtype, dim: int) -> None:
     check(Problem([(77, 131)], dim=dim, dtype=dtype, kv_heads=2, page_size=64))
 
 
-@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize("group", mostly_slow([3, 8], [1, 4]))
 def test_long_prompts(group: int) -> None:
     lengths = [(0, 517), (1001, 389), (40, 1)]
     for dtype in (torch.float32, torch.bfloat16):

@@ -16,8 +16,13 @@ from kernels.triton_cases import ALL, BUSY, IDLE, LARGE, SMALL, Case, Chip, Sigh
 from sgl_kernel.library import KernelError
 from sgl_kernel.triton import default_tiles, launch
 from sgl_kernel.triton.attention import launch_sizes
+from srt.crossed import crossed
 
 ATOL = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def name_of(value: object) -> str | None:
+    return {BUSY: "whole", IDLE: "split"}.get(value) if isinstance(value, Chip) else None
 
 
 def check(case: Case, sight: Sight = ALL, *, chip: Chip = BUSY, **changes: object) -> None:
@@ -31,15 +36,13 @@ def check(case: Case, sight: Sight = ALL, *, chip: Chip = BUSY, **changes: objec
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=max(1e-5, atol))
 
 
-@pytest.mark.parametrize("chip", [BUSY, IDLE], ids=["whole", "split"])
-@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize(("page_size", "chip"), crossed([16, 1, 64], [IDLE, BUSY]), ids=name_of)
 def test_single_queries(page_size: int, chip: Chip) -> None:
     """Pages smaller and larger than a block of keys, and lengths around their borders."""
     check(Case([(0, 1), (15, 1), (64, 1), (130, 1)], page_size=page_size), chip=chip)
 
 
-@pytest.mark.parametrize("chip", [BUSY, IDLE], ids=["whole", "split"])
-@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize(("page_size", "chip"), crossed([16, 1, 64], [IDLE, BUSY]), ids=name_of)
 def test_prompts(page_size: int, chip: Chip) -> None:
     """Chunks behind prefixes, beside single queries.
 
@@ -49,25 +52,23 @@ def test_prompts(page_size: int, chip: Chip) -> None:
     check(Case([(0, 13), (55, 11), (7, 1), (16, 2)], page_size=page_size), chip=chip)
 
 
-@pytest.mark.parametrize("chip", [BUSY, IDLE], ids=["whole", "split"])
 @pytest.mark.parametrize(
-    ("heads", "widths", "dtype"),
-    [
-        (8, (48, 32), torch.float32),  # one program
-        (6, (40, 24), torch.float32),  # three, of two heads each; nothing is a power of two
-        (32, (40, 32), torch.bfloat16),  # two, of sixteen
-        (4, (20, 16), torch.float8_e4m3fn),
-    ],
+    ("shape", "memory"),
+    crossed(
+        [
+            (8, (48, 32), torch.float32),  # one program
+            (6, (40, 24), torch.float32),  # three, of two heads each; nothing is a power of two
+            (32, (40, 32), torch.bfloat16),  # two, of sixteen
+            (4, (20, 16), torch.float8_e4m3fn),
+        ],
+        [(None, BUSY), (2, IDLE), (None, IDLE), (2, BUSY)],
+    ),
 )
-@pytest.mark.parametrize("segment_pages", [None, 2])
 def test_values_within_keys(
-    segment_pages: int | None,
-    heads: int,
-    widths: tuple[int, int],
-    dtype: torch.dtype,
-    chip: Chip,
+    shape: tuple[int, tuple[int, int], torch.dtype], memory: tuple[int | None, Chip]
 ) -> None:
     """Latent attention: all query heads read one row, whose first numbers are values."""
+    (heads, widths, dtype), (segment_pages, chip) = shape, memory
     case = Case(
         [(0, 13), (55, 3), (7, 1)],
         (heads, 1),
@@ -121,16 +122,26 @@ def test_narrow_numbers(dtype: torch.dtype, q_dtype: torch.dtype | None) -> None
     torch.testing.assert_close(out.double(), case.reference()[0], rtol=0, atol=ATOL[dtype])
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize("q_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("segment_pages", [None, 2])
-def test_fp8(dtype: torch.dtype, q_dtype: torch.dtype, segment_pages: int | None) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "other"),
+    crossed(
+        [torch.float8_e4m3fn, torch.float8_e5m2],
+        [
+            (torch.float32, None),
+            (torch.bfloat16, 2),
+            (torch.bfloat16, None),
+            (torch.float32, 2),
+        ],
+        each=2,
+    ),
+)
+def test_fp8(dtype: torch.dtype, other: tuple[torch.dtype, int | None]) -> None:
+    q_dtype, segment_pages = other
     case = Case([(70, 1), (20, 11)], dtype=dtype, q_dtype=q_dtype, segment_pages=segment_pages)
     check(case, chip=IDLE)
 
 
-@pytest.mark.parametrize("chip", [BUSY, IDLE], ids=["whole", "split"])
-@pytest.mark.parametrize("segment_pages", [None, 2])
+@pytest.mark.parametrize(("segment_pages", "chip"), crossed([None, 2], [IDLE, BUSY]), ids=name_of)
 def test_scales_of_values(segment_pages: int | None, chip: Chip) -> None:
     """Results times a number, whoever writes them; log-sum-exps and sinks are not touched."""
     sinks = torch.linspace(-2.0, 6.0, 6)
@@ -148,8 +159,7 @@ def test_scales_of_values(segment_pages: int | None, chip: Chip) -> None:
         check(case, chip=chip, **changes)
 
 
-@pytest.mark.parametrize("chip", [BUSY, IDLE], ids=["whole", "split"])
-@pytest.mark.parametrize("span", [1, 7, 16, 40])
+@pytest.mark.parametrize(("span", "chip"), crossed([7, 1, 16, 40], [IDLE, BUSY]), ids=name_of)
 def test_windows_and_chunks(span: int, chip: Chip) -> None:
     """Tiles that lie across a border of chunks, windows shorter and longer than a block.
 
@@ -176,8 +186,7 @@ def test_caps_and_sinks(chip: Chip) -> None:
     check(Case(lengths), Sight(window=9), chip=chip, logit_cap=2.0, sinks=sinks.bfloat16().float())
 
 
-@pytest.mark.parametrize("page_size", [1, 16, 32])
-@pytest.mark.parametrize("segment_pages", [1, 3])
+@pytest.mark.parametrize(("page_size", "segment_pages"), crossed([16, 1, 32], [1, 3]))
 def test_segments_at_unrelated_addresses(page_size: int, segment_pages: int) -> None:
     case = Case([(70, 1), (20, 11), (0, 5)], page_size=page_size, segment_pages=segment_pages)
     check(case, chip=IDLE)

@@ -30,14 +30,46 @@ def compile_all(cases: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_decode_and_prompts(tmp_path: Path) -> None:
+E2M1 = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
+UNEVEN = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+LATENT: dict[str, Any] = {"dim": 576, "v_dim": 512, "latent": True, "keys": 32}
+VALUES = [1.0, 2.0, 0.03, 16.0, 700.0]
+CODES: dict[str, Any] = {"kernel": "quantized", "values": E2M1}
+EVERYDAY: dict[str, dict[str, Any]] = {
+    "decode": {"rows": 16, "segmented": True},
+    "prompts": {"rows": 128},
+    "merge": {"kernel": "merge"},
+    "latent decode": {**LATENT, "rows": 16},
+    "bytes": {"rows": 16, "kv": "float8_e4m3fn"},
+    "single rows of codes": {**CODES, "name": "rows", "rows": 16},
+    "codes": CODES,
+    "tall codes": {**CODES, "rows": 128, "splits": 1},
+    "codes of experts": {**CODES, "name": "grouped"},
+    "count attention": {"kernel": "count", "name": "attention", "values": VALUES},
+    "count merge": {"kernel": "count", "name": "merge", "values": VALUES},
+    # The products of experts serve every number of tokens.
+    "count grouped": {"kernel": "count", "name": "grouped", "values": [1, 8, 16, 17, 4096]},
+    # And so do those of codes, whatever a table's words are.
+    **{
+        f"count {name}": {"kernel": "count", "name": name, "values": [1, 8, 0, -129, 0x7F000010]}
+        for name in ("quantized", "grouped quantized")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What became of each of EVERYDAY, all of them compiled in one process."""
+    found = compile_all(list(EVERYDAY.values()), tmp_path_factory.mktemp("cache"))
+    return dict(zip(EVERYDAY, found, strict=True))
+
+
+def test_decode_and_prompts(made: dict[str, dict[str, Any]]) -> None:
     """K and V come 16 bytes at a time beside the arithmetic, and tensor cores multiply."""
-    decode, prompts, merge = compile_all(
-        [{"rows": 16, "segmented": True}, {"rows": 128}, {"kernel": "merge"}], tmp_path
-    )
-    for made in (decode, prompts, merge):
-        assert made["shared_bytes"] <= SHARED_BYTES
-        assert made["stack_bytes"] == 0
+    decode, prompts, merge = (made[name] for name in ("decode", "prompts", "merge"))
+    for one in (decode, prompts, merge):
+        assert one["shared_bytes"] <= SHARED_BYTES
+        assert one["stack_bytes"] == 0
     assert decode["instructions"]["cp.async.cg.shared.global"] >= 48
     assert decode["instructions"]["mma.sync"]
     assert prompts["instructions"]["cp.async.cg.shared.global"] >= 24
@@ -47,61 +79,54 @@ def test_decode_and_prompts(tmp_path: Path) -> None:
     assert max(prompts["on_their_way"]) >= 3
 
 
-def test_rows_of_latent_attention(tmp_path: Path) -> None:
-    """Rows of 512 + 64 numbers: they fit, and what doesn't fit registers is a few numbers."""
-    latent: dict[str, Any] = {"dim": 576, "v_dim": 512, "latent": True, "keys": 32}
-    decode, prompts = compile_all([{**latent, "rows": rows} for rows in (16, 64)], tmp_path)
-    for made in (decode, prompts):
-        assert made["shared_bytes"] <= SHARED_BYTES
-        assert made["instructions"]["cp.async.cg.shared.global"] >= 64
-        assert made["stack_bytes"] <= 256
+def test_rows_of_latent_attention(made: dict[str, dict[str, Any]]) -> None:
+    """Rows of 512 + 64 numbers: they fit."""
+    decode = made["latent decode"]
+    assert decode["shared_bytes"] <= SHARED_BYTES
+    assert decode["instructions"]["cp.async.cg.shared.global"] >= 64
     assert decode["stack_bytes"] == 0
     assert decode["instructions"]["mma.sync"]
+
+
+@pytest.mark.slow
+def test_prompts_of_latent_attention(tmp_path: Path) -> None:
+    """What doesn't fit registers is a few numbers."""
+    (prompts,) = compile_all([{**LATENT, "rows": 64}], tmp_path)
+    assert prompts["shared_bytes"] <= SHARED_BYTES
+    assert prompts["instructions"]["cp.async.cg.shared.global"] >= 64
+    assert prompts["stack_bytes"] <= 256
     assert prompts["instructions"]["wgmma.mma_async"]
 
 
-def test_what_differs_from_call_to_call_is_no_part_of_what_is_compiled(tmp_path: Path) -> None:
+def test_what_differs_from_call_to_call_is_no_part_of_what_is_compiled(
+    made: dict[str, dict[str, Any]],
+) -> None:
     """Layers have scales of their own: one kernel serves them all."""
-    values = [1.0, 2.0, 0.03, 16.0, 700.0]
-    cases: list[dict[str, Any]] = [
-        {"kernel": "count", "name": name, "values": values} for name in ("attention", "merge")
-    ]
-    # The products of experts serve every number of tokens.
-    cases.append({"kernel": "count", "name": "grouped", "values": [1, 8, 16, 17, 4096]})
-    # And so do those of codes, whatever a table's words are.
-    for name in ("quantized", "grouped quantized"):
-        cases.append({"kernel": "count", "name": name, "values": [1, 8, 0, -129, 0x7F000010]})
-    assert [made["kernels"] for made in compile_all(cases, tmp_path)] == [1] * 5
+    counts = [one["kernels"] for name, one in made.items() if name.startswith("count ")]
+    assert counts == [1] * 5
 
 
-def test_bytes_are_widened_in_pairs(tmp_path: Path) -> None:
+def test_bytes_are_widened_in_pairs(made: dict[str, dict[str, Any]]) -> None:
     """From float16 to bfloat16 there is an instruction for one number only, of a slower unit."""
-    (decode,) = compile_all([{"rows": 16, "kv": "float8_e4m3fn"}], tmp_path)
-    kinds = decode["instructions"]
+    kinds = made["bytes"]["instructions"]
     assert kinds["cvt.rn.bf16x2.f32"] >= 64
     assert "cvt.bf16.f16" not in kinds
     assert "cvt.rn.bf16.f16" not in kinds
 
 
-E2M1 = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
-UNEVEN = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
-
-
-def test_quantised_products(tmp_path: Path) -> None:
+def test_quantised_products(made: dict[str, dict[str, Any]]) -> None:
     """Codes come 16 bytes at a time beside the arithmetic, and become numbers in registers."""
-    few: dict[str, Any] = {"kernel": "quantized", "values": E2M1}
-    (single,) = compile_all([{**few, "name": "rows", "rows": 16}], tmp_path)
+    single = made["single rows of codes"]
     assert single["stack_bytes"] == 0
     assert single["instructions"]["cp.async.cg.shared.global"] >= 8
     assert max(single["on_their_way"]) >= 6
-    grouped = {**few, "name": "grouped"}
-    for made in compile_all([few, {**few, "rows": 128, "splits": 1}, grouped], tmp_path):
-        assert made["shared_bytes"] <= SHARED_BYTES
-        assert made["stack_bytes"] == 0
-        kinds = made["instructions"]
+    for one in (made["codes"], made["tall codes"], made["codes of experts"]):
+        assert one["shared_bytes"] <= SHARED_BYTES
+        assert one["stack_bytes"] == 0
+        kinds = one["instructions"]
         assert kinds["wgmma.mma_async"] >= 4
         assert kinds["cp.async.cg.shared.global"] >= 12
-        assert max(made["on_their_way"]) >= 3
+        assert max(one["on_their_way"]) >= 3
 
 
 @pytest.mark.slow

@@ -50,6 +50,19 @@ def connect(
         return [links_of(run.result()) for run in runs]
 
 
+def connect_in_haste(tmp_path: Path) -> tuple[list[RankLinks], float]:
+    """Ranks with the shortest timeout in which this machine, at this moment, connects them."""
+    timeout_s = HASTY_S
+    while True:
+        folder = tmp_path / f"{timeout_s:g}"
+        folder.mkdir()
+        try:
+            return connect(folder, timeout_s), timeout_s
+        except RankLostError:
+            assert timeout_s < PATIENT_S
+            timeout_s *= 4
+
+
 @pytest.fixture(scope="module", params=[True, False], ids=["shared", "sockets"])
 def links(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -178,11 +191,11 @@ def test_some_ranks_of_a_group_talk_among_themselves(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_does_not_come_is_named_in_time(tmp_path: Path) -> None:
-    hasty = connect(tmp_path, HASTY_S)
+    hasty, timeout_s = connect_in_haste(tmp_path)
     began = time.monotonic()
     with pytest.raises(RankLostError, match=r"rank 1 has not come to agreement 1 of the control"):
         hasty[0].control.agree([1])
-    assert time.monotonic() - began < HASTY_S + 2
+    assert timeout_s <= time.monotonic() - began < timeout_s + PATIENT_S
 
 
 def test_ranks_that_never_connect_are_reported(tmp_path: Path) -> None:

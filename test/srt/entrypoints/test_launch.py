@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import psutil
 import pytest
 
 from sglang.srt.entrypoints.http_server import bind
+from sglang.srt.utils.network import get_free_port
 from srt.entrypoints.fake_service import TINY_CONFIG
 
 ROOT = Path(__file__).parents[3]
@@ -36,9 +38,7 @@ class FakeServer:
         (model / "config.json").write_bytes(msgspec.json.encode(TINY_CONFIG))
         self._sockets = tempfile.TemporaryDirectory(prefix="t")  # their paths must be short
         self.sockets = Path(self._sockets.name)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = get_free_port()
         command = [sys.executable, "-m", "srt.entrypoints.launch_fake_server"]
         arguments = ["--model-path", str(model), "--port", str(self.port), "--skip-tokenizer-init"]
         paths = os.pathsep.join([str(ROOT / "python"), str(ROOT / "test")])
@@ -78,6 +78,14 @@ class FakeServer:
         params = {"max_new_tokens": 3, "ignore_eos": True}
         body = {"input_ids": [5, 6], "sampling_params": params, **fields}
         return self.client.post("/generate", json=body)
+
+    def wait_running(self, count: int) -> None:
+        """Ask until so many requests run; a test that waits for too long is ended from outside."""
+        asked = -1
+        while asked != count:
+            info = self.client.get("/server_info").json()
+            asked = info["internal_states"][0]["num_running_reqs"]
+            threading.Event().wait(0.02)
 
     def end(self) -> int:
         """Wait for the end; afterwards no process and no file of it may be left."""
@@ -142,11 +150,7 @@ def test_a_running_request_gets_its_reply_when_the_server_stops(tmp_path: Path) 
         with ThreadPoolExecutor(2) as pool:
             whole = pool.submit(server.generate)
             stream = pool.submit(server.generate, stream=True)
-            while (
-                server.client.get("/server_info").json()["internal_states"][0]["num_running_reqs"]
-                < 2
-            ):
-                pass
+            server.wait_running(2)
             server.process.send_signal(signal.SIGTERM)
             for reply in (whole.result(WAIT_S), stream.result(WAIT_S)):
                 assert reply.status_code == 503
@@ -158,18 +162,12 @@ def test_a_client_that_leaves_is_gone_from_the_scheduler(tmp_path: Path) -> None
     with launched(tmp_path, "hang", "--skip-server-warmup") as server:
         server.read_until("ready")
 
-        def running() -> int:
-            info = server.client.get("/server_info").json()
-            return int(info["internal_states"][0]["num_running_reqs"])
-
         body = b'{"input_ids":[5]}'
         head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(head.encode() + body)
-            while running() == 0:
-                pass
-        while running() == 1:
-            pass
+            server.wait_running(1)
+        server.wait_running(0)
         server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0
 

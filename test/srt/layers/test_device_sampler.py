@@ -90,16 +90,7 @@ def check_step(
     assert got.logprobs == wanted.logprobs
 
 
-@settings(deadline=None, max_examples=200)
-@given(
-    rows=st.lists(drawn_rows(), min_size=1, max_size=6),
-    seed=st.integers(0, 50),
-    ties=st.booleans(),
-    counted_rows=st.sampled_from([0, 1, 6]),
-)
-def test_chooses_what_the_host_chooses(
-    rows: list[Row], seed: int, ties: bool, counted_rows: int
-) -> None:
+def check_choices(rows: list[Row], seed: int, ties: bool, counted_rows: int) -> None:
     runtime = LateRuntime()
     host, device = Sampler(), DeviceSampler(runtime, counted_rows=counted_rows)
     for number, row in enumerate(rows):
@@ -128,9 +119,45 @@ def test_chooses_what_the_host_chooses(
         assert runtime.num_fetches == 0
 
 
+BATCHES = given(
+    rows=st.lists(drawn_rows(), min_size=1, max_size=6),
+    seed=st.integers(0, 50),
+    ties=st.booleans(),
+    counted_rows=st.sampled_from([0, 1, 6]),
+)
+
+
 @settings(deadline=None, max_examples=60)
+@BATCHES
+def test_chooses_what_the_host_chooses(
+    rows: list[Row], seed: int, ties: bool, counted_rows: int
+) -> None:
+    check_choices(rows, seed, ties, counted_rows)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=2000)
+@BATCHES
+def test_chooses_what_the_host_chooses_at_length(
+    rows: list[Row], seed: int, ties: bool, counted_rows: int
+) -> None:
+    check_choices(rows, seed, ties, counted_rows)
+
+
+@settings(deadline=None, max_examples=20)
 @given(data=st.data())
 def test_rows_come_and_go(data: st.DataObject) -> None:
+    check_places(data)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=600)
+@given(data=st.data())
+def test_rows_come_and_go_at_length(data: st.DataObject) -> None:
+    check_places(data)
+
+
+def check_places(data: st.DataObject) -> None:
     """A place that changes hands keeps nothing, and a row that found none is the host's."""
     runtime = LateRuntime()
     host, device = Sampler(), DeviceSampler(runtime, counted_rows=2)

@@ -12,19 +12,15 @@ import pytest
 from sglang.srt.errors import BackingError
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
+from srt.crossed import crossed
 from srt.managers.rank_towers import rank_towers
-from srt.managers.test_engine_ranks import NEW_TOKENS, Model, answer_all
+from srt.managers.test_engine_ranks import NEW_TOKENS, ORDER, Model, answer_all, of_models
 from srt.managers.test_engine_tokens import PROMPTS, DeviceTower, tower
 from srt.models.hf_models import VOCAB, make_hf_model, save
 
-GRIDS = pytest.mark.parametrize(("size", "kv"), [(4, 2), (4, 4), (3, 3)], ids=["2x2", "1x4", "1x3"])
+GRIDS = [(4, 2), (4, 4), (3, 3)]
 # By family: a budget in tokens that is too small for all prompts at once, on two ranks.
 FAMILIES = {"llama": 160, "qwen3_moe": 160, "llama4": 96, "gpt_oss": 128}
-# Its experts are as those of llama4 and gpt_oss, its one group of layers is as llama's.
-EVERYDAY = [
-    pytest.param(family, marks=pytest.mark.slow) if family == "qwen3_moe" else family
-    for family in sorted(FAMILIES)
-]
 FLAGS: tuple[dict[str, object], ...] = (
     {"page_size": 1, "kv_segment_size": 64, "chunked_prefill_size": 32},
     {"page_size": 16, "kv_segment_size": 64, "disable_overlap_schedule": True},
@@ -35,7 +31,7 @@ FLAGS: tuple[dict[str, object], ...] = (
 )
 
 
-@pytest.fixture(scope="module", params=EVERYDAY)
+@pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A model directory, what one rank answers, and a tight budget."""
     folder: Path = tmp_path_factory.mktemp(request.param)
@@ -44,20 +40,27 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         return path, answer_all(engine), FAMILIES[request.param]
 
 
-@GRIDS
-def test_ranks_answer_as_one(model: Model, size: int, kv: int) -> None:
+@pytest.mark.parametrize(
+    ("model", "grid"),
+    crossed(ORDER, GRIDS),
+    indirect=["model"],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else value,
+)
+def test_ranks_answer_as_one(model: Model, grid: tuple[int, int]) -> None:
     path, expected, _ = model
+    size, kv = grid
     with rank_towers(size, path, kv_parallel_size=kv, page_size=16) as ranks:
         assert ranks.run(answer_all) == expected
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=lambda f: ",".join(f"{k}={v}" for k, v in f.items()))
+@pytest.mark.parametrize(("model", "flags"), crossed(ORDER, FLAGS), indirect=["model"], ids=str)
 def test_two_ranks_answer_as_one(model: Model, flags: dict[str, object]) -> None:
     path, expected, _ = model
     with rank_towers(2, path, kv_parallel_size=2, **flags) as ranks:
         assert ranks.run(answer_all) == expected
 
 
+@of_models(1)
 def test_a_second_round_hits_the_cache(model: Model) -> None:
     path, expected, _ = model
 
@@ -74,6 +77,7 @@ def test_a_second_round_hits_the_cache(model: Model) -> None:
         assert cached["r5"] >= 80
 
 
+@of_models(2)
 def test_prefixes_that_part_inside_a_page_change_no_token(model: Model) -> None:
     """Alone a rank copies what a cached page begins with; that page may be another rank's here."""
     path, _, _ = model
@@ -92,6 +96,7 @@ def test_prefixes_that_part_inside_a_page_change_no_token(model: Model) -> None:
         assert ranks.run(one_by_one) == expected
 
 
+@of_models(2)
 def test_retraction_changes_no_token(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     path, expected, budget = model
     # Counting almost nothing of the answers overcommits on purpose.
@@ -109,6 +114,7 @@ def test_retraction_changes_no_token(model: Model, monkeypatch: pytest.MonkeyPat
         assert ranks.run(lambda engine: engine.scheduler.counters.num_retractions) > 0
 
 
+@of_models(1)
 def test_an_abort_gives_back_on_every_rank(model: Model) -> None:
     path, expected, _ = model
 

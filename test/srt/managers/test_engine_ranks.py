@@ -17,6 +17,7 @@ from sglang.srt.managers.io_struct import (
     int32_buffer,
 )
 from sglang.srt.sampling.sampling_params import SamplingParams
+from srt.crossed import crossed, mostly_slow
 from srt.managers.rank_towers import rank_towers
 from srt.managers.test_engine_tokens import PROMPTS, DeviceTower, tower
 from srt.models.hf_models import make_hf_model, save
@@ -24,11 +25,8 @@ from srt.models.hf_models import make_hf_model, save
 NEW_TOKENS = 24
 # By family: a budget in tokens that is too small for all prompts at once.
 FAMILIES = {"llama": 160, "qwen3_moe": 160, "llama4": 128, "gpt_oss": 160}
-# Its experts are as those of llama4 and gpt_oss, its one group of layers is as llama's.
-EVERYDAY = [
-    pytest.param(family, marks=pytest.mark.slow) if family == "qwen3_moe" else family
-    for family in sorted(FAMILIES)
-]
+# Layers with windows and without, experts and sinks; then some of these alone.
+ORDER = ["gpt_oss", "llama", "llama4", "qwen3_moe"]
 
 FLAGS: tuple[dict[str, object], ...] = (
     {},
@@ -50,7 +48,13 @@ def answer_all(engine: DeviceTower) -> list[list[int]]:
 Model = tuple[str, list[list[int]], int]
 
 
-@pytest.fixture(scope="module", params=EVERYDAY)
+def of_models(everyday: int) -> pytest.MarkDecorator:
+    """The first so many families everyday, the others in the slow run."""
+    names = mostly_slow(ORDER[:everyday], ORDER[everyday:])
+    return pytest.mark.parametrize("model", names, indirect=True)
+
+
+@pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A model directory, what one rank answers, and a tight budget."""
     folder: Path = tmp_path_factory.mktemp(request.param)
@@ -59,13 +63,14 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         return path, answer_all(engine), FAMILIES[request.param]
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=lambda f: ",".join(f"{k}={v}" for k, v in f.items()))
+@pytest.mark.parametrize(("model", "flags"), crossed(ORDER, FLAGS), indirect=["model"], ids=str)
 def test_two_ranks_answer_as_one(model: Model, flags: dict[str, object]) -> None:
     path, expected, _ = model
     with rank_towers(2, path, **flags) as ranks:
         assert ranks.run(answer_all) == expected
 
 
+@of_models(1)
 def test_two_ranks_over_memory_and_disk_answer_as_one(model: Model, tmp_path: Path) -> None:
     """Each has a file of its own; the same segments move on both."""
     path, expected, _ = model
@@ -87,12 +92,14 @@ def test_two_ranks_over_memory_and_disk_answer_as_one(model: Model, tmp_path: Pa
     assert num_moved > 0
 
 
+@of_models(2)
 def test_four_ranks_share_two_kv_heads(model: Model) -> None:
     path, expected, _ = model
     with rank_towers(4, path, page_size=16) as ranks:
         assert ranks.run(answer_all) == expected
 
 
+@of_models(2)
 def test_random_tokens_and_log_probabilities_are_those_of_one_rank(model: Model) -> None:
     path, _, _ = model
 
@@ -134,6 +141,7 @@ def _numbers(arrays: LogprobArrays) -> list[float]:
     return np.frombuffer(arrays.logprobs + arrays.top_logprobs, "<f4").tolist()
 
 
+@of_models(1)
 def test_a_second_round_hits_the_cache_on_both_ranks(model: Model) -> None:
     path, expected, _ = model
 
@@ -150,6 +158,7 @@ def test_a_second_round_hits_the_cache_on_both_ranks(model: Model) -> None:
         assert cached["r5"] >= 80
 
 
+@of_models(2)
 def test_retraction_under_a_tiny_budget_changes_no_token(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

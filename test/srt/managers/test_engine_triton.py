@@ -14,14 +14,14 @@ from srt.models.hf_models import make_hf_model, save
 
 pytestmark = pytest.mark.skipif(triton_kernels() is None, reason="Triton is not installed")
 
-PROMPTS = [[5, 9, 2], list(range(3, 60)), [7] * 20]
+PROMPTS = [[5, 9, 2], list(range(3, 40)), [7] * 20]
 
 
 def answers(path: str, backend: str, **flags: object) -> list[list[int]]:
     """Greedy tokens in float32 for prompts in chunks, decodes beside them, and a cached prefix."""
     with tower(path, attention_backend=backend, **flags) as engine:
         for number, prompt in enumerate(PROMPTS):
-            engine.send(f"r{number}", prompt, max_new_tokens=4)
+            engine.send(f"r{number}", prompt, max_new_tokens=3)
         engine.run()
         engine.send("again", PROMPTS[1] + [4, 4], max_new_tokens=2)
         engine.run()
@@ -47,10 +47,10 @@ def test_tokens_are_those_of_torch_native(
     family: str, flags: dict[str, object], tmp_path: Path
 ) -> None:
     changes = {"sliding_window": 21} if family == "mistral" else {}
-    path = save(make_hf_model(family, **changes), tmp_path)
+    path = save(make_hf_model(family, num_hidden_layers=2, **changes), tmp_path)
     expected = answers(path, "torch_native", **flags)
     assert answers(path, "triton", **flags) == expected
-    assert [len(tokens) for tokens in expected] == [4, 4, 4, 2]
+    assert [len(tokens) for tokens in expected] == [3, 3, 3, 2]
 
 
 def first_step(path: str, **flags: object) -> tuple[list[int], list[torch.Tensor]]:

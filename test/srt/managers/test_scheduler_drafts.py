@@ -19,6 +19,7 @@ from sglang.srt.mem_cache.allocation import KVMemory
 from sglang.srt.mem_cache.kv_layout import GroupKind, num_pages_for
 from sglang.srt.mem_cache.window_rule import window_rules
 from sglang.srt.speculative.ngram_drafts import NgramRules
+from srt.crossed import crossed
 from srt.distributed.thread_ranks import ThreadRanks
 from srt.managers.draft_guesses import RULES, Follow, guess
 from srt.managers.scheduler_harness import Harness, expected_output, make_memory
@@ -130,8 +131,7 @@ def test_pages_of_wrong_guesses_are_used_next_and_none_is_lost(
     assert memory.allocators[0].index.rows.sum() == 0
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("kind", ["one", "sliding", "chunked"])
+@pytest.mark.parametrize(("kind", "seed"), crossed(["one", "sliding", "chunked"], range(3)))
 def test_scarcity_leaves_drafts_out_and_changes_no_token(
     kind: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,8 +245,7 @@ def test_prompts_beside_drafts_join_the_same_steps(monkeypatch: pytest.MonkeyPat
     assert set(sizes[first:last]) == {2}, "all that run are in every step"
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("kind", ["one", "two", "sliding", "chunked"])
+@pytest.mark.parametrize(("kind", "seed"), crossed(["sliding", "one", "two", "chunked"], range(4)))
 def test_a_random_program_with_the_canary_watching(
     kind: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from sglang.srt.managers.schedule_batch import MAX_RETRACTIONS
 from sglang.srt.mem_cache.allocation import KVMemory
 from sglang.srt.mem_cache.kv_layout import GroupKind
 from sglang.srt.mem_cache.window_rule import window_rules
+from srt.crossed import crossed
 from srt.managers.scheduler_harness import Harness, expected_output, make_memory
 from srt.managers.test_scheduler_scarcity import prompt_of
 from srt.mem_cache.memory_driver import FULL, Window
@@ -20,12 +21,19 @@ CHUNK = 32
 SLIDING = (GroupKind.SLIDING, 30)
 CHUNKED = (GroupKind.CHUNKED, 24)
 
-KINDS = pytest.mark.parametrize(
-    "windows",
-    [(FULL, SLIDING), (FULL, CHUNKED), (SLIDING,), (CHUNKED, SLIDING)],
-    ids=["full+sliding", "full+chunked", "sliding", "chunked+sliding"],
+WINDOWS = [(FULL, SLIDING), (FULL, CHUNKED), (SLIDING,), (CHUNKED, SLIDING)]
+
+
+def name_of(value: object) -> str | None:
+    if isinstance(value, tuple):
+        return "+".join(kind.name.lower() for kind, _ in value)
+    return None
+
+
+KINDS = pytest.mark.parametrize("windows", WINDOWS, ids=name_of)
+OVERLAPS = pytest.mark.parametrize(
+    ("windows", "overlap"), crossed(WINDOWS, [True, False]), ids=name_of
 )
-OVERLAP = pytest.mark.parametrize("overlap", [True, False])
 
 
 def small(windows: tuple[Window, ...], segments: int = 8, **kwargs: object) -> KVMemory:
@@ -46,8 +54,7 @@ def answers(harness: Harness, lengths: dict[str, tuple[int, int]]) -> None:
         assert harness.output(rid) == expected_output(prompt_of(prompt, seed), new, rules), rid
 
 
-@KINDS
-@OVERLAP
+@OVERLAPS
 def test_one_request_holds_no_more_than_its_bound(
     windows: tuple[Window, ...], overlap: bool
 ) -> None:
@@ -67,8 +74,7 @@ def test_one_request_holds_no_more_than_its_bound(
     memory.audit()
 
 
-@KINDS
-@OVERLAP
+@OVERLAPS
 def test_retraction_changes_no_token(
     windows: tuple[Window, ...], overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,8 +93,7 @@ def test_retraction_changes_no_token(
     memory.audit()
 
 
-@KINDS
-@OVERLAP
+@OVERLAPS
 def test_a_repeat_hits_at_full_length(windows: tuple[Window, ...], overlap: bool) -> None:
     for length in (63, 64, 65, 95, 96, 97, 121):
         memory = small(windows)
@@ -129,9 +134,8 @@ def test_the_nth_map_fails_and_everybody_is_served(windows: tuple[Window, ...], 
     memory.audit()
 
 
-@KINDS
-@pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("num_requests", [120, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("windows", "seed"), crossed(WINDOWS, [1, 2]), ids=name_of)
+@pytest.mark.parametrize("num_requests", [100, pytest.param(300, marks=pytest.mark.slow)])
 def test_no_page_is_lost_over_random_requests_with_aborts(
     windows: tuple[Window, ...], num_requests: int, seed: int
 ) -> None:

@@ -24,19 +24,19 @@ from srt.mem_cache.disk_machine import (
 from srt.mem_cache.memory_machine import machine_settings
 
 MACHINES = {
-    DiskMachine: 40,
-    TwoGroupDiskMachine: 15,
-    WindowDiskMachine: 20,
-    OnlyWindowsDiskMachine: 10,
-    MovingDiskMachine: 30,
-    SlidingMovingDiskMachine: 15,
-    SlowMovingDiskMachine: 15,
-    PromotingMachine: 25,
-    RanksDiskMachine: 20,
-    RanksPromotingMachine: 20,
-    WindowPromotingMachine: 15,
-    MovingPromotingMachine: 15,
-    LatentPromotingMachine: 10,
+    DiskMachine: 24,
+    TwoGroupDiskMachine: 9,
+    WindowDiskMachine: 12,
+    OnlyWindowsDiskMachine: 6,
+    MovingDiskMachine: 18,
+    SlidingMovingDiskMachine: 9,
+    SlowMovingDiskMachine: 9,
+    PromotingMachine: 15,
+    RanksDiskMachine: 12,
+    RanksPromotingMachine: 12,
+    WindowPromotingMachine: 9,
+    MovingPromotingMachine: 9,
+    LatentPromotingMachine: 6,
 }
 
 
@@ -49,4 +49,4 @@ def test_every_step_adds_up(machine: type[DiskRules]) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_step_adds_up_over_many_more_lives(machine: type[DiskRules]) -> None:
-    run_state_machine_as_test(machine, settings=machine_settings(30 * MACHINES[machine]))
+    run_state_machine_as_test(machine, settings=machine_settings(50 * MACHINES[machine]))

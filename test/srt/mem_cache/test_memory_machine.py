@@ -39,22 +39,22 @@ class ChunkCacheMachine(MemoryMachine):
 
 
 TestMemory = MemoryMachine.TestCase
-TestMemory.settings = machine_settings(60)
+TestMemory.settings = machine_settings(36)
 TestTwoGroups = TwoGroupMachine.TestCase
-TestTwoGroups.settings = machine_settings(30)
+TestTwoGroups.settings = machine_settings(18)
 TestWindows = WindowMachine.TestCase
-TestWindows.settings = machine_settings(60)
+TestWindows.settings = machine_settings(36)
 TestStates = StateMachine.TestCase
-TestStates.settings = machine_settings(40)
+TestStates.settings = machine_settings(24)
 TestOnlyWindows = OnlyWindowsMachine.TestCase
-TestOnlyWindows.settings = machine_settings(30)
+TestOnlyWindows.settings = machine_settings(18)
 TestOnlyWindowsOnTwoRanks = OnlyWindowsRanksMachine.TestCase
-TestOnlyWindowsOnTwoRanks.settings = machine_settings(10)
+TestOnlyWindowsOnTwoRanks.settings = machine_settings(6)
 TestLfu = LfuMachine.TestCase
-TestLfu.settings = machine_settings(20)
+TestLfu.settings = machine_settings(12)
 TestFifo = FifoMachine.TestCase
-TestFifo.settings = machine_settings(20)
+TestFifo.settings = machine_settings(12)
 TestPriority = PriorityMachine.TestCase
-TestPriority.settings = machine_settings(20)
+TestPriority.settings = machine_settings(12)
 TestChunkCache = ChunkCacheMachine.TestCase
-TestChunkCache.settings = machine_settings(10)
+TestChunkCache.settings = machine_settings(6)

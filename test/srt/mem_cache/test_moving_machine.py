@@ -25,18 +25,18 @@ from srt.mem_cache.moving_machine import (
 )
 
 MACHINES = {
-    MovingMachine: 40,
-    TwoGroupMovingMachine: 20,
-    SlidingMovingMachine: 30,
-    ChunkedMovingMachine: 30,
-    LatentMovingMachine: 15,
-    StateMovingMachine: 20,
-    SlowMovingMachine: 20,
-    SlowSlidingMovingMachine: 20,
-    RanksMovingMachine: 15,
-    TwoGroupRanksMovingMachine: 10,
-    SlidingRanksMovingMachine: 15,
-    ChunkedRanksMovingMachine: 15,
+    MovingMachine: 24,
+    TwoGroupMovingMachine: 12,
+    SlidingMovingMachine: 18,
+    ChunkedMovingMachine: 18,
+    LatentMovingMachine: 9,
+    StateMovingMachine: 12,
+    SlowMovingMachine: 12,
+    SlowSlidingMovingMachine: 12,
+    RanksMovingMachine: 9,
+    TwoGroupRanksMovingMachine: 6,
+    SlidingRanksMovingMachine: 9,
+    ChunkedRanksMovingMachine: 9,
 }
 
 
@@ -49,4 +49,4 @@ def test_every_step_adds_up(machine: type[MovingMachine]) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_step_adds_up_over_many_more_lives(machine: type[MovingMachine]) -> None:
-    run_state_machine_as_test(machine, settings=machine_settings(30 * MACHINES[machine]))
+    run_state_machine_as_test(machine, settings=machine_settings(50 * MACHINES[machine]))

@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.compaction import compact
 from sglang.srt.mem_cache.kv_layout import GroupKind
 from sglang.srt.mem_cache.rank_agreement import RankAgreement
 from sglang.srt.mem_cache.reclaim import Reclaim, reclaim_step
+from srt.crossed import crossed
 from srt.mem_cache.memory_driver import (
     FULL,
     MemoryDriver,
@@ -150,10 +151,15 @@ def live(ranks: RankDrivers) -> list[tuple[int, int]]:
     return calls
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("what", ["map", "unmap"])
-def test_whichever_call_is_refused_everything_adds_up(what: str, kind: str, num_ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    crossed(
+        ["sliding", "one", "two", "chunked"], [("map", 2), ("unmap", 1), ("map", 1), ("unmap", 2)]
+    ),
+    ids=lambda value: f"{value[0]}-{value[1]}" if isinstance(value, tuple) else value,
+)
+def test_whichever_call_is_refused_everything_adds_up(kind: str, call: tuple[str, int]) -> None:
+    what, num_ranks = call
     refused = 0
     for n in itertools.count(1):
         reached = False

@@ -20,6 +20,7 @@ from sglang.srt.mem_cache.rank_agreement import (
 )
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 from sglang.srt.mem_cache.segment_state import SegmentState, Tier
+from srt.crossed import mostly_slow
 from srt.mem_cache.disk_backing import DiskBacking
 from srt.mem_cache.fake_backing import FakeBacking
 from srt.mem_cache.memory_driver import MemoryDriver, make_memory
@@ -130,10 +131,13 @@ def _run(world: World, number: int, seed: int, num_groups: int) -> Trace:
     return trace
 
 
+@pytest.mark.parametrize("seeds", mostly_slow([range(6)], [range(6, 40)]), ids=str)
 @GROUPS
-def test_ranks_hold_the_same_pages_whatever_their_machines_do(num_groups: int) -> None:
+def test_ranks_hold_the_same_pages_whatever_their_machines_do(
+    num_groups: int, seeds: range
+) -> None:
     refusals = leftovers = rounds = parted = 0
-    for seed in range(12):
+    for seed in seeds:
         world = World(2)
         with ThreadPoolExecutor(2) as threads:
             runs = [threads.submit(run_program, world, n, seed, num_groups) for n in range(2)]

@@ -30,11 +30,17 @@ CONFIG: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
+def vocabulary() -> str:
+    """A tokenizer.json of the demo model's vocabulary."""
+    content: str = read_vocabulary(read_gguf_header(demo_gguf()).metadata).backend.to_str()
+    return content
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, vocabulary: str) -> Path:
     """The demo model's vocabulary as Hugging Face files."""
-    backend = read_vocabulary(read_gguf_header(demo_gguf()).metadata).backend
-    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.json").write_text(vocabulary, encoding="utf-8")
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
     write(tmp_path)
     return tmp_path

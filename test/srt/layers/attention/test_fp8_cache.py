@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
 from sglang.srt.layers.attention import torch_native_backend
 from sglang.srt.layers.attention.merge import partial_attention
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeTuning
+from srt.crossed import crossed
 from srt.layers.attention.test_torch_native_backend import TINY, check
 from srt.layers.attention_cases import Case, make_layer, make_spec, make_tables
 
 
-@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2"])
-@pytest.mark.parametrize("q_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("run_pages", [[], [1], [2, 7]])
-def test_fp8_cache(dtype: str, q_dtype: torch.dtype, run_pages: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("types", "run_pages"),
+    crossed(
+        list(product(("fp8_e4m3", "fp8_e5m2"), (torch.float32, torch.bfloat16))),
+        [[2, 7], [], [1]],
+    ),
+    ids=str,
+)
+def test_fp8_cache(types: tuple[str, torch.dtype], run_pages: list[int]) -> None:
     """Single queries, batches of them, prompts, windows and caps: in place or gathered."""
+    dtype, q_dtype = types
     lengths = [(300, 1), (0, 130), (290, 40), (33, 1), (31, 1), (29, 1), (700, 1)]
     for page_size, v_dim in ((16, 16), (4, 24)):
         spec = make_spec(page_size=page_size, dtype=dtype, v_head_dim=v_dim)

@@ -21,6 +21,7 @@ from sglang.srt.layers.attention.torch_native_backend import (
 )
 from sglang.srt.mem_cache.kv_layout import GroupKind, KVCacheSpec, KVGroupSpec
 from sglang.srt.mem_cache.kv_share import KVShare
+from srt.crossed import mostly_slow
 from srt.distributed.thread_ranks import ThreadRanks
 from srt.layers.attention_cases import (
     Case,
@@ -135,7 +136,7 @@ def test_ranks_together_equal_dense_attention(case: Case, size: int, tiny: bool)
     check(case, size, TINY if tiny else None)
 
 
-@pytest.mark.parametrize("run_pages", [[], [1], [1, 3, 40]])
+@pytest.mark.parametrize("run_pages", mostly_slow([[1, 3, 40]], [[], [1]]), ids=str)
 def test_long_prompts_and_decodes_together(run_pages: list[int]) -> None:
     lengths = [(3000, 1), (0, 1300), (2999, 64), (64, 1100)]
     spec = make_spec(page_size=64)

@@ -16,6 +16,7 @@ from sglang.srt.layers.attention.torch_native_table import SegmentTableAttnBacke
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.mem_cache.kv_layout import KVCacheSpec
 from sglang.srt.utils.native import triton_kernels
+from srt.crossed import crossed
 from srt.layers.attention.test_torch_native_table import pool_of
 from srt.layers.attention_cases import Case, make_layer, make_spec, make_tables
 
@@ -43,8 +44,11 @@ def scaled_case(dtype: str, **shape: Any) -> Case:
     return Case(spec, LENGTHS, tables, layer, logits_rows=[0, 40, 49])
 
 
-@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2"])
-@pytest.mark.parametrize("shape", [{}, {"cap": 2.0}, {"sinks": True}, {"window": 21}], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    crossed([{}, {"cap": 2.0}, {"sinks": True}, {"window": 21}], ["fp8_e4m3", "fp8_e5m2"]),
+    ids=str,
+)
 @pytest.mark.parametrize("name", list(BACKENDS))
 def test_equals_dense_attention_over_the_numbers_themselves(
     name: str, shape: dict[str, Any], dtype: str

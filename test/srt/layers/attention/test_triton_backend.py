@@ -23,6 +23,7 @@ from sglang.srt.layers.attention.triton_tables import DeviceTables
 from sglang.srt.mem_cache.kv_layout import GroupKind, KVGroupSpec
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry
 from sglang.srt.utils.native import triton_kernels
+from srt.crossed import crossed
 from srt.layers.attention.test_torch_native_table import pool_of
 from srt.layers.attention_cases import Case, FakeTable, make_layer, make_spec, make_tables
 from srt.layers.drawn_layers import draw_layer
@@ -67,7 +68,7 @@ def cases(draw: st.DrawFn) -> Case:
     return case
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_equals_dense_attention(case: Case) -> None:
     check(case)
@@ -130,8 +131,7 @@ def test_a_table_that_is_too_short_is_noticed() -> None:
         backend._device_tables(plan, 0, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("segment_pages", [None, 3])
-@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize(("window", "segment_pages"), crossed([None, 30], [3, None]))
 def test_a_recorded_step_becomes_any_other(window: int | None, segment_pages: int | None) -> None:
     """The same launches on the same tensors, renewed in place: what a graph replays."""
     kernels = triton_kernels()
