@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NewType
@@ -333,6 +334,20 @@ def trim_layouts_to_budget(
             )
         trimmed.append(replace(layout, max_segments=1 + segments))
     return tuple(trimmed)
+
+
+def tiers_bytes(layouts: Sequence[SegmentLayout], upper: int, lower: int) -> int:
+    """Bytes of segments that two tiers of `upper` and `lower` bytes hold, however these are filled.
+
+    A segment lies on one tier as a whole: what each has beyond whole ones holds nothing. Of groups
+    whose segments differ in size, the upper tier may have no room for the larger ones first.
+    """
+    if not lower:
+        return upper
+    sizes = [layout.segment_bytes for layout in layouts]
+    unit = math.gcd(*sizes)
+    upper, lower = upper - upper % unit, lower - lower % unit
+    return max(upper, lower, upper + lower - (max(sizes) - unit))
 
 
 def nearest_power_of_two(value: float) -> int:
