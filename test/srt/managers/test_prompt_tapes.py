@@ -194,3 +194,20 @@ def test_without_tapes(llama: tuple[str, list[list[int]]]) -> None:
             engine.run()
             assert engine.output(f"r{turn}-10") == expected[10]
         assert all(shape.requests == 1 for shape in tapes_of(engine).recorded_prompts)
+
+
+def test_a_last_token_that_nobody_samples_beside_decoding(
+    llama: tuple[str, list[list[int]]],
+) -> None:
+    """A cached prompt of which nothing is wanted: a row each, but fewer logits than rows."""
+    path, expected = llama
+    with tower(path, page_size=16) as engine:
+        ask(engine, "first", PREFIX)
+        engine.send("ahead", PROMPTS[1], max_new_tokens=40)
+        for turn in range(5):
+            engine.send(f"nothing{turn}", PREFIX[:65], max_new_tokens=0)
+            engine.scheduler.turn()
+            engine.scheduler.turn()
+        engine.run()
+        assert StepShape(2, 2, 1) in tapes_of(engine).recorded_prompts
+        assert engine.output("ahead")[:FEW] == expected[1]

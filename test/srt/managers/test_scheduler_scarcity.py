@@ -43,6 +43,24 @@ def test_prompts_that_do_not_fit_together_queue(
 
 
 @pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_cached_prompt_that_has_to_be_computed_again(groups: int, overlap: bool) -> None:
+    """Its log probabilities are wanted: the pool holds it once, not twice."""
+    memory = small(groups=groups)
+    harness = Harness(memory, page_size=PAGE, overlap=overlap)
+    prompt = prompt_of(int(CAPACITY * 0.6))
+    harness.send("first", prompt, max_new=4)
+    harness.run()
+    harness.send("again", [*prompt, 1, 2, 3], max_new=40, return_logprob=True)
+    harness.run()
+    assert harness.output("again") == expected_output([*prompt, 1, 2, 3], 40)
+    assert harness.final("again").type == "length"
+    assert harness.retractions("again") == 0
+    harness.scheduler.drain()
+    memory.audit()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("policy", ["fcfs", "lpm"])
 def test_retraction_changes_no_token(
     overlap: bool, policy: str, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +20,7 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentLayout,
     make_segment_layouts,
+    tiers_bytes,
 )
 
 
@@ -65,6 +68,46 @@ def test_whole_segments_count() -> None:
             prefill_chunk=32,
         )
         assert (clamp.effective, clamp.capacity_tokens, clamp.is_clamped) == (160, 160, True)
+
+
+@pytest.mark.parametrize(
+    ("upper", "lower", "tokens"),
+    [(2, 3, 80), (2.9, 3, 80), (2.5, 3.5, 80), (2.5, 0, 32), (0.9, 0.9, 0), (0, 4.5, 64)],
+)
+def test_a_segment_lies_on_one_tier_as_a_whole(upper: float, lower: float, tokens: int) -> None:
+    clamp = effective_context_length(
+        ONE,
+        layouts_of(ONE, 16, 1 << 20),
+        budget_bytes=int(upper * 1024),
+        lower_bytes=int(lower * 1024),
+        reserve_segments=0,
+        requested=1000,
+        prefill_chunk=32,
+    )
+    assert clamp.effective == clamp.capacity_tokens == tokens
+
+
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    upper=st.integers(0, 60),
+    lower=st.integers(0, 60),
+    order=st.lists(st.integers(0, 2), max_size=40),
+)
+def test_tiers_hold_segments_that_come_in_any_order(
+    sizes: list[int], upper: int, lower: int, order: list[int]
+) -> None:
+    """Each goes where there is room, the upper tier first, until the bytes told are reached."""
+    layouts = [replace(layouts_of(ONE, 4, 1 << 20)[0], k_bytes_per_slot=n) for n in sizes]
+    unit = layouts[0].segment_bytes // (sizes[0] + layouts[0].v_bytes_per_slot)
+    room, left = [upper * unit, lower * unit], tiers_bytes(layouts, upper * unit, lower * unit)
+    for number in order:
+        size = layouts[number % len(layouts)].segment_bytes
+        left -= size
+        if left < 0:
+            return
+        tier = 0 if size <= room[0] else 1
+        room[tier] -= size
+        assert room[tier] >= 0
 
 
 def test_reserve_is_taken_off() -> None:

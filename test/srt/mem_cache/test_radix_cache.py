@@ -140,21 +140,38 @@ def test_an_edge_that_another_reads_is_continued_below() -> None:
 
 
 def test_what_is_there_already_stays_the_rows_own() -> None:
-    bench = Bench()
+    bench = Bench(num_groups=2)
     slow, fast = bench.lock(1, 2, 3, 4, 5, 6), bench.lock(1, 2, 3, 4, 5, 6)
     pages = bench.add(fast, 1, 2, 3, 4)
     bench.add(slow, 1, 2, 3, 4)
     assert slow.num_tokens == 0, "the handle locks only what the row reads"
     assert bench.indexes[0].num_used == 0, "the row's duplicates were freed with the row"
-    bench.release(fast)
-    assert bench.cache.num_evictable_pages == 2
     own = bench.add(slow, 1, 2, 3, 4, 5, 6)
     assert slow.num_tokens == 6
     assert bench.cache.num_locked_pages == 3, "the path to the row's own pages is held"
     hit = bench.cache.match(np.array([1, 2, 3, 4, 5, 6], np.int32), None, 6)
     assert hit.page_ids[0].tolist() == [*pages, own[-1]]
     bench.cache.release(hit.handle)
-    bench.release(slow)
+    for handle in (fast, slow):
+        bench.release(handle)
+    bench.check()
+
+
+def test_pages_computed_again_take_the_place_of_what_nobody_reads() -> None:
+    """Two edges of which one is cut by a reader: what that one locks stays, below it all is new."""
+    bench = Bench(num_groups=2)
+    old = bench.put(1, 2, 3, 4, 5, 6)
+    again = bench.lock()
+    reader = bench.lock(1, 2)
+    own = bench.add(again, 1, 2, 3, 4, 5, 6, 7, 8)
+    bench.check()
+    assert bench.cache.num_locked_pages == bench.cache.num_pages == 4
+    assert [index.num_cached for index in bench.indexes] == [4, 4], "nothing is kept twice"
+    hit = bench.cache.match(np.arange(1, 9, dtype=np.int32), None, 8)
+    assert [ids.tolist() for ids in hit.page_ids] == [[old[0], *own[1:]]] * 2
+    bench.cache.release(hit.handle)
+    for handle in (again, reader):
+        bench.release(handle)
     bench.check()
 
 

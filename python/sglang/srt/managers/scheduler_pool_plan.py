@@ -7,6 +7,7 @@ Called by `scheduler_setup` at start; `sglang.plan_memory` takes the groups from
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, replace
 
 from sglang.srt.configs.model_config import ModelConfig
@@ -280,7 +281,9 @@ def plan_pool(
     )
     total = cap_budget(budget + lower, args.max_total_tokens, layouts)
     budget = min(budget, total)
-    lower = total - budget
+    # What memory has beyond whole segments holds nothing: it is no part of what the tokens take.
+    unit = math.gcd(*(layout.segment_bytes for layout in layouts))
+    lower = min(lower, total - budget + budget % unit)
     if not backing.elastic:
         layouts = trim_layouts_to_budget(layouts, budget)
     clamp = effective_context_length(

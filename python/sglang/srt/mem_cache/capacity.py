@@ -17,6 +17,7 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentLayout,
     num_pages_for,
+    tiers_bytes,
 )
 from sglang.srt.utils.sizes import format_bytes
 
@@ -111,13 +112,14 @@ def effective_context_length(
     """
     reserve = [min(reserve_segments, layout.max_segments - 1) for layout in layouts]
     reserve_bytes = _bytes(layouts, reserve)
+    bound = tiers_bytes(layouts, budget_bytes, lower_bytes)
 
     def fits(num_tokens: int) -> bool:
         segments = request_segments(spec, layouts, num_tokens, prefill_chunk)
         usable = (layout.max_segments - 1 for layout in layouts)
         if any(need > have for need, have in zip(segments, usable, strict=True)):
             return False
-        return _bytes(layouts, segments) + reserve_bytes <= budget_bytes + lower_bytes
+        return _bytes(layouts, segments) + reserve_bytes <= bound
 
     low = 0  # fits(0) may be false; then nothing does
     # no group can hold more: a context whose every group is a window still ends somewhere

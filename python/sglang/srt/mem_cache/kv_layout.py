@@ -519,6 +519,20 @@ def trim_layouts_to_budget(
     return tuple(trimmed)
 
 
+def tiers_bytes(layouts: Sequence[SegmentLayout], upper: int, lower: int) -> int:
+    """Bytes of segments that two tiers of `upper` and `lower` bytes hold, however these are filled.
+
+    A segment lies on one tier as a whole: what each has beyond whole ones holds nothing. Of groups
+    whose segments differ in size, the upper tier may have no room for the larger ones first.
+    """
+    if not lower:
+        return upper
+    sizes = [layout.segment_bytes for layout in layouts]
+    unit = math.gcd(*sizes)
+    upper, lower = upper - upper % unit, lower - lower % unit
+    return max(upper, lower, upper + lower - (max(sizes) - unit))
+
+
 def nearest_power_of_two(value: float) -> int:
     """Power of two nearest to `value` by difference; at least 1."""
     low = 1 << max(0, math.floor(math.log2(max(value, 1.0))))

@@ -165,6 +165,7 @@ class RadixCache(BasePrefixCache):
         if node is at and not at.children and not at.is_root and at.lock_ref == 1:
             self._grow(at, tokens, pages)
         else:
+            self._take_over(at, node, position, page_ids)
             leaf = self._add_leaf(node, tokens, pages, handle.priority)
             self._move_lock(at, leaf, handle.priority)
             handle.node = leaf
@@ -261,6 +262,28 @@ class RadixCache(BasePrefixCache):
         for index, array in zip(self._indexes, upper.pages, strict=True):
             index.rename_node(array.view(), upper.id)
         return upper
+
+    def _take_over(
+        self, above: TreeNode, below: TreeNode, end: int, page_ids: tuple[Int32Array, ...]
+    ) -> None:
+        """On edges that a row computed again and nobody reads, put its pages in place of theirs.
+
+        They are those below `above` down to `below`, which ends after `end` tokens. The row is
+        about to lock them: both copies would be kept for it, and only one was counted.
+        """
+        for node in below.path_up():
+            if node is above:
+                return
+            first, last = (end - len(node.tokens)) // self._page_size, end // self._page_size
+            end -= len(node.tokens)
+            if node.lock_ref:
+                continue
+            for index, array, ids in zip(self._indexes, node.pages, page_ids, strict=True):
+                own = ids[first:last]
+                if own[0] >= 0:  # else a window group's holes, where the tree keeps what it has
+                    index.release(array.view().copy())
+                    index.adopt(own, node.id)
+                    array.overwrite(0, own)
 
     def _grow(self, node: TreeNode, tokens: Int32Array, pages: tuple[Int32Array, ...]) -> None:
         self.tree.grow_leaf(node, tokens, pages)

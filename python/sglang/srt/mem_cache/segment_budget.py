@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from sglang.srt.mem_cache.kv_layout import tiers_bytes
 from sglang.srt.mem_cache.segment_state import SegmentTable, Tier
 
 FIRST_PAUSE_S: Final = 0.1
@@ -49,6 +50,7 @@ class TierBudgets:
         self, tables: tuple[SegmentTable, ...], budget_bytes: int, lower_bytes: int, now: float
     ) -> None:
         self._tables = tables
+        self._layouts = tuple(table.layout for table in tables)
         self.bound_bytes = {Tier.DEVICE: budget_bytes, Tier.LOWER: lower_bytes}
         self.pauses = {tier: GrowthPause(now) for tier in Tier}
 
@@ -67,12 +69,12 @@ class TierBudgets:
 
         Where there is but one tier its bound counts, whether it pauses or not.
         """
-        if not self.bound_bytes[Tier.LOWER]:
-            return self.bound_bytes[Tier.DEVICE]
-        return sum(
-            min(bound, self.used_bytes(tier)) if self.pauses[tier].is_on(now) else bound
-            for tier, bound in self.bound_bytes.items()
-        )
+        bounds = dict(self.bound_bytes)
+        if bounds[Tier.LOWER]:
+            for tier, pause in self.pauses.items():
+                if pause.is_on(now):
+                    bounds[tier] = min(bounds[tier], self.used_bytes(tier))
+        return tiers_bytes(self._layouts, bounds[Tier.DEVICE], bounds[Tier.LOWER])
 
     def can_grow(self, now: float) -> bool:
         """Whether a tier that exists does not pause."""

@@ -17,7 +17,7 @@ from typing import Final
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache import segment_plans
-from sglang.srt.mem_cache.kv_layout import GroupId, SegmentId, SegmentLayout
+from sglang.srt.mem_cache.kv_layout import GroupId, SegmentId, SegmentLayout, tiers_bytes
 from sglang.srt.mem_cache.rank_agreement import RankAgreement, SingleRank
 from sglang.srt.mem_cache.segment_backing.base import SegmentBacking, TieredBacking
 from sglang.srt.mem_cache.segment_budget import TierBudgets
@@ -113,7 +113,7 @@ class SegmentManager:
     @property
     def bound_bytes(self) -> int:
         """Bound of all segments, in memory and below."""
-        return self.budget_bytes + self.lower_budget_bytes
+        return tiers_bytes(self.layouts, self.budget_bytes, self.lower_budget_bytes)
 
     @property
     def reach_bytes(self) -> int:

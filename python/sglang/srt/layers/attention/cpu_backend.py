@@ -53,6 +53,7 @@ class CpuPlan(TorchNativePlan):
     tables: dict[int, Any] = field(default_factory=dict)
     blocks: dict[bool, list[Any]] = field(default_factory=dict)
     has_prompts: bool = False
+    is_decode: bool = False  # a query for each request, whose logits are wanted
     own_blocks: dict[tuple[int, bool], Any] = field(default_factory=dict)  # by group and pruning
     # What the tables of a recorded step stand for, by group.
     views: dict[int, tuple[BlockTableView, ...]] = field(default_factory=dict)
@@ -93,7 +94,9 @@ class CpuAttnBackend(TorchNativeAttnBackend):
 
     def plan(self, geometry: BatchGeometry) -> CpuPlan:
         """Hold the geometry; tables and blocks follow when layers of new shapes ask."""
-        return CpuPlan(geometry, has_prompts=bool((geometry.extend_seq_lens > 1).any()))
+        has_prompts = bool((geometry.extend_seq_lens > 1).any())
+        all_wanted = len(geometry.logits_rows) == len(geometry.seq_lens)
+        return CpuPlan(geometry, has_prompts=has_prompts, is_decode=all_wanted and not has_prompts)
 
     def forward(
         self,
@@ -214,7 +217,7 @@ class CpuAttnBackend(TorchNativeAttnBackend):
         """See `AttentionBackend.renew`."""
         for pruned, blocks in plan.blocks.items():
             for part in blocks:
-                if not plan.has_prompts:
+                if plan.is_decode:
                     part.positions[:] = geometry.extend_prefix_lens
                     continue
                 arrays = (part.rows, part.counts, part.positions, part.requests)
@@ -223,7 +226,7 @@ class CpuAttnBackend(TorchNativeAttnBackend):
         for group, tables in plan.tables.items():
             views = geometry.block_tables[group]
             # Of the same tables only positions are checked again, so not where counts change, too.
-            if plan.views.get(group) is views and not plan.has_prompts:
+            if plan.views.get(group) is views and plan.is_decode:
                 tables.check_again()
                 continue
             tables.renew([view.page_ids for view in views], [view.first_position for view in views])
