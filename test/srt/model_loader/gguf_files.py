@@ -23,7 +23,19 @@ ARCHS = {
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "cohere2": gguf.MODEL_ARCH.COHERE2,
+    "cohere": gguf.MODEL_ARCH.COMMAND_R,
+    "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "olmo3": gguf.MODEL_ARCH.OLMO2,
+    "phi3": gguf.MODEL_ARCH.PHI3,
+    "granite": gguf.MODEL_ARCH.GRANITE,
+    "glm4": gguf.MODEL_ARCH.GLM4,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
+    "exaone4": gguf.MODEL_ARCH.EXAONE4,
+    "seed_oss": gguf.MODEL_ARCH.SEED_OSS,
 }
+_REORDERED = (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.GRANITE, gguf.MODEL_ARCH.SMOLLM3)
 _OUTPUTS_FIRST = ("qwen3_moe", "deepseek_v2", "deepseek_v3")
 # Experts of a layer in a model's own state: what becomes of a merged tensor's halves.
 _MERGED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -66,10 +78,12 @@ def write_gguf(
             continue
         values = tensor.float().numpy()
         heads = None
-        if arch is gguf.MODEL_ARCH.LLAMA:
+        if arch in _REORDERED:
             heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
             heads = next((n for part, n in heads.items() if part in name), None)
         stored = values if heads is None else permute(values, heads)
+        if arch is gguf.MODEL_ARCH.GEMMA2 and name.endswith("norm.weight"):
+            stored = values + 1
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias", ""))
         if name.endswith("e_score_correction_bias"):
             gguf_name = f"blk.{name.split('.')[2]}.exp_probs_b.bias"
@@ -170,7 +184,8 @@ def latent_metadata(config: Any, *, splits_latents: bool) -> dict[str, Any]:
 def _write_metadata(writer: gguf.GGUFWriter, config: Any, changes: dict[str, Any]) -> None:
     arch = writer.arch
     rope = config.rope_parameters
-    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
     values: dict[str, Any] = {
         f"{arch}.block_count": config.num_hidden_layers,
         f"{arch}.context_length": config.max_position_embeddings,
@@ -178,10 +193,10 @@ def _write_metadata(writer: gguf.GGUFWriter, config: Any, changes: dict[str, Any
         f"{arch}.feed_forward_length": config.intermediate_size,
         f"{arch}.attention.head_count": config.num_attention_heads,
         f"{arch}.attention.head_count_kv": config.num_key_value_heads,
-        f"{arch}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        f"{arch}.attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
         f"{arch}.attention.key_length": head_dim,
         f"{arch}.attention.value_length": head_dim,
-        f"{arch}.rope.freq_base": float(rope["rope_theta"]),
+        f"{arch}.rope.freq_base": float(rope.get("full_attention", rope)["rope_theta"]),
         f"{arch}.rope.dimension_count": head_dim,
     }
     if config.model_type in ("mistral", "gpt_oss") and config.sliding_window is not None:

@@ -15,6 +15,14 @@ from typing import Any
 import gguf
 import numpy as np
 
+from sglang.srt.configs.gguf_dense import (
+    DENSE,
+    LONG_ROPE_TENSORS,
+    PARTIAL,
+    READ_KEYS,
+    dense_fields,
+    long_rope_fields,
+)
 from sglang.srt.configs.gguf_file import GGUFHeader, read_gguf_header, read_gguf_rows
 from sglang.srt.configs.gguf_latent import (
     LATENT,
@@ -31,6 +39,7 @@ _ARCHITECTURES = {
     "llama4": ("Llama4ForCausalLM", "llama4_text"),
     "gpt-oss": ("GptOssForCausalLM", "gpt_oss"),
     "deepseek2": ("DeepseekV2ForCausalLM", "deepseek_v2"),
+    **DENSE,
 }
 _MIXTURES = frozenset({"qwen3moe", "llama4", "gpt-oss"})
 _WITHOUT_HEAD_NORMS = 128  # experts: of the published Llama 4 files those of so many (Maverick)
@@ -72,12 +81,14 @@ def gguf_to_hf_config(path: str | Path) -> tuple[dict[str, Any], tuple[float, ..
         raw |= latent_fields(reader.get, reader.need)
         raw |= latent_expert_fields(reader.get, reader.need, header.tensors)
         turned = raw["qk_rope_head_dim"]
+    if name in DENSE:
+        raw |= dense_fields(str(name), header, reader.get, raw)
     raw |= reader.rope_fields(turned)
     raw |= reader.token_ids()
     if name in _MIXTURES:
         raw |= expert_fields(reader)
     raw["torch_dtype"] = _widest_dtype(header)
-    return raw, _freq_factors(header, turned)
+    return raw, _freq_factors(header, int(reader.get("rope.dimension_count", turned)))
 
 
 class _Reader:
@@ -104,12 +115,12 @@ class _Reader:
 
     def refuse_other_features(self) -> None:
         for key in _REFUSED_UNLESS_ZERO:
-            if self.get(key, 0):
+            if key not in READ_KEYS.get(self.name, ()) and self.get(key, 0):
                 raise ValueError(f"{self.name}.{key} is not supported")
         if self.name not in _MIXTURES | LATENT and self.get("expert_count", 0):
             raise ValueError(f"{self.name}.expert_count is not supported")
         for tensor in self.header.tensors:
-            if tensor.startswith("rope_factors_"):
+            if tensor in LONG_ROPE_TENSORS and self.name != "phi3":
                 raise ValueError(f"tensor {tensor} (longrope) is not supported")
 
     def shape_fields(self) -> dict[str, Any]:
@@ -144,7 +155,7 @@ class _Reader:
             "attention_output_bias": "blk.0.attn_output.bias" in tensors,
             "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         }
-        window = self.get("attention.sliding_window", 0)
+        window = 0 if self.name in DENSE else self.get("attention.sliding_window", 0)
         if window and self.name == "llama":
             raw |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
         if window and self.name in ("llama", "gpt-oss"):
@@ -155,9 +166,14 @@ class _Reader:
 
     def rope_fields(self, head_dim: int) -> dict[str, Any]:
         rotated = int(self.get("rope.dimension_count", head_dim))
-        if rotated != head_dim:
+        if rotated != head_dim and self.name not in PARTIAL:
             raise ValueError(f"rope.dimension_count {rotated} other than head_dim {head_dim}")
         rope: dict[str, Any] = {"rope_theta": float(self.get("rope.freq_base", 10000.0))}
+        if self.name in PARTIAL:
+            rope["partial_rotary_factor"] = rotated / head_dim
+        long_rope = long_rope_fields(self.header, self.get)
+        if long_rope:
+            return {"rope_parameters": rope | long_rope}
         kind = self.get("rope.scaling.type", "none")
         factor = float(self.get("rope.scaling.factor", self.get("rope.scale_linear", 0.0)))
         if kind == "none" and self.get("rope.scale_linear"):

@@ -1,8 +1,9 @@
 """Reads the tensors of a GGUF file under their Hugging Face names, one at a time.
 
 The loader walks it like any other `WeightSource`. Matrices keep their codes where the native
-kernels can multiply with them; everything else becomes numbers. Llama files store rows of q and k
-so that rotary pairs are neighbours; they are put back into halves here, as our rotation wants them.
+kernels can multiply with them; everything else becomes numbers. Files of Llama and its nearest
+store rows of q and k so that rotary pairs are neighbours; they are put back into halves here, as
+our rotation wants them.
 """
 
 from __future__ import annotations
@@ -53,8 +54,23 @@ _LAYER_NAMES = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+_POST_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 # Where families call things otherwise, by model_type.
 _FAMILY_NAMES = {
+    "gemma2": {**_POST_NORMS, "ffn_norm": "pre_feedforward_layernorm"},
+    "olmo2": _POST_NORMS,
+    "olmo3": _POST_NORMS,
+    "exaone4": _POST_NORMS,
+    "seed_oss": {"post_attention_norm": "post_attention_layernorm"},
+    "glm4": {
+        "post_attention_norm": "post_self_attn_layernorm",
+        "post_ffw_norm": "post_mlp_layernorm",
+        "ffn_up": "mlp.gate_up_proj",
+    },
+    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
     "qwen3_moe": {"ffn_gate_inp": "mlp.gate"},
     "gpt_oss": {"post_attention_norm": "post_attention_layernorm"},
     "deepseek_v2": {
@@ -78,7 +94,13 @@ _WHOLE_NAMES = {  # without what kind it is
 # The two parts of one weight: what makes keys of a latent, [H, C, N], and what makes values of it,
 # [H, V, C].
 _KEYS_PART, _VALUES_PART, _BOTH_PARTS = ".attn_k_b.", ".attn_v_b.", ".attn_kv_b."
-_NOT_WEIGHTS = frozenset({"rope_freqs.weight"})  # ModelConfig has read it
+# ModelConfig has read them.
+_NOT_WEIGHTS = frozenset(
+    {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+)
+# Whose rows of q and k are reordered.
+_REORDERED = ("llama", "mistral", "granite", "smollm3")
+_NORMS_PLUS_ONE = ("gemma2",)  # whose norms are stored as the factors that they are
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
@@ -125,9 +147,8 @@ def _walk(
     dtype: torch.dtype,
     kernels: ModuleType | None,
 ) -> WeightIterator:
-    # Only the llama architecture (Mistral included) reorders rows in its files.
     heads_of = {}
-    if config.model_type in ("llama", "mistral"):
+    if config.model_type in _REORDERED:
         heads_of = {".attn_q.": config.num_heads, ".attn_k.": config.num_kv_heads}
     named = {info.name: info for info in infos}
     for info in infos:
@@ -148,6 +169,8 @@ def _walk(
             yield hf_name, tensor if order is None else tensor.take(order)
             continue
         tensor = _dequantize(path, info, dtype)
+        if config.model_type in _NORMS_PLUS_ONE and info.name.endswith("norm.weight"):
+            tensor = _dequantize(path, info, torch.float32) - 1
         yield hf_name, tensor if order is None else tensor[order]
 
 
