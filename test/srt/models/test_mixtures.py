@@ -144,6 +144,13 @@ IN_GGUF: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {},
     "minimax_m2": {},
     "olmoe": {"norm_topk_prob": False},
+    "granitemoeshared": {},
+}
+GRANITES_KEYS = {
+    "granitemoe.attention.scale": 0.3,
+    "granitemoe.embedding_scale": 3.0,
+    "granitemoe.residual_scale": 0.5,
+    "granitemoe.logit_scale": 1.5,
 }
 
 
@@ -152,5 +159,7 @@ def test_the_same_model_from_a_gguf_file(tmp_path: Path, family: str) -> None:
     hf = make_hf_model(family, **IN_GGUF[family])
     path = tmp_path / "m.gguf"
     draft = {"blk.3.nextn.eh_proj.weight": np.ones((4, 8), np.float32)}
-    write_gguf(path, hf, extra_tensors=draft if family == "glm4_moe" else None)
+    extra = draft if family == "glm4_moe" else None
+    metadata = GRANITES_KEYS if family == "granitemoeshared" else None
+    write_gguf(path, hf, metadata=metadata, extra_tensors=extra)
     assert_logits_equal(hf, str(path), num_tokens=60)
