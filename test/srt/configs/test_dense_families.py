@@ -39,6 +39,7 @@ def test_windows_by_pattern(tmp_path: Path) -> None:
     assert windows("Gemma2ForCausalLM") == (8, None, 8, None)
     assert windows("Cohere2ForCausalLM") == (8, 8, 8, None)
     assert windows("Cohere2ForCausalLM", sliding_window_pattern=2) == (8, None, 8, None)
+    assert windows("Cohere2ForCausalLM", _sliding_window_pattern=2) == (8, None, 8, None)
     assert windows("Olmo3ForCausalLM") == (8, 8, 8, None)
     assert windows("Exaone4ForCausalLM", sliding_window_pattern="LG") == (8, None, 8, None)
     assert windows("Exaone4ForCausalLM", sliding_window=None) == (None,) * 4

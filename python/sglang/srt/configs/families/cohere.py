@@ -65,7 +65,7 @@ COHERE = ModelFamily(
 )
 COHERE2 = ModelFamily(
     "cohere2",
-    {**_DEFAULTS, "sliding_window": 4096, "sliding_window_pattern": 4},
+    {**_DEFAULTS, "sliding_window": 4096, "_sliding_window_pattern": 4},
     _read_cohere2,
     norm_field="layer_norm_eps",
 )

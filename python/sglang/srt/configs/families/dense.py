@@ -128,7 +128,7 @@ EXAONE4 = ModelFamily(
         "bos_token_id": 0,
         "eos_token_id": 2,
         "sliding_window": 4096,
-        "sliding_window_pattern": 4,
+        "_sliding_window_pattern": 4,
     },
     _read_exaone4,
 )
