@@ -183,3 +183,24 @@ def test_hunyuan(tmp_path: Path) -> None:
         load(tmp_path, "HunYuanMoEV1ForCausalLM", **{**fields, "moe_topk": [8, 4]})
     with pytest.raises(ValueError, match="use_cla is not supported"):
         load(tmp_path, "HunYuanMoEV1ForCausalLM", use_cla=True, **fields)
+
+
+def test_phimoe(tmp_path: Path) -> None:
+    scaling = {
+        "type": "longrope",
+        "short_factor": [1.0] * 64,
+        "long_factor": [2.0] * 64,
+        "short_mscale": 1.2,
+        "long_mscale": 1.3,
+        "original_max_position_embeddings": 4096,
+    }
+    fields = {"attention_bias": True, "lm_head_bias": True, "rope_scaling": scaling}
+    config = load(tmp_path, "PhiMoEForCausalLM", **fields)
+    layers = frozenset(range(32))
+    assert config.moe == MoEConfig(layers, 16, 2, 6400, mixer_tolerance=0.01)
+    assert config.attention_bias
+    assert config.attention_output_bias
+    assert config.head_bias
+    assert config.rope.attention_scaling == 1.3
+    assert config.for_context(4096).rope.attention_scaling == 1.2
+    assert config.max_position_embeddings == 131072

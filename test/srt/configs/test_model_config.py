@@ -77,6 +77,7 @@ HF_CONFIGS = {
     "DeepseekV2ForCausalLM": DeepseekV2Config,
     "DeepseekV3ForCausalLM": DeepseekV3Config,
     **{model.__name__: config for config, model in MIXTURE_FAMILIES.values()},
+    "PhiMoEForCausalLM": MIXTURE_FAMILIES["phimoe"][0],
 }
 # They name a window that no layer has where a file says nothing.
 UNUSED_WINDOWS = frozenset({"Qwen2MoeForCausalLM", "Dots1ForCausalLM"})

@@ -25,6 +25,8 @@ from transformers import (
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PreTrainedModel,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
@@ -37,6 +39,7 @@ MIXTURE_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
     "ernie4_5_moe": (Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM),
+    "phimoe": (PhimoeConfig, PhimoeForCausalLM),
     "minimax_m2": (MiniMaxM2Config, MiniMaxM2ForCausalLM),
     "olmoe": (OlmoeConfig, OlmoeForCausalLM),
     "granitemoe": (GraniteMoeConfig, GraniteMoeForCausalLM),
@@ -88,6 +91,13 @@ MIXTURE_FIELDS: dict[str, dict[str, Any]] = {
         "moe_num_experts": 6,
         "moe_k": 2,
         "moe_num_shared_experts": 2,
+    },
+    "phimoe": {
+        "intermediate_size": 40,
+        "num_local_experts": 6,
+        "router_jitter_noise": 0.3,  # so that weights are not all 1
+        "attention_bias": True,
+        "lm_head_bias": True,
     },
     "minimax_m2": {
         "intermediate_size": 40,

@@ -19,9 +19,10 @@ from srt.managers.rank_towers import rank_towers
 from srt.managers.test_engine_tokens import PROMPTS, DeviceTower, tower
 from srt.model_loader.gguf_files import write_gguf
 from srt.model_loader.quantized_files import fp8, quantise, write_checkpoint
+from srt.models.harness import Sequence
 from srt.models.hf_mixtures import MIXTURE_FAMILIES
 from srt.models.hf_models import best_next, make_hf_model, save
-from srt.models.test_models import assert_logits_equal, prompts, runner_of
+from srt.models.test_models import assert_logits_equal, hf_logits, prompts, runner_of
 
 
 @pytest.mark.parametrize("family", MIXTURE_FAMILIES)
@@ -45,6 +46,7 @@ def test_logits_and_greedy_tokens(tmp_path: Path, family: str) -> None:
         ("mixtral", {"sliding_window": 9, "num_experts_per_tok": 1}),
         ("qwen2_moe", {"norm_topk_prob": True, "qkv_bias": False, "mlp_only_layers": []}),
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+        ("phimoe", {"attention_bias": False, "lm_head_bias": False, "sliding_window": 9}),
         ("minimax_m2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e3}}),
         ("olmoe", {"norm_topk_prob": True, "attention_bias": True, "num_key_value_heads": 4}),
         ("granitemoe", {"tie_word_embeddings": True, "attention_bias": True}),
@@ -88,7 +90,7 @@ def answer_all(engine: DeviceTower) -> list[list[int]]:
     return [engine.output(f"r{number}") for number in range(3)]
 
 
-@pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2"])
+@pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2", "phimoe"])
 def test_two_ranks_answer_as_one_and_as_transformers(tmp_path: Path, family: str) -> None:
     hf = make_hf_model(family)
     path = save(hf, tmp_path)
@@ -163,3 +165,27 @@ def test_the_same_model_from_a_gguf_file(tmp_path: Path, family: str) -> None:
     metadata = GRANITES_KEYS if family == "granitemoeshared" else None
     write_gguf(path, hf, metadata=metadata, extra_tensors=extra)
     assert_logits_equal(hf, str(path), num_tokens=60)
+
+
+def test_phimoes_long_rope(tmp_path: Path) -> None:
+    """Its short factors and their magnitude, of a server for no more than the trained length.
+
+    Beyond it transformers takes the long magnitude with the short factors, so it is no oracle.
+    """
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e3,
+        "short_factor": [1.0, 1.1, 1.3, 1.5, 1.7, 2.0, 2.2, 2.5],
+        "long_factor": [2.0] * 8,
+        "short_mscale": 1.2,
+        "long_mscale": 1.3,
+        "original_max_position_embeddings": 96,
+    }
+    hf = make_hf_model("phimoe", rope_parameters=rope)
+    path = save(hf, tmp_path)
+    text = prompts(70)[0]
+    runner = runner_of(path, overrides={"max_position_embeddings": 96})
+    (ours,) = runner.step([(Sequence(text), len(text))], all_logits=True)
+    torch.testing.assert_close(ours, hf_logits(hf, text), atol=1e-4, rtol=0)
+    (far,) = runner_of(path).step([(Sequence(text), len(text))], all_logits=True)
+    assert (far - ours).abs().max() > 0.01

@@ -326,6 +326,7 @@ class LlamaForCausalLM(CausalLM):
             tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
             logit_factor=config.logit_factor,
             logit_cap=config.final_logit_cap,
+            bias=config.head_bias,
         )
 
     def make_model(

@@ -42,6 +42,8 @@ MODEL_CLASSES = {
     "MixtralForCausalLM": "sglang.srt.models.mixtral:MixtralForCausalLM",
     "Qwen2MoeForCausalLM": "sglang.srt.models.qwen2_moe:Qwen2MoeForCausalLM",
     "Ernie4_5_MoeForCausalLM": "sglang.srt.models.ernie4_5_moe:Ernie4_5_MoeForCausalLM",
+    "PhimoeForCausalLM": "sglang.srt.models.phimoe:PhimoeForCausalLM",
+    "PhiMoEForCausalLM": "sglang.srt.models.phimoe:PhiMoEForCausalLM",
     "MiniMaxM2ForCausalLM": "sglang.srt.models.minimax_m2:MiniMaxM2ForCausalLM",
     "OlmoeForCausalLM": "sglang.srt.models.olmoe:OlmoeForCausalLM",
     "GraniteMoeForCausalLM": "sglang.srt.models.granitemoe:GraniteMoeForCausalLM",

@@ -33,6 +33,7 @@ from sglang.srt.configs.families.mixtures import (
     MINIMAX_M2,
     MIXTRAL,
     OLMOE,
+    PHIMOE,
 )
 from sglang.srt.configs.families.olmo import OLMO2, OLMO3
 from sglang.srt.configs.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
@@ -94,6 +95,8 @@ FAMILIES: dict[str, ModelFamily] = {
     "MixtralForCausalLM": MIXTRAL,
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Ernie4_5_MoeForCausalLM": ERNIE4_5_MOE,
+    "PhiMoEForCausalLM": PHIMOE,
+    "PhimoeForCausalLM": PHIMOE,
     "MiniMaxM2ForCausalLM": MINIMAX_M2,
     "OlmoeForCausalLM": OLMOE,
     "GraniteMoeForCausalLM": GRANITE_MOE,
