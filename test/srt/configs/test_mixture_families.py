@@ -98,7 +98,7 @@ def test_qwen2_moe(tmp_path: Path) -> None:
 
 
 def test_ernie_4_5(tmp_path: Path) -> None:
-    config = load(tmp_path, "Ernie4_5_MoeForCausalLM", num_nextn_predict_layers=1)
+    config = load(tmp_path, "Ernie4_5_MoeForCausalLM")
     layers = frozenset(range(1, 28))
     choice = ExpertChoice(biased=True)
     assert config.moe == MoEConfig(layers, 64, 6, 1536, 3072, True, choice=choice)

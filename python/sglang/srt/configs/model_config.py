@@ -45,7 +45,6 @@ _COMMON_DEFAULTS: dict[str, Any] = {
 # Fields of a multimodal file that also say something of its text part.
 _SHARED_WITH_TEXT = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")
 
-_DRAFT_PREFIX = "model.mtp_"  # ERNIE's
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 _GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -154,11 +153,11 @@ class ModelConfig(ModelTraits):
         return self.num_kv_heads * self.head_dim
 
     def is_draft_weight(self, name: str) -> bool:
-        """Whether a checkpoint's tensor is of a layer behind the last one, see `ModelTraits`."""
-        if not self.num_draft_layers:
+        """Whether a checkpoint's tensor predicts further tokens, see `ModelTraits`."""
+        if self.draft_prefix is not None and name.startswith(self.draft_prefix):
+            return True
+        if not self.num_draft_layers or (layer := _LAYER.match(name)) is None:
             return False
-        if (layer := _LAYER.match(name)) is None:
-            return name.startswith(_DRAFT_PREFIX)
         return 0 <= int(layer[1]) - self.num_layers < self.num_draft_layers
 
     def own_weight_name(self, name: str) -> str:

@@ -132,7 +132,8 @@ class ModelTraits:
 
     `latent` None: keys and values are kept head by head. Otherwise rotation, windows and caps are
     those of the turning parts and the scores. Checkpoints have `num_draft_layers` more layers
-    behind the last, which predict further tokens and are not loaded.
+    behind the last, which predict further tokens and are not loaded; so are tensors whose names
+    begin with `draft_prefix`.
 
     Scores are q k^T times `attention_scaling` (None: head_dim ** -0.5). A cap c > 0 turns scores
     (`attention_logit_cap`) or logits (`final_logit_cap`) s into c * tanh(s / c). Embeddings, what
@@ -159,6 +160,7 @@ class ModelTraits:
     moe: MoEConfig | None = None
     latent: LatentConfig | None = None
     num_draft_layers: int = 0
+    draft_prefix: str | None = None
     weight_names: tuple[tuple[str, str], ...] = ()
     attention_scaling: float | None = None
     attention_logit_cap: float = 0.0

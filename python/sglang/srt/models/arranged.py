@@ -137,6 +137,7 @@ class ArrangedDecoderLayer(nn.Module):
 class ArrangedForCausalLM(LlamaForCausalLM):
     """The whole model; arguments and errors as for `LlamaForCausalLM`."""
 
+    orders_rows = True
     norm_places: ClassVar[NormPlaces] = PRE_NORMS
     norm_class: ClassVar[type[RMSNorm]] = RMSNorm
     side_by_side: ClassVar[bool] = False

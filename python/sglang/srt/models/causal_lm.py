@@ -33,14 +33,16 @@ _TURNED = frozenset({"q_proj", "k_proj", "q_norm", "k_norm"})  # modules with ro
 class CausalLM(nn.Module, ABC):
     """A decoder: tokens in, hidden states of the wanted rows out.
 
-    `lm_head` turns hidden rows into logits. `merged_projections` says which checkpoint tensors
-    share a parameter: merged name -> ((checkpoint name, shard id), ...). `Experts` say it
-    themselves.
+    `lm_head` turns hidden rows into logits. `orders_rows`: of heads that turn in part, by halves,
+    the pairs that turn come first here (see `partial_row_order`). `merged_projections` says which
+    checkpoint tensors share a parameter: merged name -> ((checkpoint name, shard id), ...).
+    `Experts` say it themselves.
     """
 
     config: ModelConfig
     lm_head: ParallelLMHead
     merged_projections: ClassVar[MergedProjections]
+    orders_rows: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
@@ -71,7 +73,7 @@ class CausalLM(nn.Module, ABC):
             if own in done:
                 raise ValueError(f"weight {name} is in the checkpoint twice")
             try:
-                place.load(_in_order(tensor, own, self.config))
+                place.load(self._in_order(own, tensor))
             except ValueError as error:
                 raise ValueError(f"weight {name}: {error}") from error
             done.add(own)
@@ -103,11 +105,27 @@ class CausalLM(nn.Module, ABC):
         """The linear layers by their modules' names in checkpoints, which adapters go by."""
         return {
             name.removesuffix(".weight"): AdapterSite(
-                place.module, place.shard_id, partial(_row_order, name, self.config)
+                place.module, place.shard_id, partial(self._row_order, name)
             )
             for name, place in self._places().items()
             if isinstance(place.module, ShardedLinear) and place.param_name == "weight"
         }
+
+    def _row_order(self, name: str, num_rows: int) -> torch.Tensor | None:
+        """Which row of a checkpoint's tensor stands where, int64 [num_rows]; None: as there."""
+        dim, rope = self.config.head_dim, self.config.rope
+        if not self.orders_rows or rope.partial == 1.0 or self.config.interleaved_rope:
+            return None
+        if name.rpartition(".")[0].rpartition(".")[2] not in _TURNED or num_rows % dim:
+            return None
+        heads = torch.arange(0, num_rows, dim, device="cpu")
+        return (heads.unsqueeze(1) + partial_row_order(dim, rope.turned(dim))).flatten()
+
+    def _in_order(self, name: str, tensor: LoadedWeight) -> LoadedWeight:
+        order = self._row_order(name, tensor.shape[0]) if tensor.shape else None
+        if order is None:
+            return tensor
+        return tensor[order] if isinstance(tensor, torch.Tensor) else tensor.take(order)
 
     def _may_be_ignored(self, name: str, tensor: LoadedWeight) -> bool:
         if name.endswith("rotary_emb.inv_freq"):
@@ -148,28 +166,6 @@ class Place:
             self.module.weight_loader(self.param_name, tensor)
         else:
             self.module.weight_loader(self.param_name, tensor, self.shard_id)
-
-
-def _row_order(name: str, config: ModelConfig, num_rows: int) -> torch.Tensor | None:
-    """Which row of a checkpoint's tensor stands where here, int64 [num_rows]; None: as there.
-
-    Of heads that turn in part, by halves, the pairs that turn come first, see `partial_row_order`.
-    """
-    dim, rope = config.head_dim, config.rope
-    if rope.partial == 1.0 or config.interleaved_rope or config.latent is not None:
-        return None
-    if name.rpartition(".")[0].rpartition(".")[2] not in _TURNED or num_rows % dim:
-        return None
-    heads = torch.arange(0, num_rows, dim, device="cpu")
-    order = partial_row_order(dim, rope.turned(dim))
-    return (heads.unsqueeze(1) + order).flatten()
-
-
-def _in_order(tensor: LoadedWeight, name: str, config: ModelConfig) -> LoadedWeight:
-    order = _row_order(name, config, tensor.shape[0]) if len(tensor.shape) else None
-    if order is None:
-        return tensor
-    return tensor[order] if isinstance(tensor, torch.Tensor) else tensor.take(order)
 
 
 def _listed(names: list[str]) -> str:

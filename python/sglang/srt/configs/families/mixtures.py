@@ -211,7 +211,7 @@ def _read_ernie(fields: Fields, num_layers: int) -> ModelTraits:
         num_layers,
         interleaved_rope=True,
         moe=moe,
-        num_draft_layers=whole(fields, "num_nextn_predict_layers"),
+        draft_prefix="model.mtp_",
         weight_names=((".mlp.moe_statics.", ".mlp.gate."),),
     )
 
@@ -353,7 +353,6 @@ ERNIE4_5_MOE = ModelFamily(
         "moe_layer_start_index": 1,
         "moe_layer_end_index": -1,
         "moe_layer_interval": 1,
-        "num_nextn_predict_layers": 0,
     },
     _read_ernie,
     rope_theta=500000.0,
