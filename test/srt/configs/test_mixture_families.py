@@ -204,3 +204,23 @@ def test_phimoe(tmp_path: Path) -> None:
     assert config.rope.attention_scaling == 1.3
     assert config.for_context(4096).rope.attention_scaling == 1.2
     assert config.max_position_embeddings == 131072
+
+
+def test_k_exaone(tmp_path: Path) -> None:
+    fields = {"num_hidden_layers": 8, "sliding_window": 128, "sliding_window_pattern": "LLLG"}
+    config = load(tmp_path, "ExaoneMoeForCausalLM", num_experts=128, **fields)
+    choice = ExpertChoice(sigmoid=True, biased=True, group_best=2, scaling=2.5)
+    layers = frozenset(range(1, 8))
+    assert config.moe == MoEConfig(layers, 128, 8, 1024, 1024, True, choice=choice)
+    assert config.layer_windows == (128, 128, 128, None) * 2
+    assert config.layer_rope == (True, True, True, False) * 2
+    assert config.is_draft_weight("mtp.fc.weight")
+    bias = "model.layers.3.mlp.e_score_correction_bias"
+    assert config.own_weight_name(bias) == "model.layers.3.mlp.gate.e_score_correction_bias"
+    assert config.own_weight_name(config.own_weight_name(bias)) == config.own_weight_name(bias)
+
+
+def test_flex_olmo(tmp_path: Path) -> None:
+    config = load(tmp_path, "FlexOlmoForCausalLM")
+    assert config.moe == MoEConfig(frozenset(range(32)), 7, 5, 11008)
+    assert config.wide_qk_norm

@@ -51,6 +51,15 @@ def test_logits_and_greedy_tokens(tmp_path: Path, family: str) -> None:
         ("olmoe", {"norm_topk_prob": True, "attention_bias": True, "num_key_value_heads": 4}),
         ("granitemoe", {"tie_word_embeddings": True, "attention_bias": True}),
         ("hunyuan_v1_moe", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e3}}),
+        (
+            "exaone_moe",
+            {
+                "layer_types": ["full_attention"] * 4,
+                "num_shared_experts": 2,
+                "n_group": 1,
+                "topk_group": 1,
+            },
+        ),
         ("ernie4_5_moe", {"moe_layer_interval": 2, "tie_word_embeddings": True}),
         ("ernie4_5_moe", {"moe_num_shared_experts": 0, "moe_layer_end_index": 1}),
     ],
@@ -90,7 +99,7 @@ def answer_all(engine: DeviceTower) -> list[list[int]]:
     return [engine.output(f"r{number}") for number in range(3)]
 
 
-@pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2", "phimoe"])
+@pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2", "phimoe", "exaone_moe"])
 def test_two_ranks_answer_as_one_and_as_transformers(tmp_path: Path, family: str) -> None:
     hf = make_hf_model(family)
     path = save(hf, tmp_path)
@@ -124,13 +133,14 @@ def test_experts_with_numbered_parts_in_fp8(tmp_path: Path) -> None:
     ("family", "draft"),
     [
         ("glm4_moe", "model.layers.3.eh_proj.weight"),
+        ("exaone_moe", "mtp.layers.0.input_layernorm.weight"),
         ("ernie4_5_moe", "model.mtp_block.0.input_layernorm.weight"),
     ],
 )
 def test_layers_of_token_prediction_are_passed_over(
     tmp_path: Path, family: str, draft: str
 ) -> None:
-    hf = make_hf_model(family, num_nextn_predict_layers=1)
+    hf = make_hf_model(family)
     path = save(hf, tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file) | {draft: torch.ones(2, 2)}

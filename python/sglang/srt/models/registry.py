@@ -46,6 +46,8 @@ MODEL_CLASSES = {
     "PhiMoEForCausalLM": "sglang.srt.models.phimoe:PhiMoEForCausalLM",
     "MiniMaxM2ForCausalLM": "sglang.srt.models.minimax_m2:MiniMaxM2ForCausalLM",
     "OlmoeForCausalLM": "sglang.srt.models.olmoe:OlmoeForCausalLM",
+    "FlexOlmoForCausalLM": "sglang.srt.models.olmoe:FlexOlmoForCausalLM",
+    "ExaoneMoeForCausalLM": "sglang.srt.models.exaone_moe:ExaoneMoeForCausalLM",
     "GraniteMoeForCausalLM": "sglang.srt.models.granitemoe:GraniteMoeForCausalLM",
     "GraniteMoeSharedForCausalLM": "sglang.srt.models.granitemoe:GraniteMoeSharedForCausalLM",
     "HunYuanMoEV1ForCausalLM": "sglang.srt.models.hunyuan_moe:HunYuanMoEV1ForCausalLM",

@@ -15,7 +15,7 @@ from sglang.srt.configs.families.dense import (
     SMOLLM3,
 )
 from sglang.srt.configs.families.gemma import GEMMA2, GEMMA3, GEMMA3_MULTIMODAL
-from sglang.srt.configs.families.glm import DOTS1, GLM4_MOE, GLM4_MOE_LITE
+from sglang.srt.configs.families.glm import DOTS1, EXAONE_MOE, GLM4_MOE, GLM4_MOE_LITE
 from sglang.srt.configs.families.gpt_oss import GPT_OSS
 from sglang.srt.configs.families.llama import LLAMA
 from sglang.srt.configs.families.llama4 import LLAMA4, LLAMA4_MULTIMODAL
@@ -27,6 +27,7 @@ from sglang.srt.configs.families.mistral import (
 )
 from sglang.srt.configs.families.mixtures import (
     ERNIE4_5_MOE,
+    FLEX_OLMO,
     GRANITE_MOE,
     GRANITE_MOE_SHARED,
     HUNYUAN_MOE,
@@ -99,6 +100,8 @@ FAMILIES: dict[str, ModelFamily] = {
     "PhimoeForCausalLM": PHIMOE,
     "MiniMaxM2ForCausalLM": MINIMAX_M2,
     "OlmoeForCausalLM": OLMOE,
+    "FlexOlmoForCausalLM": FLEX_OLMO,
+    "ExaoneMoeForCausalLM": EXAONE_MOE,
     "GraniteMoeForCausalLM": GRANITE_MOE,
     "GraniteMoeSharedForCausalLM": GRANITE_MOE_SHARED,
     "HunYuanMoEV1ForCausalLM": HUNYUAN_MOE,

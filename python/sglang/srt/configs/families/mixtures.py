@@ -303,6 +303,21 @@ OLMOE = ModelFamily(
     },
     _read_olmoe,
 )
+FLEX_OLMO = replace(
+    OLMOE,
+    model_type="flex_olmo",
+    defaults={
+        "vocab_size": 100352,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 4096,
+        "eos_token_id": 100257,
+        "attention_bias": False,
+        "num_experts": 7,
+        "num_experts_per_tok": 5,
+        "norm_topk_prob": False,
+    },
+    rope_theta=500000.0,
+)
 GRANITE_MOE = replace(
     GRANITE,
     model_type="granitemoe",
