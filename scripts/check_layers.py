@@ -146,6 +146,13 @@ TABLE: tuple[Row, ...] = (
     (7, "", "planner.known_models < plan_memory"),
     (7, "", "planner < sglang"),
     (7, "", "bench.batch_run, bench.module_times < bench_one_batch < sglang"),
+    (7, "", "bench.serving_load, bench.serving_figures < bench.serving_client < bench_serving"
+     " < sglang"),
+    (7, "", "bench.serving_load < bench.serving_flags < bench_serving, bench_offline_throughput"
+     " < sglang"),
+    (7, "", "srt.entrypoints.engine < bench_offline_throughput < sglang"),
+    (7, "", "check_env < sglang"),
+    (7, "", "cli < sglang"),
     (7, "", "bench < sglang"),
 )  # fmt: skip
 

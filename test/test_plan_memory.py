@@ -216,6 +216,56 @@ def test_experts_of_gpt_oss_stay_quantised(tmp_path: Path) -> None:
     assert found.code_bits == 4.5
 
 
+def test_places_of_adapters_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of q and down in 32 layers, rank 16, 4 places; B of q spans k and v too, which q is merged
+    with."""
+    asked = ["--model-path", "llama-3.1-8b", "--max-lora-rank", "16", "--max-loras-per-batch", "4"]
+    asked += ["--lora-target-modules", "q_proj", "down_proj"]
+    assert main([*asked, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    numbers = 4096 + (4096 + 2 * 1024) + 14336 + 4096
+    places = 2 * 4 * 16 * 32 * numbers
+    assert answer["weights"]["adapter_bytes"] == places
+    plain = plan_of("llama-3.1-8b", tp_size=1, context_length=131072)
+    assert answer["weights"]["all_bytes"] == plain.weights.all_bytes + places
+    assert answer["budget_bytes"] == int(141e9 * 0.9) - answer["weights"]["all_bytes"]
+    assert main(asked) == 0
+    assert "  adapters          0.1 GB in their places" in capsys.readouterr().out.splitlines()
+    assert main([*asked[:-1], "w_proj"]) == 2
+    assert "no linear layer of the model is called w_proj" in capsys.readouterr().err
+    assert main(["--model-path", "llama-3.1-8b", "--max-lora-rank", "0"]) == 2
+    assert "--max-lora-rank must be at least 1" in capsys.readouterr().err
+
+
+def test_a_vision_tower_is_counted_on_every_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two layers of width 32 (transformers' tower), whole on both ranks, idle for text."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+        "vision_output_dim": 64,
+        "projector_input_dim": 64,
+        "projector_output_dim": 64,
+    }
+    raw = {**KNOWN_MODELS["llama-4-scout"], "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    asked = ["--model-path", str(tmp_path), "--tp-size", "2", "--context-length", "1000"]
+    assert main([*asked, "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)["weights"]
+    assert main([*asked, "--enable-multimodal", "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)["weights"]
+    assert (plain["num_vision"], seen["num_active"]) == (0, plain["num_active"])
+    assert seen["num_vision"] == seen["num_params"] - plain["num_params"] > 5120 * 64
+    assert seen["all_bytes"] == plain["all_bytes"] + 2 * seen["num_vision"]
+    assert main([*asked, "--enable-multimodal"]) == 0
+    assert "of it for the vision tower, whole on each device" in capsys.readouterr().out
+
+
 def test_a_directory_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(KNOWN_MODELS["llama-3.1-8b"]))
     assert main(["--model-path", str(tmp_path), "--context-length", "100k", "--json"]) == 0

@@ -18,6 +18,7 @@ from typing import Any
 from sglang.planner.known_models import KNOWN_MODELS
 from sglang.planner.machines import DEVICES, Device
 from sglang.planner.memory_plan import (
+    AdapterRoom,
     MemoryPlan,
     Question,
     Remedies,
@@ -58,22 +59,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load_config(model: str) -> ModelConfig:
+def load_config(model: str, multimodal: bool = False) -> ModelConfig:
     """The config of a known model's name, or of a path as --model-path takes it.
 
-    Raises ValueError that names the known models when it is neither.
+    `multimodal`: with its vision tower. Raises ValueError that names the known models when it is
+    neither.
     """
     raw = KNOWN_MODELS.get(model)
     if raw is None:
         try:
-            return ModelConfig.from_path(model)
+            return ModelConfig.from_path(model, multimodal=multimodal)
         except ValueError as error:
             names = ", ".join(KNOWN_MODELS)
             raise ValueError(f"{error}; models known by name: {names}") from error
     # The reader reads files; a known model's fields make one for the moment.
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(raw))
-        return ModelConfig.from_path(folder)
+        return ModelConfig.from_path(folder, multimodal=multimodal)
 
 
 def as_json(question: Question, plan: MemoryPlan, remedies: Remedies) -> dict[str, Any]:
@@ -91,13 +93,13 @@ def as_json(question: Question, plan: MemoryPlan, remedies: Remedies) -> dict[st
 
 def render(name: str, question: Question, plan: MemoryPlan, remedies: Remedies) -> str:
     """The plan as a table of lines, remedies last when it does not fit."""
-    device, weights = plan.device, plan.weights
+    device = plan.device
     rows = [
         ("devices", f"{plan.tp_size} x {device.name}, {_gb(device.memory_bytes)} each"),
         ("context", f"{plan.context_length:,} tokens, one request; KV in {plan.kv_dtype}"),
         ("", ""),
         ("per device", f"{_gb(int(device.memory_bytes * question.mem_fraction))} usable"),
-        ("  weights", f"{_gb(weights.all_bytes)} ({weights.num_params / 1e9:.1f} B parameters)"),
+        *_weight_rows(plan),
         ("  left for KV", _gb(plan.budget_bytes)),
         ("  KV held", f"{_gb(plan.kv_bytes)} by a request of the whole context"),
         ("  KV at its peak", f"{_gb(plan.needed_bytes)} in whole segments, reserve included"),
@@ -129,6 +131,18 @@ def render(name: str, question: Question, plan: MemoryPlan, remedies: Remedies) 
     return "\n".join(lines)
 
 
+def _weight_rows(plan: MemoryPlan) -> list[tuple[str, str]]:
+    weights = plan.weights
+    numbers = weights.all_bytes - weights.adapter_bytes
+    rows = [("  weights", f"{_gb(numbers)} ({weights.num_params / 1e9:.1f} B parameters)")]
+    if weights.num_vision:
+        share = weights.num_vision * weights.bytes_per_param
+        rows.append(("", f"{_gb(share)} of it for the vision tower, whole on each device"))
+    if weights.adapter_bytes:
+        rows.append(("  adapters", f"{_gb(weights.adapter_bytes)} in their places"))
+    return rows
+
+
 def _remedy_rows(plan: MemoryPlan, remedies: Remedies) -> list[tuple[str, str]]:
     rows = [("what would fit", f"a context of {remedies.capacity_tokens:,} tokens")]
     if remedies.fp8_capacity_tokens is not None:
@@ -157,6 +171,12 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mem-fraction-static", type=float, default=0.9)
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--chunked-prefill-size", type=_checked(parse_count), default=8192)
+    parser.add_argument(
+        "--enable-multimodal", action="store_true", help="count the vision tower, if there is one"
+    )
+    parser.add_argument("--max-lora-rank", type=int, help="count places of LoRA adapters")
+    parser.add_argument("--max-loras-per-batch", type=int, default=8, help="places of adapters")
+    parser.add_argument("--lora-target-modules", nargs="+", default=["all"], metavar="NAME|all")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(argv)
 
@@ -174,10 +194,14 @@ def _checked(parse: Callable[[str], int]) -> Callable[[str], int]:
 
 
 def _question(args: argparse.Namespace) -> Question:
-    config = load_config(args.model_path)
+    config = load_config(args.model_path, args.enable_multimodal)
     if not 0 < args.mem_fraction_static <= 1:
         raise ValueError(f"--mem-fraction-static {args.mem_fraction_static} is not in (0, 1]")
-    for flag in ("tp_size", "page_size", "chunked_prefill_size"):
+    rank = args.max_lora_rank
+    for flag in (
+        *("tp_size", "page_size", "chunked_prefill_size", "max_loras_per_batch"),
+        *(() if rank is None else ("max_lora_rank",)),
+    ):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1")
     context = config.max_position_embeddings if args.context_length is None else args.context_length
@@ -194,7 +218,16 @@ def _question(args: argparse.Namespace) -> Question:
         mem_fraction=args.mem_fraction_static,
         page_size=args.page_size,
         prefill_chunk=args.chunked_prefill_size,
+        adapters=_adapters(args),
     )
+
+
+def _adapters(args: argparse.Namespace) -> AdapterRoom | None:
+    """Room for adapters of the largest rank that is asked for, None where none is."""
+    if args.max_lora_rank is None:
+        return None
+    targets = tuple(args.lora_target_modules)
+    return AdapterRoom(args.max_loras_per_batch, args.max_lora_rank, targets)
 
 
 def _own_kv_dtype(config: ModelConfig) -> str | None:

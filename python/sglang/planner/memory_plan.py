@@ -8,7 +8,7 @@ without memory, on torch's meta device), KV groups come from `kv_cache_spec`, se
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -32,7 +32,10 @@ from sglang.srt.mem_cache.kv_layout import (
     SegmentLayout,
     make_segment_layouts,
 )
+from sglang.srt.model_executor.lora_places import make_places
 from sglang.srt.model_loader.weight_forms import kept_bits
+from sglang.srt.models.causal_lm import CausalLM
+from sglang.srt.models.llama4_vision import VisionTower
 from sglang.srt.models.registry import resolve_model_class
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,9 +49,9 @@ _TP_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Of one rank: all parameters, and those that one token multiplies with (its embedding row and
-    experts that it does not choose left out). Of both, those that stay quantised in `code_bits`
-    bits, scales included."""
+    """Of one rank: all parameters, and those that one token of text multiplies with (embedding row,
+    experts that it does not choose and the vision tower left out). Of both, those that stay
+    quantised in `code_bits` bits, scales included. Places of adapters are bytes of their own."""
 
     num_params: int
     num_active: int
@@ -56,10 +59,12 @@ class Weights:
     num_coded: int = 0
     active_coded: int = 0
     code_bits: float = 0.0
+    num_vision: int = 0
+    adapter_bytes: int = 0
 
     @property
     def all_bytes(self) -> int:
-        return self._bytes(self.num_params, self.num_coded)
+        return self._bytes(self.num_params, self.num_coded) + self.adapter_bytes
 
     @property
     def active_bytes(self) -> int:
@@ -120,9 +125,19 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterRoom:
+    """LoRA adapters that batches may mix: places, their rank, and the modules that they change by
+    their last words, `all` for every linear layer."""
+
+    num_places: int
+    rank: int
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """What is planned for. `kv_dtype` is a key of `DTYPE_BYTES`; `mem_fraction` of the device's
-    memory is for weights and KV; `prefill_chunk` in tokens."""
+    memory is for weights and KV; `prefill_chunk` in tokens; `adapters` None: none are served."""
 
     config: ModelConfig
     device: Device
@@ -133,13 +148,18 @@ class Question:
     mem_fraction: float = 0.9
     page_size: int = 64
     prefill_chunk: int = 8192
+    adapters: AdapterRoom | None = None
 
 
 def make_plan(question: Question) -> MemoryPlan:
-    """Answer a question. Raises ValueError when heads or widths can't be divided over the ranks."""
+    """Answer a question.
+
+    Raises ValueError when heads or widths can't be divided over the ranks, and for modules of
+    adapters that the model lacks.
+    """
     ask = question
     parallel = ParallelState(0, ask.tp_size)
-    weights = count_weights(ask.config, parallel, ask.dtype)
+    weights = count_weights(ask.config, parallel, ask.dtype, ask.adapters)
     spec = kv_cache_spec(ask.config, parallel, ask.kv_dtype, ask.page_size)
     usable = int(ask.device.memory_bytes * ask.mem_fraction)
     budget = max(0, usable - weights.all_bytes)
@@ -176,8 +196,12 @@ def make_plan(question: Question) -> MemoryPlan:
     )
 
 
-def count_weights(config: ModelConfig, parallel: ParallelState, dtype: str) -> Weights:
+def count_weights(
+    config: ModelConfig, parallel: ParallelState, dtype: str, adapters: AdapterRoom | None = None
+) -> Weights:
     """Parameters of one rank, counted on the model itself, which is built without memory.
+
+    So are the places of `adapters`, None: none. A vision tower counts where `config` has one.
 
     A quantised checkpoint's codes are kept: those of MXFP4 are experts, those of other methods
     all matrices but embedding, head and routers; a file may have fewer. What a GGUF file
@@ -188,7 +212,8 @@ def count_weights(config: ModelConfig, parallel: ParallelState, dtype: str) -> W
     scheme = config.weight_scheme
     bits = None if scheme is None else kept_bits(scheme)
     total = sum(parameter.numel() for parameter in model.parameters())
-    idle, coded, idle_coded = 0, 0, 0
+    vision = sum(_num_params(m) for m in model.modules() if isinstance(m, VisionTower))
+    idle, coded, idle_coded = vision, 0, 0
     for module in model.modules():
         in_code = 0
         if bits is not None and scheme is not None and _is_coded(module, scheme.method):
@@ -202,7 +227,19 @@ def count_weights(config: ModelConfig, parallel: ParallelState, dtype: str) -> W
         elif isinstance(module, VocabParallelEmbedding) and not config.tie_word_embeddings:
             idle += _num_params(module)
     size = _DTYPES[dtype].itemsize
-    return Weights(total, total - idle, size, coded, coded - idle_coded, bits or 0.0)
+    places = 0 if adapters is None else _adapter_bytes(model, adapters)
+    active_coded = coded - idle_coded
+    return Weights(total, total - idle, size, coded, active_coded, bits or 0.0, vision, places)
+
+
+def _adapter_bytes(model: CausalLM, room: AdapterRoom) -> int:
+    """Bytes of the places that the engine would make in the linear layers of `model`."""
+    sites = model.adapter_sites()
+    with torch.device("meta"):
+        places = make_places(
+            sites, (), num_places=room.num_places, rank=room.rank, targets=room.targets
+        )
+    return places.nbytes
 
 
 def _is_coded(module: nn.Module, method: str) -> bool:
@@ -255,7 +292,7 @@ def find_remedies(question: Question, plan: MemoryPlan) -> Remedies:
     """Look for a smaller context, more devices, KV in fp8 and larger devices."""
     fp8 = None
     if not question.kv_dtype.startswith("fp8"):
-        fp8 = make_plan(_changed(question, kv_dtype="fp8_e4m3")).capacity_tokens
+        fp8 = make_plan(replace(question, kv_dtype="fp8_e4m3")).capacity_tokens
     tp_size = next(
         (size for size, other in _larger_plans(question) if size > plan.tp_size and other.fits),
         None,
@@ -272,25 +309,9 @@ def find_remedies(question: Question, plan: MemoryPlan) -> Remedies:
 def _larger_plans(question: Question) -> Iterator[tuple[int, MemoryPlan]]:
     for size in _TP_SIZES:
         try:
-            yield size, make_plan(_changed(question, tp_size=size))
+            yield size, make_plan(replace(question, tp_size=size))
         except ValueError:
             continue  # the model can't be divided so
-
-
-def _changed(
-    question: Question, *, kv_dtype: str | None = None, tp_size: int | None = None
-) -> Question:
-    return Question(
-        config=question.config,
-        device=question.device,
-        tp_size=question.tp_size if tp_size is None else tp_size,
-        context_length=question.context_length,
-        kv_dtype=question.kv_dtype if kv_dtype is None else kv_dtype,
-        dtype=question.dtype,
-        mem_fraction=question.mem_fraction,
-        page_size=question.page_size,
-        prefill_chunk=question.prefill_chunk,
-    )
 
 
 def _kv_ranks(config: ModelConfig, tp_size: int) -> int:

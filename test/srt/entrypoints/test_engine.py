@@ -20,6 +20,7 @@ import sglang
 from sglang.srt.entrypoints import engine as engine_module
 from sglang.srt.entrypoints.processes import ServerProcesses, StartError
 from sglang.srt.errors import RequestError
+from sglang.srt.server_args import ServerArgs
 from srt.entrypoints.fake_scheduler import ENTRY
 from srt.entrypoints.fake_service import TINY_CONFIG
 
@@ -45,6 +46,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     lora = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["all"]}
     with make_engine(tmp_path_factory.mktemp("model"), **lora) as one:
         yield one
+
+
+def test_settings_come_as_one_object_or_as_keywords() -> None:
+    args = ServerArgs(model_path="m")
+    with pytest.raises(ValueError, match="server_args leaves no room for page_size"):
+        sglang.Engine(server_args=args, page_size=4)
 
 
 def test_one_prompt(engine: Any) -> None:

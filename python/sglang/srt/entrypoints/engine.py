@@ -41,14 +41,19 @@ class Engine:
     """An engine that lives until `shutdown`, the end of its `with` block or of the process.
 
     Keywords are the server's flags with underscores (`model_path` is required); `log_level` is
-    "error" unless given and is the children's: this process's logging stays its own. Scripts
-    need an `if __name__ == "__main__":` guard, because the children are spawned. Raises ValueError
-    for bad settings and StartError when the model cannot be served.
+    "error" unless given and is the children's: this process's logging stays its own. Or
+    `server_args` are all of them, as they are. Scripts need an `if __name__ == "__main__":` guard,
+    because the children are spawned. Raises ValueError for bad settings and StartError when the
+    model cannot be served.
     """
 
-    def __init__(self, **server_args: Any) -> None:
+    def __init__(self, *, server_args: ServerArgs | None = None, **flags: Any) -> None:
         _refuse_while_importing_main()
-        self.server_args = ServerArgs.from_kwargs(**{"log_level": "error", **server_args})
+        if server_args is None:
+            server_args = ServerArgs.from_kwargs(**{"log_level": "error", **flags})
+        elif flags:
+            raise ValueError(f"Engine: server_args leaves no room for {', '.join(flags)}")
+        self.server_args = server_args
         if self.server_args.nnodes > 1:
             raise ValueError("--nnodes: an Engine runs on one node; start servers for several")
         environ = Environ.from_os()
