@@ -111,9 +111,10 @@ def test_two_ranks_answer_as_one_and_as_transformers(tmp_path: Path, family: str
         assert ranks.run(answer_all) == alone
 
 
-def test_experts_with_numbered_parts_in_fp8(tmp_path: Path) -> None:
-    """Mixtral's names of an expert's parts, in blocks of FP8."""
-    hf = make_hf_model("mixtral", num_hidden_layers=1, intermediate_size=32, num_local_experts=4)
+@pytest.mark.parametrize("family", ["mixtral", "minimax_m2"])
+def test_experts_with_numbered_parts_in_fp8(tmp_path: Path, family: str) -> None:
+    """In blocks of FP8, by the names that published checkpoints have."""
+    hf = make_hf_model(family, num_hidden_layers=1, intermediate_size=32, num_local_experts=4)
     seeds = iter(range(10**6))
 
     def code(module: str, outputs: int, inputs: int) -> Any:
