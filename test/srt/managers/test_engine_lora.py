@@ -119,7 +119,7 @@ def test_a_mixed_batch_answers_as_merged_models(llama: Adapters, flags: dict[str
         assert answer_all(engine) == llama.expected, "the second time, from the cache"
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3", "qwen3_moe", "llama4", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "qwen3_moe", "llama4", "gpt_oss", "granite"])
 def test_families(family: str, tmp_path: Path) -> None:
     """Biases, norms, windows, shared experts beside routed ones: adapters go beside all of it."""
     model = Adapters(tmp_path, family)

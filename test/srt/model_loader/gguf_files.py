@@ -24,6 +24,7 @@ ARCHS = {
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
     "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
     "cohere2": gguf.MODEL_ARCH.COHERE2,
     "cohere": gguf.MODEL_ARCH.COMMAND_R,
     "olmo2": gguf.MODEL_ARCH.OLMO2,
@@ -35,6 +36,7 @@ ARCHS = {
     "exaone4": gguf.MODEL_ARCH.EXAONE4,
     "seed_oss": gguf.MODEL_ARCH.SEED_OSS,
 }
+_NORMS_PLUS_ONE = (gguf.MODEL_ARCH.GEMMA2, gguf.MODEL_ARCH.GEMMA3)
 _REORDERED = (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.GRANITE, gguf.MODEL_ARCH.SMOLLM3)
 _OUTPUTS_FIRST = ("qwen3_moe", "deepseek_v2", "deepseek_v3")
 # Experts of a layer in a model's own state: what becomes of a merged tensor's halves.
@@ -82,7 +84,7 @@ def write_gguf(
             heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
             heads = next((n for part, n in heads.items() if part in name), None)
         stored = values if heads is None else permute(values, heads)
-        if arch is gguf.MODEL_ARCH.GEMMA2 and name.endswith("norm.weight"):
+        if arch in _NORMS_PLUS_ONE and name.endswith("norm.weight"):
             stored = values + 1
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias", ""))
         if name.endswith("e_score_correction_bias"):
