@@ -16,6 +16,7 @@ from torch import nn
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.linear import ShardedLinear
+from sglang.srt.layers.lora import Factors
 from sglang.srt.layers.moe import Experts
 from sglang.srt.layers.quantization.matrix import numbers_like
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
@@ -102,6 +103,13 @@ class CausalLM(nn.Module, ABC):
             for name, place in self._places().items()
             if isinstance(place.module, ShardedLinear) and place.param_name == "weight"
         }
+
+    def own_factors(self, factors: Mapping[str, Factors]) -> Mapping[str, Factors]:
+        """An adapter's A and B by the modules of `adapter_sites`, of those by modules of files.
+
+        They differ where a checkpoint joins projections. ValueError for rows that can't be cut.
+        """
+        return factors
 
     def _may_be_ignored(self, name: str, tensor: LoadedWeight) -> bool:
         if name.endswith("rotary_emb.inv_freq"):

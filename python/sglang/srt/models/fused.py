@@ -9,22 +9,15 @@ Shape letters: H query heads, G kv heads, D head dim, I width of the MLP.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.lora import Factors
 from sglang.srt.layers.rotary_embedding import partial_row_order
 from sglang.srt.layers.weights import LoadedWeight, narrow_rows
 from sglang.srt.models.arranged import ArrangedForCausalLM, NormPlaces
-
-
-class Phi3ForCausalLM(ArrangedForCausalLM):
-    """The whole model; arguments and errors as for `LlamaForCausalLM`."""
-
-    def load_weights(self, weights: Iterable[tuple[str, LoadedWeight]]) -> None:
-        """As `CausalLM.load_weights`, of tensors that are joined or not."""
-        super().load_weights(_ordered(split_joined(weights, self.config), self.config))
 
 
 class GlmForCausalLM(ArrangedForCausalLM):
@@ -32,7 +25,32 @@ class GlmForCausalLM(ArrangedForCausalLM):
 
     def load_weights(self, weights: Iterable[tuple[str, LoadedWeight]]) -> None:
         """As `CausalLM.load_weights`, of tensors that are joined or not."""
-        super().load_weights(split_joined(weights, self.config))
+        super().load_weights(self.own_weights(weights))
+
+    def own_factors(self, factors: Mapping[str, Factors]) -> Mapping[str, Factors]:
+        """See `CausalLM.own_factors`: the parts of a joined B have an A in common."""
+        own: dict[str, Factors] = {}
+        for module, (a, b) in factors.items():
+            for name, part in self.own_weights([(f"{module}.weight", b)]):
+                assert isinstance(part, torch.Tensor)
+                own[name.removesuffix(".weight")] = a, part
+        return own
+
+    def own_weights(
+        self, weights: Iterable[tuple[str, LoadedWeight]]
+    ) -> Iterator[tuple[str, LoadedWeight]]:
+        """Tensors as the modules here have them, of those of a checkpoint."""
+        return split_joined(weights, self.config)
+
+
+class Phi3ForCausalLM(GlmForCausalLM):
+    """The whole model; arguments and errors as for `LlamaForCausalLM`."""
+
+    def own_weights(
+        self, weights: Iterable[tuple[str, LoadedWeight]]
+    ) -> Iterator[tuple[str, LoadedWeight]]:
+        """As GLM's, with rows in the order of `partial_row_order`."""
+        return _ordered(super().own_weights(weights), self.config)
 
 
 class Glm4ForCausalLM(GlmForCausalLM):
