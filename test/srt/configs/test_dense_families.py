@@ -46,6 +46,8 @@ def test_windows_by_pattern(tmp_path: Path) -> None:
     assert windows("SmolLM3ForCausalLM") == (None,) * 4
     assert windows("SmolLM3ForCausalLM", use_sliding_window=True) == (None, None, None, 8)
     assert windows("Phi3ForCausalLM") == (8,) * 4
+    assert windows("Phi3ForCausalLM", sliding_window=511) == (511,) * 4
+    assert windows("Phi3ForCausalLM", sliding_window=512) == (None,) * 4
     with pytest.raises(ValueError, match="'LLX' is not one of L and G"):
         windows("Exaone4ForCausalLM", sliding_window_pattern="LLX")
 
