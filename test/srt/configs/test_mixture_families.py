@@ -138,7 +138,7 @@ def test_minimax_m2(tmp_path: Path) -> None:
     layers = frozenset(range(62))
     assert config.moe == MoEConfig(layers, 256, 8, 1536, renormalize=True, choice=choice)
     assert (config.rope.partial, config.head_dim) == (0.5, 128)
-    assert config.wide_qk_norm
+    assert config.heads_norm
     bias = "model.layers.3.block_sparse_moe.e_score_correction_bias"
     assert config.own_weight_name(bias) == "model.layers.3.mlp.gate.e_score_correction_bias"
     for field, value, message in (
@@ -223,4 +223,4 @@ def test_k_exaone(tmp_path: Path) -> None:
 def test_flex_olmo(tmp_path: Path) -> None:
     config = load(tmp_path, "FlexOlmoForCausalLM")
     assert config.moe == MoEConfig(frozenset(range(32)), 7, 5, 11008)
-    assert config.wide_qk_norm
+    assert config.heads_norm

@@ -32,6 +32,7 @@ ARCHS = {
     "olmoe": gguf.MODEL_ARCH.OLMOE,
     "granitemoeshared": gguf.MODEL_ARCH.GRANITE_MOE,
     "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
     "cohere2": gguf.MODEL_ARCH.COHERE2,
     "cohere": gguf.MODEL_ARCH.COMMAND_R,
     "olmo2": gguf.MODEL_ARCH.OLMO2,
@@ -43,6 +44,7 @@ ARCHS = {
     "exaone4": gguf.MODEL_ARCH.EXAONE4,
     "seed_oss": gguf.MODEL_ARCH.SEED_OSS,
 }
+_NORMS_PLUS_ONE = (gguf.MODEL_ARCH.GEMMA2, gguf.MODEL_ARCH.GEMMA3)
 _REORDERED = (
     gguf.MODEL_ARCH.LLAMA,
     gguf.MODEL_ARCH.GRANITE,
@@ -101,7 +103,7 @@ def write_gguf(
         stored = values if heads is None else permute(values, heads)
         if name.endswith(("e_score_correction_bias", "shared_expert_gate.weight")):
             values = stored = values.reshape(-1)
-        if arch is gguf.MODEL_ARCH.GEMMA2 and name.endswith("norm.weight"):
+        if arch in _NORMS_PLUS_ONE and name.endswith("norm.weight"):
             stored = values + 1
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias", ""))
         if name.endswith("e_score_correction_bias"):

@@ -31,6 +31,19 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"query_pre_attn_scalar": 16},
         {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.5},
     ),
+    "gemma3": (
+        {
+            "query_pre_attn_scalar": 16,
+            "sliding_window": WINDOW,
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
+            },
+        },
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+    ),
     "cohere2": ({}, {"attention.layer_norm_epsilon": 1e-5, "logit_scale": 0.75}),
     "cohere": (
         {"tie_word_embeddings": True},
@@ -55,7 +68,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "exaone4": ({}, {"attention.sliding_window_pattern": [True, False] * 2}),
     "seed_oss": ({}, {}),
 }
-WINDOWED = ("gemma2", "cohere2", "olmo3", "exaone4")
+WINDOWED = ("gemma2", "gemma3", "cohere2", "olmo3", "exaone4")
 
 
 def write(path: Path, family: str, **arguments: Any) -> PreTrainedModel:
@@ -110,11 +123,12 @@ def test_scores_of_the_largest_gemma2(tmp_path: Path) -> None:
         assert ModelConfig.from_path(str(path)).attention_scaling == pytest.approx(scalar**-0.5)
 
 
-def test_heads_that_cohere_normalises_are_refused(tmp_path: Path) -> None:
-    norm = {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}
-    write(tmp_path / "m.gguf", "cohere", extra_tensors=norm)
-    with pytest.raises(ValueError, match="normalised heads"):
-        ModelConfig.from_path(str(tmp_path / "m.gguf"))
+def test_heads_that_cohere_normalises(tmp_path: Path) -> None:
+    changes = {"tie_word_embeddings": True, "use_qk_norm": True}
+    reference = make_hf_model("cohere", **changes)
+    metadata = {f"command-r.{key}": value for key, value in FAMILIES["cohere"][1].items()}
+    write_gguf(tmp_path / "m.gguf", reference, metadata=metadata)
+    assert_logits_equal(reference, str(tmp_path / "m.gguf"))
 
 
 @pytest.mark.skipif(native_kernels() is None, reason="sgl-kernel is not installed")

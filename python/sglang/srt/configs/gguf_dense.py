@@ -19,6 +19,7 @@ from sglang.srt.configs.gguf_file import GGUFHeader, read_gguf_rows
 # By architecture: that of Hugging Face, and the model type.
 DENSE: dict[str, tuple[str, str]] = {
     "gemma2": ("Gemma2ForCausalLM", "gemma2"),
+    "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
     "cohere2": ("Cohere2ForCausalLM", "cohere2"),
     "command-r": ("CohereForCausalLM", "cohere"),
     "olmo2": ("Olmo2ForCausalLM", "olmo2"),
@@ -29,12 +30,14 @@ DENSE: dict[str, tuple[str, str]] = {
     "exaone4": ("Exaone4ForCausalLM", "exaone4"),
     "seed_oss": ("SeedOssForCausalLM", "seed_oss"),
 }
-WINDOWED = frozenset({"gemma2", "cohere2", "olmo2", "phi3", "exaone4"})
+WINDOWED = frozenset({"gemma2", "gemma3", "cohere2", "olmo2", "phi3", "exaone4"})
 PARTIAL = frozenset({"phi3", "glm4"})  # of whose heads a part may turn
 _GRANITE_KEYS = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
+_CAPS = frozenset({"attn_logit_softcapping", "final_logit_softcapping"})
 # Keys that change the answer and that are read here, of those that other families refuse.
 READ_KEYS: dict[str, frozenset[str]] = {
-    "gemma2": frozenset({"attn_logit_softcapping", "final_logit_softcapping"}),
+    "gemma2": _CAPS,
+    "gemma3": _CAPS,
     "cohere2": frozenset({"logit_scale"}),
     "command-r": frozenset({"logit_scale"}),
     "granite": _GRANITE_KEYS,
@@ -46,7 +49,8 @@ _GRANITE_FIELDS = {
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }
-_GEMMA2_27B_LAYERS = 46  # whose scores go by hidden / heads, the others' by the width of a head
+# Layers of the 27B, whose scores go by hidden / heads, the others' by the width of a head.
+_LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 LONG_ROPE_TENSORS = frozenset({_LONG, _SHORT})
 
@@ -59,20 +63,19 @@ def dense_fields(name: str, header: GGUFHeader, get: Get, raw: Mapping[str, Any]
     if name in WINDOWED:
         fields |= _window_fields(name, header, get)
     if name in ("cohere2", "command-r"):
-        if "blk.0.attn_q_norm.weight" in header.tensors:
-            raise ValueError("tensor blk.0.attn_q_norm.weight (normalised heads) is not supported")
+        fields["use_qk_norm"] = "blk.0.attn_q_norm.weight" in header.tensors
         fields["layer_norm_eps"] = float(get("attention.layer_norm_epsilon", 1e-5))
         fields["logit_scale"] = float(get("logit_scale", 1.0))
     if name in ("granite", "granitemoe"):
         found = {ours: get(key) for key, ours in _GRANITE_FIELDS.items()}
         fields |= {ours: float(value) for ours, value in found.items() if value}
-    if name == "gemma2":
+    if name in _LARGEST_GEMMA:
         scalar = raw["head_dim"]
-        if raw["num_hidden_layers"] == _GEMMA2_27B_LAYERS:
+        if raw["num_hidden_layers"] == _LARGEST_GEMMA[name]:
             scalar = raw["hidden_size"] // raw["num_attention_heads"]
         fields["query_pre_attn_scalar"] = scalar
-        for key in READ_KEYS[name]:
-            fields[key] = float(get(key, 0.0)) or None
+        fields |= {key: float(get(key, 0.0)) or None for key in _CAPS}
+        fields["rope_local_base_freq"] = float(get("rope.freq_base_swa", 10000.0))
     if name == "seed_oss":
         fields["attention_out_bias"] = raw["attention_output_bias"]
     return fields

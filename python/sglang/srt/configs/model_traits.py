@@ -119,7 +119,7 @@ class ModelTraits:
     """The defaults, with one entry per layer in the tuples, are a plain Llama.
 
     `attention_bias` is that of q, k and v, `head_bias` that of the logits. `qk_norm` normalises
-    heads with weights before they turn, `wide_qk_norm` all heads of a token together,
+    heads with weights before they turn, `heads_norm` in a way of the family's own,
     `weightless_qk_norm` without weights after they turned, in layers that turn at all.
 
     Of layer l a query at position p sees (p - w, p] where `layer_windows[l]` is w, or
@@ -148,7 +148,7 @@ class ModelTraits:
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False
-    wide_qk_norm: bool = False
+    heads_norm: bool = False
     weightless_qk_norm: bool = False
     layer_windows: tuple[int | None, ...]
     layer_chunks: tuple[int | None, ...]

@@ -68,6 +68,7 @@ _POST_NORMS = {
 # Where families call things otherwise, by model_type.
 _FAMILY_NAMES = {
     "gemma2": {**_POST_NORMS, "ffn_norm": "pre_feedforward_layernorm"},
+    "gemma3_text": {**_POST_NORMS, "ffn_norm": "pre_feedforward_layernorm"},
     "olmo2": _POST_NORMS,
     "olmo3": _POST_NORMS,
     "exaone4": _POST_NORMS,
@@ -118,7 +119,7 @@ _NOT_WEIGHTS = frozenset(
 )
 # Whose rows of q and k are reordered.
 _REORDERED = ("llama", "mistral", "mixtral", "granite", "granitemoeshared", "smollm3")
-_NORMS_PLUS_ONE = ("gemma2",)  # whose norms are stored as the factors that they are
+_NORMS_PLUS_ONE = ("gemma2", "gemma3_text")  # whose norms are stored as the factors that they are
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 

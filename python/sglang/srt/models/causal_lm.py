@@ -7,9 +7,8 @@ an error that names it. Reading files is model_loader's work, cutting shards the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.linear import ShardedLinear
+from sglang.srt.layers.lora import Factors
 from sglang.srt.layers.moe import Experts
 from sglang.srt.layers.quantization.matrix import numbers_like
 from sglang.srt.layers.rotary_embedding import partial_row_order
@@ -104,12 +104,23 @@ class CausalLM(nn.Module, ABC):
     def adapter_sites(self) -> dict[str, AdapterSite]:
         """The linear layers by their modules' names in checkpoints, which adapters go by."""
         return {
-            name.removesuffix(".weight"): AdapterSite(
-                place.module, place.shard_id, partial(self._row_order, name)
-            )
+            name.removesuffix(".weight"): AdapterSite(place.module, place.shard_id)
             for name, place in self._places().items()
             if isinstance(place.module, ShardedLinear) and place.param_name == "weight"
         }
+
+    def own_factors(self, factors: Mapping[str, Factors]) -> Mapping[str, Factors]:
+        """An adapter's A and B by the modules of `adapter_sites`, of those by modules of files.
+
+        They differ where a checkpoint joins projections, or names them otherwise. ValueError for
+        rows that can't be cut.
+        """
+        own: dict[str, Factors] = {}
+        for module, (a, b) in factors.items():
+            name = self.config.own_weight_name(f"{module}.weight")
+            order = self._row_order(name, len(b))
+            own[name.removesuffix(".weight")] = a, b if order is None else b[order]
+        return own
 
     def _row_order(self, name: str, num_rows: int) -> torch.Tensor | None:
         """Which row of a checkpoint's tensor stands where, int64 [num_rows]; None: as there."""
@@ -139,14 +150,10 @@ class CausalLM(nn.Module, ABC):
 
 @dataclass(frozen=True, slots=True)
 class AdapterSite:
-    """A checkpoint's projection: the linear layer that computes it, and which of its shards.
-
-    `row_order` gives, for their number, which row of the checkpoint stands where (None: as there).
-    """
+    """A checkpoint's projection: the linear layer that computes it, and which of its shards."""
 
     layer: ShardedLinear
     shard_id: int | str | None
-    row_order: Callable[[int], torch.Tensor | None] = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ def _read_minimax_m2(fields: Fields, num_layers: int) -> ModelTraits:
     )
     return plain_traits(
         num_layers,
-        wide_qk_norm=bool(fields["use_qk_norm"]),
+        heads_norm=bool(fields["use_qk_norm"]),
         moe=moe,
         num_draft_layers=whole(fields, "num_mtp_modules"),
         weight_names=(
@@ -136,7 +136,7 @@ def _read_olmoe(fields: Fields, num_layers: int) -> ModelTraits:
         num_layers,
         attention_bias=bias,
         attention_output_bias=bias,
-        wide_qk_norm=True,
+        heads_norm=True,
         moe=moe,
     )
 
