@@ -41,9 +41,8 @@ TABLE: tuple[Row, ...] = (
      " srt.configs.lora_args, srt.configs.speculative_args,"
      " srt.configs.flag_tables,"
      " srt.configs.flag_parser, srt.configs.flag_checks < srt.server_args"),
-    (1, "", "srt.configs.gguf_file < srt.configs.gguf_latent < srt.configs.gguf_experts"
-     " < srt.configs.gguf_config"
-     " < srt.configs.model_config"),
+    (1, "", "srt.configs.gguf_file < srt.configs.gguf_dense, srt.configs.gguf_latent"
+     " < srt.configs.gguf_experts < srt.configs.gguf_config < srt.configs.model_config"),
     (1, "", "srt.configs.quantization_config, srt.configs.vision_config"
      " < srt.configs.model_config"),
     (1, "", "srt.configs.rope_config < srt.configs.model_traits"

@@ -251,7 +251,12 @@ def _adapter_bytes(model: CausalLM, room: AdapterRoom) -> int:
     sites = model.adapter_sites()
     with torch.device("meta"):
         places = make_places(
-            sites, (), num_places=room.num_places, rank=room.rank, targets=room.targets
+            sites,
+            (),
+            num_places=room.num_places,
+            rank=room.rank,
+            targets=room.targets,
+            own_factors=model.own_factors,
         )
     return places.nbytes
 

@@ -39,12 +39,15 @@ def test_windows_by_pattern(tmp_path: Path) -> None:
     assert windows("Gemma2ForCausalLM") == (8, None, 8, None)
     assert windows("Cohere2ForCausalLM") == (8, 8, 8, None)
     assert windows("Cohere2ForCausalLM", sliding_window_pattern=2) == (8, None, 8, None)
+    assert windows("Cohere2ForCausalLM", _sliding_window_pattern=2) == (8, None, 8, None)
     assert windows("Olmo3ForCausalLM") == (8, 8, 8, None)
     assert windows("Exaone4ForCausalLM", sliding_window_pattern="LG") == (8, None, 8, None)
     assert windows("Exaone4ForCausalLM", sliding_window=None) == (None,) * 4
     assert windows("SmolLM3ForCausalLM") == (None,) * 4
     assert windows("SmolLM3ForCausalLM", use_sliding_window=True) == (None, None, None, 8)
     assert windows("Phi3ForCausalLM") == (8,) * 4
+    assert windows("Phi3ForCausalLM", sliding_window=511) == (511,) * 4
+    assert windows("Phi3ForCausalLM", sliding_window=512) == (None,) * 4
     with pytest.raises(ValueError, match="'LLX' is not one of L and G"):
         windows("Exaone4ForCausalLM", sliding_window_pattern="LLX")
 
@@ -78,8 +81,8 @@ def test_factors(tmp_path: Path) -> None:
     assert (gemma.attention_logit_cap, gemma.final_logit_cap) == (50.0, 30.0)
     with pytest.raises(ValueError, match="logits_scaling must be a positive number"):
         load(tmp_path, "GraniteForCausalLM", logits_scaling=0)
-    with pytest.raises(ValueError, match="use_qk_norm is not supported"):
-        load(tmp_path, "CohereForCausalLM", use_qk_norm=True)
+    assert load(tmp_path, "CohereForCausalLM", use_qk_norm=True).heads_norm
+    assert not load(tmp_path, "CohereForCausalLM").heads_norm
 
 
 def test_olmo3_scales_the_rotation_of_global_layers(tmp_path: Path) -> None:

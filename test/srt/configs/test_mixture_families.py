@@ -98,7 +98,7 @@ def test_qwen2_moe(tmp_path: Path) -> None:
 
 
 def test_ernie_4_5(tmp_path: Path) -> None:
-    config = load(tmp_path, "Ernie4_5_MoeForCausalLM", num_nextn_predict_layers=1)
+    config = load(tmp_path, "Ernie4_5_MoeForCausalLM")
     layers = frozenset(range(1, 28))
     choice = ExpertChoice(biased=True)
     assert config.moe == MoEConfig(layers, 64, 6, 1536, 3072, True, choice=choice)
@@ -138,7 +138,7 @@ def test_minimax_m2(tmp_path: Path) -> None:
     layers = frozenset(range(62))
     assert config.moe == MoEConfig(layers, 256, 8, 1536, renormalize=True, choice=choice)
     assert (config.rope.partial, config.head_dim) == (0.5, 128)
-    assert config.wide_qk_norm
+    assert config.heads_norm
     bias = "model.layers.3.block_sparse_moe.e_score_correction_bias"
     assert config.own_weight_name(bias) == "model.layers.3.mlp.gate.e_score_correction_bias"
     for field, value, message in (
@@ -183,3 +183,44 @@ def test_hunyuan(tmp_path: Path) -> None:
         load(tmp_path, "HunYuanMoEV1ForCausalLM", **{**fields, "moe_topk": [8, 4]})
     with pytest.raises(ValueError, match="use_cla is not supported"):
         load(tmp_path, "HunYuanMoEV1ForCausalLM", use_cla=True, **fields)
+
+
+def test_phimoe(tmp_path: Path) -> None:
+    scaling = {
+        "type": "longrope",
+        "short_factor": [1.0] * 64,
+        "long_factor": [2.0] * 64,
+        "short_mscale": 1.2,
+        "long_mscale": 1.3,
+        "original_max_position_embeddings": 4096,
+    }
+    fields = {"attention_bias": True, "lm_head_bias": True, "rope_scaling": scaling}
+    config = load(tmp_path, "PhiMoEForCausalLM", **fields)
+    layers = frozenset(range(32))
+    assert config.moe == MoEConfig(layers, 16, 2, 6400, mixer_tolerance=0.01)
+    assert config.attention_bias
+    assert config.attention_output_bias
+    assert config.head_bias
+    assert config.rope.attention_scaling == 1.3
+    assert config.for_context(4096).rope.attention_scaling == 1.2
+    assert config.max_position_embeddings == 131072
+
+
+def test_k_exaone(tmp_path: Path) -> None:
+    fields = {"num_hidden_layers": 8, "sliding_window": 128, "sliding_window_pattern": "LLLG"}
+    config = load(tmp_path, "ExaoneMoeForCausalLM", num_experts=128, **fields)
+    choice = ExpertChoice(sigmoid=True, biased=True, group_best=2, scaling=2.5)
+    layers = frozenset(range(1, 8))
+    assert config.moe == MoEConfig(layers, 128, 8, 1024, 1024, True, choice=choice)
+    assert config.layer_windows == (128, 128, 128, None) * 2
+    assert config.layer_rope == (True, True, True, False) * 2
+    assert config.is_draft_weight("mtp.fc.weight")
+    bias = "model.layers.3.mlp.e_score_correction_bias"
+    assert config.own_weight_name(bias) == "model.layers.3.mlp.gate.e_score_correction_bias"
+    assert config.own_weight_name(config.own_weight_name(bias)) == config.own_weight_name(bias)
+
+
+def test_flex_olmo(tmp_path: Path) -> None:
+    config = load(tmp_path, "FlexOlmoForCausalLM")
+    assert config.moe == MoEConfig(frozenset(range(32)), 7, 5, 11008)
+    assert config.heads_norm

@@ -81,6 +81,7 @@ HF_CONFIGS = {
     **{model.__name__: config for config, model in MIXTURE_FAMILIES.values()},
     "DeepseekV32ForCausalLM": DeepseekV32Config,
     "GlmMoeDsaForCausalLM": GlmMoeDsaConfig,
+    "PhiMoEForCausalLM": MIXTURE_FAMILIES["phimoe"][0],
 }
 # They name a window that no layer has where a file says nothing.
 UNUSED_WINDOWS = frozenset({"Qwen2MoeForCausalLM", "Dots1ForCausalLM"})

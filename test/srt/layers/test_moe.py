@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from sglang.srt.layers.moe import (
     Routing,
     route_by_sigmoid,
     route_by_softmax,
+    route_in_turns,
 )
 
 E, H, WIDTH = 6, 16, 8
@@ -253,3 +255,15 @@ def test_router() -> None:
     assert plain.bias is None
     with pytest.raises(ValueError, match="no parameter 'bias'"):
         plain.weight_loader("bias", torch.zeros(2))
+
+
+def test_experts_chosen_in_turns() -> None:
+    """The second's weight is its share of what the first left, without those too far from it."""
+    logits = torch.tensor([[4.0, 3.0, 1.0, -8.0], [1.0, 1.0, 1.0, 1.0]])
+    experts, weights = route_in_turns(logits, 2, 0.2)
+    assert experts[0].tolist() == [0, 1]
+    # Within 40 % of 4 there is 3; of 3 itself, once 4 is gone, nothing else.
+    first = 1 / (1 + math.exp(3.0 - 4.0))
+    assert weights[0].tolist() == pytest.approx([first, 1.0])
+    assert weights[1].tolist() == pytest.approx([1 / 4, 1 / 3])
+    assert len(set(experts[1].tolist())) == 2

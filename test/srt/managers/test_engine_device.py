@@ -44,7 +44,7 @@ from srt.models.hf_models import VOCAB, best_next, hf_greedy, make_hf_model, sav
 from srt.models.pooled_models import hidden_states, write_pooling
 from srt.utils.fake_device import LateRuntime
 
-FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "llama4", "deepseek_v3")
+FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "llama4", "deepseek_v3", "cohere2", "olmo3")
 SPARSE = ("deepseek_v32", "glm_moe_dsa")
 
 

@@ -25,7 +25,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.native import native_kernels
 from srt.managers.rank_towers import rank_towers
 from srt.managers.test_engine_tokens import PROMPTS, DeviceTower, tower
-from srt.models.hf_models import best_next, hf_greedy, make_hf_model, save
+from srt.models.hf_models import VOCAB, best_next, hf_greedy, make_hf_model, save
 from srt.models.lora_adapters import ALL, make_factors, merged, save_adapter
 
 NEW_TOKENS = 16
@@ -120,7 +120,7 @@ def test_a_mixed_batch_answers_as_merged_models(llama: Adapters, flags: dict[str
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen2", "gemma3", "qwen3_moe", "llama4", "gpt_oss", "glm4_moe"]
+    "family", ["qwen2", "gemma3", "qwen3_moe", "llama4", "gpt_oss", "granite", "glm4_moe"]
 )
 def test_families(family: str, tmp_path: Path) -> None:
     """Biases, norms, windows, shared experts beside routed ones: adapters go beside all of it."""
@@ -130,6 +130,30 @@ def test_families(family: str, tmp_path: Path) -> None:
         for number, (adapter, prompt) in enumerate(zip(PLAN, PROMPTS, strict=True)):
             assert found[number] == best_next(model.models[adapter], prompt, found[number])
             assert len(found[number]) == NEW_TOKENS
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_adapters_of_joined_projections(ranks: int, tmp_path: Path) -> None:
+    """Phi's, whose heads turn in part; the prompt is long enough for the long factors."""
+    base = make_hf_model("phi3")
+    factors = make_factors(base, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"))
+    adapter = f"joined={save_adapter(tmp_path / 'joined', factors)}"
+    models = [base, merged(base, factors)]
+    prompt = np.random.default_rng(2).integers(0, VOCAB, 80).tolist()
+    flags = {"lora_paths": [adapter], "page_size": 16}
+
+    def answer(engine: DeviceTower) -> list[list[int]]:
+        for number in range(2):
+            send(engine, f"r{number}", prompt, number)
+        engine.run()
+        return [engine.output(f"r{number}") for number in range(2)]
+
+    with rank_towers(ranks, save(base, tmp_path / "base"), **flags) as towers:
+        found = towers.run(answer)
+    assert found[0] != found[1]
+    for model, tokens in zip(models, found, strict=True):
+        assert len(tokens) == NEW_TOKENS
+        assert tokens == best_next(model, prompt, tokens)
 
 
 @pytest.mark.parametrize("flags", [{}, {"max_loras_per_batch": 1, "chunked_prefill_size": 32}])

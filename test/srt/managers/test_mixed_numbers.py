@@ -1,4 +1,4 @@
-"""What a token of Gemma-3-27B and gpt-oss-20b costs, from their published shapes alone."""
+"""What a token of Gemma-3-27B, EXAONE-4.0-32B and gpt-oss-20b costs, by published shapes alone."""
 
 from __future__ import annotations
 
@@ -25,6 +25,18 @@ GEMMA_27B: dict[str, Any] = {
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         "sliding_window": 1024,
     },
+}
+EXAONE_32B: dict[str, Any] = {
+    "architectures": ["Exaone4ForCausalLM"],
+    "hidden_size": 5120,
+    "intermediate_size": 27392,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+    "sliding_window_pattern": "LLLG",
 }
 GPT_OSS_20B: dict[str, Any] = {
     "architectures": ["GptOssForCausalLM"],
@@ -61,6 +73,19 @@ def test_gemma_3_27b(tmp_path: Path) -> None:
     held, dense = bytes_at(spec, 131_072, 2048), 131_072 * spec.bytes_per_token
     assert held == 131_072 * 81_920 + 3136 * 425_984
     assert round(dense / held, 1) == 5.5
+
+
+def test_exaone_4_32b(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, EXAONE_32B)
+    full, sliding = spec.groups
+    assert (full.kind, full.layers) == (GroupKind.FULL, tuple(range(3, 64, 4)))
+    assert (sliding.kind, len(sliding.layers), sliding.window) == (GroupKind.SLIDING, 48, 4096)
+    layer = 2 * 8 * 128 * 2
+    assert spec.bytes_per_token == 64 * layer == 262_144
+    assert spec.bytes_per_slot(GroupId(0)) == 16 * layer == 65_536
+    held, dense = bytes_at(spec, 131_072, 2048), 131_072 * spec.bytes_per_token
+    assert held == 131_072 * 65_536 + 6208 * 196_608 == 9_810_477_056
+    assert round(dense / held, 1) == 3.5
 
 
 def test_gpt_oss_20b(tmp_path: Path) -> None:

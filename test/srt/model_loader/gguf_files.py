@@ -30,11 +30,31 @@ ARCHS = {
     "ernie4_5_moe": gguf.MODEL_ARCH.ERNIE4_5_MOE,
     "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
     "olmoe": gguf.MODEL_ARCH.OLMOE,
+    "granitemoeshared": gguf.MODEL_ARCH.GRANITE_MOE,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "cohere2": gguf.MODEL_ARCH.COHERE2,
+    "cohere": gguf.MODEL_ARCH.COMMAND_R,
+    "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "olmo3": gguf.MODEL_ARCH.OLMO2,
+    "phi3": gguf.MODEL_ARCH.PHI3,
+    "granite": gguf.MODEL_ARCH.GRANITE,
+    "glm4": gguf.MODEL_ARCH.GLM4,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
+    "exaone4": gguf.MODEL_ARCH.EXAONE4,
+    "seed_oss": gguf.MODEL_ARCH.SEED_OSS,
 }
+_NORMS_PLUS_ONE = (gguf.MODEL_ARCH.GEMMA2, gguf.MODEL_ARCH.GEMMA3)
+_REORDERED = (
+    gguf.MODEL_ARCH.LLAMA,
+    gguf.MODEL_ARCH.GRANITE,
+    gguf.MODEL_ARCH.GRANITE_MOE,
+    gguf.MODEL_ARCH.SMOLLM3,
+)
 _INPUTS_FIRST = ("llama4_text", "gpt_oss")  # in transformers' experts
 _PLAIN_MIXTURES = frozenset(
     {"qwen3_moe", "llama4_text", "gpt_oss", "mixtral", "qwen2_moe", "ernie4_5_moe"}
-    | {"minimax_m2", "olmoe"}
+    | {"minimax_m2", "olmoe", "granitemoeshared"}
 )
 # Experts of a layer in a model's own state: what becomes of a merged tensor's halves.
 _MERGED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -77,12 +97,14 @@ def write_gguf(
             continue
         values = tensor.float().numpy()
         heads = None
-        if arch is gguf.MODEL_ARCH.LLAMA:
+        if arch in _REORDERED:
             heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
             heads = next((n for part, n in heads.items() if part in name), None)
         stored = values if heads is None else permute(values, heads)
         if name.endswith(("e_score_correction_bias", "shared_expert_gate.weight")):
             values = stored = values.reshape(-1)
+        if arch in _NORMS_PLUS_ONE and name.endswith("norm.weight"):
+            stored = values + 1
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias", ""))
         if name.endswith("e_score_correction_bias"):
             gguf_name = f"blk.{name.split('.')[2]}.exp_probs_b.bias"
@@ -123,7 +145,23 @@ def stacked_experts(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             parts = (whole[:, ::2], whole[:, 1::2]) if kind == "gpt_oss" else whole.chunk(2, 1)
         for part, values in zip(_MERGED[leaf], parts, strict=True):
             state[f"{head}.experts.{part}.{'bias' if is_bias else 'weight'}"] = values.contiguous()
-    return state
+    return _granites_apart(state) if kind == "granitemoeshared" else state
+
+
+def _granites_apart(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names that the package's map knows, and a shared expert's gate and up apart."""
+    made = {}
+    for name, tensor in state.items():
+        name = name.replace(".block_sparse_moe.router.", ".mlp.gate.")
+        name = name.replace(".block_sparse_moe.", ".mlp.").replace(
+            ".shared_mlp.", ".mlp.shared_experts."
+        )
+        if "input_linear" not in name:
+            made[name.replace("output_linear", "down_proj")] = tensor
+            continue
+        for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
+            made[name.replace("input_linear", part)] = half.contiguous()
+    return made
 
 
 def _with_split_latents(state: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
@@ -192,10 +230,10 @@ def _write_metadata(writer: gguf.GGUFWriter, config: Any, changes: dict[str, Any
         f"{arch}.feed_forward_length": config.intermediate_size,
         f"{arch}.attention.head_count": config.num_attention_heads,
         f"{arch}.attention.head_count_kv": config.num_key_value_heads,
-        f"{arch}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        f"{arch}.attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
         f"{arch}.attention.key_length": head_dim,
         f"{arch}.attention.value_length": head_dim,
-        f"{arch}.rope.freq_base": float(rope["rope_theta"]),
+        f"{arch}.rope.freq_base": float(rope.get("full_attention", rope)["rope_theta"]),
         f"{arch}.rope.dimension_count": head_dim,
     }
     if config.model_type in ("mistral", "gpt_oss", "mixtral") and config.sliding_window is not None:

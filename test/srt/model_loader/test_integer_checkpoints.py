@@ -238,6 +238,23 @@ def test_experts_stay_quantised_on_every_rank(tmp_path: Path, form: str) -> None
 
 
 @native
+@pytest.mark.parametrize(
+    ("family", "form"), [("glm4_moe", "gptq"), ("qwen2_moe", "packed, 8 bits")]
+)
+def test_shared_experts_and_heads_that_turn_in_part(tmp_path: Path, family: str, form: str) -> None:
+    """Codes stay, with the rows of queries and keys in the order in which these turn."""
+    widths = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+    model, path = published(tmp_path, form, family, 2, mlp_only_layers=[], **widths)
+    kept = load(path)
+    shared = "shared_experts" if family == "glm4_moe" else "shared_expert"
+    layers = ("self_attn.qkv_proj", f"mlp.{shared}.gate_up_proj", f"mlp.{shared}.down_proj")
+    assert {f"model.layers.1.{name}" for name in layers} <= set(kept_layers(kept))
+    assert is_kept(experts_of(kept)[-1])
+    want = hf_logits(model, prompts(40)[0])
+    torch.testing.assert_close(logits(kept, 40), want, atol=1e-4, rtol=0)
+
+
+@native
 def test_ranks_take_their_rows_and_columns(tmp_path: Path) -> None:
     _, path = published(tmp_path, "gptq", "llama", hidden_size=128, intermediate_size=128)
     whole = load(path)

@@ -19,9 +19,10 @@ from srt.managers.rank_towers import rank_towers
 from srt.managers.test_engine_tokens import PROMPTS, DeviceTower, tower
 from srt.model_loader.gguf_files import write_gguf
 from srt.model_loader.quantized_files import fp8, quantise, write_checkpoint
+from srt.models.harness import Sequence
 from srt.models.hf_mixtures import MIXTURE_FAMILIES
 from srt.models.hf_models import best_next, make_hf_model, save
-from srt.models.test_models import assert_logits_equal, prompts, runner_of
+from srt.models.test_models import assert_logits_equal, hf_logits, prompts, runner_of
 
 
 @pytest.mark.parametrize("family", MIXTURE_FAMILIES)
@@ -45,10 +46,20 @@ def test_logits_and_greedy_tokens(tmp_path: Path, family: str) -> None:
         ("mixtral", {"sliding_window": 9, "num_experts_per_tok": 1}),
         ("qwen2_moe", {"norm_topk_prob": True, "qkv_bias": False, "mlp_only_layers": []}),
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+        ("phimoe", {"attention_bias": False, "lm_head_bias": False, "sliding_window": 9}),
         ("minimax_m2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e3}}),
         ("olmoe", {"norm_topk_prob": True, "attention_bias": True, "num_key_value_heads": 4}),
         ("granitemoe", {"tie_word_embeddings": True, "attention_bias": True}),
         ("hunyuan_v1_moe", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e3}}),
+        (
+            "exaone_moe",
+            {
+                "layer_types": ["full_attention"] * 4,
+                "num_shared_experts": 2,
+                "n_group": 1,
+                "topk_group": 1,
+            },
+        ),
         ("ernie4_5_moe", {"moe_layer_interval": 2, "tie_word_embeddings": True}),
         ("ernie4_5_moe", {"moe_num_shared_experts": 0, "moe_layer_end_index": 1}),
     ],
@@ -88,7 +99,7 @@ def answer_all(engine: DeviceTower) -> list[list[int]]:
     return [engine.output(f"r{number}") for number in range(3)]
 
 
-@pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2"])
+@pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2", "phimoe", "exaone_moe"])
 def test_two_ranks_answer_as_one_and_as_transformers(tmp_path: Path, family: str) -> None:
     hf = make_hf_model(family)
     path = save(hf, tmp_path)
@@ -100,9 +111,10 @@ def test_two_ranks_answer_as_one_and_as_transformers(tmp_path: Path, family: str
         assert ranks.run(answer_all) == alone
 
 
-def test_experts_with_numbered_parts_in_fp8(tmp_path: Path) -> None:
-    """Mixtral's names of an expert's parts, in blocks of FP8."""
-    hf = make_hf_model("mixtral", num_hidden_layers=1, intermediate_size=32, num_local_experts=4)
+@pytest.mark.parametrize("family", ["mixtral", "minimax_m2"])
+def test_experts_with_numbered_parts_in_fp8(tmp_path: Path, family: str) -> None:
+    """In blocks of FP8, by the names that published checkpoints have."""
+    hf = make_hf_model(family, num_hidden_layers=1, intermediate_size=32, num_local_experts=4)
     seeds = iter(range(10**6))
 
     def code(module: str, outputs: int, inputs: int) -> Any:
@@ -122,13 +134,14 @@ def test_experts_with_numbered_parts_in_fp8(tmp_path: Path) -> None:
     ("family", "draft"),
     [
         ("glm4_moe", "model.layers.3.eh_proj.weight"),
+        ("exaone_moe", "mtp.layers.0.input_layernorm.weight"),
         ("ernie4_5_moe", "model.mtp_block.0.input_layernorm.weight"),
     ],
 )
 def test_layers_of_token_prediction_are_passed_over(
     tmp_path: Path, family: str, draft: str
 ) -> None:
-    hf = make_hf_model(family, num_nextn_predict_layers=1)
+    hf = make_hf_model(family)
     path = save(hf, tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file) | {draft: torch.ones(2, 2)}
@@ -144,6 +157,13 @@ IN_GGUF: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {},
     "minimax_m2": {},
     "olmoe": {"norm_topk_prob": False},
+    "granitemoeshared": {},
+}
+GRANITES_KEYS = {
+    "granitemoe.attention.scale": 0.3,
+    "granitemoe.embedding_scale": 3.0,
+    "granitemoe.residual_scale": 0.5,
+    "granitemoe.logit_scale": 1.5,
 }
 
 
@@ -152,5 +172,31 @@ def test_the_same_model_from_a_gguf_file(tmp_path: Path, family: str) -> None:
     hf = make_hf_model(family, **IN_GGUF[family])
     path = tmp_path / "m.gguf"
     draft = {"blk.3.nextn.eh_proj.weight": np.ones((4, 8), np.float32)}
-    write_gguf(path, hf, extra_tensors=draft if family == "glm4_moe" else None)
+    extra = draft if family == "glm4_moe" else None
+    metadata = GRANITES_KEYS if family == "granitemoeshared" else None
+    write_gguf(path, hf, metadata=metadata, extra_tensors=extra)
     assert_logits_equal(hf, str(path), num_tokens=60)
+
+
+def test_phimoes_long_rope(tmp_path: Path) -> None:
+    """Its short factors and their magnitude, of a server for no more than the trained length.
+
+    Beyond it transformers takes the long magnitude with the short factors, so it is no oracle.
+    """
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e3,
+        "short_factor": [1.0, 1.1, 1.3, 1.5, 1.7, 2.0, 2.2, 2.5],
+        "long_factor": [2.0] * 8,
+        "short_mscale": 1.2,
+        "long_mscale": 1.3,
+        "original_max_position_embeddings": 96,
+    }
+    hf = make_hf_model("phimoe", rope_parameters=rope)
+    path = save(hf, tmp_path)
+    text = prompts(70)[0]
+    runner = runner_of(path, overrides={"max_position_embeddings": 96})
+    (ours,) = runner.step([(Sequence(text), len(text))], all_logits=True)
+    torch.testing.assert_close(ours, hf_logits(hf, text), atol=1e-4, rtol=0)
+    (far,) = runner_of(path).step([(Sequence(text), len(text))], all_logits=True)
+    assert (far - ours).abs().max() > 0.01

@@ -15,6 +15,14 @@ from typing import Any
 import gguf
 import numpy as np
 
+from sglang.srt.configs.gguf_dense import (
+    DENSE,
+    LONG_ROPE_TENSORS,
+    PARTIAL,
+    READ_KEYS,
+    dense_fields,
+    long_rope_fields,
+)
 from sglang.srt.configs.gguf_experts import MIXTURES, expert_fields
 from sglang.srt.configs.gguf_file import GGUFHeader, read_gguf_header, read_gguf_rows
 from sglang.srt.configs.gguf_latent import (
@@ -38,9 +46,11 @@ _ARCHITECTURES = {
     "ernie4_5-moe": ("Ernie4_5_MoeForCausalLM", "ernie4_5_moe"),
     "minimax-m2": ("MiniMaxM2ForCausalLM", "minimax_m2"),
     "olmoe": ("OlmoeForCausalLM", "olmoe"),
+    "granitemoe": ("GraniteMoeSharedForCausalLM", "granitemoeshared"),
+    **DENSE,
 }
 _MIXTRAL = ("MixtralForCausalLM", "mixtral")  # a llama with experts
-_PARTIAL = frozenset({"glm4moe", "minimax-m2"})  # architectures of whose heads a part turns
+_PARTIAL_MIXTURES = frozenset({"glm4moe", "minimax-m2"})  # of whose heads a part turns
 # Features that other families store under the same architecture name and that change the answer.
 _REFUSED_UNLESS_ZERO = (
     "attention.clamp_kqv",
@@ -80,12 +90,14 @@ def gguf_to_hf_config(path: str | Path) -> tuple[dict[str, Any], tuple[float, ..
         raw |= latent_fields(reader.get, reader.need)
         raw |= latent_expert_fields(reader.get, reader.need, header.tensors)
         turned = raw["qk_rope_head_dim"]
+    if name in DENSE or name in READ_KEYS:
+        raw |= dense_fields(str(name), header, reader.get, raw)
     raw |= reader.rope_fields(turned)
     raw |= reader.token_ids()
     if reader.is_mixture:
         raw |= expert_fields(reader.name, reader.get, reader.need, header.tensors)
     raw["torch_dtype"] = _widest_dtype(header)
-    return raw, _freq_factors(header, turned)
+    return raw, _freq_factors(header, int(reader.get("rope.dimension_count", turned)))
 
 
 class _Reader:
@@ -117,12 +129,12 @@ class _Reader:
 
     def refuse_other_features(self) -> None:
         for key in _REFUSED_UNLESS_ZERO:
-            if self.get(key, 0):
+            if key not in READ_KEYS.get(self.name, ()) and self.get(key, 0):
                 raise ValueError(f"{self.name}.{key} is not supported")
         if not self.is_mixture and self.name not in LATENT and self.get("expert_count", 0):
             raise ValueError(f"{self.name}.expert_count is not supported")
         for tensor in self.header.tensors:
-            if tensor.startswith("rope_factors_"):
+            if tensor in LONG_ROPE_TENSORS and self.name != "phi3":
                 raise ValueError(f"tensor {tensor} (longrope) is not supported")
 
     def shape_fields(self) -> dict[str, Any]:
@@ -158,7 +170,7 @@ class _Reader:
             "attention_output_bias": "blk.0.attn_output.bias" in tensors,
             "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         }
-        window = self.get("attention.sliding_window", 0)
+        window = 0 if self.name in DENSE else self.get("attention.sliding_window", 0)
         if window and self.name == "llama" and not is_mixtral:
             raw |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
         if window and self.name in ("llama", "gpt-oss"):
@@ -170,10 +182,13 @@ class _Reader:
     def rope_fields(self, head_dim: int) -> dict[str, Any]:
         rotated = int(self.get("rope.dimension_count", head_dim))
         rope: dict[str, Any] = {"rope_theta": float(self.get("rope.freq_base", 10000.0))}
-        if self.name in _PARTIAL:
+        if self.name in PARTIAL | _PARTIAL_MIXTURES:
             rope["partial_rotary_factor"] = rotated / head_dim
         elif rotated != head_dim:
             raise ValueError(f"rope.dimension_count {rotated} other than head_dim {head_dim}")
+        long_rope = long_rope_fields(self.header, self.get)
+        if long_rope:
+            return {"rope_parameters": rope | long_rope}
         kind = self.get("rope.scaling.type", "none")
         factor = float(self.get("rope.scaling.factor", self.get("rope.scale_linear", 0.0)))
         if kind == "none" and self.get("rope.scale_linear"):

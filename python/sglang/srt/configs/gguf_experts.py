@@ -17,7 +17,7 @@ from sglang.srt.configs.gguf_latent import latent_expert_fields
 # Architectures; a llama may be one, too.
 MIXTURES = frozenset(
     {"qwen2moe", "qwen3moe", "llama4", "gpt-oss", "glm4moe", "dots1", "ernie4_5-moe"}
-    | {"minimax-m2", "olmoe"}
+    | {"minimax-m2", "olmoe", "granitemoe"}
 )
 _LIKE_DEEPSEEK = frozenset({"glm4moe", "dots1"})
 _WITHOUT_HEAD_NORMS = 128  # experts: of the published Llama 4 files those of so many (Maverick)
@@ -65,6 +65,12 @@ def expert_fields(name: str, get: _Get, need: _Need, tensors: _Tensors) -> dict[
                 "moe_layers": sorted(stacks),
                 "use_qk_norm": experts != _WITHOUT_HEAD_NORMS,
             }
+        case "granitemoe":
+            shared = _widths(tensors, "ffn_gate_shexp", 2)
+            return fields | {
+                "intermediate_size": width,
+                "shared_intermediate_size": next(iter(shared.values()), 0),
+            }
         case "ernie4_5-moe":
             return _ernie_fields(experts, chosen, stacks, tensors)
     dense = [layer for layer in range(need("block_count")) if layer not in stacks]
@@ -95,7 +101,8 @@ def _widths(tensors: _Tensors, part: str, num_dims: int) -> dict[int, int]:
 
 
 def _refuse_others(name: str, get: _Get) -> None:
-    unknown = _GROUPS if name in ("qwen2moe", "ernie4_5-moe") else (*_GROUPS, _SHARED)
+    has_shared = name in ("qwen2moe", "ernie4_5-moe", "granitemoe")
+    unknown = _GROUPS if has_shared else (*_GROUPS, _SHARED)
     for key in unknown:
         if get(key, 0) not in (0, 1):
             raise ValueError(f"{name}.{key} is not supported")

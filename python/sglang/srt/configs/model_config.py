@@ -45,7 +45,6 @@ _COMMON_DEFAULTS: dict[str, Any] = {
 # Fields of a multimodal file that also say something of its text part.
 _SHARED_WITH_TEXT = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")
 
-_DRAFT_PREFIX = "model.mtp_"  # ERNIE's
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 _GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -157,10 +156,8 @@ class ModelConfig(ModelTraits):
         """Whether a checkpoint's tensor predicts further tokens, see `ModelTraits`."""
         if self.draft_prefix is not None and name.startswith(self.draft_prefix):
             return True
-        if not self.num_draft_layers:
+        if not self.num_draft_layers or (layer := _LAYER.match(name)) is None:
             return False
-        if (layer := _LAYER.match(name)) is None:
-            return name.startswith(_DRAFT_PREFIX)
         return 0 <= int(layer[1]) - self.num_layers < self.num_draft_layers
 
     def own_weight_name(self, name: str) -> str:

@@ -54,6 +54,7 @@ class MoEConfig:
     one more logit. `renormalize`: the chosen experts' shares add up to 1. `clamped_gate` None:
     experts compute silu(gate) * up. `choice` None: the largest softmax chooses. `scales_inputs`: a
     chosen expert's weight is its logit's sigmoid, and multiplies what the expert gets (Llama 4).
+    `mixer_tolerance` None: experts are chosen together; else by `route_in_turns` (PhiMoE).
     """
 
     layers: frozenset[int]
@@ -66,6 +67,7 @@ class MoEConfig:
     choice: ExpertChoice | None = None
     scales_inputs: bool = False
     gates_shared: bool = False
+    mixer_tolerance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +154,9 @@ class EncoderConfig:
 class ModelTraits:
     """The defaults, with one entry per layer in the tuples, are a plain Llama.
 
-    `attention_bias` is that of q, k and v. `qk_norm` normalises heads with weights before they
-    turn, `wide_qk_norm` all heads of a token together, `weightless_qk_norm` without weights after
-    they turned, in layers that turn at all.
+    `attention_bias` is that of q, k and v, `head_bias` that of the logits. `qk_norm` normalises
+    heads with weights before they turn, `heads_norm` in a way of the family's own,
+    `weightless_qk_norm` without weights after they turned, in layers that turn at all.
 
     Of layer l a query at position p sees (p - w, p] where `layer_windows[l]` is w, or
     [p - p % c, p] where `layer_chunks[l]` is c, both in tokens; everything up to p where both are
@@ -181,8 +183,9 @@ class ModelTraits:
     attention_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
     qk_norm: bool = False
-    wide_qk_norm: bool = False
+    heads_norm: bool = False
     weightless_qk_norm: bool = False
     layer_windows: tuple[int | None, ...]
     layer_chunks: tuple[int | None, ...]
@@ -195,8 +198,8 @@ class ModelTraits:
     latent: LatentConfig | None = None
     index: IndexConfig | None = None
     num_draft_layers: int = 0
-    weight_names: tuple[tuple[str, str], ...] = ()
     draft_prefix: str | None = None
+    weight_names: tuple[tuple[str, str], ...] = ()
     linear: LinearConfig | None = None
     attention_scaling: float | None = None
     attention_logit_cap: float = 0.0

@@ -59,7 +59,8 @@ class RopeConfig:
     one are wrong for queries turned by the other, and cached prefixes are shared between
     sequences of any length, so which of them is meant is decided once, for the whole server, by the
     context length that it serves (`for_context`). transformers chooses by the length of a sequence
-    instead, and computes its cache anew when it grows beyond the border.
+    instead, and computes its cache anew when it grows beyond the border. `short_magnitude` and
+    `long_magnitude` are what cos and sin are multiplied with beside either (None: as computed).
     """
 
     theta: float = 10000.0
@@ -79,6 +80,8 @@ class RopeConfig:
     short_factors: tuple[float, ...] | None = None
     long_factors: tuple[float, ...] | None = None
     is_long: bool = False
+    short_magnitude: float | None = None
+    long_magnitude: float | None = None
 
     def turned(self, head_dim: int) -> int:
         """How many of a head's dimensions turn."""
@@ -96,6 +99,9 @@ class RopeConfig:
         """What cos and sin are multiplied with: 1.0 except for yarn (arXiv 2309.00071, 3.4) and
         LongRoPE (arXiv 2402.13753; the same for short and long factors)."""
         if self.rope_type == "longrope":
+            magnitude = self.long_magnitude if self.is_long else self.short_magnitude
+            if magnitude is not None:
+                return magnitude
             if self.attention_factor is not None:
                 return self.attention_factor
             if self.factor <= 1.0:
@@ -182,6 +188,8 @@ def rope_config_from_hf(
         partial=partial,
         short_factors=_factors(merged, "short_factor") if rope_type == "longrope" else None,
         long_factors=_factors(merged, "long_factor") if rope_type == "longrope" else None,
+        short_magnitude=_optional_number(merged, "short_mscale"),
+        long_magnitude=_optional_number(merged, "long_mscale"),
     )
     _check(config)
     if rope_type == "dynamic" and merged.get("alpha") is not None:

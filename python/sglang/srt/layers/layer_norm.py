@@ -1,4 +1,4 @@
-"""Layer normalisation without a bias, with the residual addition, in `RMSNorm`'s shape.
+"""Layer normalisation with the residual addition, in `RMSNorm`'s shape.
 
 Source: arXiv 1607.06450. A layer norm is the root-mean-square norm of x less its mean. Where a
 tape is recorded it is made of the native calls that there are: the mean is a product with a row
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.residual import ResidualSum, begin_residual
+from sglang.srt.layers.weights import copy_checked, frozen_parameter
 from sglang.srt.utils.native import kernels_for
 
 
@@ -69,3 +70,23 @@ class BiaslessLayerNorm(RMSNorm):
             wide, self.weight, self.eps, centre, num_threads=threads
         )[0]
         return normed
+
+
+class BiasedLayerNorm(BiaslessLayerNorm):
+    """The same plus a bias; its steps are not recorded."""
+
+    def __init__(self, hidden_size: int, eps: float, *, dtype: torch.dtype) -> None:
+        super().__init__(hidden_size, eps, dtype=dtype)
+        self.bias = frozen_parameter(hidden_size, dtype=dtype)
+
+    def _normed(self, wide: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        normed = F.layer_norm(wide, wide.shape[-1:], weight, bias, self.eps)
+        return normed.to(self.weight.dtype)
+
+    def weight_loader(self, param_name: str, loaded: torch.Tensor) -> None:
+        """Copy "weight" or "bias"; ValueError for a wrong name or shape."""
+        if param_name == "bias":
+            copy_checked(self.bias.data, loaded, param_name)
+        else:
+            super().weight_loader(param_name, loaded)

@@ -65,6 +65,25 @@ def route_by_sigmoid(logits: torch.Tensor, num_chosen: int) -> Routing:
     return Routing(experts, torch.sigmoid(chosen.float()))
 
 
+def route_in_turns(logits: torch.Tensor, num_chosen: int, tolerance: float) -> Routing:
+    """One expert after the other of the logits [T, E], the largest of those that are left.
+
+    Its weight is its share of the softmax over them, without those that are too far from it: by
+    more than twice `tolerance`, as a part of the larger of it and of their own size. Weights don't
+    add up to 1. Source: arXiv 2409.12136, section 2 (GRIN, without its noise).
+    """
+    wide = logits.float()
+    left, weights, experts = wide, [], []
+    for _ in range(num_chosen):
+        best, expert = left.max(-1, keepdim=True)
+        is_far = (best - wide) / torch.maximum(wide.abs(), best) > 2 * tolerance
+        shares = torch.softmax(left.masked_fill(is_far, float("-inf")), -1)
+        weights.append(shares.gather(-1, expert))
+        experts.append(expert)
+        left = left.scatter(-1, expert, float("-inf"))
+    return Routing(torch.cat(experts, -1), torch.cat(weights, -1))
+
+
 def _kernels_for_few(x: torch.Tensor) -> ModuleType | None:
     """The native kernels where they take as many rows as x has."""
     kernels = kernels_for(x)
@@ -137,6 +156,25 @@ class SigmoidRouter(Router):
 
     def route(self, x: torch.Tensor) -> Routing:
         return route_by_sigmoid(self(x), self.num_chosen)
+
+
+class MixerRouter(Router):
+    """Routings by `route_in_turns`: `num_chosen` experts of every token."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        num_chosen: int,
+        *,
+        tolerance: float,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, dtype=dtype)
+        self.num_chosen, self.tolerance = num_chosen, tolerance
+
+    def route(self, x: torch.Tensor) -> Routing:
+        return route_in_turns(self(x), self.num_chosen, self.tolerance)
 
 
 class Experts(ExpertWeights):

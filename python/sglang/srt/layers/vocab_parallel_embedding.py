@@ -14,7 +14,14 @@ from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.quantization.matrix import numbers_like
 from sglang.srt.layers.rows import take_rows
 from sglang.srt.layers.scaled import scaled
-from sglang.srt.layers.weights import LoadedWeight, WeightOwner, give_memory, narrow_rows
+from sglang.srt.layers.weights import (
+    LoadedWeight,
+    WeightOwner,
+    copy_checked,
+    frozen_parameter,
+    give_memory,
+    narrow_rows,
+)
 
 
 class _VocabShard(WeightOwner):
@@ -80,8 +87,8 @@ class ParallelLMHead(_VocabShard):
     """Hidden rows [R, embedding_dim] -> logits [R, num_embeddings] in the weight's dtype.
 
     `tied_to` shares the embedding's rows instead of owning some. Logits are multiplied by
-    `logit_factor`; then a `logit_cap` c > 0 turns a logit s into c * tanh(s / c), computed and
-    given in float32.
+    `logit_factor`, a `bias` is added; then a `logit_cap` c > 0 turns a logit s into
+    c * tanh(s / c), computed and given in float32.
     """
 
     def __init__(
@@ -94,8 +101,10 @@ class ParallelLMHead(_VocabShard):
         tied_to: VocabParallelEmbedding | None = None,
         logit_factor: float = 1.0,
         logit_cap: float = 0.0,
+        bias: bool = False,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, parallel, dtype)
+        self.bias = frozen_parameter(num_embeddings, dtype=dtype) if bias else None
         self.logit_factor = logit_factor
         self.logit_cap = logit_cap
         # In a tuple: the embedding's module belongs to the model, not to the head.
@@ -121,7 +130,14 @@ class ParallelLMHead(_VocabShard):
         logits = table.product(hidden)
         if self._parallel.tp_size > 1:
             logits = self._parallel.all_gather(logits, -1)[..., : self.num_embeddings]
-        return logits
+        return logits if self.bias is None else logits + self.bias
+
+    def weight_loader(self, param_name: str, loaded: LoadedWeight) -> None:
+        """See `_VocabShard`; every rank has the whole bias."""
+        if param_name == "bias" and self.bias is not None and isinstance(loaded, torch.Tensor):
+            copy_checked(self.bias.data, loaded, param_name)
+        else:
+            super().weight_loader(param_name, loaded)
 
     def cap(self, logits: torch.Tensor) -> torch.Tensor:
         """float32 `logits` with the cap, if there is one. Side effect: they are changed."""

@@ -196,6 +196,7 @@ def open_adapters(
         num_places=args.max_loras_per_batch,
         rank=args.max_lora_rank,
         targets=args.lora_target_modules,
+        own_factors=model.own_factors,
         runtime=runtime,
     )
     book = SchedulerAdapters(places, evicts_lru=args.lora_eviction_policy == "lru", ranks=ranks)

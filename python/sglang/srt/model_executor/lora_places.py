@@ -27,6 +27,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_loader.lora_files import (
     AdapterFile,
     CutAdapter,
+    OwnFactors,
     cut_adapter,
     leaf_of,
 )
@@ -70,12 +71,14 @@ class AdapterPlaces:
         num_places: int,
         rank: int,
         runtime: DeviceRuntime,
+        own_factors: OwnFactors,
     ) -> None:
         self.num_places = num_places
         self._runtime = runtime
         self.targets = targets
         self.rank = rank
         self._sites = sites
+        self._own_factors = own_factors
         self._step = AdapterStep()
         self._held: dict[int, CutAdapter] = {}
         shards: dict[ShardedLinear, list[int | str | None]] = {}
@@ -96,7 +99,8 @@ class AdapterPlaces:
 
     def hold(self, adapter_id: int, adapter: AdapterFile) -> None:
         """Keep what this rank needs of an adapter; ValueError when it does not fit the model."""
-        self._held[adapter_id] = cut_adapter(adapter, self._sites, self.targets, self.rank)
+        own = adapter.renamed(self._own_factors)
+        self._held[adapter_id] = cut_adapter(own, self._sites, self.targets, self.rank)
 
     def forget(self, adapter_id: int) -> None:
         """Let go of an adapter, if it is held; its place may keep what it has."""
@@ -164,14 +168,18 @@ def make_places(
     num_places: int,
     rank: int | None,
     targets: Sequence[str] | None,
+    own_factors: OwnFactors,
     runtime: DeviceRuntime | None = None,
 ) -> AdapterPlaces:
     """Places for the adapters that were `found` at start, and later ones no larger.
 
-    `rank` and `targets` None: those of the found; `runtime` None: the host. ValueError for targets
-    that the model lacks.
+    `rank` and `targets` None: those of the found; `runtime` None: the host. `own_factors` is the
+    model's (see `CausalLM`). ValueError for targets that the model lacks.
     """
+    found = [adapter.renamed(own_factors) for adapter in found]
     resolved = resolve_targets(targets, found, sites)
     most = rank if rank is not None else max(adapter.rank for adapter in found)
     with torch.inference_mode(False):
-        return AdapterPlaces(sites, resolved, num_places, most, runtime or CpuRuntime())
+        return AdapterPlaces(
+            sites, resolved, num_places, most, runtime or CpuRuntime(), own_factors
+        )

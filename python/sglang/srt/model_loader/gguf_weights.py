@@ -1,8 +1,9 @@
 """Reads the tensors of a GGUF file under their Hugging Face names, one at a time.
 
 The loader walks it like any other `WeightSource`. Matrices keep their codes where the native
-kernels can multiply with them; everything else becomes numbers. Llama files store rows of q and k
-so that rotary pairs are neighbours; they are put back into halves here, as our rotation wants them.
+kernels can multiply with them; everything else becomes numbers. Files of Llama and its nearest
+store rows of q and k so that rotary pairs are neighbours; they are put back into halves here, as
+our rotation wants them.
 """
 
 from __future__ import annotations
@@ -60,8 +61,24 @@ _SHARED_EXPERTS = {
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
     "ffn_down_shexp": "mlp.shared_experts.down_proj",
 }
+_POST_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 # Where families call things otherwise, by model_type.
 _FAMILY_NAMES = {
+    "gemma2": {**_POST_NORMS, "ffn_norm": "pre_feedforward_layernorm"},
+    "gemma3_text": {**_POST_NORMS, "ffn_norm": "pre_feedforward_layernorm"},
+    "olmo2": _POST_NORMS,
+    "olmo3": _POST_NORMS,
+    "exaone4": _POST_NORMS,
+    "seed_oss": {"post_attention_norm": "post_attention_layernorm"},
+    "glm4": {
+        "post_attention_norm": "post_self_attn_layernorm",
+        "post_ffw_norm": "post_mlp_layernorm",
+        "ffn_up": "mlp.gate_up_proj",
+    },
+    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
     "qwen3_moe": _GATED,
     "mixtral": _GATED,
     "minimax_m2": _GATED,
@@ -70,6 +87,7 @@ _FAMILY_NAMES = {
     "glm4_moe": {**_SHARED_EXPERTS, "post_attention_norm": "post_attention_layernorm"},
     "dots1": _SHARED_EXPERTS,
     "ernie4_5_moe": _SHARED_EXPERTS,
+    "granitemoeshared": _SHARED_EXPERTS,
     "gpt_oss": {"post_attention_norm": "post_attention_layernorm"},
     "deepseek_v2": {
         "attn_q_a": "self_attn.q_a_proj",
@@ -95,7 +113,13 @@ _WHOLE_NAMES = {  # without what kind it is
 # [H, V, C].
 _KEYS_PART, _VALUES_PART, _BOTH_PARTS = ".attn_k_b.", ".attn_v_b.", ".attn_kv_b."
 _SHARED_GATE = ".ffn_gate_inp_shexp."
-_NOT_WEIGHTS = frozenset({"rope_freqs.weight"})  # ModelConfig has read it
+# ModelConfig has read them.
+_NOT_WEIGHTS = frozenset(
+    {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+)
+# Whose rows of q and k are reordered.
+_REORDERED = ("llama", "mistral", "mixtral", "granite", "granitemoeshared", "smollm3")
+_NORMS_PLUS_ONE = ("gemma2", "gemma3_text")  # whose norms are stored as the factors that they are
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
@@ -151,9 +175,8 @@ def _walk(
     dtype: torch.dtype,
     kernels: ModuleType | None,
 ) -> WeightIterator:
-    # Only the llama architecture (Mistral and Mixtral included) reorders rows in its files.
     heads_of = {}
-    if config.model_type in ("llama", "mistral", "mixtral"):
+    if config.model_type in _REORDERED:
         heads_of = {".attn_q.": config.num_heads, ".attn_k.": config.num_kv_heads}
     named = {info.name: info for info in infos}
     for info in infos:
@@ -176,6 +199,8 @@ def _walk(
         tensor = _dequantize(path, info, dtype)
         if _SHARED_GATE in info.name and tensor.dim() == 1:  # a matrix of one row
             tensor = tensor.unsqueeze(0)
+        if config.model_type in _NORMS_PLUS_ONE and info.name.endswith("norm.weight"):
+            tensor = _dequantize(path, info, torch.float32) - 1
         yield hf_name, tensor if order is None else tensor[order]
 
 

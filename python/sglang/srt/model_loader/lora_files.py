@@ -6,8 +6,8 @@ requests. See docs/lora.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ _ENDS = {".lora_A.weight": 0, ".lora_B.weight": 1}
 _SHOWN = 6
 
 
+OwnFactors = Callable[[Mapping[str, Factors]], Mapping[str, Factors]]  # see CausalLM.own_factors
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
     """An adapter as it was read: whole A [r, in] and B [out, r] by module, B scaled in float32.
@@ -36,6 +39,13 @@ class AdapterFile:
     folder: Path
     factors: Mapping[str, Factors]
     claims: frozenset[str]
+
+    def renamed(self, own_factors: OwnFactors) -> AdapterFile:
+        """The same by the modules of a model; ValueError where it does not fit."""
+        try:
+            return replace(self, factors=own_factors(self.factors))
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from error
 
     @property
     def rank(self) -> int:
@@ -156,9 +166,6 @@ def _cut(site: AdapterSite, factors: Factors) -> Factors:
             f"the adapter is for {a.shape[1]} inputs and {len(b)} outputs, the model's layer has "
             f"{part.source_columns} and {part.source_rows}"
         )
-    order = site.row_order(len(b))
-    if order is not None:
-        b = b[order]
     dtype = site.layer.weight.dtype
     return (
         a[:, part.column_first : part.column_first + part.columns].to(dtype, copy=True),

@@ -102,7 +102,7 @@ def _plan(
                 yield from _merged(module, f"{merged[1]}.{part}_proj", part, roles, num_experts,
                                    interleaved)  # fmt: skip
         elif "" in roles:
-            yield _Job(module, (module,), partial(_plain, module))
+            yield _Job(module, (roles[""],), partial(_plain, roles[""]))
         else:
             make = partial(_module, scheme, module, roles)
             yield _Job(f"{module}.weight", tuple(roles.values()), make)

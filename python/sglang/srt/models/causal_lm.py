@@ -7,9 +7,8 @@ an error that names it. Reading files is model_loader's work, cutting shards the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.linear import ShardedLinear
+from sglang.srt.layers.lora import Factors
 from sglang.srt.layers.moe import Experts
 from sglang.srt.layers.quantization.matrix import numbers_like
 from sglang.srt.layers.rotary_embedding import partial_row_order
@@ -34,11 +34,13 @@ class LoadedModel(nn.Module):
     """What has weights of a checkpoint.
 
     `merged_projections` says which checkpoint tensors share a parameter: merged name ->
-    ((checkpoint name, shard id), ...). `Experts` say it themselves.
+    ((checkpoint name, shard id), ...). `Experts` say it themselves. `orders_rows`: of heads that
+    turn in part, by halves, the pairs that turn come first here (see `partial_row_order`).
     """
 
     config: ModelConfig
     merged_projections: ClassVar[MergedProjections]
+    orders_rows: ClassVar[bool] = False
 
     def load_weights(self, weights: Iterable[tuple[str, LoadedWeight]]) -> None:
         """Copy every (checkpoint name, whole tensor) into this rank's parameters.
@@ -62,7 +64,7 @@ class LoadedModel(nn.Module):
             if own in done:
                 raise ValueError(f"weight {name} is in the checkpoint twice")
             try:
-                place.load(_in_order(tensor, own, self.config))
+                place.load(self._in_order(own, tensor))
             except ValueError as error:
                 raise ValueError(f"weight {name}: {error}") from error
             done.add(own)
@@ -89,6 +91,22 @@ class LoadedModel(nn.Module):
                 prefix = f"{parent}.{source}" if parent else source
                 places[f"{prefix}.{param_name}"] = Place(module, param_name, shard)
         return places
+
+    def _row_order(self, name: str, num_rows: int) -> torch.Tensor | None:
+        """Which row of a checkpoint's tensor stands where, int64 [num_rows]; None: as there."""
+        dim, rope = self.config.head_dim, self.config.rope
+        if not self.orders_rows or rope.partial == 1.0 or self.config.interleaved_rope:
+            return None
+        if name.rpartition(".")[0].rpartition(".")[2] not in _TURNED or num_rows % dim:
+            return None
+        heads = torch.arange(0, num_rows, dim, device="cpu")
+        return (heads.unsqueeze(1) + partial_row_order(dim, rope.turned(dim))).flatten()
+
+    def _in_order(self, name: str, tensor: LoadedWeight) -> LoadedWeight:
+        order = self._row_order(name, tensor.shape[0]) if tensor.shape else None
+        if order is None:
+            return tensor
+        return tensor[order] if isinstance(tensor, torch.Tensor) else tensor.take(order)
 
     def _may_be_ignored(self, name: str, tensor: LoadedWeight) -> bool:
         if name.endswith("rotary_emb.inv_freq"):
@@ -118,24 +136,31 @@ class CausalLM(LoadedModel, ABC):
     def adapter_sites(self) -> dict[str, AdapterSite]:
         """The linear layers by their modules' names in checkpoints, which adapters go by."""
         return {
-            name.removesuffix(".weight"): AdapterSite(
-                place.module, place.shard_id, partial(_row_order, name, self.config)
-            )
+            name.removesuffix(".weight"): AdapterSite(place.module, place.shard_id)
             for name, place in self._places().items()
             if isinstance(place.module, ShardedLinear) and place.param_name == "weight"
         }
 
+    def own_factors(self, factors: Mapping[str, Factors]) -> Mapping[str, Factors]:
+        """An adapter's A and B by the modules of `adapter_sites`, of those by modules of files.
+
+        They differ where a checkpoint joins projections, or names them otherwise. ValueError for
+        rows that can't be cut.
+        """
+        own: dict[str, Factors] = {}
+        for module, (a, b) in factors.items():
+            name = self.config.own_weight_name(f"{module}.weight")
+            order = self._row_order(name, len(b))
+            own[name.removesuffix(".weight")] = a, b if order is None else b[order]
+        return own
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterSite:
-    """A checkpoint's projection: the linear layer that computes it, and which of its shards.
-
-    `row_order` gives, for their number, which row of the checkpoint stands where (None: as there).
-    """
+    """A checkpoint's projection: the linear layer that computes it, and which of its shards."""
 
     layer: ShardedLinear
     shard_id: int | str | None
-    row_order: Callable[[int], torch.Tensor | None] = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,28 +180,6 @@ class Place:
             self.module.weight_loader(self.param_name, tensor)
         else:
             self.module.weight_loader(self.param_name, tensor, self.shard_id)
-
-
-def _row_order(name: str, config: ModelConfig, num_rows: int) -> torch.Tensor | None:
-    """Which row of a checkpoint's tensor stands where here, int64 [num_rows]; None: as there.
-
-    Of heads that turn in part, by halves, the pairs that turn come first, see `partial_row_order`.
-    """
-    dim, rope = config.head_dim, config.rope
-    if rope.partial == 1.0 or config.interleaved_rope or config.latent is not None:
-        return None
-    if name.rpartition(".")[0].rpartition(".")[2] not in _TURNED or num_rows % dim:
-        return None
-    heads = torch.arange(0, num_rows, dim, device="cpu")
-    order = partial_row_order(dim, rope.turned(dim))
-    return (heads.unsqueeze(1) + order).flatten()
-
-
-def _in_order(tensor: LoadedWeight, name: str, config: ModelConfig) -> LoadedWeight:
-    order = _row_order(name, config, tensor.shape[0]) if len(tensor.shape) else None
-    if order is None:
-        return tensor
-    return tensor[order] if isinstance(tensor, torch.Tensor) else tensor.take(order)
 
 
 def _listed(names: list[str]) -> str:

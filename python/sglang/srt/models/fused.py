@@ -8,19 +8,14 @@ Shape letters: H query heads, G kv heads, D head dim, I width of the MLP.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.lora import Factors
 from sglang.srt.layers.weights import LoadedWeight, narrow_rows
 from sglang.srt.models.arranged import ArrangedForCausalLM, NormPlaces
-
-
-class Phi3ForCausalLM(ArrangedForCausalLM):
-    """The whole model; arguments and errors as for `LlamaForCausalLM`."""
-
-    def load_weights(self, weights: Iterable[tuple[str, LoadedWeight]]) -> None:
-        """As `CausalLM.load_weights`, of tensors that are joined or not."""
-        super().load_weights(split_joined(weights, self.config))
 
 
 class GlmForCausalLM(ArrangedForCausalLM):
@@ -29,6 +24,19 @@ class GlmForCausalLM(ArrangedForCausalLM):
     def load_weights(self, weights: Iterable[tuple[str, LoadedWeight]]) -> None:
         """As `CausalLM.load_weights`, of tensors that are joined or not."""
         super().load_weights(split_joined(weights, self.config))
+
+    def own_factors(self, factors: Mapping[str, Factors]) -> Mapping[str, Factors]:
+        """See `CausalLM.own_factors`: the parts of a joined B have an A in common."""
+        own: dict[str, Factors] = {}
+        for module, (a, b) in factors.items():
+            for name, part in split_joined([(f"{module}.weight", b)], self.config):
+                assert isinstance(part, torch.Tensor)
+                own[name.removesuffix(".weight")] = a, part
+        return super().own_factors(own)
+
+
+class Phi3ForCausalLM(GlmForCausalLM):
+    """The whole model; arguments and errors as for `LlamaForCausalLM`."""
 
 
 class Glm4ForCausalLM(GlmForCausalLM):

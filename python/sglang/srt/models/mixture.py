@@ -18,7 +18,7 @@ from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.activation import ClampedGate
 from sglang.srt.layers.expert_weights import ExpertLayout
 from sglang.srt.layers.grouped_routing import GroupedRouter
-from sglang.srt.layers.moe import Experts, Router, SigmoidRouter, SoftmaxRouter
+from sglang.srt.layers.moe import Experts, MixerRouter, Router, SigmoidRouter, SoftmaxRouter
 from sglang.srt.layers.weights import LoadedWeight
 from sglang.srt.models.arranged import ArrangedForCausalLM
 from sglang.srt.models.llama import LlamaMLP
@@ -91,6 +91,14 @@ class Mixture(nn.Module):
 def _router(hidden: int, moe: MoEConfig, options: MixtureOptions, dtype: torch.dtype) -> Router:
     if moe.choice is not None:
         return GroupedRouter(hidden, moe)
+    if moe.mixer_tolerance is not None:
+        return MixerRouter(
+            hidden,
+            moe.num_experts,
+            moe.experts_per_token,
+            tolerance=moe.mixer_tolerance,
+            dtype=dtype,
+        )
     if moe.scales_inputs:
         return SigmoidRouter(hidden, moe.num_experts, moe.experts_per_token, dtype=dtype)
     return SoftmaxRouter(

@@ -110,6 +110,7 @@ class Qwen3NextForCausalLM(MixtureForCausalLM):
 
     mixture = MixtureOptions(shared="shared_expert")
     norm_class = GemmaRMSNorm
+    orders_rows = False  # what turns of a head is cut out
 
     def make_model(
         self,

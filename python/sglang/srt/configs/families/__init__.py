@@ -16,7 +16,7 @@ from sglang.srt.configs.families.dense import (
     SMOLLM3,
 )
 from sglang.srt.configs.families.gemma import GEMMA2, GEMMA3, GEMMA3_MULTIMODAL
-from sglang.srt.configs.families.glm import DOTS1, GLM4_MOE, GLM4_MOE_LITE
+from sglang.srt.configs.families.glm import DOTS1, EXAONE_MOE, GLM4_MOE, GLM4_MOE_LITE
 from sglang.srt.configs.families.gpt_oss import GPT_OSS
 from sglang.srt.configs.families.llama import LLAMA
 from sglang.srt.configs.families.llama4 import LLAMA4, LLAMA4_MULTIMODAL
@@ -28,12 +28,14 @@ from sglang.srt.configs.families.mistral import (
 )
 from sglang.srt.configs.families.mixtures import (
     ERNIE4_5_MOE,
+    FLEX_OLMO,
     GRANITE_MOE,
     GRANITE_MOE_SHARED,
     HUNYUAN_MOE,
     MINIMAX_M2,
     MIXTRAL,
     OLMOE,
+    PHIMOE,
 )
 from sglang.srt.configs.families.olmo import OLMO2, OLMO3
 from sglang.srt.configs.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
@@ -107,8 +109,12 @@ FAMILIES: dict[str, ModelFamily] = {
     "MixtralForCausalLM": MIXTRAL,
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Ernie4_5_MoeForCausalLM": ERNIE4_5_MOE,
+    "PhiMoEForCausalLM": PHIMOE,
+    "PhimoeForCausalLM": PHIMOE,
     "MiniMaxM2ForCausalLM": MINIMAX_M2,
     "OlmoeForCausalLM": OLMOE,
+    "FlexOlmoForCausalLM": FLEX_OLMO,
+    "ExaoneMoeForCausalLM": EXAONE_MOE,
     "GraniteMoeForCausalLM": GRANITE_MOE,
     "GraniteMoeSharedForCausalLM": GRANITE_MOE_SHARED,
     "HunYuanMoEV1ForCausalLM": HUNYUAN_MOE,

@@ -18,13 +18,12 @@ from sglang.srt.configs.model_traits import (
 
 
 def _read_cohere(fields: Fields, num_layers: int) -> ModelTraits:
-    if fields.get("use_qk_norm"):
-        raise ValueError("use_qk_norm is not supported")
     bias = bool(fields["attention_bias"])
     return plain_traits(
         num_layers,
         attention_bias=bias,
         attention_output_bias=bias,
+        heads_norm=bool(fields.get("use_qk_norm")),
         interleaved_rope=True,
         logit_factor=positive_number(fields, "logit_scale"),
     )
@@ -65,7 +64,7 @@ COHERE = ModelFamily(
 )
 COHERE2 = ModelFamily(
     "cohere2",
-    {**_DEFAULTS, "sliding_window": 4096, "sliding_window_pattern": 4},
+    {**_DEFAULTS, "sliding_window": 4096, "_sliding_window_pattern": 4},
     _read_cohere2,
     norm_field="layer_norm_eps",
 )

@@ -14,6 +14,7 @@ from sglang.srt.configs.model_traits import (
     ModelFamily,
     ModelTraits,
     plain_traits,
+    positive,
     positive_number,
 )
 
@@ -81,6 +82,10 @@ def _read_glm(fields: Fields, num_layers: int) -> ModelTraits:
 
 
 def _read_phi3(fields: Fields, num_layers: int) -> ModelTraits:
+    """A window that holds the longest text, as Phi-4-mini's does, is none."""
+    window, length = fields.get("sliding_window"), positive(fields, "max_position_embeddings")
+    if isinstance(window, int) and window >= length:
+        fields = {**fields, "sliding_window": None}
     return plain_traits(num_layers, layer_windows=sliding_windows(fields, num_layers, first=0))
 
 
@@ -128,7 +133,7 @@ EXAONE4 = ModelFamily(
         "bos_token_id": 0,
         "eos_token_id": 2,
         "sliding_window": 4096,
-        "sliding_window_pattern": 4,
+        "_sliding_window_pattern": 4,
     },
     _read_exaone4,
 )

@@ -36,18 +36,11 @@ def _read_gemma2(fields: Fields, num_layers: int) -> ModelTraits:
         num_layers,
         attention_bias=bias,
         attention_output_bias=bias,
-        layer_windows=_layer_windows(fields, num_layers),
+        layer_windows=patterned_windows(fields, num_layers),
         attention_scaling=positive_number(fields, "query_pre_attn_scalar") ** -0.5,
         attention_logit_cap=_cap(fields, "attn_logit_softcapping"),
         final_logit_cap=_cap(fields, "final_logit_softcapping"),
     )
-
-
-def _layer_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
-    # Newer files write the pattern under the second name.
-    if fields.get("sliding_window_pattern") is None:
-        fields = {**fields, "sliding_window_pattern": fields["_sliding_window_pattern"]}
-    return patterned_windows(fields, num_layers)
 
 
 def _window_rope(fields: Fields) -> RopeConfig:

@@ -1,7 +1,7 @@
-"""GLM-4.5, 4.6 and 4.7, and dots.llm1: DeepSeek-V3's experts under other attention.
+"""GLM-4.5, 4.6 and 4.7, dots.llm1 and K-EXAONE: DeepSeek-V3's experts under other attention.
 
 Sources: arXiv 2508.06471 and 2506.05767, the published configurations of GLM-4.5, GLM-4.5-Air,
-GLM-4.7-Flash and dots.llm1, and the Hugging Face pages of the config classes.
+GLM-4.7-Flash, dots.llm1 and K-EXAONE, and the Hugging Face pages of the config classes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from sglang.srt.configs.families.deepseek import (
     DEEPSEEK_V3,
     grouped_experts,
 )
+from sglang.srt.configs.families.dense import EXAONE4
 from sglang.srt.configs.families.llama import sliding_windows
 from sglang.srt.configs.model_traits import (
     Fields,
@@ -42,6 +43,20 @@ def _read_dots1(fields: Fields, num_layers: int) -> ModelTraits:
         qk_norm=True,
         layer_windows=sliding_windows(fields, num_layers, first=whole(fields, "max_window_layers")),
         moe=grouped_experts(fields, num_layers),
+    )
+
+
+def _read_exaone_moe(fields: Fields, num_layers: int) -> ModelTraits:
+    named = {
+        **fields,
+        "n_routed_experts": fields["num_experts"],
+        "n_shared_experts": fields["num_shared_experts"],
+    }
+    return replace(
+        EXAONE4.read_traits(fields, num_layers),
+        moe=grouped_experts(named, num_layers),
+        draft_prefix="mtp.",
+        weight_names=((".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),),
     )
 
 
@@ -109,4 +124,24 @@ DOTS1 = ModelFamily(
         "norm_topk_prob": False,
     },
     _read_dots1,
+)
+EXAONE_MOE = ModelFamily(
+    "exaone_moe",
+    {
+        **BIASED_EXPERTS,
+        "vocab_size": 102400,
+        "intermediate_size": 16384,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 53,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+        "moe_intermediate_size": 1024,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "num_shared_experts": 1,
+        "routed_scaling_factor": 2.5,
+    },
+    _read_exaone_moe,
 )

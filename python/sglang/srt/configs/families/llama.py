@@ -36,15 +36,17 @@ def sliding_windows(fields: Fields, num_layers: int, *, first: int) -> tuple[int
 def patterned_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
     """As `sliding_windows`; without `layer_types` every n-th layer is global.
 
-    n is `sliding_window_pattern`; that may also be a word such as "LLLG", repeated, whose G are the
-    global layers.
+    n is `sliding_window_pattern`, which newer files and defaults write `_sliding_window_pattern`;
+    that may also be a word such as "LLLG", repeated, whose G are the global layers.
     """
-    pattern = fields.get("sliding_window_pattern")
     if fields.get("layer_types") is None and fields.get("sliding_window") is not None:
+        older = fields.get("sliding_window_pattern") is not None
+        name = "sliding_window_pattern" if older else "_sliding_window_pattern"
+        pattern = fields[name]
         if not isinstance(pattern, str):
-            pattern = "L" * (positive(fields, "sliding_window_pattern") - 1) + "G"
+            pattern = "L" * (positive(fields, name) - 1) + "G"
         if not pattern or set(pattern) - set("LG"):
-            raise ValueError(f"sliding_window_pattern {pattern!r} is not one of L and G")
+            raise ValueError(f"{name} {pattern!r} is not one of L and G")
         kinds = {"L": "sliding_attention", "G": "full_attention"}
         types = [kinds[pattern[layer % len(pattern)]] for layer in range(num_layers)]
         fields = {**fields, "layer_types": types}

@@ -1,8 +1,8 @@
-"""Mixtral, MiniMax-M2, OLMoE, GraniteMoe, ERNIE 4.5 and Hunyuan: mixtures, what fields mean.
+"""Mixtral, PhiMoE, MiniMax-M2, OLMoE, GraniteMoe, ERNIE 4.5 and Hunyuan: what fields mean.
 
-Sources: arXiv 2401.04088 (Mixtral), 2409.02060 (OLMoE), the model cards of MiniMax-M2, Granite 3
-and Hunyuan-A13B, the ERNIE 4.5 technical report; the published configurations and the Hugging Face
-pages of the config classes.
+Sources: arXiv 2401.04088 (Mixtral), 2404.14219 (PhiMoE), 2409.02060 (OLMoE), the model cards of
+MiniMax-M2, Granite 3 and Hunyuan-A13B, the ERNIE 4.5 technical report; the published configurations
+and the Hugging Face pages of the config classes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sglang.srt.configs.model_traits import (
     MoEConfig,
     plain_traits,
     positive,
+    positive_number,
     whole,
 )
 
@@ -68,6 +69,27 @@ def _read_mixtral(fields: Fields, num_layers: int) -> ModelTraits:
     )
 
 
+def _read_phimoe(fields: Fields, num_layers: int) -> ModelTraits:
+    bias = bool(fields["attention_bias"])
+    moe = experts_of(
+        fields,
+        range(num_layers),
+        count="num_local_experts",
+        chosen="num_experts_per_tok",
+        width="intermediate_size",
+        mixer_tolerance=positive_number(fields, "router_jitter_noise"),
+    )
+    return plain_traits(
+        num_layers,
+        attention_bias=bias,
+        attention_output_bias=bias,
+        head_bias=bool(fields["lm_head_bias"]),
+        layer_windows=sliding_windows(fields, num_layers, first=0),
+        moe=moe,
+        weight_names=_NUMBERED_PARTS,
+    )
+
+
 def _read_minimax_m2(fields: Fields, num_layers: int) -> ModelTraits:
     kinds = fields.get("attn_type_list")
     if kinds is not None and set(kinds) != {1}:
@@ -88,7 +110,7 @@ def _read_minimax_m2(fields: Fields, num_layers: int) -> ModelTraits:
     )
     return plain_traits(
         num_layers,
-        wide_qk_norm=bool(fields["use_qk_norm"]),
+        heads_norm=bool(fields["use_qk_norm"]),
         moe=moe,
         num_draft_layers=whole(fields, "num_mtp_modules"),
         weight_names=(
@@ -114,7 +136,7 @@ def _read_olmoe(fields: Fields, num_layers: int) -> ModelTraits:
         num_layers,
         attention_bias=bias,
         attention_output_bias=bias,
-        wide_qk_norm=True,
+        heads_norm=True,
         moe=moe,
     )
 
@@ -189,7 +211,7 @@ def _read_ernie(fields: Fields, num_layers: int) -> ModelTraits:
         num_layers,
         interleaved_rope=True,
         moe=moe,
-        num_draft_layers=whole(fields, "num_nextn_predict_layers"),
+        draft_prefix="model.mtp_",
         weight_names=((".mlp.moe_statics.", ".mlp.gate."),),
     )
 
@@ -217,6 +239,26 @@ MIXTRAL = ModelFamily(
     },
     _read_mixtral,
     rope_theta=1000000.0,
+)
+PHIMOE = ModelFamily(
+    "phimoe",
+    {
+        "vocab_size": 32064,
+        "intermediate_size": 6400,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.01,
+        "attention_bias": False,
+        "lm_head_bias": False,
+    },
+    _read_phimoe,
+    rope_theta=1000000.0,
+    rope_fields=frozenset({"short_mscale", "long_mscale"}),
 )
 MINIMAX_M2 = ModelFamily(
     "minimax_m2",
@@ -260,6 +302,21 @@ OLMOE = ModelFamily(
         "norm_topk_prob": False,
     },
     _read_olmoe,
+)
+FLEX_OLMO = replace(
+    OLMOE,
+    model_type="flex_olmo",
+    defaults={
+        "vocab_size": 100352,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 4096,
+        "eos_token_id": 100257,
+        "attention_bias": False,
+        "num_experts": 7,
+        "num_experts_per_tok": 5,
+        "norm_topk_prob": False,
+    },
+    rope_theta=500000.0,
 )
 GRANITE_MOE = replace(
     GRANITE,
@@ -311,7 +368,6 @@ ERNIE4_5_MOE = ModelFamily(
         "moe_layer_start_index": 1,
         "moe_layer_end_index": -1,
         "moe_layer_interval": 1,
-        "num_nextn_predict_layers": 0,
     },
     _read_ernie,
     rope_theta=500000.0,

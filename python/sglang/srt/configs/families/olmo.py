@@ -22,7 +22,7 @@ def _read_olmo2(fields: Fields, num_layers: int) -> ModelTraits:
         num_layers,
         attention_bias=bias,
         attention_output_bias=bias,
-        wide_qk_norm=True,
+        heads_norm=True,
     )
 
 
@@ -59,7 +59,7 @@ _DEFAULTS: dict[str, Any] = {
 OLMO2 = ModelFamily("olmo2", _DEFAULTS, _read_olmo2)
 OLMO3 = ModelFamily(
     "olmo3",
-    {**_DEFAULTS, "sliding_window": 4096, "sliding_window_pattern": 4},
+    {**_DEFAULTS, "sliding_window": 4096, "_sliding_window_pattern": 4},
     _read_olmo3,
     rope_theta=_THETA3,
     rope_layer_type="full_attention",
