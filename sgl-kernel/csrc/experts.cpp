@@ -82,7 +82,9 @@ SglQuantized quantized(const SglExperts& call, const SglExpertMatrix& matrix, in
                        int64_t output) {
     SglQuantized q{};
     q.codes = static_cast<const char*>(matrix.weight) + output * matrix.row;
-    q.scales = static_cast<const Fp16*>(matrix.scales) + output * matrix.scale_row;
+    q.is_fp8 = matrix.is_fp8;
+    q.scales =
+        static_cast<const char*>(matrix.scales) + output * matrix.scale_row * scale_bytes(q);
     if (matrix.mins) q.mins = static_cast<const Fp16*>(matrix.mins) + output * matrix.scale_row;
     q.code_row = matrix.row;
     q.scale_row = matrix.scale_row;
@@ -423,10 +425,7 @@ void add_up(const SglExperts& call, const Choices& choices, const char* opened) 
 bool is_served(const SglExperts& call, const SglExpertMatrix& matrix, int64_t inputs) {
     if (!matrix.weight) return false;
     if (!matrix.bits) return true;
-    const bool grouped = matrix.bits == 4 ? matrix.group == 32
-                                          : matrix.bits == 8 && (matrix.group == 32 || matrix.group == 16);
-    if (matrix.has_values && matrix.bits != 4) return false;
-    return grouped && inputs % 32 == 0 && matrix.scales &&
+    return is_layout(quantized(call, matrix, inputs, 0)) && inputs % 32 == 0 && matrix.scales &&
            (!call.round_inputs || sgl::rounded_product(call.isa));
 }
 

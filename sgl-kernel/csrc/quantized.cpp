@@ -34,8 +34,7 @@ bool is_served(const SglQuantized& call) {
     if (call.dtype < SGL_FLOAT32 || call.dtype > SGL_FLOAT16 || call.num_threads < 1) return false;
     if (call.out_features < 1 || call.in_features < kBlock || call.in_features % kBlock)
         return false;
-    return (call.bits == 4 && call.group == 32) ||
-           (call.bits == 8 && !call.has_values && (call.group == 32 || call.group == 16));
+    return is_layout(call);
 }
 
 int64_t outs_of_a_task(const SglQuantized& call, int64_t at_once) {
