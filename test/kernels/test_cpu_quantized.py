@@ -277,10 +277,13 @@ def test_every_code_of_e4m3(isa: Isa) -> None:
         assert torch.equal(found.signbit() | found.isnan(), want.signbit() | want.isnan())
     finite = torch.where(want.isfinite(), turned.float(), 0.0).to(codes.dtype)
     some = QuantizedWeight(finite, weight.scales, group=128)
-    for rows in (1, 7):
-        x = torch.ones(rows, 256)
-        assert weight.multiply(x, isa=isa).isnan().all()
-        assert torch.equal(some.multiply(x, isa=isa), torch.zeros(rows, 32))
+    for dtype in ROUNDING:
+        for rows in (1, 7):
+            x = torch.ones(rows, 256, dtype=dtype)
+            assert weight.multiply(x, isa=isa).isnan().all()
+            assert torch.equal(some.multiply(x, isa=isa), torch.zeros(rows, 32, dtype=dtype))
+            only = torch.zeros_like(x).index_fill_(1, torch.tensor([100]), 1.0)
+            assert torch.equal(some.multiply(only, isa=isa)[0], some.dequantize(dtype)[:, 100])
 
 
 def test_groups_of_e4m3_that_are_cut() -> None:
