@@ -18,6 +18,7 @@ from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.moe import ExpertLayout, Experts, Routing
 from sglang.srt.layers.quantization import choice
 from sglang.srt.layers.quantization.matrix import QuantizedMatrix, QuantizedWeight
+from sglang.srt.layers.quantization.rounding import rounding_to
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.layers.weights import WeightOwner, deferred_parameter, give_memory
 from sglang.srt.model_loader import loader
@@ -188,7 +189,7 @@ def test_experts_of_codes_are_those_one_by_one() -> None:
     for parameter in (numbers.gate_up_proj, numbers.down_proj):
         parameter.data.normal_()
     want = numbers(x, routing(5))
-    numbers.quantize(KERNELS)
+    numbers.quantize(rounding_to("int8", KERNELS))
     assert numbers.gate_up_proj.shape[0] == numbers.down_proj.shape[0] == 0
     found = numbers(x, routing(5))
     close(found, numbers._one_by_one(x, routing(5)))

@@ -30,8 +30,9 @@ class KVCacheScheme:
 class WeightScheme:
     """How the weights of a checkpoint are quantised.
 
-    `method` is a name of `WEIGHT_METHODS`, of several that mean the same the first. `block`: an FP8
-    scale is for so many (outputs, inputs), None where the shapes of scales say it. Integers have
+    `method` is a name of `WEIGHT_METHODS`, of several that mean the same the first. `floats`: all
+    codes are FP8. `block`: an FP8 scale is for so many (outputs, inputs), None where the shapes of
+    scales say it. Integers have
     `bits` bits and a scale for each `group` inputs, -1 for all, None where there are none, or where
     modules differ and shapes say it; GPTQ's zeros are stored less `zero_offset`; `ordered`: inputs
     are in groups by an order of their own, which every module has.
@@ -43,6 +44,7 @@ class WeightScheme:
     group: int | None = None
     zero_offset: int = 0
     ordered: bool = False
+    floats: bool = False
 
 
 def weight_scheme(config: Any, modelopt: Mapping[str, Any], model_type: str) -> WeightScheme | None:
@@ -132,7 +134,8 @@ def _read_mxfp4(config: Mapping[str, Any]) -> WeightScheme:
 def _read_fp8(config: Mapping[str, Any]) -> WeightScheme:
     if config.get("fmt", "e4m3") != "e4m3":
         raise ValueError(f"weights of fp8 in {config['fmt']!r} are not served; 'e4m3' is")
-    return WeightScheme("fp8", block=_block(config.get("weight_block_size"), "weight_block_size"))
+    block = _block(config.get("weight_block_size"), "weight_block_size")
+    return WeightScheme("fp8", block=block, floats=True)
 
 
 def _read_gptq(config: Mapping[str, Any]) -> WeightScheme:
@@ -215,7 +218,7 @@ def _compressed_group(weights: Mapping[str, Any]) -> WeightScheme:
         if block is None:
             raise ValueError(f"{name}: strategy 'block' needs a block_structure")
     if kind == "float":
-        return WeightScheme(name, block=block)
+        return WeightScheme(name, block=block, floats=True)
     group = _group_size(name, weights.get("group_size") or -1)
     return WeightScheme(name, block, bits, group, ordered=weights.get("actorder") == "group")
 

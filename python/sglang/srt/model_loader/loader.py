@@ -23,6 +23,8 @@ from sglang.srt.configs.pooling_config import PoolingConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.expert_weights import ExpertWeights
 from sglang.srt.layers.quantization.choice import choose_quantization
+from sglang.srt.layers.quantization.rounding import rounding_to
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.layers.weights import LoadedWeight, WeightOwner, give_memory
 from sglang.srt.model_loader.gguf_weights import gguf_weights
 from sglang.srt.model_loader.huge_pages import move_to_huge_pages
@@ -44,7 +46,6 @@ from sglang.srt.utils.native import codes_kernels
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 _DUMMY_STD = 0.02
-_ROUNDED = (WeightOwner, ExpertWeights)
 
 
 def load_model(
@@ -81,10 +82,11 @@ def load_model(
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"unknown load format {load_format!r}; one of {', '.join(LOAD_FORMATS)}")
     kernels = None if kept == "none" else codes_kernels(device)
+    rounds = kept == "int8" or (kept == "fp8" and scheme is None)
     if load_format == "dummy":
         source = None
     else:
-        source = open_weights(config, load_format, dtype, None if kept == "int8" else kernels)
+        source = open_weights(config, load_format, dtype, None if rounds else kernels)
     with torch.device(device):
         if pooling is not None:
             kind = PooledDecoder if config.encoder is None else BertModel
@@ -99,13 +101,12 @@ def load_model(
             fill_with_dummy_weights(model, seed)
         else:
             weights = scales.without_scales(source.weights)
-            if kept == "int8" and kernels is not None:
-                weights = _rounded_on_the_way(weights, model, kernels)
+            if rounds and kernels is not None:
+                weights = _rounded_on_the_way(weights, model, kept, kernels)
             _load(model, WeightSource(weights, source.num_weights), show_progress)
-        if kept == "int8" and kernels is not None:
-            for module in model.modules():
-                if isinstance(module, _ROUNDED):
-                    module.quantize(kernels)
+        if rounds and kernels is not None:
+            for module in _rounded_layers(model, kept):
+                module.quantize(rounding_to(kept, kernels))
         if kept != "none":
             move_to_huge_pages(model, copy=True)
     if scales_kv and kv_scale_path is not None:
@@ -182,19 +183,32 @@ def _load(model: CausalLM, source: WeightSource, show_progress: bool) -> None:
         model.load_weights(_counted(source, bar.update))
 
 
+def _rounded_layers(model: nn.Module, kept: str) -> list[WeightOwner | ExpertWeights]:
+    """Those that `kept` ("int8" or "fp8") rounds: embedding and head only to bytes.
+
+    A byte of theirs has a scale for each 32 inputs, an FP8 one for all of a token's.
+    """
+    found: list[WeightOwner | ExpertWeights] = []
+    for module in model.modules():
+        is_table = isinstance(module, VocabParallelEmbedding | ParallelLMHead)
+        if isinstance(module, WeightOwner | ExpertWeights) and not (is_table and kept == "fp8"):
+            found.append(module)
+    return found
+
+
 def _rounded_on_the_way(
-    weights: Iterable[tuple[str, LoadedWeight]], model: nn.Module, kernels: ModuleType
+    weights: Iterable[tuple[str, LoadedWeight]], model: nn.Module, kept: str, kernels: ModuleType
 ) -> WeightIterator:
-    """The same `weights`. Side effect: layers are rounded to bytes once their weights have come.
+    """The same `weights`. Side effect: layers are rounded once their weights have come.
 
     So a model never is in memory as numbers.
     """
-    owners = (module for module in model.modules() if isinstance(module, _ROUNDED))
-    waiting: list[WeightOwner | ExpertWeights] = list(owners)
+    rounding = rounding_to(kept, kernels)
+    waiting = _rounded_layers(model, kept)
     for pair in weights:
         yield pair
         for module in [module for module in waiting if module.is_loaded]:
-            module.quantize(kernels)
+            module.quantize(rounding)
             waiting.remove(module)
 
 
