@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.quantization_config import WeightScheme, weight_scheme
 from sglang.srt.layers.linear import ShardedLinear
 from sglang.srt.layers.weights import WeightOwner
 from sglang.srt.utils.native import native_kernels
@@ -324,6 +325,27 @@ def test_experts_that_are_missing_or_too_many_are_named(tmp_path: Path) -> None:
     save_file(short, file)
     with pytest.raises(ValueError, match=r"experts.2.up_proj.weight"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rounds"),
+    [
+        (BLOCKS, True),
+        (PLAIN, False),
+        ({"quant_method": "fp8"}, False),
+        ({"quant_method": "fbgemm_fp8"}, True),
+        (compressed("channel"), True),
+        ({"quant_method": "gptq", "bits": 8}, False),
+    ],
+)
+def test_what_is_said_of_inputs(scheme: dict[str, Any], rounds: bool) -> None:
+    found = weight_scheme(scheme, {}, "llama")
+    assert found is not None
+    assert found.rounds_inputs == rounds
+    static = compressed("tensor")
+    static["config_groups"]["group_0"]["input_activations"]["dynamic"] = False
+    found = weight_scheme(static, {}, "llama")
+    assert found == WeightScheme("compressed-tensors", floats=True)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ class QuantizedWeight(Protocol):
     mins: torch.Tensor | None
     has_short_sums: bool
     is_fp8: bool
+    rounds_inputs: bool  # only of those on a device
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -166,6 +167,15 @@ class QuantizedMatrix:
     def is_fp8(self) -> bool:
         """Whether a part has codes of E4M3."""
         return any(part.is_fp8 for part in self._parts)
+
+    def round_fp8_inputs(self) -> None:
+        """From now on parts of E4M3 on a GPU meet many rows that are rounded to it too.
+
+        What is many, and which GPUs do, the kernels know.
+        """
+        for part in self._parts:
+            if part.is_fp8 and part.on_device:
+                part.rounds_inputs = True
 
     @property
     def nbytes(self) -> int:
