@@ -286,7 +286,8 @@ struct SglExpertMatrix {
 
 // A mixture of experts: each row through its chosen ones, down(gate(gate x, up x)), times their weights
 // (or its input times them), added up by ascending expert in fp32 and rounded once. Gates and ups are
-// both numbers or both codes. Between the matrices numbers are rounded to `dtype`, codes give fp32.
+// both numbers or both codes. Between the matrices numbers are rounded to `dtype`, codes give fp32, but for
+// E4M3 where dot instructions of bf16 multiply it.
 struct SglExperts {
     const void* x;           // [rows, hidden] in `dtype`
     const void* added;       // [rows, hidden] in `dtype`: joins the sum, or null

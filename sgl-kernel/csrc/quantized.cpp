@@ -143,14 +143,12 @@ int32_t sgl::quantized_linear_then(const SglQuantized& call, After* after) {
     if (!is_served(call) || call.rows < 1) return -1;
     if (call.round_weight) return ::multiply_packed(call, after);
     if (call.round_inputs) return ::multiply_rounded(call, after);
-#if defined(__x86_64__)
     if (has_fp8_dots(call)) {
         over_outs(call, call.out_features, kOutsAtOnce, after, [&](int64_t first, int64_t last) {
             multiply_fp8_dots(call, first, last);
         });
         return 0;
     }
-#endif
     const sgl::MultiplyQuantized multiply = SGL_CHOOSE(call.isa, sgl::multiply_quantized);
     const float* x = widened(call);
     float* sums = nullptr;

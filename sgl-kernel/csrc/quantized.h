@@ -47,8 +47,13 @@ void pack_inputs(const SglQuantized&, int64_t tile, char* to);
 void multiply_packed(const SglQuantized&, const char* x, int64_t first, int64_t last);
 
 // bfloat16 inputs as they are with E4M3, by dot instructions of bfloat16. See fp8_dots.cpp.
+#if defined(__x86_64__)
 bool has_fp8_dots(const SglQuantized&);
 void multiply_fp8_dots(const SglQuantized&, int64_t first, int64_t last);
+#else
+inline bool has_fp8_dots(const SglQuantized&) { return false; }
+inline void multiply_fp8_dots(const SglQuantized&, int64_t, int64_t) {}
+#endif
 
 void multiply_quantized_generic(const SglQuantized&, const float*, const float*, int64_t, int64_t);
 void multiply_quantized_avx2(const SglQuantized&, const float*, const float*, int64_t, int64_t);
