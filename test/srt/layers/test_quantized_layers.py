@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.layers.expert_weights import ExpertLayout
 from sglang.srt.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
 )
+from sglang.srt.layers.moe import Experts, Routing
 from sglang.srt.layers.quantization import matrix as matrices
 from sglang.srt.layers.quantization.choice import choose_quantization
 from sglang.srt.layers.quantization.int8 import quantize_int8
@@ -212,7 +214,7 @@ def test_fp8_is_the_nearest() -> None:
     assert (whole[0].float() == 448.0).all()
 
 
-def test_fp8_of_a_layer_and_of_experts() -> None:
+def test_fp8_of_a_layer() -> None:
     rounding = rounding_to("fp8", KERNELS)
     layer = RowParallelLinear(64, 24, parallel=ParallelState(), dtype=torch.bfloat16)
     weight = torch.randn(24, 64)
@@ -228,6 +230,39 @@ def test_fp8_of_a_layer_and_of_experts() -> None:
         error = (layer(x).double() - x.double() @ wide.t()).abs()
         terms = x.double().abs() @ wide.abs().t()
         assert (error <= 2.0**-8 * terms).all(), "no input was rounded to bytes"
+
+
+@pytest.mark.parametrize("rows", [2, 200])
+def test_fp8_of_experts(rows: int) -> None:
+    """In one call and one after the other; inputs of 16 bits are not rounded to bytes."""
+    experts = Experts(
+        *(4, 64, 32),
+        layout=ExpertLayout.MERGED,
+        parallel=ParallelState(),
+        dtype=torch.bfloat16,
+    )
+    for parameter in (experts.gate_up_proj, experts.down_proj):
+        parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    weights = (experts.gate_up_proj.data, experts.down_proj.data)
+    parts = [quantize_fp8(one.flatten(0, 1)) for one in weights]
+    experts.quantize(rounding_to("fp8", KERNELS))
+    assert experts.gate is not None
+    assert experts.down is not None
+    assert experts.gate.matrix.nbytes == 4 * 64 * (64 + 4)
+    assert experts.gate.matrix is experts.up.matrix  # type: ignore[union-attr]
+    assert not experts.has_integers
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    chosen = torch.rand(rows, 4).topk(2).indices
+    shares = torch.rand(rows, 2)
+    both, down = ((codes.double() * scales.double()).view(4, -1, codes.shape[1])
+                  for codes, scales in parts)  # fmt: skip
+    want = torch.zeros(rows, 64, dtype=torch.float64)
+    for place in range(2):
+        gate, up = (both[chosen[:, place]] @ x.double().unsqueeze(-1)).squeeze(-1).chunk(2, -1)
+        inner = (F.silu(gate) * up).unsqueeze(-1)
+        want += (down[chosen[:, place]] @ inner).squeeze(-1) * shares[:, place, None].double()
+    found = experts(x, Routing(chosen, shares))
+    assert (found.double() - want).abs().max() <= 0.01 * want.abs().max()
 
 
 def test_ranks_cut_blocks_of_fp8() -> None:
