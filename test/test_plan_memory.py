@@ -235,7 +235,9 @@ def quantised(folder: Path, base: dict[str, Any], scheme: dict[str, Any] | None)
         ({"quant_method": "gptq", "bits": 8, "group_size": -1}, 8.5),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}, 0.0),
         ({"quant_method": "awq", "bits": 4, "group_size": 16}, 0.0),
-        ({"quant_method": "fp8"}, 0.0),
+        ({"quant_method": "fp8"}, 8.0),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8.25),
+        ({"quant_method": "fp8", "weight_block_size": [128, 40]}, 0.0),
         (
             {
                 "quant_method": "compressed-tensors",

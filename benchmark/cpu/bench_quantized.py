@@ -35,13 +35,18 @@ LAYOUTS = {
     "4 bits, min": (4, True, None),
     "4 bits, values": (4, False, MXFP4),
     "8 bits": (8, False, None),
+    "FP8": (0, False, None),
 }
+FP8_GROUP = 128  # inputs of a scale
 ALL_BYTES = 96 << 20  # of the codes in turn
 GROUP = 32
 
 
 def make(layout: str, outs: int, width: int) -> QuantizedWeight:
     bits, with_mins, values = LAYOUTS[layout]
+    if layout == "FP8":
+        numbers = (torch.randn(outs, width) * 40).to(torch.float8_e4m3fn)
+        return QuantizedWeight(numbers, torch.rand(outs, -(-width // FP8_GROUP)), group=FP8_GROUP)
     dtype = torch.uint8 if bits == 4 else torch.int8
     codes = torch.randint(0, 100, (outs, width * bits // 8)).to(dtype)
     scales = torch.rand(outs, width // GROUP).half()
@@ -49,10 +54,10 @@ def make(layout: str, outs: int, width: int) -> QuantizedWeight:
     return QuantizedWeight(codes, scales, mins, gain=2.0**-10, values=values)
 
 
-def left_out(rows: int) -> set[str]:
-    """The ways that so many rows don't go, or that this processor has not."""
+def left_out(layout: str, rows: int) -> set[str]:
+    """The ways that so many rows don't go, or that this processor or these codes have not."""
     missing = {"tiled"} if rows < 32 else set(NATIVE) if rows > 64 else set()
-    missing |= set() if has_byte_dots() else {"rounded"}
+    missing |= set() if has_byte_dots() and layout != "FP8" else {"rounded"}
     return missing | (set() if has_tiles() else {"tiles"})
 
 
@@ -92,10 +97,10 @@ def measure(
                 x, wide[i % len(wide)], num_threads=threads
             ),
         }
-        for name in left_out(rows):
+        for name in left_out(layout, rows):
             del ways[name]
         if first.codes.nbytes % 64 == 0:
-            ways["read"] = lambda i: read_sum(weights[i].codes, threads)
+            ways["read"] = lambda i: read_sum(weights[i].codes.view(torch.uint8), threads)
         some = max(1, count // max(1, rows // 8))
         calls = {name: partial(for_each, way, some) for name, way in ways.items()}
         times = medians(calls, rounds, clock)

@@ -26,7 +26,8 @@ from sglang.srt.utils.native import triton_kernels
 
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 _UNEVEN = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-# bits, group, with minima, values
+_FP8 = 0  # as bits
+# bits, group (of FP8 0: all inputs), with minima, values
 _LAYOUTS: dict[str, tuple[int, int, bool, tuple[int, ...] | None]] = {
     "4 bits": (4, 32, False, None),
     "4 bits with minima": (4, 32, True, None),
@@ -34,12 +35,17 @@ _LAYOUTS: dict[str, tuple[int, int, bool, tuple[int, ...] | None]] = {
     "4 bits by table": (4, 32, False, _UNEVEN),
     "8 bits": (8, 32, False, None),
     "8 bits in 16": (8, 16, False, None),
+    "FP8": (_FP8, 0, False, None),
+    "FP8 in 128": (_FP8, 128, False, None),
+    "FP8 rounding inputs": (_FP8, 0, False, None),
+    "FP8 in 128 rounding inputs": (_FP8, 128, False, None),
 }
 _TIMED_BYTES = 512 << 20  # of weights that take turns: several times a device's caches
 # The largest distance from float64 as a share of the largest number: weights are rounded once, and
 # what goes from one of an expert's products to the next is too.
 _TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
 _EXPERTS_TOLERANCE = 5e-2
+_ROUNDING = 2.0**-4  # of the largest input: twice half a step of E4M3
 
 
 def make_weight(setting: Setting, layout: str, outputs: int, inputs: int) -> Any:
@@ -47,6 +53,8 @@ def make_weight(setting: Setting, layout: str, outputs: int, inputs: int) -> Any
     kernels: Any = triton_kernels()
     bits, group, with_minima, values = _LAYOUTS[layout]
     device = setting.device
+    if bits == _FP8:
+        return _make_fp8(setting, layout, outputs, inputs, group or inputs)
     if bits == 4:
         size, kind, least = (outputs, inputs // 2), torch.uint8, 0
     else:
@@ -55,6 +63,17 @@ def make_weight(setting: Setting, layout: str, outputs: int, inputs: int) -> Any
     scales = (torch.rand(outputs, inputs // group, device=device) + 0.1).half()
     minima = -8 * scales if with_minima else None
     return kernels.QuantizedWeight(codes, scales, minima, 2.0**-6, values)
+
+
+def _make_fp8(setting: Setting, layout: str, outputs: int, inputs: int, group: int) -> Any:
+    kernels: Any = triton_kernels()
+    codes = torch.randint(0, 256, (outputs, inputs), dtype=torch.uint8, device=setting.device)
+    codes[codes & 127 == 127] = 1  # the smallest number in place of NaN
+    scales = torch.rand(outputs, -(-inputs // group), device=setting.device) + 0.1
+    codes = codes.view(torch.float8_e4m3fn)
+    weight = kernels.QuantizedWeight(codes, scales, None, 2.0**-8, group=group)
+    weight.rounds_inputs = layout.endswith("rounding inputs")
+    return weight
 
 
 def exact(weight: Any) -> torch.Tensor:
@@ -66,7 +85,7 @@ def exact(weight: Any) -> torch.Tensor:
     wide: torch.Tensor = codes.double()
     if weight.values is not None:
         wide = torch.tensor(weight.values, device=codes.device).double()[codes.long()]
-    wide = wide * weight.scales.double().repeat_interleave(weight.group, 1)
+    wide = wide * weight.scales.double().repeat_interleave(weight.group, 1)[:, : wide.shape[1]]
     if weight.mins is not None:
         wide += weight.mins.double().repeat_interleave(weight.group, 1)
     wide *= weight.gain
@@ -87,7 +106,14 @@ def product_error(setting: Setting, shape: CodesShape) -> float:
     out = weight.multiply(x, bias)
     ids = torch.tensor([shape.outputs - 1, 0], device=setting.device)
     rows = weight.dequantize_rows(ids, dtype)
-    wanted = x.double() @ wide.T + bias.double()
+    rounded = weight.rounded(x, weight.tile_for(shape.rows, dtype))
+    inputs = x.double()
+    if rounded is not None:
+        scales = rounded.scales.double().repeat_interleave(weight.group, 1)[:, : shape.inputs]
+        inputs = rounded.codes.double() * scales
+        if _distance(inputs, x.double()) > _ROUNDING:
+            raise ValueError("inputs are rounded too far")
+    wanted = inputs @ wide.T + bias.double()
     return max(_distance(out, wanted), _distance(rows, wide[ids]))
 
 

@@ -137,10 +137,15 @@ def compiled_shapes(dry: bool) -> Sequence[AttentionShape]:
 def checked_codes(dry: bool) -> Sequence[CodesShape]:
     """Every layout and type, single rows and every height of a tile; widths that fill none."""
     if dry:
-        return (CodesShape("MXFP4", 1, 35, 96), CodesShape("8 bits", 20, 35, 96, "float32"))
+        few = (("MXFP4", 1), ("FP8 in 128", 1), ("FP8 in 128 rounding inputs", 33))
+        some = tuple(CodesShape(layout, rows, 35, 160) for layout, rows in few)
+        return (*some, CodesShape("8 bits", 20, 35, 96, "float32"))
     layouts = ("4 bits", "4 bits with minima", "MXFP4", "4 bits by table", "8 bits", "8 bits in 16")
     shapes = [CodesShape(layout, rows, 1037, 2880) for layout in layouts for rows in (1, 3, 300)]
     shapes += [CodesShape("MXFP4", rows, 1037, 2880) for rows in (30, 60)]
+    for layout in ("FP8", "FP8 in 128"):
+        shapes += [CodesShape(layout, rows, 1037, 2880) for rows in (1, 3, 60, 300)]
+        shapes += [CodesShape(f"{layout} rounding inputs", rows, 1037, 2880) for rows in (60, 300)]
     shapes += [CodesShape("MXFP4", rows, 1037, 2880, "float16") for rows in (3, 300)]
     return (*shapes, CodesShape("8 bits", 3, 1037, 2880, "float32"))
 
@@ -149,7 +154,9 @@ def checked_experts(dry: bool) -> Sequence[ExpertsShape]:
     """Pairs that are not sorted, few rows of each expert, and many."""
     if dry:
         return (ExpertsShape("MXFP4", 3, 4, 2, 64, 32),)
-    return tuple(ExpertsShape("MXFP4", rows, 16, 4, 2880, 1440) for rows in (1, 3, 700))
+    calls = [("MXFP4", rows) for rows in (1, 3, 700)] + [("FP8 in 128", rows) for rows in (1, 700)]
+    calls.append(("FP8 in 128 rounding inputs", 700))
+    return tuple(ExpertsShape(layout, rows, 16, 4, 2880, 1440) for layout, rows in calls)
 
 
 def timed_codes(dry: bool) -> Sequence[CodesShape]:
@@ -159,7 +166,7 @@ def timed_codes(dry: bool) -> Sequence[CodesShape]:
     sides = ((4096, 4096), (28672, 8192))
     return tuple(
         CodesShape(layout, rows, *side)
-        for layout in ("4 bits with minima", "MXFP4", "8 bits")
+        for layout in ("4 bits with minima", "MXFP4", "8 bits", "FP8 in 128")
         for side in sides
         for rows in (1, 16)
     )

@@ -78,19 +78,20 @@ struct SglLinear {
 
 // A quantised weight [out_features, in_features], and what is done with it. Weight (n, k) is
 // (code * scale + min) * gain, with a scale and a min for each group of inputs. A code of 4 bits may
-// name one of 16 values, which takes its place then.
+// name one of 16 values, which takes its place then. One of 8 bits may be a number of fp8.
 struct SglQuantized {
     const void* x;       // [rows, in_features] in `dtype`; not read by sgl_dequantize
     const void* bias;    // [out_features] in `dtype`, or null
     void* out;           // [rows, out_features] in `dtype`; of sgl_dequantize the weight itself
     const void* codes;   // [out_features] rows: of each 32 inputs 16 bytes with input i in the low
-                         // half and i + 16 in the high half of byte i, or 32 signed bytes
-    const void* scales;  // [out_features, in_features / group] fp16
+                         // half and i + 16 in the high half of byte i, or 32 signed bytes or E4M3
+    const void* scales;  // [out_features, in_features / group] fp16; of E4M3 fp32, the last group
+                         // may be less than a whole one
     const void* mins;    // the same, or null where all are 0
     const int64_t* ids;  // of sgl_dequantize: out row i is that of output ids[i]; null: of output i
     int64_t x_row, out_row, code_row, scale_row;  // code_row in bytes; mins have scales' stride
     int64_t rows, out_features, in_features;  // sgl_dequantize gives `rows` rows with `ids`
-    int64_t group;  // 32, or 16 of signed bytes
+    int64_t group;  // 32, or 16 of signed bytes; of E4M3 any multiple of 32
     float gain;
     int32_t bits;  // 4 or 8
     int32_t dtype;
@@ -100,6 +101,7 @@ struct SglQuantized {
     int32_t round_weight;  // to bfloat16, before the gain: AMX and a `dtype` of bfloat16 only
     int32_t has_values;    // codes of 4 bits name `values`; 0: a code is its own value
     int8_t values[16];     // -127 to 127
+    int32_t is_fp8;        // codes of 8 bits are E4M3: no mins, inputs can't be rounded; 0: signed bytes
 };
 
 // (x + residual) / sqrt(mean of squares + eps) * (offset + weight), row by row, in fp32 and rounded
@@ -279,11 +281,13 @@ struct SglExpertMatrix {
     int32_t bits;         // of a code, 4 or 8; 0: numbers
     int32_t has_values;   // of codes, as in SglQuantized
     int8_t values[16];
+    int32_t is_fp8;       // of codes, as in SglQuantized
 };
 
 // A mixture of experts: each row through its chosen ones, down(gate(gate x, up x)), times their weights
 // (or its input times them), added up by ascending expert in fp32 and rounded once. Gates and ups are
-// both numbers or both codes. Between the matrices numbers are rounded to `dtype`, codes give fp32.
+// both numbers or both codes. Between the matrices numbers are rounded to `dtype`, codes give fp32, but for
+// E4M3 where dot instructions of bf16 multiply it.
 struct SglExperts {
     const void* x;           // [rows, hidden] in `dtype`
     const void* added;       // [rows, hidden] in `dtype`: joins the sum, or null

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "choices.h"
 #include "choose.h"
 #include "input_rows.h"
 #include "linear.h"
@@ -24,42 +25,6 @@ constexpr int64_t kTileOutsAtOnce = 96;     // the same where some are taken by 
 constexpr int64_t kLine = 64;
 
 int64_t size_of(int32_t dtype) { return dtype == SGL_FLOAT32 ? 4 : 2; }
-
-// Rows [first, first + count) of the sorted choices, all of one expert.
-struct Segment {
-    int64_t expert, first, count;
-};
-
-// What was chosen, by ascending expert, and in the order of the rows within one.
-struct Choices {
-    std::vector<int64_t> row;
-    std::vector<float> weight;
-    std::vector<Segment> segments;
-    int64_t longest = 0;
-
-    // False when there is no such expert.
-    bool take(const SglExperts& call) {
-        const int64_t count = call.rows * call.chosen;
-        std::vector<int64_t> next(call.num_experts + 1);
-        for (int64_t i = 0; i < count; ++i) {
-            if (call.experts[i] < 0 || call.experts[i] >= call.num_experts) return false;
-            ++next[call.experts[i] + 1];
-        }
-        for (int64_t e = 0; e < call.num_experts; ++e) {
-            if (next[e + 1]) segments.push_back({e, next[e], next[e + 1]});
-            longest = std::max(longest, next[e + 1]);
-            next[e + 1] += next[e];
-        }
-        row.resize(count);
-        weight.resize(count);
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t at = next[call.experts[i]]++;
-            row[at] = i / call.chosen;
-            weight[at] = call.weights[i];
-        }
-        return true;
-    }
-};
 
 // Memory on a line, not written before it is used.
 class Room {
@@ -82,7 +47,9 @@ SglQuantized quantized(const SglExperts& call, const SglExpertMatrix& matrix, in
                        int64_t output) {
     SglQuantized q{};
     q.codes = static_cast<const char*>(matrix.weight) + output * matrix.row;
-    q.scales = static_cast<const Fp16*>(matrix.scales) + output * matrix.scale_row;
+    q.is_fp8 = matrix.is_fp8;
+    q.scales =
+        static_cast<const char*>(matrix.scales) + output * matrix.scale_row * scale_bytes(q);
     if (matrix.mins) q.mins = static_cast<const Fp16*>(matrix.mins) + output * matrix.scale_row;
     q.code_row = matrix.row;
     q.scale_row = matrix.scale_row;
@@ -99,6 +66,14 @@ SglQuantized quantized(const SglExperts& call, const SglExpertMatrix& matrix, in
     return q;
 }
 
+// Whether a matrix of E4M3 is multiplied by dot instructions, which give what numbers give: `dtype`.
+bool has_fp8_dots(const SglExperts& call, const SglExpertMatrix& matrix) {
+    if (!matrix.is_fp8 || !call.gate.is_fp8 != !call.up.is_fp8) return false;
+    SglQuantized one = quantized(call, matrix, call.hidden, 0);
+    one.dtype = call.dtype;
+    return sgl::has_fp8_dots(one);
+}
+
 // Input rows in the form in which a matrix multiplies them.
 class Inputs {
   public:
@@ -107,7 +82,8 @@ class Inputs {
            int32_t dtype, int64_t stride, int64_t count)
         : width_(width) {
         const bool rounded = matrix.bits && call.round_inputs;
-        by_dots_ = !matrix.bits && dtype == SGL_BFLOAT16 && has_dots(call);
+        by_dots_ = dtype == SGL_BFLOAT16 &&
+                   (matrix.bits ? has_fp8_dots(call, matrix) : has_dots(call));
         data_ = static_cast<const char*>(rows);
         row_bytes_ = stride * size_of(dtype);
 #if defined(__x86_64__)
@@ -218,7 +194,9 @@ struct Product {
 
     void operator()(const Segment& rows, int64_t input, int64_t first, int64_t last, void* out,
                     int64_t out_row) const {
-        if (matrix.bits)
+        if (has_fp8_dots(call, matrix))
+            by_fp8_dots(rows, input, first, last, out, out_row);
+        else if (matrix.bits)
             by_codes(rows, input, first, last, static_cast<float*>(out), out_row);
         else
             by_numbers(rows, input, first, last, out, out_row);
@@ -263,6 +241,21 @@ struct Product {
         (l, static_cast<const float*>(l.x), l.x_row, 0, l.out_features);
     }
 
+    void by_fp8_dots(const Segment& rows, int64_t input, int64_t first, int64_t last, void* out,
+                     int64_t out_row) const {
+        SglQuantized q =
+            quantized(call, matrix, inputs.width(), rows.expert * matrix.expert + first);
+        q.x = inputs.row(input);
+        q.x_row = inputs.row_bytes() / 2;
+        q.bias = bias(rows.expert, first);
+        q.out = out;
+        q.out_row = out_row;
+        q.rows = rows.count;
+        q.out_features = last - first;
+        q.dtype = call.dtype;
+        sgl::multiply_fp8_dots(q, 0, q.out_features);
+    }
+
     void by_codes(const Segment& rows, int64_t input, int64_t first, int64_t last, float* out,
                   int64_t out_row) const {
         SglQuantized q =
@@ -286,7 +279,7 @@ struct Product {
 };
 
 int32_t type_given(const SglExperts& call, const SglExpertMatrix& matrix) {
-    return matrix.bits ? SGL_FLOAT32 : call.dtype;
+    return matrix.bits && !has_fp8_dots(call, matrix) ? SGL_FLOAT32 : call.dtype;
 }
 
 // How many outputs are a task, when `all` of them are shared out and each takes `inputs`.
@@ -326,7 +319,7 @@ void open_gates(const SglExperts& call, const Choices& choices, char* opened) {
     const int64_t rows = call.scale_inputs ? count : call.rows;
     Inputs gate_inputs(call, call.gate, call.hidden, x, call.dtype, x_row, rows);
     const bool same = call.gate.bits == call.up.bits && call.gate.group == call.up.group &&
-                      !call.gate.mins == !call.up.mins &&
+                      !call.gate.mins == !call.up.mins && !call.gate.is_fp8 == !call.up.is_fp8 &&
                       !call.gate.has_values == !call.up.has_values &&
                       !std::memcmp(call.gate.values, call.up.values, sizeof call.up.values);
     std::unique_ptr<Inputs> others;
@@ -423,10 +416,7 @@ void add_up(const SglExperts& call, const Choices& choices, const char* opened) 
 bool is_served(const SglExperts& call, const SglExpertMatrix& matrix, int64_t inputs) {
     if (!matrix.weight) return false;
     if (!matrix.bits) return true;
-    const bool grouped = matrix.bits == 4 ? matrix.group == 32
-                                          : matrix.bits == 8 && (matrix.group == 32 || matrix.group == 16);
-    if (matrix.has_values && matrix.bits != 4) return false;
-    return grouped && inputs % 32 == 0 && matrix.scales &&
+    return is_layout(quantized(call, matrix, inputs, 0)) && inputs % 32 == 0 && matrix.scales &&
            (!call.round_inputs || sgl::rounded_product(call.isa));
 }
 

@@ -51,6 +51,26 @@ struct Isa {
         for (int i = 0; i < 32; ++i) values[i] = static_cast<float>(codes[i]);
         std::memcpy(out, values, sizeof(values));
     }
+    // 32 E4M3 over 2^8; on ARM their bits in a 16-bit float's places, whose exponent has another bias.
+    static void e4m3(const uint8_t* codes, F (&out)[8]) {
+#if defined(__aarch64__)
+        for (int i = 0; i < 4; ++i) {
+            const int16x8_t wide = vmovl_s8(vreinterpret_s8_u8(vld1_u8(codes + 8 * i)));
+            // The sign comes twice: once where it belongs, once where it has to go.
+            const uint16x8_t bits = vshlq_n_u16(vreinterpretq_u16_s16(wide), 7);
+            const uint16x8_t sized = vorrq_u16(bits, vdupq_n_u16(0xc000));
+            const uint16x8_t lost = vceqq_u16(sized, vdupq_n_u16(0xff80));
+            const uint16x8_t one = vandq_u16(bits, vdupq_n_u16(0xbfff));
+            const uint16x8_t half = vorrq_u16(one, vandq_u16(lost, vdupq_n_u16(0x4000)));
+            out[2 * i] = vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(half)));
+            out[2 * i + 1] = vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(half)));
+        }
+#else
+        float values[32];
+        for (int i = 0; i < 32; ++i) values[i] = to_float(E4m3{codes[i]}) * 0x1p-8f;
+        std::memcpy(out, values, sizeof(values));
+#endif
+    }
     static void widen(const Fp16* from, int64_t count, float* to) {
         for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
     }

@@ -34,8 +34,7 @@ bool is_served(const SglQuantized& call) {
     if (call.dtype < SGL_FLOAT32 || call.dtype > SGL_FLOAT16 || call.num_threads < 1) return false;
     if (call.out_features < 1 || call.in_features < kBlock || call.in_features % kBlock)
         return false;
-    return (call.bits == 4 && call.group == 32) ||
-           (call.bits == 8 && !call.has_values && (call.group == 32 || call.group == 16));
+    return is_layout(call);
 }
 
 int64_t outs_of_a_task(const SglQuantized& call, int64_t at_once) {
@@ -144,6 +143,12 @@ int32_t sgl::quantized_linear_then(const SglQuantized& call, After* after) {
     if (!is_served(call) || call.rows < 1) return -1;
     if (call.round_weight) return ::multiply_packed(call, after);
     if (call.round_inputs) return ::multiply_rounded(call, after);
+    if (has_fp8_dots(call)) {
+        over_outs(call, call.out_features, kOutsAtOnce, after, [&](int64_t first, int64_t last) {
+            multiply_fp8_dots(call, first, last);
+        });
+        return 0;
+    }
     const sgl::MultiplyQuantized multiply = SGL_CHOOSE(call.isa, sgl::multiply_quantized);
     const float* x = widened(call);
     float* sums = nullptr;

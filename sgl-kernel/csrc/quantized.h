@@ -46,6 +46,15 @@ int64_t packed_bytes(const SglQuantized&);
 void pack_inputs(const SglQuantized&, int64_t tile, char* to);
 void multiply_packed(const SglQuantized&, const char* x, int64_t first, int64_t last);
 
+// bfloat16 inputs as they are with E4M3, by dot instructions of bfloat16. See fp8_dots.cpp.
+#if defined(__x86_64__)
+bool has_fp8_dots(const SglQuantized&);
+void multiply_fp8_dots(const SglQuantized&, int64_t first, int64_t last);
+#else
+inline bool has_fp8_dots(const SglQuantized&) { return false; }
+inline void multiply_fp8_dots(const SglQuantized&, int64_t, int64_t) {}
+#endif
+
 void multiply_quantized_generic(const SglQuantized&, const float*, const float*, int64_t, int64_t);
 void multiply_quantized_avx2(const SglQuantized&, const float*, const float*, int64_t, int64_t);
 void multiply_quantized_avx512(const SglQuantized&, const float*, const float*, int64_t, int64_t);
@@ -58,13 +67,25 @@ void dequantize_avx512(const SglQuantized&, int64_t, int64_t);
 namespace {
 
 // Half a byte that is its own value, half a byte that names one of 16, the same where these are small (which
-// AVX2 tells apart), or a signed byte.
-enum class Code { kHalf, kNamed, kSmall, kByte };
+// AVX2 tells apart), a signed byte, or an E4M3.
+enum class Code { kHalf, kNamed, kSmall, kByte, kFp8 };
 
-constexpr int bits_of(Code code) { return code == Code::kByte ? 8 : 4; }
+constexpr int bits_of(Code code) { return code == Code::kByte || code == Code::kFp8 ? 8 : 4; }
 inline Code code_of(const SglQuantized& call) {
-    return call.bits == 8 ? Code::kByte : call.has_values ? Code::kNamed : Code::kHalf;
+    if (call.bits == 8) return call.is_fp8 ? Code::kFp8 : Code::kByte;
+    return call.has_values ? Code::kNamed : Code::kHalf;
 }
+
+// Whether codes, groups and what goes with them are of a kind that there is.
+inline bool is_layout(const SglQuantized& call) {
+    if (call.bits == 4) return call.group == 32 && !call.is_fp8;
+    if (call.bits != 8 || call.has_values) return false;
+    if (call.is_fp8) return !call.mins && !call.round_inputs && call.group > 0 && call.group % 32 == 0;
+    return call.group == 32 || call.group == 16;
+}
+
+// Scales stand so many bytes apart.
+inline int64_t scale_bytes(const SglQuantized& call) { return call.is_fp8 ? 4 : 2; }
 
 // Rows [first, first + count) of a product.
 inline SglQuantized rows_of(const SglQuantized& whole, int64_t first, int64_t count) {

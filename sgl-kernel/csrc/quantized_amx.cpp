@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "isa_avx512.h"
 #include "numbers.h"
 #include "quantized.h"
 #include "scratch.h"
@@ -22,6 +23,7 @@ constexpr int64_t kOuts = 2 * kTile;       // outputs at a time
 constexpr int64_t kStepBytes = 2 * kTileBytes;  // a block of them as numbers
 constexpr int64_t kLag = 4;                // blocks from a number's store to its use
 constexpr int64_t kRing = 2 * kLag;
+constexpr float kUnit = 0x1p8f;            // of Isa::e4m3
 
 // The bits that the bytes of a line take, of the 8 bytes of codes that are in its place: a word takes
 // one code twice, from 2 bits before it on.
@@ -37,8 +39,9 @@ constexpr Shifts kShifts;
 // Codes of kOuts outputs, with what belongs to them. `values`: of the 16 codes of 4 bits.
 struct Source {
     const char* codes;
-    const Fp16 *scales, *mins;
-    int64_t code_row, scale_row;
+    const char* scales;
+    const Fp16* mins;
+    int64_t code_row, scale_row, group;
     __m512 values;
 };
 
@@ -50,7 +53,7 @@ inline __m512 values_of(const SglQuantized& call) {
 }
 
 // Turns blocks of kOuts outputs into bfloat16, one after the other.
-template <int kBits, int kScales, bool kMins>
+template <Code kCode, int kScales, bool kMins>
 class Numbers {
   public:
     Numbers(const Source& from, int64_t blocks) : from_(from), blocks_(blocks) {}
@@ -59,15 +62,17 @@ class Numbers {
     void write(int64_t b, char* to) {
         const int64_t at = b % kWidened;
         if (at == 0) widen_scales(b);
-        const char* codes = from_.codes + b * kBlock * kBits / 8;
+        const char* codes = from_.codes + b * kBlock * bits_of(kCode) / 8;
 #pragma GCC unroll 4
         for (int64_t n = 0; n < kOuts; ++n, codes += from_.code_row, to += 64) {
             const float* scale = scale_[n] + at * kScales;
             const float* least = kMins ? least_[n] + at * kScales : nullptr;
-            if (kBits == 4)
-                look_up(codes, from_.values, scale, least, to);
-            else
+            if (kCode == Code::kFp8)
+                multiply_fp8(codes, scale, to);
+            else if (kCode == Code::kByte)
                 multiply(codes, scale, least, to);
+            else
+                look_up(codes, from_.values, scale, least, to);
         }
     }
 
@@ -79,12 +84,27 @@ class Numbers {
     alignas(64) float least_[kMins ? kOuts : 1][16];
 
     void widen_scales(int64_t b) {
+        if (kCode == Code::kFp8) {
+            spread_scales(b);
+            return;
+        }
         const int64_t count = std::min(kWidened, blocks_ - b) * kScales;
+        const auto* scales = reinterpret_cast<const Fp16*>(from_.scales);
         const __mmask16 some = (1u << count) - 1;
         for (int64_t n = 0; n < kOuts; ++n) {
             const int64_t at = n * from_.scale_row + b * kScales;
-            _mm512_store_ps(scale_[n], widen(some, from_.scales + at));
+            _mm512_store_ps(scale_[n], widen(some, scales + at));
             if (kMins) _mm512_store_ps(least_[n], widen(some, from_.mins + at));
+        }
+    }
+
+    // Those of E4M3, each for the blocks of its group.
+    void spread_scales(int64_t b) {
+        const auto* scales = reinterpret_cast<const float*>(from_.scales);
+        for (int64_t i = 0; i < std::min(kWidened, blocks_ - b); ++i) {
+            const int64_t group = (b + i) * kBlock / from_.group;
+            for (int64_t n = 0; n < kOuts; ++n)
+                scale_[n][i] = scales[n * from_.scale_row + group] * kUnit;
         }
     }
 
@@ -127,6 +147,13 @@ class Numbers {
                              kMins ? least + s : nullptr);
         }
         _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(half[1], half[0]));
+    }
+
+    static void multiply_fp8(const char* codes, const float* scale, char* to) {
+        __m512 half[2];
+        Isa::e4m3(reinterpret_cast<const uint8_t*>(codes), half);
+        const __m512 s = _mm512_set1_ps(*scale);
+        _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(half[1] * s, half[0] * s));
     }
 };
 
@@ -192,7 +219,7 @@ void finish(const SglQuantized& call, int64_t row, int64_t out, int64_t outs) {
 }
 
 // `outs` outputs from `out` on, of all rows.
-template <int kBits, int kScales, bool kMins>
+template <Code kCode, int kScales, bool kMins>
 class Group {
   public:
     Group(const SglQuantized& call, const Source& from, const char* x, char* room, int64_t out,
@@ -216,7 +243,7 @@ class Group {
   private:
     const SglQuantized& call_;
     const int64_t blocks_;
-    Numbers<kBits, kScales, kMins> numbers_;
+    Numbers<kCode, kScales, kMins> numbers_;
     const Source from_;
     const char* x_;
     char* room_;
@@ -228,7 +255,7 @@ class Group {
         const int64_t ring = call_.rows > 2 * kTile ? blocks_ : kRing;
         const int64_t next_tile = blocks_ * kTileBytes;
         const char* ahead = from_.codes + kOuts * from_.code_row;
-        const int64_t ahead_bytes = kOuts * kBlock * kBits / 8;
+        const int64_t ahead_bytes = kOuts * kBlock * bits_of(kCode) / 8;
         int64_t made = 0, used = 0;
         zero_sums();
         for (int64_t b = 0; b < blocks_ + kLag; ++b) {
@@ -260,21 +287,20 @@ class Group {
 // The codes of fewer than kOuts outputs, with zeros behind them.
 Source padded(const SglQuantized& call, const Source& from, int64_t outs, char* room) {
     const int64_t code_bytes = call.in_features * call.bits / 8;
-    const int64_t scales = call.in_features / call.group;
-    std::memset(room, 0, kOuts * (code_bytes + 2 * scales * sizeof(Fp16)));
-    char* codes = room;
-    auto* first = reinterpret_cast<Fp16*>(room + kOuts * code_bytes);
-    auto* second = first + kOuts * scales;
+    const int64_t scales = (call.in_features + call.group - 1) / call.group;
+    const int64_t size = scale_bytes(call), row = scales * size;
+    std::memset(room, 0, kOuts * (code_bytes + 2 * row));
+    char *codes = room, *first = room + kOuts * code_bytes, *second = first + kOuts * row;
     for (int64_t n = 0; n < outs; ++n) {
         std::memcpy(codes + n * code_bytes, from.codes + n * from.code_row, code_bytes);
-        std::memcpy(first + n * scales, from.scales + n * from.scale_row, scales * sizeof(Fp16));
-        if (from.mins)
-            std::memcpy(second + n * scales, from.mins + n * from.scale_row, scales * sizeof(Fp16));
+        std::memcpy(first + n * row, from.scales + n * from.scale_row * size, row);
+        if (from.mins) std::memcpy(second + n * row, from.mins + n * from.scale_row, row);
     }
-    return {codes, first, second, code_bytes, scales, from.values};
+    return {codes, first, reinterpret_cast<const Fp16*>(second), code_bytes, scales, from.group,
+            from.values};
 }
 
-template <int kBits, int kScales, bool kMins>
+template <Code kCode, int kScales, bool kMins>
 void multiply_range(const SglQuantized& call, const char* x, int64_t first, int64_t last) {
     thread_local sgl::Scratch for_numbers, for_codes;
     const int64_t blocks = call.in_features / kBlock;
@@ -283,21 +309,21 @@ void multiply_range(const SglQuantized& call, const char* x, int64_t first, int6
     for (int64_t out = first; out < last; out += kOuts) {
         const int64_t outs = std::min(kOuts, last - out), at = out * call.scale_row;
         Source from{static_cast<const char*>(call.codes) + out * call.code_row,
-                    static_cast<const Fp16*>(call.scales) + at,
+                    static_cast<const char*>(call.scales) + at * scale_bytes(call),
                     kMins ? static_cast<const Fp16*>(call.mins) + at : nullptr, call.code_row,
-                    call.scale_row, values};
+                    call.scale_row, call.group, values};
         if (outs < kOuts)
             from = padded(call, from, outs, for_codes.take(kOuts * call.in_features * 2));
-        Group<kBits, kScales, kMins>(call, from, x, room, out, outs).run();
+        Group<kCode, kScales, kMins>(call, from, x, room, out, outs).run();
     }
 }
 
-template <int kBits, int kScales>
+template <Code kCode, int kScales>
 void multiply_layout(const SglQuantized& call, const char* x, int64_t first, int64_t last) {
     if (call.mins)
-        multiply_range<kBits, kScales, true>(call, x, first, last);
+        multiply_range<kCode, kScales, true>(call, x, first, last);
     else
-        multiply_range<kBits, kScales, false>(call, x, first, last);
+        multiply_range<kCode, kScales, false>(call, x, first, last);
 }
 
 // Where the words of a line come from: see Numbers.
@@ -334,8 +360,12 @@ void sgl::pack_inputs(const SglQuantized& call, int64_t tile, char* to) {
 
 void sgl::multiply_packed(const SglQuantized& call, const char* x, int64_t first, int64_t last) {
     begin_tiles();
-    if (call.bits == 4) multiply_layout<4, 1>(call, x, first, last);
-    if (call.bits == 8 && call.group == 32) multiply_layout<8, 1>(call, x, first, last);
-    if (call.bits == 8 && call.group == 16) multiply_layout<8, 2>(call, x, first, last);
+    const Code code = code_of(call);
+    if (call.bits == 4) multiply_layout<Code::kNamed, 1>(call, x, first, last);
+    if (code == Code::kFp8) multiply_range<Code::kFp8, 1, false>(call, x, first, last);
+    if (code == Code::kByte && call.group == 32)
+        multiply_layout<Code::kByte, 1>(call, x, first, last);
+    if (code == Code::kByte && call.group == 16)
+        multiply_layout<Code::kByte, 2>(call, x, first, last);
     end_tiles();
 }

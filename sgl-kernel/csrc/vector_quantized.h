@@ -10,11 +10,10 @@
 
 #include "numbers.h"
 #include "quantized.h"
+#include "vector_fp8.h"
 
 namespace {
 
-constexpr int kBlock = 32;                       // codes taken at a time
-constexpr int kVectors = kBlock / Isa::kLanes;   // that they fill
 constexpr int64_t kScalesAtOnce = 8;             // widened at a time
 constexpr int kOuts = 4;                         // outputs that are floats at a time
 
@@ -77,7 +76,10 @@ template <class T, Code kCode, int kGroup, int kRows>
 inline void multiply_rows(const SglQuantized& call, const float* x, const float* sums, int64_t row,
                           int64_t out) {
     float result[kRows];
-    multiply_block<kCode, kGroup, kRows>(call, x, sums, row, out, result);
+    if constexpr (kCode == Code::kFp8)
+        multiply_fp8<kRows>(call, x, row, out, result);
+    else
+        multiply_block<kCode, kGroup, kRows>(call, x, sums, row, out, result);
     const float bias = call.bias ? to_float(static_cast<const T*>(call.bias)[out]) : 0.0f;
     for (int m = 0; m < kRows; ++m)
         store(result[m] * call.gain + bias,
@@ -87,6 +89,10 @@ inline void multiply_rows(const SglQuantized& call, const float* x, const float*
 // One output's weights as floats, without the gain.
 template <Code kCode, int kGroup>
 inline void widen_output(const SglQuantized& call, int64_t out, float* to) {
+    if constexpr (kCode == Code::kFp8) {
+        widen_fp8(call, out, to);
+        return;
+    }
     constexpr int kScales = kBlock / kGroup, kPart = kVectors / kScales;
     const uint8_t* codes = static_cast<const uint8_t*>(call.codes) + out * call.code_row;
     const Fp16* scales = static_cast<const Fp16*>(call.scales) + out * call.scale_row;
@@ -170,6 +176,7 @@ inline void multiply_typed(const SglQuantized& call, const float* x, const float
     const Code code = code_of(call);
     if (code == Code::kHalf) multiply_range<T, Code::kHalf, 32>(call, x, sums, first, last);
     if (code == Code::kNamed) multiply_range<T, Code::kNamed, 32>(call, x, sums, first, last);
+    if (code == Code::kFp8) multiply_range<T, Code::kFp8, 32>(call, x, sums, first, last);
     if (code != Code::kByte) return;
     if (call.group == 32) multiply_range<T, Code::kByte, 32>(call, x, sums, first, last);
     if (call.group == 16) multiply_range<T, Code::kByte, 16>(call, x, sums, first, last);
@@ -198,6 +205,7 @@ inline void dequantize_typed(const SglQuantized& call, int64_t first, int64_t la
     const Code code = code_of(call);
     if (code == Code::kHalf) dequantize_rows<T, Code::kHalf, 32>(call, first, last);
     if (code == Code::kNamed) dequantize_rows<T, Code::kNamed, 32>(call, first, last);
+    if (code == Code::kFp8) dequantize_rows<T, Code::kFp8, 32>(call, first, last);
     if (code != Code::kByte) return;
     if (call.group == 32) dequantize_rows<T, Code::kByte, 32>(call, first, last);
     if (call.group == 16) dequantize_rows<T, Code::kByte, 16>(call, first, last);

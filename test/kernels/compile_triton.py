@@ -27,6 +27,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from sgl_kernel.triton.attention import launch_sizes
 from sgl_kernel.triton.kernels.attention import merge_parts_kernel, paged_attention_kernel
+from sgl_kernel.triton.kernels.fp8 import round_rows_kernel
 from sgl_kernel.triton.kernels.moe import grouped_linear_kernel, sum_pairs_kernel
 from sgl_kernel.triton.kernels.quantized import (
     dequantize_kernel,
@@ -38,7 +39,7 @@ from sgl_kernel.triton.kernels.quantized import (
 from sgl_kernel.triton.kernels.rows import gate_kernel, rms_norm_kernel, route_kernel
 from sgl_kernel.triton.kernels.store import rotate_and_store_kernel
 from sgl_kernel.triton.launch import FP_FUSION, TRITON_TYPES, power_of_two
-from sgl_kernel.triton.quantized import QuantizedWeight, default_tile
+from sgl_kernel.triton.quantized import QuantizedWeight
 from sgl_kernel.triton.work import Tile
 
 POINTERS = {
@@ -196,27 +197,35 @@ def compile_quantized(
     scales: bool = False,
     splits: int = 4,
     bare: bool = False,
+    fp8: bool = False,
+    rounded: bool = False,
+    sm: int = 90,
 ) -> Any:
     """A kernel over codes; `rows` chooses the tile as a call with so many does.
 
-    Of single rows it is the number of outputs instead. `bare`: without all that a call may lack.
+    Of single rows it is the number of outputs instead. `fp8`: of E4M3, `group` 0: with one scale
+    for an output; `rounded`: rows are that too. `bare`: without all that a call may lack.
     """
     x_type = getattr(torch, dtype)
-    codes = torch.empty(1, 64 * bits, dtype=torch.uint8 if bits == 4 else torch.int8)
-    halves = torch.empty(1, 512 // group, dtype=torch.float16)
-    weight = QuantizedWeight(codes, halves, halves if mins else None, values=values)
-    sizes = weight.launch_sizes(default_tile(rows, bits, x_type), x_type)
+    bits = 8 if fp8 else bits
+    kind = torch.float8_e4m3fn if fp8 else torch.uint8 if bits == 4 else torch.int8
+    codes = torch.empty(1, 64 * bits, dtype=kind)
+    scale = torch.empty(1, 512 // (group or 512), dtype=torch.float32 if fp8 else torch.float16)
+    weight = QuantizedWeight(codes, scale, scale if mins else None, values=values)
+    weight.rounds_inputs = rounded
+    sizes = weight.launch_sizes(weight.tile_for(rows, x_type), x_type, rounded)
     options = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
     kept = {key: sizes[key] for key in ("GROUP", "KIND", "HAS_MINS")}
     experts = {"EXPERT_ROWS": 5760, "CHOSEN": 4, "HAS_BIAS": True}
     scaled = {"SCALES_INPUTS": scales, "SCALES_OUTPUTS": not scales}
-    single = {"BY_EXPERT": True, "BLOCK_N": rows, "BLOCK_B": 256, "STAGES": 4}
+    single = {"BY_EXPERT": True, "BLOCK_N": rows, "BLOCK_B": 128 if fp8 else 256, "STAGES": 4}
     tiled = {"OUT": 5760, "ROW_BYTES": 2880 * bits // 8, "NUM_EXPERTS": 128, "BY_TOKEN": True}
     kernel, constants = {
         "linear": (quantized_linear_kernel, {**sizes, "SPLITS": splits, "HAS_BIAS": splits == 1}),
         "grouped": (grouped_quantized_kernel, {**sizes, **experts, **scaled, **tiled}),
         "rows": (quantized_rows_kernel, {**kept, **experts, **scaled, **single}),
         "dequantize": (dequantize_kernel, {**kept, "BLOCK_B": 1024, "BY_ID": True}),
+        "round": (round_rows_kernel, {"GROUP": group, "BLOCK": group or 1024}),
         "sum": (sum_splits_kernel, {"SPLITS": splits, "BLOCK": 1024, "HAS_BIAS": True}),
     }[name]
     if name in ("linear", "grouped"):
@@ -225,15 +234,22 @@ def compile_quantized(
         options = {"num_warps": 4}
     own = f"*{TRITON_TYPES[x_type]}"
     types = {
-        "codes_ptr": "*u8" if bits == 4 else "*i8",
-        **dict.fromkeys(("scales_ptr", "mins_ptr"), "*fp16"),
+        "codes_ptr": "*fp8e4nv" if rounded else "*u8" if bits == 4 or fp8 else "*i8",
+        **dict.fromkeys(("scales_ptr", "mins_ptr"), "*fp32" if fp8 else "*fp16"),
         **dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), own),
         "ids_ptr": "*i64",
+        "x_scales_ptr": "*fp32",
     }
+    if rounded:
+        types["x_ptr"] = "*fp8e4nv"
+    if name == "round":
+        types |= {"scales_ptr": "*fp32", "codes_ptr": "*fp8e4nv"}
     if name == "linear" and splits > 1:
         types["out_ptr"] = "*fp32"
     constants.pop("enable_fp_fusion", None)
-    return compiled(kernel, constants | lacking(kernel, bare), types, options)
+    if not rounded and "x_scales_ptr" in kernel.arg_names:
+        constants["x_scales_ptr"] = None
+    return compiled(kernel, constants | lacking(kernel, bare), types, options, sm)
 
 
 def lacking(kernel: Any, bare: bool) -> dict[str, Any]:
@@ -294,7 +310,11 @@ def count_kernels(*, name: str, values: list[Any]) -> dict[str, int]:
 
 
 def compiled(
-    kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, Any]
+    kernel: Any,
+    constants: dict[str, Any],
+    types: dict[str, str],
+    options: dict[str, Any],
+    sm: int = 90,
 ) -> dict[str, Any]:
     signature, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -307,7 +327,7 @@ def compiled(
             aligned[place,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
     made = triton.compile(
-        source, target=GPUTarget("cuda", 90, 32), options={**options, **FP_FUSION}
+        source, target=GPUTarget("cuda", sm, 32), options={**options, **FP_FUSION}
     )
     return {
         "shared_bytes": made.metadata.shared,

@@ -77,11 +77,23 @@ void check_linear(int32_t dtype, int32_t threads) {
     }
 }
 
-// `named`: codes name values.
-void check_quantized(int32_t dtype, int32_t bits, bool named, int32_t threads) {
+double fp8_at(int32_t dtype, uint8_t code) {
+    const int bits = dtype == SGL_FP8_E4M3 ? 3 : 2, bias = dtype == SGL_FP8_E4M3 ? 7 : 15;
+    const int power = (code & 127) >> bits, rest = code & ((1 << bits) - 1);
+    const double fraction = std::ldexp(rest, -bits);
+    const double size = power ? std::ldexp(1 + fraction, power - bias)
+                              : std::ldexp(fraction, 1 - bias);
+    return code & 128 ? -size : size;
+}
+
+// `named`: codes name values; `fp8`: they are E4M3, with one scale for each output.
+void check_quantized(int32_t dtype, int32_t bits, bool named, int32_t threads, bool fp8 = false) {
     const int64_t outs = 19, width = 96, group = 32, groups = width / group;
     std::vector<uint8_t> codes(outs * width * bits / 8);
     for (auto& code : codes) code = static_cast<uint8_t>(random_bits());
+    for (auto& code : codes)
+        if (fp8 && (code & 127) == 127) code = 1;  // the smallest in place of what is no number
+    const std::vector<float> floats(outs, 0.125f);
     std::vector<uint16_t> scales(outs * groups), mins(outs * groups);
     for (auto& scale : scales) scale = 0x3000;  // 2^-3 in fp16
     for (auto& least : mins) least = random_bits() % 2 ? 0xb800 : 0x3800;  // -1/2 or 1/2
@@ -95,6 +107,10 @@ void check_quantized(int32_t dtype, int32_t bits, bool named, int32_t threads) {
         call.in_features = width, call.group = group, call.gain = 0.5f, call.bits = bits;
         call.dtype = dtype, call.isa = sgl_cpu_isa(), call.num_threads = threads;
         call.has_values = named;
+        if (fp8) {
+            call.is_fp8 = 1, call.scales = floats.data(), call.mins = nullptr;
+            call.scale_row = 1, call.group = width;
+        }
         for (int i = 0; i < 16; ++i) call.values[i] = static_cast<int8_t>(15 * i - 100);
         failures += sgl_quantized_linear(&call) != 0;
         std::vector<double> want(rows * outs);
@@ -107,22 +123,14 @@ void check_quantized(int32_t dtype, int32_t bits, bool named, int32_t threads) {
                     code = d % 32 < 16 ? both & 15 : both >> 4;
                     if (named) code = 15 * code - 100;
                 }
-                const double least = mins[n * groups + d / group] == 0x3800 ? 0.5 : -0.5;
+                if (fp8) code = fp8_at(SGL_FP8_E4M3, row[d]);
+                const double least = fp8 ? 0.0 : mins[n * groups + d / group] == 0x3800 ? 0.5 : -0.5;
                 const double weight = (code * 0.125 + least) * 0.5;
                 for (int64_t m = 0; m < rows; ++m)
                     want[m * outs + n] += x.at(m * width + d) * weight;
             }
-        compare(named ? "named" : bits == 4 ? "quantized 4" : "quantized 8", out, want);
+        compare(fp8 ? "fp8" : named ? "named" : bits == 4 ? "quantized 4" : "quantized 8", out, want);
     }
-}
-
-double fp8_at(int32_t dtype, uint8_t code) {
-    const int bits = dtype == SGL_FP8_E4M3 ? 3 : 2, bias = dtype == SGL_FP8_E4M3 ? 7 : 15;
-    const int power = (code & 127) >> bits, rest = code & ((1 << bits) - 1);
-    const double fraction = std::ldexp(rest, -bits);
-    const double size = power ? std::ldexp(1 + fraction, power - bias)
-                              : std::ldexp(fraction, 1 - bias);
-    return code & 128 ? -size : size;
 }
 
 // Rounds to nearby codes, which `numbers` become. fp8 has 2 or 3 bits of fraction.
@@ -354,6 +362,7 @@ int main() {
             check_quantized(dtype, 4, false, threads);
             check_quantized(dtype, 4, true, threads);
             check_quantized(dtype, 8, false, threads);
+            check_quantized(dtype, 8, false, threads, true);
             for (int32_t kv_dtype : {dtype, int32_t{SGL_FP8_E4M3}, int32_t{SGL_FP8_E5M2}}) {
                 check_attention(dtype, kv_dtype, 1, threads);
                 check_attention(dtype, kv_dtype, 23, threads);

@@ -26,6 +26,7 @@ from sgl_kernel import (  # noqa: E402
     QuantizedWeight,
     RouteKind,
     Tape,
+    has_byte_dots,
     record,
     route,
 )
@@ -157,7 +158,10 @@ MIXED = [
     ("4:large", "4:small", "4:large"),
     ("4+min", "4+min", "numbers"),
     ("numbers", "numbers", "8"),
+    ("e4m3/64", "e4m3", "numbers"),
+    ("4", "e4m3", "8"),
 ]
+INTEGERS = [layouts for layouts in MIXED if not any("e4m3" in layout for layout in layouts)]
 
 
 @pytest.mark.parametrize("isa", LEVELS)
@@ -207,7 +211,7 @@ def test_scaled_inputs_and_what_is_added(layout: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("isa", ROUNDING_LEVELS)
-@pytest.mark.parametrize("layouts", MIXED, ids="-".join)
+@pytest.mark.parametrize("layouts", INTEGERS, ids="-".join)
 def test_rounded_inputs(layouts: tuple[str, str, str], isa: Isa) -> None:
     """Codes meet bytes; numbers beside them their inputs as they are."""
     weights = Weights(layouts, torch.bfloat16, bias=True)
@@ -290,6 +294,10 @@ def test_what_is_not_served() -> None:
         Mixture(gate, gate, gate, E, GATES[0], dtype=torch.float32)
     with pytest.raises(KernelError, match="less than 6 experts"):
         Mixture(gate, gate, down, E + 1, GATES[0], dtype=torch.float32)
+    floats = Weights(("8", "8", "e4m3"), torch.float32, bias=False).mixture(GATES[0], torch.float32)
+    if has_byte_dots():
+        with pytest.raises(KernelError, match="experts does not serve"):
+            floats(x, experts, shares, round_inputs=True)
     short = ExpertMatrix(weights.gate, WIDTH, 1, WIDTH)
     with pytest.raises(KernelError, match="are not within"):
         Mixture(short, short, down, E, GATES[0], dtype=torch.float32)

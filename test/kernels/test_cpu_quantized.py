@@ -11,7 +11,7 @@ import torch
 
 sgl_kernel = pytest.importorskip("sgl_kernel")
 
-from kernels.quantized_cases import drawn_codes, numbers  # noqa: E402
+from kernels.quantized_cases import E4M3, drawn_codes, numbers  # noqa: E402
 from sgl_kernel import (  # noqa: E402
     Isa,
     KernelError,
@@ -44,7 +44,10 @@ LAYOUTS = {
     "8": (8, 32, False, None),
     "8+min": (8, 32, True, None),
     "8/16": (8, 16, False, None),
+    "e4m3": (E4M3, 0, False, None),
+    "e4m3/64": (E4M3, 64, False, None),
 }
+INTEGERS = [name for name, layout in LAYOUTS.items() if layout[0] != E4M3]
 
 
 def make(layout: str, outs: int, width: int, gain: float = 1.0) -> QuantizedWeight:
@@ -84,7 +87,7 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("isa", ROUNDING_LEVELS)
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", INTEGERS)
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize(
     ("rows", "outs", "width"),
@@ -132,7 +135,7 @@ def test_sums_of_extreme_codes_fit(isa: Isa) -> None:
 
 
 @pytest.mark.parametrize("isa", ROUNDING_LEVELS)
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", INTEGERS)
 def test_rounded_rows_do_not_depend_on_their_neighbours(layout: str, isa: Isa) -> None:
     """Up to a few rows, and beyond: from there on blocks are added up in another order."""
     weight, x = make(layout, 50, 576), torch.randn(43, 576)
@@ -155,7 +158,7 @@ def test_rounded_rows_do_not_depend_on_their_neighbours(layout: str, isa: Isa) -
 @pytest.mark.parametrize("isa", ROUNDING_LEVELS)
 @pytest.mark.parametrize("rows", [3, 12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("layout", INTEGERS)
 def test_rounded_rows_keep_what_is_not_finite(
     layout: str, dtype: torch.dtype, rows: int, isa: Isa
 ) -> None:
@@ -198,7 +201,7 @@ def test_products_on_tiles_that_are_written_out(tmp_path: Path) -> None:
     flags += [f"-mavx512{kind}" for kind in ("f", "bw", "dq", "vl", "bf16", "vbmi")]
     flags += ["-mamx-tile", "-mamx-bf16"]
     said = built_and_run(program, sources, flags)
-    assert said == "0 outputs of 24 products are far\n"
+    assert said == "0 outputs of 33 products are far\n"
 
 
 def test_rounding_wants_its_instructions() -> None:
@@ -261,6 +264,62 @@ def test_numbers(dtype: torch.dtype, layout: str, isa: Isa) -> None:
     torch.testing.assert_close(out.double(), numbers(weight), rtol=ROUNDING[dtype], atol=128 * 2e-7)
 
 
+@pytest.mark.parametrize("isa", LEVELS)
+def test_every_code_of_e4m3(isa: Isa) -> None:
+    """Bit for bit, with the smallest numbers, zeros of both signs and NaN."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    turned = torch.stack([codes.view(torch.uint8).roll(i) for i in range(32)]).view(codes.dtype)
+    weight = QuantizedWeight(turned, torch.full((32, 2), 0.75), group=128)
+    want = turned.float() * 0.75
+    for dtype in ROUNDING:
+        found = weight.dequantize(dtype, isa=isa)
+        torch.testing.assert_close(found, want.to(dtype), rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(found.signbit() | found.isnan(), want.signbit() | want.isnan())
+    finite = torch.where(want.isfinite(), turned.float(), 0.0).to(codes.dtype)
+    some = QuantizedWeight(finite, weight.scales, group=128)
+    for dtype in ROUNDING:
+        for rows in (1, 7):
+            x = torch.ones(rows, 256, dtype=dtype)
+            assert weight.multiply(x, isa=isa).isnan().all()
+            assert torch.equal(some.multiply(x, isa=isa), torch.zeros(rows, 32, dtype=dtype))
+            only = torch.zeros_like(x).index_fill_(1, torch.tensor([100]), 1.0)
+            assert torch.equal(some.multiply(only, isa=isa)[0], some.dequantize(dtype)[:, 100])
+
+
+def test_groups_of_e4m3_that_are_cut() -> None:
+    """Columns that begin within a group: it becomes several of the same scale."""
+    weight = QuantizedWeight(*drawn_codes((E4M3, 128, False, None), 5, 416, 1.0))
+    for first, last, group in ((128, 416, 128), (192, 416, 64), (96, 160, 32), (0, 64, 64)):
+        part = weight.columns(first, last)
+        assert part.group == group
+        assert torch.equal(numbers(part), numbers(weight)[:, first:last])
+        x = torch.randn(3, last - first)
+        want = x.double() @ numbers(part).t()
+        torch.testing.assert_close(part.multiply(x).double(), want, rtol=1e-5, atol=1e-2)
+    whole = QuantizedWeight(*drawn_codes((E4M3, 0, False, None), 5, 416, 1.0))
+    assert whole.columns(32, 96).scales.shape == (5, 1)
+
+
+def test_what_is_refused_of_e4m3() -> None:
+    codes, scales = torch.zeros(4, 96).to(torch.float8_e4m3fn), torch.ones(4, 3)
+    for wrong, group in (
+        ((codes, scales.half(), None), 32),
+        ((codes, scales, scales), 32),
+        ((codes, scales, None), 64),
+        ((codes, scales, None), 16),
+        ((codes[:, :48], scales[:, :1], None), None),
+    ):
+        with pytest.raises(KernelError):
+            QuantizedWeight(*wrong, group=group)
+    weight = QuantizedWeight(codes, scales)
+    assert weight.group == 32
+    assert repr(weight) == "QuantizedWeight((4, 96), E4M3, group=32)"
+    with pytest.raises(KernelError, match="not served with E4M3"):
+        weight.multiply(torch.zeros(2, 96), round_inputs=True)
+    with pytest.raises(KernelError, match="joined"):
+        QuantizedWeight.join([weight, QuantizedWeight(codes, scales[:, :1])])
+
+
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize(("some", "many"), [(1, 5), (6, 13)])
 def test_a_row_does_not_depend_on_its_neighbours(layout: str, some: int, many: int) -> None:
@@ -285,6 +344,8 @@ def test_parts(layout: str) -> None:
     x = torch.randn(2, 128)
     assert torch.equal(weight.rows(3, 9).multiply(x), weight.multiply(x)[:, 3:9])
     bytes_each = weight.bits / 8 + 2 / weight.group * (1 if weight.mins is None else 2)
+    if weight.is_fp8:
+        bytes_each = 1 + 4 / weight.group
     assert weight.nbytes == 24 * 128 * bytes_each
 
 

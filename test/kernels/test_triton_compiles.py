@@ -129,6 +129,20 @@ def test_quantised_products(made: dict[str, dict[str, Any]]) -> None:
         assert max(one["on_their_way"]) >= 3
 
 
+def test_products_of_fp8(tmp_path: Path) -> None:
+    """With bfloat16 rows on a GPU without FP8, and with rows of it where tensor cores have some."""
+    fp8: dict[str, Any] = {"kernel": "quantized", "fp8": True, "group": 128, "rows": 128}
+    fp8 |= {"splits": 1}
+    older, rounded = compile_all([{**fp8, "sm": 80}, {**fp8, "rounded": True}], tmp_path)
+    for made in (older, rounded):
+        assert made["shared_bytes"] <= (160 << 10)
+    assert older["instructions"]["mma.sync"]
+    assert rounded["instructions"]["wgmma.mma_async"]
+    assert rounded["instructions"]["cp.async.cg.shared.global"] >= 8
+    assert "cvt.rn.bf16.f16" not in older["instructions"]
+    assert rounded["stack_bytes"] == older["stack_bytes"] == 0
+
+
 @pytest.mark.slow
 def test_every_quantised_kernel(tmp_path: Path) -> None:
     """No more than registers hold, whatever codes stand for."""
@@ -140,6 +154,8 @@ def test_every_quantised_kernel(tmp_path: Path) -> None:
         {"bits": 8},
         {"bits": 8, "mins": True},
         {"bits": 8, "group": 16},
+        {"fp8": True, "group": 0},
+        {"fp8": True, "group": 128},
     ]
     cases: list[dict[str, Any]] = []
     for kind in kinds:
@@ -151,6 +167,12 @@ def test_every_quantised_kernel(tmp_path: Path) -> None:
         cases.append({**kind, "name": "dequantize"})
         cases.append({**kind, "rows": 64, "dtype": "float16"})
     cases += [{**kinds[2], "name": "grouped", "rows": rows, "scales": True} for rows in (16, 128)]
+    for group in (0, 128):
+        more = {"fp8": True, "group": group}
+        for rows in (64, 128):
+            for name in ("linear", "grouped"):
+                cases.append({**more, "name": name, "rows": rows, "splits": 1, "rounded": True})
+        cases.append({**more, "name": "round"})
     cases += [{"name": "sum", "splits": splits} for splits in (2, 16)]
     for name in ("linear", "rows", "grouped", "dequantize", "sum"):
         cases.append({"name": name, "rows": 16, "splits": 1, "bare": True})

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernels.quantized_cases import drawn_codes, numbers
+from kernels.quantized_cases import E4M3, drawn_codes, numbers
 from sgl_kernel.library import KernelError
 from sgl_kernel.triton import ExpertCodes, GroupedTile, QuantizedWeight, mixture
 from sgl_kernel.triton.expert_codes import takes_single_pairs
@@ -29,6 +29,9 @@ LAYOUTS = {
     "8": (8, 32, False, None),
     "8+min": (8, 32, True, None),
     "8/16": (8, 16, False, None),
+    "e4m3": (E4M3, 0, False, None),
+    "e4m3/32": (E4M3, 32, False, None),
+    "e4m3/96": (E4M3, 96, False, None),
 }
 
 
@@ -174,7 +177,9 @@ def mixture_numbers(
 
 
 @pytest.mark.parametrize(("bias", "scale_inputs"), [(True, False), (False, True)])
-@pytest.mark.parametrize("kinds", [("e2m1", "e2m1"), ("8", "4+min"), ("4", None), (None, "8/16")])
+@pytest.mark.parametrize(
+    "kinds", [("e2m1", "e2m1"), ("8", "4+min"), ("4", None), (None, "8/16"), ("e4m3", "e4m3/32")]
+)
 def test_mixtures(kinds: tuple[str | None, str | None], bias: bool, scale_inputs: bool) -> None:
     """Gate and up as one matrix and as two, codes beside numbers; the last expert is nobody's."""
     num_experts, hidden, width = 4, 64, 32
@@ -223,15 +228,18 @@ def test_mixtures(kinds: tuple[str | None, str | None], bias: bool, scale_inputs
     assert all(torch.equal(one, found[0]) for one in found)
 
 
+@pytest.mark.parametrize("kinds", [("e2m1", "8/16"), ("e4m3/32", "e4m3")])
 @pytest.mark.parametrize(("bias", "scale_inputs"), [(True, False), (False, True)])
-def test_few_pairs_are_not_sorted(bias: bool, scale_inputs: bool) -> None:
+def test_few_pairs_are_not_sorted(bias: bool, scale_inputs: bool, kinds: tuple[str, str]) -> None:
     """Half as many pairs as experts: each reads its expert's weights, rounded nowhere."""
     num_experts, hidden, width = 8, 64, 32
     experts, weights = torch.tensor([[6, 1], [1, 0]]), torch.rand(2, 2)
     assert takes_single_pairs(experts.numel(), num_experts)
     assert not takes_single_pairs(experts.numel() + 1, num_experts)
-    gate, up = (make("e2m1", num_experts * width, hidden, gain) for gain in (1 / 32, 1 / 64))
-    down = make("8/16", num_experts * hidden, width, 1 / 64)
+    smaller = 2.0**-5 if "e4m3" in kinds[1] else 1.0
+    gains = (smaller / 32, smaller / 64)
+    gate, up = (make(kinds[0], num_experts * width, hidden, gain) for gain in gains)
+    down = make(kinds[1], num_experts * hidden, width, smaller / 64)
     biases = (drawn(num_experts, 2 * width), drawn(num_experts, hidden)) if bias else None
     x = drawn(2, hidden) / 8
     found = mixture(

@@ -75,6 +75,7 @@ double rounded(float value, int32_t bits) {
 
 double code_at(const SglQuantized& call, int64_t out, int64_t d) {
     const auto* row = static_cast<const uint8_t*>(call.codes) + out * call.code_row;
+    if (call.is_fp8) return to_float(E4m3{row[d]});
     if (call.bits == 8) return static_cast<int8_t>(row[d]);
     const uint8_t both = row[d / 32 * 16 + d % 16];
     const int code = d % 32 < 16 ? both & 15 : both >> 4;
@@ -82,18 +83,23 @@ double code_at(const SglQuantized& call, int64_t out, int64_t d) {
 }
 
 // Outputs further from double arithmetic than bfloat16 rounds.
-int compare(int64_t rows, int32_t bits, int64_t group, bool minima, bool named) {
-    const int64_t outs = 37, width = 352, scale_row = width / group;
+int compare(int64_t rows, int32_t bits, int64_t group, bool minima, bool named, bool fp8 = false) {
+    const int64_t outs = 37, width = 352, scale_row = (width + group - 1) / group;
+    std::vector<float> floats(outs * scale_row);
     std::vector<uint8_t> codes(outs * width * bits / 8);
     std::vector<Fp16> scales(outs * scale_row), mins(outs * scale_row);
     std::vector<Bf16> x(rows * width), out(rows * outs);
     for (auto& code : codes) code = static_cast<uint8_t>(std::rand() >> 4);
     for (auto& scale : scales) store(1.0f / (1 + std::rand() % 50), &scale);
+    for (auto& code : codes)
+        if (fp8 && (code & 127) == 127) code = 1;
+    for (size_t i = 0; i < floats.size(); ++i) floats[i] = to_float(scales[i]);
     for (auto& least : mins) store(static_cast<float>(std::rand() % 9 - 4), &least);
     for (auto& value : x) store(static_cast<float>(std::rand() % 201 - 100), &value);
     SglQuantized call{};
     call.x = x.data(), call.out = out.data(), call.codes = codes.data();
-    call.scales = scales.data(), call.mins = minima ? mins.data() : nullptr;
+    call.is_fp8 = fp8;
+    call.scales = fp8 ? static_cast<void*>(floats.data()) : scales.data(), call.mins = minima ? mins.data() : nullptr;
     call.x_row = call.in_features = width, call.out_row = call.out_features = outs;
     call.code_row = width * bits / 8, call.scale_row = scale_row, call.rows = rows;
     call.group = group, call.gain = 0.5f, call.bits = bits, call.has_values = named;
@@ -131,6 +137,11 @@ int main() {
             far += compare(rows, 4, 32, minima, false) + compare(rows, 4, 32, minima, true);
             far += compare(rows, 8, 32, minima, false) + compare(rows, 8, 16, minima, false);
             count += 4;
+        }
+    for (int64_t rows : {1, 17, 50})
+        for (int64_t group : {32, 128, 352}) {
+            far += compare(rows, 8, group, false, false, true);
+            count += 1;
         }
     std::printf("%d outputs of %d products are far\n", far, count);
     return far != 0;

@@ -94,8 +94,8 @@ class ServerArgs(SpeculativeArgs, LoraArgs, PriorityArgs, RankArgs, DoorArgs):
     quantization: str | None = flag(
         None,
         "Weights that stay quantised in memory: gguf those of a GGUF file, the names of "
-        "quantised checkpoints' methods those of such a one, int8 any checkpoint's, rounded to "
-        "bytes at load; none makes numbers of all. Nothing else is quantised at load.",
+        "quantised checkpoints' methods those of such a one. int8 rounds any checkpoint's at load, "
+        "fp8 those of one that is not quantised; none makes numbers of all.",
         group=DEVICE,
         choices=(
             *("gguf", "int8", "mxfp4", "fp8", "gptq", "gptq_marlin", "awq", "awq_marlin"),

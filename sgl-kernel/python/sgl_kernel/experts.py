@@ -114,6 +114,7 @@ class ExpertMatrix:
         fields.mins = None if own.mins is None else own.mins.data_ptr()
         fields.group, fields.gain, fields.bits = own.group, own.gain, own.bits
         fields.has_values, fields.values = own.named_values
+        fields.is_fp8 = own.is_fp8
         return fields
 
 

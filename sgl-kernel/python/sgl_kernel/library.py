@@ -89,6 +89,7 @@ class QuantizedCall(ctypes.Structure):
         ),
         ("has_values", ctypes.c_int32),
         ("values", ctypes.c_int8 * 16),
+        ("is_fp8", ctypes.c_int32),
     )
 
 
@@ -222,6 +223,7 @@ class ExpertMatrixFields(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("has_values", ctypes.c_int32),
         ("values", ctypes.c_int8 * 16),
+        ("is_fp8", ctypes.c_int32),
     )
 
 

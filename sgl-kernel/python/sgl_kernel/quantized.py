@@ -42,8 +42,9 @@ class QuantizedWeight(CodedWeight):
         mins: torch.Tensor | None = None,
         gain: float = 1.0,
         values: Sequence[int] | None = None,
+        group: int | None = None,
     ) -> None:
-        super().__init__(codes, scales, mins, gain, values)
+        super().__init__(codes, scales, mins, gain, values, group)
         # whether sums of a block times bytes fit 16 bits, so that AVX2 takes many rows of these
         self.has_short_sums = self.bits == 4 and all(abs(v) <= _SHORT for v in self.values or ())
         # as native calls hold them
@@ -65,7 +66,8 @@ class QuantizedWeight(CodedWeight):
         multiplies integers: each 32 inputs are rounded to multiples of their largest over 127
         first. `round_weight` multiplies by matrix tiles an x of bfloat16, to which the weight is
         rounded first, before the gain. Raises KernelError for shapes and types that are not served,
-        for both roundings, and for one of them without `has_byte_dots` or `has_tiles`.
+        for both roundings, and for one of them without `has_byte_dots` or `has_tiles`; for inputs
+        that are to meet E4M3 as integers too.
         """
         rows, width = x.shape
         if x.dtype not in DTYPES or width != self.shape[1] or x.stride(1) != 1:
@@ -74,8 +76,9 @@ class QuantizedWeight(CodedWeight):
             bias.dtype != x.dtype or bias.shape != self.shape[:1] or not bias.is_contiguous()
         ):
             raise KernelError(f"bias must be contiguous {x.dtype} [{self.shape[0]}]")
-        if round_inputs and not has_byte_dots(isa):
-            raise KernelError("rounded inputs are not served without dot products of bytes")
+        if round_inputs and (self.is_fp8 or not has_byte_dots(isa)):
+            what = "with E4M3" if self.is_fp8 else "without dot products of bytes"
+            raise KernelError(f"rounded inputs are not served {what}")
         if round_weight and (round_inputs or x.dtype != torch.bfloat16 or not has_tiles(isa)):
             raise KernelError(f"a rounded weight is not served for {x.dtype}, or without tiles")
         out = empty((rows, self.shape[0]), x.dtype)
@@ -133,5 +136,5 @@ class QuantizedWeight(CodedWeight):
             None if self.mins is None else self.mins.data_ptr(), None,
             0, out.stride(0), self.codes.stride(0), self.scales.stride(0),
             0, *self.shape, self.group, self.gain, self.bits, DTYPES[out.dtype],
-            allowed_isa(isa), num_threads, False, False, *self.named_values,
+            allowed_isa(isa), num_threads, False, False, *self.named_values, self.is_fp8,
         )  # fmt: skip

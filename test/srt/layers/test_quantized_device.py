@@ -18,14 +18,17 @@ from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.moe import ExpertLayout, Experts, Routing
 from sglang.srt.layers.quantization import choice
 from sglang.srt.layers.quantization.matrix import QuantizedMatrix, QuantizedWeight
+from sglang.srt.layers.quantization.rounding import rounding_to
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.layers.weights import WeightOwner, deferred_parameter, give_memory
 from sglang.srt.model_loader import loader
+from sglang.srt.model_loader.huge_pages import quantized_matrices
 from sglang.srt.model_loader.loader import fill_with_dummy_weights
 from sglang.srt.utils.native import native_kernels, triton_kernels
 from srt.managers.test_engine_device import graphs_of, late_tower
 from srt.managers.test_engine_tokens import PROMPTS, tower
 from srt.model_loader.gguf_files import write_gguf
+from srt.model_loader.test_fp8_checkpoints import published as fp8_checkpoint
 from srt.model_loader.test_gguf_mixtures import FAMILIES, experts_of, load, logits
 from srt.models.hf_models import make_hf_model
 from srt.utils.fake_device import NoValues, OpRecorder
@@ -188,7 +191,7 @@ def test_experts_of_codes_are_those_one_by_one() -> None:
     for parameter in (numbers.gate_up_proj, numbers.down_proj):
         parameter.data.normal_()
     want = numbers(x, routing(5))
-    numbers.quantize(KERNELS)
+    numbers.quantize(rounding_to("int8", KERNELS))
     assert numbers.gate_up_proj.shape[0] == numbers.down_proj.shape[0] == 0
     found = numbers(x, routing(5))
     close(found, numbers._one_by_one(x, routing(5)))
@@ -287,6 +290,30 @@ def test_rounding_at_load_gives_the_codes_of_a_cpu(tmp_path: Path) -> None:
             assert module.quantized.whole is not None
             count += module.quantized.whole.on_device
     assert count >= 12
+
+
+def test_fp8_checkpoints_keep_their_codes(tmp_path: Path) -> None:
+    """Inputs are rounded where the method is asked for by name and the checkpoint says so."""
+    paths = {
+        kind: fp8_checkpoint(tmp_path / name, kind, "qwen3", 1)[1]
+        for kind, name in (("block of 128", "dynamic"), ("channel", "static"))
+    }
+    rounding = {}
+    for kind, path in paths.items():
+        for name in (None, "fp8"):
+            model = load(path, name)
+            parts = [one.whole for one in quantized_matrices(model)]
+            assert len(parts) == 7, "all but the one that has numbers"
+            assert all(part is not None and part.is_fp8 and part.on_device for part in parts)
+            rounding[kind, name] = {part.rounds_inputs for part in parts if part is not None}
+            if kind == "channel" and name is None:
+                close(logits(model, 9), logits(load(path, "none"), 9))
+    assert rounding == {
+        ("block of 128", None): {False},
+        ("block of 128", "fp8"): {True},
+        ("channel", None): {False},
+        ("channel", "fp8"): {False},
+    }
 
 
 def test_recorded_steps_of_codes_say_what_numbers_say(tmp_path: Path) -> None:

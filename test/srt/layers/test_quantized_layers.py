@@ -10,15 +10,18 @@ import torch
 import torch.nn.functional as F
 
 from sglang.srt.distributed.parallel_state import ParallelState
+from sglang.srt.layers.expert_weights import ExpertLayout
 from sglang.srt.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
 )
+from sglang.srt.layers.moe import Experts, Routing
 from sglang.srt.layers.quantization import matrix as matrices
 from sglang.srt.layers.quantization.choice import choose_quantization
 from sglang.srt.layers.quantization.int8 import quantize_int8
 from sglang.srt.layers.quantization.matrix import QuantizedMatrix, QuantizedWeight
+from sglang.srt.layers.quantization.rounding import quantize_fp8, rounding_to
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.utils.native import native_kernels
 
@@ -185,15 +188,103 @@ def test_int8_of_a_layer() -> None:
     layer = RowParallelLinear(64, 24, parallel=ParallelState(), dtype=torch.float32)
     weight = torch.randn(24, 64)
     layer.weight_loader("weight", weight)
-    layer.quantize(KERNELS)
+    layer.quantize(rounding_to("int8", KERNELS))
     assert layer.quantized is not None
     assert layer.quantized.nbytes == 24 * (64 + 2 * 2)
     x = torch.randn(4, 64)
     assert (layer(x) - x @ weight.t()).abs().max() < 0.2
     odd = RowParallelLinear(40, 24, parallel=ParallelState(), dtype=torch.float32)
     odd.weight_loader("weight", torch.randn(24, 40))
-    odd.quantize(KERNELS)
+    odd.quantize(rounding_to("int8", KERNELS))
     assert odd.quantized is None
+
+
+def test_fp8_is_the_nearest() -> None:
+    """Half a step of a code, of 3 bits, or half the smallest; zeros stay zeros."""
+    weight = torch.randn(37, 96, dtype=torch.float64)
+    weight[3] = 0.0
+    weight[5] *= 1e-12
+    codes, scales = quantize_fp8(weight.float())
+    assert scales.shape == (37, 1)
+    error = (codes.double() * scales.double() - weight).abs()
+    step = torch.maximum(weight.abs() * 2.0**-4, scales.double() * 2.0**-10)
+    assert (error <= 1.0001 * step).all()
+    assert not codes[3].float().any()
+    whole = quantize_fp8(torch.full((1, 32), 3.0))
+    assert (whole[0].float() == 448.0).all()
+
+
+def test_fp8_of_a_layer() -> None:
+    rounding = rounding_to("fp8", KERNELS)
+    layer = RowParallelLinear(64, 24, parallel=ParallelState(), dtype=torch.bfloat16)
+    weight = torch.randn(24, 64)
+    layer.weight_loader("weight", weight)
+    layer.quantize(rounding)
+    assert layer.quantized is not None
+    assert layer.quantized.nbytes == 24 * (64 + 4)
+    assert layer.weight.numel() == 0
+    codes, scales = quantize_fp8(weight.bfloat16())
+    wide = codes.double() * scales.double()
+    for rows in (1, 5, 70):
+        x = torch.randn(rows, 64).bfloat16()
+        error = (layer(x).double() - x.double() @ wide.t()).abs()
+        terms = x.double().abs() @ wide.abs().t()
+        assert (error <= 2.0**-8 * terms).all(), "no input was rounded to bytes"
+
+
+@pytest.mark.parametrize("rows", [2, 200])
+def test_fp8_of_experts(rows: int) -> None:
+    """In one call and one after the other; inputs of 16 bits are not rounded to bytes."""
+    experts = Experts(
+        *(4, 64, 32),
+        layout=ExpertLayout.MERGED,
+        parallel=ParallelState(),
+        dtype=torch.bfloat16,
+    )
+    for parameter in (experts.gate_up_proj, experts.down_proj):
+        parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    weights = (experts.gate_up_proj.data, experts.down_proj.data)
+    parts = [quantize_fp8(one.flatten(0, 1)) for one in weights]
+    experts.quantize(rounding_to("fp8", KERNELS))
+    assert experts.gate is not None
+    assert experts.down is not None
+    assert experts.gate.matrix.nbytes == 4 * 64 * (64 + 4)
+    assert experts.gate.matrix is experts.up.matrix  # type: ignore[union-attr]
+    assert not experts.has_integers
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    chosen = torch.rand(rows, 4).topk(2).indices
+    shares = torch.rand(rows, 2)
+    both, down = ((codes.double() * scales.double()).view(4, -1, codes.shape[1])
+                  for codes, scales in parts)  # fmt: skip
+    want = torch.zeros(rows, 64, dtype=torch.float64)
+    for place in range(2):
+        gate, up = (both[chosen[:, place]] @ x.double().unsqueeze(-1)).squeeze(-1).chunk(2, -1)
+        inner = (F.silu(gate) * up).unsqueeze(-1)
+        want += (down[chosen[:, place]] @ inner).squeeze(-1) * shares[:, place, None].double()
+    found = experts(x, Routing(chosen, shares))
+    assert (found.double() - want).abs().max() <= 0.01 * want.abs().max()
+
+
+def test_ranks_cut_blocks_of_fp8() -> None:
+    """Scales of 128 by 128 on two ranks with 96 inputs, and 40 outputs, each."""
+    generator = torch.Generator().manual_seed(3)
+    weight, scales = torch.randn(80, 192, generator=generator), torch.rand(80, 2) + 0.5
+    codes = (weight * 100).to(torch.float8_e4m3fn)
+    wide = codes.float() * scales.repeat_interleave(128, 1)[:, :192]
+    whole = KERNELS.QuantizedWeight(codes, scales, group=128)
+    x, total = torch.randn(3, 192), torch.zeros(3, 80)
+    for rank in range(2):
+        parallel = ParallelState(tp_rank=rank, tp_size=2)
+        inputs = RowParallelLinear(192, 80, parallel=parallel, dtype=torch.float32)
+        inputs.weight_loader("weight", whole)
+        assert inputs.quantized is not None
+        total += inputs.product(x[:, rank * 96 : rank * 96 + 96])
+        outputs = MergedColumnParallelLinear(192, (80,), parallel=parallel, dtype=torch.float32)
+        outputs.weight_loader("weight", whole, 0)
+        assert outputs.quantized is not None
+        here = wide[rank * 40 : rank * 40 + 40]
+        torch.testing.assert_close(outputs(x), x @ here.t(), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(total, x @ wide.t(), rtol=1e-4, atol=1e-2)
 
 
 def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,8 +296,9 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gguf", "cpu", "this model is none"),
         ("marlin", "cpu", "must be one of"),
         ("mxfp4", "cpu", "has no quantised weights"),
-        ("fp8", "meta", "has no quantised weights, and is not made so here"),
+        ("awq", "meta", "has no quantised weights, and is not made so here"),
         ("int8", "meta", "needs the native kernels"),
+        ("fp8", "meta", "needs the native kernels"),
     ):
         with pytest.raises(ValueError, match=message):
             choose_quantization(name, is_gguf=False, device=device)
@@ -221,8 +313,12 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose_quantization(name, is_gguf=False, method=method, device="meta") == "none"
     with pytest.raises(ValueError, match=r"--quantization awq_marlin: .* is quantised by gptq"):
         choose_quantization("awq_marlin", is_gguf=False, method="gptq", device="cpu")
-    assert choose_quantization(None, is_gguf=False, method="fp8", device="cpu") == "none"
-    assert choose_quantization("fp8", is_gguf=False, method="fp8", device="cpu") == "none"
+    for name, device, kept in ((None, "cpu", "fp8"), ("fp8", "cpu", "fp8"), (None, "meta", "none")):
+        assert choose_quantization(name, is_gguf=False, method="fp8", device=device) == kept
+    assert choose_quantization("fp8", is_gguf=False, device="cpu") == "fp8"
+    for own in ({"is_gguf": True}, {"is_gguf": False, "method": "compressed-tensors"}):
+        with pytest.raises(ValueError, match="--quantization fp8: this checkpoint is quantised by"):
+            choose_quantization("fp8", device="cpu", **own)
     assert choose_quantization("int8", is_gguf=False, method="mxfp4", device="cpu") == "int8"
     assert choose_quantization("none", is_gguf=False, method="mxfp4", device="cpu") == "none"
     with pytest.raises(ValueError, match="--quantization mxfp4: this checkpoint is quantised by g"):

@@ -21,6 +21,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.native import native_kernels
 from srt.managers.test_engine_tokens import tower
 from srt.model_loader.gguf_files import write_gguf
+from srt.model_loader.test_fp8_checkpoints import published as fp8_checkpoint
 from srt.models.hf_models import make_hf_model, save
 from srt.models.lora_adapters import Factors, make_factors, merged, save_adapter
 
@@ -98,6 +99,12 @@ def test_weights_rounded_to_bytes(tmp_path: Path) -> None:
     base = make_hf_model("llama")
     path = save(copy.deepcopy(base), tmp_path / "base")
     check(path, base, make_factors(base), tmp_path, 0.15, quantization="int8")
+
+
+@needs_kernels
+def test_a_checkpoint_in_fp8(tmp_path: Path) -> None:
+    base, path = fp8_checkpoint(tmp_path / "base", "block of 128", "llama", 1)
+    check(path, base, make_factors(base), tmp_path, 2e-3)
 
 
 def test_bfloat16(tmp_path: Path) -> None:

@@ -61,9 +61,8 @@ def fp8(outputs: int, inputs: int, seed: int, block: tuple[int, int]) -> Coded:
     numbers = values[weight.view(torch.uint8).long()]
     shape = (-(-outputs // block[0]), -(-inputs // block[1]))
     scale = torch.rand(shape, generator=draw(seed + 1)) * 0.005 + 0.001
-    for row in range(outputs):
-        for column in range(inputs):
-            numbers[row, column] *= scale[row // block[0], column // block[1]]
+    rows, columns = torch.arange(outputs) // block[0], torch.arange(inputs) // block[1]
+    numbers *= scale[rows[:, None], columns]
     return {"weight": weight, "scale": scale}, numbers
 
 

@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.quantization_config import WeightScheme, weight_scheme
+from sglang.srt.layers.linear import ShardedLinear
+from sglang.srt.layers.weights import WeightOwner
 from sglang.srt.utils.native import native_kernels
 from srt.model_loader.quantized_files import (
     Coded,
@@ -24,12 +27,14 @@ from srt.model_loader.quantized_files import (
 from srt.model_loader.test_gguf_mixtures import experts_of, logits
 from srt.model_loader.test_kv_scales import layer_scales, scales_of
 from srt.model_loader.test_mxfp4_checkpoints import is_kept, load
-from srt.models.hf_models import make_hf_model
+from srt.models.hf_models import make_hf_model, save
 from srt.models.test_models import assert_logits_equal, hf_logits, prompts
 
 BLOCK = [48, 40]  # neither divides the tiny matrices
 PLAIN = {"quant_method": "fp8", "activation_scheme": "static"}
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": BLOCK}
+WIDE_BLOCKS = {**BLOCKS, "weight_block_size": [128, 128]}
+native = pytest.mark.skipif(native_kernels() is None, reason="sgl-kernel is not installed")
 
 
 def compressed(strategy: str, **fields: Any) -> dict[str, Any]:
@@ -50,6 +55,7 @@ SCALES: dict[str, tuple[dict[str, Any], str, Callable[[int, int], tuple[int, int
     "channel": (PLAIN, "weight_scale", lambda n, k: (1, k)),
     "fbgemm": ({"quant_method": "fbgemm_fp8"}, "weight_scale", lambda n, k: (1, k)),
     "block": (BLOCKS, "weight_scale_inv", lambda n, k: (BLOCK[0], BLOCK[1])),
+    "block of 128": (WIDE_BLOCKS, "weight_scale_inv", lambda n, k: (128, 128)),
     "compressed tensor": (compressed("tensor"), "weight_scale", lambda n, k: (n, k)),
     "compressed channel": (compressed("channel"), "weight_scale", lambda n, k: (1, k)),
     "compressed group": (compressed("group"), "weight_scale", lambda n, k: (1, 16)),
@@ -108,7 +114,7 @@ def test_logits_are_those_of_its_numbers(tmp_path: Path, kind: str) -> None:
 def test_experts_that_stand_one_by_one(tmp_path: Path, family: str, kind: str) -> None:
     model, path = published(tmp_path, kind, family, 3)
     assert_logits_equal(model, path)
-    whole = experts_of(load(path))[0]
+    whole = experts_of(load(path, "none"))[0]
     ranks = [experts_of(load(path, rank=rank, ranks=2))[0] for rank in range(2)]
     assert not is_kept(whole)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
@@ -155,7 +161,97 @@ def test_the_text_part_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
     assert_logits_equal(model, path)
 
 
-@pytest.mark.skipif(native_kernels() is None, reason="sgl-kernel is not installed")
+@native
+@pytest.mark.parametrize("kind", ["tensor", "channel", "block of 128", "compressed channel"])
+def test_codes_are_kept(tmp_path: Path, kind: str) -> None:
+    """In a byte each, with a number for each output or for its groups; merged layers are one."""
+    changes = {"hidden_size": 160, "intermediate_size": 320, "head_dim": 64}
+    model, path = published(tmp_path, kind, "qwen3", 1, **changes)
+    kept, wide = load(path), load(path, "none")
+    named = dict(wide.named_modules())
+    count = 0
+    for name, module in kept.named_modules():
+        is_coded = isinstance(module, ShardedLinear) and name != "model.layers.0.mlp.down_proj"
+        if not isinstance(module, WeightOwner):
+            continue
+        assert (module.quantized is not None) == is_coded, name
+        if module.quantized is None:
+            continue
+        outputs, inputs = module.quantized.shape
+        groups = -(-inputs // 128) if kind == "block of 128" else 1
+        assert module.quantized.whole is not None
+        assert module.quantized.nbytes == outputs * (inputs + 4 * groups)
+        assert module.weight.numel() == 0
+        numbers = module.quantized.take(torch.arange(outputs), torch.float32)
+        assert torch.equal(numbers, named[name].weight), name  # type: ignore[union-attr]
+        count += 1
+    assert count == 7
+    for num_tokens in (1, 90):
+        want = logits(wide, num_tokens)
+        torch.testing.assert_close(logits(kept, num_tokens), want, atol=2e-4, rtol=0)
+    assert_logits_equal(model, path)
+
+
+@native
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("qwen3_moe", "block of 128"), ("qwen3_moe", "tensor"), ("llama4", "compressed channel")],
+)
+def test_experts_are_kept(tmp_path: Path, family: str, kind: str) -> None:
+    """All of a layer's in three matrices; ranks cut blocks of 128 at 96 of 192 inputs."""
+    key = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
+    model, path = published(tmp_path, kind, family, 2, **{key: 192})
+    assert_logits_equal(model, path)
+    whole = experts_of(load(path))[0]
+    ranks = [experts_of(load(path, rank=rank, ranks=2))[0] for rank in range(2)]
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    for experts in (whole, *ranks):
+        assert is_kept(experts)
+        assert experts.gate_up_proj.numel() == experts.down_proj.numel() == 0
+    down = whole.down
+    assert down is not None
+    rows, groups = whole.num_experts * 64, 2 if kind == "block of 128" else 1
+    assert down.matrix.nbytes == rows * (192 + 4 * groups)
+    wide = experts_of(load(path, "none"))[0]
+    for expert in range(whole.num_experts):
+        want = wide._expert(expert, x)
+        torch.testing.assert_close(whole._expert(expert, x), want, atol=1e-4, rtol=1e-5)
+        total = sum(rank._expert(expert, x) for rank in ranks)
+        torch.testing.assert_close(total, want, atol=1e-4, rtol=1e-5)
+
+
+@native
+def test_what_multiplies_queries_becomes_numbers(tmp_path: Path) -> None:
+    """DeepSeek's weight between latents and heads, beside layers that keep their codes."""
+    model, path = published(tmp_path, "block of 128", "deepseek_v3", v_head_dim=16)
+    assert_logits_equal(model, path)
+    kept, wide = (dict(load(path, name).named_modules()) for name in (None, "none"))
+    out = kept["model.layers.1.self_attn.o_proj"]
+    assert isinstance(out, WeightOwner)
+    assert out.quantized is not None
+    name = "self_attn.kv_b_proj.weight"
+    one, other = (dict(m["model.layers.1"].named_parameters())[name] for m in (kept, wide))
+    assert torch.equal(one, other)
+
+
+@native
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_numbers_are_rounded_where_that_is_asked_for(tmp_path: Path, family: str) -> None:
+    """Linear layers and experts, as their weights come; embedding and head stay."""
+    model = make_hf_model(family, num_hidden_layers=2)
+    path = save(model, tmp_path)
+    rounded = load(path, "fp8")
+    for name, module in rounded.named_modules():
+        if isinstance(module, WeightOwner):
+            assert (module.quantized is not None) == isinstance(module, ShardedLinear), name
+        if isinstance(module, ShardedLinear) and module.quantized is not None:
+            outputs, inputs = module.quantized.shape
+            assert module.quantized.nbytes == outputs * (inputs + 4)
+    want = hf_logits(model, prompts(40)[0])
+    assert 0 < (logits(rounded, 40) - want).abs().median() < 0.1 * want.std()
+
+
+@native
 def test_its_numbers_are_rounded_to_bytes_where_that_is_asked_for(tmp_path: Path) -> None:
     model, path = published(tmp_path, "block", "qwen3_moe", moe_intermediate_size=32)
     rounded = load(path, "int8")
@@ -229,6 +325,27 @@ def test_experts_that_are_missing_or_too_many_are_named(tmp_path: Path) -> None:
     save_file(short, file)
     with pytest.raises(ValueError, match=r"experts.2.up_proj.weight"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rounds"),
+    [
+        (BLOCKS, True),
+        (PLAIN, False),
+        ({"quant_method": "fp8"}, False),
+        ({"quant_method": "fbgemm_fp8"}, True),
+        (compressed("channel"), True),
+        ({"quant_method": "gptq", "bits": 8}, False),
+    ],
+)
+def test_what_is_said_of_inputs(scheme: dict[str, Any], rounds: bool) -> None:
+    found = weight_scheme(scheme, {}, "llama")
+    assert found is not None
+    assert found.rounds_inputs == rounds
+    static = compressed("tensor")
+    static["config_groups"]["group_0"]["input_activations"]["dynamic"] = False
+    found = weight_scheme(static, {}, "llama")
+    assert found == WeightScheme("compressed-tensors", floats=True)
 
 
 @pytest.mark.parametrize(

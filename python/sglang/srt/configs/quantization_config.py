@@ -10,7 +10,7 @@ read which their tensors don't tell themselves: which modules are quantised, the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -30,11 +30,12 @@ class KVCacheScheme:
 class WeightScheme:
     """How the weights of a checkpoint are quantised.
 
-    `method` is a name of `WEIGHT_METHODS`, of several that mean the same the first. `block`: an FP8
-    scale is for so many (outputs, inputs), None where the shapes of scales say it. Integers have
-    `bits` bits and a scale for each `group` inputs, -1 for all, None where there are none, or where
-    modules differ and shapes say it; GPTQ's zeros are stored less `zero_offset`; `ordered`: inputs
-    are in groups by an order of their own, which every module has.
+    `method` is a name of `WEIGHT_METHODS`, of several that mean the same the first. `floats`: all
+    codes are FP8; `rounds_inputs`: and products' inputs, by scales found as they come. `block`: an
+    FP8 scale is for so many (outputs, inputs), None where the shapes of scales say it. Integers
+    have `bits` bits and a scale for each `group` inputs, -1 for all, None where there are none, or
+    where modules differ and shapes say it; GPTQ's zeros are stored less `zero_offset`; `ordered`:
+    inputs are in groups by an order of their own, which every module has.
     """
 
     method: str
@@ -43,6 +44,8 @@ class WeightScheme:
     group: int | None = None
     zero_offset: int = 0
     ordered: bool = False
+    floats: bool = False
+    rounds_inputs: bool = False
 
 
 def weight_scheme(config: Any, modelopt: Mapping[str, Any], model_type: str) -> WeightScheme | None:
@@ -132,7 +135,14 @@ def _read_mxfp4(config: Mapping[str, Any]) -> WeightScheme:
 def _read_fp8(config: Mapping[str, Any]) -> WeightScheme:
     if config.get("fmt", "e4m3") != "e4m3":
         raise ValueError(f"weights of fp8 in {config['fmt']!r} are not served; 'e4m3' is")
-    return WeightScheme("fp8", block=_block(config.get("weight_block_size"), "weight_block_size"))
+    block = _block(config.get("weight_block_size"), "weight_block_size")
+    rounds = config.get("activation_scheme") == "dynamic"
+    return WeightScheme("fp8", block=block, floats=True, rounds_inputs=rounds)
+
+
+def _read_fbgemm(config: Mapping[str, Any]) -> WeightScheme:
+    """The same, with a scale for each output, and inputs always rounded as they come."""
+    return replace(_read_fp8(config), rounds_inputs=True)
 
 
 def _read_gptq(config: Mapping[str, Any]) -> WeightScheme:
@@ -189,7 +199,7 @@ def _read_compressed_tensors(config: Mapping[str, Any]) -> WeightScheme:
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if isinstance(weights, Mapping):
-            found.append(_compressed_group(weights))
+            found.append(_compressed_group(weights, group.get("input_activations")))
     if not found:
         raise ValueError(f"weights quantized by {name!r}: config_groups names none")
     blocks = sorted({one.block for one in found if one.block is not None})
@@ -200,8 +210,8 @@ def _read_compressed_tensors(config: Mapping[str, Any]) -> WeightScheme:
     return WeightScheme(name, block=blocks[0] if blocks else None)
 
 
-def _compressed_group(weights: Mapping[str, Any]) -> WeightScheme:
-    """What one group of compressed-tensors says."""
+def _compressed_group(weights: Mapping[str, Any], inputs: Any) -> WeightScheme:
+    """What one group of compressed-tensors says of weights and, where it does, of inputs."""
     name = "compressed-tensors"
     kind, bits = weights.get("type", "int"), weights.get("num_bits")
     strategy = weights.get("strategy")
@@ -215,7 +225,10 @@ def _compressed_group(weights: Mapping[str, Any]) -> WeightScheme:
         if block is None:
             raise ValueError(f"{name}: strategy 'block' needs a block_structure")
     if kind == "float":
-        return WeightScheme(name, block=block)
+        said = inputs if isinstance(inputs, Mapping) else {}
+        rounds = (said.get("type"), said.get("num_bits")) == (kind, bits)
+        dynamic = rounds and said.get("dynamic") is True
+        return WeightScheme(name, block=block, floats=True, rounds_inputs=dynamic)
     group = _group_size(name, weights.get("group_size") or -1)
     return WeightScheme(name, block, bits, group, ordered=weights.get("actorder") == "group")
 
@@ -240,7 +253,7 @@ _COMPRESSED_STRATEGIES = (None, "tensor", "channel", "group", "block")
 WEIGHT_METHODS: Mapping[str, Callable[[Mapping[str, Any]], WeightScheme]] = {
     "mxfp4": _read_mxfp4,
     "fp8": _read_fp8,
-    "fbgemm_fp8": _read_fp8,  # the same, with a scale for each output
+    "fbgemm_fp8": _read_fbgemm,
     "gptq": _read_gptq,
     "awq": _read_awq,
     "compressed-tensors": _read_compressed_tensors,

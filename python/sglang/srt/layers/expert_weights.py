@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from sglang.srt.distributed.parallel_state import ParallelState
-from sglang.srt.layers.quantization.int8 import quantize_int8
 from sglang.srt.layers.quantization.matrix import (
     QUANTIZED_BLOCK,
     QuantizedMatrix,
@@ -29,6 +28,7 @@ from sglang.srt.layers.quantization.matrix import (
     move_to,
     numbers_like,
 )
+from sglang.srt.layers.quantization.rounding import Rounding
 from sglang.srt.layers.weights import (
     LoadedWeight,
     copy_checked,
@@ -165,19 +165,22 @@ class ExpertWeights(nn.Module):
         """Whether all weights have come; biases don't count."""
         return self._numbers_loaded == self.gate_up_proj.numel() + self.down_proj.numel()
 
-    def quantize(self, kernels: ModuleType) -> None:
-        """Round loaded weights to bytes (see int8.py), where widths allow and they are not so yet.
+    @property
+    def has_integers(self) -> bool:
+        """Whether gate and up are quantised, and nothing is FP8."""
+        parts = [part.matrix for part in (self.gate, self.up, self.down) if part is not None]
+        return self.gate is not None and not any(matrix.is_fp8 for matrix in parts)
 
-        `kernels` is that of `codes_kernels`.
-        """
+    def quantize(self, rounding: Rounding) -> None:
+        """Round loaded weights, where widths allow and they are not quantised yet."""
         width, rows = self.width, 2 * self.width
         if self.gate is None and self.hidden_size % QUANTIZED_BLOCK == 0:
-            both = QuantizedMatrix([_rounded(self.gate_up_proj, kernels)])
+            both = QuantizedMatrix([rounding(self.gate_up_proj.data.flatten(0, 1))])
             self._keep_gate_up(
                 ExpertMatrix(both, rows, 0, width), ExpertMatrix(both, rows, width, width)
             )
         if self.down is None and width % QUANTIZED_BLOCK == 0:
-            self._keep_down(_rounded(self.down_proj, kernels))
+            self._keep_down(rounding(self.down_proj.data.flatten(0, 1)))
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, str, ExpertShard | None]]:
         """(name below this module, parameter, shard) of every tensor of the checkpoint."""
@@ -347,10 +350,3 @@ class ExpertWeights(nn.Module):
                 f"the checkpoint has shape {tuple(loaded.shape)}, dimension {dim} should be "
                 f"{expected}"
             )
-
-
-def _rounded(parameter: nn.Parameter, kernels: ModuleType) -> QuantizedWeight:
-    """All experts' outputs, one below another, as signed bytes."""
-    codes, scales, gain = quantize_int8(parameter.data.flatten(0, 1))
-    weight: QuantizedWeight = kernels.QuantizedWeight(codes, scales, gain=gain)
-    return weight

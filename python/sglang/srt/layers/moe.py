@@ -271,7 +271,7 @@ class Experts(ExpertWeights):
             routing.experts,
             routing.weights,
             num_threads=torch.get_num_threads(),
-            round_inputs=self.gate is not None and rounds_inputs(x.dtype),
+            round_inputs=self.has_integers and rounds_inputs(x.dtype),
         )
         if self._parallel.tp_size == 1:
             out: torch.Tensor = compute(added=added)

@@ -6,12 +6,11 @@ chosen. Models build both, the loader fills them, `LogitsProcessor` calls the he
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.quantization.matrix import numbers_like
+from sglang.srt.layers.quantization.rounding import Rounding
 from sglang.srt.layers.rows import take_rows
 from sglang.srt.layers.scaled import scaled
 from sglang.srt.layers.weights import (
@@ -113,10 +112,10 @@ class ParallelLMHead(_VocabShard):
             self.weight = tied_to.weight
             self._table = (tied_to,)
 
-    def quantize(self, kernels: ModuleType) -> None:
+    def quantize(self, rounding: Rounding) -> None:
         """See `WeightOwner.quantize`; a tied head leaves it to the embedding."""
         if not self._table:
-            super().quantize(kernels)
+            super().quantize(rounding)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.uncapped(hidden)

@@ -6,19 +6,17 @@ merged weight quantised and others not: then all become numbers.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import nn
 
 from sglang.srt.layers.products import linear
-from sglang.srt.layers.quantization.int8 import quantize_int8
 from sglang.srt.layers.quantization.matrix import (
     QUANTIZED_BLOCK,
     QuantizedMatrix,
     QuantizedWeight,
     move_to,
 )
+from sglang.srt.layers.quantization.rounding import Rounding
 
 LoadedWeight = torch.Tensor | QuantizedWeight
 
@@ -111,15 +109,14 @@ class WeightOwner(nn.Module):
         """Whether all rows have come."""
         return self.quantized is not None or self._rows_loaded == len(self.weight)
 
-    def quantize(self, kernels: ModuleType) -> None:
-        """Round a loaded weight to bytes (see int8.py), if its width allows and it is not so yet.
+    def quantize(self, rounding: Rounding) -> None:
+        """Round a loaded weight, if its width allows and it is not quantised yet.
 
-        `kernels` is that of `codes_kernels`. Side effect: `weight` has no rows afterwards.
+        Side effect: `weight` has no rows afterwards.
         """
         rows, width = self.weight.shape
         if self.quantized is None and rows and width % QUANTIZED_BLOCK == 0:
-            codes, scales, gain = quantize_int8(self.weight.data)
-            self.quantized = QuantizedMatrix([kernels.QuantizedWeight(codes, scales, gain=gain)])
+            self.quantized = QuantizedMatrix([rounding(self.weight.data)])
             self.weight.data = self.weight.data.new_empty(0, width)
 
     def _settle(self) -> None:

@@ -227,8 +227,12 @@ def _is_kept(info: GGUFTensorInfo) -> bool:
 def quantized_weight(kernels: ModuleType, kept: BlockCodes) -> QuantizedWeight:
     """Codes as the weight that `kernels`, the package sgl_kernel, multiplies with."""
     mins = None if kept.mins is None else torch.from_numpy(kept.mins)
+    codes = torch.from_numpy(kept.codes)
+    if kept.group is not None:
+        codes = codes.view(torch.float8_e4m3fn)
+    scales = torch.from_numpy(kept.scales)
     weight: QuantizedWeight = kernels.QuantizedWeight(
-        torch.from_numpy(kept.codes), torch.from_numpy(kept.scales), mins, kept.gain, kept.values
+        codes, scales, mins, kept.gain, kept.values, kept.group
     )
     return weight
 

@@ -30,7 +30,7 @@ def move_to_huge_pages(model: nn.Module, *, copy: bool) -> int:
     keeps an address of a weight.
     """
     parameters = [p for p in model.parameters() if p.device.type == "cpu" and p.numel()]
-    kept = _quantized(model) if copy else ()
+    kept = quantized_matrices(model) if copy else ()
     matrices = [one for one in kept if all(t.device.type == "cpu" for t in one.tensors())]
     sizes = [p.nbytes for p in parameters]
     sizes += [t.nbytes for matrix in matrices for t in matrix.tensors()]
@@ -45,7 +45,7 @@ def move_to_huge_pages(model: nn.Module, *, copy: bool) -> int:
     return room.used
 
 
-def _quantized(model: nn.Module) -> Iterator[QuantizedMatrix]:
+def quantized_matrices(model: nn.Module) -> Iterator[QuantizedMatrix]:
     """Every matrix once: gates and ups of experts may be two views of one."""
     found: dict[int, QuantizedMatrix] = {}
     for module in model.modules():

@@ -25,9 +25,11 @@ from sglang.srt.configs.pooling_config import PoolingConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.expert_weights import ExpertWeights
 from sglang.srt.layers.quantization.choice import choose_quantization
+from sglang.srt.layers.quantization.rounding import rounding_to
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.layers.weights import LoadedWeight, WeightOwner, give_memory
 from sglang.srt.model_loader.gguf_weights import gguf_weights
-from sglang.srt.model_loader.huge_pages import move_to_huge_pages
+from sglang.srt.model_loader.huge_pages import move_to_huge_pages, quantized_matrices
 from sglang.srt.model_loader.kv_scales import CheckpointScales, read_scale_file, set_kv_scales
 from sglang.srt.model_loader.quantized_weights import quantized_weights
 from sglang.srt.model_loader.weight_files import (
@@ -49,7 +51,6 @@ Head = TypeVar("Head", bound=LoadedModel)
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 _DUMMY_STD = 0.02
-_ROUNDED = (WeightOwner, ExpertWeights)
 
 
 def load_model(
@@ -121,11 +122,14 @@ def load_head(
 class _LoadPlan:
     """How weights stay (`kept`, as `choose_quantization` says), and where they come from.
 
+    `rounds`: they are rounded here, from numbers. `rounds_inputs`: FP8 products round theirs.
     `source` None: they are random.
     """
 
     kept: str
     kernels: ModuleType | None
+    rounds: bool
+    rounds_inputs: bool
     source: WeightSource | None
 
     @classmethod
@@ -151,10 +155,13 @@ class _LoadPlan:
                 f"unknown load format {load_format!r}; one of {', '.join(LOAD_FORMATS)}"
             )
         kernels = None if kept == "none" else codes_kernels(device)
-        if load_format == "dummy":
-            return cls(kept, kernels, None)
-        coded = None if kept == "int8" else kernels
-        return cls(kept, kernels, open_weights(config, load_format, dtype, coded, wanted))
+        rounds = kept == "int8" or (kept == "fp8" and scheme is None)
+        # Asked for by name: what the checkpoint says of inputs holds as well.
+        rounds_inputs = quantization is not None and scheme is not None and scheme.rounds_inputs
+        source = None
+        if load_format != "dummy":
+            source = open_weights(config, load_format, dtype, None if rounds else kernels, wanted)
+        return cls(kept, kernels, rounds, rounds_inputs, source)
 
     def fill(
         self, model: LoadedModel, scales: CheckpointScales, *, seed: int, show_progress: bool
@@ -168,15 +175,17 @@ class _LoadPlan:
                 fill_with_dummy_weights(model, seed)
             else:
                 weights = scales.without_scales(self.source.weights)
-                if self.kept == "int8" and kernels is not None:
-                    weights = _rounded_on_the_way(weights, model, kernels)
+                if self.rounds and kernels is not None:
+                    weights = _rounded_on_the_way(weights, model, self.kept, kernels)
                 _load(model, WeightSource(weights, self.source.num_weights), show_progress)
-            if self.kept == "int8" and kernels is not None:
-                for module in model.modules():
-                    if isinstance(module, _ROUNDED):
-                        module.quantize(kernels)
+            if self.rounds and kernels is not None:
+                for module in _rounded_layers(model, self.kept):
+                    module.quantize(rounding_to(self.kept, kernels))
             if self.kept != "none":
                 move_to_huge_pages(model, copy=True)
+        if self.rounds_inputs:
+            for matrix in quantized_matrices(model):
+                matrix.round_fp8_inputs()
 
 
 def open_weights(
@@ -246,19 +255,32 @@ def _load(model: LoadedModel, source: WeightSource, show_progress: bool) -> None
         model.load_weights(_counted(source, bar.update))
 
 
+def _rounded_layers(model: nn.Module, kept: str) -> list[WeightOwner | ExpertWeights]:
+    """Those that `kept` ("int8" or "fp8") rounds: embedding and head only to bytes.
+
+    A byte of theirs has a scale for each 32 inputs, an FP8 one for all of a token's.
+    """
+    found: list[WeightOwner | ExpertWeights] = []
+    for module in model.modules():
+        is_table = isinstance(module, VocabParallelEmbedding | ParallelLMHead)
+        if isinstance(module, WeightOwner | ExpertWeights) and not (is_table and kept == "fp8"):
+            found.append(module)
+    return found
+
+
 def _rounded_on_the_way(
-    weights: Iterable[tuple[str, LoadedWeight]], model: nn.Module, kernels: ModuleType
+    weights: Iterable[tuple[str, LoadedWeight]], model: nn.Module, kept: str, kernels: ModuleType
 ) -> WeightIterator:
-    """The same `weights`. Side effect: layers are rounded to bytes once their weights have come.
+    """The same `weights`. Side effect: layers are rounded once their weights have come.
 
     So a model never is in memory as numbers.
     """
-    owners = (module for module in model.modules() if isinstance(module, _ROUNDED))
-    waiting: list[WeightOwner | ExpertWeights] = list(owners)
+    rounding = rounding_to(kept, kernels)
+    waiting = _rounded_layers(model, kept)
     for pair in weights:
         yield pair
         for module in [module for module in waiting if module.is_loaded]:
-            module.quantize(kernels)
+            module.quantize(rounding)
             waiting.remove(module)
 
 

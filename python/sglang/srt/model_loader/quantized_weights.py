@@ -26,6 +26,7 @@ from sglang.srt.layers.quantization.coded_matrix import (
     as_numbers,
 )
 from sglang.srt.layers.quantization.grouped_integers import stack_matrices
+from sglang.srt.layers.quantization.scaled_floats import stack_floats
 from sglang.srt.layers.weights import LoadedWeight
 from sglang.srt.model_loader.gguf_weights import quantized_weight
 from sglang.srt.model_loader.weight_files import (
@@ -162,7 +163,7 @@ def _stack(
             if found and one.shape != found[0].shape:
                 raise ValueError(f"weight {name}.weight: shape {one.shape}, not {found[0].shape}")
             found.append(one)
-        return stack_matrices(found)
+        return stack_floats(found) or stack_matrices(found)
 
     takes = tuple(name for roles in experts.values() for name in roles.values())
     return _Job(f"{parent}.{part}_proj.weight", takes, make, num_experts)

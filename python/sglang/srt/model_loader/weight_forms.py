@@ -18,7 +18,7 @@ from sglang.srt.configs.quantization_config import WeightScheme
 from sglang.srt.layers.quantization.coded_matrix import CodedMatrix, PlainMatrix, StackedMatrix
 from sglang.srt.layers.quantization.grouped_integers import GroupedIntegers
 from sglang.srt.layers.quantization.mxfp4 import BLOCK, Mxfp4Matrix
-from sglang.srt.layers.quantization.scaled_floats import ScaledFloats
+from sglang.srt.layers.quantization.scaled_floats import ScaledFloats, stack_floats
 from sglang.srt.model_loader.integer_forms import open_awq, open_bytes, open_gptq, open_packed
 
 Tensors = Mapping[str, torch.Tensor]
@@ -115,9 +115,12 @@ def _told(tensor: torch.Tensor) -> str:
 def kept_bits(scheme: WeightScheme) -> float | None:
     """Bits of a weight whose codes are kept, with its scales; None where they become numbers.
 
-    Integers are taken as symmetric.
+    Integers are taken as symmetric, FP8 without a block as having few scales.
     """
     group = -1 if scheme.group is None else scheme.group
+    if scheme.floats:
+        inputs = None if scheme.block is None else scheme.block[1]
+        return 8.0 if inputs is None else None if inputs % BLOCK else 8.0 + 32 / inputs
     if scheme.method == "mxfp4":
         sample: CodedMatrix = Mxfp4Matrix(
             torch.zeros(1, 1, BLOCK // 2, dtype=torch.uint8),
@@ -166,7 +169,8 @@ def open_merged(
     else:
         raise ValueError(f"weight {module}_scale: {_told(scales)} scales no {_told(weight)}")
     pairs = zip(outputs, halves, strict=True)
-    return StackedMatrix([_scaled(f"{module}_scale", *pair, None) for pair in pairs])
+    found = [_scaled(f"{module}_scale", *pair, None) for pair in pairs]
+    return stack_floats(found) or StackedMatrix(found)
 
 
 def _is_numbers(name: str, weight: torch.Tensor, scales: torch.Tensor | None) -> bool:

@@ -15,7 +15,7 @@ import torch
 from sgl_kernel.library import KernelError
 from sgl_kernel.triton.kernels.quantized import grouped_quantized_kernel
 from sgl_kernel.triton.launch import GroupedTile, Pairs, check_device
-from sgl_kernel.triton.quantized import SERVED, QuantizedWeight, default_tile
+from sgl_kernel.triton.quantized import SERVED, QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +80,24 @@ def grouped_quantized(
     if scale_inputs is not None and scale_outputs is not None:
         raise KernelError("weights of the pairs multiply inputs or outputs, not both")
     if tile is None:
-        tile = default_tile(pairs.block, weight.bits, x.dtype)
+        tile = weight.tile_for(pairs.block, x.dtype)
     if tile.rows != pairs.block:
         raise KernelError(f"tiles of {pairs.block} and {tile.rows} rows")
     if not num_pairs:
         return
     own = weight.rows(matrix.first, weight.shape[0])
+    rounded = own.rounded(x, tile)
+    source, x_scales = (x, None) if rounded is None else rounded
     codes_stride, scales_stride, *rest = own.launch_numbers
     columns = -(-matrix.count // tile.columns)
     grouped_quantized_kernel[(len(pairs.tile_experts) * columns,)](
-        *(x, own.codes, own.scales, own.mins, bias, out, pairs.order, pairs.tile_experts),
+        *(source, x_scales, own.codes_for(rounded), own.scales, own.mins, bias, out),
+        *(pairs.order, pairs.tile_experts),
         scale_outputs if scale_inputs is None else scale_inputs,
-        *(num_pairs, x.stride(0), codes_stride, scales_stride),
+        0 if x_scales is None else x_scales.stride(0),
+        *(num_pairs, source.stride(0), codes_stride, scales_stride),
         *(0 if bias is None else bias.stride(0), out.stride(0), *rest),
-        **own.launch_sizes(tile, x.dtype),
+        **own.launch_sizes(tile, x.dtype, rounded is not None),
         OUT=matrix.count,
         ROW_BYTES=own.codes.shape[1],
         EXPERT_ROWS=matrix.stride,

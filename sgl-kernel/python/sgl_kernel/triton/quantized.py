@@ -8,7 +8,9 @@ Legend: R rows of x, N outputs, K inputs, G inputs of a group.
 
 from __future__ import annotations
 
+import math
 from functools import cache
+from typing import Self
 
 import torch
 
@@ -17,7 +19,9 @@ from sgl_kernel.library import KernelError
 from sgl_kernel.triton.kernels.quantized import (
     BYTES,
     E2M1,
+    FP8,
     NIBBLES,
+    ROUNDED_FP8,
     TABLE,
     dequantize_kernel,
     quantized_linear_kernel,
@@ -32,27 +36,34 @@ from sgl_kernel.triton.launch import (
     is_interpreted,
     power_of_two,
 )
+from sgl_kernel.triton.rounded import RoundedRows, multiplies_fp8, round_rows
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 # Twice the numbers of E2M1, whose bits are those of a float16 that is 2^15 times smaller.
 _E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 _E2M1_FACTOR = 2.0**15
+_E4M3_FACTOR = 2.0**8  # those of E4M3 likewise
 _MOST_SPLITS = 16
 _LEAST_STEPS = 4  # of a share of the inputs, in tiles
 _PROGRAMS_OF_A_MULTIPROCESSOR = 3
 _SUM_OUTPUTS = 1024
 _ROW_BYTES = 256  # of the codes of an output, in a turn of a single row's product
 _DEQUANTIZED_BYTES = 1024  # of codes, of a row at a time
+# Inputs are rounded for tiles of so many rows: fewer wait for codes, not for arithmetic.
+_ROUNDED_ROWS = 64
+_ROUNDED_COLUMNS, _ROUNDED_DEPTH = 64, 128  # outputs and inputs of such a tile
 
 
 class QuantizedWeight(CodedWeight):
     """See `CodedWeight`; computes where the tensors lie, which is a GPU or Triton's interpreter.
 
     The layout's own work (rows, columns, join) is done anywhere, so a loader may cut a weight on
-    the host before it moves the tensors.
+    the host before it moves the tensors. `rounds_inputs`, False unless it is set: many rows are
+    rounded to E4M3 for a weight of that, where tensor cores multiply it.
     """
 
     on_device = True
+    rounds_inputs = False
 
     def multiply(
         self,
@@ -98,14 +109,27 @@ class QuantizedWeight(CodedWeight):
         if rows == 1 and tile is None and self.shape[0]:
             self.launch_rows(x, out, bias)
         elif rows and self.shape[0]:
-            tile = default_tile(rows, self.bits, x.dtype) if tile is None else tile
+            tile = self.tile_for(rows, x.dtype) if tile is None else tile
             if splits is None:
                 splits = default_splits(rows, self.shape, tile, num_programs(x.device))
-            self._launch(x, bias, out, tile, splits)
+            self._launch(x, self.rounded(x, tile), bias, out, tile, splits)
+
+    def tile_for(self, rows: int, dtype: torch.dtype) -> GroupedTile:
+        """`default_tile`; where rows are rounded one for two sums, of a group and of all."""
+        tile = default_tile(rows, self.bits, dtype)
+        if self.rounds_inputs and self.is_fp8 and tile.rows >= _ROUNDED_ROWS:
+            return GroupedTile(tile.rows, _ROUNDED_COLUMNS, _ROUNDED_DEPTH)
+        return tile
+
+    def rounded(self, x: torch.Tensor, tile: GroupedTile) -> RoundedRows | None:
+        """x [R, K] as codes, None where products on tiles like `tile` take it as it is."""
+        wants = self.rounds_inputs and self.is_fp8 and tile.rows >= _ROUNDED_ROWS
+        return round_rows(x, self._launch_group) if wants and multiplies_fp8(x.device) else None
 
     def _launch(
         self,
         x: torch.Tensor,
+        rounded: RoundedRows | None,
         bias: torch.Tensor | None,
         out: torch.Tensor,
         tile: GroupedTile,
@@ -117,11 +141,14 @@ class QuantizedWeight(CodedWeight):
             size = (splits * rows, outputs)
             target = torch.empty(size, dtype=torch.float32, device=x.device)
         row_tiles = -(-rows // tile.rows)
+        source, x_scales = (x, None) if rounded is None else rounded
         quantized_linear_kernel[(row_tiles * -(-outputs // tile.columns), splits)](
-            *(x, self.codes, self.scales, self.mins, bias if splits == 1 else None, target),
-            *(rows, outputs, self.codes.shape[1], x.stride(0), target.stride(0)),
+            *(source, x_scales, self.codes_for(rounded), self.scales, self.mins),
+            *(bias if splits == 1 else None, target),
+            0 if x_scales is None else x_scales.stride(0),
+            *(rows, outputs, self.codes.shape[1], source.stride(0), target.stride(0)),
             *self.launch_numbers,
-            **self.launch_sizes(tile, x.dtype),
+            **self.launch_sizes(tile, x.dtype, rounded is not None),
             TOGETHER=8,
             SPLITS=splits,
             HAS_BIAS=bias is not None and splits == 1,
@@ -160,15 +187,15 @@ class QuantizedWeight(CodedWeight):
             outputs = 8
         codes_stride, scales_stride, *rest = self.launch_numbers
         quantized_rows_kernel[(-(-count // outputs), rows)](
-            *(x, self.codes, self.scales, self.mins, bias, out, experts),
+            *(x, self.code_bytes, self.scales, self.mins, bias, out, experts),
             scale_outputs if scale_inputs is None else scale_inputs,
             *(count, row_bytes, x.stride(0), codes_stride, scales_stride),
             *(0 if bias is None else bias.stride(0), out.stride(0), *rest),
             EXPERT_ROWS=stride,
             CHOSEN=chosen,
             BLOCK_N=outputs,
-            BLOCK_B=min(_ROW_BYTES, power_of_two(row_bytes)),
-            GROUP=self.group,
+            BLOCK_B=self._within_group(min(_ROW_BYTES, power_of_two(row_bytes))),
+            GROUP=self._launch_group,
             STAGES=4,
             KIND=self._kind,
             HAS_MINS=self.mins is not None,
@@ -216,10 +243,10 @@ class QuantizedWeight(CodedWeight):
         block = min(_DEQUANTIZED_BYTES, power_of_two(row_bytes))
         codes_stride, scales_stride, *rest = self.launch_numbers
         dequantize_kernel[(len(out), -(-row_bytes // block))](
-            *(self.codes, self.scales, self.mins, ids, out),
+            *(self.code_bytes, self.scales, self.mins, ids, out),
             *(row_bytes, codes_stride, scales_stride, out.stride(0), *rest),
             BLOCK_B=block,
-            GROUP=self.group,
+            GROUP=self._launch_group,
             KIND=self._kind,
             HAS_MINS=self.mins is not None,
             BY_ID=ids is not None,
@@ -230,15 +257,45 @@ class QuantizedWeight(CodedWeight):
     def _kind(self) -> int:
         """What codes stand for, as kernels/quantized.py numbers it."""
         if self.bits == 8:
-            return int(BYTES.value)
+            return int(FP8.value if self.is_fp8 else BYTES.value)
         if self.values is None:
             return int(NIBBLES.value)
         return int(E2M1.value if self.values == _E2M1_VALUES else TABLE.value)
 
     @property
+    def code_bytes(self) -> torch.Tensor:
+        """Codes as kernels load them: those of E4M3 as bytes, which every GPU has."""
+        return self.codes.view(torch.uint8) if self.is_fp8 else self.codes
+
+    def codes_for(self, rounded: RoundedRows | None) -> torch.Tensor:
+        """Codes as a kernel of products loads them: for rows that are E4M3 as what they are."""
+        return self.code_bytes if rounded is None else self.codes
+
+    def _like(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        mins: torch.Tensor | None,
+        group: int | None = None,
+    ) -> Self:
+        made = super()._like(codes, scales, mins, group)
+        made.rounds_inputs = self.rounds_inputs
+        return made
+
+    @property
+    def _launch_group(self) -> int:
+        """Inputs of a group, 0 where E4M3 has one scale for all."""
+        return 0 if self.is_fp8 and self.scales.shape[1] == 1 else self.group
+
+    def _within_group(self, size: int) -> int:
+        """At most `size` inputs, a power of two, that have one scale of E4M3."""
+        return math.gcd(size, self._launch_group) if self.is_fp8 else size
+
+    @property
     def launch_numbers(self) -> tuple[float, ...]:
         """Strides of codes and scales, gains of scales and minima, and the table in four words."""
-        factor = _E2M1_FACTOR if self._kind == E2M1.value else 1.0
+        factors = {E2M1.value: _E2M1_FACTOR, FP8.value: _E4M3_FACTOR}
+        factor = factors.get(self._kind, 1.0)
         values = (0,) * 16 if self.values is None else self.values
         table = [
             int.from_bytes(bytes(v & 255 for v in values[i : i + 4]), "little", signed=True)
@@ -247,22 +304,25 @@ class QuantizedWeight(CodedWeight):
         strides = self.codes.stride(0), self.scales.stride(0)
         return *strides, float(self.gain) * factor, float(self.gain), *table
 
-    def launch_sizes(self, tile: GroupedTile, dtype: torch.dtype) -> dict[str, object]:
-        """What a kernel of products is compiled for, with inputs of `dtype`.
+    def launch_sizes(
+        self, tile: GroupedTile, dtype: torch.dtype, rounded: bool = False
+    ) -> dict[str, object]:
+        """What a kernel of products is compiled for, with inputs of `dtype`, or `rounded` ones.
 
         Raises KernelError for a tile that cuts blocks of 32 inputs.
         """
         if tile.depth % BLOCK:
             raise KernelError(f"tiles of {tile.depth} inputs cut a block")
+        dot_type = torch.float8_e4m3fn if rounded else dtype
         return {
             "BLOCK_N": tile.columns,
             "BLOCK_M": tile.rows,
-            "BLOCK_B": tile.depth * self.bits // 8,
-            "GROUP": self.group,
-            "KIND": self._kind,
+            "BLOCK_B": self._within_group(tile.depth * self.bits // 8),
+            "GROUP": self._launch_group,
+            "KIND": int(ROUNDED_FP8.value) if rounded else self._kind,
             "HAS_MINS": self.mins is not None,
             "X_TYPE": TRITON_TYPES[dtype],
-            "DOT_TYPE": TRITON_TYPES[torch.float32 if is_interpreted() else dtype],
+            "DOT_TYPE": TRITON_TYPES[torch.float32 if is_interpreted() else dot_type],
             "PRECISION": "ieee" if dtype is torch.float32 else "tf32",
             "num_warps": 8 if tile.columns >= 128 else 4,
             "num_stages": 3,

@@ -16,30 +16,30 @@ _METHODS = {
     "awq_marlin": "awq",
     "compressed-tensors": "compressed-tensors",
 }
-_ONLY_READ = frozenset({"fp8"})  # no kernel multiplies with its codes
 QUANTIZATIONS = ("gguf", "int8", *_METHODS, "none")
 
 
 def choose_quantization(
     name: str | None, *, is_gguf: bool, method: str | None = None, device: str | torch.device
 ) -> str:
-    """What stays quantised: "gguf" or `method` the checkpoint's own codes, "int8", or "none".
+    """What stays quantised: "gguf" or `method` the checkpoint's own codes, or "none".
 
-    `name` is one of `QUANTIZATIONS`, None the best for this checkpoint and device. `method` is
-    that of the `WeightScheme` of a Hugging Face checkpoint, None where its weights are numbers.
-    A checkpoint's codes become numbers where no kernel multiplies with them. Raises ValueError,
+    "int8", and without a `method` "fp8", are weights that are rounded at load. `name` is one of
+    `QUANTIZATIONS`, None the best for this checkpoint and device. `method` is that of the
+    `WeightScheme` of a Hugging Face checkpoint, None where its weights are numbers. A
+    checkpoint's codes become numbers where no kernel multiplies with them. Raises ValueError,
     one line, for another name and for what can't be had here.
     """
     has_kernels = codes_kernels(device) is not None
     own = "gguf" if is_gguf else method
     if name is not None and name not in QUANTIZATIONS:
         raise ValueError(f"--quantization {name}: must be one of {', '.join(QUANTIZATIONS)}")
-    if name in _METHODS and _METHODS[name] != own:
+    rounds = name == "int8" or (name == "fp8" and own is None)
+    if name in _METHODS and _METHODS[name] != own and not rounds:
         what = "has no quantised weights" if own is None else f"is quantised by {own}"
         raise ValueError(f"--quantization {name}: this checkpoint {what}, and is not made so here")
-    if name is None or name in _METHODS:
-        keeps = own is not None and own not in _ONLY_READ and has_kernels
-        return own if own is not None and keeps else "none"
+    if name is None or (name in _METHODS and not rounds):
+        return own if own is not None and has_kernels else "none"
     if name == "gguf" and not is_gguf:
         raise ValueError("--quantization gguf keeps the codes of a GGUF file; this model is none")
     if name != "none" and not has_kernels:

@@ -36,13 +36,15 @@ class BlockCodes(NamedTuple):
 
     `codes` uint8 [N, K / 2] or int8 [N, K], `scales` float16 [N, K / G], `mins` alike or None.
     With `values` a uint8 code names one of these 16, which takes its place; None: of its own value.
+    With `group` codes are E4M3, uint8 [N, K], and scales float32 [N, ceil(K / group)].
     """
 
     codes: CodeArray
-    scales: Float16Array
+    scales: Float16Array | Float32Array
     mins: Float16Array | None
     gain: float
     values: tuple[int, ...] | None = None
+    group: int | None = None
 
 
 class _Parts(NamedTuple):

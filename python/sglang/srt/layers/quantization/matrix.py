@@ -27,6 +27,8 @@ from sglang.srt.utils.native import native_kernels
 
 # Up to so many rows the native kernel is the faster way, see benchmark/cpu/bench_quantized.py.
 _NATIVE_ROWS = 64
+# The same of E4M3 with inputs of bfloat16, whose tiles PyTorch multiplies faster.
+_NATIVE_FP8_ROWS = 32
 # Without dot products of bytes inputs are rounded up to so many rows where a block's sums don't fit
 # 16 bits, else for any number.
 _ROUNDED_ROWS_OF_PAIRS = 8
@@ -65,7 +67,7 @@ def _most_rounded_rows(has_short_sums: bool) -> int:
 def _rounds(part: QuantizedWeight, flat: torch.Tensor) -> bool:
     """Whether the rows of flat [R, K] are rounded to bytes for a product with `part`."""
     few = _most_rounded_rows(part.has_short_sums)
-    return flat.dtype is not torch.float32 and len(flat) <= few
+    return flat.dtype is not torch.float32 and not part.is_fp8 and len(flat) <= few
 
 
 def _by_tiles(flat: torch.Tensor) -> bool:
@@ -78,6 +80,7 @@ class QuantizedWeight(Protocol):
     """What is needed of `sgl_kernel.QuantizedWeight`, or of the one in sgl_kernel.triton.
 
     `on_device`: it computes on a GPU alone, and its layout may be cut on the host before.
+    `is_fp8`: codes are E4M3, no integers that bytes could meet.
     """
 
     on_device: bool
@@ -85,6 +88,8 @@ class QuantizedWeight(Protocol):
     scales: torch.Tensor
     mins: torch.Tensor | None
     has_short_sums: bool
+    is_fp8: bool
+    rounds_inputs: bool  # only of those on a device
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -159,6 +164,20 @@ class QuantizedMatrix:
         return self._parts[0] if len(self._parts) == 1 else None
 
     @property
+    def is_fp8(self) -> bool:
+        """Whether a part has codes of E4M3."""
+        return any(part.is_fp8 for part in self._parts)
+
+    def round_fp8_inputs(self) -> None:
+        """From now on parts of E4M3 on a GPU meet many rows that are rounded to it too.
+
+        What is many, and which GPUs do, the kernels know.
+        """
+        for part in self._parts:
+            if part.is_fp8 and part.on_device:
+                part.rounds_inputs = True
+
+    @property
     def nbytes(self) -> int:
         """Memory of all parts, in bytes."""
         return sum(part.nbytes for part in self._parts)
@@ -190,7 +209,7 @@ class QuantizedMatrix:
         flat = x.reshape(-1, self.shape[1])
         if self._on_device:
             return self._on_gpu(flat, bias, first, last).view(*x.shape[:-1], last - first)
-        natively = len(flat) <= _NATIVE_ROWS or _by_tiles(flat)
+        natively = len(flat) <= self._most_native_rows(flat.dtype) or _by_tiles(flat)
         if natively or all(_rounds(part, flat) for part in self._parts):
             out = self._native(flat, bias, first, last)
         else:
@@ -203,6 +222,9 @@ class QuantizedMatrix:
                 tile_dtype,
             )
         return out.view(*x.shape[:-1], last - first)
+
+    def _most_native_rows(self, dtype: torch.dtype) -> int:
+        return _NATIVE_FP8_ROWS if self.is_fp8 and dtype is torch.bfloat16 else _NATIVE_ROWS
 
     def take(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The rows of int64 `rows` [*] as numbers: [*, K] in `dtype`."""

@@ -10,6 +10,12 @@ Legend: N outputs, K inputs, R rows of x, B bytes of a row's codes, M rows of a 
 import triton
 import triton.language as tl
 
+from sgl_kernel.triton.kernels.fp8 import (
+    fp8_numbers,
+    fp8_products,
+    fp8_rounded_products,
+    fp8_row_products,
+)
 from sgl_kernel.triton.kernels.moe import place_of
 
 # What codes stand for, see `_kind` of sgl_kernel.triton.quantized.
@@ -17,6 +23,8 @@ BYTES = tl.constexpr(0)
 NIBBLES = tl.constexpr(1)
 E2M1 = tl.constexpr(2)
 TABLE = tl.constexpr(3)
+FP8 = tl.constexpr(4)
+ROUNDED_FP8 = tl.constexpr(5)  # of products of rows that are codes too
 
 _HALF = tl.constexpr(16)  # codes of a block that lie in the low halves of its bytes
 _BLOCK = tl.constexpr(32)
@@ -130,10 +138,45 @@ def products(
     return acc
 
 
+@triton.jit
+def any_products(
+    x_ptr, x_stride, x_scales_ptr, x_scales_stride, rows, is_row,
+    codes_ptr, scales_ptr, mins_ptr, outputs, is_output, scale_of_input,
+    first, last, codes_stride, scales_stride, scale_gain, gain,
+    table_0, table_1, table_2, table_3,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr, GROUP: tl.constexpr,
+    KIND: tl.constexpr, HAS_MINS: tl.constexpr, SCALES_INPUTS: tl.constexpr,
+    X_TYPE: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`products` of integers, or those of E4M3, with `rows` of x."""
+    x_at = x_ptr + rows.to(tl.int64) * x_stride
+    if KIND == ROUNDED_FP8:
+        acc = fp8_rounded_products(
+            x_at, is_row, codes_ptr, scales_ptr, outputs, is_output, scale_of_input,
+            x_scales_ptr + rows.to(tl.int64) * x_scales_stride,
+            first, last, codes_stride, scales_stride, gain,
+            BLOCK_N, BLOCK_M, BLOCK_B, GROUP, SCALES_INPUTS, DOT_TYPE,
+        )  # fmt: skip
+    elif KIND == FP8:
+        acc = fp8_products(
+            x_at, is_row, codes_ptr, scales_ptr, outputs, is_output, scale_of_input,
+            first, last, codes_stride, scales_stride, scale_gain,
+            BLOCK_N, BLOCK_M, BLOCK_B, GROUP, SCALES_INPUTS, X_TYPE, DOT_TYPE, PRECISION,
+        )  # fmt: skip
+    else:
+        acc = products(
+            x_at, is_row, codes_ptr, scales_ptr, mins_ptr, outputs, is_output, scale_of_input,
+            first, last, codes_stride, scales_stride, scale_gain, gain,
+            table_0, table_1, table_2, table_3, BLOCK_N, BLOCK_M, BLOCK_B, GROUP, KIND, HAS_MINS,
+            SCALES_INPUTS, X_TYPE, DOT_TYPE, PRECISION,
+        )  # fmt: skip
+    return acc
+
+
 # The number of rows differs from step to step, and table and gains from layer to layer.
 @triton.jit(do_not_specialize=["num_rows", "table_0", "table_1", "table_2", "table_3"])
 def quantized_linear_kernel(
-    x_ptr, codes_ptr, scales_ptr, mins_ptr, bias_ptr, out_ptr,
+    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, mins_ptr, bias_ptr, out_ptr, x_scales_stride,
     num_rows, num_outputs, row_bytes, x_stride, out_stride, codes_stride, scales_stride,
     scale_gain, gain,
     table_0, table_1, table_2, table_3,
@@ -156,8 +199,8 @@ def quantized_linear_kernel(
     is_row = rows < num_rows
     outputs = block * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = outputs < num_outputs
-    acc = products(
-        x_ptr + rows.to(tl.int64) * x_stride, is_row,
+    acc = any_products(
+        x_ptr, x_stride, x_scales_ptr, x_scales_stride, rows, is_row,
         codes_ptr, scales_ptr, mins_ptr, outputs, is_output, None,
         split * share, tl.minimum(row_bytes, (split + 1) * share),
         codes_stride, scales_stride, scale_gain, gain, table_0, table_1, table_2, table_3,
@@ -195,8 +238,8 @@ def sum_splits_kernel(
 
 @triton.jit(do_not_specialize=["num_pairs", "table_0", "table_1", "table_2", "table_3"])
 def grouped_quantized_kernel(
-    x_ptr, codes_ptr, scales_ptr, mins_ptr, bias_ptr, out_ptr,
-    pairs_ptr, tile_experts_ptr, pair_weights_ptr,
+    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, mins_ptr, bias_ptr, out_ptr,
+    pairs_ptr, tile_experts_ptr, pair_weights_ptr, x_scales_stride,
     num_pairs, x_stride, codes_stride, scales_stride, bias_stride, out_stride, scale_gain, gain,
     table_0, table_1, table_2, table_3,
     OUT: tl.constexpr, ROW_BYTES: tl.constexpr, EXPERT_ROWS: tl.constexpr,
@@ -228,8 +271,8 @@ def grouped_quantized_kernel(
     input_scales = is_pair
     if SCALES_INPUTS:
         input_scales = tl.load(pair_weights_ptr + pairs, mask=is_pair, other=0.0)
-    acc = products(
-        x_ptr + rows.to(tl.int64) * x_stride, is_pair,
+    acc = any_products(
+        x_ptr, x_stride, x_scales_ptr, x_scales_stride, rows, is_pair,
         codes_ptr, scales_ptr, mins_ptr, expert * EXPERT_ROWS + outputs, is_output, input_scales,
         0, ROW_BYTES,
         codes_stride, scales_stride, scale_gain, gain, table_0, table_1, table_2, table_3,
@@ -333,12 +376,18 @@ def quantized_rows_kernel(
     if BY_EXPERT:
         expert = tl.load(experts_ptr + row)
         first = expert * EXPERT_ROWS
-    out = row_products(
-        x_ptr + row // CHOSEN * x_stride, codes_ptr, scales_ptr, mins_ptr,
-        first + outputs, is_output,
-        row_bytes, codes_stride, scales_stride, scale_gain, gain,
-        table_0, table_1, table_2, table_3, BLOCK_N, BLOCK_B, GROUP, STAGES, KIND, HAS_MINS,
-    )  # fmt: skip
+    if KIND == FP8:
+        out = fp8_row_products(
+            x_ptr + row // CHOSEN * x_stride, codes_ptr, scales_ptr, first + outputs, is_output,
+            row_bytes, codes_stride, scales_stride, scale_gain, BLOCK_N, BLOCK_B, GROUP, STAGES,
+        )  # fmt: skip
+    else:
+        out = row_products(
+            x_ptr + row // CHOSEN * x_stride, codes_ptr, scales_ptr, mins_ptr,
+            first + outputs, is_output,
+            row_bytes, codes_stride, scales_stride, scale_gain, gain,
+            table_0, table_1, table_2, table_3, BLOCK_N, BLOCK_B, GROUP, STAGES, KIND, HAS_MINS,
+        )  # fmt: skip
     if SCALES_INPUTS:
         out *= tl.load(pair_weights_ptr + row)
     if HAS_BIAS:
@@ -367,7 +416,13 @@ def dequantize_kernel(
     at = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     inside = at < row_bytes
     codes = tl.load(codes_ptr + source * codes_stride + at, mask=inside, other=0)
-    scales_at = source * scales_stride + at // COUNT
+    if KIND != FP8:
+        group = at // COUNT
+    elif GROUP == 0:
+        group = at * 0
+    else:
+        group = at // GROUP
+    scales_at = source * scales_stride + group
     scale = tl.load(scales_ptr + scales_at, mask=inside, other=0.0).to(tl.float32) * scale_gain
     low_end = 0.0
     if HAS_MINS:
@@ -376,6 +431,8 @@ def dequantize_kernel(
     kind = out_ptr.dtype.element_ty
     if KIND == BYTES:
         tl.store(out + at, (codes.to(tl.float32) * scale + low_end).to(kind), mask=inside)
+    elif KIND == FP8:
+        tl.store(out + at, (fp8_numbers(codes).to(tl.float32) * scale).to(kind), mask=inside)
     else:
         low, high = half_numbers(codes, table_0, table_1, table_2, table_3, KIND)
         if KIND == NIBBLES:

@@ -26,7 +26,7 @@ def _slot_pointer(
 
 
 @triton.jit
-def _to_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
+def to_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
     """Bits of float32 `x` in fp8: nearest, ties to even; beyond the largest number, that; NaN.
 
     Conversions differ where it counts (what is too large becomes NaN, infinity or the largest;
@@ -57,9 +57,9 @@ def _stored(x, factor, X_TYPE: tl.constexpr, KV_TYPE: tl.constexpr, LARGEST: tl.
     """
     x = x.to(X_TYPE)
     if KV_TYPE == tl.float8e4nv:
-        return _to_fp8(x.to(tl.float32) * factor, 3, 7, LARGEST).to(KV_TYPE, bitcast=True)
+        return to_fp8(x.to(tl.float32) * factor, 3, 7, LARGEST).to(KV_TYPE, bitcast=True)
     elif KV_TYPE == tl.float8e5:
-        return _to_fp8(x.to(tl.float32) * factor, 2, 15, LARGEST).to(KV_TYPE, bitcast=True)
+        return to_fp8(x.to(tl.float32) * factor, 2, 15, LARGEST).to(KV_TYPE, bitcast=True)
     else:
         return x.to(KV_TYPE)
 
