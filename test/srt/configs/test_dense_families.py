@@ -81,8 +81,8 @@ def test_factors(tmp_path: Path) -> None:
     assert (gemma.attention_logit_cap, gemma.final_logit_cap) == (50.0, 30.0)
     with pytest.raises(ValueError, match="logits_scaling must be a positive number"):
         load(tmp_path, "GraniteForCausalLM", logits_scaling=0)
-    with pytest.raises(ValueError, match="use_qk_norm is not supported"):
-        load(tmp_path, "CohereForCausalLM", use_qk_norm=True)
+    assert load(tmp_path, "CohereForCausalLM", use_qk_norm=True).heads_norm
+    assert not load(tmp_path, "CohereForCausalLM").heads_norm
 
 
 def test_olmo3_scales_the_rotation_of_global_layers(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ steps are on tapes.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,10 +62,20 @@ def test_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
             assert not tapes.refused
 
 
-@pytest.mark.parametrize(("family", "size"), [("cohere2", 2), ("phi3", 2), ("olmo3", 4)])
-def test_ranks_answer_as_one(family: str, size: int, tmp_path: Path) -> None:
-    """Four ranks share two kv heads, of which OLMo's norms then have two copies."""
-    reference = make_hf_model(family)
+@pytest.mark.parametrize(
+    ("family", "size", "changes"),
+    [
+        ("cohere2", 2, {}),
+        ("phi3", 2, {}),
+        ("olmo3", 4, {}),
+        ("cohere", 4, {"use_qk_norm": True}),
+    ],
+)
+def test_ranks_answer_as_one(
+    family: str, size: int, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Four ranks share two kv heads, of whose norms there are two copies then."""
+    reference = make_hf_model(family, **changes)
     (prompt,) = make_prompts(70)
     with rank_towers(size, save(reference, tmp_path), **FLAGS) as ranks:
         answer, _ = ranks.run(lambda engine: ask(engine, "r", prompt))

@@ -123,11 +123,12 @@ def test_scores_of_the_largest_gemma2(tmp_path: Path) -> None:
         assert ModelConfig.from_path(str(path)).attention_scaling == pytest.approx(scalar**-0.5)
 
 
-def test_heads_that_cohere_normalises_are_refused(tmp_path: Path) -> None:
-    norm = {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}
-    write(tmp_path / "m.gguf", "cohere", extra_tensors=norm)
-    with pytest.raises(ValueError, match="normalised heads"):
-        ModelConfig.from_path(str(tmp_path / "m.gguf"))
+def test_heads_that_cohere_normalises(tmp_path: Path) -> None:
+    changes = {"tie_word_embeddings": True, "use_qk_norm": True}
+    reference = make_hf_model("cohere", **changes)
+    metadata = {f"command-r.{key}": value for key, value in FAMILIES["cohere"][1].items()}
+    write_gguf(tmp_path / "m.gguf", reference, metadata=metadata)
+    assert_logits_equal(reference, str(tmp_path / "m.gguf"))
 
 
 @pytest.mark.skipif(native_kernels() is None, reason="sgl-kernel is not installed")

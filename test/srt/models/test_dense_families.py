@@ -38,6 +38,7 @@ def test_logits_of_every_row(family: str, tmp_path: Path) -> None:
     [
         ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
         ("cohere2", {"layer_types": ["full_attention"] * 4}),
+        ("cohere", {"use_qk_norm": True}),
         ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
         ("smollm3", {"use_sliding_window": True, "sliding_window": 9}),
         ("olmo2", {"num_key_value_heads": 4, "attention_bias": True}),

@@ -61,8 +61,7 @@ def dense_fields(name: str, header: GGUFHeader, get: Get, raw: Mapping[str, Any]
     if name in WINDOWED:
         fields |= _window_fields(name, header, get)
     if name in ("cohere2", "command-r"):
-        if "blk.0.attn_q_norm.weight" in header.tensors:
-            raise ValueError("tensor blk.0.attn_q_norm.weight (normalised heads) is not supported")
+        fields["use_qk_norm"] = "blk.0.attn_q_norm.weight" in header.tensors
         fields["layer_norm_eps"] = float(get("attention.layer_norm_epsilon", 1e-5))
         fields["logit_scale"] = float(get("logit_scale", 1.0))
     if name == "granite":

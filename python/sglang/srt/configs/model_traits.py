@@ -114,8 +114,8 @@ class ModelTraits:
     """The defaults, with one entry per layer in the tuples, are a plain Llama.
 
     `attention_bias` is that of q, k and v. `qk_norm` normalises heads with weights before they
-    turn, `wide_qk_norm` all heads of a token together, `weightless_qk_norm` without weights after
-    they turned, in layers that turn at all.
+    turn, `heads_norm` in a way of the family's own, `weightless_qk_norm` without weights after they
+    turned, in layers that turn at all.
 
     Of layer l a query at position p sees (p - w, p] where `layer_windows[l]` is w, or
     [p - p % c, p] where `layer_chunks[l]` is c, both in tokens; everything up to p where both are
@@ -140,7 +140,7 @@ class ModelTraits:
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    wide_qk_norm: bool = False
+    heads_norm: bool = False
     weightless_qk_norm: bool = False
     layer_windows: tuple[int | None, ...]
     layer_chunks: tuple[int | None, ...]

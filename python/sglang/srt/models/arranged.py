@@ -17,6 +17,7 @@ from torch import nn
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.activation import GatedActivation, GeluTanhAndMul, SiluAndMul
+from sglang.srt.layers.head_norm import HeadsNorm, WideHeadNorm
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.residual import ResidualSum, begin_residual
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding, get_rope
@@ -139,6 +140,7 @@ class ArrangedForCausalLM(LlamaForCausalLM):
 
     norm_places: ClassVar[NormPlaces] = PRE_NORMS
     norm_class: ClassVar[type[RMSNorm]] = RMSNorm
+    heads_norm: ClassVar[type[HeadsNorm]] = WideHeadNorm  # where the configuration has one
     side_by_side: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, parallel: ParallelState, dtype: torch.dtype) -> None:
@@ -147,7 +149,7 @@ class ArrangedForCausalLM(LlamaForCausalLM):
             output_bias=config.attention_output_bias,
             mlp_bias=config.mlp_bias,
             qk_norm=config.qk_norm,
-            wide_qk_norm=config.wide_qk_norm,
+            heads_norm=self.heads_norm if config.heads_norm else None,
             windows=config.layer_windows,
             scaling=config.attention_scaling,
             logit_cap=config.attention_logit_cap,

@@ -20,7 +20,7 @@ from torch import nn
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.activation import SiluAndMul
-from sglang.srt.layers.head_norm import WideHeadNorm
+from sglang.srt.layers.head_norm import HeadsNorm
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import (
     MergedColumnParallelLinear,
@@ -41,16 +41,16 @@ class DecoderOptions:
     """Where the families differ.
 
     `windows[l]` is layer l's sliding window and `chunks[l]` its attention chunk, in tokens or None
-    for neither; an empty tuple means that no layer has one. `qk_norm` normalises every head,
-    `wide_qk_norm` all heads of a token together. `scaling` (None: head_dim ** -0.5) and
-    `logit_cap` are those of `RadixAttention`.
+    for neither; an empty tuple means that no layer has one. `qk_norm` normalises every head by the
+    same weight, `heads_norm` is another way to normalise those of a token (None: there is none).
+    `scaling` (None: head_dim ** -0.5) and `logit_cap` are those of `RadixAttention`.
     """
 
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    wide_qk_norm: bool = False
+    heads_norm: type[HeadsNorm] | None = None
     windows: tuple[int | None, ...] = ()
     chunks: tuple[int | None, ...] = ()
     scaling: float | None = None
@@ -127,9 +127,9 @@ class LlamaAttention(nn.Module):
         if options.qk_norm:
             self.q_norm = self.norm_class(config.head_dim, config.rms_norm_eps, dtype=dtype)
             self.k_norm = self.norm_class(config.head_dim, config.rms_norm_eps, dtype=dtype)
-        elif options.wide_qk_norm:
+        elif options.heads_norm is not None:
             self.q_norm, self.k_norm = (
-                WideHeadNorm(heads, config.head_dim, config.rms_norm_eps, parallel, dtype)
+                options.heads_norm(heads, config.head_dim, config.rms_norm_eps, parallel, dtype)
                 for heads in (config.num_heads, config.num_kv_heads)
             )
         self.rotary_emb = rotary_emb
@@ -194,7 +194,7 @@ class LlamaAttention(nn.Module):
         """Normalise the heads of x [*, heads * D]; as it is when the family has no such norm."""
         if norm is None:
             return x
-        if isinstance(norm, WideHeadNorm):
+        if isinstance(norm, HeadsNorm):
             return norm.over_heads(x)
         num_heads = x.shape[1] // self.head_dim
         normed: torch.Tensor = norm(x.view(-1, num_heads, self.head_dim))

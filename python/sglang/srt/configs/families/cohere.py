@@ -18,13 +18,12 @@ from sglang.srt.configs.model_traits import (
 
 
 def _read_cohere(fields: Fields, num_layers: int) -> ModelTraits:
-    if fields.get("use_qk_norm"):
-        raise ValueError("use_qk_norm is not supported")
     bias = bool(fields["attention_bias"])
     return plain_traits(
         num_layers,
         attention_bias=bias,
         attention_output_bias=bias,
+        heads_norm=bool(fields.get("use_qk_norm")),
         interleaved_rope=True,
         logit_factor=positive_number(fields, "logit_scale"),
     )

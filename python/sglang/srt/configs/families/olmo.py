@@ -22,7 +22,7 @@ def _read_olmo2(fields: Fields, num_layers: int) -> ModelTraits:
         num_layers,
         attention_bias=bias,
         attention_output_bias=bias,
-        wide_qk_norm=True,
+        heads_norm=True,
     )
 
 
