@@ -18,8 +18,11 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from sglang.srt.configs.families import ENCODER_FAMILIES
@@ -38,6 +41,11 @@ HF_CONFIGS = {
     "Qwen2ForCausalLM": Qwen2Config,
     "Qwen3ForCausalLM": Qwen3Config,
     "Qwen3MoeForCausalLM": Qwen3MoeConfig,
+    "Qwen3NextForCausalLM": Qwen3NextConfig,
+    "Qwen3_5ForCausalLM": Qwen3_5TextConfig,
+    "Qwen3_5ForConditionalGeneration": Qwen3_5TextConfig,
+    "Qwen3_5MoeForCausalLM": Qwen3_5MoeTextConfig,
+    "Qwen3_5MoeForConditionalGeneration": Qwen3_5MoeTextConfig,
     "Llama4ForCausalLM": Llama4TextConfig,
     "Llama4ForConditionalGeneration": Llama4TextConfig,
     "Gemma3ForCausalLM": Gemma3TextConfig,
@@ -49,6 +57,8 @@ HF_CONFIGS = {
 MULTIMODAL = {
     "Llama4ForConditionalGeneration": "llama4",
     "Gemma3ForConditionalGeneration": "gemma3",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
 }
 
 TINY: dict[str, Any] = {
@@ -99,6 +109,8 @@ def test_missing_fields_mean_what_transformers_means(tmp_path: Path, architectur
     config = ModelConfig.from_path(path)
     assert config.model_type == MULTIMODAL.get(architecture, hf.model_type)
     dense = "intermediate_size_mlp" if "Llama4" in architecture else "intermediate_size"
+    if "Qwen3_5Moe" in architecture:  # it has no dense MLP
+        dense = "moe_intermediate_size"
     for ours, theirs in [
         ("vocab_size", "vocab_size"),
         ("hidden_size", "hidden_size"),
@@ -116,6 +128,26 @@ def test_missing_fields_mean_what_transformers_means(tmp_path: Path, architectur
     ropes = hf.rope_parameters
     assert config.rope.theta == ropes.get("full_attention", ropes)["rope_theta"]
     assert config.eos_token_ids == (() if hf.eos_token_id is None else (hf.eos_token_id,))
+    if config.linear is not None:
+        assert config.rope.partial_factor == ropes["partial_rotary_factor"]
+        kinds = [
+            "linear_attention" if n in config.linear.layers else "full_attention"
+            for n in range(config.num_layers)
+        ]
+        assert kinds == hf.layer_types
+        for ours, theirs in [
+            ("key_heads", "linear_num_key_heads"),
+            ("value_heads", "linear_num_value_heads"),
+            ("key_dim", "linear_key_head_dim"),
+            ("value_dim", "linear_value_head_dim"),
+            ("conv_size", "linear_conv_kernel_dim"),
+        ]:
+            assert getattr(config.linear, ours) == getattr(hf, theirs), ours
+        assert config.head_dim == hf.head_dim
+        if config.moe is not None:
+            assert config.moe.num_experts == hf.num_experts
+            assert config.moe.experts_per_token == hf.num_experts_per_tok
+            assert config.moe.shared_intermediate_size == hf.shared_expert_intermediate_size
 
 
 def test_every_family_says_where_its_biases_and_norms_are(tmp_path: Path) -> None:
