@@ -33,8 +33,11 @@ from transformers import (
     Olmo3Config,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
@@ -59,6 +62,11 @@ HF_CONFIGS = {
     "Qwen2ForCausalLM": Qwen2Config,
     "Qwen3ForCausalLM": Qwen3Config,
     "Qwen3MoeForCausalLM": Qwen3MoeConfig,
+    "Qwen3NextForCausalLM": Qwen3NextConfig,
+    "Qwen3_5ForCausalLM": Qwen3_5TextConfig,
+    "Qwen3_5ForConditionalGeneration": Qwen3_5TextConfig,
+    "Qwen3_5MoeForCausalLM": Qwen3_5MoeTextConfig,
+    "Qwen3_5MoeForConditionalGeneration": Qwen3_5MoeTextConfig,
     "Llama4ForCausalLM": Llama4TextConfig,
     "Llama4ForConditionalGeneration": Llama4TextConfig,
     "Gemma2ForCausalLM": Gemma2Config,
@@ -89,6 +97,8 @@ MULTIMODAL = {
     "Llama4ForConditionalGeneration": "llama4",
     "Gemma3ForConditionalGeneration": "gemma3",
     "Mistral3ForConditionalGeneration": "mistral3",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
 }
 
 TINY: dict[str, Any] = {
@@ -139,6 +149,8 @@ def test_missing_fields_mean_what_transformers_means(tmp_path: Path, architectur
     config = ModelConfig.from_path(path)
     assert config.model_type == MULTIMODAL.get(architecture, hf.model_type)
     dense = "intermediate_size_mlp" if "Llama4" in architecture else "intermediate_size"
+    if "Qwen3_5Moe" in architecture:  # it has no dense MLP
+        dense = "moe_intermediate_size"
     for ours, theirs in [
         ("vocab_size", "vocab_size"),
         ("hidden_size", "hidden_size"),
@@ -161,6 +173,26 @@ def test_missing_fields_mean_what_transformers_means(tmp_path: Path, architectur
     if layers is not None and config.layer_chunks == (None,) * config.num_layers:
         slides = [window is not None for window in config.layer_windows]
         assert slides == [kind == "sliding_attention" for kind in layers]
+    if config.linear is not None:
+        assert config.rope.partial == ropes["partial_rotary_factor"]
+        kinds = [
+            "linear_attention" if n in config.linear.layers else "full_attention"
+            for n in range(config.num_layers)
+        ]
+        assert kinds == hf.layer_types
+        for ours, theirs in [
+            ("key_heads", "linear_num_key_heads"),
+            ("value_heads", "linear_num_value_heads"),
+            ("key_dim", "linear_key_head_dim"),
+            ("value_dim", "linear_value_head_dim"),
+            ("conv_size", "linear_conv_kernel_dim"),
+        ]:
+            assert getattr(config.linear, ours) == getattr(hf, theirs), ours
+        assert config.head_dim == hf.head_dim
+        if config.moe is not None:
+            assert config.moe.num_experts == hf.num_experts
+            assert config.moe.experts_per_token == hf.num_experts_per_tok
+            assert config.moe.shared_intermediate_size == hf.shared_expert_intermediate_size
 
 
 def test_every_family_says_where_its_biases_and_norms_are(tmp_path: Path) -> None:

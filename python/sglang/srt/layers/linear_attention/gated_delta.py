@@ -67,7 +67,11 @@ class Chunks(NamedTuple):
 
 
 def solve(tokens: Tokens) -> Chunks:
-    """What can be said of chunks before their states are known; `tokens` are [N, H, C, *]."""
+    """What can be said of chunks before their states are known; `tokens` are [N, H, C, *].
+
+    `q` and `k` may have fewer heads, each of which goes with as many neighbouring ones.
+    """
+    count = tokens.v.shape[1] // tokens.k.shape[1]
     sums = tokens.g.cumsum(-1)
     size = sums.shape[-1]
     apart = sums.unsqueeze(-1) - sums.unsqueeze(-2)
@@ -76,19 +80,25 @@ def solve(tokens: Tokens) -> Chunks:
     keys_t = tokens.k.transpose(-1, -2)
     strength, grown = tokens.b.unsqueeze(-1), sums.exp().unsqueeze(-1)
     # Only what is below the diagonal counts; the diagonal is taken for ones.
-    system = (tokens.k @ keys_t).mul_(fading).mul_(strength)
-    sides = torch.cat((tokens.v * strength, tokens.k * (strength * grown)), -1)
+    system = _spread(tokens.k @ keys_t, count).mul_(fading).mul_(strength)
+    keys = _spread(tokens.k, count)
+    sides = torch.cat((tokens.v * strength, keys * (strength * grown)), -1)
     solved = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
     width = tokens.v.shape[-1]
     last = sums[..., -1:]
     return Chunks(
         values=solved[..., :width],
         keys=solved[..., width:],
-        queries=tokens.q * grown,
-        mixing=(tokens.q @ keys_t).mul_(fading),
-        writes=keys_t * (last - sums).exp().unsqueeze(-2),
+        queries=_spread(tokens.q, count).mul_(grown),
+        mixing=_spread(tokens.q @ keys_t, count).mul_(fading),
+        writes=keys.mul_((last - sums).exp().unsqueeze(-1)).transpose(-1, -2),
         decay=last.exp().unsqueeze(-1),
     )
+
+
+def _spread(heads: torch.Tensor, count: int) -> torch.Tensor:
+    """A copy of [N, J, *] for the `count` value heads that go with each: [N, J * count, *]."""
+    return heads.repeat_interleave(count, 1)
 
 
 def advance(chunks: Chunks, part: slice, state: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sglang.srt.errors import InvariantError
-from sglang.srt.layers.linear_attention.gated_delta import Tokens, advance, solve, step
+from sglang.srt.layers.linear_attention.gated_delta import Chunks, Tokens, advance, solve, step
 from sglang.srt.layers.linear_attention.state_plan import (
     ChunkBlock,
     Extends,
@@ -87,16 +87,15 @@ class LinearAttention(nn.Module):
             raise InvariantError("linear attention without a pool of states")
         plan = self.planner.plan(forward_batch.geometry, pool)
         taps = filters.float().t().contiguous()  # [W + 1, C]
-        inputs = mixed.float()
         if plan.extends is None and plan.singles is not None:
-            return self._single(plan.singles, pool, inputs, g, b, taps)
+            return self._single(plan.singles, pool, mixed.float(), g, b, taps)
         read = torch.empty(len(mixed), self.value_heads, self.value_dim, device=mixed.device)
         if plan.singles is not None:
             rows = plan.singles.rows
-            own = (inputs[rows], g[rows], b[rows])
+            own = (mixed[rows].float(), g[rows], b[rows])
             read[rows] = self._single(plan.singles, pool, *own, taps)
         if plan.extends is not None:
-            self._extend(plan.extends, pool, inputs, g, b, taps, read)
+            self._extend(plan.extends, pool, mixed, g, b, taps, read)
         return read
 
     # ---- one token of each request ------------------------------------------------------------
@@ -143,7 +142,10 @@ class LinearAttention(nn.Module):
         window = torch.cat((before.inputs, inputs.unsqueeze(1)), 1)
         mixed = F.silu((window * taps).sum(1))
         after.inputs.copy_(window[:, 1:])
-        return step(self._tokens(mixed, g, b), before.matrix, after.matrix)
+        q, k, v = self._heads(mixed)
+        count = self.value_heads // self.key_heads
+        q, k = q.repeat_interleave(count, 1), k.repeat_interleave(count, 1)
+        return step(Tokens(q, k, v, g, b), before.matrix, after.matrix)
 
     # ---- several tokens -----------------------------------------------------------------------
 
@@ -151,41 +153,43 @@ class LinearAttention(nn.Module):
         self,
         plan: Extends,
         pool: MambaPool,
-        inputs: torch.Tensor,
+        mixed: torch.Tensor,
         g: torch.Tensor,
         b: torch.Tensor,
         taps: torch.Tensor,
         read: torch.Tensor,
     ) -> None:
         """Let the extending requests' tokens through, and put what they read into `read`."""
-        if len(plan.rows) < len(inputs):
-            inputs, g, b = inputs[plan.rows], g[plan.rows], b[plan.rows]
+        if len(plan.rows) < len(mixed):
+            mixed, g, b = mixed[plan.rows], g[plan.rows], b[plan.rows]
         before = pool.load(self.layer_id, plan.source)
         _clear(before, plan.fresh)
-        joined = inputs.new_empty(len(inputs) + plan.kept_places.numel(), inputs.shape[1])
-        joined[plan.places] = inputs
+        count = len(mixed) + plan.kept_places.numel()
+        joined = torch.empty(count, mixed.shape[1], device=mixed.device)
+        joined.index_copy_(0, plan.places, mixed.float())
         joined[plan.kept_places] = before.inputs
-        tokens = self._tokens(_convolve(joined, taps)[plan.places - (len(taps) - 1)], g, b)
-        found = torch.empty(len(inputs), *read.shape[1:], device=read.device)
+        # Row i of what comes out ends W places further on.
+        through = _convolve(joined, taps)
         state = before.matrix
         for block in plan.blocks:
-            self._through(block, plan, pool, tokens, joined, state, found)
+            at = block.rows.flatten()
+            heads = self._heads(through[plan.places[at] - (len(taps) - 1)])
+            chunks = solve(Tokens(*(_chunked(x, block) for x in (*heads, g[at], b[at]))))
+            found = self._through(block, plan, pool, chunks, joined, state)
+            rows = plan.rows[block.known_rows]
+            read.index_copy_(0, rows, found.index_select(0, block.known))
         pool.store(self.layer_id, plan.target, LayerState(state, joined[plan.tails]))
-        read[plan.rows] = found
 
     def _through(
         self,
         block: ChunkBlock,
         plan: Extends,
         pool: MambaPool,
-        tokens: Tokens,
+        chunks: Chunks,
         joined: torch.Tensor,
         state: torch.Tensor,
-        found: torch.Tensor,
-    ) -> None:
-        """Let the states through a block; those at a border are stored there."""
-        chunked = Tokens(*(_chunked(part, block) for part in tokens))
-        chunks = solve(chunked)
+    ) -> torch.Tensor:
+        """Let the states through a block, storing those at borders; what is read, [N * C, H, V]."""
         reads = []
         for part, count, at_border in block.steps:
             reads.append(advance(chunks, part, state[:count]))
@@ -193,26 +197,20 @@ class LinearAttention(nn.Module):
                 tails = joined[plan.border_tails[at_border]]
                 left = LayerState(state[at_border], tails)
                 pool.store(self.layer_id, plan.border_pages[at_border], left)
-        values = torch.cat(reads).transpose(1, 2).flatten(0, 1)  # [N * C, H, V]
-        found.index_copy_(0, block.known_rows, values.index_select(0, block.known))
+        return torch.cat(reads).transpose(1, 2).flatten(0, 1)
 
-    def _tokens(self, mixed: torch.Tensor, g: torch.Tensor, b: torch.Tensor) -> Tokens:
-        """What tokens bring, [*, H, ...], of their channels [*, C] after the convolution."""
+    def _heads(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q and k [*, J, K] and v [*, H, V] of the channels [*, C] after the convolution."""
         key_width = self.key_heads * self.key_dim
         widths = (key_width, key_width, self.value_heads * self.value_dim)
         q, k, v = mixed.split_with_sizes(widths, -1)
         heads = (len(mixed), self.key_heads, self.key_dim)
-        return Tokens(
-            self._spread(_unit(q.reshape(heads)) * self.key_dim**-0.5),
-            self._spread(_unit(k.reshape(heads))),
+        q, k = _unit(q.reshape(heads)), _unit(k.reshape(heads))
+        return (
+            q.mul_(self.key_dim**-0.5),
+            k,
             v.reshape(len(mixed), self.value_heads, self.value_dim),
-            g,
-            b,
         )
-
-    def _spread(self, heads: torch.Tensor) -> torch.Tensor:
-        """[*, J, K] for the value heads that go with each: [*, H, K]."""
-        return heads.repeat_interleave(self.value_heads // self.key_heads, -2)
 
 
 def _clear(state: LayerState, fresh: torch.Tensor) -> None:
@@ -231,11 +229,13 @@ def _convolve(joined: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     total = joined[:count] * taps[0]
     for back in range(1, len(taps)):
         total.addcmul_(joined[back : back + count], taps[back])
-    return F.silu(total)
+    return F.silu(total, inplace=True)
 
 
 def _chunked(rows: torch.Tensor, block: ChunkBlock) -> torch.Tensor:
-    """Rows [T', H, *] as chunks [N, H, C, *], zero where a chunk has no token."""
-    taken = rows[block.rows]
-    shape = (*block.valid.shape, *(1,) * (taken.dim() - 2))
-    return taken.mul_(block.valid.view(shape)).transpose(1, 2)
+    """Rows [N * C, *] as chunks [N, heads, C, *], zero where a chunk has no token."""
+    shape = block.valid.shape
+    chunks = rows.reshape(*shape, *rows.shape[1:])
+    valid = block.valid.view(*shape, *(1,) * (rows.dim() - 1))
+    # In the order of heads, as products want it: copied here once, not in each of them.
+    return (chunks * valid).transpose(1, 2).contiguous()

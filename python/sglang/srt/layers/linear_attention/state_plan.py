@@ -29,8 +29,8 @@ Int64Array = npt.NDArray[np.int64]
 
 CHUNK_TOKENS = 64
 NO_PAGE = 0
-# Tokens whose chunks are solved at a time: what that takes is bounded however long prompts are.
-_BLOCK_TOKENS = 2048
+# Tokens whose chunks are solved at a time: of more, what is made on the way leaves the caches.
+_BLOCK_TOKENS = 512
 
 
 class StatePages(NamedTuple):
