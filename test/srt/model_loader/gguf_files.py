@@ -35,9 +35,15 @@ ARCHS = {
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
     "exaone4": gguf.MODEL_ARCH.EXAONE4,
     "seed_oss": gguf.MODEL_ARCH.SEED_OSS,
+    "arcee": gguf.MODEL_ARCH.ARCEE,
 }
 _NORMS_PLUS_ONE = (gguf.MODEL_ARCH.GEMMA2, gguf.MODEL_ARCH.GEMMA3)
-_REORDERED = (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.GRANITE, gguf.MODEL_ARCH.SMOLLM3)
+_REORDERED = (
+    gguf.MODEL_ARCH.LLAMA,
+    gguf.MODEL_ARCH.GRANITE,
+    gguf.MODEL_ARCH.SMOLLM3,
+    gguf.MODEL_ARCH.ARCEE,
+)
 _OUTPUTS_FIRST = ("qwen3_moe", "deepseek_v2", "deepseek_v3")
 # Experts of a layer in a model's own state: what becomes of a merged tensor's halves.
 _MERGED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
