@@ -7,6 +7,7 @@ from sglang.srt.configs.families.cohere import COHERE, COHERE2
 from sglang.srt.configs.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from sglang.srt.configs.families.deepseek_sparse import DEEPSEEK_V32, GLM_MOE_DSA
 from sglang.srt.configs.families.dense import (
+    ARCEE,
     EXAONE4,
     GLM,
     GLM4,
@@ -100,6 +101,7 @@ FAMILIES: dict[str, ModelFamily] = {
     "GlmForCausalLM": GLM,
     "Glm4ForCausalLM": GLM4,
     "SeedOssForCausalLM": SEED_OSS,
+    "ArceeForCausalLM": ARCEE,
     "GptOssForCausalLM": GPT_OSS,
     "DeepseekV2ForCausalLM": DEEPSEEK_V2,
     "DeepseekV3ForCausalLM": DEEPSEEK_V3,
