@@ -13,6 +13,7 @@ bash "$root/scripts/setup.sh" --test --demo-model
 bash "$root/scripts/check.sh"
 printf '==> Tests\n'
 cd "$root"
+unset PYTHONDONTWRITEBYTECODE # or hundreds of servers would compile every module once more
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
     -m "not slow and not gpu" "$@"

@@ -55,7 +55,7 @@ def prompts() -> list[list[int]]:
 def greedy(model: LlamaForCausalLM, prompt: list[int]) -> list[int]:
     """What transformers takes, in float32 on the CPU."""
     ids = torch.tensor([prompt])
-    reply: Any = model.generate(  # type: ignore[operator]
+    reply: Any = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=NEW_TOKENS,

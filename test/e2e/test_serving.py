@@ -56,16 +56,16 @@ def test_streamed_it_is_the_same_text(client: openai.OpenAI) -> None:
 
 def test_thirty_two_streams_at_once_all_complete(client: openai.OpenAI) -> None:
     def ask(number: int) -> tuple[str, str]:
-        stream = client.chat.completions.create(
+        stream = client.completions.create(
             model="default",
-            messages=[{"role": "user", "content": f"Count up from {number}."}],
+            prompt=f"{number}, {number + 1},",
             temperature=0,
             max_tokens=12,
             stream=True,
         )
         text, reason = "", ""
         for event in stream:
-            text += event.choices[0].delta.content or ""
+            text += event.choices[0].text
             reason = event.choices[0].finish_reason or reason
         return text, reason
 
@@ -99,8 +99,8 @@ def test_a_vanished_client_is_forgotten(server: ServerProcess) -> None:
 def test_memory_is_given_back_after_a_burst(server: ServerProcess) -> None:
     assert wait_until(lambda: memory(server)["mapped_bytes"] == 0, timeout_s=20)
     before = memory(server)["resident_bytes"]
-    prompts = [f"Story number {i}: " + "the cat sat on the mat. " * 30 for i in range(8)]
-    with ThreadPoolExecutor(8) as pool:
+    prompts = [f"Story number {i}: " + "the cat sat on the mat. " * 30 for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
         asked = [
             pool.submit(
                 server.post, "/generate", {"text": text, "sampling_params": {"max_new_tokens": 8}}

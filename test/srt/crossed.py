@@ -12,7 +12,8 @@ def crossed(firsts: Sequence[Any], seconds: Sequence[Any], *, each: int = 1) -> 
     """All pairs; slow are those of the later firsts, but for `each` seconds of everyone.
 
     Everyday the first of `firsts` meets all of `seconds`, and every other one meets `each` of
-    them: the next ones in turn, so that they are spread.
+    them: the next ones in turn, so that they are spread. Where the firsts are a fixture's, say its
+    scope as well, or it is set up for each test.
     """
     pairs = []
     for place, first in enumerate(firsts):

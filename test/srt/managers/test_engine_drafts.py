@@ -16,6 +16,7 @@ from sglang.srt.layers.attention import torch_device_backend
 from sglang.srt.managers.io_struct import LogprobArrays, TokenizedGenerateReqInput, int32_buffer
 from sglang.srt.sampling.sampling_params import SamplingParams
 from srt.constrained.grammar_cases import golden_tokenizer, vocabulary_message
+from srt.crossed import mostly_slow
 from srt.managers import test_engine_grammars
 from srt.managers.draft_guesses import Follow, guess
 from srt.managers.rank_towers import rank_towers
@@ -56,7 +57,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]
     return save(reference, tmp_path_factory.mktemp("llama")), expected
 
 
-@pytest.mark.parametrize("family", sorted({*FAMILIES, *BY_LOGITS}))
+EVERYDAY = ["llama", "mistral", "llama4", "gpt_oss"]
+
+
+@pytest.mark.parametrize(
+    "family", mostly_slow(EVERYDAY, sorted({*FAMILIES, *BY_LOGITS} - {*EVERYDAY}))
+)
 def test_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"sliding_window": 50} if family == "mistral" else {}
     reference = make_hf_model(family, **changes)

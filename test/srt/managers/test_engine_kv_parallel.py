@@ -44,6 +44,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     ("model", "grid"),
     crossed(ORDER, GRIDS),
     indirect=["model"],
+    scope="module",
     ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else value,
 )
 def test_ranks_answer_as_one(model: Model, grid: tuple[int, int]) -> None:
@@ -53,7 +54,9 @@ def test_ranks_answer_as_one(model: Model, grid: tuple[int, int]) -> None:
         assert ranks.run(answer_all) == expected
 
 
-@pytest.mark.parametrize(("model", "flags"), crossed(ORDER, FLAGS), indirect=["model"], ids=str)
+@pytest.mark.parametrize(
+    ("model", "flags"), crossed(ORDER, FLAGS), indirect=["model"], scope="module", ids=str
+)
 def test_two_ranks_answer_as_one(model: Model, flags: dict[str, object]) -> None:
     path, expected, _ = model
     with rank_towers(2, path, kv_parallel_size=2, **flags) as ranks:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 
+from srt.crossed import crossed
 from srt.managers.test_engine_chunks import greedy
 from srt.managers.test_engine_tokens import tower
 from srt.managers.test_engine_windows import ask
@@ -42,14 +43,26 @@ def answers(model: Model) -> list[list[int]]:
     return made
 
 
+FLAGS: list[dict[str, object]] = [
+    {"page_size": 1, "kv_segment_size": 64, "chunked_prefill_size": 17},
+    {"page_size": 16, "kv_segment_size": 64, "chunked_prefill_size": 48},
+    {"page_size": 64, "kv_segment_size": 64, "chunked_prefill_size": -1},
+    {"page_size": 16, "kv_segment_size": 64, "kv_backing": "segment_table"},
+]
+BORDER = 4 * WINDOW
+HITS: list[tuple[int, Sequence[int]]] = [
+    (16, (BORDER - 1, BORDER, BORDER + 1, BORDER + 5)),
+    (1, (BORDER - 1, BORDER, BORDER + 1)),
+    (8, range(BORDER - 9, BORDER + 10)),
+    (64, (127, 128, 129, 7 * WINDOW)),
+]
+
+
 @pytest.mark.parametrize(
-    "flags",
-    [
-        {"page_size": 1, "kv_segment_size": 64, "chunked_prefill_size": 17},
-        {"page_size": 16, "kv_segment_size": 64, "chunked_prefill_size": 48},
-        {"page_size": 64, "kv_segment_size": 64, "chunked_prefill_size": -1},
-        {"page_size": 16, "kv_segment_size": 64, "kv_backing": "segment_table"},
-    ],
+    ("model", "flags"),
+    crossed(sorted(MIXED_FAMILIES), FLAGS, each=2),
+    indirect=["model"],
+    scope="module",
     ids=str,
 )
 def test_tokens_equal_transformers(
@@ -69,17 +82,15 @@ def test_tokens_equal_transformers(
 
 
 @pytest.mark.parametrize(
-    ("page", "lengths"),
-    [
-        (1, (4 * WINDOW - 1, 4 * WINDOW, 4 * WINDOW + 1)),
-        (8, range(4 * WINDOW - 9, 4 * WINDOW + 10)),
-        (16, (4 * WINDOW - 1, 4 * WINDOW, 4 * WINDOW + 1, 4 * WINDOW + 5)),
-        (64, (127, 128, 129, 7 * WINDOW)),
-    ],
-    ids=lambda value: str(value) if isinstance(value, int) else "",
+    ("model", "hits"),
+    crossed(sorted(MIXED_FAMILIES), HITS),
+    indirect=["model"],
+    scope="module",
+    ids=lambda value: str(value[0]) if isinstance(value, tuple) else value,
 )
-def test_prefix_hits_around_window_borders(model: Model, page: int, lengths: Sequence[int]) -> None:
+def test_prefix_hits_around_window_borders(model: Model, hits: tuple[int, Sequence[int]]) -> None:
     reference, path = model
+    page, lengths = hits
     flags = {"page_size": page, "kv_segment_size": 64, "chunked_prefill_size": 33}
     with tower(path, **flags) as engine:
         for length in lengths:

@@ -63,7 +63,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         return path, answer_all(engine), FAMILIES[request.param]
 
 
-@pytest.mark.parametrize(("model", "flags"), crossed(ORDER, FLAGS), indirect=["model"], ids=str)
+@pytest.mark.parametrize(
+    ("model", "flags"), crossed(ORDER, FLAGS), indirect=["model"], scope="module", ids=str
+)
 def test_two_ranks_answer_as_one(model: Model, flags: dict[str, object]) -> None:
     path, expected, _ = model
     with rank_towers(2, path, **flags) as ranks:

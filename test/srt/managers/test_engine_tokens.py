@@ -180,7 +180,11 @@ FLAGS: tuple[dict[str, object], ...] = (
 
 
 @pytest.mark.parametrize(
-    ("model", "flags"), crossed(sorted(FAMILIES), FLAGS, each=2), indirect=["model"], ids=str
+    ("model", "flags"),
+    crossed(sorted(FAMILIES), FLAGS, each=2),
+    indirect=["model"],
+    scope="module",
+    ids=str,
 )
 def test_tokens_equal_transformers(
     model: tuple[str, list[list[int]]], flags: dict[str, object]

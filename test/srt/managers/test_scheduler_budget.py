@@ -304,9 +304,12 @@ def test_compact_kv_packs_and_gives_back(groups: int) -> None:
     bench.served("runs", 30, 77, 200)
 
 
-@pytest.mark.parametrize("overlap", [True, False])
+OTHERS = [(1, True), (2, False), (3, True), (3, False), (4, True), (4, False)]
+
+
 @pytest.mark.parametrize(
-    "seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (3, 4))]
+    ("seed", "overlap"),
+    [(1, False), (2, True), *(pytest.param(*one, marks=pytest.mark.slow) for one in OTHERS)],
 )
 def test_random_budgets_over_random_requests(seed: int, overlap: bool) -> None:
     """Every request ends exactly once, with a prefix of the right tokens; the pool adds up."""

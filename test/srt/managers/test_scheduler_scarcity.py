@@ -161,7 +161,7 @@ def test_after_a_burst_and_the_idle_time_the_pool_stands_as_at_start() -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("num_requests", [400, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_requests", [200, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_page_is_lost_over_random_requests_with_aborts(num_requests: int, seed: int) -> None:
     rng = random.Random(seed)
     memory = small(groups=1 + seed % 2, idle_release_s=3.0, prefix_idle_s=20.0)

@@ -10,10 +10,12 @@ from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache.kv_layout import GroupId, KVCacheSpec
 from sglang.srt.mem_cache.segment_backing.base import StagedTieredBacking
 from sglang.srt.mem_cache.segment_backing.cuda_vmm_host import CudaVmmHostBacking
+from srt.crossed import crossed
 from srt.mem_cache.fake_cuda_driver import FakeCudaDriver, kinds_since
 from srt.mem_cache.test_backing_cuda_vmm import (
     GRANULE,
     HANDLES,
+    LATENT,
     ONE,
     SPECS,
     TWO,
@@ -121,8 +123,10 @@ def test_a_copy_is_made_aside_and_takes_the_place_when_readers_are_done() -> Non
     assert driver.state() == before
 
 
-@SPECS
-@HANDLES
+@pytest.mark.parametrize(
+    ("spec", "handle_bytes"),
+    crossed([TWO, ONE, LATENT], [None, GRANULE, 3 * GRANULE]),
+)
 def test_whichever_call_of_a_move_fails_everything_is_as_before(
     spec: KVCacheSpec, handle_bytes: int | None
 ) -> None:

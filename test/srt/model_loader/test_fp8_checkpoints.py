@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -292,11 +293,18 @@ BROKEN: list[tuple[str, str, Any, str]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A checkpoint of each kind that is to be broken."""
+    kinds = {kind for kind, *_ in BROKEN}
+    return {kind: published(tmp_path_factory.mktemp(kind), kind, "llama", 1)[1] for kind in kinds}
+
+
 @pytest.mark.parametrize(("kind", "role", "change", "message"), BROKEN)
 def test_what_does_not_fit_is_named(
-    tmp_path: Path, kind: str, role: str, change: Any, message: str
+    whole: dict[str, str], tmp_path: Path, kind: str, role: str, change: Any, message: str
 ) -> None:
-    _, path = published(tmp_path, kind, "llama", 1)
+    path = str(shutil.copytree(whole[kind], tmp_path, dirs_exist_ok=True))
     file = next(tmp_path.glob("*.safetensors"))
     tensors = load_file(file)
     name = f"model.layers.1.self_attn.o_proj.{role}"

@@ -18,6 +18,7 @@ from sglang.srt.configs.pooling_config import causal_name
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models.registry import MODEL_CLASSES, resolve_model_class
+from srt.crossed import crossed
 from srt.model_loader.gguf_files import write_gguf
 from srt.models.harness import Runner, Sequence
 from srt.models.hf_models import VOCAB, hf_greedy, make_hf_model, save
@@ -143,8 +144,9 @@ def test_variants_within_a_family(tmp_path: Path, family: str, changes: dict[str
     assert_logits_equal(hf, save(hf, tmp_path))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rope", ["linear", "yarn", "yarn-fields", "llama3"])
+@pytest.mark.parametrize(
+    ("family", "rope"), crossed(FAMILIES, ["linear", "yarn", "yarn-fields", "llama3"])
+)
 def test_rope_scaling_beyond_the_original_length(tmp_path: Path, rope: str, family: str) -> None:
     hf = make_hf_model(family, rope_parameters={"rope_theta": 1000.0, **ROPES[rope]})
     assert_logits_equal(hf, save(hf, tmp_path))
@@ -199,8 +201,7 @@ def test_windows_smaller_than_the_sequence(
     assert_greedy_equal(hf, path, lengths=(20, 50))
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "page_size"), crossed(FAMILIES, [16, 1]))
 def test_a_reused_prefix_gives_the_same_tokens(tmp_path: Path, family: str, page_size: int) -> None:
     hf = make_hf_model(family)
     runner = runner_of(save(hf, tmp_path), page_size=page_size)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
@@ -53,7 +54,8 @@ def reference(path: Path) -> PreTrainedModel:
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
     )
-    model = LlamaForCausalLM(config)
+    with torch.device("meta"):  # no weights are drawn
+        model = LlamaForCausalLM(config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 30)
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     state = {}
@@ -66,9 +68,11 @@ def reference(path: Path) -> PreTrainedModel:
         if heads is not None:  # pairs of each head back to halves
             values = values.reshape(heads, 32, 2, 576).swapaxes(1, 2).reshape(-1, 576)
         state[name] = torch.from_numpy(np.array(values, dtype=np.float32))
-    result = model.load_state_dict(state, strict=False)
+    result = model.load_state_dict(state, strict=False, assign=True)
     assert result.missing_keys == ["lm_head.weight"]  # tied
     assert not result.unexpected_keys
+    model.tie_weights()
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)
     return model.eval()
 
 
