@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from transformers import (
+    ArceeConfig,
     Cohere2Config,
     CohereConfig,
     DeepseekV2Config,
@@ -73,6 +74,7 @@ HF_CONFIGS = {
     "GlmForCausalLM": GlmConfig,
     "Glm4ForCausalLM": Glm4Config,
     "SeedOssForCausalLM": SeedOssConfig,
+    "ArceeForCausalLM": ArceeConfig,
     "GptOssForCausalLM": GptOssConfig,
     "DeepseekV2ForCausalLM": DeepseekV2Config,
     "DeepseekV3ForCausalLM": DeepseekV3Config,

@@ -1,7 +1,7 @@
 """The dense families through the whole device tower: the same tokens as transformers.
 
 Windows of 12 tokens and chunks of 17 meet pages of 16; prompts are several windows long. Decode
-steps are on tapes.
+steps are on tapes, but for one family.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from srt.models.hf_dense import DENSE_FAMILIES, WINDOW
 from srt.models.hf_models import VOCAB, best_next, make_hf_model, save
 
 NEW_TOKENS = 24
+NOT_RECORDED = ("arcee",)  # its activation is no native call
 FLAGS = {"page_size": 16, "kv_segment_size": 64, "chunked_prefill_size": 17}
 
 
@@ -58,8 +59,8 @@ def test_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
         if native_kernels() is not None:
             tapes = engine.parts.worker.runner.tapes
             assert isinstance(tapes, DecodeTapes)
-            assert tapes.recorded
-            assert not tapes.refused
+            assert bool(tapes.recorded) == (family not in NOT_RECORDED)
+            assert bool(tapes.refused) == (family in NOT_RECORDED)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ ARCHS = {
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
     "exaone4": gguf.MODEL_ARCH.EXAONE4,
     "seed_oss": gguf.MODEL_ARCH.SEED_OSS,
+    "arcee": gguf.MODEL_ARCH.ARCEE,
 }
 _NORMS_PLUS_ONE = (gguf.MODEL_ARCH.GEMMA2, gguf.MODEL_ARCH.GEMMA3)
 _REORDERED = (
@@ -50,6 +51,7 @@ _REORDERED = (
     gguf.MODEL_ARCH.GRANITE,
     gguf.MODEL_ARCH.GRANITE_MOE,
     gguf.MODEL_ARCH.SMOLLM3,
+    gguf.MODEL_ARCH.ARCEE,
 )
 _INPUTS_FIRST = ("llama4_text", "gpt_oss")  # in transformers' experts
 _PLAIN_MIXTURES = frozenset(

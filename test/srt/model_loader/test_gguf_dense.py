@@ -67,6 +67,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "smollm3": ({"no_rope_layers": [1, 1, 1, 0]}, {}),
     "exaone4": ({}, {"attention.sliding_window_pattern": [True, False] * 2}),
     "seed_oss": ({}, {}),
+    "arcee": ({}, {}),
 }
 WINDOWED = ("gemma2", "gemma3", "cohere2", "olmo3", "exaone4")
 

@@ -6,6 +6,8 @@ Windows are of 12 tokens and layers are few, so that prompts of a test cross eve
 from typing import Any
 
 from transformers import (
+    ArceeConfig,
+    ArceeForCausalLM,
     Cohere2Config,
     Cohere2ForCausalLM,
     CohereConfig,
@@ -52,6 +54,7 @@ DENSE_FAMILIES: dict[str, tuple[Any, type[PreTrainedModel]]] = {
     "glm": (GlmConfig, GlmForCausalLM),
     "glm4": (Glm4Config, Glm4ForCausalLM),
     "seed_oss": (SeedOssConfig, SeedOssForCausalLM),
+    "arcee": (ArceeConfig, ArceeForCausalLM),
 }
 WINDOW = 12
 _MIXED = {
@@ -120,4 +123,5 @@ DENSE_FIELDS: dict[str, dict[str, Any]] = {
     "glm": {"head_dim": 16, "attention_bias": True},
     "glm4": {"head_dim": 16, "attention_bias": True},
     "seed_oss": {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True},
+    "arcee": {"mlp_bias": True},
 }

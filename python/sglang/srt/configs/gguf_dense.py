@@ -29,6 +29,7 @@ DENSE: dict[str, tuple[str, str]] = {
     "smollm3": ("SmolLM3ForCausalLM", "smollm3"),
     "exaone4": ("Exaone4ForCausalLM", "exaone4"),
     "seed_oss": ("SeedOssForCausalLM", "seed_oss"),
+    "arcee": ("ArceeForCausalLM", "arcee"),
 }
 WINDOWED = frozenset({"gemma2", "gemma3", "cohere2", "olmo2", "phi3", "exaone4"})
 PARTIAL = frozenset({"phi3", "glm4"})  # of whose heads a part may turn
@@ -76,6 +77,8 @@ def dense_fields(name: str, header: GGUFHeader, get: Get, raw: Mapping[str, Any]
         fields["query_pre_attn_scalar"] = scalar
         fields |= {key: float(get(key, 0.0)) or None for key in _CAPS}
         fields["rope_local_base_freq"] = float(get("rope.freq_base_swa", 10000.0))
+    if name == "arcee":
+        fields["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
     if name == "seed_oss":
         fields["attention_out_bias"] = raw["attention_output_bias"]
     return fields

@@ -33,6 +33,7 @@ MODEL_CLASSES = {
     "GlmForCausalLM": "sglang.srt.models.fused:GlmForCausalLM",
     "Glm4ForCausalLM": "sglang.srt.models.fused:Glm4ForCausalLM",
     "SeedOssForCausalLM": "sglang.srt.models.dense:SeedOssForCausalLM",
+    "ArceeForCausalLM": "sglang.srt.models.dense:ArceeForCausalLM",
     "GptOssForCausalLM": "sglang.srt.models.gpt_oss:GptOssForCausalLM",
     "DeepseekV2ForCausalLM": "sglang.srt.models.deepseek_v2:DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM": "sglang.srt.models.deepseek_v2:DeepseekV3ForCausalLM",

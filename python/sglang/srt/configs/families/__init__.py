@@ -6,6 +6,7 @@ from sglang.srt.configs.families.bert import BERT, ROBERTA, XLM_ROBERTA
 from sglang.srt.configs.families.cohere import COHERE, COHERE2
 from sglang.srt.configs.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from sglang.srt.configs.families.dense import (
+    ARCEE,
     EXAONE4,
     GLM,
     GLM4,
@@ -87,6 +88,7 @@ FAMILIES: dict[str, ModelFamily] = {
     "GlmForCausalLM": GLM,
     "Glm4ForCausalLM": GLM4,
     "SeedOssForCausalLM": SEED_OSS,
+    "ArceeForCausalLM": ARCEE,
     "GptOssForCausalLM": GPT_OSS,
     "DeepseekV2ForCausalLM": DEEPSEEK_V2,
     "DeepseekV3ForCausalLM": DEEPSEEK_V3,

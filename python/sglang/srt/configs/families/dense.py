@@ -1,4 +1,4 @@
-"""SmolLM3, EXAONE 4, Granite, Seed-OSS, GLM-4 and Phi-3: what their fields mean.
+"""SmolLM3, EXAONE 4, Granite, Seed-OSS, Arcee, GLM-4 and Phi-3: what their fields mean.
 
 Source: the published configurations and their documentation; EXAONE 4, arXiv 2507.11407; Phi-3,
 arXiv 2404.14219; Phi-4-mini, arXiv 2503.01743; GLM-4, arXiv 2406.12793.
@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang.srt.configs.families.llama import layer_rope, patterned_windows, sliding_windows
+from sglang.srt.configs.families.llama import (
+    layer_rope,
+    patterned_windows,
+    read_llama,
+    sliding_windows,
+)
 from sglang.srt.configs.model_traits import (
     Fields,
     ModelFamily,
@@ -170,6 +175,20 @@ SEED_OSS = ModelFamily(
         "mlp_bias": False,
     },
     _read_seed_oss,
+)
+ARCEE = ModelFamily(
+    "arcee",
+    {
+        "hidden_size": 2560,
+        "intermediate_size": 18432,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "hidden_act": "relu2",
+    },
+    read_llama,
+    hidden_acts=("relu2",),
 )
 GLM = ModelFamily("glm", _GLM_DEFAULTS, _read_glm, rope_fields=_PARTIAL)
 GLM4 = ModelFamily("glm4", _GLM_DEFAULTS, _read_glm, rope_fields=_PARTIAL)

@@ -12,7 +12,8 @@ from sglang.srt.configs.model_traits import (
 )
 
 
-def _read_llama(fields: Fields, num_layers: int) -> ModelTraits:
+def read_llama(fields: Fields, num_layers: int) -> ModelTraits:
+    """Traits of a plain Llama, with the biases that the file says."""
     bias = bool(fields.get("attention_bias", False))
     return plain_traits(
         num_layers,
@@ -73,5 +74,5 @@ LLAMA = ModelFamily(
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
-    _read_llama,
+    read_llama,
 )
