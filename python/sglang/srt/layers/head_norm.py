@@ -92,6 +92,6 @@ class OwnHeadNorm(HeadsNorm):
     def over_heads(self, x: torch.Tensor) -> torch.Tensor:
         """See `HeadsNorm.over_heads`."""
         dim = self._shape[1]
-        heads = x.float().view(*x.shape[:-1], -1, dim)
-        normed = F.layer_norm(heads, (dim,), None, None, self.eps).flatten(-2)
+        heads = x.float().view(len(x), x.shape[1] // dim, dim)
+        normed = F.layer_norm(heads, (dim,), None, None, self.eps).flatten(1)
         return (normed * self.weight.float()).to(self.weight.dtype)

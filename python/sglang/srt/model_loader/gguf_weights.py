@@ -118,7 +118,9 @@ _NOT_WEIGHTS = frozenset(
     {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 )
 # Whose rows of q and k are reordered.
-_REORDERED = ("llama", "mistral", "mixtral", "granite", "granitemoeshared", "smollm3", "arcee")
+_REORDERED = frozenset(
+    {"llama", "mistral", "mixtral", "granite", "granitemoeshared", "smollm3", "arcee"}
+)
 _NORMS_PLUS_ONE = ("gemma2", "gemma3_text")  # whose norms are stored as the factors that they are
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
