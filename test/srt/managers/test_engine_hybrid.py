@@ -134,6 +134,23 @@ def test_retraction_under_a_tiny_budget_changes_no_token(
         assert engine.scheduler.counters.num_retractions > 0
 
 
+def test_a_request_as_long_as_the_clamp_allows_goes_through(model: Model) -> None:
+    """States of its own chunks, left in the cache, make room for its tokens."""
+    flags = {**FLAGS, "chunked_prefill_size": 16, "kv_memory_budget": 96 << 10}
+    with tower(model[1], **flags) as engine:
+        length = engine.parts.limits.context_length
+        assert length == 192
+        prompt = (BASE * 3)[: length - 10]
+        engine.send("long", prompt, max_new_tokens=100)
+        engine.run()
+        output = engine.output("long")
+        assert len(output) == 10
+        assert output == best_next(model[0], prompt, output)
+        (out,) = (out for out in engine.channel.outs if out.finish_reason is not None)
+        assert out.finish_reason is not None
+        assert (out.finish_reason.type, engine.scheduler.counters.num_retractions) == ("length", 0)
+
+
 def test_two_ranks_share_the_heads(expert_model: Model) -> None:
     reference, path = expert_model
     with rank_towers(2, path, **FLAGS) as towers:

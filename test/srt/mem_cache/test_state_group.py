@@ -251,6 +251,23 @@ def test_a_lower_budget_takes_states_before_tokens() -> None:
     memory.close_pool()
 
 
+def test_what_stood_idle_for_long_goes_back_to_the_machine() -> None:
+    memory = make(prefix_idle_s=20.0, idle_release_s=5.0)
+    tokens = np.arange(40, dtype=np.int32)
+    lease = opened(memory, tokens, 39)
+    assert grow(memory, lease, 33)
+    memory.cache_prefix(lease, tokens, 33, keep_window=True)
+    memory.close(lease, tokens, 33)
+    assert [index.num_cached for index in (one.index for one in memory.allocators)] == [8, 1]
+    for now in (1.0, 22.0, 28.0):  # cached, no longer cached, no longer mapped
+        memory.on_step_boundary(now)
+        finish_background(memory)
+        memory.audit()
+    assert [one.index.num_cached for one in memory.allocators] == [0, 0]
+    assert memory.manager.mapped_bytes == 0
+    memory.close_pool()
+
+
 def test_without_states_left_there_is_no_room() -> None:
     memory = make(states=8, pages=24, enable_prefix_cache=False)
     leases = [opened(memory, np.arange(9, dtype=np.int32), 0) for _ in range(5)]
