@@ -221,7 +221,12 @@ def test_model_overrides_are_an_object() -> None:
         (["--disable-radix-cache", "--max-cached-tokens", "5"], "drop --disable-radix-cache"),
         (["--schedule-low-priority-values-first"], "needs --enable-priority-scheduling"),
         (["--default-priority-value", "1"], "needs --enable-priority-scheduling"),
-        (["--speculative-algorithm", "EAGLE3"], "must be one of NGRAM, STANDALONE,"),
+        (["--speculative-algorithm", "UNO"], "must be one of NGRAM, STANDALONE,"),
+        (["--speculative-algorithm", "EAGLE3"], "needs --speculative-draft-model-path"),
+        (
+            ["--speculative-algorithm", "NEXTN", "--speculative-draft-model-path", "d"],
+            "drop the draft model's path",
+        ),
         (["--speculative-num-draft-tokens", "4"], "needs --speculative-algorithm"),
         (
             [

@@ -6,8 +6,6 @@ step; what is verified is right or wrong as a test wants.
 
 from __future__ import annotations
 
-import copy
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -24,6 +21,7 @@ from sglang.srt.mem_cache.allocation import KVPlacement
 from sglang.srt.model_executor.draft_head import DraftHead, StateStore
 from sglang.srt.model_executor.forward_batch_info import DraftBatch, ForwardBatch, HiddenSpan
 from sglang.srt.speculative.step_costs import DraftedCosts
+from srt.managers.head_formulas import Eagle, Eagle3, HeadFormula, NextTokens
 from srt.managers.rank_towers import rank_towers
 from srt.managers.test_engine_draft_model import send_asked
 from srt.managers.test_engine_tokens import NEW_TOKENS, PROMPTS, DeviceTower, answer_all, tower
@@ -31,104 +29,12 @@ from srt.models.hf_models import best_next, hf_greedy, make_hf_model, save
 from srt.utils.fake_device import LateRuntime
 
 STEPS = 3
-Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
 def drafts_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DraftedCosts, "seconds", lambda self, num_tokens: 1.0)
     monkeypatch.setattr(DraftedCosts, "ahead_s", lambda self, num_rows: 0.0)
-
-
-@dataclass
-class NextTokens:
-    """A random layer of multi-token prediction behind a model, by its formula."""
-
-    reference: PreTrainedModel
-    weights: Weights = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(3)
-        model: Any = self.reference.model
-        hidden = self.reference.config.hidden_size
-        self.layer = copy.deepcopy(model.layers[-1])
-        shapes = {name: tensor.shape for name, tensor in self.layer.state_dict().items()}
-        shapes |= {f"{name}.weight": (hidden,) for name in ("enorm", "hnorm", "shared_head.norm")}
-        shapes["eh_proj.weight"] = torch.Size((hidden, 2 * hidden))
-        for name, shape in shapes.items():
-            noise = torch.randn(shape, generator=generator)
-            scale = 1.2 / shape[-1] ** 0.5
-            self.weights[name] = noise * scale if len(shape) > 1 else 1.0 + 0.2 * noise
-        own = {name: self.weights[name] for name in self.layer.state_dict()}
-        self.layer.load_state_dict(own)
-
-    def save_behind(self, folder: Path) -> None:
-        """Into the checkpoint of the model, with the copies that published ones have."""
-        number = self.reference.config.num_hidden_layers
-        file = folder / "model.safetensors"
-        tensors = load_file(file)
-        # Published files hold one matrix for each expert.
-        own = {f"model.layers.{number}.{name}": t for name, t in self._published().items()}
-        copies = {
-            "embed_tokens": "model.embed_tokens.weight",
-            "shared_head.head": "lm_head.weight",
-        }
-        for name, source in copies.items():
-            own[f"model.layers.{number}.{name}.weight"] = tensors[source].clone()
-        save_file({**tensors, **own}, file)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
-
-    def _published(self) -> Weights:
-        found: Weights = {}
-        for name, tensor in self.weights.items():
-            parent, _, leaf = name.rpartition(".experts.")
-            if leaf == "gate_up_proj":
-                for expert, both in enumerate(tensor):
-                    for part, half in zip(("gate", "up"), both.chunk(2), strict=True):
-                        found[f"{parent}.experts.{expert}.{part}_proj.weight"] = half.clone()
-            elif leaf == "down_proj":
-                for expert, one in enumerate(tensor):
-                    found[f"{parent}.experts.{expert}.down_proj.weight"] = one.clone()
-            else:
-                found[name] = tensor
-        return found
-
-    @torch.no_grad()
-    def states(self, text: list[int]) -> torch.Tensor:
-        """The model's states of a text."""
-        model: Any = self.reference.model
-        found: torch.Tensor = model(torch.tensor([text])).last_hidden_state
-        return found
-
-    @torch.no_grad()
-    def draft(self, tokens: list[int], count: int, states: torch.Tensor) -> list[int]:
-        """What follows `tokens`, by the formula over the `states` of a text that begins so."""
-        states = states[:, : len(tokens) - 1]
-        said = list(tokens)
-        for _ in range(count):
-            made = self._made(states, torch.tensor([said[1:]]))
-            said.append(int(self.reference.lm_head(made[0, -1]).argmax()))
-            states = torch.cat((states, made[:, -1:]), 1)
-        return said[len(tokens) :]
-
-    def _made(self, states: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-        model: Any = self.reference.model
-        embedded = model.embed_tokens(following)
-        joined = torch.cat((self._norm(embedded, "enorm"), self._norm(states, "hnorm")), -1)
-        x = joined @ self.weights["eh_proj.weight"].T
-        length = x.shape[1]
-        places = torch.arange(length)[None]
-        mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
-        turns = model.rotary_emb(x, places)
-        out = self.layer(x, attention_mask=mask, position_ids=places, position_embeddings=turns)
-        out = out[0] if isinstance(out, tuple) else out
-        return self._norm(out, "shared_head.norm")
-
-    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        eps = self.reference.config.rms_norm_eps
-        scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-        return scaled * self.weights[f"{name}.weight"]
 
 
 @dataclass
@@ -139,7 +45,7 @@ class Watched:
     from a random token on.
     """
 
-    formula: NextTokens
+    formula: HeadFormula
     texts: list[list[int]]
     num_compared: int = 0
     others: list[str] = field(default_factory=list)
@@ -195,8 +101,11 @@ class Watched:
 
 @dataclass(frozen=True)
 class Served:
+    """A model with a head, and what it answers."""
+
     path: str
-    formula: NextTokens
+    flags: dict[str, Any]
+    formula: HeadFormula
     expected: list[list[int]]
 
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> Watched:
@@ -207,42 +116,76 @@ class Served:
         return watched
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+def make_next_tokens(folder: Path) -> Served:
     reference = make_hf_model("deepseek_v3")
-    folder = tmp_path_factory.mktemp("mtp")
     path = save(reference, folder)
     formula = NextTokens(reference)
     formula.save_behind(folder)
-    return Served(path, formula, [hf_greedy(reference, p, NEW_TOKENS) for p in PROMPTS])
+    return Served(path, {"speculative_algorithm": "NEXTN"}, formula, answers_of(reference))
 
 
-def heads(**flags: Any) -> dict[str, Any]:
+def make_eagle(folder: Path, name: str, kind: type[Eagle]) -> Served:
+    reference = make_hf_model("llama")
+    path = save(reference, folder)
+    head = folder / "head"
+    head.mkdir()
+    formula = kind(reference)
+    flags = {
+        "speculative_algorithm": name,
+        "speculative_draft_model_path": formula.save(head),
+    }
+    return Served(path, flags, formula, answers_of(reference))
+
+
+def answers_of(reference: PreTrainedModel) -> list[list[int]]:
+    return [hf_greedy(reference, prompt, NEW_TOKENS) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "NEXTN":
+        return make_next_tokens(folder)
+    return make_eagle(folder, request.param, Eagle if request.param == "EAGLE" else Eagle3)
+
+
+def heads(served: Served, **flags: Any) -> dict[str, Any]:
     return {
-        "speculative_algorithm": "NEXTN",
         "speculative_num_steps": STEPS,
         "page_size": 16,
         "kv_segment_size": 64,
+        **served.flags,
         **flags,
     }
 
 
-FLAGS: tuple[dict[str, Any], ...] = (
-    {},
-    {"chunked_prefill_size": 24, "page_size": 1},
-    {"kv_backing": "segment_table", "disable_overlap_schedule": True},
-    {"disable_radix_cache": True},
-    {"max_total_tokens": 448},
+def of(*names: Any) -> pytest.MarkDecorator:
+    """The heads that a test is for: what it asks is the same of the others."""
+    return pytest.mark.parametrize("served", names, indirect=True)
+
+
+@pytest.mark.parametrize(
+    ("served", "flags"),
+    [
+        ("NEXTN", {}),
+        ("EAGLE", {"chunked_prefill_size": 24, "page_size": 1}),
+        ("EAGLE", {"kv_backing": "segment_table", "disable_overlap_schedule": True}),
+        ("EAGLE3", {"max_total_tokens": 448}),
+        ("EAGLE3", {"disable_radix_cache": True}),
+        pytest.param(
+            *("NEXTN", {"disable_radix_cache": True, "chunked_prefill_size": 40}),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+    indirect=["served"],
 )
-
-
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
-def test_a_layer_of_multi_token_prediction_says_what_its_formula_says(
+def test_a_head_says_what_its_formula_says(
     served: Served, flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sglang.srt.managers.schedule_batch.CLIP_MAX_NEW_TOKENS", 2)
     watched = served.watch(monkeypatch)
-    with tower(served.path, **heads(**flags)) as engine:
+    with tower(served.path, **heads(served, **flags)) as engine:
         watched.watch(engine)
         assert answer_all(engine) == served.expected
         engine.channel.outs.clear()
@@ -260,8 +203,9 @@ def test_a_layer_of_multi_token_prediction_says_what_its_formula_says(
     assert len(watched.others) < 20
 
 
+@of("EAGLE3", pytest.param("NEXTN", marks=pytest.mark.slow))
 def test_two_ranks_read_the_same_states(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    with rank_towers(2, served.path, **heads(disable_radix_cache=True)) as towers:
+    with rank_towers(2, served.path, **heads(served, disable_radix_cache=True)) as towers:
         said = towers.run(answer_all)
         for prompt, answer in zip(PROMPTS, said, strict=True):
             assert answer == best_next(served.formula.reference, prompt, answer)
@@ -269,36 +213,39 @@ def test_two_ranks_read_the_same_states(served: Served, monkeypatch: pytest.Monk
         towers.check()
 
 
+@of("EAGLE3")
 def test_a_late_device_gets_the_same_tokens(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("utils.native", "mem_cache.memory_pool"):
         monkeypatch.setattr(f"sglang.srt.{module}.native_kernels", lambda: None)
-    flags = heads(device="cuda", attention_backend="torch_native", kv_segment_size=256)
+    flags = heads(served, device="cuda", attention_backend="torch_native", kv_segment_size=256)
     with tower(served.path, runtime=LateRuntime(), **flags) as engine:
         assert answer_all(engine) == served.expected
         assert engine.scheduler.counters.num_proposed > 300
 
 
+@of("EAGLE")
 def test_random_requests_and_those_with_penalties_get_the_same_tokens(served: Served) -> None:
     with tower(served.path, page_size=16) as engine:
         plain = send_asked(engine)
-    with tower(served.path, **heads()) as engine:
+    with tower(served.path, **heads(served)) as engine:
         assert send_asked(engine) == plain
         assert engine.scheduler.counters.num_proposed > 100
 
 
+@of("EAGLE")
 def test_an_answer_of_one_token_is_shared_but_for_its_last_place(served: Served) -> None:
     """Prompts are read in the step that computes them, so that others may share them."""
-    with tower(served.path, **heads(page_size=1)) as engine:
+    with tower(served.path, **heads(served, page_size=1)) as engine:
         for _ in range(2):
             engine.send("r", PROMPTS[2], max_new_tokens=1)
             engine.run()
         assert [out.cached_tokens for out in engine.channel.outs] == [0, 129]
-        (group, behind) = engine.memory.spec.groups
-        assert (len(group.layers), len(behind.layers)) == (3, 1)
+        assert [len(group.layers) for group in engine.memory.spec.groups] == [3, 1]
 
 
+@of("EAGLE3")
 def test_what_a_request_was_not_drafted_with_is_read_by_and_by(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,7 +258,7 @@ def test_what_a_request_was_not_drafted_with_is_read_by_and_by(
         return compute(self, batch, *args)
 
     monkeypatch.setattr(DraftHead, "_compute", counting)
-    with tower(served.path, **heads()) as engine:
+    with tower(served.path, **heads(served)) as engine:
         engine.send("r", PROMPTS[1])
         engine.run()
         assert engine.output("r") == served.expected[1]
@@ -319,19 +266,41 @@ def test_what_a_request_was_not_drafted_with_is_read_by_and_by(
     assert read == [16, 32]
 
 
-@pytest.mark.parametrize(
-    ("flags", "text"),
-    [
-        ({"speculative_draft_model_path": "d"}, "heads of another checkpoint are not served"),
-        ({}, "has no layer of multi-token prediction"),
-    ],
-)
-def test_models_without_a_head_are_refused(
-    flags: dict[str, Any], text: str, tmp_path: Path
-) -> None:
-    path = save(make_hf_model("llama"), tmp_path)
-    with pytest.raises(ValueError, match=text), tower(path, **heads(**flags)):
-        pass
+def test_models_and_heads_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    reference = make_hf_model("llama")
+    path = save(reference, tmp_path)
+    head: Eagle = Eagle3(reference)
+
+    def refused(name: str, text: str, own: str = path, **changes: Any) -> None:
+        folder = tmp_path / f"head{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        flags = {"speculative_algorithm": name}
+        if name != "NEXTN":
+            flags["speculative_draft_model_path"] = head.save(folder, **changes)
+        with pytest.raises(ValueError, match=text) as error, tower(own, **flags):
+            pass
+        assert "\n" not in str(error.value)
+
+    refused("NEXTN", "has no layer of multi-token prediction")
+    refused("EAGLE3", "a head of 2 layers is not served", num_hidden_layers=2)
+    refused("EAGLE3", "a head with norm_output is not served", norm_output=True)
+    refused("EAGLE3", "layers 2, 1, 0 of 3", eagle_config={})
+    refused("EAGLE3", "for states of 32 numbers", hidden_size=32)
+    refused("EAGLE3", r"shape \(80,\) for 40 tokens", draft_vocab_size=40)
+    good = head.weights["d2t"]
+    for wrong, text in ((good + 2, "none of 160"), (None, "no d2t says which 80 tokens of 160")):
+        head.weights.pop("d2t")
+        if wrong is not None:
+            head.weights["d2t"] = wrong
+        refused("EAGLE3", text)
+        head.weights["d2t"] = good
+    refused("EAGLE", "is a head of EAGLE-3")
+    head = Eagle(reference)
+    del head.weights["layers.0.mlp.up_proj.weight"]
+    refused("EAGLE", "LlamaForCausalLMEagle: 1 missing weight.*: layers.0.mlp.up_proj.weight")
+    gemma = tmp_path / "gemma"
+    gemma.mkdir()
+    refused("EAGLE", "heads draft for Llama", own=save(make_hf_model("gemma3"), gemma))
 
 
 def test_states_wait_until_they_are_taken() -> None:

@@ -26,15 +26,17 @@ class SpeculativeArgs:
     speculative_algorithm: str | None = flag(
         None,
         "Draft tokens and verify them in one step; the tokens that come out are the same. NGRAM "
-        "drafts from a request's own prompt and output, STANDALONE by a smaller model, EAGLE or "
-        "NEXTN by the model's own layer of multi-token prediction (DeepSeek-V3).",
+        "drafts from a request's own prompt and output, STANDALONE by a smaller model, EAGLE and "
+        "EAGLE3 by a head on the hidden states of a Llama, EAGLE without a path or NEXTN by the "
+        "model's own layer of multi-token prediction (DeepSeek-V3).",
         group=SPECULATION,
-        choices=("NGRAM", "STANDALONE", "EAGLE", "NEXTN"),
+        choices=("NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN"),
         default_text="off",
     )
     speculative_draft_model_path: str | None = flag(
         None,
-        "Directory or GGUF file of the draft model, which must have the model's vocabulary.",
+        "Directory or GGUF file of the draft model, which must have the model's vocabulary, or "
+        "directory of a draft head.",
         group=SPECULATION,
         aliases=("--speculative-draft-model",),
         metavar="PATH",
@@ -126,7 +128,7 @@ def check_speculation(args: Any) -> None:
     if args.speculative_algorithm is None:
         _refuse_given({**of_ngram, **of_models, **of_both}, "--speculative-algorithm")
     elif args.speculative_algorithm == "NGRAM":
-        _refuse_given(of_models, "--speculative-algorithm STANDALONE, EAGLE or NEXTN")
+        _refuse_given(of_models, "--speculative-algorithm STANDALONE or EAGLE")
         least, most = ngram_window(args)
         if least > most:
             raise ValueError(
@@ -140,9 +142,11 @@ def check_speculation(args: Any) -> None:
 
 def _check_draft_model(args: Any) -> None:
     name = f"--speculative-algorithm {args.speculative_algorithm}"
-    standalone = args.speculative_algorithm == "STANDALONE"
-    if standalone and args.speculative_draft_model_path is None:
+    path = args.speculative_draft_model_path
+    if args.speculative_algorithm in ("STANDALONE", "EAGLE3") and path is None:
         raise ValueError(f"{name} needs --speculative-draft-model-path")
+    if args.speculative_algorithm == "NEXTN" and path is not None:
+        raise ValueError(f"{name} drafts by the model's own layer: drop the draft model's path")
     if args.speculative_num_draft_tokens == 1:
         raise ValueError("--speculative-num-draft-tokens 1 leaves a draft model nothing to say")
     if args.kv_parallel_size > 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -26,11 +27,21 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.draft_batch import DraftSide
 from sglang.srt.model_executor.draft_head import DraftHead, HeadModel
 from sglang.srt.model_executor.draft_model import Drafter, DraftModel
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, block_tables_of
+from sglang.srt.model_executor.forward_batch_info import (
+    ForwardBatch,
+    LayerStates,
+    block_tables_of,
+)
 from sglang.srt.model_loader.loader import load_head, load_model
 from sglang.srt.models.causal_lm import CausalLM
 from sglang.srt.models.deepseek_nextn import DeepseekNextN
 from sglang.srt.models.deepseek_v2 import DeepseekV2ForCausalLM
+from sglang.srt.models.llama import LlamaForCausalLM, LlamaModel
+from sglang.srt.models.llama_eagle import (
+    EagleHead,
+    LlamaForCausalLMEagle,
+    LlamaForCausalLMEagle3,
+)
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.device import DeviceRuntime
 from sglang.srt.utils.progress import Progress
@@ -92,48 +103,71 @@ def load_draft(
         return None
     quantization = args.speculative_draft_model_quantization or args.quantization
     load_format = args.speculative_draft_load_format or args.load_format
+    common: dict[str, Any] = {
+        "load_format": load_format,
+        "dtype": dtype,
+        "device": device,
+        "show_progress": show_progress,
+        "seed": args.random_seed,
+        "quantization": quantization,
+    }
     if args.speculative_algorithm != "STANDALONE":
-        check_head(args, config)
-        assert isinstance(target, DeepseekV2ForCausalLM)
-        head = load_head(
-            lambda: DeepseekNextN(config, parallel, dtype, target),
-            config,
-            DeepseekNextN.wanted_of(config),
-            load_format=load_format,
-            dtype=dtype,
-            device=device,
-            show_progress=show_progress,
-            seed=args.random_seed,
-            quantization=quantization,
-        )
-        return LoadedDraft(_of_one_layer(config), head, _part(_of_one_layer(config), config))
+        return _load_head(args, config, target, parallel, common)
     assert args.speculative_draft_model_path is not None
     draft = ModelConfig.from_path(args.speculative_draft_model_path)
     check_pair(config, draft)
-    model = load_model(
-        draft,
-        load_format=load_format,
-        dtype=dtype,
-        parallel=parallel,
-        device=device,
-        show_progress=show_progress,
-        seed=args.random_seed,
-        quantization=quantization,
-        scales_kv=scales_kv,
-    )
+    model = load_model(draft, parallel=parallel, scales_kv=scales_kv, **common)
     return LoadedDraft(draft, model, _part(draft, config))
 
 
-def check_head(args: ServerArgs, config: ModelConfig) -> None:
-    """Raise ValueError unless the model of `config` brings a head that drafts for it."""
-    flag = f"--speculative-algorithm {args.speculative_algorithm}"
-    if args.speculative_draft_model_path is not None:
-        raise ValueError(
-            f"{flag}: heads of another checkpoint are not served; without "
-            "--speculative-draft-model-path the model's own layer of multi-token prediction drafts"
+def _load_head(
+    args: ServerArgs,
+    config: ModelConfig,
+    target: CausalLM,
+    parallel: ParallelState,
+    common: dict[str, Any],
+) -> LoadedDraft:
+    """The head that drafts for `target`: its checkpoint's own, or one of another checkpoint."""
+    flag, path = (
+        f"--speculative-algorithm {args.speculative_algorithm}",
+        args.speculative_draft_model_path,
+    )
+    dtype = common["dtype"]
+    if path is None:
+        check_next_token_layer(flag, config)
+        assert isinstance(target, DeepseekV2ForCausalLM)
+        wanted = DeepseekNextN.wanted_of(config)
+        nextn = load_head(
+            lambda: DeepseekNextN(config, parallel, dtype, target), config, wanted, **common
         )
+        one = _of_one_layer(config)
+        return LoadedDraft(one, nextn, _part(one, config))
+    # Heads name themselves in several ways; what they are the algorithm says.
+    draft = ModelConfig.from_path(path, overrides={"architectures": ["LlamaForCausalLM"]})
+    if not isinstance(target, LlamaForCausalLM) or type(target.model) is not LlamaModel:
+        raise ValueError(f"{flag}: heads draft for Llama and models computed like it")
+    check_pair(config, draft)
+    eagle: EagleHead
+    if args.speculative_algorithm == "EAGLE3":
+        eagle = load_head(
+            lambda: LlamaForCausalLMEagle3(draft, parallel, dtype, target), draft, None, **common
+        )
+    elif "draft_vocab_size" in draft.raw:
+        raise ValueError(f"{flag}: {path} is a head of EAGLE-3, for --speculative-algorithm EAGLE3")
+    else:
+        eagle = load_head(
+            lambda: LlamaForCausalLMEagle(draft, parallel, dtype, target), draft, None, **common
+        )
+    return LoadedDraft(draft, eagle, _part(draft, config))
+
+
+def check_next_token_layer(flag: str, config: ModelConfig) -> None:
+    """Raise ValueError unless the model of `config` brings a head that drafts for it."""
     if not config.num_draft_layers or config.is_gguf:
-        raise ValueError(f"{flag}: {config.path} has no layer of multi-token prediction")
+        raise ValueError(
+            f"{flag}: {config.path} has no layer of multi-token prediction; name a head by "
+            "--speculative-draft-model-path"
+        )
 
 
 def check_pair(config: ModelConfig, draft: ModelConfig) -> None:
@@ -191,7 +225,10 @@ def make_side(
         return None
     backend = make_attention_backend(backend_class, pool)
     first_group = sides.own.spec.num_groups
-    return DraftSide(pool, backend, first_group, pool.page_size, progress, draft.reads_hidden)
+    layers = () if isinstance(draft.model, CausalLM) else draft.model.state_layers
+    return DraftSide(
+        pool, backend, first_group, pool.page_size, progress, draft.reads_hidden, layers
+    )
 
 
 def batch_maker(
@@ -220,7 +257,8 @@ def batch_maker(
         )
         if side is None or tables is None:
             return made
-        return replace(made, drafting=side.plan(batch, tables[num_groups:]))
+        states = LayerStates(side.state_layers) if side.state_layers else None
+        return replace(made, drafting=side.plan(batch, tables[num_groups:]), layer_states=states)
 
     return make
 

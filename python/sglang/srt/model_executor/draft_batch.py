@@ -36,7 +36,8 @@ Part = tuple[int, ScheduledReq, Follow]
 @dataclass(frozen=True, slots=True)
 class DraftSide:
     """What a draft model's batches are made with: its pool and backend, and its groups, which
-    begin with `first_group` of the memory's. `reads_hidden`: it is a head on hidden states."""
+    begin with `first_group` of the memory's. `reads_hidden`: it is a head on hidden states, those
+    that go into `state_layers` of the model or, where there are none, its last ones."""
 
     pool: Any  # MHATokenToKVPool, a part
     backend: Any  # AttentionBackend
@@ -44,6 +45,7 @@ class DraftSide:
     page_size: int
     progress: Progress
     reads_hidden: bool = False
+    state_layers: tuple[int, ...] = ()
 
     def plan(self, batch: ScheduleBatch, tables: Tables) -> DraftBatch | None:
         """The draft model's part; `tables` are those of its groups, for all requests of the step.

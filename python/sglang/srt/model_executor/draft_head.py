@@ -15,20 +15,31 @@ from typing import Protocol
 
 import torch
 
-from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.model_executor.draft_model import moved_indexes
 from sglang.srt.model_executor.forward_batch_info import DraftBatch, ForwardBatch, HiddenSpan
 from sglang.srt.utils.device import DeviceRuntime
 
 
 class HeadModel(Protocol):
-    """What the draft heads of `sglang.srt.models` offer."""
+    """What the draft heads of `sglang.srt.models` offer.
 
-    lm_head: ParallelLMHead
+    `state_layers` are the layers of the model whose inputs it reads, side by side; empty: it reads
+    what the model's output head does. `token_ids` int64 [V of the head] are the model's tokens that
+    it says (None: all, by their numbers).
+    """
+
+    @property
+    def state_layers(self) -> tuple[int, ...]: ...
+
+    @property
+    def token_ids(self) -> torch.Tensor | None: ...
 
     def __call__(self, forward_batch: ForwardBatch, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [R, h] of `logits_rows`, from tokens and `hidden` [T, h]: what `lm_head`
-        reads, and what the next token is drafted from."""
+        """Hidden states [R, h] of `logits_rows`, from tokens and `hidden` [T, *], which are the
+        model's or those of this head: what the next token is drafted from."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [R, V of the head] of hidden states [R, h]."""
 
 
 class StateStore:
@@ -120,5 +131,6 @@ class DraftHead:
         """Tokens int64 [D] of hidden states [D, h]."""
         if not len(hidden):
             return torch.empty(0, dtype=torch.int64, device=hidden.device)
-        logits: torch.Tensor = self._model.lm_head(hidden).float()
-        return logits.argmax(-1)
+        said = self._model.logits(hidden).float().argmax(-1)
+        known = self._model.token_ids
+        return said if known is None else known.index_select(0, said)

@@ -9,6 +9,7 @@ Shape letters: T packed new tokens, B requests, R rows whose logits are wanted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -108,6 +109,25 @@ class PooledRows:
         return cls(np.array(counts, np.int64), np.array(starts, np.int64))
 
 
+class LayerStates:
+    """Where a model leaves what goes into some of its layers, for a draft head.
+
+    `layers` are numbers of layers; `joined` is there when the model has computed its step.
+    """
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers = frozenset(layers)
+        self._found: list[torch.Tensor] = []
+
+    def note(self, x: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """Keep the stream x + `residual` [T, h] in x's type; x where there is no residual yet."""
+        self._found.append(x if residual is None else (residual + x).to(x.dtype))
+
+    def joined(self) -> torch.Tensor:
+        """All that was kept, side by side: [T, h times the layers]."""
+        return torch.cat(self._found, -1)
+
+
 class HiddenSpan(NamedTuple):
     """Hidden states of the tokens [first, end) of the request in KV row `row`."""
 
@@ -170,6 +190,7 @@ class ForwardBatch:
     `pooled` None: the batch's requests generate. `adapter_places` [B] are the places of the
     sequences' LoRA adapters, -1 for none; None: no sequence has one. `adapter_changes` are made
     before anything is computed. `drafting` None: no draft model computes anything beside it.
+    `layer_states` None: nobody wants what goes into layers.
     """
 
     forward_mode: ForwardMode
@@ -189,6 +210,7 @@ class ForwardBatch:
     adapter_changes: tuple[AdapterChange, ...] = ()
     image_parts: tuple[ImagePart, ...] = ()
     drafting: DraftBatch | None = None
+    layer_states: LayerStates | None = None
 
     @property
     def num_tokens(self) -> int:

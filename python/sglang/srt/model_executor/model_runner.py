@@ -61,7 +61,9 @@ class ModelRunner:
             self._adapters.change(forward_batch)
         # Both ascend without repeats: as many sampled as wanted means that no others are wanted.
         samples_all = len(sample_rows) == len(forward_batch.geometry.logits_rows)
-        if self.tapes is not None and samples_all and not forward_batch.image_parts:
+        states = forward_batch.layer_states
+        is_plain = states is None and not forward_batch.image_parts
+        if self.tapes is not None and samples_all and is_plain:
             found = self.tapes.compute(forward_batch, before)
             if found is not None:
                 return LogitsProcessorOutput(
@@ -77,4 +79,4 @@ class ModelRunner:
         output = self._logits_processor(
             hidden, self.model.lm_head, forward_batch, logprob_specs, sample_rows
         )
-        return replace(output, hidden=hidden)
+        return replace(output, hidden=hidden if states is None else states.joined())

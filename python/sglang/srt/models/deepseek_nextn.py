@@ -25,7 +25,6 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import ColumnParallelLinear
-from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.causal_lm import LoadedModel, MergedProjections
 from sglang.srt.models.deepseek_v2 import DeepseekV2Attention, DeepseekV2ForCausalLM, latent_rope
@@ -87,7 +86,8 @@ class DeepseekNextN(LoadedModel):
     """
 
     merged_projections: ClassVar[MergedProjections] = DeepseekV2ForCausalLM.merged_projections
-    lm_head: ParallelLMHead
+    state_layers: ClassVar[tuple[int, ...]] = ()
+    token_ids: ClassVar[torch.Tensor | None] = None
 
     def __init__(
         self,
@@ -101,9 +101,8 @@ class DeepseekNextN(LoadedModel):
         if latent is None:
             raise ValueError(f"{config.architecture} without latent attention")
         self.config = config
-        # Not modules of this one: they are loaded, and counted, with the model.
-        self.__dict__["lm_head"] = target.lm_head
-        self._target = (target.model,)
+        # In a tuple: its modules are loaded, and counted, with the model.
+        self._target = (target,)
         rotary_emb = latent_rope(config, latent, dtype, interleaved=config.interleaved_rope)
         attention = DeepseekV2Attention(config, latent, 0, rotary_emb, parallel, dtype)
         mlp: nn.Module
@@ -116,9 +115,15 @@ class DeepseekNextN(LoadedModel):
 
     def forward(self, forward_batch: ForwardBatch, hidden: torch.Tensor) -> torch.Tensor:
         """See `HeadModel`."""
-        (model,), layer = self._target, self.model.layers[self._number]
+        (target,), layer = self._target, self.model.layers[self._number]
         assert isinstance(layer, NextTokenLayer)
-        return layer.predict(model.embed(forward_batch.input_ids), hidden, forward_batch)
+        return layer.predict(target.model.embed(forward_batch.input_ids), hidden, forward_batch)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `HeadModel`."""
+        (target,) = self._target
+        logits: torch.Tensor = target.lm_head(hidden)
+        return logits
 
     @staticmethod
     def wanted_of(config: ModelConfig) -> Callable[[str], bool]:

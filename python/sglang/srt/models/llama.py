@@ -276,7 +276,10 @@ class LlamaModel(nn.Module):
         # Ascending rows without repeats: as many as tokens means every token, in order.
         prune = len(forward_batch.logits_rows) < forward_batch.num_tokens
         last = len(self.layers) - 1
+        states = forward_batch.layer_states
         for layer_id, layer in enumerate(self.layers):
+            if states is not None and layer_id in states.layers:
+                states.note(x, residual)
             x, residual = layer(x, residual, forward_batch, rows_pruned=prune and layer_id == last)
             forward_batch.progress.tick()
         normed: torch.Tensor = self.norm(x, residual)[0]
