@@ -14,9 +14,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from kernels.quantized_cases import E4M3, drawn_codes
 from kernels.test_triton_quantized import LAYOUTS, make, numbers
 from kernels.triton_cases import ALL, BUSY, IDLE, Case, Chip, Sight
 from sgl_kernel.triton import (
+    QuantizedWeight,
     Segments,
     default_tiles,
     mixture,
@@ -26,6 +28,7 @@ from sgl_kernel.triton import (
     silu_and_mul,
     store_kv,
 )
+from sgl_kernel.triton.rounded import multiplies_fp8, round_rows
 from sglang.srt.mem_cache.segment_backing.segment_plane import round_to
 
 pytestmark = [
@@ -169,3 +172,24 @@ def test_products_of_codes(dtype: torch.dtype, layout: str, rows: int) -> None:
         rtol=torch.finfo(dtype).eps,
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("rows", [60, 500])
+@pytest.mark.parametrize("group", [0, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_rows_rounded_to_fp8(dtype: torch.dtype, group: int, rows: int) -> None:
+    if not multiplies_fp8(torch.device("cuda")):
+        pytest.skip("no tensor cores for FP8")
+    weight = QuantizedWeight(*drawn_codes((E4M3, group, False, None), 1037, 2880, 1 / 64))
+    wide = numbers(weight)
+    weight.codes, weight.scales = weight.codes.cuda(), weight.scales.cuda()
+    weight.rounds_inputs = True
+    x = torch.randn(rows, 2880, generator=torch.Generator().manual_seed(rows)).to(dtype).cuda()
+    codes, scales = round_rows(x, group)
+    near = codes.double() * scales.double().repeat_interleave(group or 2880, 1)[:, :2880]
+    assert ((near - x.double()).abs() <= 2.0**-4 * x.double().abs() + 2.0**-9 * scales.max()).all()
+    out = weight.multiply(x).cpu().double()
+    want, terms = near.cpu() @ wide.t(), near.cpu().abs() @ wide.abs().t()
+    # Tensor cores of an H100 keep about 14 bits of a sum (arXiv 2412.19437).
+    bound = torch.finfo(dtype).eps * want.abs() + 2.0**-13 * terms
+    assert ((out - want).abs() <= bound).all()
