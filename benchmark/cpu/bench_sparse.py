@@ -1,11 +1,11 @@
-"""One layer's decode step of latent attention over all tokens, and over those that are chosen.
+"""One layer's latent attention over all tokens, and over those that are chosen.
 
-Numbers of DeepSeek-V3.2: rows of 576, index keys of 128, 64 index heads, 2,048 tokens chosen. A
-request of so many tokens decodes one token, all tokens (dense) and chosen ones (sparse) in turns in
-one process; choosing and attending are timed apart too. Prints JSON, times in milliseconds, medians
-of the turns.
+Numbers of DeepSeek-V3.2: rows of 576, index keys of 128, 64 index heads, 2,048 tokens chosen. The
+last `--queries` tokens of a request attend to all tokens (dense) and to chosen ones (sparse), in
+turns in one process; choosing and attending are timed apart too. Prints JSON, times in
+milliseconds, medians of the turns.
 
-    PYTHONPATH=python python benchmark/cpu/bench_sparse.py [--threads 2] [--heads 128]
+    PYTHONPATH=python python benchmark/cpu/bench_sparse.py [--threads 2] [--heads 128] [--queries 1]
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Pool:
         return self.rows[..., :LATENT]
 
 
-def batch_of(pool: Pool, backend: AttentionBackend, tokens: int) -> ForwardBatch:
-    """A request of `tokens` tokens in runs of 16 pages, which decodes its last one."""
+def batch_of(pool: Pool, backend: AttentionBackend, tokens: int, queries: int) -> ForwardBatch:
+    """A request of `tokens` tokens in runs of 16 pages, of which the last `queries` are new."""
     count = -(-tokens // PAGE)
     runs = np.arange(1, 1 + 16 * (-(-count // 16)), dtype=np.int32).reshape(-1, 16)
     table = BlockTable(PAGE)
@@ -61,21 +61,21 @@ def batch_of(pool: Pool, backend: AttentionBackend, tokens: int) -> ForwardBatch
     one = np.ones(1, np.int64)
     geometry = BatchGeometry(
         seq_lens=one * tokens,
-        extend_prefix_lens=one * (tokens - 1),
-        extend_seq_lens=one,
+        extend_prefix_lens=one * (tokens - queries),
+        extend_seq_lens=one * queries,
         q_starts=one * 0,
         logits_rows=one * 0,
         block_tables=((table.snapshot(),),),
         page_size=PAGE,
     )
-    zeros = torch.zeros(1, dtype=torch.int64)
+    zeros = torch.zeros(queries, dtype=torch.int64)
     return ForwardBatch(
-        forward_mode=ForwardMode.DECODE,
+        forward_mode=ForwardMode.MIXED,
         input_ids=zeros,
         positions=zeros,
         geometry=geometry,
         out_cache_loc=(zeros,),
-        logits_rows=zeros,
+        logits_rows=zeros[:1],
         token_to_kv_pool=pool,
         attn_backend=backend,
         attn_plan=backend.plan(geometry),
@@ -89,7 +89,9 @@ def timed(work: Callable[[], Any]) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-def measure(pool: Pool, backend: str | None, heads: int, tokens: int, turns: int) -> dict[str, Any]:
+def measure(
+    pool: Pool, backend: str | None, heads: int, tokens: int, queries: int, turns: int
+) -> dict[str, Any]:
     kind = get_attention_backend(backend, "cpu")
     group = (KVGroupSpec((0,)),)
     spec = KVCacheSpec(group, 1, LATENT + ROTARY, LATENT, "bfloat16", PAGE, True, INDEX, (0,))
@@ -97,12 +99,13 @@ def measure(pool: Pool, backend: str | None, heads: int, tokens: int, turns: int
     sparse = SparseCpuBackend(dense, single, TOPK)  # type: ignore[arg-type]
     width = LATENT + ROTARY
     layer = RadixAttention(heads, width, 192**-0.5, 1, 0, v_head_dim=LATENT, values_in_keys=True)
-    q = torch.randn(1, heads * width).bfloat16()
-    query = IndexQuery(torch.randn(1, INDEX_HEADS, INDEX).bfloat16(), torch.rand(1, INDEX_HEADS))
-    whole = batch_of(pool, dense, tokens)
+    q = torch.randn(queries, heads * width).bfloat16()
+    index_heads = torch.randn(queries, INDEX_HEADS, INDEX).bfloat16()
+    query = IndexQuery(index_heads, torch.rand(queries, INDEX_HEADS))
+    whole = batch_of(pool, dense, tokens, queries)
     times: dict[str, list[float]] = {"dense": [], "choose": [], "attend": []}
     for turn in range(turns + 2):
-        chosen = batch_of(pool, sparse, tokens)
+        chosen = batch_of(pool, sparse, tokens, queries)
         took = {
             "dense": timed(
                 lambda: dense.forward(heads_of(q, layer), layer, whole, rows_pruned=False)
@@ -142,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--heads", type=int, default=128, help="query heads of this rank")
+    parser.add_argument("--queries", type=int, default=1, help="new tokens of the request")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--backend", help="cpu or torch_native; the default is the server's")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 16384, 65536, 131072])
@@ -150,9 +154,20 @@ def main() -> None:
     pool = Pool((2 + 16 * (2 + max(args.tokens) // PAGE // 16)) * PAGE)
     with torch.inference_mode():
         found = [
-            measure(pool, args.backend, args.heads, tokens, args.turns) for tokens in args.tokens
+            measure(pool, args.backend, args.heads, tokens, args.queries, args.turns)
+            for tokens in args.tokens
         ]
-    print(json.dumps({"heads": args.heads, "threads": args.threads, "layers": found}, indent=1))
+    print(
+        json.dumps(
+            {
+                "heads": args.heads,
+                "threads": args.threads,
+                "queries": args.queries,
+                "layers": found,
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":
