@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sglang.srt.layers.layer_norm import BiaslessLayerNorm
+from sglang.srt.layers.centred_norm import BiaslessLayerNorm
 from sglang.srt.layers.residual import ResidualSum, begin_residual
 from sglang.srt.utils.native import native_kernels
 

@@ -7,8 +7,8 @@ and Command R7B, arXiv 2504.00698.
 
 from __future__ import annotations
 
+from sglang.srt.layers.centred_norm import BiaslessLayerNorm
 from sglang.srt.layers.head_norm import OwnHeadNorm
-from sglang.srt.layers.layer_norm import BiaslessLayerNorm
 from sglang.srt.models.arranged import ArrangedForCausalLM, NormPlaces
 
 

@@ -5,7 +5,7 @@ Source: arXiv 2404.14219 (Phi-3.5-MoE), 2409.12136 (its router).
 
 from __future__ import annotations
 
-from sglang.srt.layers.layer_norm import BiasedLayerNorm
+from sglang.srt.layers.centred_norm import BiasedLayerNorm
 from sglang.srt.models.mixture import MixtureForCausalLM
 
 
