@@ -160,8 +160,8 @@ the session in `session_params` of `/generate`, `/v1/completions` or `/v1/chat/c
   new, are the prompt. Without `rid` a request begins anew. A BOS token at the beginning of what
   is new is left out behind something.
 - `drop_previous_output` goes on from the earlier prompt alone. `offset` keeps so many of the ids
-  that are gone on from, counted from the end if below zero. `replace` forgets, once the request has
-  ended, what else went on from `rid`; without `rid`, all requests of the session.
+  that are gone on from (0: all), counted from the end if below zero. `replace` forgets, once the
+  request has ended, what else went on from `rid`; without `rid`, all requests of the session.
 - Several requests may go on from the same one. One that is aborted, fails, loses its client or was
   cut to fit (`--allow-auto-truncate`) is not kept, and leaves the session as it was.
 - A `streaming` session goes on from its last request by itself, is only added to, and runs one
