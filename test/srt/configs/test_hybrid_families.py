@@ -112,6 +112,7 @@ def test_weights_that_predict_further_tokens_are_drafts(tmp_path: Path) -> None:
         ({"layer_types": ["linear_attention"] * 8}, "without full_attention"),
         ({"layer_types": ["sliding_attention"] * 8}, "must list 8 of 'linear_attention'"),
         ({"linear_num_value_heads": 24}, "24 is not a multiple of linear_num_key_heads 16"),
+        ({"attn_output_gate": False}, "without a gate on its output"),
         ({"linear_conv_kernel_dim": 1}, "must be at least 2, not 1"),
         ({"linear_key_head_dim": 0}, "linear_key_head_dim must be a positive whole number"),
     ],

@@ -23,6 +23,8 @@ _LINEAR, _FULL = "linear_attention", "full_attention"
 
 
 def _read(fields: Fields, num_layers: int, *, interleaved: bool) -> ModelTraits:
+    if not fields.get("attn_output_gate", True):
+        raise ValueError("attention without a gate on its output is not supported")
     bias = bool(fields["attention_bias"])
     return plain_traits(
         num_layers,
