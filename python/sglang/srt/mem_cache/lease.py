@@ -28,7 +28,9 @@ class KVLease:
     `num_tokens` tokens have a slot, the first `num_cached_tokens` of them came from the cache.
     That number and the tables are kept by the row, in the pool's arrays, and only shown here.
     Invariant while open: every table holds exactly the pages of `num_tokens` tokens, or of
-    `reached` tokens when that is more: those that had a slot before the last `rewind`.
+    `reached` tokens when that is more: those that had a slot before the last `rewind`. Forwards may
+    still write tokens from `rewritten_from` on, whenever they got their slots (None: only such as
+    are new): a draft model's layers are behind.
     """
 
     __slots__ = (
@@ -39,6 +41,7 @@ class KVLease:
         "next_share_tokens",
         "num_cached_tokens",
         "reached",
+        "rewritten_from",
         "row",
         "tables",
     )
@@ -58,6 +61,7 @@ class KVLease:
         self.num_cached_tokens = handle.num_tokens
         self.next_share_tokens = 0
         self.reached = 0
+        self.rewritten_from: int | None = None
         self.closed = False
         self.num_tokens = handle.num_tokens
 
