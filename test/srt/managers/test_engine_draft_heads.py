@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ from sglang.srt.speculative.step_costs import DraftedCosts
 from srt.managers.head_formulas import Eagle, Eagle3, HeadFormula, NextTokens
 from srt.managers.rank_towers import rank_towers
 from srt.managers.test_engine_draft_model import send_asked
+from srt.managers.test_engine_drafts import send
 from srt.managers.test_engine_tokens import NEW_TOKENS, PROMPTS, DeviceTower, answer_all, tower
 from srt.models.hf_models import best_next, hf_greedy, make_hf_model, save
 from srt.utils.fake_device import LateRuntime
@@ -235,6 +237,23 @@ def test_random_requests_and_those_with_penalties_get_the_same_tokens(served: Se
 
 
 @of("EAGLE")
+def test_log_probabilities_of_prompts_are_those_without_a_head(served: Served) -> None:
+    """All rows of a step are computed, and those that are asked for picked."""
+    told = []
+    for flags in ({"page_size": 16}, heads(served)):
+        with tower(served.path, chunked_prefill_size=40, **flags) as engine:
+            for number in (1, 2):
+                send(engine, number, PROMPTS[number], max_new_tokens=9, temperature=0.0)
+                engine.channel.inbox[-1].logprob_start_len = 4 * number  # type: ignore[union-attr]
+            engine.run()
+            (first,) = [out for out in engine.channel.outs if out.rid == "r1"][:1]
+            assert first.input_logprobs is not None
+            told.append(np.frombuffer(first.input_logprobs.logprobs, "<f4"))
+    assert len(told[0]) == len(told[1]) == 13
+    np.testing.assert_allclose(told[0][1:], told[1][1:], atol=2e-5)
+
+
+@of("EAGLE")
 def test_an_answer_of_one_token_is_shared_but_for_its_last_place(served: Served) -> None:
     """Prompts are read in the step that computes them, so that others may share them."""
     with tower(served.path, **heads(served, page_size=1)) as engine:
@@ -301,6 +320,9 @@ def test_models_and_heads_that_do_not_go_together_are_refused(tmp_path: Path) ->
     gemma = tmp_path / "gemma"
     gemma.mkdir()
     refused("EAGLE", "heads draft for Llama", own=save(make_hf_model("gemma3"), gemma))
+    latent = tmp_path / "latent"
+    latent.mkdir()
+    refused("EAGLE", "heads draft for Llama", own=save(make_hf_model("deepseek_v3"), latent))
 
 
 def test_states_wait_until_they_are_taken() -> None:

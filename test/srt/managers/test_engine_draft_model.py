@@ -111,6 +111,20 @@ def test_a_draft_model_that_is_the_model_is_always_right(
         assert (counted.num_retractions > 0) == ("max_total_tokens" in flags)
 
 
+def test_what_a_draft_model_has_yet_to_write_moves_to_no_disk(
+    models: dict[str, str], expected: list[list[int]], tmp_path: Path
+) -> None:
+    """Both models' segments go below and come back; what is there is what was written."""
+    flags = {"page_size": 16, "kv_segment_size": 16, "kv_memory_budget": 300 << 10}
+    flags |= {"kv_disk_path": str(tmp_path), "kv_disk_size": 16 << 20}
+    with tower(models["own"], **drafted(models["own"], **flags)) as engine:
+        for _ in range(2):
+            assert answer_all(engine) == expected
+            engine.channel.outs.clear()
+        assert counters(engine).num_correct == counters(engine).num_proposed > 350
+        assert all(stats.demote_count > 0 for stats in engine.memory.manager.stats())
+
+
 def test_a_draft_model_that_knows_nothing_changes_no_token(
     models: dict[str, str], expected: list[list[int]]
 ) -> None:

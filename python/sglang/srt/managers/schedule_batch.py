@@ -299,7 +299,7 @@ class Req:
         self.kv = lease
         self.num_scheduled = lease.num_cached_tokens
         if self.num_followed is not None:
-            self.num_followed = lease.num_cached_tokens
+            self.num_followed = lease.rewritten_from = lease.num_cached_tokens
         self.sampler_ready = False
         if self.num_cached_tokens is None:
             self.num_cached_tokens = lease.num_cached_tokens
@@ -375,6 +375,7 @@ class ScheduledReq:
         self.req.num_pending += int(self.sample)
         if self.follow is not None:
             self.req.num_followed = self.follow.reached
+            self.lease.rewritten_from = self.follow.first
 
     @property
     def is_extend(self) -> bool:

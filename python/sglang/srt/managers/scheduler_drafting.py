@@ -142,10 +142,11 @@ def _load_head(
         )
         one = _of_one_layer(config)
         return LoadedDraft(one, nextn, _part(one, config))
+    is_llama = isinstance(target, LlamaForCausalLM) and type(target.model) is LlamaModel
+    if not isinstance(target, LlamaForCausalLM) or not is_llama or config.latent is not None:
+        raise ValueError(f"{flag}: heads draft for Llama and models computed like it")
     # Heads name themselves in several ways; what they are the algorithm says.
     draft = ModelConfig.from_path(path, overrides={"architectures": ["LlamaForCausalLM"]})
-    if not isinstance(target, LlamaForCausalLM) or type(target.model) is not LlamaModel:
-        raise ValueError(f"{flag}: heads draft for Llama and models computed like it")
     check_pair(config, draft)
     eagle: EagleHead
     if args.speculative_algorithm == "EAGLE3":

@@ -44,11 +44,16 @@ class RecentWrites:
 
     def first_written(self, leases: Iterable[KVLease]) -> list[tuple[KVLease, int]]:
         """Every lease with the first of its tokens that may still be written."""
-        first = {id(lease): max(0, lease.num_tokens - _TAIL_TOKENS) for lease in leases}
+        first = {id(lease): _first_of_tail(lease) for lease in leases}
         for _, lease, token in self._extends:
             if id(lease) in first:
                 first[id(lease)] = min(first[id(lease)], token)
         return [(lease, first[id(lease)]) for lease in leases]
+
+
+def _first_of_tail(lease: KVLease) -> int:
+    first = max(0, lease.num_tokens - _TAIL_TOKENS)
+    return first if lease.rewritten_from is None else min(first, lease.rewritten_from)
 
 
 class SegmentHeat(NamedTuple):

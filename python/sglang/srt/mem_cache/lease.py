@@ -29,7 +29,9 @@ class KVLease:
     last state that the cache was left is that after `snapshot_tokens`, where states are kept.
     That number and the tables are kept by the row, in the pool's arrays, and only shown here.
     Invariant while open: every table holds exactly the pages of `num_tokens` tokens, or of
-    `reached` tokens when that is more: those that had a slot before the last `rewind`.
+    `reached` tokens when that is more: those that had a slot before the last `rewind`. Forwards may
+    still write tokens from `rewritten_from` on, whenever they got their slots (None: only such as
+    are new): a draft model's layers are behind.
     """
 
     __slots__ = (
@@ -40,6 +42,7 @@ class KVLease:
         "next_share_tokens",
         "num_cached_tokens",
         "reached",
+        "rewritten_from",
         "row",
         "snapshot_tokens",
         "tables",
@@ -61,6 +64,7 @@ class KVLease:
         self.next_share_tokens = 0
         self.snapshot_tokens = handle.num_tokens
         self.reached = 0
+        self.rewritten_from: int | None = None
         self.closed = False
         self.num_tokens = handle.num_tokens
 
