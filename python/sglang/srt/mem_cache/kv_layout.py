@@ -435,11 +435,11 @@ def make_segment_layouts(
     """Cut every group's slot space, generously: address space is free, slots are permanent.
 
     `slots_per_segment` None is `auto`: the power of two nearest to `auto_segment_bytes` over all
-    planes of a rank, at least `auto_min_slots`; states are always cut so, whatever is asked for
-    tokens. The space holds what `machine_bytes` (all memory
-    and lower tiers of a rank) could ever hold and at least twice `budget_bytes`. Segments of the
-    group that keeps all tokens are dealt to `kv_parallel` ranks; the others are whole on each.
-    Raises ValueError when even one segment passes 2^31 slots.
+    planes of a rank, at least `auto_min_slots`. Segments of states are always cut so, or smaller
+    where pages of that many tokens are fewer. The space holds what `machine_bytes` (all memory and
+    lower tiers of a rank) could ever hold and at least twice `budget_bytes`. Segments of the group
+    that keeps all tokens are dealt to `kv_parallel` ranks; the others are whole on each. Raises
+    ValueError when even one segment passes 2^31 slots.
     """
     layouts = []
     for g in range(spec.num_groups):
