@@ -47,7 +47,8 @@ TABLE: tuple[Row, ...] = (
      " < srt.configs.model_config"),
     (1, "", "srt.configs.rope_config < srt.configs.model_traits"
      " < srt.configs.families.* < srt.configs.model_config"),
-    (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.capacity"),
+    (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.segment_cuts < srt.mem_cache.capacity,"
+     " srt.mem_cache.segment_budget, srt.mem_cache.segment_manager"),
     (2, "DEVICE", "srt.mem_cache.device_budget"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.segment_backing.*"),
     (2, "DEVICE", "srt.mem_cache.kv_layout < srt.mem_cache.segment_state"),
@@ -82,6 +83,8 @@ TABLE: tuple[Row, ...] = (
     (2, "DEVICE", "srt.mem_cache.allocation < srt.mem_cache.compaction < srt.mem_cache.reclaim"),
     (2, "DEVICE", "srt.mem_cache.memory_pool, srt.mem_cache.radix_cache, srt.mem_cache.window_index"
      " < srt.mem_cache.canary < srt.mem_cache.allocation"),
+    (2, "DEVICE", "srt.mem_cache.memory_pool < srt.mem_cache.segment_table_pool"
+     " < srt.mem_cache.allocation"),
     (2, "DEVICE", "srt.mem_cache.memory_pool < srt.mem_cache.page_copy < srt.mem_cache.allocation,"
      " srt.mem_cache.compaction"),
     (2, "DEVICE", "srt.mem_cache.lease < srt.mem_cache.decode_steps < srt.mem_cache.allocation"),
@@ -185,6 +188,7 @@ LAZY_PACKAGES = frozenset(
 # Packages that a room must not import at all: the arithmetic and the contracts stay light.
 BANNED: tuple[tuple[str, frozenset[str]], ...] = (
     ("srt.mem_cache.kv_layout", frozenset({"torch", "transformers"})),
+    ("srt.mem_cache.segment_cuts", frozenset({"torch", "transformers"})),
     ("srt.mem_cache.capacity", frozenset({"torch", "transformers"})),
     ("srt.mem_cache.device_budget", frozenset({"torch", "transformers"})),
     ("srt.server_args", frozenset({"torch", "transformers"})),

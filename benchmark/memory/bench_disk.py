@@ -16,10 +16,17 @@ from pathlib import Path
 import torch
 
 from bench_common import MIB, Report, Row, in_turns, make_spec, medians, parser, seconds_of, show
-from sglang.srt.mem_cache.kv_layout import GroupId, SegmentId, SegmentLayout, make_segment_layouts
+from sglang.srt.mem_cache.kv_layout import (
+    GroupId,
+    SegmentId,
+    SegmentLayout,
+)
 from sglang.srt.mem_cache.segment_backing import Plane
 from sglang.srt.mem_cache.segment_backing.disk_file import DiskFile
 from sglang.srt.mem_cache.segment_backing.mmap_disk import MmapDiskBacking
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
 
 G = GroupId(0)
 

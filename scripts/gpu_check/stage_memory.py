@@ -22,7 +22,6 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentId,
     SegmentLayout,
-    make_segment_layouts,
 )
 from sglang.srt.mem_cache.segment_backing.base import Plane
 from sglang.srt.mem_cache.segment_backing.cuda_driver import (
@@ -32,6 +31,9 @@ from sglang.srt.mem_cache.segment_backing.cuda_driver import (
 )
 from sglang.srt.mem_cache.segment_backing.cuda_vmm import CudaVmmBacking
 from sglang.srt.mem_cache.segment_backing.cuda_vmm_host import CudaVmmHostBacking
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
 
 G0 = GroupId(0)
 MIB = 1 << 20

@@ -39,11 +39,18 @@ from sglang.srt.mem_cache.kv_layout import (
     KVCacheSpec,
     SegmentId,
     SegmentLayout,
-    make_segment_layouts,
 )
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, make_kv_pool
+from sglang.srt.mem_cache.memory_pool import (
+    MHATokenToKVPool,
+)
 from sglang.srt.mem_cache.segment_backing.base import Plane
 from sglang.srt.mem_cache.segment_backing.cuda_vmm import CudaVmmBacking
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
+from sglang.srt.mem_cache.segment_table_pool import (
+    make_kv_pool,
+)
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch
 from sglang.srt.model_executor.forward_mode import ForwardMode
 from sglang.srt.model_loader.loader import load_model

@@ -23,7 +23,9 @@ from gpu_check.stage_scout import RANKS, Rank, extrapolated_ms, write_config
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.managers.scheduler_pool_plan import kv_cache_spec
-from sglang.srt.mem_cache.kv_layout import make_segment_layouts
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.device import CpuRuntime
 

@@ -30,6 +30,8 @@ from sglang.srt.mem_cache.kv_layout import (
     GroupKind,
     KVCacheSpec,
     SegmentLayout,
+)
+from sglang.srt.mem_cache.segment_cuts import (
     make_segment_layouts,
 )
 from sglang.srt.model_executor.lora_places import make_places

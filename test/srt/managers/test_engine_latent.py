@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool, SegmentTableKVPool
+from sglang.srt.mem_cache.memory_pool import (
+    MLATokenToKVPool,
+)
+from sglang.srt.mem_cache.segment_table_pool import (
+    SegmentTableKVPool,
+)
 from srt.managers.rank_towers import rank_towers
 from srt.managers.test_engine_ranks import answer_all
 from srt.managers.test_engine_tokens import PROMPTS, DeviceTower, tower

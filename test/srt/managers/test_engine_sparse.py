@@ -13,7 +13,12 @@ import pytest
 from transformers import PreTrainedModel
 
 from sglang.srt.layers.attention.sparse_cpu_backend import SparseCpuBackend
-from sglang.srt.mem_cache.memory_pool import NSATokenToKVPool, SegmentTableKVPool
+from sglang.srt.mem_cache.memory_pool import (
+    NSATokenToKVPool,
+)
+from sglang.srt.mem_cache.segment_table_pool import (
+    SegmentTableKVPool,
+)
 from sglang.srt.utils.native import triton_kernels
 from srt.managers.rank_towers import rank_towers
 from srt.managers.test_engine_latent import answer_all_again, check_greedy

@@ -16,7 +16,13 @@ from sglang.srt.managers.scheduler_pool_plan import (
     resolve_host,
     resolve_max_running_requests,
 )
-from sglang.srt.mem_cache.kv_layout import KVCacheSpec, KVGroupSpec, make_segment_layouts
+from sglang.srt.mem_cache.kv_layout import (
+    KVCacheSpec,
+    KVGroupSpec,
+)
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.disk_space import DiskSpace
 from sglang.srt.utils.host_memory import HostMemory

@@ -9,7 +9,13 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.managers.scheduler_pool_plan import kv_cache_spec
 from sglang.srt.mem_cache.capacity import effective_context_length, tokens_kept
-from sglang.srt.mem_cache.kv_layout import GroupId, GroupKind, make_segment_layouts
+from sglang.srt.mem_cache.kv_layout import (
+    GroupId,
+    GroupKind,
+)
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
 
 
 def test_only_global_layers_grow(tmp_path: Path) -> None:

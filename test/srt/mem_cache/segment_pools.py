@@ -7,6 +7,8 @@ from sglang.srt.mem_cache.kv_layout import (
     KVCacheSpec,
     KVGroupSpec,
     SegmentLayout,
+)
+from sglang.srt.mem_cache.segment_cuts import (
     make_segment_layouts,
 )
 from sglang.srt.mem_cache.segment_manager import SegmentManager

@@ -16,13 +16,15 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentId,
     SegmentLayout,
-    make_segment_layouts,
 )
 from sglang.srt.mem_cache.segment_backing.base import Plane, StagedBacking, layer_planes
 from sglang.srt.mem_cache.segment_backing.cuda_vmm import (
     MAX_WAIT_S,
     CudaVmmBacking,
     _ArrayInterface,
+)
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
 )
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 from sglang.srt.mem_cache.segment_state import SegmentState

@@ -22,7 +22,6 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentId,
     SegmentLayout,
-    make_segment_layouts,
 )
 from sglang.srt.mem_cache.segment_backing import Plane, make_backing
 from sglang.srt.mem_cache.segment_backing.base import TieredBacking
@@ -30,6 +29,9 @@ from sglang.srt.mem_cache.segment_backing.disk_file import DiskFile
 from sglang.srt.mem_cache.segment_backing.host_calls import HostCalls
 from sglang.srt.mem_cache.segment_backing.mmap import MmapBacking
 from sglang.srt.mem_cache.segment_backing.mmap_disk import MmapDiskBacking
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the mmap backing needs Linux")
 

@@ -16,7 +16,6 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentId,
     SegmentLayout,
-    make_segment_layouts,
 )
 from sglang.srt.mem_cache.segment_backing import Plane
 from sglang.srt.mem_cache.segment_backing.host_calls import (
@@ -27,6 +26,9 @@ from sglang.srt.mem_cache.segment_backing.host_calls import (
     sum_smaps_resident,
 )
 from sglang.srt.mem_cache.segment_backing.mmap import MAX_RETRIES, PIECE_BYTES, MmapBacking
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the mmap backing needs Linux")
 

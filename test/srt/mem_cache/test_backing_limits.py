@@ -23,13 +23,15 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentId,
     SegmentLayout,
-    make_segment_layouts,
-    trim_layouts_to_budget,
 )
 from sglang.srt.mem_cache.segment_backing.base import SegmentBacking
 from sglang.srt.mem_cache.segment_backing.mmap import MmapBacking
 from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
 from sglang.srt.mem_cache.segment_backing.static import StaticBacking
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+    trim_layouts_to_budget,
+)
 from sglang.srt.utils.host_memory import read_host_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")

@@ -22,7 +22,6 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentId,
     SegmentLayout,
-    make_segment_layouts,
 )
 from sglang.srt.mem_cache.segment_backing import KV_TORCH_DTYPES, Plane, make_backing
 from sglang.srt.mem_cache.segment_backing.mmap import (
@@ -31,6 +30,9 @@ from sglang.srt.mem_cache.segment_backing.mmap import (
     unsupported_reason,
 )
 from sglang.srt.mem_cache.segment_backing.segment_plane import round_to, widen
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the mmap backing needs Linux")

@@ -24,14 +24,22 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentId,
     SegmentLayout,
-    make_segment_layouts,
 )
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, SegmentTableKVPool, make_kv_pool
+from sglang.srt.mem_cache.memory_pool import (
+    MHATokenToKVPool,
+)
 from sglang.srt.mem_cache.segment_backing import Plane, make_backing
 from sglang.srt.mem_cache.segment_backing.base import TableBacking
 from sglang.srt.mem_cache.segment_backing.segment_plane import split_by_segment
 from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
 from sglang.srt.mem_cache.segment_backing.static import StaticBacking
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
+from sglang.srt.mem_cache.segment_table_pool import (
+    SegmentTableKVPool,
+    make_kv_pool,
+)
 from srt.mem_cache.fake_backing import FakeBacking
 from srt.mem_cache.fake_cuda_driver import FakeCudaDriver
 from srt.mem_cache.memory_machine import MemoryMachine, machine_settings

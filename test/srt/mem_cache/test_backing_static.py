@@ -19,11 +19,13 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentId,
     SegmentLayout,
-    make_segment_layouts,
-    trim_layouts_to_budget,
 )
 from sglang.srt.mem_cache.segment_backing import Plane
 from sglang.srt.mem_cache.segment_backing.static import StaticBacking
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+    trim_layouts_to_budget,
+)
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 
 MIB = 1 << 20

@@ -19,6 +19,8 @@ from sglang.srt.mem_cache.kv_layout import (
     KVCacheSpec,
     KVGroupSpec,
     SegmentLayout,
+)
+from sglang.srt.mem_cache.segment_cuts import (
     make_segment_layouts,
     tiers_bytes,
 )

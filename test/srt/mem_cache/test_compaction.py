@@ -15,12 +15,16 @@ from sglang.srt.mem_cache.kv_layout import (
     KVCacheSpec,
     KVGroupSpec,
     SegmentId,
-    make_segment_layouts,
 )
-from sglang.srt.mem_cache.memory_pool import make_kv_pool
 from sglang.srt.mem_cache.page_copy import copy_pages
 from sglang.srt.mem_cache.page_owner import PageIndex, PageState
 from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
+from sglang.srt.mem_cache.segment_table_pool import (
+    make_kv_pool,
+)
 from srt.mem_cache.memory_driver import (
     MemoryDriver,
     PoisonedBacking,

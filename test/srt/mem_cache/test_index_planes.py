@@ -18,13 +18,10 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentId,
     SegmentLayout,
-    make_segment_layouts,
 )
 from sglang.srt.mem_cache.memory_pool import (
     MHATokenToKVPool,
     NSATokenToKVPool,
-    SegmentTableKVPool,
-    make_kv_pool,
 )
 from sglang.srt.mem_cache.page_copy import copy_pages
 from sglang.srt.mem_cache.segment_backing.base import Plane, layer_planes
@@ -32,6 +29,13 @@ from sglang.srt.mem_cache.segment_backing.mmap import MmapBacking
 from sglang.srt.mem_cache.segment_backing.segment_plane import round_to
 from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
 from sglang.srt.mem_cache.segment_backing.static import StaticBacking
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
+from sglang.srt.mem_cache.segment_table_pool import (
+    SegmentTableKVPool,
+    make_kv_pool,
+)
 
 GROUP = GroupId(0)
 C, P, X = 12, 4, 8  # latent, rotary and index numbers

@@ -14,9 +14,11 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     KVHeads,
     SegmentLayout,
+    num_pages_for,
+)
+from sglang.srt.mem_cache.segment_cuts import (
     make_segment_layouts,
     nearest_power_of_two,
-    num_pages_for,
     round_slots_per_segment,
     trim_layouts_to_budget,
 )

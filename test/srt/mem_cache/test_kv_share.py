@@ -16,13 +16,15 @@ from sglang.srt.mem_cache.kv_layout import (
     GroupKind,
     KVRanks,
     SegmentLayout,
-    make_segment_layouts,
-    trim_layouts_to_budget,
 )
 from sglang.srt.mem_cache.kv_share import KVShare
 from sglang.srt.mem_cache.page_copy import copy_pages
 from sglang.srt.mem_cache.page_owner import PageIndex, PageState
 from sglang.srt.mem_cache.rank_agreement import RankAgreement
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+    trim_layouts_to_budget,
+)
 from srt.mem_cache.memory_driver import (
     FULL,
     MemoryDriver,

@@ -17,13 +17,10 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentId,
     SegmentLayout,
-    make_segment_layouts,
 )
 from sglang.srt.mem_cache.memory_pool import (
     MHATokenToKVPool,
     MLATokenToKVPool,
-    SegmentTableKVPool,
-    make_kv_pool,
 )
 from sglang.srt.mem_cache.page_copy import copy_pages
 from sglang.srt.mem_cache.segment_backing.base import Plane, plane_widths
@@ -31,6 +28,13 @@ from sglang.srt.mem_cache.segment_backing.mmap import MmapBacking
 from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane, round_to
 from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
 from sglang.srt.mem_cache.segment_backing.static import StaticBacking
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
+from sglang.srt.mem_cache.segment_table_pool import (
+    SegmentTableKVPool,
+    make_kv_pool,
+)
 
 GROUP = GroupId(0)
 C, P = 12, 4  # latent and rotary numbers

@@ -9,11 +9,19 @@ from sglang.srt.mem_cache.kv_layout import (
     KVCacheSpec,
     KVGroupSpec,
     KVHeads,
-    make_segment_layouts,
 )
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool, make_kv_pool
+from sglang.srt.mem_cache.memory_pool import (
+    MHATokenToKVPool,
+    ReqToTokenPool,
+)
 from sglang.srt.mem_cache.segment_backing import make_backing
 from sglang.srt.mem_cache.segment_backing.segment_plane import round_to
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
+from sglang.srt.mem_cache.segment_table_pool import (
+    make_kv_pool,
+)
 from srt.mem_cache.fake_backing import FakeBacking
 from srt.utils.fake_device import LateRuntime
 

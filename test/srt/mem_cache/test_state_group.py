@@ -19,10 +19,12 @@ from sglang.srt.mem_cache.kv_layout import (
     KVCacheSpec,
     KVGroupSpec,
     StateShape,
+)
+from sglang.srt.mem_cache.reclaim import Reclaim, reclaim_step
+from sglang.srt.mem_cache.segment_cuts import (
     make_segment_layouts,
     trim_layouts_to_budget,
 )
-from sglang.srt.mem_cache.reclaim import Reclaim, reclaim_step
 from sglang.srt.mem_cache.state_group import clip_expected
 from sglang.srt.mem_cache.state_pool import LayerState
 from srt.mem_cache.fake_backing import FakeBacking

@@ -20,9 +20,13 @@ from sglang.srt.layers.attention.torch_device_backend import TorchDeviceAttnBack
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.moe import Experts
 from sglang.srt.managers.scheduler_pool_plan import kv_cache_spec
-from sglang.srt.mem_cache.kv_layout import make_segment_layouts
-from sglang.srt.mem_cache.memory_pool import make_kv_pool
 from sglang.srt.mem_cache.segment_backing.static import StaticBacking
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
+from sglang.srt.mem_cache.segment_table_pool import (
+    make_kv_pool,
+)
 from sglang.srt.model_executor.forward_batch_info import BatchGeometry, ForwardBatch, ForwardMode
 from sglang.srt.models.registry import resolve_model_class
 from sglang.srt.utils.device import upload

@@ -27,11 +27,13 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentLayout,
     StateShape,
-    make_segment_layouts,
-    trim_layouts_to_budget,
 )
 from sglang.srt.mem_cache.segment_backing import SegmentBacking
 from sglang.srt.mem_cache.segment_backing.base import LOWER_PLACES
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+    trim_layouts_to_budget,
+)
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.disk_space import DiskSpace
 from sglang.srt.utils.host_memory import HostMemory

@@ -42,7 +42,10 @@ from sglang.srt.mem_cache.kv_layout import (
     num_pages_for,
 )
 from sglang.srt.mem_cache.lease import DecodeRows, KVLease, KVPlacement, PageNeed
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool, make_kv_pool
+from sglang.srt.mem_cache.memory_pool import (
+    MHATokenToKVPool,
+    ReqToTokenPool,
+)
 from sglang.srt.mem_cache.memory_report import memory_figures
 from sglang.srt.mem_cache.page_copy import copy_pages
 from sglang.srt.mem_cache.promotion import make_promoter
@@ -50,6 +53,9 @@ from sglang.srt.mem_cache.rank_agreement import RankAgreement
 from sglang.srt.mem_cache.segment_backing.base import SegmentBacking
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 from sglang.srt.mem_cache.segment_state import Ticket
+from sglang.srt.mem_cache.segment_table_pool import (
+    make_kv_pool,
+)
 from sglang.srt.mem_cache.state_group import clip_expected, grow_table, held_of, pages_taken
 from sglang.srt.mem_cache.window_recycler import WindowRecycler
 from sglang.srt.mem_cache.window_rule import window_rules

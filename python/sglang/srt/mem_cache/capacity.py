@@ -17,6 +17,8 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentLayout,
     num_pages_for,
+)
+from sglang.srt.mem_cache.segment_cuts import (
     tiers_bytes,
 )
 from sglang.srt.utils.sizes import format_bytes

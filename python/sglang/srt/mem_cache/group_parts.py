@@ -16,14 +16,16 @@ from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.kv_events import KVEventRecorder
 from sglang.srt.mem_cache.kv_layout import (
     KVCacheSpec,
-    make_segment_layouts,
-    trim_layouts_to_budget,
 )
 from sglang.srt.mem_cache.page_ladder import Coldest, PageLadder
 from sglang.srt.mem_cache.page_owner import PageIndex
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.rank_agreement import RankAgreement
 from sglang.srt.mem_cache.segment_backing.base import SegmentBacking
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+    trim_layouts_to_budget,
+)
 from sglang.srt.mem_cache.segment_manager import SegmentManager
 from sglang.srt.mem_cache.window_cache import WindowRadixCache
 from sglang.srt.mem_cache.window_index import WindowPageIndex

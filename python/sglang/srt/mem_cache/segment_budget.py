@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from sglang.srt.mem_cache.kv_layout import tiers_bytes
+from sglang.srt.mem_cache.segment_cuts import (
+    tiers_bytes,
+)
 from sglang.srt.mem_cache.segment_state import SegmentTable, Tier
 
 FIRST_PAUSE_S: Final = 0.1

@@ -17,10 +17,17 @@ from typing import Final
 
 from sglang.srt.errors import BackingError, InvariantError
 from sglang.srt.mem_cache import segment_plans
-from sglang.srt.mem_cache.kv_layout import GroupId, SegmentId, SegmentLayout, tiers_bytes
+from sglang.srt.mem_cache.kv_layout import (
+    GroupId,
+    SegmentId,
+    SegmentLayout,
+)
 from sglang.srt.mem_cache.rank_agreement import RankAgreement, SingleRank
 from sglang.srt.mem_cache.segment_backing.base import SegmentBacking, TieredBacking
 from sglang.srt.mem_cache.segment_budget import TierBudgets
+from sglang.srt.mem_cache.segment_cuts import (
+    tiers_bytes,
+)
 from sglang.srt.mem_cache.segment_jobs import Job, JobResult, JobRunner
 from sglang.srt.mem_cache.segment_plans import Moment
 from sglang.srt.mem_cache.segment_state import (

@@ -31,13 +31,20 @@ from sglang.srt.mem_cache.kv_layout import (
     KVCacheSpec,
     KVGroupSpec,
     SegmentLayout,
-    make_segment_layouts,
 )
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, make_kv_pool
+from sglang.srt.mem_cache.memory_pool import (
+    MHATokenToKVPool,
+)
 from sglang.srt.mem_cache.segment_backing import Plane
 from sglang.srt.mem_cache.segment_backing.base import SegmentBacking
 from sglang.srt.mem_cache.segment_backing.mmap import MmapBacking
 from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
+from sglang.srt.mem_cache.segment_table_pool import (
+    make_kv_pool,
+)
 from sglang.srt.utils.native import triton_kernels
 from srt.layers.attention_cases import DTYPES, Case, FakeTable, make_layer, make_spec
 

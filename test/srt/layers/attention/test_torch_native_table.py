@@ -25,10 +25,17 @@ from sglang.srt.layers.attention.torch_native_plan import (
     make_layer_plan,
 )
 from sglang.srt.layers.attention.torch_native_table import SegmentTableAttnBackend
-from sglang.srt.mem_cache.kv_layout import KVCacheSpec, make_segment_layouts
-from sglang.srt.mem_cache.memory_pool import make_kv_pool
+from sglang.srt.mem_cache.kv_layout import (
+    KVCacheSpec,
+)
 from sglang.srt.mem_cache.segment_backing.segment_plane import SegmentPlane, round_to
 from sglang.srt.mem_cache.segment_backing.segment_table import SegmentTableBacking
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
+from sglang.srt.mem_cache.segment_table_pool import (
+    make_kv_pool,
+)
 from srt.layers.attention_cases import DTYPES, Case, make_layer, make_spec, make_tables
 
 TINY = TorchNativeTuning(

@@ -32,12 +32,14 @@ from sglang.srt.mem_cache.kv_layout import (
     KVGroupSpec,
     SegmentId,
     SegmentLayout,
-    make_segment_layouts,
 )
 from sglang.srt.mem_cache.segment_backing.base import Plane
 from sglang.srt.mem_cache.segment_backing.cuda_driver import CudaDriver, DriverError
 from sglang.srt.mem_cache.segment_backing.cuda_vmm import CudaVmmBacking
 from sglang.srt.mem_cache.segment_backing.cuda_vmm_host import CudaVmmHostBacking
+from sglang.srt.mem_cache.segment_cuts import (
+    make_segment_layouts,
+)
 
 GRANULE = 2 << 20
 DEVICE_BYTES = 64 << 20
