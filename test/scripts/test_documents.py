@@ -57,7 +57,8 @@ def test_the_states_of_a_request_are_the_codes() -> None:
 
 
 def test_every_note_that_the_code_cites_is_written() -> None:
-    documents = [ROOT / "docs" / name for name in ("kv_segments.md", "structures.md", "gpu.md")]
+    names = ("kv_segments.md", "structures.md", "gpu.md", "speculative_decoding.md")
+    documents = [ROOT / "docs" / name for name in names]
     notes = "".join(document.read_text(encoding="utf-8") for document in documents)
     cited = {
         " ".join(name.split())
