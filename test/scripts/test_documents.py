@@ -9,6 +9,7 @@ import pytest
 
 import gen_structures
 from sglang.srt.managers.schedule_batch import _EDGES
+from sglang.srt.models.registry import MODEL_CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "structures.md").read_text(encoding="utf-8")
@@ -114,3 +115,8 @@ def test_the_licence_is_apache_2() -> None:
     assert "Apache License" in text
     assert "END OF TERMS AND CONDITIONS" in text
     assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_every_model_that_is_served_is_listed() -> None:
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert [name for name in MODEL_CLASSES if f"`{name}`" not in text] == []
