@@ -317,12 +317,13 @@ def test_models_and_heads_that_do_not_go_together_are_refused(tmp_path: Path) ->
     head = Eagle(reference)
     del head.weights["layers.0.mlp.up_proj.weight"]
     refused("EAGLE", "LlamaForCausalLMEagle: 1 missing weight.*: layers.0.mlp.up_proj.weight")
-    gemma = tmp_path / "gemma"
-    gemma.mkdir()
-    refused("EAGLE", "heads draft for Llama", own=save(make_hf_model("gemma3"), gemma))
     latent = tmp_path / "latent"
     latent.mkdir()
     refused("EAGLE", "heads draft for Llama", own=save(make_hf_model("deepseek_v3"), latent))
+    chosen = tmp_path / "chosen"
+    chosen.mkdir()
+    sparse = save(make_hf_model("deepseek_v32", num_nextn_predict_layers=1), chosen)
+    refused("NEXTN", "of DeepseekV32ForCausalLM is not served; DeepSeek-V3's is", own=sparse)
 
 
 def test_states_wait_until_they_are_taken() -> None:

@@ -169,6 +169,11 @@ def check_next_token_layer(flag: str, config: ModelConfig) -> None:
             f"{flag}: {config.path} has no layer of multi-token prediction; name a head by "
             "--speculative-draft-model-path"
         )
+    if config.latent is None or config.index is not None:
+        raise ValueError(
+            f"{flag}: the layer of multi-token prediction of {config.architecture} is not served; "
+            "DeepSeek-V3's is"
+        )
 
 
 def check_pair(config: ModelConfig, draft: ModelConfig) -> None:
