@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sglang.srt.sampling.sampling_params import ReasoningFirst
-from stress.worlds import CONTEXT, END, FAMILIES, VOCAB, Ask
+from stress.worlds import CONTEXT, END, FAMILIES, STATEFUL, VOCAB, Ask
 
 Follow = Callable[[Ask], list[int]]
 
@@ -136,7 +136,18 @@ def _flags(dice: random.Random, family: str) -> tuple[dict[str, Any], dict[str, 
         flags["kv_parallel_size"] = 2
     if FAMILIES[family][2] == ():
         flags.pop("max_loras_per_batch", None)
+    if family in STATEFUL:
+        _leave_out_of_states(dice, flags)
     return flags, options
+
+
+def _leave_out_of_states(dice: random.Random, flags: dict[str, Any]) -> None:
+    """What models with recurrent states refuse."""
+    for name in [*flags]:
+        if name.startswith("speculative_") or name == "kv_canary":
+            del flags[name]
+    if flags.pop("max_total_tokens", None) is not None:
+        flags["kv_memory_budget"] = dice.choice((200, 300, 500)) << 10
 
 
 class _Schedule:

@@ -51,7 +51,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "gpt_oss": ("gpt_oss", {}, ("q_proj", "v_proj")),
     "deepseek_v2": ("deepseek_v2", LITE, ()),
     "deepseek_v3": ("deepseek_v3", {}, ()),
+    "deepseek_v32": ("deepseek_v32", {}, ()),
+    "cohere2": ("cohere2", {}, ALL),
+    "olmo3": ("olmo3", {}, ALL),
+    "glm4_moe": ("glm4_moe", {}, ("q_proj", "k_proj", "v_proj", "o_proj")),
+    "qwen3_5": ("qwen3_5", {}, ()),
+    "qwen3_next": ("qwen3_next", {}, ()),
 }
+STATEFUL = frozenset({"qwen3_5", "qwen3_next"})  # families whose layers have recurrent states
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def tiny_spec(
             tuple(range(g, num_groups * layers_per_group, num_groups)),
             kind,
             window,
-            STATE if kind is GroupKind.STATE else None,
+            state=STATE if kind is GroupKind.STATE else None,
         )
         for g, (kind, window) in enumerate(kinds)
     )

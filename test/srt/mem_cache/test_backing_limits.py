@@ -135,6 +135,7 @@ UNDER_LIMITS = """
 import json, resource
 from sglang.srt.errors import BackingError
 from sglang.srt.mem_cache.kv_layout import *
+from sglang.srt.mem_cache.segment_cuts import *
 from sglang.srt.mem_cache.segment_backing import make_backing
 
 FREE = resource.RLIM_INFINITY

@@ -386,6 +386,7 @@ def test_closing_gives_the_range_back_and_ends_use() -> None:
 STRAY_ACCESS = """
 import sys
 from sglang.srt.mem_cache.kv_layout import *
+from sglang.srt.mem_cache.segment_cuts import *
 from sglang.srt.mem_cache.segment_backing import Plane, make_backing
 spec = KVCacheSpec((KVGroupSpec((0,)),), 2, 16, 16, "float32", 16)
 layouts = make_segment_layouts(spec, slots_per_segment=64, auto_segment_bytes=1, auto_min_slots=1,
