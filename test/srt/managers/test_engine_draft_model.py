@@ -271,7 +271,11 @@ def test_models_that_do_not_go_together_are_refused(models: dict[str, str], tmp_
     small = save(make_hf_model("llama", vocab_size=96), tmp_path / "small")
     window = save(make_hf_model("mistral", sliding_window=50), tmp_path / "window")
     latent = save(make_hf_model("deepseek_v3"), tmp_path / "latent")
+    states = save(make_hf_model("qwen3_5"), tmp_path / "states")
+    chosen = save(make_hf_model("deepseek_v32"), tmp_path / "chosen")
     own = models["own"]
     assert "has 96 tokens, the model has 160" in refusal(own, **drafted(small))
     assert "forget tokens" in refusal(own, **drafted(window))
     assert "latent attention" in refusal(own, **drafted(latent))
+    assert "keeps recurrent states is not served" in refusal(own, **drafted(states))
+    assert "keeps index keys is not served" in refusal(latent, **drafted(chosen))

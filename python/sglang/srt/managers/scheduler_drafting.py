@@ -188,6 +188,9 @@ def check_pair(config: ModelConfig, draft: ModelConfig) -> None:
         )
     if any(draft.layer_windows) or any(draft.layer_chunks):
         raise ValueError(f"{flag}: a draft model whose layers forget tokens is not served")
+    if draft.linear is not None or draft.index is not None:
+        kept = "recurrent states" if draft.index is None else "index keys"
+        raise ValueError(f"{flag}: a draft model that keeps {kept} is not served")
     if (draft.latent is None) != (config.latent is None):
         raise ValueError(f"{flag}: latent attention and other attention share no KV memory")
 
