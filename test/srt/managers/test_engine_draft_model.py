@@ -279,3 +279,17 @@ def test_models_that_do_not_go_together_are_refused(models: dict[str, str], tmp_
     assert "latent attention" in refusal(own, **drafted(latent))
     assert "keeps recurrent states is not served" in refusal(own, **drafted(states))
     assert "keeps index keys is not served" in refusal(latent, **drafted(chosen))
+
+
+@pytest.mark.parametrize(("target", "draft"), [("deepseek_v32", "deepseek_v3"), ("olmo3", "llama")])
+def test_models_that_keep_otherwise_than_their_draft_model(
+    target: str, draft: str, tmp_path: Path
+) -> None:
+    """Index keys, and windows, beside groups that keep every token."""
+    own = save(make_hf_model(target), tmp_path / "own")
+    small = save(make_hf_model(draft), tmp_path / "small")
+    with tower(own, page_size=16, kv_segment_size=64) as engine:
+        expected = answer_all(engine)
+    with tower(own, **drafted(small)) as engine:
+        assert answer_all(engine) == expected
+        assert counters(engine).num_proposed > 0
