@@ -75,18 +75,16 @@ def make_segment_layouts(
     ValueError when even one segment passes 2^31 slots.
     """
     layouts = []
-    for g in range(spec.num_groups):
-        group = GroupId(g)
+    for group in map(GroupId, range(spec.num_groups)):
+        one, own = spec.groups[group], spec.of_group(group)
         per_slot = spec.bytes_per_slot(group)
-        ranks = kv_parallel if spec.groups[g].kind is GroupKind.FULL else 1
-        own = spec.of_group(group)
+        ranks = kv_parallel if one.kind is GroupKind.FULL else 1
         planes = (own.k_bytes_per_slot_layer, own.v_bytes_per_slot_layer)
-        if spec.groups[g].state is not None:
+        if one.state is not None:
             per_slot = state_bytes_per_slot(spec, group, granule_bytes)
             planes = (per_slot, 0)
-            states = nearest_power_of_two(auto_segment_bytes / (per_slot * spec.page_size))
-            if slots_per_segment is not None:
-                states = min(states, max(1, slots_per_segment // spec.page_size))
+            page_bytes = per_slot * spec.page_size
+            states = _states_per_segment(auto_segment_bytes / page_bytes, spec, slots_per_segment)
             wanted = states * spec.page_size
         elif slots_per_segment is None:
             wanted = max(auto_min_slots, nearest_power_of_two(auto_segment_bytes / per_slot))
@@ -114,10 +112,17 @@ def make_segment_layouts(
                 granule_bytes=granule_bytes,
                 index_bytes_per_slot=spec.index_bytes_per_slot_layer,
                 num_index_layers=spec.num_index_layers(group),
-                holds_states=spec.groups[g].state is not None,
+                holds_states=one.state is not None,
             )
         )
     return tuple(layouts)
+
+
+def _states_per_segment(wanted: float, spec: KVCacheSpec, slots_per_segment: int | None) -> int:
+    states = nearest_power_of_two(wanted)
+    if slots_per_segment is None:
+        return states
+    return min(states, max(1, slots_per_segment // spec.page_size))
 
 
 def trim_layouts_to_budget(
