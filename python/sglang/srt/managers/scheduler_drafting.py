@@ -38,7 +38,6 @@ from sglang.srt.models.deepseek_nextn import DeepseekNextN
 from sglang.srt.models.deepseek_v2 import DeepseekV2ForCausalLM
 from sglang.srt.models.llama import LlamaForCausalLM, LlamaModel
 from sglang.srt.models.llama_eagle import (
-    EagleHead,
     LlamaForCausalLMEagle,
     LlamaForCausalLMEagle3,
 )
@@ -148,17 +147,14 @@ def _load_head(
     # Heads name themselves in several ways; what they are the algorithm says.
     draft = ModelConfig.from_path(path, overrides={"architectures": ["LlamaForCausalLM"]})
     check_pair(config, draft)
-    eagle: EagleHead
-    if args.speculative_algorithm == "EAGLE3":
-        eagle = load_head(
-            lambda: LlamaForCausalLMEagle3(draft, parallel, dtype, target), draft, None, **common
-        )
-    elif "draft_vocab_size" in draft.raw:
-        raise ValueError(f"{flag}: {path} is a head of EAGLE-3, for --speculative-algorithm EAGLE3")
-    else:
-        eagle = load_head(
-            lambda: LlamaForCausalLMEagle(draft, parallel, dtype, target), draft, None, **common
-        )
+    kind: type[LlamaForCausalLMEagle | LlamaForCausalLMEagle3] = LlamaForCausalLMEagle3
+    if args.speculative_algorithm != "EAGLE3":
+        kind = LlamaForCausalLMEagle
+        if "draft_vocab_size" in draft.raw:
+            raise ValueError(
+                f"{flag}: {path} is a head of EAGLE-3, for --speculative-algorithm EAGLE3"
+            )
+    eagle = load_head(lambda: kind(draft, parallel, dtype, target), draft, None, **common)
     return LoadedDraft(draft, eagle, _part(draft, config))
 
 
