@@ -10,21 +10,14 @@ White space between the tags is GLM-4.5's and means nothing; GLM-4.7 has none.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import Any
-
 from sglang.srt.function_call.call_readers import NAME_CHARS
 from sglang.srt.function_call.core_types import (
     WHITESPACE,
-    CallArguments,
-    CallEnd,
-    CallStart,
     Event,
     ToolSchemas,
 )
 from sglang.srt.function_call.json_scan import Step
-from sglang.srt.function_call.tag_value import TagValue, types_of
+from sglang.srt.function_call.tag_value import TaggedCallReader, TagValue, types_of
 
 END_CALL = "</tool_call>"
 _KEY, _END_KEY = "<arg_key>", "</arg_key>"
@@ -32,30 +25,16 @@ _VALUE, _END_VALUE = "<arg_value>", "</arg_value>"
 _MOST_TAG = 1024  # characters of a name or a key
 
 
-class GlmCallReader:
+class GlmCallReader(TaggedCallReader):
     """One call from its name to </tool_call>."""
 
     def __init__(self, tools: ToolSchemas) -> None:
-        self.has_begun = False
-        self._tools = tools
+        super().__init__(tools)
         self._name = ""
-        self._tag = ""
         self._key: str | None = None  # whose value has to follow
         self._in_key = False
-        self._schema: Mapping[str, Any] = {}
-        self._value: TagValue | None = None
-        self._keys: set[str] = set()
 
-    def take_run(self, text: str, at: int, out: list[Event]) -> int:
-        """See `CallReader`."""
-        return 0 if self._value is None else self._value.take_run(text, at, out)
-
-    def take(self, char: str, out: list[Event]) -> Step:
-        """See `CallReader`."""
-        if self._value is not None:
-            if self._value.take(char, out):
-                self._value = None
-            return Step.TAKEN
+    def _take_outside(self, char: str, out: list[Event]) -> Step:
         if len(self._tag) == _MOST_TAG or len(self._name) == _MOST_TAG:
             return Step.REFUSED
         if self._in_key:
@@ -83,11 +62,10 @@ class GlmCallReader:
         if self._tag not in wanted:
             begun = any(tag.startswith(self._tag) for tag in wanted)
             return Step.TAKEN if begun else Step.REFUSED
-        if not self.has_begun and not self._begin(out):
+        if not self.has_begun and not self._begin(self._name.strip(WHITESPACE), out):
             return Step.REFUSED
         if self._tag == END_CALL:
-            out += [CallArguments("}" if self._keys else "{}"), CallEnd()]
-            return Step.DONE
+            return self._end(out)
         self._in_key = self._tag == _KEY
         if self._key is not None:
             types = types_of(self._schema, self._key)
@@ -96,23 +74,12 @@ class GlmCallReader:
         self._tag = ""
         return Step.TAKEN
 
-    def _begin(self, out: list[Event]) -> bool:
-        name = self._name.strip(WHITESPACE)
-        if name not in self._tools:
-            return False
-        self.has_begun = True
-        self._schema = self._tools[name]
-        out.append(CallStart(name))
-        return True
-
     def _take_key(self, char: str, out: list[Event]) -> Step:
         self._tag += char
         if not self._tag.endswith(_END_KEY):
             return Step.REFUSED if char == "\n" else Step.TAKEN
         key = self._tag.removesuffix(_END_KEY).strip()
-        if key in self._keys:
+        if not self._begin_argument(key, out):
             return Step.REFUSED
-        out.append(CallArguments(("{" if not self._keys else ", ") + json.dumps(key) + ": "))
-        self._keys.add(key)
         self._key, self._in_key, self._tag = key, False, ""
         return Step.TAKEN

@@ -1,7 +1,7 @@
-"""One argument's value as it stands between two tags: a text as it is, anything else as JSON.
+"""Arguments that stand between two tags: a text as it is, anything else as JSON.
 
 Which it is only the tool's schema says. Texts go out while they come, other values at their end.
-Used by the readers of calls that are written in tags.
+`TaggedCallReader` is what the readers of calls that are written in tags have in common.
 """
 
 from __future__ import annotations
@@ -9,11 +9,19 @@ from __future__ import annotations
 import json
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
-from sglang.srt.function_call.core_types import CallArguments, Event, held_length
-from sglang.srt.function_call.json_scan import sendable
+from sglang.srt.function_call.core_types import (
+    CallArguments,
+    CallEnd,
+    CallStart,
+    Event,
+    ToolSchemas,
+    held_length,
+)
+from sglang.srt.function_call.json_scan import Step, sendable
 
 _PLAIN = re.compile(r"[^<\n]+")  # what can't begin the end of a value
 _WORDS = {"True": True, "False": False, "None": None}
@@ -111,3 +119,52 @@ def _finite(digits: str) -> float:
 
 def _no_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is not JSON")
+
+
+class TaggedCallReader(ABC):
+    """One call with a tag for each argument, of which the formats differ in the tags alone."""
+
+    def __init__(self, tools: ToolSchemas) -> None:
+        self.has_begun = False
+        self._tools = tools
+        self._tag = ""
+        self._schema: Mapping[str, Any] = {}
+        self._value: TagValue | None = None
+        self._keys: set[str] = set()
+
+    def take_run(self, text: str, at: int, out: list[Event]) -> int:
+        """See `CallReader`."""
+        return 0 if self._value is None else self._value.take_run(text, at, out)
+
+    def take(self, char: str, out: list[Event]) -> Step:
+        """See `CallReader`."""
+        if self._value is None:
+            return self._take_outside(char, out)
+        if self._value.take(char, out):
+            self._value = None
+        return Step.TAKEN
+
+    @abstractmethod
+    def _take_outside(self, char: str, out: list[Event]) -> Step:
+        """A character that is no part of a value."""
+
+    def _begin(self, name: str, out: list[Event]) -> bool:
+        """The call is of this function; False: there is none of that name."""
+        if name not in self._tools:
+            return False
+        self.has_begun = True
+        self._schema = self._tools[name]
+        out.append(CallStart(name))
+        return True
+
+    def _begin_argument(self, key: str, out: list[Event]) -> bool:
+        """A value of this key follows; False: it had one."""
+        if key in self._keys:
+            return False
+        out.append(CallArguments(("{" if not self._keys else ", ") + json.dumps(key) + ": "))
+        self._keys.add(key)
+        return True
+
+    def _end(self, out: list[Event]) -> Step:
+        out += [CallArguments("}" if self._keys else "{}"), CallEnd()]
+        return Step.DONE

@@ -9,21 +9,15 @@ Paris                                  </invoke>
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from sglang.srt.function_call.core_types import (
-    CallArguments,
-    CallEnd,
-    CallStart,
     Event,
     ToolSchemas,
     held_length,
 )
 from sglang.srt.function_call.json_scan import Step
-from sglang.srt.function_call.tag_value import TagValue, types_of
+from sglang.srt.function_call.tag_value import TaggedCallReader, TagValue, types_of
 
 _MOST_TAG = 1024  # characters
 
@@ -48,28 +42,14 @@ MINIMAX_M2 = XmlTags(
 )
 
 
-class XmlCallReader:
+class XmlCallReader(TaggedCallReader):
     """One element of a function in the format of `tags`."""
 
     def __init__(self, tools: ToolSchemas, tags: XmlTags = QWEN_3_CODER) -> None:
-        self.has_begun = False
-        self._tools = tools
+        super().__init__(tools)
         self._tags = tags
-        self._tag = ""
-        self._schema: Mapping[str, Any] = {}
-        self._value: TagValue | None = None
-        self._keys: set[str] = set()
 
-    def take_run(self, text: str, at: int, out: list[Event]) -> int:
-        """See `CallReader`."""
-        return 0 if self._value is None else self._value.take_run(text, at, out)
-
-    def take(self, char: str, out: list[Event]) -> Step:
-        """See `CallReader`."""
-        if self._value is not None:
-            if self._value.take(char, out):
-                self._value = None
-            return Step.TAKEN
+    def _take_outside(self, char: str, out: list[Event]) -> Step:
         if not self._tag and self.has_begun and char in " \t\r\n":
             return Step.TAKEN
         if len(self._tag) == _MOST_TAG:
@@ -79,8 +59,7 @@ class XmlCallReader:
         if not self.has_begun:
             return self._take_name(out)
         if self._tag == tags.end_function:
-            out += [CallArguments("}" if self._keys else "{}"), CallEnd()]
-            return Step.DONE
+            return self._end(out)
         if tags.end_function.startswith(self._tag) or tags.parameter.startswith(self._tag):
             return Step.TAKEN
         return self._take_key(out)
@@ -92,12 +71,9 @@ class XmlCallReader:
         name = self._tag.removeprefix(opening)
         if name.endswith(self._tags.name_end):
             name = name.removesuffix(self._tags.name_end).strip()
-            if name not in self._tools:
+            if not self._begin(name, out):
                 return Step.REFUSED
-            self.has_begun = True
-            self._schema = self._tools[name]
             self._tag = ""
-            out.append(CallStart(name))
             return Step.TAKEN
         # The end of a name may have begun.
         begun = name[: len(name) - held_length(name, (self._tags.name_end,))].strip()
@@ -111,10 +87,8 @@ class XmlCallReader:
         if not self._tag.endswith(end) or len(self._tag) < len(opening) + len(end):
             return Step.REFUSED if "\n" in self._tag else Step.TAKEN
         key = self._tag.removeprefix(opening).removesuffix(end).strip()
-        if key in self._keys:
+        if not self._begin_argument(key, out):
             return Step.REFUSED
-        out.append(CallArguments(("{" if not self._keys else ", ") + json.dumps(key) + ": "))
-        self._keys.add(key)
         self._tag = ""
         types = types_of(self._schema, key)
         self._value = TagValue(
